@@ -1,0 +1,21 @@
+"""Offload-Sparse: train networks that are larger than the GPU they are trained on."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offload_sparse.engine.finalize import load_pruned
+    from offload_sparse.engine.session import SparseOffload
+
+__all__ = ["SparseOffload", "load_pruned"]
+
+_HOMES = {"SparseOffload": "offload_sparse.engine.session", "load_pruned": "offload_sparse.engine.finalize"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``offload-sparse --help`` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

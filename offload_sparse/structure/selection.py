@@ -1,0 +1,162 @@
+"""A mask resolved against a channel map: which positions of which tensor are kept, and where they lie in a flat buffer.
+
+    full tensor  [4 rows, 3 columns]        mask keeps rows 0, 2 and columns 1, 2
+    flat, full   r0c0 r0c1 r0c2 r1c0 … r3c2
+    flat, narrow r0c1 r0c2 r2c1 r2c2        the same order: a narrow buffer is the full one with entries left out
+
+Kept positions are sorted and tensors keep their order, so the narrow flat buffer is a monotone subsequence of the full
+one. Whoever owns a contiguous run of the full buffer therefore owns a contiguous run of every narrow buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from offload_sparse.structure.channel_map import Axis, ChannelMap
+
+Kept = Tensor | None
+"""int64, the sorted kept positions of one dimension, or None: every position is kept."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor lies in one flat buffer.
+
+    Attributes:
+        shapes: shape of every tensor, in buffer order.
+        offsets: first entry of every tensor.
+        size: number of entries.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    offsets: Mapping[str, int]
+    size: int
+
+    @staticmethod
+    def of(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+        """Lay out tensors one after the other, without gaps."""
+        offsets: dict[str, int] = {}
+        size = 0
+        for name, shape in shapes.items():
+            offsets[name] = size
+            size += prod(shape)
+        return Layout(dict(shapes), offsets, size)
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """The tensor ``name`` as a view of ``flat`` ([at least size])."""
+        shape, offset = self.shapes[name], self.offsets[name]
+        return flat[offset : offset + prod(shape)].view(shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.offsets
+
+
+class Selection:
+    """A mask resolved against a channel map.
+
+    Args:
+        channel_map: the map of the full network.
+        mask: bool[C], True where an atom is kept.
+
+    Raises:
+        ValueError: the mask has another size than the map, or keeps nothing of a group.
+    """
+
+    def __init__(self, channel_map: ChannelMap, mask: Tensor) -> None:
+        if mask.dtype != torch.bool or mask.shape != (channel_map.num_atoms,):
+            raise ValueError(f"the mask must be bool[{channel_map.num_atoms}], not {mask.dtype}{list(mask.shape)}")
+        for group in channel_map.groups:
+            if not bool(mask[group.start : group.stop].any()):
+                raise ValueError(f"the mask drops all of group {group.name!r}, which disconnects the network")
+        self.channel_map = channel_map
+        self.mask = mask
+        # One more entry that is always True: axis entries of -1 index it.
+        kept_or_always = torch.cat([mask, torch.ones(1, dtype=torch.bool)])
+        memo: dict[int, Kept] = {}
+
+        def resolve(axis: Axis) -> Kept:
+            if axis is None:
+                return None
+            if id(axis) not in memo:  # axes are shared between tensors: a norm's four vectors name the same atoms
+                kept = kept_or_always[axis]
+                memo[id(axis)] = None if bool(kept.all()) else kept.nonzero().flatten()
+            return memo[id(axis)]
+
+        self.kept: dict[str, tuple[Kept, ...]] = {
+            name: tuple(resolve(axis) for axis in axes) for name, axes in channel_map.axes.items()
+        }
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(
+                size if kept is None else kept.numel()
+                for size, kept in zip(channel_map.shapes[name], self.kept[name], strict=True)
+            )
+            for name in channel_map.shapes
+        }
+
+    def layout(self, names: Mapping[str, object] | tuple[str, ...]) -> Layout:
+        """The narrow layout of ``names``, in the order given."""
+        return Layout.of({name: self.shapes[name] for name in names})
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Kept atoms per group."""
+        return {g.name: int(self.mask[g.start : g.stop].sum()) for g in self.channel_map.groups}
+
+    def take(self, name: str, full: Tensor) -> Tensor:
+        """A copy of the kept entries of ``full`` (a whole tensor of the network), by one indexing operation."""
+        return full[open_grid(self.kept[name], tuple(full.shape))] if full.dim() else full.clone()
+
+
+def open_grid(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Index tensors, one per dimension, that broadcast to the kept block of a tensor of ``shape``."""
+    dims = len(shape)
+    return tuple(
+        (torch.arange(size) if k is None else k).view([-1 if d == e else 1 for e in range(dims)])
+        for d, (size, k) in enumerate(zip(shape, kept, strict=True))
+    )
+
+
+def shared_positions(a: Selection, b: Selection, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Entries that two subnets have in common.
+
+    Returns:
+        int64 positions of the shared entries of ``names`` in the narrow flat buffer of ``a`` and in that of ``b``, in the
+        same (ascending) order.
+    """
+    layout_a, layout_b = a.layout(names), b.layout(names)
+    in_a: list[Tensor] = []
+    in_b: list[Tensor] = []
+    for name in names:
+        full = a.channel_map.shapes[name]
+        pairs = [_common(ka, kb, n) for ka, kb, n in zip(a.kept[name], b.kept[name], full, strict=True)]
+        in_a.append(_flat([p for p, _ in pairs], a.shapes[name]) + layout_a.offsets[name])
+        in_b.append(_flat([p for _, p in pairs], b.shapes[name]) + layout_b.offsets[name])
+    empty = torch.empty(0, dtype=torch.int64)
+    return torch.cat([empty, *in_a]), torch.cat([empty, *in_b])
+
+
+def _common(a: Kept, b: Kept, size: int) -> tuple[Tensor, Tensor]:
+    """Where the positions kept by both stand among those kept by ``a`` and among those kept by ``b``."""
+    has_a, has_b = (torch.ones(size, dtype=torch.bool) if k is None else _indicator(k, size) for k in (a, b))
+    both = has_a & has_b
+    return both[has_a].nonzero().flatten(), both[has_b].nonzero().flatten()
+
+
+def _indicator(kept: Tensor, size: int) -> Tensor:
+    indicator = torch.zeros(size, dtype=torch.bool)
+    indicator[kept] = True
+    return indicator
+
+
+def _flat(positions: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Row-major flat positions of an outer product of positions per dimension."""
+    flat = torch.zeros(1, dtype=torch.int64)
+    for dim, position in enumerate(positions):
+        flat = (flat[:, None] + position * prod(shape[dim + 1 :])).flatten()
+    return flat
