@@ -1,0 +1,74 @@
+"""Which rank owns which rows.
+
+    full flat buffer   | tensor A: rows 0 1 2 3 4 5 | tensor B: rows 0 1 2 | … |
+    ranks              |<---- rank 0 ---->|<---- rank 1 ---->|<-- rank 2 --> …
+
+The full flat buffer is cut into world_size runs of nearly equal length, each cut moved to the nearest row (dimension 0).
+Because a narrow buffer keeps the order of the full one, the kept entries of a rank are one run of the narrow buffer too:
+assembling a subnet needs one collective on contiguous memory and no reordering.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from offload_sparse.structure.selection import Kept, Layout, Selection
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The rows of a full layout, spread over ``world_size`` ranks."""
+
+    layout: Layout
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"world_size is {self.world_size}; at least one rank must hold the weights")
+
+    def first_row(self, name: str, rank: int) -> int:
+        """The first row of tensor ``name`` that belongs to ``rank`` or a later one, in [0, rows]."""
+        if rank <= 0:
+            return 0
+        rows, length = row_shape(self.layout.shapes[name])
+        if rank >= self.world_size or not length:
+            return rows
+        cut = self.layout.size * rank // self.world_size - self.layout.offsets[name]
+        return min(rows, max(0, (2 * cut + length) // (2 * length)))
+
+    def rows(self, name: str, rank: int) -> tuple[int, int]:
+        """Half-open range of the rows of ``name`` that ``rank`` owns."""
+        return self.first_row(name, rank), self.first_row(name, rank + 1)
+
+    def shard(self, rank: int) -> Layout:
+        """Layout of the rows that ``rank`` owns; tensors of which it owns nothing have zero rows."""
+        shapes = {}
+        for name, shape in self.layout.shapes.items():
+            low, high = self.rows(name, rank)
+            shapes[name] = (high - low, *shape[1:])
+        return Layout.of(shapes)
+
+    def segment(self, selection: Selection, narrow: Layout, rank: int) -> tuple[int, int]:
+        """Half-open range of the narrow flat buffer whose entries ``rank`` owns."""
+        return self._cut(selection, narrow, rank), self._cut(selection, narrow, rank + 1)
+
+    def _cut(self, selection: Selection, narrow: Layout, rank: int) -> int:
+        if rank >= self.world_size:
+            return narrow.size
+        for name in self.layout.shapes:
+            first, (rows, _) = self.first_row(name, rank), row_shape(self.layout.shapes[name])
+            if first < rows:
+                kept = selection.kept[name][0] if selection.kept[name] else None
+                return narrow.offsets[name] + kept_before(kept, first) * row_shape(narrow.shapes[name])[1]
+        return narrow.size
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, entries per row) of a tensor; a scalar is one row of one entry."""
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+
+def kept_before(kept: Kept, row: int) -> int:
+    """How many kept positions are smaller than ``row``."""
+    return row if kept is None else int((kept < row).sum())
