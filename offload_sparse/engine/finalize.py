@@ -1,0 +1,202 @@
+"""The final network: choosing its mask, taking it out of the store, writing it to disk and reading it back.
+
+    model/
+      weights.safetensors   the narrow tensors
+      structure.json        how to build the module, the shape of every tensor, the kept channels of every group
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.engine.pair import Side, SubnetPair
+from offload_sparse.engine.rounds import Forward, LossFunction
+from offload_sparse.engine.sync import average
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
+from offload_sparse.structure.channel_map import ChannelMap
+from offload_sparse.structure.selection import Selection
+from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tensor
+
+FORMAT = 1
+WEIGHTS_FILE = "weights.safetensors"
+STRUCTURE_FILE = "structure.json"
+
+
+@dataclass(frozen=True)
+class FinalNetwork:
+    """A network that training ends with.
+
+    Attributes:
+        module: an ordinary module with memory of its own.
+        mask: bool[C], the atoms that it keeps of the full network.
+        channel_map: the map of the full network.
+    """
+
+    module: nn.Module
+    mask: Tensor
+    channel_map: ChannelMap
+
+    def kept_channels(self) -> dict[str, dict[str, Any]]:
+        """Per group its full size and the kept atoms, counted from 0 within the group."""
+        return {
+            group.name: {
+                "size": group.size,
+                "kept": self.mask[group.start : group.stop].nonzero().flatten().tolist(),
+            }
+            for group in self.channel_map.groups
+        }
+
+
+def best_candidate(
+    pair: SubnetPair,
+    channel_map: ChannelMap,
+    candidates: Sequence[Tensor],
+    batches: Sequence[tuple[Any, LossFunction]],
+    forward: Forward,
+    ranks: Ranks,
+) -> Tensor:
+    """The mask with the lowest training loss, averaged over ``batches`` and ranks; the first when there are none."""
+    if not batches or len(candidates) == 1:
+        return candidates[0]
+    side = pair.sides[0]
+    losses = torch.zeros(len(candidates), dtype=torch.float64, device=side.subnet.device)
+    for i, mask in enumerate(candidates):
+        selection = Selection(channel_map, mask)
+        side.load(selection, (WEIGHTS, BUFFERS))
+        side.bind(None)
+        for batch, loss_fn in batches:
+            losses[i] += forward.evaluated(side.module, batch, loss_fn) / len(batches)
+        pair.discard()
+    average(losses, ranks.world_size)
+    return candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
+
+
+def extract(meta_model: nn.Module, selection: Selection, side: Side) -> nn.Module:
+    """The network that ``side`` holds, as a module with memory of its own, in evaluation mode."""
+    module = meta_copy(meta_model)
+    for name, parameter in list(side.module.named_parameters()):
+        set_tensor(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+    for name, buffer in list(side.module.named_buffers()):
+        set_tensor(module, name, buffer.detach().clone())
+    fit_attributes(module)
+    return module.eval()
+
+
+def export(
+    network: FinalNetwork, folder: Path, model: dict[str, Any], preprocessing: dict[str, Any] | None = None
+) -> None:
+    """Write ``weights.safetensors`` and ``structure.json``, each complete or not at all.
+
+    Args:
+        network: the final network.
+        folder: created when missing.
+        model: how the full network is built: ``name`` and ``arguments`` of ``offload_sparse.models.build_model``, or
+            anything else when ``load_pruned`` will be given the model.
+        preprocessing: what an input image goes through (mean, std, size), for the reader.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # Safetensors refuses views of one storage, and a module may have been extracted as such.
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.module.state_dict().items()}
+    structure = {
+        "format": FORMAT,
+        "model": model,
+        "preprocessing": preprocessing or {},
+        "groups": network.kept_channels(),
+        "tensors": {name: list(t.shape) for name, t in tensors.items()},
+    }
+    temporary = folder / (WEIGHTS_FILE + ".tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, folder / WEIGHTS_FILE)
+    temporary = folder / (STRUCTURE_FILE + ".tmp")
+    temporary.write_text(json.dumps(structure, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / STRUCTURE_FILE)
+
+
+def read_structure(folder: Path) -> dict[str, Any]:
+    """The checked contents of ``structure.json``.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = folder / STRUCTURE_FILE
+    try:
+        structure = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no {STRUCTURE_FILE}; give the folder `model/` of a finished run") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(structure, dict) or structure.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an exported network of format {FORMAT}; export it again")
+    for key in ("model", "groups", "tensors", "preprocessing"):
+        if not isinstance(structure.get(key), dict):
+            raise ValueError(f"{path} lacks {key!r}; export it again")
+    return structure
+
+
+def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Read an exported network.
+
+    Args:
+        path: folder with ``weights.safetensors`` and ``structure.json``.
+        model: builds the full network, for a model that the package cannot build by name.
+
+    Returns:
+        the narrow network in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the files do not belong together.
+    """
+    folder = Path(path)
+    structure = read_structure(folder)
+    tensors = _read_weights(folder / WEIGHTS_FILE)
+    declared = {name: list(shape) for name, shape in structure["tensors"].items()}
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    if declared != found:
+        odd = sorted(name for name in declared.keys() | found.keys() if declared.get(name) != found.get(name))
+        raise ValueError(f"{folder}: {WEIGHTS_FILE} and {STRUCTURE_FILE} disagree about {odd[0]!r}; export it again")
+    module = _empty_model(structure["model"], model)
+    own = dict(module.state_dict())
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise ValueError(f"{folder}: the network has no place for, or lacks, {odd[0]!r}; was it another model?")
+    for name, tensor in tensors.items():
+        if own[name].dim() != tensor.dim():
+            raise ValueError(f"{folder}: {name!r} has {tensor.dim()} dimensions, the network {own[name].dim()}")
+        set_tensor(module, name, tensor)
+    fit_attributes(module)
+    return module.eval()
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give the folder `model/` of a finished run") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}; export it again") from None
+
+
+def _empty_model(spec: dict[str, Any], model: Callable[[], nn.Module] | None) -> nn.Module:
+    if model is not None:
+        with torch.device("meta"):
+            return model()
+    from offload_sparse.models import build_model
+
+    name, arguments = spec.get("name"), spec.get("arguments", {})
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError(f"{STRUCTURE_FILE} names no model; pass `model`, a function that builds the full network")
+    with torch.device("meta"):
+        return build_model(name, **arguments)

@@ -1,0 +1,42 @@
+"""Averaging over ranks: the gradients of a subnet, and the losses that ride along in the same buffer."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def average(buffer: Tensor, world_size: int) -> None:
+    """Replace ``buffer`` by its mean over all ranks, in place, with one all-reduce."""
+    if world_size > 1:
+        dist.all_reduce(buffer)
+        buffer.div_(world_size)
+
+
+def fingerprint(tensors: list[Tensor]) -> int:
+    """A 63-bit digest of the exact bytes of ``tensors``."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def assert_equal_on_ranks(named: dict[str, list[Tensor]], world_size: int, device: torch.device) -> None:
+    """Compare digests over all ranks.
+
+    Raises:
+        RuntimeError: the ranks hold different values; names what differs.
+    """
+    if world_size == 1:
+        return
+    own = torch.tensor([fingerprint(tensors) for tensors in named.values()], dtype=torch.int64, device=device)
+    all_ranks = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(all_ranks, own)
+    differing = [
+        name for i, name in enumerate(named) if len({int(digests[i]) for digests in all_ranks}) > 1
+    ]
+    if differing:
+        raise RuntimeError(f"ranks disagree about {', '.join(differing)}: they no longer train the same network")

@@ -1,0 +1,59 @@
+"""Start real gloo process groups for a test, with a hard time limit.
+
+When the limit passes, every rank prints the stacks of its threads and exits, and the test fails with what they printed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _main(rank: int, world_size: int, folder: str, limit: float, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    log = open(Path(folder) / f"log{rank}", "w")  # noqa: SIM115 - lives as long as the process
+    os.dup2(log.fileno(), 2)
+    faulthandler.dump_traceback_later(limit, exit=True, file=sys.stderr)
+    torch.set_num_threads(1)
+    try:
+        if world_size > 1:
+            store = dist.FileStore(str(Path(folder) / "rendezvous"), world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        torch.save(function(*args), Path(folder) / f"result{rank}")
+        if world_size > 1:
+            dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit: float = 120.0) -> list[Any]:
+    """Call ``function(*args)`` on every rank of a fresh gloo group; returns the results in rank order."""
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_main, args=(rank, world_size, folder, limit, function, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(limit + 30)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        codes = [process.exitcode for process in processes]
+        if any(codes):
+            logs = [path.read_text() for path in sorted(Path(folder).glob("log*"))]
+            raise AssertionError(f"exit codes {codes}\n" + "\n".join(logs))
+        return [torch.load(Path(folder) / f"result{r}", weights_only=False) for r in range(world_size)]

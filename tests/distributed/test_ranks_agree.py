@@ -1,0 +1,165 @@
+"""What must hold between real ranks: gloo groups of two and three processes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.engine.rounds import Forward
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
+from offload_sparse.structure.selection import Selection
+from tests.channel_maps import small_map
+from tests.distributed.ranks import run_ranks
+from tests.engine.test_session import OPTIM, batches, loss_fn, make_session, small_net
+
+POLICY = PolicyConfig(rho=0.5, lr=0.05)
+
+
+def own_part(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """This rank's contiguous part of a global batch."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = len(batch[0]) // world_size
+    part = slice(rank * size, (rank + 1) * size)
+    return batch[0][part], batch[1][part]
+
+
+def whole(store: WeightStore, kind: str) -> Tensor:
+    """The full flat array of ``kind``, assembled on every rank."""
+    selection = Selection(store.channel_map, store.channel_map.full_mask())
+    out = torch.empty(store.partitions[kind].layout.size, dtype=store.dtype)
+    store.gather(selection, kind, out)
+    return out
+
+
+def train_rounds(batch_norm: bool, reference: str) -> dict[str, Any]:
+    """Three rounds; the state of the session at their end."""
+    rounds = RoundConfig(k=4, reference=reference, check_ranks=True)  # type: ignore[arg-type]
+    session = make_session(small_net(batch_norm), POLICY, rounds, forward=Forward(frozen_batch_norm=True))
+    for batch in batches(12):
+        session.step(own_part(batch), loss_fn)
+    kinds = (WEIGHTS, "momentum_buffer", BUFFERS)
+    return {"s": session.policy.s, "bytes": session.store.nbytes, **{k: whole(session.store, k) for k in kinds}}
+
+
+def everything(batch_norm: bool) -> list[dict[str, Any]]:
+    return [train_rounds(batch_norm, reference) for reference in ("every_step", "turns", "round_start")]
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_ranks_agree_with_one_process_on_the_same_global_batch(batch_norm: bool) -> None:
+    """Float64, 1e-8 after three rounds, every schedule; BatchNorm normalises with its running statistics."""
+    alone = everything(batch_norm)
+    ranks = run_ranks(2, everything, batch_norm)
+    for result in ranks:
+        for expected, found in zip(alone, result, strict=True):
+            for kind in ("s", WEIGHTS, "momentum_buffer", BUFFERS):
+                torch.testing.assert_close(found[kind], expected[kind], rtol=1e-8, atol=1e-8, msg=kind)
+    for expected, *found in zip(alone, *ranks, strict=True):
+        assert sum(r["bytes"] for r in found) == expected["bytes"], "every row is stored exactly once"
+        assert torch.equal(found[0]["s"], found[1]["s"]), "ranks hold the same bits"
+
+
+def against_ddp() -> float:
+    net = small_net()
+    parallel = DistributedDataParallel(copy.deepcopy(net).train())
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=3))
+    for batch in batches(8):
+        session.step(own_part(batch), loss_fn)
+        optimizer.zero_grad()
+        loss_fn(parallel, own_part(batch)).backward()
+        optimizer.step()
+    trained = session.finalize([own_part(batches(1)[0])[0]]).module
+    pairs = zip(trained.parameters(), parallel.module.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def test_rho_one_trains_as_distributed_data_parallel_does() -> None:
+    """Invariant 4, with BatchNorm statistics per rank as DDP has them."""
+    assert max(run_ranks(2, against_ddp)) < 1e-10
+
+
+def gather_everything(world_size: int) -> list[Tensor]:
+    net = small_net()
+    channel_map = small_map(net)
+    tensors = {n: t.detach() for n, t in (*net.named_parameters(), *net.named_buffers())}
+    names = tuple(n for n, _ in net.named_parameters())
+    buffers = tuple(n for n, b in net.named_buffers() if b.is_floating_point())
+    ranks = Ranks.current()
+    assert ranks.world_size == world_size
+    results = []
+    for streamed in (False, True):
+        store = WeightStore(channel_map, names, buffers, dtype=torch.float64, ranks=ranks)
+        if streamed:
+            store.fill_from_first_rank(tensors if ranks.rank == 0 else None)
+        else:
+            store.fill(tensors.items())
+        assert store.integer_buffers.keys() == {"norm1.num_batches_tracked", "norm2.num_batches_tracked"}
+        for seed in range(3):
+            mask = torch.rand(channel_map.num_atoms, generator=torch.Generator().manual_seed(seed)) < 0.6
+            mask[[0, 6]] = True
+            selection = Selection(channel_map, mask)
+            for kind in (WEIGHTS, BUFFERS):
+                out = torch.full((selection.layout(store.partitions[kind].layout.shapes).size,), torch.nan).double()
+                store.gather(selection, kind, out)
+                expected = [selection.take(n, tensors[n]).flatten() for n in store.partitions[kind].layout.shapes]
+                assert torch.equal(out, torch.cat(expected))
+                store.scatter(selection, kind, out)
+        results.append(whole(store, WEIGHTS))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_subnet_is_assembled_from_all_ranks_however_the_store_was_filled(world_size: int) -> None:
+    expected = gather_everything(1)
+    for result in run_ranks(world_size, gather_everything, world_size):
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def tampered() -> str:
+    session = make_session(small_net(), POLICY, RoundConfig(k=2, check_ranks=True))
+    if dist.get_rank() == 1:
+        session.policy.s[0] += 1e-12
+    try:
+        session.step(own_part(batches(1)[0]), loss_fn)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+def test_a_rank_that_has_drifted_by_one_bit_is_noticed_and_named() -> None:
+    for message in run_ranks(2, tampered):
+        assert "keep probabilities" in message
+        assert "subnet weights" not in message
+
+
+def mean_of_buffers() -> list[Tensor]:
+    session = make_session(small_net(), POLICY, RoundConfig(k=2))
+    for batch in batches(2):
+        session.step(own_part(batch), loss_fn)
+    return [whole(session.store, BUFFERS), session.store.arrays[BUFFERS].clone()]
+
+
+def test_batch_norm_statistics_are_those_of_all_ranks() -> None:
+    """Each rank normalises by its own images; what the store keeps is the mean over ranks, the same everywhere."""
+    first, second = run_ranks(2, mean_of_buffers)
+    assert torch.equal(first[0], second[0])
+
+
+def test_a_rank_that_hangs_is_killed_and_shows_where() -> None:
+    with pytest.raises(AssertionError, match="Timeout"):
+        run_ranks(2, hang, limit=8.0)
+
+
+def hang() -> None:
+    if dist.get_rank() == 0:
+        dist.barrier()
+    else:
+        dist.recv(torch.empty(1), src=0)

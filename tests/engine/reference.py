@@ -1,0 +1,97 @@
+"""The round by definition: every step on the full weights, with masks, in float64. Slow and obviously right.
+
+Nothing here slices: the dropped entries of a full tensor are multiplied by zero, gradients of kept entries move kept
+entries, absent entries stand still (no momentum, no decay), and s moves after every comparison.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.structure.channel_map import ChannelMap
+
+
+def entry_masks(channel_map: ChannelMap, mask: Tensor) -> dict[str, Tensor]:
+    """float64 {0, 1} per entry of every tensor: 1 where all its atoms are kept."""
+    always = torch.cat([mask, torch.ones(1, dtype=torch.bool)]).double()
+    masks = {}
+    for name, axes in channel_map.axes.items():
+        value = torch.ones(channel_map.shapes[name], dtype=torch.float64)
+        for dim, axis in enumerate(axes):
+            if axis is not None:
+                value = value * always[axis].view([-1 if d == dim else 1 for d in range(value.dim())])
+        masks[name] = value
+    return masks
+
+
+class MaskedTrainer:
+    """Trains ``net`` (float64, in place) as ``SparseOffload`` says it does."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        channel_map: ChannelMap,
+        policy: PolicyConfig,
+        rounds: RoundConfig,
+        optim: OptimConfig,
+        seed: int,
+    ) -> None:
+        self.net = net
+        self.channel_map = channel_map
+        self.rounds = rounds
+        self.optim = optim
+        self.policy = MaskPolicy(policy, channel_map.groups, seed)
+        self.weights = {n: p.detach().clone() for n, p in net.named_parameters()}
+        self.momentum = {n: torch.zeros_like(p) for n, p in self.weights.items()}
+        self.buffers = {n: b.clone() for n, b in net.named_buffers() if b.is_floating_point()}
+        self.steps = 0
+
+    def run(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        for step, (x, y) in enumerate(batches):
+            in_round = step % self.rounds.k
+            if in_round == 0:
+                self.masks = self.policy.sample(step // self.rounds.k)
+                # All of a round's updates of s are known only at its end; within it masks do not depend on s.
+                self.updates: list[float] = []
+            turns = self.rounds.reference == "turns"
+            trained = in_round % 2 if turns else 0
+            compared = turns or self.rounds.reference == "every_step" or in_round == 0
+            loss, gradients, statistics = self._pass(x, y, self.masks[trained])
+            if compared and not torch.equal(*self.masks):
+                other, _, _ = self._pass(x, y, self.masks[1 - trained])
+                difference = float(loss - other) if trained == 0 else float(other - loss)
+                self.updates.append(difference)
+            self._move(gradients, self.masks[trained])
+            kept = entry_masks(self.channel_map, self.masks[trained])
+            for name, value in statistics.items():
+                self.buffers[name] = torch.where(kept[name].bool(), value, self.buffers[name])
+            if in_round == self.rounds.k - 1:
+                for difference in self.updates:
+                    self.policy.update(difference, *self.masks)
+
+    def _pass(self, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        kept = entry_masks(self.channel_map, mask)
+        net = copy.deepcopy(self.net).train()
+        leaves = {n: w.clone().requires_grad_() for n, w in self.weights.items()}
+        masked = {n: w * kept[n] for n, w in leaves.items()}
+        buffers = {n: b.clone() for n, b in net.named_buffers()} | {n: b.clone() for n, b in self.buffers.items()}
+        out = functional_call(net, (masked, buffers), (x,))
+        loss = nn.functional.cross_entropy(out, y)
+        loss.backward()
+        gradients = {n: w.grad for n, w in leaves.items() if w.grad is not None}
+        return loss.detach(), gradients, {n: buffers[n] for n in self.buffers}
+
+    def _move(self, gradients: dict[str, Tensor], mask: Tensor) -> None:
+        kept = entry_masks(self.channel_map, mask)
+        for name, weight in self.weights.items():
+            gradient = gradients[name] + self.optim.weight_decay * weight
+            momentum = self.optim.momentum * self.momentum[name] + gradient
+            inside = kept[name].bool()
+            self.momentum[name] = torch.where(inside, momentum, self.momentum[name])
+            self.weights[name] = torch.where(inside, weight - self.optim.lr * self.momentum[name], weight)

@@ -1,0 +1,212 @@
+"""The engine does what the algorithm says: narrow rounds out of a store equal masked training of the full weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.config import FinalConfig, OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.store.weight_store import WEIGHTS, WeightStore
+from tests.channel_maps import SmallNet, small_map
+from tests.engine.reference import MaskedTrainer
+
+OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
+
+
+def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64), torch.randint(4, (8,), generator=generator))
+        for _ in range(steps)
+    ]
+
+
+def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def small_net(batch_norm: bool = True) -> SmallNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return SmallNet(batch_norm=batch_norm).double()
+
+
+def make_session(net: SmallNet, policy: PolicyConfig, rounds: RoundConfig, total: int = 10**6, **more: object) -> SparseOffload:
+    options: dict[str, object] = {"optimizer": OPTIM, "dtype": torch.float64, "device": torch.device("cpu"), "seed": 3}
+    return SparseOffload(
+        net,
+        (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),),
+        total_steps=total,
+        policy=policy,
+        rounds=rounds,
+        channel_map=small_map(net),
+        **(options | more),  # type: ignore[arg-type]
+    )
+
+
+def stored(store: WeightStore, kind: str) -> dict[str, Tensor]:
+    return {n: store.own_rows(n, kind) for n in store.partitions[kind].layout.shapes}
+
+
+@pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("estimator", ["vr_pge", "rloo"])
+def test_every_schedule_equals_masked_training_of_the_full_weights(reference: str, k: int, estimator: str) -> None:
+    """Invariant 5: same trajectory of weights, momentum, statistics and s. K = 1, every_step, vr_pge is Algorithm 1."""
+    policy = PolicyConfig(rho=0.5, estimator=estimator, lr=0.05)  # type: ignore[arg-type]
+    rounds = RoundConfig(k=k, reference=reference, freeze_at=1.0)  # type: ignore[arg-type]
+    net = small_net()
+    session = make_session(net, policy, rounds)
+    reference_run = MaskedTrainer(net, small_map(net), policy, rounds, OPTIM, seed=3)
+    data = batches(4 * k)
+    for batch in data:
+        session.step(batch, loss_fn)
+    reference_run.run(data)
+    for kind, expected in [
+        (WEIGHTS, reference_run.weights),
+        ("momentum_buffer", reference_run.momentum),
+        ("buffers", reference_run.buffers),
+    ]:
+        for name, value in stored(session.store, kind).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11, msg=f"{kind} {name}")
+    torch.testing.assert_close(session.policy.s, reference_run.policy.s, rtol=1e-9, atol=1e-11)
+    assert not torch.equal(session.policy.s, torch.full_like(session.policy.s, 0.5)), "s must have moved"
+
+
+def test_rho_one_is_plain_training() -> None:
+    """Invariant 4, one rank: with every channel kept the session is torch.optim.SGD on the network."""
+    net = small_net()
+    plain = copy.deepcopy(net).train()
+    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=3))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    for batch in batches(7):
+        session.step(batch, loss_fn)
+        optimizer.zero_grad()
+        loss_fn(plain, batch).backward()
+        optimizer.step()
+    network = session.finalize([batches(1)[0][0]])
+    for (name, a), (_, b) in zip(network.module.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_adamw_at_rho_one_is_plain_adamw() -> None:
+    optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1)
+    net = small_net()
+    plain = copy.deepcopy(net).train()
+    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=2), optimizer=optim)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    for batch in batches(5):
+        session.step(batch, loss_fn)
+        optimizer.zero_grad()
+        loss_fn(plain, batch).backward()
+        optimizer.step()
+    network = session.finalize([batches(1)[0][0]])
+    for (name, a), (_, b) in zip(network.module.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_absent_channels_stand_still() -> None:
+    net = small_net()
+    session = make_session(net, PolicyConfig(rho=0.5), RoundConfig(k=4, reference="every_step"))
+    before = {n: t.clone() for n, t in stored(session.store, WEIGHTS).items()}
+    mask = session.policy.sample(0)[0]
+    for batch in batches(4):
+        session.step(batch, loss_fn)
+    dropped = ~mask[:6]
+    assert bool(dropped.any())
+    assert torch.equal(stored(session.store, WEIGHTS)["conv1.weight"][dropped], before["conv1.weight"][dropped])
+    assert not torch.equal(stored(session.store, WEIGHTS)["conv1.weight"][~dropped], before["conv1.weight"][~dropped])
+
+
+def test_a_loss_that_is_not_finite_is_named_and_never_reaches_the_store() -> None:
+    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3))
+    data = batches(6)
+    for batch in data[:3]:
+        session.step(batch, loss_fn)
+    good = session.store.arrays[WEIGHTS].clone()
+    data[4][0].fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="step 4"):
+        for batch in data[3:]:
+            session.step(batch, loss_fn)
+    assert torch.equal(session.store.arrays[WEIGHTS], good)
+
+
+def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None:
+    session = make_session(
+        small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2), final=FinalConfig(candidates=5, selection_batches=2)
+    )
+    data = batches(4)
+    for batch in data:
+        session.step(batch, loss_fn)
+    candidates = session.policy.candidates(5)
+    network = session.finalize([data[0][0]])
+    losses = []
+    for mask in candidates:
+        side = session.pair.sides[0]
+        from offload_sparse.structure.selection import Selection
+
+        side.load(Selection(session.channel_map, mask), (WEIGHTS, "buffers"))
+        side.bind(None)
+        losses.append(sum(float(session.forward.evaluated(side.module, b, loss_fn)) for b in data[-2:]))
+    assert torch.equal(network.mask, candidates[losses.index(min(losses))])
+    assert len({round(value, 9) for value in losses}) > 1
+
+
+def test_after_the_freeze_only_the_final_mask_is_trained_and_s_stands_still() -> None:
+    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=4, freeze_at=0.5), total=12)
+    data = batches(12)
+    for batch in data[:7]:
+        session.step(batch, loss_fn)
+    s = session.policy.s.clone()
+    weights = session.store.arrays[WEIGHTS].clone()
+    mask = session.final_mask
+    assert mask is not None
+    for batch in data[7:]:
+        session.step(batch, loss_fn)
+    assert torch.equal(session.policy.s, s)
+    changed = session.store.arrays[WEIGHTS] != weights
+    entries = session.store.partitions[WEIGHTS].layout.view(changed, "conv1.weight")
+    assert not bool(entries[~mask[:6]].any())
+    network = session.finalize([data[0][0]])
+    assert torch.equal(network.mask, mask)
+
+
+def test_evaluation_leaves_no_trace() -> None:
+    """A run with evaluations in the middle of rounds equals one without."""
+    runs = []
+    for evaluate in (False, True):
+        session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3))
+        for i, batch in enumerate(batches(6)):
+            if evaluate and i in (0, 2, 3):
+                with session.evaluation([batches(1, seed=9)[0][0]]) as module:
+                    module.eval()(batch[0])
+            session.step(batch, loss_fn)
+        runs.append({kind: array.clone() for kind, array in session.store.arrays.items()})
+    for kind in runs[0]:
+        assert torch.equal(runs[0][kind], runs[1][kind]), kind
+
+
+def test_frozen_batch_norm_keeps_the_statistics() -> None:
+    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2), forward=Forward(frozen_batch_norm=True))
+    before = session.store.arrays["buffers"].clone()
+    for batch in batches(4):
+        session.step(batch, loss_fn)
+    assert torch.equal(session.store.arrays["buffers"], before)
+
+
+def test_passes_are_counted_as_they_are_run() -> None:
+    """Every step: one backward (two forwards' worth) and two forwards, on the subnets really used."""
+    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2, reference="turns"))
+    expected = 0.0
+    for round_index in range(2):
+        a, b = (session.cost.flops(m) for m in session.policy.sample(round_index))
+        session_steps = batches(2, seed=round_index)
+        for batch in session_steps:
+            session.step(batch, loss_fn)
+        expected += (3 * a + b) + (3 * b + a)
+    assert session.forward_flops == expected
