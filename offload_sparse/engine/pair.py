@@ -124,8 +124,9 @@ class SubnetPair:
         """
         self.same = second is None or torch.equal(first.mask, second.mask)
         a, b = self.sides
+        self._optimizers = [None, None]  # they hold the buffers of the last round, which may have to make room
+        self._twins = None
         a.load(first, self.trained_kinds)
-        self._optimizers = [None, None]
         sizes = [a.arrays[WEIGHTS].numel()]
         if not self.same:
             assert second is not None
@@ -139,7 +140,6 @@ class SubnetPair:
             b.bind(self.gradients(1) if train_second else None)
             if train_second:
                 self._optimizers[1] = self._optimizer(1, steps_done)
-        self._twins = None
         self.bytes_peak = max(self.bytes_peak, self.nbytes)
 
     def gradients(self, side: int) -> Tensor:

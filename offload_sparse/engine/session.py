@@ -22,14 +22,16 @@ from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.finalize import FinalNetwork, best_candidate, extract
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.pair import SubnetPair
+from offload_sparse.engine.primitive_cache import bound_primitive_cache
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
 from offload_sparse.engine.sync import assert_equal_on_ranks, average
 from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import record
+from offload_sparse.store.pinned import return_freed_memory
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from offload_sparse.structure.accounting import CostModel
 from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.discovery import discover
 from offload_sparse.structure.selection import Selection
 from offload_sparse.structure.subnet import meta_copy
 
@@ -84,6 +86,8 @@ class SparseOffload:
         self.store, self.meta_model = build_store(
             model, example_inputs, channel_map, residual, slot_names(self.optim), dtype, self.ranks, seed, self.device
         )
+        return_freed_memory()
+        bound_primitive_cache(self.meta_model)
         self.channel_map = self.store.channel_map
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
         self.policy = MaskPolicy(policy or PolicyConfig(), self.channel_map.groups, seed)
@@ -271,7 +275,10 @@ def build_store(
     """
     recording = None if isinstance(model, nn.Module) else record(model)
     meta_model = meta_copy(model) if isinstance(model, nn.Module) else recording.model  # type: ignore[union-attr]
-    channel_map = channel_map or discover(meta_model, example_inputs, residual)
+    if channel_map is None:
+        from offload_sparse.structure.discovery import discover  # loads Torch-Pruning, which takes seconds
+
+        channel_map = discover(meta_model, example_inputs, residual)
     parameters = tuple(name for name, _ in meta_model.named_parameters())
     buffers = tuple(name for name, b in meta_model.named_buffers() if b.is_floating_point())
     store = WeightStore(channel_map, parameters, buffers, slots, dtype, ranks, pin=device.type == "cuda")
@@ -282,13 +289,6 @@ def build_store(
     if ranks.rank == 0:
         if recording is not None:
             logger.warning("built on rank 0 and streamed out, since %s", recording.reason)
-        real = model if isinstance(model, nn.Module) else _build(model, seed)
-        tensors = {n: t.detach() for n, t in (*real.named_parameters(), *real.named_buffers())}
+        tensors = named_tensors(model if isinstance(model, nn.Module) else build_seeded(model, seed))
     store.fill_from_first_rank(tensors)
     return store, meta_model
-
-
-def _build(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return factory()

@@ -6,6 +6,9 @@ Here ordinary memory is allocated and registered with the driver, in chunks, so 
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import weakref
 
 import torch
@@ -21,7 +24,8 @@ def host_zeros(numel: int, dtype: torch.dtype, pin: bool) -> Tensor:
     Raises:
         RuntimeError: CUDA refuses to register the memory.
     """
-    tensor = torch.zeros(numel, dtype=dtype)
+    # Written at once: memory that the machine does not have is missed now, not hours into a run.
+    tensor = torch.empty(numel, dtype=dtype).zero_()
     if pin and numel:
         _register(tensor)
     return tensor
@@ -49,3 +53,15 @@ def _unregister(addresses: list[int]) -> None:
     cudart = torch.cuda.cudart()
     for address in addresses:
         cudart.cudaHostUnregister(address)
+
+
+def return_freed_memory() -> None:
+    """Hand memory that the process has freed back to the system (glibc keeps it otherwise).
+
+    Setting up a run frees many temporaries of a few megabytes each, which would count as the run's memory to its end.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -50,6 +50,7 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return Ranks()
         group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        assert not isinstance(group, int), "every rank is a member of the new group"
         return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
 

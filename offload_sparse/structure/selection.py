@@ -18,7 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from offload_sparse.structure.channel_map import Axis, ChannelMap
+from offload_sparse.structure.channel_map import Axis, ChannelMap, Group
 
 Kept = Tensor | None
 """int64, the sorted kept positions of one dimension, or None: every position is kept."""
@@ -111,6 +111,32 @@ class Selection:
     def take(self, name: str, full: Tensor) -> Tensor:
         """A copy of the kept entries of ``full`` (a whole tensor of the network), by one indexing operation."""
         return full[open_grid(self.kept[name], tuple(full.shape))] if full.dim() else full.clone()
+
+
+def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
+    """The map of the narrow network of ``mask``: the kept atoms, numbered anew, and the axes that are left of them."""
+    selection = Selection(channel_map, mask)
+    number = torch.full((channel_map.num_atoms + 1,), -1)
+    number[:-1][mask] = torch.arange(int(mask.sum()))
+    memo: dict[int, Tensor] = {}
+
+    def renumbered(axis: Axis, kept: Kept) -> Axis:
+        if axis is None:
+            return None
+        if id(axis) not in memo:
+            memo[id(axis)] = number[axis if kept is None else axis[kept]]
+        return memo[id(axis)]
+
+    axes = {
+        name: tuple(renumbered(a, k) for a, k in zip(channel_map.axes[name], selection.kept[name], strict=True))
+        for name in channel_map.axes
+    }
+    groups, start = [], 0
+    for group in channel_map.groups:
+        width = selection.widths[group.name]
+        groups.append(Group(group.name, start, width))
+        start += width
+    return ChannelMap(tuple(groups), selection.shapes, axes)
 
 
 def open_grid(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
-"""Start real gloo process groups for a test, with a hard time limit.
+"""Real gloo process groups on this machine, with a hard time limit.
 
-When the limit passes, every rank prints the stacks of its threads and exits, and the test fails with what they printed.
+When the limit passes, every rank prints the stacks of its threads and exits; the caller gets what they printed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _main(rank: int, world_size: int, folder: str, limit: float, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _main(
+    rank: int, world_size: int, folder: str, limit: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     log = open(Path(folder) / f"log{rank}", "w")  # noqa: SIM115 - lives as long as the process
     os.dup2(log.fileno(), 2)
     faulthandler.dump_traceback_later(limit, exit=True, file=sys.stderr)
@@ -38,7 +40,18 @@ def _main(rank: int, world_size: int, folder: str, limit: float, function: Calla
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit: float = 120.0) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a fresh gloo group; returns the results in rank order."""
+    """Call ``function(*args)`` on every rank of a fresh gloo group, each a process of its own with one thread.
+
+    Args:
+        function: importable by name, since the processes are spawned.
+        limit: seconds until every rank is stopped.
+
+    Returns:
+        the results in rank order.
+
+    Raises:
+        RuntimeError: a rank failed or the limit passed; holds what the ranks printed.
+    """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -55,5 +68,5 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit: 
         codes = [process.exitcode for process in processes]
         if any(codes):
             logs = [path.read_text() for path in sorted(Path(folder).glob("log*"))]
-            raise AssertionError(f"exit codes {codes}\n" + "\n".join(logs))
+            raise RuntimeError(f"exit codes {codes}\n" + "\n".join(logs))
         return [torch.load(Path(folder) / f"result{r}", weights_only=False) for r in range(world_size)]

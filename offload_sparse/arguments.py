@@ -1,0 +1,448 @@
+"""Command lines and YAML files into typed configuration trees, and back.
+
+    defaults of the dataclasses < base files of a YAML < the YAML < a later --config < dotted overrides
+
+Every leaf of a dataclass tree is one option, named by its dotted path (``--policy.rho 0.1``). Files and
+overrides are flattened into one mapping from dotted names to values; jsonargparse converts and checks the
+values and lays out the help text, and the dataclasses check what types cannot say. Whatever is wrong is a
+``ValueError`` of one line, which ``run_command`` turns into the program's error line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+import textwrap
+import traceback
+import typing
+from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+
+import docstring_parser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from offload_sparse import yaml_text
+from offload_sparse.config import RunConfig
+
+Tree = TypeVar("Tree")
+
+TRACEBACK_VARIABLE = "OFFLOAD_SPARSE_TRACEBACK"
+
+_FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One option: a field of the tree that is no dataclass itself."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+    @property
+    def is_container(self) -> bool:
+        return get_origin(self.type) in (list, dict)
+
+    @property
+    def is_mapping(self) -> bool:
+        return get_origin(self.type) is dict
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def metavar(self) -> str:
+        if get_origin(self.type) is Literal:
+            return "{" + ",".join(map(str, get_args(self.type))) + "}"
+        if self.is_mapping:
+            return "{KEY: VALUE, ...}"
+        if self.is_container:
+            return f"[{_METAVARS[get_args(self.type)[0]]}, ...]"
+        return _METAVARS[self.type]
+
+    @property
+    def advice(self) -> str:
+        """What the user should give instead of a value that does not fit."""
+        if get_origin(self.type) is Literal:
+            return "give one of " + ", ".join(map(str, get_args(self.type)))
+        if self.is_mapping:
+            return "give a mapping such as {width: 64}"
+        if self.is_container:
+            return f"give a list such as {_LISTS[get_args(self.type)[0]]}"
+        return f"give {_WORDS[self.type]}"
+
+
+_METAVARS = {float: "NUMBER", int: "INTEGER", bool: "{true,false}", str: "TEXT", Path: "PATH"}
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
+_LISTS = {float: "[0.5, 0.25]", int: "[1, 2]", str: "[tensorboard]"}
+
+
+@dataclass(frozen=True)
+class _Section:
+    """The leaves of one dataclass of the tree, in the order of its fields."""
+
+    title: str
+    leaves: tuple[_Leaf, ...]
+
+
+def _sections(tree: type, prefix: str = "") -> Iterator[_Section]:
+    """The sections of a dataclass tree, outermost first; help is the "Attributes:" part of the docstrings."""
+    docstring = docstring_parser.parse(tree.__doc__ or "")
+    helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in docstring.params}
+    hints = typing.get_type_hints(tree)
+    leaves, nested = [], []
+    for field in dataclasses.fields(tree):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested.append((hints[field.name], f"{name}."))
+            continue
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        leaves.append(_Leaf(name, hints[field.name], default, helps.get(field.name, "")))
+    yield _Section((docstring.short_description or "").rstrip("."), tuple(leaves))
+    for inner, inner_prefix in nested:
+        yield from _sections(inner, inner_prefix)
+
+
+def _build(tree: Callable[..., Tree], values: Mapping[str, Any], prefix: str = "") -> Tree:
+    """An instance of ``tree`` from its leaves by dotted name."""
+    hints = typing.get_type_hints(tree)
+    arguments = {}
+    for field in dataclasses.fields(tree):  # type: ignore[arg-type]
+        name, hint = prefix + field.name, hints[field.name]
+        is_section = dataclasses.is_dataclass(hint)
+        arguments[field.name] = _build(hint, values, f"{name}.") if is_section else values[name]
+    return tree(**arguments)
+
+
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Help and default of each option; the type shows in the placeholder already."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return action.help or ""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        # jsonargparse lists its own "--name+" beside every list; here lists are given whole.
+        return re.sub(r", --\S+\+ .*$", "", super()._format_action_invocation(action))
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        raise ArgumentError(None, message) from ex
+
+
+@dataclass(frozen=True)
+class Options(Generic[Tree]):
+    """The options of one command.
+
+    Attributes:
+        tree: dataclass whose leaves are the options.
+        program: how the command is called, for its usage line.
+        example: one command line that works, shown at the end of ``--help``.
+        positional: leaves that are given without their name, in order.
+        reads_files: whether ``--config FILE.yaml`` is accepted.
+    """
+
+    tree: type[Tree]
+    program: str
+    example: str
+    positional: tuple[str, ...] = ()
+    reads_files: bool = False
+
+    def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Tree:
+        """The configuration that a command line asks for; ``--help`` prints the help text and exits with 0.
+
+        Args:
+            argv: the arguments behind the name of the command.
+            defaults: values by dotted name that stand in for the defaults of ``tree``.
+
+        Raises:
+            ValueError: unknown key, wrong type or value, missing file; one line with advice.
+        """
+        if any(token in ("-h", "--help") for token in argv):
+            self._parser.print_help()
+            raise SystemExit(0)
+        files, overrides = self._split(argv)
+        values = dict(defaults or {})
+        for path in files:
+            values |= self._load(path)
+        for name, text in overrides:
+            self._override(values, name, text)
+        return _build(self.tree, self._convert(values))
+
+    @cached_property
+    def _sections(self) -> tuple[_Section, ...]:
+        return tuple(_sections(self.tree))
+
+    @cached_property
+    def _leaves(self) -> dict[str, _Leaf]:
+        return {leaf.name: leaf for section in self._sections for leaf in section.leaves}
+
+    @cached_property
+    def _parser(self) -> _Parser:
+        """The jsonargparse parser: conversion of values, and the help text."""
+        leaves = [self._leaves[name] for name in self.positional]
+        usage = "".join(f" {x.name.upper()}" if x.required else f" [{x.name.upper()}]" for x in leaves)
+        usage += " [--config FILE.yaml]" if self.reads_files else ""
+        parser = _Parser(
+            prog=self.program,
+            usage=f"{self.program}{usage} [--KEY VALUE ...]",
+            description=textwrap.fill(self._sections[0].title + ".", 100),
+            epilog=f"example: {self.example}",
+            formatter_class=_HelpFormatter,
+            exit_on_error=False,
+        )
+        if self.reads_files:
+            parser.add_argument(
+                "--config",
+                metavar="FILE.yaml",
+                help="read values from this file; may be given again, then later files win. A file can start "
+                "from others by a top-level key 'base: other.yaml'.",
+            )
+        for number, section in enumerate(self._sections):
+            group = parser.add_argument_group(section.title if number else "settings")
+            for leaf in section.leaves:
+                self._add(group, leaf)
+        return parser
+
+    def _add(self, group: Any, leaf: _Leaf) -> None:
+        shown = "required" if leaf.required else f"default: {_show(leaf.default)}"
+        text = f"{leaf.help.replace('``', '')} ({shown})"
+        if leaf.name in self.positional:
+            group.add_argument(leaf.name, type=leaf.type, nargs="?", metavar=leaf.name.upper(), help=text)
+            return
+        default = None if leaf.required else leaf.default
+        group.add_argument(f"--{leaf.name}", type=leaf.type, default=default, metavar=leaf.metavar, help=text)
+
+    def _split(self, argv: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+        """Configuration files, and (dotted name, text) of every override, each in the order given."""
+        files: list[Path] = []
+        overrides: list[tuple[str, str]] = []
+        positional = list(self.positional)
+        tokens = list(argv)
+        while tokens:
+            token = tokens.pop(0)
+            if not token.startswith("--"):
+                if not positional:
+                    raise ValueError(f"unexpected argument {token!r}; options are written as --KEY VALUE")
+                overrides.append((positional.pop(0), token))
+                continue
+            name, equals, text = token[2:].partition("=")
+            is_file = name == "config" and self.reads_files
+            if not is_file:
+                self._check_known(name)
+            if not equals:
+                text = self._take_value(name, tokens)
+            if is_file:
+                files.append(Path(text).expanduser())
+            else:
+                overrides.append((name, text))
+        return files, overrides
+
+    def _take_value(self, name: str, tokens: list[str]) -> str:
+        leaf = self._leaves.get(name)
+        is_last = not tokens or tokens[0].startswith("--")
+        if leaf is not None and leaf.type is bool:
+            # `bench --quick memory`: what follows a flag is a positional where the command has one.
+            if is_last or (self.positional and tokens[0] not in ("true", "false")):
+                return "true"
+        elif is_last:
+            raise ValueError(f"--{name} needs a value; {leaf.advice if leaf else 'give one behind it'}")
+        return tokens.pop(0)
+
+    def _mapping_of(self, name: str) -> _Leaf | None:
+        """The mapping that ``name`` is an entry of: model.arguments for model.arguments.width."""
+        for leaf in self._leaves.values():
+            if leaf.is_mapping and name.startswith(f"{leaf.name}."):
+                return leaf
+        return None
+
+    def _check_known(self, name: str, source: str = "") -> None:
+        if name in self._leaves or self._mapping_of(name):
+            return
+        shown = f"{source}: unknown key {name}" if source else f"unknown option --{name}"
+        raise ValueError(f"{shown}; {self._closest(name, dashes='' if source else '--')}")
+
+    def _closest(self, name: str, dashes: str) -> str:
+        below = [known for known in self._leaves if known.startswith(f"{name}.")]
+        if below:
+            return f"name a key of this section, such as {dashes}{below[0]}"
+        last = {known: known.rsplit(".", 1)[-1] for known in self._leaves}
+        found = difflib.get_close_matches(name, self._leaves, 1, 0.8)
+        found = found or [known for known, short in last.items() if short == name.rsplit(".", 1)[-1]]
+        found = found or difflib.get_close_matches(name, self._leaves, 1, 0.6)
+        if not found:
+            close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last.values(), 1, 0.8)
+            found = [known for known, short in last.items() if short in close]
+        if found:
+            return "did you mean " + " or ".join(dashes + known for known in found[:3]) + "?"
+        return f"`{self.program} --help` lists all keys"
+
+    def _load(self, path: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
+        """Values by dotted name of a YAML file on top of those of its ``base`` files."""
+        resolved = path.resolve()
+        if resolved in parents:
+            chain = " -> ".join(p.name for p in (*parents, resolved))
+            raise ValueError(f"{path}: base files form a cycle ({chain}); remove one 'base'")
+        content = yaml_text.read_keys(path)
+        bases = content.pop("base", [])
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            raise ValueError(f"{path}: base is {bases!r}; give a path or a list of paths")
+        values: dict[str, Any] = {}
+        for base in bases:
+            values |= self._load(path.parent / Path(base).expanduser(), (*parents, resolved))
+        return values | self._flatten(content, str(path))
+
+    def _flatten(self, node: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name in self._leaves:
+                flat[name] = value
+            elif any(known.startswith(f"{name}.") for known in self._leaves):
+                if not isinstance(value, Mapping | None):
+                    below = next(known for known in self._leaves if known.startswith(f"{name}."))
+                    raise ValueError(f"{source}: {name} is {value!r}; give keys below it, such as {below}")
+                flat |= self._flatten(value or {}, source, f"{name}.")
+            else:
+                self._check_known(name, source)
+                self._override(flat, name, value)
+        return flat
+
+    def _override(self, values: dict[str, Any], name: str, value: Any) -> None:
+        """Set one value; text for lists and mappings is YAML, ``mapping.key`` sets one entry of a mapping."""
+        mapping = self._mapping_of(name) if name not in self._leaves else None
+        if isinstance(value, str) and (mapping or self._leaves[name].is_container):
+            value = yaml_text.parse(value, f"--{name}")
+        if mapping:
+            entries = values.get(mapping.name, mapping.default)
+            values[mapping.name] = {**entries, name.removeprefix(f"{mapping.name}."): value}
+        else:
+            values[name] = value
+
+    def _convert(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Every leaf by dotted name, converted to its type."""
+        for name, leaf in self._leaves.items():
+            value = values.get(name, leaf.default)
+            if value is dataclasses.MISSING:
+                shown = name.upper() if name in self.positional else f"--{name}"
+                raise ValueError(f"{shown} is missing; try: {self.example}")
+            if value is None or (leaf.is_mapping and not _is_mapping(value)):
+                raise ValueError(f"{name} is {_show(value)}; {leaf.advice}")
+        # Mappings are kept as they are: jsonargparse would read text inside them, such as "1", as a number.
+        mappings = {
+            name: values.get(name, leaf.default) for name, leaf in self._leaves.items() if leaf.is_mapping
+        }
+        typed = {name: value for name, value in values.items() if name not in mappings}
+        try:
+            converted = self._parser.parse_object(typed)
+        except ArgumentError as error:
+            raise ValueError(self._explain(error, typed)) from error
+        result = {name: mappings[name] if name in mappings else converted[name] for name in self._leaves}
+        for name, value in result.items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name} is {_show(value)}; give a finite number")
+        return result
+
+    def _explain(self, error: ArgumentError, values: Mapping[str, Any]) -> str:
+        """One line for a value that jsonargparse could not convert."""
+        match = re.search(r'[Kk]ey "([\w.]+)"', str(error))
+        leaf = self._leaves.get(match[1]) if match else None
+        if leaf is None:
+            return " ".join(str(error).split())
+        return f"{leaf.name} is {_show(values.get(leaf.name))}; {leaf.advice}"
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _show(value: Any) -> str:
+    """A value as it would be written in YAML, on one line."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value if value.strip() and value.isprintable() else repr(value)
+    return str(value)
+
+
+_TRAIN_OPTIONS = Options(
+    RunConfig,
+    program="offload-sparse train",
+    example="offload-sparse train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
+    reads_files=True,
+)
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The configuration of a run from ``--config FILE.yaml`` and dotted overrides.
+
+    Raises:
+        ValueError: unknown key, wrong type or value, missing file; one line with advice.
+    """
+    return _TRAIN_OPTIONS.parse(argv)
+
+
+def dump(config: Any) -> str:
+    """A configuration tree as YAML, every leaf spelled out; ``parse`` of it gives an equal tree."""
+    return yaml_text.dump(_plain(dataclasses.asdict(config)))
+
+
+def flat_values(config: Any, section: str) -> dict[str, Any]:
+    """The leaves of one section by dotted name, as ``Options.parse`` takes them for ``defaults``."""
+    values = _plain(dataclasses.asdict(getattr(config, section)))
+    return {f"{section}.{name}": value for name, value in values.items()}
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_plain(value) for value in node]
+    return str(node) if isinstance(node, Path) else node
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command; bad input becomes one line on stderr and exit code 2.
+
+    Bad input is a ``ValueError``, or a file that is missing or cannot be used. Only rank 0 prints, so that a
+    launch of several processes shows the line once; with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
+
+    Returns:
+        The command's exit code, 0 where it returns None.
+    """
+    try:
+        return command() or 0
+    except (ValueError, *_FILE_ERRORS) as error:
+        if os.environ.get("RANK", "0") == "0":
+            if os.environ.get(TRACEBACK_VARIABLE) == "1":
+                traceback.print_exc()
+            print(f"offload-sparse: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if _raised_here(error) else f"{text} (set {TRACEBACK_VARIABLE}=1 to see where it was raised)"
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the package itself raised the error, and not a library that it calls."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("offload_sparse")

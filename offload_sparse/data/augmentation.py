@@ -1,0 +1,72 @@
+"""Random crops and flips as a function of (seed, epoch, image index) alone.
+
+No generator is advanced, so an image looks the same in a given epoch whichever rank or worker process reads
+it, and a batch is augmented in one gather.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from offload_sparse.data.sampler import mix, seed_of
+
+
+class Draws(NamedTuple):
+    """What is done to each image of a batch.
+
+    Attributes:
+        top: int64[b], first row of the crop within the padded image.
+        left: int64[b], its first column.
+        flip: bool[b], whether the crop is mirrored.
+    """
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+
+
+def draw(seed: int, epoch: int, indices: Tensor, padding: int) -> Draws:
+    """Draw the crop offsets, uniform on 0 … 2·padding, and the flips, of the images ``indices`` int64[b] in
+    ``epoch``."""
+    base = np.uint64(seed_of(seed, epoch, 1))
+    keys = mix(base ^ mix(indices.numpy().astype(np.uint64)))
+    top = _uniform(keys ^ np.uint64(1), 2 * padding + 1)
+    left = _uniform(keys ^ np.uint64(2), 2 * padding + 1)
+    return Draws(top, left, _uniform(keys ^ np.uint64(3), 2).bool())
+
+
+def _uniform(keys: npt.NDArray[np.uint64], count: int) -> Tensor:
+    """int64[b] in [0, count) by Lemire's multiply-and-shift on 32 bits of each hashed key."""
+    high = mix(keys) >> np.uint64(32)
+    return torch.from_numpy(((high * np.uint64(count)) >> np.uint64(32)).astype(np.int64))
+
+
+def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
+    """Crop images out of their zero-padded selves and mirror some of them.
+
+    Args:
+        images: uint8[b, C, H, W].
+        draws: from ``draw`` with the same ``padding``.
+        padding: pixels of zeros on each side; 0 crops nothing.
+        flip: whether ``draws.flip`` is obeyed.
+
+    Returns:
+        uint8[b, C, H, W]; the images themselves where there is nothing to do.
+    """
+    if not padding and not flip:
+        return images
+    batch, channels, height, width = images.shape
+    rows = draws.top[:, None] + torch.arange(height)
+    columns = draws.left[:, None] + torch.arange(width)
+    if flip:
+        columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
+    padded = F.pad(images, [padding])
+    rows = rows[:, None, :, None].expand(batch, channels, height, padded.shape[3])
+    columns = columns[:, None, None, :].expand(batch, channels, height, width)
+    return padded.gather(2, rows).gather(3, columns)

@@ -1,0 +1,19 @@
+"""The control ``dense``: the full network on the device."""
+
+from __future__ import annotations
+
+from offload_sparse.methods.fixed import FixedNetwork
+from offload_sparse.methods.method import Method, Task
+from offload_sparse.store.initial_values import build_seeded, named_tensors
+from offload_sparse.structure.accounting import CostModel
+from offload_sparse.structure.channel_map import ChannelMap
+from offload_sparse.structure.subnet import meta_copy
+
+
+def build(task: Task) -> Method:
+    """The full network, initialised as the seed says. It needs no discovery: nothing is ever dropped."""
+    module = build_seeded(task.factory, task.config.train.seed)
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(module).items() if t.is_floating_point()}
+    channel_map = ChannelMap((), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()})
+    cost = CostModel(meta_copy(module), channel_map, task.example_inputs)
+    return FixedNetwork(task, module, channel_map, channel_map.full_mask(), cost)

@@ -1,0 +1,94 @@
+"""What a training step is: the protocol that every method speaks, and what all of them are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.config import RunConfig
+from offload_sparse.engine.finalize import FinalNetwork
+from offload_sparse.engine.rounds import Forward, LossFunction, StepRecord
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method trains.
+
+    Attributes:
+        config: the run.
+        factory: builds the full network with its own initialisation.
+        example_inputs: tensors that the network can be called with, on the meta device.
+        loss_fn: (module, batch) -> (mean loss, metrics).
+        total_steps: optimizer steps of the run.
+        device: where networks compute.
+        dtype: type of weights, slots and gradients.
+        forward: autocast and BatchNorm mode of forward passes.
+    """
+
+    config: RunConfig
+    factory: Callable[[], nn.Module]
+    example_inputs: tuple[Tensor, ...]
+    loss_fn: LossFunction
+    total_steps: int
+    device: torch.device
+    dtype: torch.dtype
+    forward: Forward
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What training took, per rank.
+
+    Attributes:
+        spent_flops: FLOPs per image of all passes run so far; a backward pass counts as two forward passes.
+        dense_flops: FLOPs per image of one forward pass of the full network.
+        dense_parameters: parameters of the full network.
+        store_bytes: bytes of this rank's rows of the store.
+        subnet_bytes_peak: largest bytes of weights, gradients, slots and statistics on the device.
+    """
+
+    spent_flops: float
+    dense_flops: float
+    dense_parameters: int
+    store_bytes: int
+    subnet_bytes_peak: int
+
+
+class Method(Protocol):
+    """A way to train. One instance serves one run."""
+
+    def train_step(self, batch: Any, lr: float) -> None:
+        """One optimizer step on this rank's part of the batch. Does not wait for the device."""
+
+    def records(self) -> list[StepRecord]:
+        """Losses and metrics of the steps since the last call, averaged over ranks."""
+
+    def status(self) -> dict[str, float]:
+        """Figures about the structure as it is now, for the progress bar and the log."""
+
+    def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
+        """The network as it is now, ready to be evaluated; ``batches`` serve the BatchNorm statistics."""
+
+    def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
+        """End the training and hand out the final network."""
+
+    def costs(self) -> Costs:
+        """What training has taken so far."""
+
+
+def build_method(task: Task) -> Method:
+    """The method that ``task.config.method`` names."""
+    # Each method loads only what it needs, and they import this module.
+    from offload_sparse.methods import dense, sparse_offload, static
+
+    builders: dict[str, Callable[[Task], Method]] = {
+        "sparse_offload": sparse_offload.build,
+        "dense": dense.build,
+        "static": static.build,
+    }
+    return builders[task.config.method](task)

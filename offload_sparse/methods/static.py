@@ -1,0 +1,80 @@
+"""The control ``static``: a narrow network of given FLOPs, fixed from the start.
+
+A learner of structure that does not beat this control has learned nothing. Every group keeps the same share of its
+channels; the share is the largest that stays within the FLOPs, so the comparison never favours the control.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from offload_sparse.methods.fixed import FixedNetwork
+from offload_sparse.methods.method import Method, Task
+from offload_sparse.store.initial_values import initial_tensors
+from offload_sparse.store.initialisation import record
+from offload_sparse.structure.accounting import CostModel
+from offload_sparse.structure.channel_map import ChannelMap
+from offload_sparse.structure.discovery import discover
+from offload_sparse.structure.selection import Selection
+from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tensor
+
+
+def build(task: Task) -> Method:
+    """The narrow network of ``static.flops_ratio``, or that of ``policy.rho`` in every group."""
+    config = task.config
+    recording = record(task.factory)
+    channel_map = discover(recording.model, task.example_inputs, config.model.residual)
+    cost = CostModel(recording.model, channel_map, task.example_inputs)
+    min_width = config.policy.min_width
+    mask = channel_map.uniform_mask(config.policy.rho, min_width)
+    if config.static.flops_ratio > 0:
+        target = config.static.flops_ratio * cost.flops(channel_map.full_mask())
+        mask = mask_of_flops(channel_map, cost, target, min_width)
+    tensors = initial_tensors(recording, task.factory, config.train.seed)
+    module = narrow_initialised(recording.model, tensors, Selection(channel_map, mask))
+    return FixedNetwork(task, module, channel_map, mask, cost)
+
+
+def mask_of_flops(channel_map: ChannelMap, cost: CostModel, target: float, min_width: int) -> Tensor:
+    """The widest uniform mask whose forward pass takes at most ``target`` FLOPs (at least ``min_width`` per group)."""
+    low, high = 0.0, 1.0
+    if cost.flops(channel_map.full_mask()) <= target:
+        return channel_map.full_mask()
+    for _ in range(40):
+        middle = (low + high) / 2
+        if cost.flops(channel_map.uniform_mask(middle, min_width)) <= target:
+            low = middle
+        else:
+            high = middle
+    return channel_map.uniform_mask(low, min_width)
+
+
+def narrow_initialised(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], selection: Selection
+) -> nn.Module:
+    """The narrow network with the scale of weights that its own initialisation would have.
+
+    The initial standard deviation of a layer falls with the square root of its fan, so the kept entries of the full
+    network are scaled up by the square root of the ratio of the fans.
+
+    Args:
+        model: the full model, on any device.
+        tensors: its initial parameters and buffers, one at a time.
+        selection: the kept channels.
+    """
+    module = meta_copy(model)
+    parameters = dict(module.named_parameters())
+    for name, full in tensors:
+        value = selection.take(name, full) if name in selection.shapes else full.clone()
+        if name in parameters and value.dim() > 1:
+            value *= math.sqrt(full[0].numel() / value[0].numel())
+        if name in parameters:
+            set_tensor(module, name, nn.Parameter(value, requires_grad=parameters[name].requires_grad))
+        else:
+            set_tensor(module, name, value)
+    fit_attributes(module)
+    assert not any(p.device.type == "meta" for p in module.parameters()), "a parameter has no initial value"
+    return module

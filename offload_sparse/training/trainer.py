@@ -1,0 +1,260 @@
+"""A run from its configuration to its summary: data, method, loop, final network."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_sparse.config import RunConfig
+from offload_sparse.data.loader import Batch, EvalLoader, TrainLoader
+from offload_sparse.data.normalise import normalise_for
+from offload_sparse.data.source import Split, Splits, load_splits
+from offload_sparse.engine.finalize import FinalNetwork, export
+from offload_sparse.engine.rounds import Forward
+from offload_sparse.methods.method import Method, Task, build_method
+from offload_sparse.models import build_model, input_channels
+from offload_sparse.structure.accounting import count_flops, count_parameters, train_cost_saving
+from offload_sparse.training.evaluation import Evaluation, evaluate
+from offload_sparse.training.launch_environment import start
+from offload_sparse.training.recorder import Recorder
+from offload_sparse.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run ``config`` to its end.
+
+    Returns:
+        the contents of ``summary.json`` (on every rank).
+
+    Raises:
+        ValueError: something in the configuration, the data or the launch has to be changed; says what.
+    """
+    run = Run(config)
+    try:
+        with run.recorder as recorder:
+            for step, batch in run.batches():
+                run.train_step(step, batch)
+                if run.log_due(step):
+                    recorder.log(step + 1, **run.read_metrics(step))
+                if run.evaluation_due(step):
+                    recorder.log(step + 1, **run.evaluate_now())
+            network = run.finalize()
+            summary = run.summary(network)
+            recorder.finish(summary)
+        return summary
+    finally:
+        run.close()
+
+
+class Run:
+    """Everything that one run holds; the loop itself is ``train``."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.accelerator: Accelerator = start(config.train, config.run_dir, config.trackers)
+        self.recorder = Recorder(config, self.accelerator.is_main_process, track=self._track)
+        with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
+            self.splits: Splits = load_splits(config.data)
+        self.channels = input_channels(config.model.name, self.splits.in_channels)
+        self.train_loader = self._train_loader()
+        self.test_loader = self._eval_loader(self.splits.test)
+        held_out = self.splits.validation
+        self.watch_loader = self._eval_loader(held_out) if held_out else self.test_loader
+        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.dtype: torch.dtype = getattr(torch, config.train.dtype)
+        self.device = self.accelerator.device
+        self.normalise = normalise_for(self.train_loader.images, config.data, self.dtype).to(self.device)
+        self.image_shape = (self.channels, *self.splits.image_shape)
+        self.task = self._task()
+        self.method: Method = build_method(self.task)
+        if config.trackers:
+            self.accelerator.init_trackers("offload_sparse")
+        self._started = time.perf_counter()
+        self._step_seconds: list[float] = []
+        self._mark = self._started
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """(step, this rank's part of the batch on the device) for every optimizer step of the run."""
+        batches = islice(self.train_loader.batches(), self.total_steps)
+        self.recorder.begin(self.total_steps, self.steps_per_epoch)
+        self._mark = time.perf_counter()
+        for step, batch in enumerate(batches):
+            yield step, self._to_device(batch)
+
+    def train_step(self, step: int, batch: Batch) -> None:
+        lr = learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch)
+        self.method.train_step(batch, lr)
+        now = time.perf_counter()
+        self._step_seconds.append(now - self._mark)
+        self._mark = now
+        self.recorder.advance()
+
+    def log_due(self, step: int) -> bool:
+        return (step + 1) % self.config.train.log_every == 0 or step + 1 == self.total_steps
+
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.train.eval_every * self.steps_per_epoch
+        return bool(every) and (step + 1) % every == 0 and step + 1 < self.total_steps
+
+    def read_metrics(self, step: int) -> dict[str, float]:
+        """Means over the steps since the last line. Waits for the device."""
+        records = self.method.records()
+        differences = [r.difference for r in records if r.difference is not None]
+        values = {
+            "loss": fmean(r.loss for r in records),
+            "accuracy": fmean(r.metrics["accuracy"] for r in records),
+            "lr": learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch),
+            "train_cost_saving": self._saving(step + 1),
+            **self.method.status(),
+        }
+        if differences:
+            values["loss_difference"] = fmean(differences)
+        return values
+
+    def evaluate_now(self) -> dict[str, float]:
+        """Loss and accuracy of the network as it is now, on the validation split if there is one."""
+        with self.method.evaluation(self._statistics_batches()) as module:
+            result = self._evaluate(module, self.watch_loader)
+        self._mark = time.perf_counter()  # an evaluation is no part of the next step's time
+        name = "validation" if self.splits.validation else "test"
+        return {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def finalize(self) -> FinalNetwork:
+        """The final network, written to ``model/``."""
+        network = self.method.finalize(self._statistics_batches())
+        if self.accelerator.is_main_process:
+            model = {"name": self.config.model.name, "arguments": self._model_arguments()}
+            preprocessing = {
+                "mean": self.normalise.mean.flatten().tolist(),
+                "std": self.normalise.std.flatten().tolist(),
+                "shape": list(self.image_shape),
+                "class_names": list(self.splits.class_names),
+            }
+            export(network, self.config.run_dir / "model", model, preprocessing)
+        return network
+
+    def summary(self, network: FinalNetwork) -> dict[str, Any]:
+        """The figures that a reader judges the run by."""
+        result = self._evaluate(network.module, self.test_loader)
+        costs = self.method.costs()
+        cuda = self.device.type == "cuda"
+        return {
+            "method": self.config.method,
+            "model": self.config.model.name,
+            "dataset": self.config.data.name,
+            "rho": self.config.policy.rho,
+            "steps": self.total_steps,
+            "world_size": self.accelerator.num_processes,
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "test_accuracy": result.accuracy,
+            "test_loss": result.loss,
+            "params_ratio": count_parameters(network.module) / costs.dense_parameters,
+            "flops_ratio": count_flops(network.module, self.task.example_inputs) / costs.dense_flops,
+            "train_cost_saving": self._saving(self.total_steps),
+            "seconds": time.perf_counter() - self._started,
+            "step_seconds_median": median(self._step_seconds),
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            "store_bytes": costs.store_bytes,
+            "subnet_bytes_peak": costs.subnet_bytes_peak,
+        }
+
+    def close(self) -> None:
+        """Release trackers and the process group."""
+        self.accelerator.end_training()
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def _task(self) -> Task:
+        config = self.config
+        factory = partial(build_model, config.model.name, **self._model_arguments())
+        forward = Forward(self.accelerator.autocast, config.train.batch_norm == "frozen")
+        return Task(
+            config,
+            factory,
+            (torch.empty(1, *self.image_shape, device="meta"),),
+            partial(classification_loss, label_smoothing=config.optim.label_smoothing),
+            self.total_steps,
+            self.device,
+            self.dtype,
+            forward,
+        )
+
+    def _model_arguments(self) -> dict[str, Any]:
+        """Arguments of ``build_model`` that fit the data, with those of the configuration on top."""
+        own = {"num_classes": self.splits.num_classes, "in_channels": self.channels, "image_size": self.image_shape[1]}
+        return own | self.config.model.arguments
+
+    def _train_loader(self) -> TrainLoader:
+        config, ranks = self.config, self.accelerator
+        return TrainLoader(
+            self.splits.train,
+            config.data,
+            ranks.process_index,
+            ranks.num_processes,
+            config.train.seed,
+            channels=self.channels,
+            progress=config.train.progress,
+        )
+
+    def _eval_loader(self, split: Split) -> EvalLoader:
+        config, ranks = self.config, self.accelerator
+        return EvalLoader(
+            split,
+            config.data,
+            ranks.process_index,
+            ranks.num_processes,
+            channels=self.channels,
+            progress=config.train.progress,
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(self.normalise(batch.images), batch.labels.to(self.device, non_blocking=True))
+
+    def _statistics_batches(self) -> Iterator[Tensor]:
+        """Training images for BatchNorm statistics, the same whenever they are asked for."""
+        for batch in islice(self.train_loader.batches(), self.config.final.bn_batches):
+            yield self._to_device(batch).images
+
+    def _evaluate(self, module: nn.Module, loader: EvalLoader) -> Evaluation:
+        def total(values: Tensor) -> Tensor:
+            return self.accelerator.reduce(values, "sum")
+
+        return evaluate(module, loader, self.normalise, self.device, total)
+
+    def _saving(self, steps: int) -> float:
+        costs = self.method.costs()
+        return train_cost_saving(costs.dense_flops, [(costs.spent_flops, 1, 0)], steps)
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        if self.config.trackers:
+            self.accelerator.log(values, step=step)
+
+
+def classification_loss(
+    module: nn.Module, batch: Batch, label_smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy, with the accuracy of the batch beside it."""
+    logits = module(batch.images)
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+    return loss, {"accuracy": (logits.argmax(1) == batch.labels).to(loss.dtype).mean()}

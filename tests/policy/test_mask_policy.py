@@ -1,0 +1,242 @@
+"""MaskPolicy keeps its budget and cap, is deterministic, and takes the steps of a hand-written loop."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload_sparse.config import PolicyConfig
+from offload_sparse.policy.estimators import precondition, rloo
+from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.probabilities import project
+from offload_sparse.policy.samplers import minimum_size
+from offload_sparse.structure.channel_map import Group
+
+GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
+C = 27
+
+
+def policy(seed: int = 0, **config: object) -> MaskPolicy:
+    defaults: dict[str, object] = {"estimator": "rloo"}
+    return MaskPolicy(PolicyConfig(**(defaults | config)), GROUPS, seed)  # type: ignore[arg-type]
+
+
+def train(learner: MaskPolicy, rounds: range) -> None:
+    """Updates with losses that depend on the masks: the first group is worth keeping."""
+    for round in rounds:
+        m1, m2 = learner.sample(round)
+        learner.update(float(m2[:8].sum() - m1[:8].sum()) + math.sin(round), m1, m2)
+
+
+configurations = st.fixed_dictionaries(
+    {
+        "rho": st.sampled_from([0.05, 0.25, 0.5, 0.9, 0.999, 1.0]),
+        "estimator": st.sampled_from(["vr_pge", "rloo"]),
+        "optimizer": st.sampled_from(["adam", "sgd"]),
+        "lr": st.sampled_from([0.012, 0.5]),
+        "momentum": st.sampled_from([0.0, 0.9]),
+        "floor": st.sampled_from([0.0, 0.005, 0.05]),
+        "min_width": st.integers(1, 4),
+        "hard_cap": st.sampled_from([1.0, 1.1, 1.25]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configurations, st.lists(st.floats(-50, 50), min_size=1, max_size=8), st.integers(0, 1000))
+def test_budget_bounds_cap_and_widths_hold_after_every_update(
+    config: dict[str, object], differences: list[float], seed: int
+) -> None:
+    learner = policy(seed, **config)
+    rho, floor = learner.config.rho, learner.config.floor
+    lowest = minimum_size(GROUPS, learner.config.min_width)
+    for round, difference in enumerate(differences):
+        m1, m2 = learner.sample(round)
+        for mask in (m1, m2):
+            assert int(mask.sum()) <= min(C, max(math.ceil(learner.config.hard_cap * rho * C - 1e-9), lowest))
+            for group in GROUPS:
+                assert int(mask[group.start : group.stop].sum()) >= min(learner.config.min_width, group.size)
+        learner.update(difference, m1, m2)
+        assert learner.expected_size <= rho * C + 1e-9
+        assert rho == 1 or floor <= float(learner.s.min()) <= float(learner.s.max()) <= 1 - floor
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.25, 0.7])
+def test_s_starts_at_rho_and_spends_the_whole_budget(rho: float) -> None:
+    learner = policy(rho=rho)
+    assert learner.s.dtype == torch.float64
+    assert torch.equal(learner.s, torch.full((C,), rho, dtype=torch.float64))
+    assert learner.expected_size == pytest.approx(rho * C)
+
+
+def test_masks_are_a_function_of_seed_and_round_whatever_was_drawn_before() -> None:
+    forward, backward = policy(seed=5), policy(seed=5)
+    there = {round: forward.sample(round) for round in range(6)}
+    back = {round: backward.sample(round) for round in reversed(range(6))}
+    backward.candidates(3)
+    for round in range(6):
+        for first, second, third in zip(there[round], back[round], backward.sample(round), strict=True):
+            assert torch.equal(first, second)
+            assert torch.equal(first, third)
+    assert not torch.equal(policy(seed=6).sample(0)[0], there[0][0])
+    assert not torch.equal(*there[0])
+
+
+def test_the_mean_of_the_drawn_masks_is_s() -> None:
+    learner = policy(rho=0.5, hard_cap=2.0)
+    train(learner, range(30))
+    rounds = 4000
+    total = sum((m1.to(torch.float64) + m2) / 2 for m1, m2 in map(learner.sample, range(rounds))) / rounds
+    wide = slice(0, 24)  # the last group has 3 atoms and is sometimes filled
+    deviation = (learner.s * (1 - learner.s) / (2 * rounds)).sqrt()
+    assert torch.all((total - learner.s).abs()[wide] <= 5 * deviation[wide])
+
+
+def adam_step(s: Tensor, g: Tensor, first: Tensor, second: Tensor, step: int, lr: float) -> Tensor:
+    first.mul_(0.9).add_(0.1 * g)
+    second.mul_(0.999).add_(0.001 * g * g)
+    return s - lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+
+
+def sgd_step(s: Tensor, g: Tensor, first: Tensor, second: Tensor, step: int, lr: float) -> Tensor:
+    first.mul_(0.9).add_(g)
+    return s - lr * first
+
+
+@pytest.mark.parametrize(("optimizer", "reference"), [("adam", adam_step), ("sgd", sgd_step)])
+def test_updates_equal_a_hand_written_loop(optimizer: str, reference: object) -> None:
+    learner = policy(optimizer=optimizer, lr=0.02)
+    s = torch.full((C,), 0.25, dtype=torch.float64)
+    first, second = torch.zeros_like(s), torch.zeros_like(s)
+    for step in range(1, 6):
+        m1, m2 = learner.sample(step)
+        difference = 0.3 * math.cos(step)
+        g = precondition(rloo(difference, m1, m2, s), s, 0.5)
+        s = project(reference(s, g, first, second, step, 0.02), 0.25 * C, 0.005, 0.995)  # type: ignore[operator]
+        learner.update(difference, m1, m2)
+        torch.testing.assert_close(learner.s, s, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("estimator", ["vr_pge", "rloo"])
+@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 0.012), ("sgd", 0.003)])
+def test_atoms_that_lower_the_loss_become_more_probable(estimator: str, optimizer: str, lr: float) -> None:
+    learner = policy(rho=0.4, estimator=estimator, optimizer=optimizer, lr=lr)
+    for round in range(400):
+        m1, m2 = learner.sample(round)
+        learner.update(float(m2[:8].sum()) - float(m1[:8].sum()), m1, m2)
+    assert float(learner.s[:8].mean()) > 0.7
+    assert float(learner.s[8:].mean()) < 0.4
+
+
+def test_a_remaining_ratio_of_one_keeps_everything_and_learns_nothing() -> None:
+    learner = policy(rho=1.0)
+    assert learner.trivial
+    m1, m2 = learner.sample(0)
+    assert bool(m1.all())
+    assert bool(m2.all())
+    learner.update(3.0, m1, m2)
+    assert torch.equal(learner.s, torch.ones(C, dtype=torch.float64))
+    assert learner.entropy == 0
+    assert learner.expected_size == C == learner.cap
+    assert [bool(mask.all()) for mask in learner.candidates(4)] == [True]
+
+
+def test_a_frozen_policy_still_draws_but_learns_no_more() -> None:
+    learner = policy()
+    train(learner, range(3))
+    before = learner.s.clone()
+    assert not learner.frozen
+    learner.freeze()
+    assert learner.frozen
+    train(learner, range(3, 6))
+    assert torch.equal(learner.s, before)
+
+
+def test_candidates_start_with_the_most_probable_mask_and_do_not_repeat() -> None:
+    learner = policy(rho=0.4)
+    train(learner, range(200))
+    masks = learner.candidates(8)
+    assert 2 <= len(masks) <= 9
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
+    assert int(masks[0].sum()) == int(0.4 * C)
+    # No other mask of that size is more probable (min_width 1 binds in no group but the smallest).
+    assert float(learner.s[masks[0]].sum()) >= max(
+        float(learner.s[mask].sum()) for mask in masks if int(mask.sum()) <= int(0.4 * C)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(masks, learner.candidates(8), strict=True))
+
+
+def test_candidates_do_not_reuse_the_masks_of_the_rounds() -> None:
+    learner = policy(rho=0.4)
+    seen = {tuple(mask.tolist()) for round in range(8) for mask in learner.sample(round)}
+    assert all(tuple(mask.tolist()) not in seen for mask in learner.candidates(8))
+
+
+def test_entropy_is_the_mean_in_bits() -> None:
+    assert policy(rho=0.5).entropy == pytest.approx(1.0)
+    expected = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    assert policy(rho=0.25).entropy == pytest.approx(expected)
+
+
+def test_the_cap_is_the_rounded_up_share_and_at_least_the_minimum_widths() -> None:
+    assert policy(rho=0.5, hard_cap=1.25).cap == math.ceil(1.25 * 13.5)
+    assert policy(rho=0.05, min_width=2).cap == 6
+    assert policy(rho=0.9, hard_cap=2.0).cap == C
+
+
+@pytest.mark.parametrize("difference", [float("nan"), float("inf")])
+def test_a_loss_difference_that_is_not_finite_is_named(difference: float) -> None:
+    learner = policy()
+    with pytest.raises(FloatingPointError, match=r"L\(m1\) - L\(m2\)"):
+        learner.update(difference, *learner.sample(0))
+
+
+def test_a_mask_of_the_wrong_kind_is_an_error() -> None:
+    learner = policy()
+    with pytest.raises(ValueError, match=r"bool\[27\]"):
+        learner.update(1.0, torch.ones(C), torch.ones(C).bool())
+    with pytest.raises(ValueError, match=r"bool\[27\]"):
+        learner.update(1.0, torch.ones(3).bool(), torch.ones(3).bool())
+
+
+def test_a_model_without_groups_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no groups"):
+        MaskPolicy(PolicyConfig(), [], seed=0)
+
+
+@pytest.mark.parametrize(
+    "config", [{"optimizer": "adam"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}]
+)
+@pytest.mark.parametrize("saved_at", [0, 1, 10])
+def test_a_resumed_policy_continues_bit_for_bit(config: dict[str, object], saved_at: int) -> None:
+    straight, first, resumed = policy(**config), policy(**config), policy(**config)
+    train(straight, range(20))
+    train(first, range(saved_at))
+    state = first.state_dict()
+    train(first, range(saved_at, saved_at + 3))  # the saved state is a copy
+    train(resumed, range(100, 104))  # loading replaces whatever was there
+    resumed.load_state_dict(state)
+    train(resumed, range(saved_at, 20))
+    assert torch.equal(straight.s, resumed.s)
+    left, right = straight.state_dict()["optimizer"], resumed.state_dict()["optimizer"]
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_frozen_policy_is_frozen_after_a_resume() -> None:
+    learner, resumed = policy(), policy()
+    learner.freeze()
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.frozen
+
+
+def test_a_state_of_another_model_or_optimizer_is_an_error() -> None:
+    learner = policy()
+    other = MaskPolicy(PolicyConfig(), GROUPS[:1], seed=0)
+    with pytest.raises(ValueError, match="27 atoms"):
+        learner.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"policy\.optimizer"):
+        learner.load_state_dict(policy(optimizer="sgd").state_dict())
