@@ -165,7 +165,7 @@ class EvalLoader:
     ) -> None:
         self.images = ImageSet(split, config, channels, progress and rank == 0)
         self.size = len(split)
-        mine = torch.arange(rank, self.size, world_size)
+        mine = torch.arange(self.size)[rank::world_size]
         self._parts = mine.split(max(1, _EVALUATION_BATCH // world_size)) if len(mine) else ()
         self._num_workers = config.num_workers
 

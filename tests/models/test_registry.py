@@ -24,7 +24,8 @@ def message_of(name: str, **arguments: object) -> str:
 def test_importing_the_room_loads_neither_torchvision_nor_timm() -> None:
     program = (
         "import sys, offload_sparse.models as models; models.build_model('offload_sparse/vgg_small');"
-        "models.model_names('offload_sparse/'); print([n for n in ('timm', 'torchvision') if n in sys.modules])"
+        "models.model_names('offload_sparse/'); "
+        "print([name for name in ('timm', 'torchvision') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -1,8 +1,6 @@
-"""Evaluation counts each image once; BatchNorm statistics are a plain average. Both against float64 references."""
+"""Evaluation counts each image once, BatchNorm statistics are a plain average: against float64 references."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,11 +85,8 @@ def test_no_images_at_all_is_an_error() -> None:
         evaluate(network(), [], identity, "cpu")
 
 
-def failing(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    def transform(images: Tensor) -> Tensor:
-        raise RuntimeError("the disk is gone")
-
-    return transform
+def failing(images: Tensor) -> Tensor:
+    raise RuntimeError("the disk is gone")
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -103,7 +98,7 @@ def test_every_training_flag_is_put_back_and_no_state_changes(fails: bool) -> No
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if fails:
         with pytest.raises(RuntimeError):
-            evaluate(model, batches([4]), failing(model), "cpu")
+            evaluate(model, batches([4]), failing, "cpu")
     else:
         evaluate(model, batches([4]), identity, "cpu")
     assert [layer.training for layer in model.modules()] == flags
@@ -111,7 +106,7 @@ def test_every_training_flag_is_put_back_and_no_state_changes(fails: bool) -> No
 
 
 def expected_statistics(model: nn.Sequential, data: list[Tensor]) -> list[Tensor]:
-    """Running mean and variance of both BatchNorms, by definition: averages of each batch's own statistics."""
+    """Running mean and variance of both BatchNorms, by definition: averages of the batches' own."""
     first, second = [], []
     for x in data:
         a = model[0](x)
