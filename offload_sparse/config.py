@@ -1,8 +1,8 @@
 """The typed configuration tree of a run.
 
-Every field is a leaf with a default, so that a YAML file only names what it changes and every leaf can be overridden on
-the command line by its dotted name (``--policy.rho 0.1``). The classes hold data and check single values; they import
-nothing of the package, so that every room can take its own branch of the tree.
+Every field is a leaf with a default, so that a YAML file only names what it changes and every leaf can be
+overridden on the command line by its dotted name (``--policy.rho 0.1``). The classes hold data and check
+single values; they import nothing of the package, so that every room can take its own branch of the tree.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ModelConfig:
 
     Attributes:
         name: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
-        residual: what is sampled on residual streams: ``coupled`` narrows each stream with one mask, ``internal`` keeps
-            the streams dense and samples only the widths inside the blocks.
+        residual: what is sampled on residual streams: ``coupled`` narrows each stream with one mask,
+            ``internal`` keeps the streams dense and samples only the widths inside the blocks.
         arguments: further keyword arguments of the model's constructor.
     """
 
@@ -43,11 +43,13 @@ class DataConfig:
     """Which images are read, and how they become batches.
 
     Attributes:
-        name: ``fashion_mnist_small`` (embedded), a dataset name on the hub, a folder of images (one sub-folder per class
-            and split), a parquet file, or a folder of parquet files named after their splits.
+        name: ``fashion_mnist_small`` (embedded), a dataset name on the hub, a folder of images (one
+            sub-folder per class and split), a parquet file, or a folder of parquet files named after their
+            splits.
         train_split: split used for training.
         test_split: split used for the reported accuracy.
-        validation_split: split for the accuracy shown while training; empty means that ``validation_size`` decides.
+        validation_split: split for the accuracy shown while training; empty means that ``validation_size``
+            decides.
         validation_size: share of the training split held out for validation, in [0, 1).
         image_column: column that holds the images.
         label_column: column that holds integer class labels.
@@ -82,7 +84,9 @@ class DataConfig:
     cache_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; give at least 1 image per step")
+        _require(
+            self.batch_size >= 1, f"data.batch_size is {self.batch_size}; give at least 1 image per step"
+        )
         _require(
             0 <= self.validation_size < 1,
             f"data.validation_size is {self.validation_size}; give a share of the training images in [0, 1)",
@@ -96,7 +100,8 @@ class PolicyConfig:
     """How channel masks are drawn and how their keep probabilities are learned.
 
     Attributes:
-        rho: remaining ratio of the channels, in (0, 1] (the paper's budget: sum of s is at most rho times the channels).
+        rho: remaining ratio of the channels, in (0, 1] (the paper's budget: sum of s is at most rho times the
+            channels).
         estimator: gradient estimator of the keep probabilities.
         optimizer: optimizer of the keep probabilities.
         lr: its learning rate (the paper: Adam, 12e-3).
@@ -118,15 +123,17 @@ class PolicyConfig:
     hard_cap: float = 1.25
 
     def __post_init__(self) -> None:
-        _require(0 < self.rho <= 1, f"policy.rho is {self.rho}; give a remaining ratio in (0, 1], such as 0.25")
+        _require(
+            0 < self.rho <= 1, f"policy.rho is {self.rho}; give a remaining ratio in (0, 1], such as 0.25"
+        )
         _require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
         _require(0 <= self.momentum < 1, f"policy.momentum is {self.momentum}; give a value in [0, 1)")
         _require(0 <= self.alpha <= 1, f"policy.alpha is {self.alpha}; give a value in [0, 1]")
         _require(0 <= self.floor < 0.5, f"policy.floor is {self.floor}; give a value in [0, 0.5)")
         _require(
             self.floor <= self.rho,
-            f"policy.floor {self.floor} is above policy.rho {self.rho}: no keep probability could meet the budget; "
-            "lower policy.floor",
+            f"policy.floor {self.floor} is above policy.rho {self.rho}: no keep probability could meet the "
+            "budget; lower policy.floor",
         )
         _require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 channel")
         _require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
@@ -137,13 +144,15 @@ class RoundConfig:
     """What happens between two draws of the masks.
 
     Attributes:
-        k: optimizer steps that a subnet is trained before the next masks are drawn. 1 is Algorithm 1 of the paper.
-        reference: when the second loss is measured. ``every_step`` trains m1 and evaluates m2 at each step (paper);
-            ``turns`` trains m1 on even and m2 on odd steps and evaluates the other; ``round_start`` compares both at the
-            first step of a round only.
-        freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end (the short
-            fine-tune of the paper). 1 chooses it after the last step.
-        check_ranks: compare checksums of s, masks and subnet weights over all ranks in every round (slow, for debugging).
+        k: optimizer steps that a subnet is trained before the next masks are drawn. 1 is Algorithm 1 of the
+            paper.
+        reference: when the second loss is measured. ``every_step`` trains m1 and evaluates m2 at each step
+            (paper); ``turns`` trains m1 on even and m2 on odd steps and evaluates the other; ``round_start``
+            compares both at the first step of a round only.
+        freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
+            (the short fine-tune of the paper). 1 chooses it after the last step.
+        check_ranks: compare checksums of s, masks and subnet weights over all ranks in every round (slow, for
+            debugging).
     """
 
     k: int = 50
@@ -153,7 +162,10 @@ class RoundConfig:
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, f"round.k is {self.k}; give at least 1 step per round")
-        _require(0 <= self.freeze_at <= 1, f"round.freeze_at is {self.freeze_at}; give a share of the steps in [0, 1]")
+        _require(
+            0 <= self.freeze_at <= 1,
+            f"round.freeze_at is {self.freeze_at}; give a share of the steps in [0, 1]",
+        )
 
 
 @dataclass
@@ -193,7 +205,10 @@ class OptimConfig:
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optim.betas is {self.betas}; give two values in [0, 1)",
         )
-        _require(0 <= self.label_smoothing < 1, f"optim.label_smoothing is {self.label_smoothing}; give a value in [0, 1)")
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"optim.label_smoothing is {self.label_smoothing}; give a value in [0, 1)",
+        )
 
 
 @dataclass
@@ -205,8 +220,9 @@ class TrainConfig:
         max_steps: stop after this many optimizer steps; 0 lets ``epochs`` decide.
         precision: ``bf16`` autocasts forward passes; the weights stay in ``dtype``.
         dtype: type of weights, optimizer slots and gradients.
-        batch_norm: ``batch`` normalises with the statistics of each rank's own images (as DistributedDataParallel does),
-            ``frozen`` with the running statistics, which makes a step independent of how images are spread over ranks.
+        batch_norm: ``batch`` normalises with the statistics of each rank's own images (as
+            DistributedDataParallel does), ``frozen`` with the running statistics, which makes a step
+            independent of how images are spread over ranks.
         eval_every: epochs between evaluations while training; 0 evaluates only at the end.
         log_every: steps between lines in metrics.jsonl.
         seed: seed of initial weights, masks, data order and augmentation.
@@ -248,7 +264,10 @@ class FinalConfig:
 
     def __post_init__(self) -> None:
         _require(self.candidates >= 0, f"final.candidates is {self.candidates}; give 0 or more")
-        _require(self.selection_batches >= 1, f"final.selection_batches is {self.selection_batches}; give at least 1")
+        _require(
+            self.selection_batches >= 1,
+            f"final.selection_batches is {self.selection_batches}; give at least 1",
+        )
         _require(self.bn_batches >= 1, f"final.bn_batches is {self.bn_batches}; give at least 1")
 
 
@@ -257,14 +276,16 @@ class StaticConfig:
     """The control ``static``: a narrow network, fixed from the start.
 
     Attributes:
-        flops_ratio: its share of the dense network's FLOPs; 0 takes the share of a network that keeps ``policy.rho`` of
-            every group.
+        flops_ratio: its share of the dense network's FLOPs; 0 takes the share of a network that keeps
+            ``policy.rho`` of every group.
     """
 
     flops_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.flops_ratio <= 1, f"static.flops_ratio is {self.flops_ratio}; give a value in [0, 1]")
+        _require(
+            0 <= self.flops_ratio <= 1, f"static.flops_ratio is {self.flops_ratio}; give a value in [0, 1]"
+        )
 
 
 @dataclass

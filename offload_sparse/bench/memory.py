@@ -32,7 +32,9 @@ def run(quick: bool) -> BenchResult:
             rows.append([world_size, rank, *(f"{figures[key] / 2**20:.0f} MiB" for key in _COLUMNS)])
         peaks = [f for name, f in raw.items() if name.startswith(f"world{world_size}.")]
         ratios[f"memory.world{world_size}.peak_vs_predicted"] = max(f["peak"] / f["predicted"] for f in peaks)
-        ratios[f"memory.world{world_size}.peak_vs_full_model"] = max(f["peak"] / f["full_model"] for f in peaks)
+        ratios[f"memory.world{world_size}.peak_vs_full_model"] = max(
+            f["peak"] / f["full_model"] for f in peaks
+        )
     return BenchResult(ratios, raw, ["ranks", "rank", *_COLUMNS], rows)
 
 
@@ -43,7 +45,8 @@ def measure(width: float) -> dict[str, int]:
     """Train ``STEPS`` steps on this rank.
 
     Returns:
-        bytes: the full weights and momentum, this rank's shard, both subnets, the activations that a backward pass keeps, their sum
+        bytes: the full weights and momentum, this rank's shard, both subnets, the activations that a backward
+            pass keeps, their sum
         (``predicted``, without the full model), and the peak above the idle process.
     """
     warm_up()
@@ -99,7 +102,7 @@ def saved_bytes(session: SparseOffload, images: Tensor) -> int:
 
 def warm_up() -> None:
     """Load what a training process needs however small its model is, so that it counts as idle."""
-    import offload_sparse.structure.discovery  # noqa: F401
+    import offload_sparse.structure.discovery
     import offload_sparse.structure.verify  # noqa: F401
 
     small = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))

@@ -1,6 +1,7 @@
 """Real gloo process groups on this machine, with a hard time limit.
 
-When the limit passes, every rank prints the stacks of its threads and exits; the caller gets what they printed.
+When the limit passes, every rank prints the stacks of its threads and exits; the caller gets what they
+printed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _main(
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit: float = 120.0) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a fresh gloo group, each a process of its own with one thread.
+    """Call ``function(*args)`` on every rank of a fresh gloo group, each a process of its own with one
+    thread.
 
     Args:
         function: importable by name, since the processes are spawned.

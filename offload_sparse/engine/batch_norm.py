@@ -1,53 +1,89 @@
-"""BatchNorm statistics of a network whose structure has just been chosen."""
+"""BatchNorm statistics, measured anew for a network whose structure has just been chosen.
+
+Statistics gathered while masks changed describe no network that exists.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Reduce = Callable[[Tensor], Tensor]
+"""Combines a tensor over ranks; returns the result, which may be the tensor itself."""
 
-@torch.no_grad()
-def reestimate_batch_norm(
-    module: nn.Module, batches: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] | None = None
-) -> None:
-    """Replace the running statistics by the equally weighted mean of the batch statistics over ``batches``.
 
-    Statistics gathered while masks changed describe no network that exists, so they are measured anew for the final one.
-    Dropout and the like stay in evaluation mode; flags and momenta are restored.
+def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor], reduce: Reduce | None = None) -> None:
+    """Replace the running statistics of every BatchNorm by their plain average over ``batches``, in place.
+
+    Each batch weighs the same: running mean = (1/n) Σ_i mean_i and running variance = (1/n) Σ_i var_i, with
+    the unbiased variance of each batch. The module runs with its BatchNorms normalising by batch, and
+    everything else (dropout) in evaluation mode. Momenta and training flags are put back. A module without
+    running statistics is left alone.
 
     Args:
-        module: the network; only its BatchNorm buffers change.
-        batches: network inputs, at least one.
-        reduce: mean over ranks, applied to the statistics.
+        module: the network; its running statistics may be views of a larger buffer.
+        batches: inputs of the module, such as normalised training images float[b, C, H, W].
+        reduce: mean over ranks of a flat tensor; every rank must give the same number of batches. ``None``
+            for one rank.
 
     Raises:
         ValueError: there are no batches.
     """
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not layers:
+    norms = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+    ]
+    if not norms:
         return
-    modes = [(m, m.training) for m in module.modules()]
-    momenta = [layer.momentum for layer in layers]
-    module.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.train()
-        layer.momentum = None  # torch's notation for the cumulative average
-    try:
-        count = sum(1 for batch in batches if module(batch) is not None)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for m, training in modes:
-            m.training = training
-    if not count:
-        raise ValueError("BatchNorm statistics need at least one batch; check final.bn_batches and the training split")
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("BatchNorm statistics need at least one batch; raise final.bn_batches")
+    with flags_restored(module), _cumulative(norms), torch.no_grad():
+        module.eval()
+        for norm in norms:
+            norm.training = True
+        for images in chain([first], iterator):
+            module(images)
     if reduce is not None:
-        for layer in layers:
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean.copy_(reduce(layer.running_mean.clone()))
-            layer.running_var.copy_(reduce(layer.running_var.clone()))
+        _reduce_statistics(norms, reduce)
+
+
+@contextmanager
+def flags_restored(module: nn.Module) -> Iterator[None]:
+    """Put the training flags of all layers back at the end."""
+    flags = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, training in flags:
+            layer.training = training
+
+
+@contextmanager
+def _cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Start the running statistics afresh; without a momentum torch keeps their cumulative average."""
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _reduce_statistics(norms: list[_BatchNorm], reduce: Reduce) -> None:
+    statistics = [
+        tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None
+    ]
+    averaged = reduce(torch.cat(statistics))
+    for tensor, mean in zip(statistics, averaged.split([len(tensor) for tensor in statistics]), strict=True):
+        tensor.copy_(mean)

@@ -1,8 +1,8 @@
 """The final network: choosing its mask, taking it out of the store, writing it to disk and reading it back.
 
-    model/
-      weights.safetensors   the narrow tensors
-      structure.json        how to build the module, the shape of every tensor, the kept channels of every group
+model/
+  weights.safetensors   the narrow tensors
+  structure.json        how to build the module, the shape of every tensor, the kept channels of every group
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def best_candidate(
     forward: Forward,
     ranks: Ranks,
 ) -> Tensor:
-    """The mask with the lowest training loss, averaged over ``batches`` and ranks; the first when there are none."""
+    """The mask with the lowest training loss, averaged over ``batches`` and ranks; the first when there are
+    none.
+    """
     if not batches or len(candidates) == 1:
         return candidates[0]
     side = pair.sides[0]
@@ -83,7 +85,9 @@ def extract(meta_model: nn.Module, selection: Selection, side: Side) -> nn.Modul
     """The network that ``side`` holds, as a module with memory of its own, in evaluation mode."""
     module = meta_copy(meta_model)
     for name, parameter in list(side.module.named_parameters()):
-        set_tensor(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+        set_tensor(
+            module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        )
     for name, buffer in list(side.module.named_buffers()):
         set_tensor(module, name, buffer.detach().clone())
     fit_attributes(module)
@@ -98,8 +102,9 @@ def export(
     Args:
         network: the final network.
         folder: created when missing.
-        model: how the full network is built: ``name`` and ``arguments`` of ``offload_sparse.models.build_model``, or
-            anything else when ``load_pruned`` will be given the model.
+        model: how the full network is built: ``name`` and ``arguments`` of
+            ``offload_sparse.models.build_model``, or anything else when ``load_pruned`` will be given the
+            model.
         preprocessing: what an input image goes through (mean, std, size), for the reader.
     """
     from safetensors.torch import save_file
@@ -132,7 +137,9 @@ def read_structure(folder: Path) -> dict[str, Any]:
     try:
         structure = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} holds no {STRUCTURE_FILE}; give the folder `model/` of a finished run") from None
+        raise ValueError(
+            f"{folder} holds no {STRUCTURE_FILE}; give the folder `model/` of a finished run"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(structure, dict) or structure.get("format") != FORMAT:
@@ -163,15 +170,21 @@ def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | N
     found = {name: list(t.shape) for name, t in tensors.items()}
     if declared != found:
         odd = sorted(name for name in declared.keys() | found.keys() if declared.get(name) != found.get(name))
-        raise ValueError(f"{folder}: {WEIGHTS_FILE} and {STRUCTURE_FILE} disagree about {odd[0]!r}; export it again")
+        raise ValueError(
+            f"{folder}: {WEIGHTS_FILE} and {STRUCTURE_FILE} disagree about {odd[0]!r}; export it again"
+        )
     module = _empty_model(structure["model"], model)
     own = dict(module.state_dict())
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(f"{folder}: the network has no place for, or lacks, {odd[0]!r}; was it another model?")
+        raise ValueError(
+            f"{folder}: the network has no place for, or lacks, {odd[0]!r}; was it another model?"
+        )
     for name, tensor in tensors.items():
         if own[name].dim() != tensor.dim():
-            raise ValueError(f"{folder}: {name!r} has {tensor.dim()} dimensions, the network {own[name].dim()}")
+            raise ValueError(
+                f"{folder}: {name!r} has {tensor.dim()} dimensions, the network {own[name].dim()}"
+            )
         set_tensor(module, name, tensor)
     fit_attributes(module)
     return module.eval()
@@ -197,6 +210,8 @@ def _empty_model(spec: dict[str, Any], model: Callable[[], nn.Module] | None) ->
 
     name, arguments = spec.get("name"), spec.get("arguments", {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError(f"{STRUCTURE_FILE} names no model; pass `model`, a function that builds the full network")
+        raise ValueError(
+            f"{STRUCTURE_FILE} names no model; pass `model`, a function that builds the full network"
+        )
     with torch.device("meta"):
         return build_model(name, **arguments)

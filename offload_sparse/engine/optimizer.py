@@ -1,4 +1,6 @@
-"""torch's own optimizers over one flat parameter, with their state in buffers that the store gathers and scatters."""
+"""torch's own optimizers over one flat parameter, with their state in buffers that the store gathers and
+scatters.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,9 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torc
 class FlatOptimizer:
     """One optimizer step over the flat weights of a subnet; its state lives in the given slot buffers.
 
-    A fresh zero momentum buffer makes torch's first step equal to its own first step, so absent channels that come back
-    simply carry on where they stopped. The bias correction of AdamW counts the steps of the whole run, not of a channel.
+    A fresh zero momentum buffer makes torch's first step equal to its own first step, so absent channels that
+    come back simply carry on where they stopped. The bias correction of AdamW counts the steps of the whole
+    run, not of a channel.
 
     Args:
         config: which optimizer, and its constants.

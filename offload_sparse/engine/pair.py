@@ -1,11 +1,11 @@
 """The two subnets of a round on the device, and the weights they share.
 
-    device   subnet a: weights | gradients | slots | buffers        subnet b: weights | (slots | buffers, if trained)
+    subnet a: weights | gradients | slots | buffers        subnet b: weights | slots and buffers, if trained
                  |                                                      ^
                  +---- shared entries: one index copy after each step --+
 
-An entry that both masks keep is one weight with one momentum. After a step on one subnet its twin in the other is
-overwritten, so the pair behaves as if both were views of the full weights.
+An entry that both masks keep is one weight with one momentum. After a step on one subnet its twin in the
+other is overwritten, so the pair behaves as if both were views of the full weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Side:
     """One subnet: its module, its selection, and its flat buffers.
 
     Attributes:
-        arrays: flat narrow buffers by kind (weights, slots, buffers), views of memory that is reused by later rounds.
+        arrays: flat narrow buffers by kind (weights, slots, buffers), views of memory that is reused by later
+            rounds.
     """
 
     def __init__(self, store: WeightStore, model: nn.Module, device: torch.device) -> None:
@@ -71,7 +72,8 @@ class Side:
     def _reserve(self, kind: str, size: int) -> Tensor:
         memory = self._memory.get(kind)
         if memory is None or memory.numel() < size:
-            # Freed first, so that old and new never exist together; a little room keeps the next round from growing it.
+            # Freed first, so that old and new never exist together; a little room keeps the next round from
+            # growing it.
             self._memory.pop(kind, None)
             self.arrays.pop(kind, None)
             self.subnet.release()
@@ -97,7 +99,9 @@ class SubnetPair:
         device: where the subnets compute.
     """
 
-    def __init__(self, store: WeightStore, model: nn.Module, optim: OptimConfig, device: torch.device) -> None:
+    def __init__(
+        self, store: WeightStore, model: nn.Module, optim: OptimConfig, device: torch.device
+    ) -> None:
         self._store = store
         self._optim = optim
         self._device = device
@@ -124,7 +128,10 @@ class SubnetPair:
         """
         self.same = second is None or torch.equal(first.mask, second.mask)
         a, b = self.sides
-        self._optimizers = [None, None]  # they hold the buffers of the last round, which may have to make room
+        self._optimizers = [
+            None,
+            None,
+        ]  # they hold the buffers of the last round, which may have to make room
         self._twins = None
         a.load(first, self.trained_kinds)
         sizes = [a.arrays[WEIGHTS].numel()]
@@ -179,7 +186,7 @@ class SubnetPair:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both subnets: weights, slots, statistics, gradients and the positions of shared entries."""
+        """Bytes of both subnets: weights, slots, statistics, gradients, positions of shared entries."""
         tensors = [self._reduce_memory]
         if self._twins is not None:
             tensors += [*self._twins.weights, *self._twins.buffers]
@@ -196,7 +203,9 @@ class SubnetPair:
             for side in self.sides:
                 side.subnet.release()
             self._reduce_memory = torch.empty(0, dtype=self._store.dtype, device=self._device)
-            self._reduce_memory = torch.empty(size + size // 32 + TAIL, dtype=self._store.dtype, device=self._device)
+            self._reduce_memory = torch.empty(
+                size + size // 32 + TAIL, dtype=self._store.dtype, device=self._device
+            )
 
     def _find_twins(self) -> _Twins:
         a, b = self.sides[0].selection, self.sides[1].selection

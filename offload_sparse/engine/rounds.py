@@ -4,8 +4,9 @@
     turns         step 0: train a, evaluate b   step 1: train b, evaluate a   step 2: train a, evaluate b   …
     round_start   step 0: train a, evaluate b   step 1: train a               step 2: train a               …
 
-``every_step`` with K = 1 is Algorithm 1 of Zhou et al. (2021). With K > 1 it compares a trained subnet with one that has
-stood still, so L(a) - L(b) falls below zero whatever the masks are; ``turns`` treats both alike and costs the same.
+``every_step`` with K = 1 is Algorithm 1 of Zhou et al. (2021). With K > 1 it compares a trained subnet with
+one that has stood still, so L(a) - L(b) falls below zero whatever the masks are; ``turns`` treats both alike
+and costs the same.
 """
 
 from __future__ import annotations
@@ -163,16 +164,20 @@ class Round:
         for i, (row, (paired, names)) in enumerate(zip(rows, kinds, strict=True)):
             if not all(map(torch.isfinite, torch.tensor(row))):
                 raise FloatingPointError(
-                    f"the loss or gradient of step {first + i} is not finite (loss {row[0]}); lower optim.lr, "
-                    "set optim.clip_norm, or use train.precision no"
+                    f"the loss or gradient of step {first + i} is not finite (loss {row[0]}); lower "
+                    "optim.lr, set optim.clip_norm, or use train.precision no"
                 )
             metrics = dict(zip(names, row[_FIXED:], strict=False))
             records.append(StepRecord(row[0], row[1] - row[2] if paired else None, metrics))
         return records
 
-    def _fill_tail(self, tail: Tensor, trained: int, loss: Tensor, metrics: Metrics, gradient: Tensor) -> None:
+    def _fill_tail(
+        self, tail: Tensor, trained: int, loss: Tensor, metrics: Metrics, gradient: Tensor
+    ) -> None:
         if len(metrics) > TAIL - _FIXED:
-            raise ValueError(f"the loss function returns {len(metrics)} metrics; at most {TAIL - _FIXED} are carried")
+            raise ValueError(
+                f"the loss function returns {len(metrics)} metrics; at most {TAIL - _FIXED} are carried"
+            )
         tail[0] = loss
         tail[1 + trained] = loss
         tail[3] = gradient.sum()

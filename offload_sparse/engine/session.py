@@ -1,16 +1,15 @@
 """``SparseOffload``: what a training loop holds.
 
-    session = SparseOffload(model, (images,), policy=PolicyConfig(rho=0.25), total_steps=steps)
-    for batch in loader:
-        session.step(batch, loss_fn)          # sample, gather, K steps, estimate, scatter happen inside
-    network = session.finalize(batches)       # an ordinary narrow nn.Module
+session = SparseOffload(model, (images,), policy=PolicyConfig(rho=0.25), total_steps=steps)
+for batch in loader:
+    session.step(batch, loss_fn)          # sample, gather, K steps, estimate, scatter happen inside
+network = session.finalize(batches)       # an ordinary narrow nn.Module
 """
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,30 +21,24 @@ from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.finalize import FinalNetwork, best_candidate, extract
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.pair import SubnetPair
+from offload_sparse.engine.preparation import ModelSource, prepare
 from offload_sparse.engine.primitive_cache import bound_primitive_cache
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
 from offload_sparse.engine.sync import assert_equal_on_ranks, average
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.store.initial_values import build_seeded, named_tensors
-from offload_sparse.store.initialisation import record
 from offload_sparse.store.pinned import return_freed_memory
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from offload_sparse.structure.accounting import CostModel
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.subnet import meta_copy
-
-logger = logging.getLogger(__name__)
-
-ModelSource = nn.Module | Callable[[], nn.Module]
 
 
 class SparseOffload:
     """Trains a network whose full weights live in host memory through sampled channel subnetworks.
 
     Args:
-        model: a function that builds the network (its initialisation is then replayed shard by shard, and no rank holds
-            the whole network), or a network whose present weights are the start.
+        model: a function that builds the network (its initialisation is then replayed shard by shard, and no
+            rank holds the whole network), or a network whose present weights are the start.
         example_inputs: tensors that the network can be called with; only shapes and dtypes matter.
         total_steps: optimizer steps of the run; ``rounds.freeze_at`` is a share of it.
         policy, rounds, optimizer, final: see ``offload_sparse.config``.
@@ -55,6 +48,7 @@ class SparseOffload:
         device: where subnets compute; the CUDA device when there is one.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
+        verify: check slice = mask on the model before anything trains.
 
     Raises:
         ValueError: the model cannot be narrowed, or an argument is out of range; says what to change.
@@ -76,6 +70,7 @@ class SparseOffload:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         forward: Forward | None = None,
+        verify: bool = True,
     ) -> None:
         self.rounds = rounds or RoundConfig()
         self.optim = optimizer or OptimConfig()
@@ -83,12 +78,14 @@ class SparseOffload:
         self.forward = forward or Forward()
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.ranks = Ranks.current()
-        self.store, self.meta_model = build_store(
-            model, example_inputs, channel_map, residual, slot_names(self.optim), dtype, self.ranks, seed, self.device
-        )
+        prepared = prepare(model, example_inputs, residual, self.ranks, channel_map, verify)
+        self.meta_model, self.channel_map = prepared.meta_model, prepared.channel_map
+        pin = self.device.type == "cuda"
+        slots = slot_names(self.optim)
+        self.store = WeightStore(self.channel_map, *prepared.tensor_names(), slots, dtype, self.ranks, pin)
+        prepared.fill(self.store, seed)
         return_freed_memory()
         bound_primitive_cache(self.meta_model)
-        self.channel_map = self.store.channel_map
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
         self.policy = MaskPolicy(policy or PolicyConfig(), self.channel_map.groups, seed)
         self.pair = SubnetPair(self.store, self.meta_model, self.optim, self.device)
@@ -103,7 +100,8 @@ class SparseOffload:
         self._pending: list[StepRecord] = []
         self._recent: deque[tuple[Any, LossFunction]] = deque(maxlen=self.final.selection_batches)
 
-    # --- the loop -----------------------------------------------------------------------------------------------
+    # --- the loop
+    # -----------------------------------------------------------------------------------------------
 
     def step(self, batch: Any, loss_fn: LossFunction, lr: float | None = None) -> Tensor:
         """One optimizer step; begins and ends rounds as needed.
@@ -143,7 +141,9 @@ class SparseOffload:
 
     @contextmanager
     def evaluation(self, batches: Iterable[Any]) -> Iterator[nn.Module]:
-        """The subnet now in training, with BatchNorm statistics re-estimated on ``batches``; undone at the end."""
+        """The subnet now in training, with BatchNorm statistics re-estimated on ``batches``; undone at the
+        end.
+        """
         if self._round is None:
             self._start_round()
         side = self.pair.sides[0]
@@ -156,7 +156,8 @@ class SparseOffload:
             self.forward.train_mode(side.module)
 
     def finalize(self, batches: Iterable[Any]) -> FinalNetwork:
-        """End the training: choose the mask if that has not happened, re-estimate BatchNorm, take the network out.
+        """End the training: choose the mask if that has not happened, re-estimate BatchNorm, take the network
+        out.
 
         Args:
             batches: training batches for the statistics, in the form that the module takes as input.
@@ -176,7 +177,8 @@ class SparseOffload:
         self._reestimate(module, batches)
         return FinalNetwork(module, self.final_mask, self.channel_map)
 
-    # --- one round ----------------------------------------------------------------------------------------------
+    # --- one round
+    # ----------------------------------------------------------------------------------------------
 
     def _start_round(self) -> Round:
         if not self.frozen and self.steps_done >= self.freeze_step:
@@ -214,7 +216,9 @@ class SparseOffload:
         self.rounds_done += 1
 
     def _learn(self, current: Round) -> None:
-        """Read the losses of the steps since the last time and move s; within a round masks do not depend on s."""
+        """Read the losses of the steps since the last time and move s; within a round masks do not depend on
+        s.
+        """
         assert self._masks is not None
         for entry in current.flush():
             if entry.difference is not None and not self.frozen:
@@ -226,7 +230,9 @@ class SparseOffload:
         candidates = self.policy.candidates(self.final.candidates)
         recent = list(self._recent)
         self.forward_flops += len(recent) * sum(self.cost.flops(mask) for mask in candidates)
-        self.final_mask = best_candidate(self.pair, self.channel_map, candidates, recent, self.forward, self.ranks)
+        self.final_mask = best_candidate(
+            self.pair, self.channel_map, candidates, recent, self.forward, self.ranks
+        )
         self.policy.freeze()
         self._recent.clear()
 
@@ -255,40 +261,3 @@ class SparseOffload:
             self.ranks.world_size,
             self.device,
         )
-
-
-def build_store(
-    model: ModelSource,
-    example_inputs: tuple[Tensor, ...],
-    channel_map: ChannelMap | None,
-    residual: Residual,
-    slots: tuple[str, ...],
-    dtype: torch.dtype,
-    ranks: Ranks,
-    seed: int,
-    device: torch.device,
-) -> tuple[WeightStore, nn.Module]:
-    """Discover the channels of ``model`` and fill a store with its initial weights.
-
-    Returns:
-        the store, and the model on the meta device.
-    """
-    recording = None if isinstance(model, nn.Module) else record(model)
-    meta_model = meta_copy(model) if isinstance(model, nn.Module) else recording.model  # type: ignore[union-attr]
-    if channel_map is None:
-        from offload_sparse.structure.discovery import discover  # loads Torch-Pruning, which takes seconds
-
-        channel_map = discover(meta_model, example_inputs, residual)
-    parameters = tuple(name for name, _ in meta_model.named_parameters())
-    buffers = tuple(name for name, b in meta_model.named_buffers() if b.is_floating_point())
-    store = WeightStore(channel_map, parameters, buffers, slots, dtype, ranks, pin=device.type == "cuda")
-    if recording is not None and recording.replayable:
-        store.fill(recording.replay(seed, dtype))
-        return store, meta_model
-    tensors = None
-    if ranks.rank == 0:
-        if recording is not None:
-            logger.warning("built on rank 0 and streamed out, since %s", recording.reason)
-        tensors = named_tensors(model if isinstance(model, nn.Module) else build_seeded(model, seed))
-    store.fill_from_first_rank(tensors)
-    return store, meta_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -35,8 +36,26 @@ def assert_equal_on_ranks(named: dict[str, list[Tensor]], world_size: int, devic
     own = torch.tensor([fingerprint(tensors) for tensors in named.values()], dtype=torch.int64, device=device)
     all_ranks = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(all_ranks, own)
-    differing = [
-        name for i, name in enumerate(named) if len({int(digests[i]) for digests in all_ranks}) > 1
-    ]
+    differing = [name for i, name in enumerate(named) if len({int(digests[i]) for digests in all_ranks}) > 1]
     if differing:
-        raise RuntimeError(f"ranks disagree about {', '.join(differing)}: they no longer train the same network")
+        raise RuntimeError(
+            f"ranks disagree about {', '.join(differing)}: they no longer train the same network"
+        )
+
+
+def on_first_rank(function: Callable[[], object], rank: int, world_size: int) -> None:
+    """Call ``function`` on rank 0 only, and raise its ValueError on every rank, so that none is left waiting.
+    
+    """
+    message = [""]
+    if rank == 0:
+        try:
+            function()
+        except ValueError as error:
+            message = [str(error)]
+            if world_size == 1:
+                raise
+    if world_size > 1:
+        dist.broadcast_object_list(message, src=0)
+        if message[0]:
+            raise ValueError(message[0])

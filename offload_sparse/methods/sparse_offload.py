@@ -1,4 +1,6 @@
-"""The method of the project: sampled channel subnetworks, trained K steps at a time out of a store in host memory."""
+"""The method of the project: sampled channel subnetworks, trained K steps at a time out of a store in host
+memory.
+"""
 
 from __future__ import annotations
 
@@ -69,5 +71,6 @@ def build(task: Task) -> Method:
         device=task.device,
         dtype=task.dtype,
         forward=task.forward,
+        verify=config.train.verify,
     )
     return SparseOffloadMethod(session, task)

@@ -1,7 +1,8 @@
 """The control ``static``: a narrow network of given FLOPs, fixed from the start.
 
-A learner of structure that does not beat this control has learned nothing. Every group keeps the same share of its
-channels; the share is the largest that stays within the FLOPs, so the comparison never favours the control.
+A learner of structure that does not beat this control has learned nothing. Every group keeps the same share
+of its channels; the share is the largest that stays within the FLOPs, so the comparison never favours the
+control.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from offload_sparse.engine.preparation import prepare
 from offload_sparse.methods.fixed import FixedNetwork
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.store.initial_values import initial_tensors
-from offload_sparse.store.initialisation import record
+from offload_sparse.store.weight_store import Ranks
 from offload_sparse.structure.accounting import CostModel
 from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.discovery import discover
 from offload_sparse.structure.selection import Selection
 from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tensor
 
@@ -25,21 +26,27 @@ from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tenso
 def build(task: Task) -> Method:
     """The narrow network of ``static.flops_ratio``, or that of ``policy.rho`` in every group."""
     config = task.config
-    recording = record(task.factory)
-    channel_map = discover(recording.model, task.example_inputs, config.model.residual)
-    cost = CostModel(recording.model, channel_map, task.example_inputs)
+    ranks = Ranks.current()
+    prepared = prepare(
+        task.factory, task.example_inputs, config.model.residual, ranks, verify=config.train.verify
+    )
+    channel_map, meta_model = prepared.channel_map, prepared.meta_model
+    cost = CostModel(meta_model, channel_map, task.example_inputs)
     min_width = config.policy.min_width
     mask = channel_map.uniform_mask(config.policy.rho, min_width)
     if config.static.flops_ratio > 0:
         target = config.static.flops_ratio * cost.flops(channel_map.full_mask())
         mask = mask_of_flops(channel_map, cost, target, min_width)
-    tensors = initial_tensors(recording, task.factory, config.train.seed)
-    module = narrow_initialised(recording.model, tensors, Selection(channel_map, mask))
+    assert prepared.recording is not None
+    tensors = initial_tensors(prepared.recording, task.factory, config.train.seed)
+    module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask))
     return FixedNetwork(task, module, channel_map, mask, cost)
 
 
 def mask_of_flops(channel_map: ChannelMap, cost: CostModel, target: float, min_width: int) -> Tensor:
-    """The widest uniform mask whose forward pass takes at most ``target`` FLOPs (at least ``min_width`` per group)."""
+    """The widest uniform mask whose forward pass takes at most ``target`` FLOPs (at least ``min_width`` per
+    group).
+    """
     low, high = 0.0, 1.0
     if cost.flops(channel_map.full_mask()) <= target:
         return channel_map.full_mask()
@@ -57,8 +64,8 @@ def narrow_initialised(
 ) -> nn.Module:
     """The narrow network with the scale of weights that its own initialisation would have.
 
-    The initial standard deviation of a layer falls with the square root of its fan, so the kept entries of the full
-    network are scaled up by the square root of the ratio of the fans.
+    The initial standard deviation of a layer falls with the square root of its fan, so the kept entries of
+    the full network are scaled up by the square root of the ratio of the fans.
 
     Args:
         model: the full model, on any device.

@@ -11,7 +11,9 @@ from offload_sparse.store.initialisation import Recording
 
 
 def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The network as ``torch.manual_seed(seed); factory()`` gives it; the caller's random state stays as it is."""
+    """The network as ``torch.manual_seed(seed); factory()`` gives it; the caller's random state stays as it
+    is.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return factory()
@@ -20,7 +22,9 @@ def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
 def initial_tensors(
     recording: Recording, factory: Callable[[], nn.Module], seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name, one at a time when the recording can be replayed, else of a network built whole."""
+    """Every parameter and buffer by name, one at a time when the recording can be replayed, else of a network
+    built whole.
+    """
     if recording.replayable:
         yield from recording.replay(seed)
         return

@@ -3,9 +3,10 @@
     full flat buffer   | tensor A: rows 0 1 2 3 4 5 | tensor B: rows 0 1 2 | … |
     ranks              |<---- rank 0 ---->|<---- rank 1 ---->|<-- rank 2 --> …
 
-The full flat buffer is cut into world_size runs of nearly equal length, each cut moved to the nearest row (dimension 0).
-Because a narrow buffer keeps the order of the full one, the kept entries of a rank are one run of the narrow buffer too:
-assembling a subnet needs one collective on contiguous memory and no reordering.
+The full flat buffer is cut into world_size runs of nearly equal length, each cut moved to the nearest row
+(dimension 0).
+Because a narrow buffer keeps the order of the full one, the kept entries of a rank are one run of the narrow
+buffer too: assembling a subnet needs one collective on contiguous memory and no reordering.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Host memory of exact size, page-locked when a CUDA device is there.
 
-torch's pinned allocator rounds every request up to a power of two, which would nearly double a store of the wrong size.
+torch's pinned allocator rounds every request up to a power of two, which would nearly double a store of the
+wrong size.
 Here ordinary memory is allocated and registered with the driver, in chunks, so that not a byte more is held.
 """
 
@@ -42,8 +43,8 @@ def _register(tensor: Tensor) -> None:
             for address in registered:
                 cudart.cudaHostUnregister(address)
             raise RuntimeError(
-                f"CUDA could not page-lock {total / 2**30:.1f} GiB of host memory (error {error}); raise the limit "
-                "`ulimit -l` or free memory"
+                f"CUDA could not page-lock {total / 2**30:.1f} GiB of host memory (error {error}); "
+                "raise the limit `ulimit -l` or free memory"
             )
         registered.append(start + offset)
     weakref.finalize(tensor.untyped_storage(), _unregister, registered)
@@ -58,7 +59,8 @@ def _unregister(addresses: list[int]) -> None:
 def return_freed_memory() -> None:
     """Hand memory that the process has freed back to the system (glibc keeps it otherwise).
 
-    Setting up a run frees many temporaries of a few megabytes each, which would count as the run's memory to its end.
+    Setting up a run frees many temporaries of a few megabytes each, which would count as the run's memory to
+    its end.
     """
     gc.collect()
     if sys.platform == "linux":

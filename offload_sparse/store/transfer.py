@@ -1,8 +1,9 @@
 """Gather and scatter between a rank's rows and its run of a narrow flat buffer.
 
-Every tensor is one block move: kept rows times kept units within a row, where a unit is the longest run that is always
-contiguous (the 3x3 window of a convolution, a whole row when all columns are kept). A move is a single flat
-``index_select`` or ``index_copy_`` over units, in chunks that bound the index memory; no intermediate tensor is made.
+Every tensor is one block move: kept rows times kept units within a row, where a unit is the longest run that
+is always contiguous (the 3x3 window of a convolution, a whole row when all columns are kept). A move is a
+single flat ``index_select`` or ``index_copy_`` over units, in chunks that bound the index memory; no
+intermediate tensor is made.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class BlockMove:
         return shard[self.source : self.source + length * self.unit].view(length, self.unit)
 
     def chunks(self) -> Iterator[tuple[Tensor, int, int]]:
-        """(int64 unit indices, first narrow entry, number of narrow entries), a bounded number of units at a time."""
+        """(int64 unit indices, first narrow entry, number of narrow entries), a bounded number of units at a
+        time.
+        """
         step = max(1, CHUNK // max(1, self.pattern.numel()))
         target = self.target
         for rows in self.rows.split(step):
@@ -73,7 +76,9 @@ def block_moves(partition: Partition, selection: Selection, narrow: Layout, rank
         pattern, unit = _row_pattern(kept[1:], shape[1:])
         row_units = row_shape(shape)[1] // unit
         moves.append(
-            BlockMove(shard.offsets[name], narrow.offsets[name] + before, rows, row_units, pattern, unit, high - low)
+            BlockMove(
+                shard.offsets[name], narrow.offsets[name] + before, rows, row_units, pattern, unit, high - low
+            )
         )
     return moves
 
@@ -98,7 +103,7 @@ def _row_pattern(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor
 
 @torch.no_grad()
 def gather(shard: Tensor, moves: list[BlockMove], out: Tensor, out_offset: int = 0) -> None:
-    """Copy the kept entries of a rank's ``shard`` to ``out``, whose entry 0 is narrow entry ``out_offset``."""
+    """Copy the kept entries of ``shard`` to ``out``, whose entry 0 is narrow entry ``out_offset``."""
     for move in moves:
         full = move.full_view(shard)
         for index, target, size in move.chunks():
@@ -108,7 +113,9 @@ def gather(shard: Tensor, moves: list[BlockMove], out: Tensor, out_offset: int =
 
 @torch.no_grad()
 def scatter(shard: Tensor, moves: list[BlockMove], values: Tensor, values_offset: int = 0) -> None:
-    """Write narrow ``values`` (entry 0 is narrow entry ``values_offset``) back into a rank's ``shard``; others stay."""
+    """Write narrow ``values`` (entry 0 is narrow entry ``values_offset``) back into a rank's ``shard``;
+    others stay.
+    """
     for move in moves:
         full = move.full_view(shard)
         for index, target, size in move.chunks():

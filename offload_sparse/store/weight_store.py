@@ -1,14 +1,17 @@
 """The full weights, in host memory, sharded over the data-parallel ranks.
 
               tensor A            tensor B        tensor C
-    weights   [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]      one flat array per kind, rows of rank r only on rank r
-    slot 1    [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]      optimizer state, same rows as the weights
-    buffers   [r0 r1][r1 r2]                                        BatchNorm statistics, a layout of their own
+    weights   [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]      one flat array per kind, rows of rank r
+    only on rank r slot 1    [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]      optimizer state, same rows
+    as the weights buffers   [r0 r1][r1 r2]                                        BatchNorm statistics, a
+    layout of their own
 
-    gather:   own rows --index_select--> own run of the narrow buffer --broadcast of every rank's run--> whole narrow buffer
+    gather:   own rows --index_select--> own run of the narrow buffer --broadcast of every rank's run--> whole
+        narrow buffer
     scatter:  own run of the narrow buffer --index_copy_--> own rows; no network
 
-Rank memory is (1 + slots) * bytes(full weights) / world_size. Integer buffers are not sliced; every rank holds them.
+Rank memory is (1 + slots) * bytes(full weights) / world_size. Integer buffers are not sliced; every rank
+holds them.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class Ranks:
     Attributes:
         rank: this process.
         world_size: number of processes.
-        host_group: process group for host tensors (gloo); None when world_size is 1 or the default group is gloo.
+        host_group: process group for host tensors (gloo); None when world_size is 1 or the default group is
+            gloo.
     """
 
     rank: int = 0
@@ -200,7 +204,8 @@ class WeightStore:
             narrow = selection.layout(partition.layout.shapes)
             moves = block_moves(partition, selection, narrow, self.ranks.rank)
             segments = [partition.segment(selection, narrow, r) for r in range(self.ranks.world_size)]
-            # The selection is kept beside its plan, so that its id cannot be reused while the plan is remembered.
+            # The selection is kept beside its plan, so that its id cannot be reused while the plan is
+            # remembered.
             self._plans[key] = (selection, _Plan(narrow, moves, segments))
         return self._plans[key][1]
 

@@ -1,13 +1,14 @@
 """Atoms, groups and axes: what can be dropped from a network, and what goes with it.
 
-    tensor   features.0.weight  [64, 3, 3, 3]      features.1.weight [64]      features.3.weight [128, 64, 3, 3]
-    axes            0: 0 1 2 … 63                      0: 0 1 2 … 63                   0: 64 65 … 191
-                    1: none                                                            1: 0 1 2 … 63
-                    2: none                                                            2: none …
+    tensor   conv1.weight [64, 3, 3, 3]     norm1.weight [64]     conv2.weight [128, 64, 3, 3]
+    axes       0: 0 1 2 … 63                  0: 0 1 2 … 63         0: 64 65 … 191
+               1: none                                              1: 0 1 2 … 63
+               2, 3: none                                           2, 3: none
 
-An axis is a vector that names the atom at each position, -1 where a position is always kept; ``None`` stands for a
-dimension in which every position is always kept. Flatten (one atom at 49 columns), concatenation (several groups in a
-row), depthwise convolutions and coupled residual streams are all just such vectors; there are no special cases.
+An axis is a vector that names the atom at each position, -1 where a position is always kept; ``None`` stands
+for a dimension in which every position is always kept. Flatten (one atom at 49 columns), concatenation (several
+groups in a row), depthwise convolutions and coupled residual streams are all just such vectors; there are no
+special cases.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 Axis = Tensor | None
-"""int64[positions] with the atom at each position (-1: always kept), or None: every position is always kept."""
+"""int64[positions] with the atom at each position (-1: always kept), or None: every position is always kept.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,14 @@ class ChannelMap:
         expected = 0
         for group in self.groups:
             if group.start != expected or group.size < 1:
-                raise ValueError(f"group {group.name!r} must start at atom {expected} and hold at least one atom")
+                raise ValueError(
+                    f"group {group.name!r} must start at atom {expected} and hold at least one atom"
+                )
             expected = group.stop
         if set(self.shapes) != set(self.axes):
-            raise ValueError(f"shapes and axes name different tensors: {sorted(set(self.shapes) ^ set(self.axes))[:5]}")
+            raise ValueError(
+                f"shapes and axes name different tensors: {sorted(set(self.shapes) ^ set(self.axes))[:5]}"
+            )
         for name, shape in self.shapes.items():
             self._check_axes(name, shape)
 
@@ -69,7 +76,9 @@ class ChannelMap:
             if axis is None:
                 continue
             if axis.dtype != torch.int64 or axis.shape != (size,):
-                raise ValueError(f"axis {dim} of {name} must be int64[{size}], not {axis.dtype}{list(axis.shape)}")
+                raise ValueError(
+                    f"axis {dim} of {name} must be int64[{size}], not {axis.dtype}{list(axis.shape)}"
+                )
             if size and (int(axis.min()) < -1 or int(axis.max()) >= self.num_atoms):
                 raise ValueError(f"axis {dim} of {name} names an atom outside 0 … {self.num_atoms - 1}")
 
@@ -89,7 +98,9 @@ class ChannelMap:
         return torch.ones(self.num_atoms, dtype=torch.bool)
 
     def uniform_mask(self, ratio: float, min_width: int = 1) -> Tensor:
-        """The mask bool[C] that keeps the first ``round(ratio * size)`` atoms of each group (at least ``min_width``)."""
+        """The mask bool[C] that keeps the first ``round(ratio * size)`` atoms of each group (at least
+        ``min_width``).
+        """
         mask = torch.zeros(self.num_atoms, dtype=torch.bool)
         for group in self.groups:
             width = min(group.size, max(min_width, round(ratio * group.size)))

@@ -1,11 +1,14 @@
-"""A mask resolved against a channel map: which positions of which tensor are kept, and where they lie in a flat buffer.
+"""A mask resolved against a channel map: which positions of which tensor are kept, and where they lie in a
+flat buffer.
 
     full tensor  [4 rows, 3 columns]        mask keeps rows 0, 2 and columns 1, 2
     flat, full   r0c0 r0c1 r0c2 r1c0 … r3c2
-    flat, narrow r0c1 r0c2 r2c1 r2c2        the same order: a narrow buffer is the full one with entries left out
+    flat, narrow r0c1 r0c2 r2c1 r2c2        the same order: a narrow buffer is the full one with entries left
+    out
 
-Kept positions are sorted and tensors keep their order, so the narrow flat buffer is a monotone subsequence of the full
-one. Whoever owns a contiguous run of the full buffer therefore owns a contiguous run of every narrow buffer.
+Kept positions are sorted and tensors keep their order, so the narrow flat buffer is a monotone subsequence of
+the full one. Whoever owns a contiguous run of the full buffer therefore owns a contiguous run of every narrow
+buffer.
 """
 
 from __future__ import annotations
@@ -70,7 +73,9 @@ class Selection:
 
     def __init__(self, channel_map: ChannelMap, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.shape != (channel_map.num_atoms,):
-            raise ValueError(f"the mask must be bool[{channel_map.num_atoms}], not {mask.dtype}{list(mask.shape)}")
+            raise ValueError(
+                f"the mask must be bool[{channel_map.num_atoms}], not {mask.dtype}{list(mask.shape)}"
+            )
         for group in channel_map.groups:
             if not bool(mask[group.start : group.stop].any()):
                 raise ValueError(f"the mask drops all of group {group.name!r}, which disconnects the network")
@@ -83,7 +88,9 @@ class Selection:
         def resolve(axis: Axis) -> Kept:
             if axis is None:
                 return None
-            if id(axis) not in memo:  # axes are shared between tensors: a norm's four vectors name the same atoms
+            if (
+                id(axis) not in memo
+            ):  # axes are shared between tensors: a norm's four vectors name the same atoms
                 kept = kept_or_always[axis]
                 memo[id(axis)] = None if bool(kept.all()) else kept.nonzero().flatten()
             return memo[id(axis)]
@@ -109,12 +116,14 @@ class Selection:
         return {g.name: int(self.mask[g.start : g.stop].sum()) for g in self.channel_map.groups}
 
     def take(self, name: str, full: Tensor) -> Tensor:
-        """A copy of the kept entries of ``full`` (a whole tensor of the network), by one indexing operation."""
+        """A copy of the kept entries of ``full``, a whole tensor of the network, by one indexing operation."""
         return full[open_grid(self.kept[name], tuple(full.shape))] if full.dim() else full.clone()
 
 
 def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
-    """The map of the narrow network of ``mask``: the kept atoms, numbered anew, and the axes that are left of them."""
+    """The map of the narrow network of ``mask``: the kept atoms, numbered anew, and the axes that are left of
+    them.
+    """
     selection = Selection(channel_map, mask)
     number = torch.full((channel_map.num_atoms + 1,), -1)
     number[:-1][mask] = torch.arange(int(mask.sum()))
@@ -128,7 +137,9 @@ def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
         return memo[id(axis)]
 
     axes = {
-        name: tuple(renumbered(a, k) for a, k in zip(channel_map.axes[name], selection.kept[name], strict=True))
+        name: tuple(
+            renumbered(a, k) for a, k in zip(channel_map.axes[name], selection.kept[name], strict=True)
+        )
         for name in channel_map.axes
     }
     groups, start = [], 0
@@ -152,8 +163,8 @@ def shared_positions(a: Selection, b: Selection, names: tuple[str, ...]) -> tupl
     """Entries that two subnets have in common.
 
     Returns:
-        int64 positions of the shared entries of ``names`` in the narrow flat buffer of ``a`` and in that of ``b``, in the
-        same (ascending) order.
+        int64 positions of the shared entries of ``names`` in the narrow flat buffer of ``a`` and in that of
+        ``b``, in the same (ascending) order.
     """
     layout_a, layout_b = a.layout(names), b.layout(names)
     in_a: list[Tensor] = []

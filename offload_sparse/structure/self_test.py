@@ -1,4 +1,6 @@
-"""The self-test before training: slice = mask on the model itself, or on a narrow twin where the model is large."""
+"""The self-test before training: slice = mask on the model itself, or on a narrow twin where the model is
+large.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ MAX_PARAMETERS = 2_000_000
 def self_test(model: nn.Module, example_inputs: tuple[Tensor, ...], channel_map: ChannelMap) -> Verification:
     """Check ``channel_map`` before a network trains on it.
 
-    The twin keeps every layer and every tie between channels but fewer channels of each group, so a map that is wrong about
-    the structure fails on it too, while neither memory nor time grow with the width of the model.
+    The twin keeps every layer and every tie between channels but fewer channels of each group, so a map that
+    is wrong about the structure fails on it too, while neither memory nor time grow with the width of the
+    model.
 
     Args:
         model: the full network, on any device; values do not matter.
@@ -34,7 +37,7 @@ def self_test(model: nn.Module, example_inputs: tuple[Tensor, ...], channel_map:
 
 
 def reduced(model: nn.Module, channel_map: ChannelMap, max_parameters: int) -> tuple[nn.Module, ChannelMap]:
-    """A narrow twin of at most ``max_parameters`` (or as few as four channels per group allow), and its map."""
+    """A narrow twin of at most ``max_parameters`` (at least four channels per group), and its map."""
     twin, ratio = meta_copy(model), 1.0
     mask = channel_map.full_mask()
     while count_parameters(twin) > max_parameters and ratio > 1 / 64:

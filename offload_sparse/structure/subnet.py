@@ -1,8 +1,9 @@
 """The narrow network of a selection: an ordinary dense ``nn.Module``.
 
-``Subnet`` keeps one skeleton (the model's modules without weights) and binds it to new flat buffers in every round:
-parameters are views of one buffer, gradients views of another, BatchNorm statistics views of a third. Nothing is built
-anew, so nothing leaks however many rounds there are. ``narrow_module`` makes an independent copy instead.
+``Subnet`` keeps one skeleton (the model's modules without weights) and binds it to new flat buffers in every
+round: parameters are views of one buffer, gradients views of another, BatchNorm statistics views of a third.
+Nothing is built anew, so nothing leaks however many rounds there are. ``narrow_module`` makes an independent
+copy instead.
 """
 
 from __future__ import annotations
@@ -93,12 +94,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
-    """An independent narrow copy of ``model`` (real or on the meta device) with copies of the kept entries."""
+    """An independent narrow copy of ``model`` (real or on meta) with copies of the kept entries."""
     selection = Selection(channel_map, mask)
     narrow = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in list(narrow.named_parameters()):
-            value = nn.Parameter(selection.take(name, parameter.detach()), requires_grad=parameter.requires_grad)
+            value = nn.Parameter(
+                selection.take(name, parameter.detach()), requires_grad=parameter.requires_grad
+            )
             set_tensor(narrow, name, value)
         for name, buffer in list(narrow.named_buffers()):
             if name in selection.shapes:

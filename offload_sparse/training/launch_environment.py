@@ -25,29 +25,31 @@ TWO_CPU_RANKS = (
 def check_environment(environment: dict[str, str] | None = None) -> None:
     """Refuse launches whose processes would each train alone.
 
-    ``accelerate launch --cpu --num_processes 2`` starts one process, and leaves nothing but MASTER_ADDR to tell; a
-    process started by MPI or Slurm without a rendezvous knows its rank only from variables that torch does not read.
+    ``accelerate launch --cpu --num_processes 2`` starts one process, and leaves nothing but MASTER_ADDR to
+    tell; a process started by MPI or Slurm without a rendezvous knows its rank only from variables that torch
+    does not read.
 
     Raises:
         ValueError: the launcher wanted several ranks, but they cannot find each other; says what to run.
     """
     env = dict(os.environ) if environment is None else environment
     if "WORLD_SIZE" in env:
-        if int(env["WORLD_SIZE"]) > 1:
-            missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-            if missing:
-                raise ValueError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but {missing[0]} is not set; start with accelerate launch")
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if int(env["WORLD_SIZE"]) > 1 and missing:
+            raise ValueError(
+                f"WORLD_SIZE is {env['WORLD_SIZE']}, but {missing[0]} is not set; start with accelerate launch"
+            )
         return
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
         raise ValueError(
-            "several processes were asked for, but this one was started alone (no WORLD_SIZE); on CPU start two ranks "
-            f"with: {TWO_CPU_RANKS}"
+            "several processes were asked for, but this one was started alone (no WORLD_SIZE); "
+            f"on CPU start two ranks with: {TWO_CPU_RANKS}"
         )
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         if int(env.get(name) or 1) > 1:
             raise ValueError(
-                f"{name} is {env[name]}, but the ranks have no rendezvous (no WORLD_SIZE); start one accelerate launch "
-                "per node instead"
+                f"{name} is {env[name]}, but the ranks have no rendezvous (no WORLD_SIZE); "
+                "start one accelerate launch per node instead"
             )
 
 
@@ -72,7 +74,7 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ValueError(
-            f"the launcher started {expected} processes, but accelerate sees {accelerator.num_processes}; on CPU start "
-            f"two ranks with: {TWO_CPU_RANKS}"
+            f"the launcher started {expected} processes, but accelerate sees {accelerator.num_processes}; "
+            f"on CPU start two ranks with: {TWO_CPU_RANKS}"
         )
     return accelerator

@@ -89,7 +89,8 @@ class Run:
         self._step_seconds: list[float] = []
         self._mark = self._started
 
-    # --- the loop -----------------------------------------------------------------------------------------------
+    # --- the loop
+    # -----------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(step, this rank's part of the batch on the device) for every optimizer step of the run."""
@@ -137,7 +138,8 @@ class Run:
         name = "validation" if self.splits.validation else "test"
         return {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
 
-    # --- the end ------------------------------------------------------------------------------------------------
+    # --- the end
+    # ------------------------------------------------------------------------------------------------
 
     def finalize(self) -> FinalNetwork:
         """The final network, written to ``model/``."""
@@ -183,7 +185,8 @@ class Run:
         """Release trackers and the process group."""
         self.accelerator.end_training()
 
-    # --- parts --------------------------------------------------------------------------------------------------
+    # --- parts
+    # --------------------------------------------------------------------------------------------------
 
     def _task(self) -> Task:
         config = self.config
@@ -202,7 +205,11 @@ class Run:
 
     def _model_arguments(self) -> dict[str, Any]:
         """Arguments of ``build_model`` that fit the data, with those of the configuration on top."""
-        own = {"num_classes": self.splits.num_classes, "in_channels": self.channels, "image_size": self.image_shape[1]}
+        own = {
+            "num_classes": self.splits.num_classes,
+            "in_channels": self.channels,
+            "image_size": self.image_shape[1],
+        }
         return own | self.config.model.arguments
 
     def _train_loader(self) -> TrainLoader:

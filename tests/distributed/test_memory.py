@@ -1,4 +1,6 @@
-"""A rank never holds much more than its share: measured on a network of 400 MB, by the kernel's own peak counter."""
+"""A rank never holds much more than its share: measured on a network of 400 MB, by the kernel's own peak
+counter.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from offload_sparse.bench.ranks import run_ranks
 
 
 def test_peak_of_each_of_two_ranks_stays_below_its_shard_two_subnets_and_activations() -> None:
-    """From building the model to the last scatter, within 15 %; weights of more than 400 MB, momentum as much again."""
+    """From building the model to the last scatter, within 15 %; weights of more than 400 MB, momentum as much
+    again.
+    """
     for figures in run_ranks(2, measure, 2.3, limit=280.0):
         assert figures["full_model"] / 2 >= 400e6
         assert figures["shard"] < 0.51 * figures["full_model"] + 1e6

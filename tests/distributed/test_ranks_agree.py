@@ -17,7 +17,7 @@ from offload_sparse.engine.rounds import Forward
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from offload_sparse.structure.selection import Selection
 from tests.channel_maps import small_map
-from tests.engine.test_session import OPTIM, batches, loss_fn, make_session, small_net
+from tests.engine.test_session import batches, loss_fn, make_session, small_net
 
 POLICY = PolicyConfig(rho=0.5, lr=0.05)
 
@@ -45,7 +45,11 @@ def train_rounds(batch_norm: bool, reference: str) -> dict[str, Any]:
     for batch in batches(12):
         session.step(own_part(batch), loss_fn)
     kinds = (WEIGHTS, "momentum_buffer", BUFFERS)
-    return {"s": session.policy.s, "bytes": session.store.nbytes, **{k: whole(session.store, k) for k in kinds}}
+    return {
+        "s": session.policy.s,
+        "bytes": session.store.nbytes,
+        **{k: whole(session.store, k) for k in kinds},
+    }
 
 
 def everything(batch_norm: bool) -> list[dict[str, Any]]:
@@ -107,9 +111,13 @@ def gather_everything(world_size: int) -> list[Tensor]:
             mask[[0, 6]] = True
             selection = Selection(channel_map, mask)
             for kind in (WEIGHTS, BUFFERS):
-                out = torch.full((selection.layout(store.partitions[kind].layout.shapes).size,), torch.nan).double()
+                out = torch.full(
+                    (selection.layout(store.partitions[kind].layout.shapes).size,), torch.nan
+                ).double()
                 store.gather(selection, kind, out)
-                expected = [selection.take(n, tensors[n]).flatten() for n in store.partitions[kind].layout.shapes]
+                expected = [
+                    selection.take(n, tensors[n]).flatten() for n in store.partitions[kind].layout.shapes
+                ]
                 assert torch.equal(out, torch.cat(expected))
                 store.scatter(selection, kind, out)
         results.append(whole(store, WEIGHTS))
@@ -148,7 +156,9 @@ def mean_of_buffers() -> list[Tensor]:
 
 
 def test_batch_norm_statistics_are_those_of_all_ranks() -> None:
-    """Each rank normalises by its own images; what the store keeps is the mean over ranks, the same everywhere."""
+    """Each rank normalises by its own images; what the store keeps is the mean over ranks, the same
+    everywhere.
+    """
     first, second = run_ranks(2, mean_of_buffers)
     assert torch.equal(first[0], second[0])
 

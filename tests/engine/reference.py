@@ -1,7 +1,7 @@
 """The round by definition: every step on the full weights, with masks, in float64. Slow and obviously right.
 
-Nothing here slices: the dropped entries of a full tensor are multiplied by zero, gradients of kept entries move kept
-entries, absent entries stand still (no momentum, no decay), and s moves after every comparison.
+Nothing here slices: the dropped entries of a full tensor are multiplied by zero, gradients of kept entries
+move kept entries, absent entries stand still (no momentum, no decay), and s moves after every comparison.
 """
 
 from __future__ import annotations
@@ -75,12 +75,16 @@ class MaskedTrainer:
                 for difference in self.updates:
                     self.policy.update(difference, *self.masks)
 
-    def _pass(self, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _pass(
+        self, x: Tensor, y: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         kept = entry_masks(self.channel_map, mask)
         net = copy.deepcopy(self.net).train()
         leaves = {n: w.clone().requires_grad_() for n, w in self.weights.items()}
         masked = {n: w * kept[n] for n, w in leaves.items()}
-        buffers = {n: b.clone() for n, b in net.named_buffers()} | {n: b.clone() for n, b in self.buffers.items()}
+        buffers = {n: b.clone() for n, b in net.named_buffers()} | {
+            n: b.clone() for n, b in self.buffers.items()
+        }
         out = functional_call(net, (masked, buffers), (x,))
         loss = nn.functional.cross_entropy(out, y)
         loss.backward()

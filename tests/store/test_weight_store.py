@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,14 +49,16 @@ def test_every_row_has_exactly_one_owner_and_ranks_own_runs_of_the_full_buffer(
         ranges = [partition.rows(name, rank) for rank in range(world_size)]
         assert ranges[0][0] == 0
         assert ranges[-1][1] == row_shape(shape)[0]
-        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     longest = max(row_shape(shape)[1] for shape in channel_map.shapes.values())
     for rank in range(world_size):
         assert abs(partition.shard(rank).size - partition.layout.size / world_size) <= longest + 1
 
 
 @given(st.data(), channel_maps(), st.integers(1, 4))
-def test_the_ranks_runs_together_are_the_narrow_buffer(data: st.DataObject, channel_map: ChannelMap, world: int) -> None:
+def test_the_ranks_runs_together_are_the_narrow_buffer(
+    data: st.DataObject, channel_map: ChannelMap, world: int
+) -> None:
     selection = Selection(channel_map, data.draw(masks(channel_map)))
     expected = narrow(channel_map, selection)
     assembled = torch.full_like(expected, torch.nan)

@@ -177,7 +177,7 @@ def test_random_masks_are_trivial_in_no_group(channel_map: ChannelMap, rho: floa
     for group in channel_map.groups:
         kept = mask[group.start : group.stop].nonzero().flatten().tolist()
         assert kept
-        assert (group.size == 1 or len(kept) < group.size)
+        assert group.size == 1 or len(kept) < group.size
         assert group.size < 3 or kept[-1] - kept[0] >= len(kept), (
             "neighbours in the slice are none in the network"
         )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.training.evaluation import evaluate, reestimate_batch_norm
+from offload_sparse.engine.batch_norm import reestimate_batch_norm
+from offload_sparse.training.evaluation import evaluate
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -1,0 +1,97 @@
+"""From a user's model to a checked channel map and a filled store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from offload_sparse.config import Residual
+from offload_sparse.engine.sync import on_first_rank
+from offload_sparse.store.initial_values import build_seeded, named_tensors
+from offload_sparse.store.initialisation import Recording, record
+from offload_sparse.store.weight_store import Ranks, WeightStore
+from offload_sparse.structure.channel_map import ChannelMap
+from offload_sparse.structure.subnet import meta_copy
+
+logger = logging.getLogger(__name__)
+
+ModelSource = nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model whose structure is known and checked.
+
+    Attributes:
+        source: the model, or the function that builds it.
+        meta_model: the full model without values.
+        channel_map: its channels.
+        recording: how its initial values come about; None for a model that brings its own.
+    """
+
+    source: ModelSource
+    meta_model: nn.Module
+    channel_map: ChannelMap
+    recording: Recording | None
+
+    def fill(self, store: WeightStore, seed: int) -> None:
+        """Give ``store`` the initial values, the same for every world size.
+
+        They are replayed tensor by tensor on every rank where that gives the values of the construction.
+        Otherwise rank 0 holds the whole model once and streams its rows to their owners.
+        """
+        if self.recording is not None and self.recording.replayable:
+            store.fill(self.recording.replay(seed))
+            return
+        tensors = None
+        if store.ranks.rank == 0:
+            if self.recording is not None:
+                logger.warning("model built whole on rank 0 and streamed out: %s", self.recording.reason)
+            source = self.source
+            tensors = named_tensors(source if isinstance(source, nn.Module) else build_seeded(source, seed))
+        store.fill_from_first_rank(tensors)
+
+    def tensor_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the parameters, and of the floating-point buffers, in the model's order."""
+        parameters = tuple(name for name, _ in self.meta_model.named_parameters())
+        buffers = tuple(name for name, b in self.meta_model.named_buffers() if b.is_floating_point())
+        return parameters, buffers
+
+
+def prepare(
+    source: ModelSource,
+    example_inputs: tuple[Tensor, ...],
+    residual: Residual,
+    ranks: Ranks,
+    channel_map: ChannelMap | None = None,
+    verify: bool = True,
+) -> PreparedModel:
+    """Find the channels of a model and check them.
+
+    Args:
+        source: a model with values, or a function that builds one.
+        example_inputs: inputs that the model can be called with; only shapes and types matter.
+        residual: residual policy of the discovery.
+        ranks: the ranks of the run; the check runs on the first.
+        channel_map: a map made by hand, which replaces the discovery.
+        verify: check that slice = mask; large models are checked as a narrow twin.
+
+    Raises:
+        ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
+    """
+    recording = None if isinstance(source, nn.Module) else record(source)
+    meta_model = meta_copy(source) if recording is None else recording.model  # type: ignore[arg-type]
+    if channel_map is None:
+        # Loaded here because Torch-Pruning takes seconds to import, and a map made by hand does not need it.
+        from offload_sparse.structure.discovery import discover
+
+        channel_map = discover(meta_model, example_inputs, residual)
+    if verify:
+        from offload_sparse.structure.self_test import self_test
+
+        checked = channel_map
+        on_first_rank(lambda: self_test(meta_model, example_inputs, checked), ranks.rank, ranks.world_size)
+    return PreparedModel(source, meta_model, channel_map, recording)
