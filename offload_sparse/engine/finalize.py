@@ -81,7 +81,7 @@ def best_candidate(
     return candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
 
 
-def extract(meta_model: nn.Module, selection: Selection, side: Side) -> nn.Module:
+def extract(meta_model: nn.Module, side: Side) -> nn.Module:
     """The network that ``side`` holds, as a module with memory of its own, in evaluation mode."""
     module = meta_copy(meta_model)
     for name, parameter in list(side.module.named_parameters()):

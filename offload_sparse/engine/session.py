@@ -172,7 +172,7 @@ class SparseOffload:
         assert self.final_mask is not None
         selection = Selection(self.channel_map, self.final_mask)
         self.pair.load(selection, None, False, self.steps_done)
-        module = extract(self.meta_model, selection, self.pair.sides[0])
+        module = extract(self.meta_model, self.pair.sides[0])
         self.pair.discard()
         self._reestimate(module, batches)
         return FinalNetwork(module, self.final_mask, self.channel_map)

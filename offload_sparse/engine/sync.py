@@ -44,9 +44,7 @@ def assert_equal_on_ranks(named: dict[str, list[Tensor]], world_size: int, devic
 
 
 def on_first_rank(function: Callable[[], object], rank: int, world_size: int) -> None:
-    """Call ``function`` on rank 0 only, and raise its ValueError on every rank, so that none is left waiting.
-    
-    """
+    """Call ``function`` on rank 0 only, and raise its ValueError on every rank, so that none waits."""
     message = [""]
     if rank == 0:
         try:

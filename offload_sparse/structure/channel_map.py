@@ -6,9 +6,9 @@
                2, 3: none                                           2, 3: none
 
 An axis is a vector that names the atom at each position, -1 where a position is always kept; ``None`` stands
-for a dimension in which every position is always kept. Flatten (one atom at 49 columns), concatenation (several
-groups in a row), depthwise convolutions and coupled residual streams are all just such vectors; there are no
-special cases.
+for a dimension in which every position is always kept. Flatten (one atom at 49 columns), concatenation
+(several groups in a row), depthwise convolutions and coupled residual streams are all just such vectors;
+there are no special cases.
 """
 
 from __future__ import annotations

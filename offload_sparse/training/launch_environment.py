@@ -37,7 +37,7 @@ def check_environment(environment: dict[str, str] | None = None) -> None:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
         if int(env["WORLD_SIZE"]) > 1 and missing:
             raise ValueError(
-                f"WORLD_SIZE is {env['WORLD_SIZE']}, but {missing[0]} is not set; start with accelerate launch"
+                f"WORLD_SIZE is {env['WORLD_SIZE']}, but {missing[0]} is not set; use accelerate launch"
             )
         return
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
