@@ -116,7 +116,7 @@ class Selection:
         return {g.name: int(self.mask[g.start : g.stop].sum()) for g in self.channel_map.groups}
 
     def take(self, name: str, full: Tensor) -> Tensor:
-        """A copy of the kept entries of ``full``, a whole tensor of the network, by one indexing operation."""
+        """The kept entries of ``full``, a whole tensor of the network, copied by one indexing operation."""
         return full[open_grid(self.kept[name], tuple(full.shape))] if full.dim() else full.clone()
 
 

@@ -1,0 +1,103 @@
+"""The exported network is the network that was trained, and a damaged export is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_sparse import load_pruned
+from offload_sparse.engine.finalize import FinalNetwork, export
+from offload_sparse.models import build_model
+from offload_sparse.structure.discovery import discover
+from offload_sparse.structure.subnet import narrow_module
+from tests.channel_maps import SmallNet, small_map
+
+ARGUMENTS = {"num_classes": 5, "in_channels": 1, "image_size": 16, "width": 0.5}
+
+
+@pytest.fixture(scope="module")
+def network() -> FinalNetwork:
+    torch.manual_seed(0)
+    full = build_model("offload_sparse/vgg_small", **ARGUMENTS)
+    channel_map = discover(full, (torch.empty(1, 1, 16, 16),))
+    mask = torch.rand(channel_map.num_atoms) < 0.5
+    mask[[group.start for group in channel_map.groups]] = True
+    return FinalNetwork(narrow_module(full, channel_map, mask).eval(), mask, channel_map)
+
+
+@pytest.fixture
+def folder(network: FinalNetwork, tmp_path: Path) -> Path:
+    export(network, tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
+    return tmp_path / "model"
+
+
+def test_a_network_comes_back_bit_for_bit_and_ready_for_evaluation(network: FinalNetwork, folder: Path) -> None:
+    loaded = load_pruned(folder)
+    images = torch.randn(3, 1, 16, 16)
+    assert torch.equal(loaded(images), network.module(images))
+    assert not loaded.training
+    assert all(p.device.type == "cpu" and p.is_contiguous() for p in loaded.parameters())
+
+
+def test_the_structure_names_the_kept_channels_of_every_group(network: FinalNetwork, folder: Path) -> None:
+    groups = json.loads((folder / "structure.json").read_text())["groups"]
+    for group in network.channel_map.groups:
+        kept = network.mask[group.start : group.stop].nonzero().flatten().tolist()
+        assert groups[group.name] == {"size": group.size, "kept": kept}
+
+
+def test_a_users_own_model_is_loaded_through_its_constructor(tmp_path: Path) -> None:
+    full = SmallNet()
+    channel_map = small_map(full)
+    mask = channel_map.uniform_mask(0.5)
+    narrow = narrow_module(full, channel_map, mask).eval()
+    export(FinalNetwork(narrow, mask, channel_map), tmp_path, {})
+    images = torch.randn(2, 2, 6, 6)
+    assert torch.equal(load_pruned(tmp_path, model=SmallNet)(images), narrow(images))
+    with pytest.raises(ValueError, match="pass `model`"):
+        load_pruned(tmp_path)
+
+
+def damage(folder: Path, how: str) -> None:
+    weights, structure = folder / "weights.safetensors", folder / "structure.json"
+    data = json.loads(structure.read_text())
+    if how == "no structure":
+        structure.unlink()
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "half a structure":
+        structure.write_text(structure.read_text()[:100])
+    elif how == "half the weights":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif how == "another format":
+        structure.write_text(json.dumps(data | {"format": 99}))
+    elif how == "another shape":
+        data["tensors"][next(iter(data["tensors"]))] = [1, 2, 3]
+        structure.write_text(json.dumps(data))
+    elif how == "another model":
+        structure.write_text(json.dumps(data | {"model": {"name": "offload_sparse/vgg19_cifar"}}))
+    elif how == "an unknown model":
+        structure.write_text(json.dumps(data | {"model": {"name": "os/system"}}))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no structure",
+        "no weights",
+        "half a structure",
+        "half the weights",
+        "another format",
+        "another shape",
+        "another model",
+        "an unknown model",
+    ],
+)
+def test_a_damaged_export_is_one_line_of_advice(folder: Path, how: str) -> None:
+    damage(folder, how)
+    with pytest.raises(ValueError) as error:
+        load_pruned(folder)
+    assert "\n" not in str(error.value)

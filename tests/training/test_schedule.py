@@ -1,0 +1,25 @@
+"""The learning rate over a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from offload_sparse.config import OptimConfig
+from offload_sparse.training.schedule import learning_rate
+
+
+def rates(config: OptimConfig, total: int = 100) -> list[float]:
+    return [learning_rate(config, step, total, steps_per_epoch=10) for step in range(total)]
+
+
+def test_warm_up_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero() -> None:
+    found = rates(OptimConfig(lr=0.2, warmup_epochs=2.0))
+    assert found[:20] == pytest.approx([0.2 * (i + 1) / 20 for i in range(20)])
+    assert found[20] == pytest.approx(0.2)
+    assert found[60] == pytest.approx(0.1)
+    assert 0 < found[-1] < 0.001
+    assert all(a > b for a, b in zip(found[20:], found[21:], strict=False))
+
+
+def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
+    assert set(rates(OptimConfig(lr=0.2, schedule="constant"))) == {0.2}
