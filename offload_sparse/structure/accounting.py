@@ -65,7 +65,7 @@ class CostModel:
         rows = [self._row(name) for name in names]
         rank = max((len(row) for row in rows), default=0)
         self._dims = torch.tensor([row + [0] * (rank - len(row)) for row in rows], dtype=torch.int64).view(
-            -1, rank
+            len(rows), rank
         )
         self._always, self._atoms, self._segment = _flatten_axes(self._axes)
         free = [

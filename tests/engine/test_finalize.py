@@ -34,7 +34,9 @@ def folder(network: FinalNetwork, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_network_comes_back_bit_for_bit_and_ready_for_evaluation(network: FinalNetwork, folder: Path) -> None:
+def test_a_network_comes_back_bit_for_bit_and_ready_for_evaluation(
+    network: FinalNetwork, folder: Path
+) -> None:
     loaded = load_pruned(folder)
     images = torch.randn(3, 1, 16, 16)
     assert torch.equal(loaded(images), network.module(images))

@@ -79,3 +79,14 @@ def test_a_saving_of_no_steps_or_negative_passes_is_refused() -> None:
         train_cost_saving(10.0, [])
     with pytest.raises(ValueError, match="negative"):
         train_cost_saving(10.0, [(-1.0, 1, 1)])
+
+
+def test_a_map_without_atoms_costs_what_the_network_costs() -> None:
+    """The dense control has nothing to drop; its cost model has no axes at all."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 36, 3))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    channel_map = ChannelMap((), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()})
+    inputs = (torch.empty(1, 1, 8, 8),)
+    cost = CostModel(model, channel_map, inputs)
+    assert cost.flops(channel_map.full_mask()) == count_flops(model, inputs)
+    assert cost.parameters(channel_map.full_mask()) == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,132 @@
+"""Real launches: ``accelerate launch`` as a user types it, on two CPU processes, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_sparse import load_pruned
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--config",
+    "configs/quickstart.yaml",
+    "--data.train_limit",
+    "256",
+    "--data.test_limit",
+    "128",
+    "--data.batch_size",
+    "32",
+    "--model.arguments.width",
+    "0.5",
+    "--round.k",
+    "3",
+    "--train.verify",
+    "false",
+    "--final.bn_batches",
+    "2",
+]
+
+
+def launch(arguments: list[str], launcher: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``accelerate launch <launcher> launch/train.py <arguments>`` with a hard time limit."""
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "launch/train.py", *arguments]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def two_ranks(arguments: list[str], port: int) -> subprocess.CompletedProcess[str]:
+    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)]
+    return launch(arguments, launcher, ACCELERATE_USE_CPU="true")
+
+
+def read(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return json.loads((run_dir / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+REQUIRED = {
+    "method",
+    "model",
+    "dataset",
+    "rho",
+    "steps",
+    "world_size",
+    "test_accuracy",
+    "params_ratio",
+    "flops_ratio",
+    "train_cost_saving",
+    "seconds",
+    "step_seconds_median",
+    "peak_host_bytes",
+    "peak_device_bytes",
+    "store_bytes",
+    "subnet_bytes_peak",
+}
+
+
+def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
+    """Float64, running BatchNorm statistics (per-rank batch statistics would differ by construction): the same losses,
+    the same s, the same final network, from the same global batches.
+    """
+    options = [*SMALL, "--train.dtype", "float64", "--train.batch_norm", "frozen", "--train.max_steps", "12"]
+    options += ["--train.log_every", "1", "--round.freeze_at", "0.75", "--round.check_ranks", "true"]
+    alone = launch([*options, "--run_dir", str(tmp_path / "one")], ["--cpu", "--num_processes", "1"])
+    assert alone.returncode == 0, alone.stderr
+    together = two_ranks([*options, "--run_dir", str(tmp_path / "two")], port=29611)
+    assert together.returncode == 0, together.stderr
+    (one, one_lines), (two, two_lines) = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one.keys() >= REQUIRED
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["store_bytes"] < 0.6 * one["store_bytes"]
+    for a, b in zip(one_lines, two_lines, strict=True):
+        for key in a.keys() & {"loss", "accuracy", "entropy", "loss_difference", "expected_size"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-8, abs=1e-8), (a["step"], key)
+    networks = [load_pruned(tmp_path / name / "model").state_dict() for name in ("one", "two")]
+    for name, value in networks[0].items():
+        assert float((value - networks[1][name]).abs().max()) < 1e-8, name
+    assert one["test_accuracy"] == two["test_accuracy"]
+
+
+@pytest.mark.parametrize("method", ["dense", "static"])
+def test_the_controls_train_under_the_same_command(method: str, tmp_path: Path) -> None:
+    options = [*SMALL, "--method", method, "--train.max_steps", "4", "--run_dir", str(tmp_path)]
+    result = two_ranks(options, port=29612)
+    assert result.returncode == 0, result.stderr
+    summary, _ = read(tmp_path)
+    assert summary["method"] == method
+    assert summary["flops_ratio"] == (1.0 if method == "dense" else pytest.approx(1 / 16, rel=0.5))
+    assert summary["train_cost_saving"] == pytest.approx(1 / summary["flops_ratio"])
+    assert load_pruned(tmp_path / "model") is not None
+
+
+def test_ranks_that_accelerate_starts_alone_are_an_error(tmp_path: Path) -> None:
+    """``--cpu --num_processes 2`` starts one process; it says so, instead of training alone."""
+    result = launch([*SMALL, "--run_dir", str(tmp_path / "run")], ["--cpu", "--num_processes", "2"])
+    assert result.returncode != 0
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_batch_that_does_not_divide_is_told_once_and_ends_both_ranks(tmp_path: Path) -> None:
+    result = two_ranks([*SMALL, "--data.batch_size", "33", "--run_dir", str(tmp_path)], port=29613)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("offload-sparse: error:")]
+    assert len(lines) == 1
+    assert "33" in lines[0]
