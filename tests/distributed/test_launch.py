@@ -1,4 +1,4 @@
-"""Real launches: ``accelerate launch`` as a user types it, on two CPU processes, and every way to get it wrong."""
+"""Real launches: ``accelerate launch`` as a user types it, on two CPU processes, and ways to get it wrong."""
 
 from __future__ import annotations
 
@@ -82,8 +82,9 @@ REQUIRED = {
 
 
 def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
-    """Float64, running BatchNorm statistics (per-rank batch statistics would differ by construction): the same losses,
-    the same s, the same final network, from the same global batches.
+    """The same losses, the same s, the same final network, from the same global batches, in float64.
+
+    BatchNorm normalises with its running statistics: per-rank batch statistics would differ by construction.
     """
     options = [*SMALL, "--train.dtype", "float64", "--train.batch_norm", "frozen", "--train.max_steps", "12"]
     options += ["--train.log_every", "1", "--round.freeze_at", "0.75", "--round.check_ranks", "true"]

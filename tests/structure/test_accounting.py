@@ -8,6 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from offload_sparse.structure.accounting import CostModel, count_flops, count_parameters, train_cost_saving
+from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.discovery import discover
 from offload_sparse.structure.subnet import narrow_module
 from offload_sparse.structure.verify import random_mask

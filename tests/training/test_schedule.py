@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from offload_sparse.config import OptimConfig
@@ -18,7 +20,7 @@ def test_warm_up_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero() -> No
     assert found[20] == pytest.approx(0.2)
     assert found[60] == pytest.approx(0.1)
     assert 0 < found[-1] < 0.001
-    assert all(a > b for a, b in zip(found[20:], found[21:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found[20:]))
 
 
 def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
