@@ -422,17 +422,19 @@ def run_command(command: Callable[[], int | None]) -> int:
     Bad input is a ``ValueError``, or a file that is missing or cannot be used. Only rank 0 prints, so that a
     launch of several processes shows the line once; with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
 
+    A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1.
+
     Returns:
         The command's exit code, 0 where it returns None.
     """
     try:
         return command() or 0
-    except (ValueError, *_FILE_ERRORS) as error:
+    except (ValueError, FloatingPointError, *_FILE_ERRORS) as error:
         if os.environ.get("RANK", "0") == "0":
             if os.environ.get(TRACEBACK_VARIABLE) == "1":
                 traceback.print_exc()
             print(f"offload-sparse: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def _one_line(error: Exception) -> str:
