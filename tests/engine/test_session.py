@@ -5,6 +5,7 @@ weights.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -94,16 +95,20 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
     assert not torch.equal(session.policy.s, torch.full_like(session.policy.s, 0.5)), "s must have moved"
 
 
-def test_rho_one_is_plain_training() -> None:
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_rho_one_is_plain_training(clip_norm: float) -> None:
     """Invariant 4, one rank: with every channel kept the session is torch.optim.SGD on the network."""
     net = small_net()
     plain = copy.deepcopy(net).train()
-    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=3))
+    optim = dataclasses.replace(OPTIM, clip_norm=clip_norm)
+    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=3), optimizer=optim)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     for batch in batches(7):
         session.step(batch, loss_fn)
         optimizer.zero_grad()
         loss_fn(plain, batch).backward()
+        if clip_norm:
+            assert nn.utils.clip_grad_norm_(plain.parameters(), clip_norm) > clip_norm
         optimizer.step()
     network = session.finalize([batches(1)[0][0]])
     for (name, a), (_, b) in zip(network.module.named_parameters(), plain.named_parameters(), strict=True):
