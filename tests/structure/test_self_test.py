@@ -8,6 +8,7 @@ import torch
 from offload_sparse.config import Residual
 from offload_sparse.models import build_model
 from offload_sparse.structure.accounting import count_parameters
+from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.discovery import discover
 from offload_sparse.structure.self_test import MAX_PARAMETERS, reduced, self_test
 from tests.channel_maps import SmallNet, small_map
@@ -52,14 +53,17 @@ def test_the_twin_is_small_keeps_every_layer_and_every_group() -> None:
     assert [n for n, _ in twin.named_modules()] == [n for n, _ in model.named_modules()]
 
 
-def test_a_wrong_map_is_refused_on_the_twin_too() -> None:
+def test_a_wrong_map_is_refused_on_the_twin_too(monkeypatch: pytest.MonkeyPatch) -> None:
     net = SmallNet((32, 48))
-    channel_map = small_map(net)
-    columns = channel_map.axes["conv2.weight"][1]
+    right = small_map(net)
+    rows, columns, *window = right.axes["conv2.weight"]
     assert columns is not None
-    columns.copy_(columns.flip(0))  # the second convolution reads its input channels in reverse order
+    wrong = {"conv2.weight": (rows, columns.flip(0), *window)}  # reads its input channels in reverse order
+    channel_map = ChannelMap(right.groups, right.shapes, {**right.axes, **wrong})
     inputs = (torch.empty(2, 2, 6, 6),)
-    twin, _ = reduced(net, channel_map, 4000)
-    assert count_parameters(twin) < count_parameters(net)
+    assert count_parameters(reduced(net, channel_map, 4000)[0]) < count_parameters(net)
+    with pytest.raises(ValueError, match="the channel map is wrong"):
+        self_test(net, inputs, channel_map)
+    monkeypatch.setattr("offload_sparse.structure.self_test.MAX_PARAMETERS", 4000)
     with pytest.raises(ValueError, match="the channel map is wrong"):
         self_test(net, inputs, channel_map)
