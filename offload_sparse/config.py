@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 MethodName = Literal["sparse_offload", "dense", "static"]
 Residual = Literal["coupled", "internal"]
+TrainCrop = Literal["pad", "resized"]
 Reference = Literal["every_step", "turns", "round_start"]
 EstimatorName = Literal["vr_pge", "rloo"]
 
@@ -56,6 +57,15 @@ class DataConfig:
         batch_size: images per optimizer step over all ranks (the global batch).
         num_workers: decoding processes per rank; 0 decodes in the training process.
         image_size: side in pixels that images are resized to; 0 keeps the size of the images.
+        streaming: read parquet files where they lie, by row groups, instead of through a copy in the
+            library's cache; image folders are always read where they lie.
+        shuffle_buffer: with ``streaming``, rows that are shuffled together, behind a random order of row
+            groups; a worker holds about as many encoded images.
+        train_crop: how training images get to their size. ``pad`` resizes and crops the middle as in
+            evaluation, then takes a random crop of ``random_crop``; ``resized`` scales a random part to
+            ``image_size`` (area 8-100 %, aspect ratio 3:4-4:3: the usual recipe for ImageNet).
+        eval_resize: pixels that the shorter side is scaled to before the middle ``image_size`` pixels are
+            cut out for evaluation; 0 takes ``image_size``.
         random_crop: pixels of zero padding of a random crop; 0 crops nothing.
         random_flip: flip images horizontally at random.
         mean: mean per channel of images in [0, 1]; empty measures it on training images.
@@ -63,6 +73,10 @@ class DataConfig:
         train_limit: use only this many training images; 0 uses all.
         test_limit: use only this many test images; 0 uses all.
         cache_bytes: splits that take no more than this many bytes when decoded are kept decoded in memory.
+        corrupt_limit: images that cannot be decoded and are replaced (in training) or left out (in
+            evaluation) before it is an error; each rank counts those that it meets.
+        num_classes: classes, for ``dry_run``, which reads no images.
+        channels: channels of the images, for ``dry_run``.
     """
 
     name: str = "fashion_mnist_small"
@@ -75,6 +89,10 @@ class DataConfig:
     batch_size: int = 256
     num_workers: int = 0
     image_size: int = 0
+    streaming: bool = False
+    shuffle_buffer: int = 1024
+    train_crop: TrainCrop = "pad"
+    eval_resize: int = 0
     random_crop: int = 0
     random_flip: bool = False
     mean: list[float] = field(default_factory=list)
@@ -82,6 +100,9 @@ class DataConfig:
     train_limit: int = 0
     test_limit: int = 0
     cache_bytes: int = 1 << 30
+    corrupt_limit: int = 100
+    num_classes: int = 0
+    channels: int = 0
 
     def __post_init__(self) -> None:
         _require(
@@ -91,8 +112,24 @@ class DataConfig:
             0 <= self.validation_size < 1,
             f"data.validation_size is {self.validation_size}; give a share of the training images in [0, 1)",
         )
-        for name in ("num_workers", "image_size", "random_crop", "train_limit", "test_limit", "cache_bytes"):
+        for name in (
+            *("num_workers", "image_size", "random_crop", "train_limit", "test_limit", "cache_bytes"),
+            *("eval_resize", "corrupt_limit", "num_classes", "channels"),
+        ):
             _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; give 0 or more")
+        _require(
+            self.shuffle_buffer >= 1, f"data.shuffle_buffer is {self.shuffle_buffer}; give at least 1 row"
+        )
+        resized = self.train_crop == "resized"
+        _require(not resized or self.image_size > 0, "data.train_crop resized needs data.image_size")
+        _require(
+            not (resized and self.random_crop),
+            "data.random_crop belongs to data.train_crop pad; set it to 0",
+        )
+        _require(
+            self.eval_resize == 0 or 0 < self.image_size <= self.eval_resize,
+            f"data.eval_resize is {self.eval_resize}; give at least data.image_size ({self.image_size})",
+        )
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.config import RunConfig
+from offload_sparse.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.data.normalise import normalise_for
 from offload_sparse.data.source import Split, Splits, load_splits
@@ -68,6 +69,9 @@ class Run:
         self.config = config
         self.accelerator: Accelerator = start(config.train, config.run_dir, config.trackers)
         self.recorder = Recorder(config, self.accelerator.is_main_process, track=self._track)
+        self.corrupt = CorruptImages(config.data.corrupt_limit, config.run_dir / CORRUPT_LOG)
+        if self.accelerator.is_main_process:
+            (config.run_dir / CORRUPT_LOG).unlink(missing_ok=True)  # an earlier run's
         with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
             self.splits: Splits = load_splits(config.data)
         self.channels = input_channels(config.model.name, self.splits.in_channels)
@@ -179,6 +183,7 @@ class Run:
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
             "store_bytes": costs.store_bytes,
             "subnet_bytes_peak": costs.subnet_bytes_peak,
+            "corrupt_images": len(self.corrupt),
         }
 
     def close(self) -> None:
@@ -222,6 +227,7 @@ class Run:
             config.train.seed,
             channels=self.channels,
             progress=config.train.progress,
+            corrupt=self.corrupt,
         )
 
     def _eval_loader(self, split: Split) -> EvalLoader:
@@ -233,6 +239,7 @@ class Run:
             ranks.num_processes,
             channels=self.channels,
             progress=config.train.progress,
+            corrupt=self.corrupt,
         )
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ks_2samp
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from offload_sparse.data.augmentation import augment, draw
+from offload_sparse.config import DataConfig
+from offload_sparse.data.augmentation import Box, augment, draw, image_keys, random_part
+from offload_sparse.data.loader import TrainLoader
+from offload_sparse.data.sampler import global_batch
+from offload_sparse.data.source import load_splits
+from tests.data.jpegs import write_folder
 
 
 @given(
@@ -63,3 +73,75 @@ def test_seed_and_epoch_change_the_draws(seed: int, epoch: int) -> None:
 def test_without_padding_and_flips_images_stay_what_they_are() -> None:
     images = torch.randint(0, 256, (4, 1, 5, 5), dtype=torch.uint8)
     assert torch.equal(augment(images, draw(0, 0, torch.arange(4), 0), 0, False), images)
+
+
+# Random resized crops
+
+
+def parts(height: int, width: int, count: int = 4000, seed: int = 0) -> list[Box]:
+    keys = image_keys(seed, 0, torch.arange(count))
+    return [random_part(key, height, width) for key in keys]
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**63 - 1))
+def test_a_random_part_lies_in_the_image(height: int, width: int, key: int) -> None:
+    top, left, h, w = random_part(np.uint64(key), height, width)
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert h > 0
+    assert w > 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (500, 90), (60, 400)])
+def test_random_parts_are_distributed_as_those_of_torchvision(height: int, width: int) -> None:
+    """Two-sample Kolmogorov-Smirnov tests of area, aspect ratio and position; the seeds are fixed."""
+    torch.manual_seed(1)
+    image = torch.empty(3, height, width)
+    reference = [v2.RandomResizedCrop.make_params(v2.RandomResizedCrop(224), [image]) for _ in range(4000)]
+    expected = [Box(p["top"], p["left"], p["height"], p["width"]) for p in reference]
+    found = parts(height, width)
+    measures = {
+        "area": lambda box: box.height * box.width,
+        "aspect": lambda box: box.width / box.height,
+        "top": lambda box: box.top,
+        "left": lambda box: box.left,
+    }
+    for name, measure in measures.items():
+        test = ks_2samp([measure(box) for box in found], [measure(box) for box in expected])
+        assert test.pvalue > 1e-3, name
+
+
+def test_an_image_too_long_for_any_part_gives_its_middle_as_in_torchvision() -> None:
+    assert set(parts(10, 1000, count=5)) == {Box(0, 493, 10, 13)}
+    assert set(parts(1000, 10, count=5)) == {Box(493, 0, 13, 10)}
+
+
+def test_a_random_part_depends_on_the_image_and_the_epoch() -> None:
+    once, again = (image_keys(7, 3, torch.tensor([5])) for _ in range(2))
+    assert random_part(once[0], 100, 120) == random_part(again[0], 100, 120)
+    others = {random_part(image_keys(7, epoch, torch.tensor([5]))[0], 100, 120) for epoch in range(20)}
+    assert len(others) == 20
+
+
+def test_a_batch_of_random_parts_is_scaled_as_torchvision_scales_them(tmp_path: Path) -> None:
+    """Bit-equal to ``resized_crop`` with antialiasing and ``hflip``, given the same draws."""
+    config = DataConfig(
+        name=str(write_folder(tmp_path)),
+        image_size=16,
+        train_crop="resized",
+        random_flip=True,
+        batch_size=24,
+        cache_bytes=0,
+    )
+    split = load_splits(config).train
+    batch = next(TrainLoader(split, config, seed=9).batches())
+    indices = global_batch(9, 0, 0, 24, 24)
+    keys, flips = image_keys(9, 0, indices), draw(9, 0, indices, 0).flip
+    for position, index in enumerate(indices.tolist()):
+        (image,) = split.read([index])
+        pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
+        box = random_part(keys[position], image.height, image.width)
+        expected = v2.functional.resized_crop(pixels, *box, [16, 16], antialias=True)
+        expected = v2.functional.hflip(expected) if flips[position] else expected
+        assert torch.equal(batch.images[position], expected)
+    assert 0 < int(flips.sum()) < 24

@@ -321,7 +321,9 @@ def test_a_row_without_an_image_is_named(tmp_path: Path) -> None:
         rows = {"image": [{"bytes": png(pixels(1)[0]), "path": None}, None], "label": [0, 1]}
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
         write_parquet(tmp_path / f"{split}.parquet", datasets.Dataset.from_dict(rows, features=features))
-    assert "row 1 of split 'train' has no image" in message_of(name=str(tmp_path))
+    assert "image 1 of split 'train' cannot be decoded (the row has no image)" in message_of(
+        name=str(tmp_path), corrupt_limit=0
+    )
 
 
 def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
