@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offload_sparse import arguments
 from offload_sparse.arguments import Options
-from offload_sparse.config import DataConfig, Residual
+from offload_sparse.config import DataConfig, Residual, RunConfig
 
 if TYPE_CHECKING:
     from offload_sparse.training.evaluation import Evaluation
@@ -105,6 +106,8 @@ _BENCH = Options(
 def train(argv: Sequence[str]) -> int:
     """Train a network as a configuration says; the same as launch/train.py."""
     config = arguments.parse(argv)
+    if config.dry_run:
+        return _dry_run(config)
     from offload_sparse.training.trainer import train as run
 
     run(config)
@@ -211,6 +214,17 @@ def _data_of_run(path: Path) -> dict[str, Any]:
         if (folder / "config.yaml").is_file():
             return arguments.flat_values(arguments.parse(["--config", str(folder / "config.yaml")]), "data")
     return {}
+
+
+def _dry_run(config: RunConfig) -> int:
+    from rich.console import Console
+
+    from offload_sparse.training.dry_run import dry_run, dry_run_table
+
+    table = dry_run_table(dry_run(config))
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(table)
+    return 0
 
 
 def _evaluate(config: EvaluateConfig) -> Evaluation:

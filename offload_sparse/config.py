@@ -75,8 +75,9 @@ class DataConfig:
         cache_bytes: splits that take no more than this many bytes when decoded are kept decoded in memory.
         corrupt_limit: images that cannot be decoded and are replaced (in training) or left out (in
             evaluation) before it is an error; each rank counts those that it meets.
-        num_classes: classes, for ``dry_run``, which reads no images.
-        channels: channels of the images, for ``dry_run``.
+        num_classes: classes; like the next two for ``dry_run`` alone, which reads no images.
+        channels: channels of the images.
+        train_images: images of the training split.
     """
 
     name: str = "fashion_mnist_small"
@@ -103,6 +104,7 @@ class DataConfig:
     corrupt_limit: int = 100
     num_classes: int = 0
     channels: int = 0
+    train_images: int = 0
 
     def __post_init__(self) -> None:
         _require(
@@ -114,7 +116,7 @@ class DataConfig:
         )
         for name in (
             *("num_workers", "image_size", "random_crop", "train_limit", "test_limit", "cache_bytes"),
-            *("eval_resize", "corrupt_limit", "num_classes", "channels"),
+            *("eval_resize", "corrupt_limit", "num_classes", "channels", "train_images"),
         ):
             _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; give 0 or more")
         _require(
@@ -326,6 +328,38 @@ class StaticConfig:
 
 
 @dataclass
+class PaperConfig:
+    """The published figures that a run aims at; 0 where the text gives none.
+
+    Attributes:
+        source: paper, and its table or figure.
+        accuracy: accuracy in %.
+        dense_accuracy: accuracy of the dense network in %.
+        params: remaining parameters in %.
+        flops: remaining FLOPs in %.
+        train_cost_saving: how many times cheaper than dense training.
+    """
+
+    source: str = ""
+    accuracy: float = 0.0
+    dense_accuracy: float = 0.0
+    params: float = 0.0
+    flops: float = 0.0
+    train_cost_saving: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("accuracy", "dense_accuracy", "params", "flops"):
+            _require(
+                0 <= getattr(self, name) <= 100,
+                f"paper.{name} is {getattr(self, name)}; give a percentage, or 0 for none",
+            )
+        _require(
+            self.train_cost_saving >= 0,
+            f"paper.train_cost_saving is {self.train_cost_saving}; give a factor, or 0 for none",
+        )
+
+
+@dataclass
 class RunConfig:
     """Everything a run depends on.
 
@@ -333,12 +367,15 @@ class RunConfig:
         method: what a training step is.
         run_dir: folder of the run; created, and never mixed with another run's files.
         overwrite: replace the files of an earlier run in ``run_dir``.
+        dry_run: print network, cost, steps and the figures to reach, and stop; no image is read, no file
+            written.
         trackers: names of accelerate's trackers to log to, such as ``tensorboard``.
     """
 
     method: MethodName = "sparse_offload"
     run_dir: Path = Path("runs/default")
     overwrite: bool = False
+    dry_run: bool = False
     trackers: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -348,3 +385,4 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
     static: StaticConfig = field(default_factory=StaticConfig)
+    paper: PaperConfig = field(default_factory=PaperConfig)

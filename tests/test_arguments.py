@@ -104,6 +104,8 @@ _BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "betas": st.lists(st.floats(0, 0.99), min_size=2, max_size=2),
     "nesterov": st.just(False),
     "hard_cap": st.floats(1, 9),
+    "train_crop": st.just("pad"),
+    "eval_resize": st.just(0),
 }
 
 

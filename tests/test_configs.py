@@ -1,0 +1,146 @@
+"""Every configuration file in the repository: complete, buildable, and aimed at figures of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from offload_sparse import arguments
+from offload_sparse.cli import main
+from offload_sparse.config import RunConfig
+from offload_sparse.data import source
+from offload_sparse.data.declared import DeclaredData
+from offload_sparse.training import dry_run
+from offload_sparse.training.dry_run import Structure
+
+StructureOf = Callable[[RunConfig, DeclaredData], Structure]
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+EXPERIMENTS = sorted((CONFIGS / "experiments").glob("*.yaml"))
+
+# Tables 2, 3 and 4 of Zhou et al. 2021, and the searched VGG-19 of section 5.5:
+# accuracy, parameters and FLOPs in %, train-cost saving.
+ROWS = {
+    "table2_vgg16_cifar10": (92.5, 4.4, 8.7, 8.69),
+    "table2_resnet20_cifar10": (90.93, 35.1, 36.1, 2.09),
+    "table2_wrn28_10_cifar10": (95.6, 8.4, 7.9, 9.39),
+    "table3_resnet50_imagenet_rho0.68": (76.0, 48.2, 46.8, 1.60),
+    "table3_resnet50_imagenet_rho0.50": (73.5, 27.0, 24.7, 3.02),
+    "table3_resnet50_imagenet_rho0.32": (69.3, 10.8, 10.1, 7.36),
+    "table4_vgg19_cifar10_rho0.53": (93.46, 23.71, 28.57, 2.64),
+    "table4_vgg19_cifar10_rho0.44": (93.11, 12.75, 19.33, 3.89),
+    "table4_vgg19_cifar10_rho0.32": (92.23, 6.69, 10.27, 7.30),
+    "table4_vgg19_cifar10_rho0.22": (90.82, 3.06, 4.94, 15.28),
+    "table4_vgg19_cifar10_rho0.13": (87.97, 0.80, 1.70, 44.68),
+    "figure3_vgg19_cifar10_dynamics": (92.73, 16.68, 14.28, 5.28),
+}
+
+
+@cache
+def load(path: Path) -> RunConfig:
+    return arguments.parse(["--config", str(path)])
+
+
+@pytest.fixture(scope="module")
+def structure_of() -> StructureOf:
+    """Discovery takes seconds, and the files of a sweep share a network."""
+    found: dict[tuple[str, str, str], Structure] = {}
+    original = dry_run.structure_of
+
+    def shared(config: RunConfig, data: DeclaredData) -> Structure:
+        name = (config.model.name, config.model.residual, f"{data} {config.model.arguments}")
+        if name not in found:
+            found[name] = original(config, data)
+        return found[name]
+
+    return shared
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_passes_a_dry_run_without_data_or_traces(
+    path: Path,
+    structure_of: StructureOf,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a dry run reads no data")
+
+    monkeypatch.setattr(dry_run, "structure_of", structure_of)
+    monkeypatch.setattr(source, "load_splits", refuse)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", str(path), "--dry_run"]) == 0
+    assert load(path).model.name in capsys.readouterr().out.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_names_its_figure_and_its_own_folder(path: Path) -> None:
+    config = load(path)
+    number = path.stem[len("figure")] if path.stem.startswith("figure") else path.stem[len("table")]
+    kind = "Figure" if path.stem.startswith("figure") else "Table"
+    assert config.paper.source.startswith(f"Zhou et al. 2021, {kind}")
+    assert number in config.paper.source
+    assert config.run_dir == Path("runs") / path.stem
+
+
+def test_the_experiments_are_those_of_the_paper() -> None:
+    covered = {(load(path).model.name, load(path).data.name) for path in EXPERIMENTS}
+    own, cifar10, cifar100, imagenet = (
+        "offload_sparse/",
+        "uoft-cs/cifar10",
+        "uoft-cs/cifar100",
+        "ILSVRC/imagenet-1k",
+    )
+    assert covered == {
+        (f"{own}vgg16_cifar", cifar10),
+        (f"{own}resnet20_cifar", cifar10),
+        (f"{own}wrn28_10_cifar", cifar10),
+        (f"{own}vgg19_cifar", cifar10),
+        (f"{own}vgg19_cifar", cifar100),
+        (f"{own}resnet32_wide_cifar", cifar10),
+        (f"{own}resnet32_wide_cifar", cifar100),
+        ("torchvision/resnet50", imagenet),
+        ("timm/mobilenetv1_100", imagenet),
+    }
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_figures_are_those_of_the_papers_tables(name: str) -> None:
+    paper = load(CONFIGS / "experiments" / f"{name}.yaml").paper
+    assert (paper.accuracy, paper.params, paper.flops, paper.train_cost_saving) == ROWS[name]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rho_is_the_square_root_of_the_rows_flops(name: str) -> None:
+    config = load(CONFIGS / "experiments" / f"{name}.yaml")
+    assert config.policy.rho == pytest.approx((config.paper.flops / 100) ** 0.5, abs=0.006)
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in EXPERIMENTS} - set(ROWS)))
+def test_points_without_numbers_in_the_text_claim_none(name: str) -> None:
+    paper = load(CONFIGS / "experiments" / f"{name}.yaml").paper
+    stated = 58.8 if name == "figure2_resnet32_cifar100_rho0.125" else 0
+    assert (paper.accuracy, paper.params, paper.flops, paper.train_cost_saving) == (0, 0, 0, stated)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_settings_are_those_of_appendix_b(path: Path) -> None:
+    config = load(path)
+    optim, policy = config.optim, config.policy
+    given = (
+        config.data.batch_size,
+        optim.name,
+        optim.lr,
+        optim.momentum,
+        optim.warmup_epochs,
+        optim.label_smoothing,
+    )
+    imagenet = "imagenet" in path.stem
+    assert given == ((256, "sgd", 0.256, 0.875, 3, 0.1) if imagenet else (256, "sgd", 0.1, 0.9, 0, 0))
+    assert (policy.optimizer, policy.lr, policy.alpha) == ("adam", 12e-3, 0.5)
