@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 MethodName = Literal["sparse_offload", "dense", "static"]
-Residual = Literal["coupled", "internal"]
+Residual = Literal["coupled", "internal", "filter"]
 TrainCrop = Literal["pad", "resized"]
 Reference = Literal["every_step", "turns", "round_start"]
 EstimatorName = Literal["vr_pge", "rloo"]
@@ -30,7 +30,8 @@ class ModelConfig:
     Attributes:
         name: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         residual: what is sampled on residual streams: ``coupled`` narrows each stream with one mask,
-            ``internal`` keeps the streams dense and samples only the widths inside the blocks.
+            ``internal`` keeps the streams dense and samples only the widths inside the blocks, ``filter``
+            masks every filter by itself (Zhou et al. 2021): a stream holds what any of its branches keeps.
         arguments: further keyword arguments of the model's constructor.
     """
 

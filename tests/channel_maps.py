@@ -11,15 +11,20 @@ from offload_sparse.structure.channel_map import Axis, ChannelMap, Group
 
 @st.composite
 def channel_maps(draw: st.DrawFn) -> ChannelMap:
-    """Maps with every kind of axis: plain, concatenated, flattened, partly always kept, absent."""
+    """Maps with every kind of axis: plain, concatenated, flattened, of unions, partly always kept, absent."""
     sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     groups = tuple(Group(f"g{i}", a, n) for i, (a, n) in enumerate(zip(starts, sizes, strict=True)))
+    atoms = st.sets(st.integers(0, sum(sizes) - 1), min_size=1, max_size=3)
+    members = draw(st.lists(atoms, max_size=4))
+    pairs = [(number, atom) for number, union in enumerate(members) for atom in sorted(union)]
+    unions = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
     group_axis = st.sampled_from(groups).map(lambda g: torch.arange(g.start, g.stop))
     kinds = st.one_of(
         st.just(None),
         group_axis,
         st.tuples(group_axis, group_axis).map(torch.cat),
+        group_axis.map(lambda a: torch.cat([a, sum(sizes) + torch.arange(len(members))])),
         st.tuples(group_axis, st.integers(2, 4)).map(lambda a: a[0].repeat_interleave(a[1])),
         group_axis.map(lambda a: torch.cat([a, torch.full((2,), -1)])),
     )
@@ -29,7 +34,7 @@ def channel_maps(draw: st.DrawFn) -> ChannelMap:
         dims: list[Axis] = draw(st.lists(kinds, min_size=0, max_size=4))
         axes[f"t{i}"] = tuple(dims)
         shapes[f"t{i}"] = tuple(draw(st.integers(1, 4)) if a is None else a.numel() for a in dims)
-    return ChannelMap(groups, shapes, axes)
+    return ChannelMap(groups, shapes, axes, unions)
 
 
 @st.composite

@@ -136,9 +136,12 @@ VERIFY_KEYS = {
 }
 
 
-def test_verify_measures_errors_of_outputs_and_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("residual", ["internal", "filter"])
+def test_verify_measures_errors_of_outputs_and_gradients(
+    residual: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["verify", "--model", "offload_sparse/resnet20_cifar", "--rho", "0.5", "--json"]
-    assert cli.main([*argv, "--residual", "internal"]) == 0
+    assert cli.main([*argv, "--residual", residual]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert set(figures) >= VERIFY_KEYS
     assert figures["ok"] is True

@@ -2,7 +2,8 @@
 
 model/
   weights.safetensors   the narrow tensors
-  structure.json        how to build the module, the shape of every tensor, the kept channels of every group
+  structure.json        how to build the module, the shape of every tensor, the kept channels of every group,
+                        the positions of the operands in every sum whose operands hold different channels
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from offload_sparse.engine.sync import average
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
+from offload_sparse.structure.stream_add import StreamAdd, additions, expose_additions, set_additions
 from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tensor
 
 FORMAT = 1
@@ -91,6 +93,8 @@ def extract(meta_model: nn.Module, side: Side) -> nn.Module:
     for name, buffer in list(side.module.named_buffers()):
         set_tensor(module, name, buffer.detach().clone())
     fit_attributes(module)
+    assert side.selection is not None
+    set_additions(module, side.selection, side.subnet.device)
     return module.eval()
 
 
@@ -117,6 +121,7 @@ def export(
         "model": model,
         "preprocessing": preprocessing or {},
         "groups": network.kept_channels(),
+        "additions": {name: _held(add) for name, add in additions(network.module) if add.width},
         "tensors": {name: list(t.shape) for name, t in tensors.items()},
     }
     temporary = folder / (WEIGHTS_FILE + ".tmp")
@@ -174,6 +179,7 @@ def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | N
             f"{folder}: {WEIGHTS_FILE} and {STRUCTURE_FILE} disagree about {odd[0]!r}; export it again"
         )
     module = _empty_model(structure["model"], model)
+    _restore_additions(module, structure.get("additions", {}), folder)
     own = dict(module.state_dict())
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
@@ -188,6 +194,26 @@ def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | N
         set_tensor(module, name, tensor)
     fit_attributes(module)
     return module.eval()
+
+
+def _held(add: StreamAdd) -> dict[str, Any]:
+    """Width of a sum, and the positions in it of the channels of each operand."""
+    return {"width": add.width, "left": add.left_index.tolist(), "right": add.right_index.tolist()}
+
+
+def _restore_additions(module: nn.Module, held: dict[str, Any], folder: Path) -> None:
+    try:
+        expose_additions(module, held)
+        for name, add in additions(module):
+            width = int(held[name]["width"])
+            sides = torch.zeros(2, width, dtype=torch.bool)
+            for side, key in zip(sides, ("left", "right"), strict=True):
+                side[held[name][key]] = True
+            add.hold(sides[0], sides[1], torch.device("cpu"))
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder}: {STRUCTURE_FILE} does not fit the additions of this model ({error}); export it again"
+        ) from None
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import Recording, record
 from offload_sparse.store.weight_store import Ranks, WeightStore
 from offload_sparse.structure.channel_map import ChannelMap
+from offload_sparse.structure.stream_add import expose_additions
 from offload_sparse.structure.subnet import meta_copy
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def prepare(
         from offload_sparse.structure.discovery import discover
 
         channel_map = discover(meta_model, example_inputs, residual)
+    expose_additions(meta_model, channel_map.additions)
     if verify:
         from offload_sparse.structure.self_test import self_test
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from offload_sparse.engine.preparation import prepare
@@ -20,6 +21,7 @@ from offload_sparse.store.weight_store import Ranks
 from offload_sparse.structure.accounting import CostModel
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
+from offload_sparse.structure.stream_add import set_additions
 from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tensor
 
 
@@ -68,7 +70,7 @@ def narrow_initialised(
     the full network are scaled up by the square root of the ratio of the fans.
 
     Args:
-        model: the full model, on any device.
+        model: the full model, on any device, with the additions of its channel map exposed.
         tensors: its initial parameters and buffers, one at a time.
         selection: the kept channels.
     """
@@ -83,5 +85,6 @@ def narrow_initialised(
         else:
             set_tensor(module, name, value)
     fit_attributes(module)
+    set_additions(module, selection, torch.device("cpu"))
     assert not any(p.device.type == "meta" for p in module.parameters()), "a parameter has no initial value"
     return module

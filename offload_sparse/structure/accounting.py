@@ -103,7 +103,8 @@ class CostModel:
 
     def _kept_products(self, mask: Tensor) -> Tensor:
         """int64[tensors]: product of the kept positions over the dimensions that can shrink."""
-        kept = self._always.index_add(0, self._segment, mask.to(torch.int64)[self._atoms])
+        alive = self._channel_map.alive(mask).to(torch.int64)
+        kept = self._always.index_add(0, self._segment, alive[self._atoms])
         return kept[self._dims].prod(1)
 
     def _refuse_other_costs(self, model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:

@@ -9,21 +9,50 @@ An axis is a vector that names the atom at each position, -1 where a position is
 for a dimension in which every position is always kept. Flatten (one atom at 49 columns), concatenation
 (several groups in a row), depthwise convolutions and coupled residual streams are all just such vectors;
 there are no special cases.
+
+Where every filter has a mask of its own, a position of a residual stream is alive if any of the filters
+that were added there is. Such a position names a *union* of atoms: an id from ``num_atoms`` on, alive if a
+member is.
+
+    atoms      0 … 63 stem     64 … 127 branch        unions     128 … 191: {0, 64}, {1, 65}, … {63, 127}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+ALWAYS, NEVER = -1, -2
+"""Entries of an axis that depend on no atom: always kept, or (in an addition only) never there."""
+
 Axis = Tensor | None
 """int64[positions] with the atom at each position (-1: always kept), or None: every position is always kept.
 
 """
+
+
+def _no_unions() -> Tensor:
+    return torch.zeros(2, 0, dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """A residual addition whose operands hold different channels: what is at each position of its result.
+
+    Attributes:
+        left: int64[positions], the atom or union at each position of the first operand; ``NEVER`` where it
+            has none.
+        right: the same for the second operand.
+        out: the same for the sum, which is alive wherever an operand is.
+    """
+
+    left: Tensor
+    right: Tensor
+    out: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,11 +76,15 @@ class ChannelMap:
         groups: the groups, in order; together they cover the atoms 0 … num_atoms - 1 without gaps.
         shapes: full shape of every parameter and buffer that can be sliced, by qualified name.
         axes: per tensor one ``Axis`` per dimension. Tensors that no atom touches have ``None`` everywhere.
+        unions: int64[2, members], pairs (union, atom), sorted by union; union u has the id ``num_atoms + u``.
+        additions: by the name of the ``StreamAdd`` that computes it; only those with operands that differ.
     """
 
     groups: tuple[Group, ...]
     shapes: Mapping[str, tuple[int, ...]]
     axes: Mapping[str, tuple[Axis, ...]]
+    unions: Tensor = field(default_factory=_no_unions)
+    additions: Mapping[str, Addition] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         expected = 0
@@ -61,12 +94,15 @@ class ChannelMap:
                     f"group {group.name!r} must start at atom {expected} and hold at least one atom"
                 )
             expected = group.stop
+        self._check_unions()
         if set(self.shapes) != set(self.axes):
             raise ValueError(
                 f"shapes and axes name different tensors: {sorted(set(self.shapes) ^ set(self.axes))[:5]}"
             )
         for name, shape in self.shapes.items():
             self._check_axes(name, shape)
+        for name, addition in self.additions.items():
+            self._check_addition(name, addition)
 
     def _check_axes(self, name: str, shape: tuple[int, ...]) -> None:
         axes = self.axes[name]
@@ -79,12 +115,41 @@ class ChannelMap:
                 raise ValueError(
                     f"axis {dim} of {name} must be int64[{size}], not {axis.dtype}{list(axis.shape)}"
                 )
-            if size and (int(axis.min()) < -1 or int(axis.max()) >= self.num_atoms):
-                raise ValueError(f"axis {dim} of {name} names an atom outside 0 … {self.num_atoms - 1}")
+            if size and (int(axis.min()) < ALWAYS or int(axis.max()) >= self.num_ids):
+                raise ValueError(f"axis {dim} of {name} names an atom outside 0 … {self.num_ids - 1}")
+
+    def _check_unions(self) -> None:
+        numbers, atoms = self.unions
+        steps = numbers.diff(prepend=torch.tensor([-1]))
+        if numbers.numel() and not (bool((steps >= 0).all()) and int(steps.max()) <= 1):
+            raise ValueError("unions must be numbered from 0, in order and without gaps")
+        if atoms.numel() and not 0 <= int(atoms.min()) <= int(atoms.max()) < self.num_atoms:
+            raise ValueError(f"a union names an atom outside 0 … {self.num_atoms - 1}")
+
+    def _check_addition(self, name: str, addition: Addition) -> None:
+        left, right, out = addition.left, addition.right, addition.out
+        if not left.shape == right.shape == out.shape or left.dim() != 1:
+            raise ValueError(f"the addition {name} must name as many positions on each side")
+        if left.numel() and max(int(a.max()) for a in (left, right, out)) >= self.num_ids:
+            raise ValueError(f"the addition {name} names an atom outside 0 … {self.num_ids - 1}")
 
     @property
     def num_atoms(self) -> int:
         return self.groups[-1].stop if self.groups else 0
+
+    @property
+    def num_ids(self) -> int:
+        """Atoms and unions."""
+        return self.num_atoms + (int(self.unions[0, -1]) + 1 if self.unions.numel() else 0)
+
+    def alive(self, mask: Tensor) -> Tensor:
+        """bool[num_ids + 2]: what ``mask`` (bool[num_atoms]) keeps, to be indexed by the entries of an axis.
+
+        The last two entries are those of ``NEVER`` and ``ALWAYS``.
+        """
+        unions = torch.zeros(self.num_ids - self.num_atoms, dtype=torch.int64)
+        unions.index_add_(0, self.unions[0], mask[self.unions[1]].to(torch.int64))
+        return torch.cat([mask, unions > 0, torch.tensor([False, True])])
 
     def group_of(self, atom: int) -> Group:
         """The group that holds ``atom``."""
@@ -111,6 +176,11 @@ class ChannelMap:
         """A JSON-serialisable form; ``from_json`` is its inverse."""
         return {
             "groups": [[g.name, g.start, g.size] for g in self.groups],
+            "unions": self.unions.tolist(),
+            "additions": {
+                name: [a.left.tolist(), a.right.tolist(), a.out.tolist()]
+                for name, a in self.additions.items()
+            },
             "tensors": {
                 name: {
                     "shape": list(shape),
@@ -135,6 +205,11 @@ class ChannelMap:
                 name: tuple(None if a is None else torch.tensor(a, dtype=torch.int64) for a in entry["axes"])
                 for name, entry in tensors.items()
             }
+            unions = torch.tensor(data.get("unions", [[], []]), dtype=torch.int64).view(2, -1)
+            additions = {
+                str(name): Addition(*(torch.tensor(a, dtype=torch.int64) for a in vectors))
+                for name, vectors in data.get("additions", {}).items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a channel map: {error}") from error
-        return ChannelMap(groups, shapes, axes)
+        return ChannelMap(groups, shapes, axes, unions, additions)

@@ -31,6 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch_pruning._helpers import _HybridIndex
 
+from offload_sparse.structure.stream_add import additions, expose_additions
 from offload_sparse.structure.subnet import meta_copy
 
 State = tuple[Any, Callable[..., Any]]
@@ -41,8 +42,8 @@ STRIDE = 1 << 32  # an entry is encoded as state * STRIDE + position
 _INPUT_STUBS: Mapping[int, type[nn.Module]] = {4: nn.Conv2d, 5: nn.Conv3d}
 
 
-class TimeLimitError(Exception):
-    pass
+class TimeLimitError(BaseException):
+    """Not an ``Exception``: handlers in models and tracers must not swallow it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,16 @@ class Closures:
     def classes(self) -> int:
         return int(self.label.max()) + 1 if self.label.numel() else 0
 
+    def side(self, layer: nn.Module, output: bool) -> Tensor:
+        """int64[channels], the classes of the channels of one side of a layer; -1 where nothing is tied."""
+        width = layer.weight.shape[0 if output else 1]  # type: ignore[index]
+        classes = torch.full((int(width),), -1)
+        for index, (node, function) in enumerate(self.states):
+            if node.module is layer and is_output(function) == output:
+                chosen = self.state == index
+                classes[self.position[chosen]] = self.label[chosen]
+        return classes
+
 
 class TracedNetwork(nn.Module):
     """The network behind a layer per input, so that channels of the inputs have a node of their own."""
@@ -73,6 +84,7 @@ class TracedNetwork(nn.Module):
     def __init__(self, network: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.network = network
+        self.sums: dict[str, SeparatedAdd] = {}
         self.stubs = nn.ModuleList([_input_stub(x) for x in inputs])
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -89,17 +101,68 @@ def _input_stub(x: Tensor) -> nn.Module:
     return nn.Identity()
 
 
-def trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[TracedNetwork, Any]:
-    """Torch-Pruning's graph of a copy on meta, or on the CPU for models that look at values."""
+class SeparatedAdd(nn.Module):
+    """Stands for an addition where its operands and its result must not be tied: a layer on each side."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.left, self.right, self.out = (_input_stub(x) for _ in range(3))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.out(
+            self.left(left) * self.right(right)
+        )  # an addition would count as one of the network's
+
+
+def _separate_additions(network: nn.Module, inputs: list[Tensor]) -> dict[str, SeparatedAdd]:
+    """Put a ``SeparatedAdd`` in place of each addition of two tensors of one shape that is used once.
+
+    Returns:
+        them by name, in the order in which the network computes them.
+    """
+    operands: dict[str, list[tuple[Any, Any]]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, arguments: operands.setdefault(name, []).append(arguments)
+
+    expose_additions(network)
+    hooks = [add.register_forward_pre_hook(note(name)) for name, add in additions(network)]
+    with torch.no_grad():
+        network.eval()(*inputs)
+    for handle in hooks:
+        handle.remove()
+    once = {name: calls[0] for name, calls in operands.items() if len(calls) == 1}
+    sums = {name: SeparatedAdd(left) for name, (left, right) in once.items() if _same_form(left, right)}
+    for name, add in sums.items():
+        owner, _, leaf = name.rpartition(".")
+        network.get_submodule(owner).register_module(leaf, add)
+    return sums
+
+
+def _same_form(left: Any, right: Any) -> bool:
+    """Whether both are tensors of one shape whose channels are dimension 1."""
+    tensors = isinstance(left, Tensor) and isinstance(right, Tensor)
+    return tensors and left.shape == right.shape and not isinstance(_input_stub(left), nn.Identity)
+
+
+def trace(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], separate: bool = False
+) -> tuple[TracedNetwork, Any]:
+    """Torch-Pruning's graph of a copy on meta, or on the CPU for models that look at values.
+
+    Args:
+        separate: leave the operands of additions untied; the additions are then in ``TracedNetwork.sums``.
+    """
     try:
-        return _build_graph(meta_copy(model), [x.detach().to("meta") for x in example_inputs])
+        return _build_graph(meta_copy(model), [x.detach().to("meta") for x in example_inputs], separate)
     except TimeLimitError:
         raise
     except Exception as error:
         if any(t.is_meta for t in [*model.parameters(), *model.buffers(), *example_inputs]):
             raise _not_traceable(model, error) from error
     try:
-        return _build_graph(copy.deepcopy(model).to("cpu"), [x.detach().to("cpu") for x in example_inputs])
+        inputs = [x.detach().to("cpu") for x in example_inputs]
+        return _build_graph(copy.deepcopy(model).to("cpu"), inputs, separate)
     except TimeLimitError:
         raise
     except Exception as error:
@@ -114,8 +177,10 @@ def _not_traceable(model: nn.Module, error: Exception) -> ValueError:
     )
 
 
-def _build_graph(network: nn.Module, inputs: list[Tensor]) -> tuple[TracedNetwork, Any]:
+def _build_graph(network: nn.Module, inputs: list[Tensor], separate: bool) -> tuple[TracedNetwork, Any]:
+    sums = _separate_additions(network, inputs) if separate else {}
     wrapper = TracedNetwork(network, inputs)
+    wrapper.sums = sums
     for parameter in network.parameters():
         parameter.requires_grad_(
             parameter.is_floating_point()
@@ -253,3 +318,8 @@ def is_depthwise(module: nn.Module) -> bool:
 def is_producer(module: Any) -> bool:
     """Whether a module has channels of its own: convolutions (depthwise ones have none) and linear layers."""
     return isinstance(module, (_ConvNd, nn.Linear)) and not is_depthwise(module)
+
+
+def is_output(function: Callable[..., Any]) -> bool:
+    """Whether a pruning function of Torch-Pruning prunes the output side of its module."""
+    return function.__name__ == "prune_out_channels"

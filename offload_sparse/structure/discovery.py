@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,9 +28,11 @@ from offload_sparse.structure.closures import (
     alarm,
     channel_closures,
     is_depthwise,
+    is_output,
     is_producer,
     trace,
 )
+from offload_sparse.structure.unions import follow_additions
 
 _LAYERS = (_ConvNd, nn.Linear)
 
@@ -49,7 +51,7 @@ _ADVICE = "use residual=internal if it sits on a residual stream, or write a cha
 def discover(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
-    residual: Literal["coupled", "internal"] = "coupled",
+    residual: Literal["coupled", "internal", "filter"] = "coupled",
     time_limit: float = 60.0,
 ) -> ChannelMap:
     """Find the atoms of a network of convolutions, linear layers and batch norms. The model is left
@@ -58,36 +60,43 @@ def discover(
     Args:
         model: the network, on any device (``meta`` included).
         example_inputs: positional inputs; only shapes and types matter.
-        residual: ``coupled`` gives each residual stream one group of atoms; ``internal`` keeps streams dense.
+        residual: ``coupled`` gives each residual stream one group of atoms; ``internal`` keeps streams dense;
+            ``filter`` gives every layer on a stream a group of its own (the map then names the additions).
         time_limit: seconds.
 
     Raises:
         ValueError: the model cannot be traced, holds something whose channels cannot be followed (named in
             the message), or takes longer than ``time_limit``.
     """
-    if residual not in ("coupled", "internal"):
-        raise ValueError(f"residual is {residual!r}; choose coupled or internal")
+    if residual not in ("coupled", "internal", "filter"):
+        raise ValueError(f"residual is {residual!r}; choose coupled, internal or filter")
     _refuse_shared_parameters(model)
     deadline = time.monotonic() + time_limit
     try:
         with alarm(time_limit):
-            wrapper, graph = trace(model, example_inputs)
+            wrapper, graph = trace(model, example_inputs, residual == "filter")
         closures = channel_closures(graph, deadline)
     except TimeLimitError as error:
         raise ValueError(
             f"discovery of {type(model).__name__} did not finish in {time_limit:g} s; raise the time limit, "
             "or write a channel map by hand"
         ) from error
-    names = {module: name for name, module in wrapper.network.named_modules()}
-    atom_of_class, groups = _number_atoms(closures, names, _kept_dense(closures, wrapper, residual))
+    stubs = {module for add in wrapper.sums.values() for module in add.modules()}
+    names = {module: name for name, module in wrapper.network.named_modules() if module not in stubs}
+    dense = _kept_dense(closures, wrapper, residual)
+    atom_of_class, groups = _number_atoms(closures, names, dense)
     if not groups:
         raise ValueError(
             f"no channel of {type(model).__name__} can be dropped with residual={residual}: all of them "
             f"reach an input, "
             "an output or a stream that stays dense; choose another model or residual policy"
         )
-    _refuse_unknown(closures, atom_of_class, names, _parameter_names(wrapper.network))
-    return _channel_map(model, closures, atom_of_class, groups, names)
+    ids, unions, sums = follow_additions(closures, wrapper.sums, atom_of_class, dense, groups[-1].stop)
+    _refuse_unknown(closures, ids, names, _parameter_names(wrapper.network))
+    if residual == "filter":
+        _refuse_other_additions(closures, ids, names)
+    shapes, axes = _axes(model, closures, ids, names)
+    return ChannelMap(groups, shapes, axes, unions, sums)
 
 
 def _kept_dense(closures: Closures, wrapper: TracedNetwork, residual: str) -> Tensor:
@@ -134,7 +143,7 @@ def _number_atoms(
     first = torch.full((closures.classes,), never)
     for index, (node, function) in enumerate(closures.states):
         module = node.module
-        if is_producer(module) and module in names and _is_output(function):
+        if is_producer(module) and module in names and is_output(function):
             chosen = closures.state == index
             key = order[module] * STRIDE + closures.position[chosen]
             first.scatter_reduce_(0, closures.label[chosen], key, "amin")
@@ -168,7 +177,7 @@ def _refuse_unknown(
         if node.module in names:
             _refuse_module(node.module, names[node.module])
             _refuse_positions(
-                node.module, names[node.module], int(closures.position[chosen].max()), _is_output(function)
+                node.module, names[node.module], int(closures.position[chosen].max()), is_output(function)
             )
         operations.append(node)
     for node in operations:  # after the modules, whose own operations are named less clearly
@@ -177,6 +186,17 @@ def _refuse_unknown(
             raise ValueError(
                 f"channels pass through the operation {name} near {_neighbour(node, names)}, "
                 f"which may reorder or mix them; {_ADVICE}"
+            )
+
+
+def _refuse_other_additions(closures: Closures, ids: Tensor, names: Mapping[Any, str]) -> None:
+    """Refuse sums of sampled channels that were not exposed: their operands would have to share a mask."""
+    for index, (node, _) in enumerate(closures.states):
+        if _joins_producers(node) and bool((ids[closures.label[closures.state == index]] >= 0).any()):
+            raise ValueError(
+                f"the addition near {_neighbour(node, names)} is in a forward that torch.fx cannot trace, "
+                "that depends on the training mode or that runs twice, or it adds tensors of two shapes; "
+                "use residual=coupled or residual=internal"
             )
 
 
@@ -229,13 +249,10 @@ def _width(module: nn.Module, output: bool) -> int:
     return module.num_features
 
 
-def _channel_map(
-    model: nn.Module,
-    closures: Closures,
-    atom_of_class: Tensor,
-    groups: tuple[Group, ...],
-    names: Mapping[Any, str],
-) -> ChannelMap:
+def _axes(
+    model: nn.Module, closures: Closures, ids: Tensor, names: Mapping[Any, str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Axis, ...]]]:
+    """Shapes and axes of all floating-point tensors; ``ids`` are the atoms or unions of the classes."""
     tensors = {
         name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_floating_point()
     }
@@ -245,14 +262,14 @@ def _channel_map(
         if node.module not in names:
             continue
         chosen = closures.state == index
-        atoms = atom_of_class[closures.label[chosen]]
+        atoms = ids[closures.label[chosen]]
         position = closures.position[chosen][atoms >= 0]
         for tensor, dim in (
-            _sides(node.module, names[node.module], _is_output(function)) if len(position) else ()
+            _sides(node.module, names[node.module], is_output(function)) if len(position) else ()
         ):
             if tensor in axes:
                 _write_axis(axes[tensor], dim, shapes[tensor][dim], position, atoms[atoms >= 0])
-    return ChannelMap(groups, shapes, _share_equal(axes))
+    return shapes, _share_equal(axes)
 
 
 def _share_equal(axes: Mapping[str, list[Axis]]) -> dict[str, tuple[Axis, ...]]:
@@ -286,10 +303,6 @@ def _write_axis(axes: list[Axis], dim: int, size: int, position: Tensor, atoms: 
     if axis is None:
         axis = axes[dim] = torch.full((size,), -1, dtype=torch.int64)
     axis[position] = atoms
-
-
-def _is_output(function: Callable[..., Any]) -> bool:
-    return function.__name__ == "prune_out_channels"
 
 
 def _parameter_names(network: nn.Module) -> dict[Any, str]:

@@ -21,7 +21,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from offload_sparse.structure.channel_map import Axis, ChannelMap, Group
+from offload_sparse.structure.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group
 
 Kept = Tensor | None
 """int64, the sorted kept positions of one dimension, or None: every position is kept."""
@@ -81,8 +81,7 @@ class Selection:
                 raise ValueError(f"the mask drops all of group {group.name!r}, which disconnects the network")
         self.channel_map = channel_map
         self.mask = mask
-        # One more entry that is always True: axis entries of -1 index it.
-        kept_or_always = torch.cat([mask, torch.ones(1, dtype=torch.bool)])
+        alive = channel_map.alive(mask)
         memo: dict[int, Kept] = {}
 
         def resolve(axis: Axis) -> Kept:
@@ -91,7 +90,7 @@ class Selection:
             if (
                 id(axis) not in memo
             ):  # axes are shared between tensors: a norm's four vectors name the same atoms
-                kept = kept_or_always[axis]
+                kept = alive[axis]
                 memo[id(axis)] = None if bool(kept.all()) else kept.nonzero().flatten()
             return memo[id(axis)]
 
@@ -105,6 +104,11 @@ class Selection:
             )
             for name in channel_map.shapes
         }
+        self.additions: dict[str, tuple[Tensor, Tensor]] = {
+            name: (alive[a.left][alive[a.out]], alive[a.right][alive[a.out]])
+            for name, a in channel_map.additions.items()
+        }
+        """bool[kept positions of the sum] per operand: where it holds a channel."""
 
     def layout(self, names: Mapping[str, object] | tuple[str, ...]) -> Layout:
         """The narrow layout of ``names``, in the order given."""
@@ -125,8 +129,10 @@ def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
     them.
     """
     selection = Selection(channel_map, mask)
-    number = torch.full((channel_map.num_atoms + 1,), -1)
-    number[:-1][mask] = torch.arange(int(mask.sum()))
+    alive = channel_map.alive(mask)
+    number = torch.full((channel_map.num_ids + 2,), NEVER)
+    number[:-2][alive[:-2]] = torch.arange(int(alive[:-2].sum()))
+    number[ALWAYS] = ALWAYS
     memo: dict[int, Tensor] = {}
 
     def renumbered(axis: Axis, kept: Kept) -> Axis:
@@ -147,7 +153,13 @@ def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
         width = selection.widths[group.name]
         groups.append(Group(group.name, start, width))
         start += width
-    return ChannelMap(tuple(groups), selection.shapes, axes)
+    unions = channel_map.unions[:, mask[channel_map.unions[1]]]
+    unions = torch.stack([number[channel_map.num_atoms + unions[0]] - start, number[unions[1]]])
+    additions = {
+        name: Addition(*(number[vector[alive[a.out]]] for vector in (a.left, a.right, a.out)))
+        for name, a in channel_map.additions.items()
+    }
+    return ChannelMap(tuple(groups), selection.shapes, axes, unions, additions)
 
 
 def open_grid(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, ...]:

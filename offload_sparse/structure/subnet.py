@@ -19,13 +19,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
+from offload_sparse.structure.stream_add import expose_additions, set_additions
 
 
 class Subnet:
     """A skeleton of the full model whose tensors can be bound to flat buffers, again and again.
 
     Args:
-        model: the full model, on any device (the meta device serves); it is not changed.
+        model: the full model, on any device (the meta device serves), with the additions of its channel map
+            exposed; it is not changed.
         device: where the subnet computes.
         integer_buffers: real values of the buffers that are not sliced, by qualified name.
     """
@@ -68,6 +70,7 @@ class Subnet:
         for name in self.buffer_names:
             self._set_buffer(name, layout.view(buffers, name))
         fit_attributes(self.module)
+        set_additions(self.module, selection, self.device)
 
     def release(self) -> None:
         """Drop every view, so that the buffers can be freed."""
@@ -96,7 +99,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
     """An independent narrow copy of ``model`` (real or on meta) with copies of the kept entries."""
     selection = Selection(channel_map, mask)
-    narrow = copy.deepcopy(model)
+    narrow = expose_additions(copy.deepcopy(model), channel_map.additions)
     with torch.no_grad():
         for name, parameter in list(narrow.named_parameters()):
             value = nn.Parameter(
@@ -107,6 +110,8 @@ def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn
             if name in selection.shapes:
                 set_tensor(narrow, name, selection.take(name, buffer))
     fit_attributes(narrow)
+    device = next((p.device for p in narrow.parameters()), torch.device("cpu"))
+    set_additions(narrow, selection, device)
     return narrow
 
 

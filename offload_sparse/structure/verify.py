@@ -183,11 +183,12 @@ def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> Non
     These are the rows of convolutions and linear layers with their biases, and the scale and shift of norms.
     A norm without scale keeps nothing that could be zero, so there the running mean of a dropped channel is.
     """
+    alive = channel_map.alive(mask)
     for name, module in model.named_modules():
         for leaf, dim in _produced(module):
             tensor, full_name = getattr(module, leaf), f"{name}.{leaf}" if name else leaf
             if tensor is not None and full_name in channel_map.axes:
-                _zero_along(tensor, channel_map.axes[full_name][dim], dim, mask)
+                _zero_along(tensor, channel_map.axes[full_name][dim], dim, alive)
 
 
 def _produced(module: nn.Module) -> list[tuple[str, int]]:
@@ -199,11 +200,10 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
     return []
 
 
-def _zero_along(tensor: Tensor, axis: Axis, dim: int, mask: Tensor) -> None:
+def _zero_along(tensor: Tensor, axis: Axis, dim: int, alive: Tensor) -> None:
     if axis is not None:
-        dropped = (axis >= 0) & ~mask[axis.clamp(min=0)]
         with torch.no_grad():
-            tensor.index_fill_(dim, dropped.nonzero().flatten(), 0)
+            tensor.index_fill_(dim, (~alive[axis]).nonzero().flatten(), 0)
 
 
 def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -222,7 +222,7 @@ def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
                     _randomise(tensor, leaf, generator)
                 elif leaf == "num_batches_tracked":
                     tensor.zero_()
-                elif on_meta:
+                elif on_meta and tensor.numel():
                     raise ValueError(
                         f"the values of buffer {leaf} of a {type(module).__name__} are unknown on the meta "
                         f"device; "
@@ -359,9 +359,10 @@ def _refuse_other_shapes(outputs: list[Tensor], expected: list[Tensor] | None) -
 def _statistics_errors(
     full: nn.Module, narrow: nn.Module, selection: Selection
 ) -> Iterator[tuple[str, float]]:
-    for (name, b), (_, c) in zip(full.named_buffers(), narrow.named_buffers(), strict=True):
-        if b.is_floating_point():
-            yield name, _relative(selection.take(name, b), c)
+    found = dict(narrow.named_buffers())
+    for name, buffer in full.named_buffers():
+        if buffer.is_floating_point():
+            yield name, _relative(selection.take(name, buffer), found[name])
 
 
 def _gradient(parameter: Tensor) -> Tensor:

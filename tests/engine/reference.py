@@ -19,7 +19,7 @@ from offload_sparse.structure.channel_map import ChannelMap
 
 def entry_masks(channel_map: ChannelMap, mask: Tensor) -> dict[str, Tensor]:
     """float64 {0, 1} per entry of every tensor: 1 where all its atoms are kept."""
-    always = torch.cat([mask, torch.ones(1, dtype=torch.bool)]).double()
+    always = channel_map.alive(mask).double()
     masks = {}
     for name, axes in channel_map.axes.items():
         value = torch.ones(channel_map.shapes[name], dtype=torch.float64)
