@@ -139,6 +139,19 @@ class SparseOffload:
         """The final mask is chosen; s no longer moves."""
         return self.final_mask is not None
 
+    def expected_cost(self, rounds: int = 8) -> tuple[float, float]:
+        """Parameters and FLOPs of the subnets to come, as shares of the full network.
+
+        The mean over the masks of the next ``rounds`` rounds under the present s; that of the final mask once
+        it is chosen.
+        """
+        masks = [self.final_mask] if self.final_mask is not None else []
+        for ahead in range(0 if masks else rounds):
+            masks += self.policy.sample(self.rounds_done + ahead)
+        parameters = sum(self.cost.parameters(mask) for mask in masks) / len(masks)
+        flops = sum(self.cost.flops(mask) for mask in masks) / len(masks)
+        return parameters / self.cost.dense_parameters, flops / self.cost.dense_flops
+
     @contextmanager
     def evaluation(self, batches: Iterable[Any]) -> Iterator[nn.Module]:
         """The subnet now in training, with BatchNorm statistics re-estimated on ``batches``; undone at the

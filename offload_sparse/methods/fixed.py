@@ -81,6 +81,13 @@ class FixedNetwork:
     def status(self) -> dict[str, float]:
         return {"expected_size": float(self._mask.float().mean()) if self._mask.numel() else 1.0}
 
+    def dynamics(self) -> dict[str, float]:
+        cost = self._cost
+        return {
+            "params_ratio": cost.parameters(self._mask) / cost.dense_parameters,
+            "flops_ratio": cost.flops(self._mask) / cost.dense_flops,
+        }
+
     @contextmanager
     def evaluation(self, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
         del batches  # the structure stands still, so the running statistics are good

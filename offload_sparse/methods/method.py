@@ -71,6 +71,11 @@ class Method(Protocol):
     def status(self) -> dict[str, float]:
         """Figures about the structure as it is now, for the progress bar and the log."""
 
+    def dynamics(self) -> dict[str, float]:
+        """Expected ``params_ratio`` and ``flops_ratio`` of the networks that are being trained; logged per
+        epoch.
+        """
+
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         """The network as it is now, ready to be evaluated; ``batches`` serve the BatchNorm statistics."""
 

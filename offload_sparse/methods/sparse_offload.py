@@ -37,6 +37,10 @@ class SparseOffloadMethod:
             "frozen": float(self.session.frozen),
         }
 
+    def dynamics(self) -> dict[str, float]:
+        params_ratio, flops_ratio = self.session.expected_cost()
+        return {"params_ratio": params_ratio, "flops_ratio": flops_ratio}
+
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         return self.session.evaluation(batches)
 

@@ -52,8 +52,8 @@ def train(config: RunConfig) -> dict[str, Any]:
                 run.train_step(step, batch)
                 if run.log_due(step):
                     recorder.log(step + 1, **run.read_metrics(step))
-                if run.evaluation_due(step):
-                    recorder.log(step + 1, **run.evaluate_now())
+                if run.epoch_done(step):
+                    recorder.log(step + 1, **run.epoch_metrics(step))
             network = run.finalize()
             summary = run.summary(network)
             recorder.finish(summary)
@@ -115,6 +115,9 @@ class Run:
     def log_due(self, step: int) -> bool:
         return (step + 1) % self.config.train.log_every == 0 or step + 1 == self.total_steps
 
+    def epoch_done(self, step: int) -> bool:
+        return (step + 1) % self.steps_per_epoch == 0
+
     def evaluation_due(self, step: int) -> bool:
         every = self.config.train.eval_every * self.steps_per_epoch
         return bool(every) and (step + 1) % every == 0 and step + 1 < self.total_steps
@@ -133,6 +136,11 @@ class Run:
         if differences:
             values["loss_difference"] = fmean(differences)
         return values
+
+    def epoch_metrics(self, step: int) -> dict[str, float]:
+        """How costly the structure is after this epoch (Zhou et al. 2021, Figure 3), and how good it is."""
+        dynamics = self.method.dynamics() | {"train_cost_saving": self._saving(step + 1)}
+        return dynamics | (self.evaluate_now() if self.evaluation_due(step) else {})
 
     def evaluate_now(self) -> dict[str, float]:
         """Loss and accuracy of the network as it is now, on the validation split if there is one."""

@@ -230,6 +230,19 @@ def test_frozen_batch_norm_keeps_the_statistics() -> None:
     assert torch.equal(session.store.arrays["buffers"], before)
 
 
+def test_the_expected_cost_is_the_mean_over_masks_and_that_of_the_final_mask_in_the_end() -> None:
+    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2, freeze_at=0.5), total=8)
+    full = session.channel_map.full_mask()
+    masks = [mask for r in range(3) for mask in session.policy.sample(r)]
+    flops = sum(session.cost.flops(m) for m in masks) / 6 / session.cost.flops(full)
+    assert session.expected_cost(rounds=3)[1] == pytest.approx(flops)
+    for batch in batches(6):
+        session.step(batch, loss_fn)
+    assert session.final_mask is not None
+    kept = session.cost.parameters(session.final_mask) / session.cost.parameters(full)
+    assert session.expected_cost()[0] == pytest.approx(kept)
+
+
 def test_passes_are_counted_as_they_are_run() -> None:
     """Every step: one backward (two forwards' worth) and two forwards, on the subnets really used."""
     session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2, reference="turns"))

@@ -77,6 +77,10 @@ def test_a_run_leaves_its_configuration_metrics_summary_and_network(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
     assert sum("test_accuracy" in line for line in lines) == 1, "the end of the first epoch"
+    epochs = [line for line in lines if "flops_ratio" in line]
+    assert [line["step"] for line in epochs] == [6, 12]
+    assert epochs[-1]["flops_ratio"] == pytest.approx(summary["flops_ratio"])
+    assert epochs[-1]["params_ratio"] == pytest.approx(summary["params_ratio"])
     assert summary["steps"] == 12
     assert 0 <= summary["test_accuracy"] <= 1
     network = load_pruned(tmp_path / "run" / "model")
