@@ -13,6 +13,7 @@ from offload_sparse.engine.sync import on_first_rank
 from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import Recording, record
 from offload_sparse.store.weight_store import Ranks, WeightStore
+from offload_sparse.structure.blocks import block_atoms
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.subnet import meta_copy
 
@@ -68,6 +69,7 @@ def prepare(
     ranks: Ranks,
     channel_map: ChannelMap | None = None,
     verify: bool = True,
+    block: int = 1,
 ) -> PreparedModel:
     """Find the channels of a model and check them.
 
@@ -78,6 +80,7 @@ def prepare(
         ranks: the ranks of the run; the check runs on the first.
         channel_map: a map made by hand, which replaces the discovery.
         verify: check that slice = mask; large models are checked as a narrow twin.
+        block: channels per atom; see ``structure.blocks``.
 
     Raises:
         ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
@@ -89,6 +92,7 @@ def prepare(
         from offload_sparse.structure.discovery import discover
 
         channel_map = discover(meta_model, example_inputs, residual)
+    channel_map = block_atoms(channel_map, block)
     if verify:
         from offload_sparse.structure.self_test import self_test
 

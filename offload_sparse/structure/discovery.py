@@ -28,6 +28,7 @@ from offload_sparse.structure.closures import (
     alarm,
     channel_closures,
     is_depthwise,
+    is_grouped,
     is_producer,
     trace,
 )
@@ -72,7 +73,7 @@ def discover(
     try:
         with alarm(time_limit):
             wrapper, graph = trace(model, example_inputs)
-        closures = channel_closures(graph, deadline)
+            closures = channel_closures(graph, deadline)
     except TimeLimitError as error:
         raise ValueError(
             f"discovery of {type(model).__name__} did not finish in {time_limit:g} s; raise the time limit, "
@@ -197,10 +198,6 @@ def _refuse_module(module: nn.Module, name: str) -> None:
         raise ValueError(f"{title} works on sampled channels and cannot be narrowed with them; {_ADVICE}")
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         raise ValueError(f"{title} works on sampled channels and cannot be narrowed with them; {_ADVICE}")
-    if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
-        raise ValueError(
-            f"{title} has {module.groups} groups of channels, which cannot be sampled one by one; {_ADVICE}"
-        )
     own = {key for key, value in module.named_parameters() if value is not None}
     if not own <= {"weight", "bias"} or ("weight" not in own and isinstance(module, _LAYERS)):
         raise ValueError(
@@ -276,6 +273,9 @@ def _sides(module: nn.Module, name: str, output: bool) -> list[tuple[str, int]]:
     transposed = isinstance(module, _ConvTransposeNd)
     if isinstance(module, _ConvNd) and is_depthwise(module):
         return [(prefix + "weight", 0), (prefix + "bias", 0)]
+    if is_grouped(module):  # the rows of the weight belong to groups, its columns are those within a group
+        own = [(prefix + "weight", 0)] if output != transposed else []
+        return own + ([(prefix + "bias", 0)] if output else [])
     if output:
         return [(prefix + "weight", int(transposed)), (prefix + "bias", 0)]
     return [(prefix + "weight", 1 - int(transposed))]

@@ -300,14 +300,20 @@ def _compare(
 ) -> dict[_Key, float]:
     """Relative error of every output, gradient and (in training mode) running statistic."""
     mode = "train" if train else "eval"
-    expected, by_input = _run(full.train(train), inputs, seed)
+    try:
+        expected, by_input = _run(full.train(train), inputs, seed)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the network does not run in float64 on inputs of {[list(x.shape) for x in inputs]} "
+            f"({_first_line(error)}); give example inputs that it accepts or, if it is the narrow twin of a "
+            "large network, write a channel map by hand"
+        ) from error
     try:
         found, narrow_by_input = _run(narrow.train(train), inputs, seed, expected)
     except (RuntimeError, TypeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"the channel map is wrong: the narrow network does not run ({reason}); correct the map or "
-            f"write one by hand"
+            f"the channel map is wrong: the narrow network does not run ({_first_line(error)}); "
+            "correct the map or write one by hand"
         ) from error
     errors: dict[_Key, float] = {
         ("output", mode, f"output {i}"): _relative(a, b)
@@ -326,6 +332,11 @@ def _compare(
     if train:
         errors |= {("output", mode, name): e for name, e in _statistics_errors(full, narrow, selection)}
     return errors
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _run(
