@@ -292,7 +292,7 @@ def _verify_all(config: VerifyConfig) -> int:
     from offload_sparse.structure import coverage
 
     def build(case: coverage.Case) -> nn.Module:
-        return build_model(case.name, num_classes=10, in_channels=3, image_size=case.size)
+        return build_model(case.name, num_classes=10, in_channels=3, image_size=case.size, **case.arguments)
 
     start, outcomes = time.perf_counter(), []
     if not config.json:

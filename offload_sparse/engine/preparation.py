@@ -94,8 +94,15 @@ def prepare(
         channel_map = discover(meta_model, example_inputs, residual)
     channel_map = block_atoms(channel_map, block)
     if verify:
-        from offload_sparse.structure.self_test import self_test
+        from offload_sparse.structure.self_test import lacks_values, self_test
 
         checked = channel_map
-        on_first_rank(lambda: self_test(meta_model, example_inputs, checked), ranks.rank, ranks.world_size)
+
+        def test() -> None:
+            real = source if isinstance(source, nn.Module) else None
+            if real is None and lacks_values(meta_model):
+                real = build_seeded(source, 0)
+            self_test(real or meta_model, example_inputs, checked)
+
+        on_first_rank(test, ranks.rank, ranks.world_size)
     return PreparedModel(source, meta_model, channel_map, recording)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from offload_sparse.structure import specs
 from offload_sparse.structure.channel_map import Axis, ChannelMap, Group
 from offload_sparse.structure.closures import (
     STRIDE,
@@ -54,7 +55,7 @@ def discover(
     time_limit: float = 60.0,
 ) -> ChannelMap:
     """Find the atoms of a network of convolutions, linear layers and batch norms. The model is left
-    untouched.
+    untouched. A network that there is a spec for (see ``specs``) gets the map of the spec.
 
     Args:
         model: the network, on any device (``meta`` included).
@@ -68,6 +69,9 @@ def discover(
     """
     if residual not in ("coupled", "internal"):
         raise ValueError(f"residual is {residual!r}; choose coupled or internal")
+    written = specs.find(model)
+    if written is not None:
+        return written
     _refuse_shared_parameters(model)
     deadline = time.monotonic() + time_limit
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from offload_sparse.structure.attention import fit_attention
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
 
@@ -147,6 +148,8 @@ def fit_attributes(module: nn.Module) -> None:
                 layer.num_features = reference.numel()
         elif isinstance(layer, nn.PReLU):
             layer.num_parameters = layer.weight.numel()
+        else:
+            fit_attention(layer)
 
 
 def _fit_convolution(layer: _ConvNd) -> None:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.structure.channel_map import Axis, ChannelMap
 from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.subnet import narrow_module
+from offload_sparse.structure.subnet import narrow_module, set_tensor
 
 TOLERANCE = 1e-8
 """Largest relative error that ``check`` accepts in float64; a right map stays some orders of magnitude
@@ -196,6 +196,8 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
         return [("weight", 1 if by_column else 0), ("bias", 0)]
     if isinstance(module, _BatchNorm):
         return [("weight", 0), ("bias", 0)] if module.affine else [("running_mean", 0)]
+    if isinstance(module, nn.MultiheadAttention):
+        return [("in_proj_weight", 0), ("in_proj_bias", 0)]
     return []
 
 
@@ -208,12 +210,16 @@ def _zero_along(tensor: Tensor, axis: Axis, dim: int, mask: Tensor) -> None:
 
 def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A float64 copy on the CPU with random parameters and norm statistics and without dropout."""
-    on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     full = copy.deepcopy(model)
-    full = full.to_empty(device="cpu").double() if on_meta else full.to("cpu").double()
+    unknown = set()  # values of tensors on the meta device
+    for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
+        if tensor.is_meta:
+            set_tensor(full, name, torch.empty_like(tensor, device="cpu"))
+            unknown.add(name)
+    full = full.to("cpu").double()
     norms = {id(m) for m in full.modules() if isinstance(m, _BatchNorm)}
     with torch.no_grad():
-        for module in full.modules():
+        for path, module in full.named_modules():
             _disable_dropout(module)
             for leaf, parameter in module.named_parameters(recurse=False):
                 _randomise(parameter, leaf, generator)
@@ -222,7 +228,7 @@ def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
                     _randomise(tensor, leaf, generator)
                 elif leaf == "num_batches_tracked":
                     tensor.zero_()
-                elif on_meta:
+                elif (f"{path}.{leaf}" if path else leaf) in unknown:
                     raise ValueError(
                         f"the values of buffer {leaf} of a {type(module).__name__} are unknown on the meta "
                         f"device; "
