@@ -297,7 +297,7 @@ def _verify_all(config: VerifyConfig) -> int:
     start, outcomes = time.perf_counter(), []
     if not config.json:
         print(_ROW.format("model", "streams", "atoms", "groups", "discover", "output", "gradient", ""))
-    for outcome in coverage.cover(build, rho=config.rho, seed=config.seed):
+    for outcome in coverage.cover(build, coverage.CASES, rho=config.rho, seed=config.seed):
         outcomes.append(outcome)
         if not config.json:
             print(_row(outcome), flush=True)
