@@ -23,6 +23,9 @@ from offload_sparse.arguments import Options
 from offload_sparse.config import DataConfig, Residual, RunConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from offload_sparse.structure.coverage import Outcome
     from offload_sparse.training.evaluation import Evaluation
 
 PROGRAM = "offload-sparse"
@@ -51,6 +54,7 @@ class VerifyConfig:
 
     Attributes:
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
+        all: check a table of networks of many families instead; only ``rho``, ``seed`` and ``json`` count.
         rho: probability that a channel is kept, in (0, 1].
         residual: what is sampled on residual streams.
         image_size: side of the images in pixels; 0 takes 32 for networks of this package and 64 for others.
@@ -60,7 +64,8 @@ class VerifyConfig:
         json: print one JSON object instead of a table.
     """
 
-    model: str
+    model: str = ""
+    all: bool = False
     rho: float = 0.5
     residual: Residual = "coupled"
     image_size: int = 0
@@ -70,6 +75,12 @@ class VerifyConfig:
     json: bool = False
 
     def __post_init__(self) -> None:
+        if bool(self.model) == self.all:
+            raise ValueError(
+                "--model is missing; name one, or give --all"
+                if not self.all
+                else "--model and --all exclude each other; give one of them"
+            )
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho is {self.rho}; give a ratio in (0, 1], such as 0.25")
         for name, least in (("image_size", 0), ("in_channels", 0), ("num_classes", 1), ("seed", 0)):
@@ -134,6 +145,8 @@ def evaluate(argv: Sequence[str]) -> int:
 def verify(argv: Sequence[str]) -> int:
     """Check that a model, narrowed, equals the full one with dropped channels masked; exit code 1 if not."""
     config = _VERIFY.parse(argv)
+    if config.all:
+        return _verify_all(config)
     figures = _verify(config)
     _show(figures, config.json)
     return 0 if figures["ok"] else 1
@@ -256,6 +269,7 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
 
     from offload_sparse.models import build_model
     from offload_sparse.structure.discovery import discover
+    from offload_sparse.structure.subnet import build_on_meta
     from offload_sparse.structure.verify import TOLERANCE
     from offload_sparse.structure.verify import verify as compare
 
@@ -266,8 +280,7 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
         return build_model(config.model, config.num_classes, channels, size)
 
     start = time.perf_counter()
-    with torch.device("meta"):
-        model, inputs = build(), (torch.empty(2, channels, size, size),)
+    model, inputs = build_on_meta(build), (torch.empty(2, channels, size, size, device="meta"),)
     channel_map = discover(model, inputs, config.residual)
     discover_seconds = time.perf_counter() - start
     result = compare(build, inputs, channel_map, config.rho, config.seed)
@@ -285,6 +298,48 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
         "verify_seconds": result.seconds,
         "ok": bool(result.error <= TOLERANCE),  # NaN fails too
     }
+
+
+def _verify_all(config: VerifyConfig) -> int:
+    """The table of ``--all``; exit code 1 if a network that is known to pass does not."""
+    from offload_sparse.models import build_model
+    from offload_sparse.structure import coverage
+
+    def build(case: coverage.Case) -> nn.Module:
+        return build_model(case.name, num_classes=10, in_channels=3, image_size=case.size, **case.arguments)
+
+    start, outcomes = time.perf_counter(), []
+    if not config.json:
+        print(_ROW.format("model", "streams", "atoms", "groups", "discover", "output", "gradient", ""))
+    for outcome in coverage.cover(build, coverage.CASES, rho=config.rho, seed=config.seed):
+        outcomes.append(outcome)
+        if not config.json:
+            print(_row(outcome), flush=True)
+    accepted = sum(outcome.accepted for outcome in outcomes)
+    summary = {
+        "accepted": accepted,
+        "refused": len(outcomes) - accepted,
+        "ok": all(outcome.accepted for outcome in outcomes if outcome.case.accepted),
+        "seconds": time.perf_counter() - start,
+    }
+    if config.json:
+        _show(summary | {"models": [outcome.figures() for outcome in outcomes]}, json_wanted=True)
+    else:
+        _show(summary, json_wanted=False)
+    return 0 if summary["ok"] else 1
+
+
+_ROW = "{:<36}{:<10}{:>7}{:>8}{:>10}{:>10}{:>10}  {}"
+
+
+def _row(outcome: Outcome) -> str:
+    figures = outcome.figures()
+    seconds = f"{outcome.discover_seconds:.1f} s"
+    errors = ["" if figures[k] is None else f"{figures[k]:.0e}" for k in ("output_error", "gradient_error")]
+    reason = f"refused: {outcome.reason}" if outcome.reason else ""
+    return _ROW.format(
+        outcome.case.name, outcome.residual, outcome.atoms, outcome.groups, seconds, *errors, reason
+    )
 
 
 def _show(figures: Mapping[str, Any], json_wanted: bool) -> None:

@@ -41,6 +41,21 @@ class ModelConfig:
 
 
 @dataclass
+class AtomsConfig:
+    """What is kept or dropped as one.
+
+    Attributes:
+        block: channels per atom; 8 or 16 keep widths at multiples that matrix units like, and move rows in
+            longer runs. The last atom of a width takes the remainder.
+    """
+
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.block >= 1, f"atoms.block is {self.block}; give at least 1 channel per atom")
+
+
+@dataclass
 class DataConfig:
     """Which images are read, and how they become batches.
 
@@ -140,16 +155,16 @@ class PolicyConfig:
     """How channel masks are drawn and how their keep probabilities are learned.
 
     Attributes:
-        rho: remaining ratio of the channels, in (0, 1] (the paper's budget: sum of s is at most rho times the
-            channels).
+        rho: remaining ratio of the atoms, in (0, 1] (the paper's budget: sum of s is at most rho times the
+            atoms; an atom is one channel unless ``atoms.block`` is larger).
         estimator: gradient estimator of the keep probabilities.
         optimizer: optimizer of the keep probabilities.
         lr: its learning rate (the paper: Adam, 12e-3).
         momentum: momentum of ``sgd``.
         alpha: exponent of the preconditioner H = diag(s(1-s))^alpha.
         floor: keep probabilities stay in [floor, 1 - floor], since 0 and 1 are absorbing.
-        min_width: channels that every group keeps, whatever is drawn.
-        hard_cap: a drawn mask never keeps more than hard_cap times the expected number of channels.
+        min_width: atoms that every group keeps, whatever is drawn.
+        hard_cap: a drawn mask never keeps more than hard_cap times the expected number of atoms.
     """
 
     rho: float = 0.25
@@ -175,7 +190,7 @@ class PolicyConfig:
             f"policy.floor {self.floor} is above policy.rho {self.rho}: no keep probability could meet the "
             "budget; lower policy.floor",
         )
-        _require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 channel")
+        _require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 atom")
         _require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
 
 
@@ -379,6 +394,7 @@ class RunConfig:
     dry_run: bool = False
     trackers: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
+    atoms: AtomsConfig = field(default_factory=AtomsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     round: RoundConfig = field(default_factory=RoundConfig)

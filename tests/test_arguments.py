@@ -302,10 +302,10 @@ def test_help_shows_every_option_with_its_default_and_an_example(capsys: pytest.
         parse(["--help"])
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for section in ("data", "policy", "round", "optim", "train", "final", "static"):
+    for section in ("atoms", "data", "policy", "round", "optim", "train", "final", "static"):
         for name in flat_values(RunConfig(), section):
             assert f"--{name} " in text
-    assert "remaining ratio of the channels" in text
+    assert "remaining ratio of the atoms" in text
     assert "(default: 0.25)" in text
     assert "How the weights are trained:" in text
     assert "example: offload-sparse train --config" in text

@@ -60,6 +60,7 @@ def test_a_mistake_reaches_the_shell_as_one_line_and_exit_code_2() -> None:
         (["train", "--round.k", "0"], "round.k is 0"),
         (["train", "--foo", "0"], "unknown option --foo"),
         (["verify"], "--model is missing"),
+        (["verify", "--all", "--model", SMALL], "--model and --all exclude each other"),
         (["verify", "--model", "offload_sparse/vgg_smal"], "unknown model"),
         (["verify", "--model", SMALL, "--rho", "0"], "rho is 0.0; give a ratio in (0, 1]"),
         (["verify", "--model", SMALL, "--residual", "no"], "give one of coupled, internal"),
@@ -155,6 +156,36 @@ def test_verify_prints_a_table_and_fails_with_1(
     monkeypatch.setattr(verify_module, "TOLERANCE", 0.0)
     assert cli.main(["verify", "--model", SMALL]) == 1
     assert "gradient error" in capsys.readouterr().out
+
+
+def test_verify_all_lists_every_network_and_why_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offload_sparse.structure import coverage
+
+    cases = (coverage.Case(SMALL, 28), coverage.Case("torchvision/shufflenet_v2_x0_5", 64, accepted=False))
+    monkeypatch.setattr(coverage, "CASES", cases)
+    assert cli.main(["verify", "--all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["accepted"], found["refused"], found["ok"]) == (1, 1, True)
+    good, bad = found["models"]
+    assert set(good) == set(bad) >= {"model", "atoms", "groups", "discover_seconds", "reason"}
+    assert max(good["output_error"], good["gradient_error"]) < 1e-8
+    assert "cannot be traced" in bad["reason"]
+    assert cli.main(["verify", "--all"]) == 0
+    text = capsys.readouterr().out
+    assert "refused: ShuffleNetV2 cannot be traced" in text
+
+
+def test_verify_all_fails_when_a_network_that_passed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offload_sparse.structure import coverage
+
+    cases = (coverage.Case("torchvision/shufflenet_v2_x0_5", 64),)
+    monkeypatch.setattr(coverage, "CASES", cases)
+    assert cli.main(["verify", "--all", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
 # --- evaluate ----------------------------------------------------------------------------------------

@@ -47,14 +47,14 @@ class FinalNetwork:
     channel_map: ChannelMap
 
     def kept_channels(self) -> dict[str, dict[str, Any]]:
-        """Per group its full size and the kept atoms, counted from 0 within the group."""
-        return {
-            group.name: {
-                "size": group.size,
-                "kept": self.mask[group.start : group.stop].nonzero().flatten().tolist(),
-            }
-            for group in self.channel_map.groups
-        }
+        """Per group the channels of the layer that it is named after, and which of them are kept."""
+        kept_or_always = torch.cat([self.mask, torch.ones(1, dtype=torch.bool)])  # -1 means always
+        kept = {}
+        for group in self.channel_map.groups:
+            channels = self.channel_map.channels_of(group)
+            positions = kept_or_always[channels].nonzero().flatten().tolist()
+            kept[group.name] = {"size": len(channels), "kept": positions}
+        return kept
 
 
 def best_candidate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from offload_sparse.engine.sync import on_first_rank
 from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import Recording, record
 from offload_sparse.store.weight_store import Ranks, WeightStore
+from offload_sparse.structure.blocks import block_atoms
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.stream_add import expose_additions
 from offload_sparse.structure.subnet import meta_copy
@@ -69,6 +71,7 @@ def prepare(
     ranks: Ranks,
     channel_map: ChannelMap | None = None,
     verify: bool = True,
+    block: int = 1,
 ) -> PreparedModel:
     """Find the channels of a model and check them.
 
@@ -79,6 +82,7 @@ def prepare(
         ranks: the ranks of the run; the check runs on the first.
         channel_map: a map made by hand, which replaces the discovery.
         verify: check that slice = mask; large models are checked as a narrow twin.
+        block: channels per atom; see ``structure.blocks``.
 
     Raises:
         ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
@@ -90,10 +94,19 @@ def prepare(
         from offload_sparse.structure.discovery import discover
 
         channel_map = discover(meta_model, example_inputs, residual)
+    channel_map = block_atoms(channel_map, block)
     expose_additions(meta_model, channel_map.additions)
     if verify:
-        from offload_sparse.structure.self_test import self_test
+        from offload_sparse.structure.self_test import lacks_values, self_test
 
         checked = channel_map
-        on_first_rank(lambda: self_test(meta_model, example_inputs, checked), ranks.rank, ranks.world_size)
+
+        def test() -> None:
+            model = meta_model
+            if lacks_values(model):
+                model = copy.deepcopy(source) if isinstance(source, nn.Module) else build_seeded(source, 0)
+                expose_additions(model, checked.additions)
+            self_test(model, example_inputs, checked)
+
+        on_first_rank(test, ranks.rank, ranks.world_size)
     return PreparedModel(source, meta_model, channel_map, recording)

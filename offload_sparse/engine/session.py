@@ -44,6 +44,7 @@ class SparseOffload:
         policy, rounds, optimizer, final: see ``offload_sparse.config``.
         residual: residual policy of the discovery.
         channel_map: a map made by hand, instead of the discovery.
+        block: channels per atom; budgets, caps and minimum widths count atoms.
         seed: seed of the initial weights and of the masks.
         device: where subnets compute; the CUDA device when there is one.
         dtype: type of weights, slots and gradients.
@@ -66,6 +67,7 @@ class SparseOffload:
         final: FinalConfig | None = None,
         residual: Residual = "coupled",
         channel_map: ChannelMap | None = None,
+        block: int = 1,
         seed: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -78,7 +80,7 @@ class SparseOffload:
         self.forward = forward or Forward()
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.ranks = Ranks.current()
-        prepared = prepare(model, example_inputs, residual, self.ranks, channel_map, verify)
+        prepared = prepare(model, example_inputs, residual, self.ranks, channel_map, verify, block)
         self.meta_model, self.channel_map = prepared.meta_model, prepared.channel_map
         pin = self.device.type == "cuda"
         slots = slot_names(self.optim)

@@ -71,6 +71,7 @@ def build(task: Task) -> Method:
         optimizer=config.optim,
         final=config.final,
         residual=config.model.residual,
+        block=config.atoms.block,
         seed=config.train.seed,
         device=task.device,
         dtype=task.dtype,

@@ -30,7 +30,12 @@ def build(task: Task) -> Method:
     config = task.config
     ranks = Ranks.current()
     prepared = prepare(
-        task.factory, task.example_inputs, config.model.residual, ranks, verify=config.train.verify
+        task.factory,
+        task.example_inputs,
+        config.model.residual,
+        ranks,
+        verify=config.train.verify,
+        block=config.atoms.block,
     )
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)

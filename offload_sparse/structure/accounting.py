@@ -7,6 +7,7 @@ forward only.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
 from math import prod
 
 import torch
@@ -48,6 +49,8 @@ class CostModel:
 
         flops(mask) = constant + Σ_layers flops_per_entry · Π_dims kept positions
 
+    So are those that an attention spends between its projections, by the entries of one of these.
+
     Args:
         model: the full network, best on the meta device; not changed.
         channel_map: its map.
@@ -73,9 +76,11 @@ class CostModel:
             for n in names
         ]
         flops = _flops_by_module(model, example_inputs)
-        per_entry = _flops_per_entry(model, flops)
+        per_entry = _flops_per_entry(model, channel_map, flops)
         self._entries = torch.tensor(free, dtype=torch.int64)
-        self._flops = self._entries * torch.tensor([per_entry.get(n, 0) for n in names], dtype=torch.int64)
+        ratios = [per_entry.get(n, Fraction(0)) for n in names]
+        self._flops = self._entries * torch.tensor([r.numerator for r in ratios], dtype=torch.int64)
+        self._per = torch.tensor([r.denominator for r in ratios], dtype=torch.int64)
         self._constant = 0
         self._constant = flops[""] - self.flops(channel_map.full_mask())
         self.dense_flops = flops[""]
@@ -84,7 +89,7 @@ class CostModel:
 
     def flops(self, mask: Tensor) -> int:
         """Forward FLOPs of the subnetwork of ``mask`` (bool[C]) for the batch of ``example_inputs``."""
-        return self._constant + int((self._flops * self._kept_products(mask)).sum())
+        return self._constant + int((self._flops * self._kept_products(mask) // self._per).sum())
 
     def parameters(self, mask: Tensor) -> int:
         """Parameters of the subnetwork of ``mask`` (bool[C])."""
@@ -129,13 +134,34 @@ def _flatten_axes(axes: list[Axis]) -> tuple[Tensor, Tensor, Tensor]:
     return always, torch.cat(atoms), segment
 
 
-def _flops_per_entry(model: nn.Module, flops: dict[str, int]) -> dict[str, int]:
-    """FLOPs per weight entry of each convolution and linear layer, by weight name."""
-    per_entry = {}
+def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str, int]) -> dict[str, Fraction]:
+    """FLOPs per weight entry of each convolution, linear layer and attention, by weight name.
+
+    What an attention spends outside its layers grows with its heads, and so does the weight of its queries.
+    """
+    per_entry: dict[str, Fraction] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, (_ConvNd, nn.Linear)) and flops.get(name, 0) % layer.weight.numel() == 0:
-            per_entry[f"{name}.weight" if name else "weight"] = flops.get(name, 0) // layer.weight.numel()
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, (_ConvNd, nn.Linear)):
+            weight, spent = prefix + "weight", flops.get(name, 0)
+        elif hasattr(layer, "num_heads"):
+            weight = _sampled_matrix(layer, prefix, channel_map)
+            spent = flops.get(name, 0) - sum(flops.get(prefix + n, 0) for n, _ in layer.named_children())
+        else:
+            continue
+        if weight in channel_map.shapes:
+            share = Fraction(spent, prod(channel_map.shapes[weight]))
+            per_entry[weight] = per_entry.get(weight, Fraction(0)) + share
     return per_entry
+
+
+def _sampled_matrix(layer: nn.Module, prefix: str, channel_map: ChannelMap) -> str:
+    """The first matrix of a module that has rows of atoms; empty if there is none."""
+    for name, parameter in layer.named_parameters():
+        axes = channel_map.axes.get(prefix + name, ())
+        if parameter.dim() == 2 and axes and axes[0] is not None:
+            return prefix + name
+    return ""
 
 
 def train_cost_saving(

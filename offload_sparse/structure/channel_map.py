@@ -158,6 +158,19 @@ class ChannelMap:
                 return group
         raise ValueError(f"there is no atom {atom}; the map has {self.num_atoms}")
 
+    def channels_of(self, group: Group) -> Tensor:
+        """int64[channels], the atom of each channel of ``group``; -1 where a channel is always kept.
+
+        The channels are those of the layer that the group is named after. Atoms that stand for several
+        channels (blocks, groups of a grouped convolution, attention heads) occur several times. A group that
+        is not named after a layer lists its atoms.
+        """
+        for name in (f"{group.name}.weight", group.name):
+            for axis in self.axes.get(name, ()):
+                if axis is not None and bool(((axis >= group.start) & (axis < group.stop)).any()):
+                    return axis
+        return torch.arange(group.start, group.stop)
+
     def full_mask(self) -> Tensor:
         """The mask bool[C] that keeps every atom."""
         return torch.ones(self.num_atoms, dtype=torch.bool)

@@ -236,7 +236,8 @@ def channel_closures(graph: Any, deadline: float = float("inf")) -> Closures:
 
     Equal to the union of ``graph.get_pruning_group(layer, prune_out_channels, [i])`` over all layers and
     channels i, since index mappings act on each index by itself; each (dependency, index) is visited once
-    instead of once per channel.
+    instead of once per channel. Added are the ties within each group of a grouped convolution, which
+    Torch-Pruning leaves to its pruners.
     """
     number: dict[State, int] = {}
     seen: list[set[int]] = []
@@ -253,6 +254,10 @@ def channel_closures(graph: Any, deadline: float = float("inf")) -> Closures:
             pending.append((index, state, new))
         return index
 
+    def tie(source: int, roots: Sequence[int], target: int, mapped: Sequence[int]) -> None:
+        sources.append(source * STRIDE + torch.tensor(roots, dtype=torch.int64))
+        targets.append(target * STRIDE + torch.tensor(mapped, dtype=torch.int64))
+
     for node in list(graph.module2node.values()):
         if is_producer(node.module):
             pruner = graph.get_pruner_of_module(node.module)
@@ -264,9 +269,12 @@ def channel_closures(graph: Any, deadline: float = float("inf")) -> Closures:
         for dependency in node.dependencies:
             if dependency.is_triggered_by(function):
                 roots, mapped = _map_positions(dependency, positions)
-                target = visit((dependency.target, dependency.handler), mapped)
-                sources.append(index * STRIDE + torch.tensor(roots, dtype=torch.int64))
-                targets.append(target * STRIDE + torch.tensor(mapped, dtype=torch.int64))
+                tie(index, roots, visit((dependency.target, dependency.handler), mapped), mapped)
+        if is_grouped(node.module):
+            pruner = graph.get_pruner_of_module(node.module)
+            for side in (pruner.prune_in_channels, pruner.prune_out_channels):
+                roots, mapped = _group_members(node.module, function, side, positions)
+                tie(index, roots, visit((node, side), mapped), mapped)
     every = torch.tensor(
         [i * STRIDE + p for i, positions in enumerate(seen) for p in positions], dtype=torch.int64
     )
@@ -284,6 +292,24 @@ def _map_positions(dependency: Any, positions: list[int]) -> tuple[list[int], li
     if any(i.idx < 0 or i.root_idx is None for i in indices):
         raise ValueError(f"channels cannot be followed into {dependency.target}; write a channel map by hand")
     return [i.root_idx for i in indices], [i.idx for i in indices]
+
+
+def _group_members(
+    module: _ConvNd, function: Callable[..., Any], side: Callable[..., Any], positions: list[int]
+) -> tuple[list[int], list[int]]:
+    """Pairs (position, member): all channels on ``side`` in the same group of a grouped convolution.
+
+    Its weight has no entry between two groups, so a group is dropped whole: inputs, filters and outputs.
+    """
+    own = _group_size(module, function)
+    size = _group_size(module, side)
+    pairs = [(p, p // own * size + i) for p in positions for i in range(size)]
+    return [p for p, _ in pairs], [member for _, member in pairs]
+
+
+def _group_size(module: _ConvNd, function: Callable[..., Any]) -> int:
+    width = module.out_channels if function.__name__ == "prune_out_channels" else module.in_channels
+    return width // module.groups
 
 
 def _classes(
@@ -313,6 +339,11 @@ def connected_components(size: int, u: Tensor, v: Tensor) -> Tensor:
 
 def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def is_grouped(module: Any) -> bool:
+    """Whether a convolution has several groups of channels, and is not depthwise."""
+    return isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module)
 
 
 def is_producer(module: Any) -> bool:

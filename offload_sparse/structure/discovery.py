@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from offload_sparse.structure import specs
 from offload_sparse.structure.channel_map import Axis, ChannelMap, Group
 from offload_sparse.structure.closures import (
     STRIDE,
@@ -28,6 +29,7 @@ from offload_sparse.structure.closures import (
     alarm,
     channel_closures,
     is_depthwise,
+    is_grouped,
     is_output,
     is_producer,
     trace,
@@ -55,7 +57,7 @@ def discover(
     time_limit: float = 60.0,
 ) -> ChannelMap:
     """Find the atoms of a network of convolutions, linear layers and batch norms. The model is left
-    untouched.
+    untouched. A network that there is a spec for (see ``specs``) gets the map of the spec.
 
     Args:
         model: the network, on any device (``meta`` included).
@@ -70,12 +72,15 @@ def discover(
     """
     if residual not in ("coupled", "internal", "filter"):
         raise ValueError(f"residual is {residual!r}; choose coupled, internal or filter")
+    written = specs.find(model)
+    if written is not None:
+        return written
     _refuse_shared_parameters(model)
     deadline = time.monotonic() + time_limit
     try:
         with alarm(time_limit):
             wrapper, graph = trace(model, example_inputs, residual == "filter")
-        closures = channel_closures(graph, deadline)
+            closures = channel_closures(graph, deadline)
     except TimeLimitError as error:
         raise ValueError(
             f"discovery of {type(model).__name__} did not finish in {time_limit:g} s; raise the time limit, "
@@ -217,10 +222,6 @@ def _refuse_module(module: nn.Module, name: str) -> None:
         raise ValueError(f"{title} works on sampled channels and cannot be narrowed with them; {_ADVICE}")
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         raise ValueError(f"{title} works on sampled channels and cannot be narrowed with them; {_ADVICE}")
-    if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
-        raise ValueError(
-            f"{title} has {module.groups} groups of channels, which cannot be sampled one by one; {_ADVICE}"
-        )
     own = {key for key, value in module.named_parameters() if value is not None}
     if not own <= {"weight", "bias"} or ("weight" not in own and isinstance(module, _LAYERS)):
         raise ValueError(
@@ -293,6 +294,9 @@ def _sides(module: nn.Module, name: str, output: bool) -> list[tuple[str, int]]:
     transposed = isinstance(module, _ConvTransposeNd)
     if isinstance(module, _ConvNd) and is_depthwise(module):
         return [(prefix + "weight", 0), (prefix + "bias", 0)]
+    if is_grouped(module):  # the rows of the weight belong to groups, its columns are those within a group
+        own = [(prefix + "weight", 0)] if output != transposed else []
+        return own + ([(prefix + "bias", 0)] if output else [])
     if output:
         return [(prefix + "weight", int(transposed)), (prefix + "bias", 0)]
     return [(prefix + "weight", 1 - int(transposed))]

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from offload_sparse.structure.accounting import count_parameters
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import restrict
-from offload_sparse.structure.subnet import meta_copy, narrow_module
+from offload_sparse.structure.subnet import meta_copy, narrow_module, set_tensor
 from offload_sparse.structure.verify import Verification, check
 
 MAX_PARAMETERS = 2_000_000
@@ -44,4 +45,18 @@ def reduced(model: nn.Module, channel_map: ChannelMap, max_parameters: int) -> t
         ratio /= 2
         mask = channel_map.uniform_mask(ratio, min_width=4)
         twin = narrow_module(meta_copy(model), channel_map, mask)
+    for name, buffer in _constants(model).items():
+        if twin.get_buffer(name).shape == buffer.shape:
+            set_tensor(twin, name, buffer.clone())
     return twin, restrict(channel_map, mask)
+
+
+def lacks_values(model: nn.Module) -> bool:
+    """Whether a model on the meta device cannot be tested, since it reads buffers of unknown values."""
+    return any(buffer.is_meta and buffer.numel() for buffer in _constants(model).values())
+
+
+def _constants(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that no random values can stand for, such as indices and masks."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: b for name, b in model.named_buffers() if name.rpartition(".")[0] not in norms}

@@ -9,7 +9,7 @@ copy instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from offload_sparse.structure.attention import fit_attention
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
 from offload_sparse.structure.stream_add import expose_additions, set_additions
@@ -85,6 +86,18 @@ class Subnet:
         owner._buffers[leaf] = value
 
 
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that ``build`` makes, on the meta device.
+
+    One whose constructor reads the values of tensors is built for real first.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError:  # a meta tensor has no values
+        return meta_copy(build())
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` on the meta device, made without copying any weights."""
     memo: dict[int, object] = {}
@@ -140,18 +153,24 @@ def fit_attributes(module: nn.Module) -> None:
                 layer.num_features = reference.numel()
         elif isinstance(layer, nn.PReLU):
             layer.num_parameters = layer.weight.numel()
+        else:
+            fit_attention(layer)
 
 
 def _fit_convolution(layer: _ConvNd) -> None:
     first, second = layer.weight.shape[:2]
-    if isinstance(layer, _ConvTransposeNd):
-        layer.in_channels, layer.out_channels = first, second * layer.groups
-    elif layer.groups > 1 and second == 1:  # depthwise: one group per channel, however many are left
-        multiplier = layer.out_channels // layer.groups
-        layer.groups = layer.in_channels = first // multiplier
-        layer.out_channels = first
-    else:
-        layer.in_channels, layer.out_channels = second * layer.groups, first
+    transposed = isinstance(layer, _ConvTransposeNd)
+    if layer.groups > 1 and _ROWS_PER_GROUP not in layer.__dict__:
+        rows = layer.in_channels if transposed else layer.out_channels
+        setattr(layer, _ROWS_PER_GROUP, rows // layer.groups)
+    if _ROWS_PER_GROUP in layer.__dict__:  # groups are kept or dropped whole, those of one channel included
+        layer.groups = first // getattr(layer, _ROWS_PER_GROUP)
+    columns = second * layer.groups
+    layer.in_channels, layer.out_channels = (first, columns) if transposed else (columns, first)
+
+
+_ROWS_PER_GROUP = "rows_per_group"
+"""Noted on grouped convolutions, because one of which a single group is left looks like an ordinary one."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.structure.channel_map import Axis, ChannelMap
 from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.subnet import narrow_module
+from offload_sparse.structure.subnet import narrow_module, set_tensor
 
 TOLERANCE = 1e-8
 """Largest relative error that ``check`` accepts in float64; a right map stays some orders of magnitude
@@ -197,6 +197,8 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
         return [("weight", 1 if by_column else 0), ("bias", 0)]
     if isinstance(module, _BatchNorm):
         return [("weight", 0), ("bias", 0)] if module.affine else [("running_mean", 0)]
+    if isinstance(module, nn.MultiheadAttention):
+        return [("in_proj_weight", 0), ("in_proj_bias", 0)]
     return []
 
 
@@ -208,12 +210,16 @@ def _zero_along(tensor: Tensor, axis: Axis, dim: int, alive: Tensor) -> None:
 
 def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A float64 copy on the CPU with random parameters and norm statistics and without dropout."""
-    on_meta = any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     full = copy.deepcopy(model)
-    full = full.to_empty(device="cpu").double() if on_meta else full.to("cpu").double()
+    unknown: set[str] = set()  # values of tensors on the meta device
+    for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
+        if tensor.is_meta:
+            set_tensor(full, name, torch.empty_like(tensor, device="cpu"))
+            unknown |= {name} if tensor.numel() else set()
+    full = full.to("cpu").double()
     norms = {id(m) for m in full.modules() if isinstance(m, _BatchNorm)}
     with torch.no_grad():
-        for module in full.modules():
+        for path, module in full.named_modules():
             _disable_dropout(module)
             for leaf, parameter in module.named_parameters(recurse=False):
                 _randomise(parameter, leaf, generator)
@@ -222,11 +228,10 @@ def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
                     _randomise(tensor, leaf, generator)
                 elif leaf == "num_batches_tracked":
                     tensor.zero_()
-                elif on_meta and tensor.numel():
+                elif (f"{path}.{leaf}" if path else leaf) in unknown:
                     raise ValueError(
                         f"the values of buffer {leaf} of a {type(module).__name__} are unknown on the meta "
-                        f"device; "
-                        "verify the real model, or pass a function that builds it"
+                        "device; verify the real model, or pass a function that builds it"
                     )
     for parameter in full.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -300,14 +305,20 @@ def _compare(
 ) -> dict[_Key, float]:
     """Relative error of every output, gradient and (in training mode) running statistic."""
     mode = "train" if train else "eval"
-    expected, by_input = _run(full.train(train), inputs, seed)
+    try:
+        expected, by_input = _run(full.train(train), inputs, seed)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the network does not run in float64 on inputs of {[list(x.shape) for x in inputs]} "
+            f"({_first_line(error)}); give example inputs that it accepts or, if it is the narrow twin of a "
+            "large network, write a channel map by hand"
+        ) from error
     try:
         found, narrow_by_input = _run(narrow.train(train), inputs, seed, expected)
     except (RuntimeError, TypeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"the channel map is wrong: the narrow network does not run ({reason}); correct the map or "
-            f"write one by hand"
+            f"the channel map is wrong: the narrow network does not run ({_first_line(error)}); "
+            "correct the map or write one by hand"
         ) from error
     errors: dict[_Key, float] = {
         ("output", mode, f"output {i}"): _relative(a, b)
@@ -326,6 +337,11 @@ def _compare(
     if train:
         errors |= {("output", mode, name): e for name, e in _statistics_errors(full, narrow, selection)}
     return errors
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _run(

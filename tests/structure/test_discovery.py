@@ -190,6 +190,23 @@ def test_depthwise_convolutions_follow_their_input() -> None:
     assert axis(found, "d.weight", 1) is None
 
 
+def test_a_group_of_a_grouped_convolution_is_one_atom() -> None:
+    found = discover(
+        Net(lambda n, x: n.b(n.g(n.a(x))), a=Conv(3, 6, 1), g=Conv(6, 9, 3, groups=3), b=Conv(9, 5, 1)),
+        IMAGES,
+    )
+    assert group_sizes(found) == {"a": 3}
+    assert axis(found, "a.weight") == [0, 0, 1, 1, 2, 2]
+    assert axis(found, "g.weight") == axis(found, "g.bias") == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert axis(found, "g.weight", 1) is None, "columns are those within a group"
+    assert axis(found, "b.weight", 1) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_overlapping_groups_of_two_convolutions_are_one_atom() -> None:
+    net = nn.Sequential(Conv(3, 12, 1), Conv(12, 12, 1, groups=4), Conv(12, 12, 1, groups=6), Conv(12, 2, 1))
+    assert axis(discover(net, IMAGES), "3.weight", 1) == [0] * 6 + [1] * 6
+
+
 def test_a_gate_ties_the_two_halves_of_its_producer() -> None:
     found = discover(Net(gated, a=Conv(3, 8, 3), b=Conv(4, 5, 3)), IMAGES)
     assert axis(found, "a.weight") == [0, 1, 2, 3, 0, 1, 2, 3]
@@ -287,10 +304,6 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
             norm=nn.LayerNorm(4),
         ),
         r"norm \(LayerNorm\)",
-    ),
-    "grouped convolution": (
-        Net(lambda n, x: n.b(n.g(n.a(x))), a=Conv(3, 8, 1), g=Conv(8, 8, 3, groups=2), b=Conv(8, 5, 1)),
-        r"g \(Conv2d\) has 2 groups",
     ),
     "spatial attention": (
         Net(
@@ -407,6 +420,25 @@ def right_maps() -> dict[str, nn.Module]:
         ),
         "dictionary of outputs": Net(
             lambda n, x: {"y": n.b(n.a(x).relu())}, a=Conv(3, 8, 1), b=Conv(8, 5, 1)
+        ),
+        "grouped convolution": Net(
+            lambda n, x: n.b(n.bn(n.g(n.a(x)))),
+            a=Conv(3, 12, 1),
+            g=Conv(12, 18, 3, groups=6),
+            bn=nn.BatchNorm2d(18),
+            b=Conv(18, 5, 1),
+        ),
+        "transposed grouped convolution": Net(
+            lambda n, x: n.b(n.g(n.a(x))),
+            a=Conv(3, 12, 1),
+            g=nn.ConvTranspose2d(12, 18, 2, groups=6),
+            b=Conv(18, 5, 1),
+        ),
+        "depthwise convolution that widens": Net(
+            lambda n, x: n.b(n.g(n.a(x))),
+            a=Conv(3, 6, 1),
+            g=Conv(6, 12, 3, groups=6),
+            b=Conv(12, 5, 1),
         ),
         "layer used twice": Net(
             lambda n, x: n.b(n.a(n.a(n.i(x)).relu())), i=Conv(3, 8, 1), a=Conv(8, 8, 1), b=Conv(8, 5, 1)
