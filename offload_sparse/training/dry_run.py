@@ -15,6 +15,7 @@ from offload_sparse.data.declared import DeclaredData, declared_data
 from offload_sparse.data.sampler import steps_per_epoch
 from offload_sparse.models import build_model, input_channels
 from offload_sparse.structure.accounting import CostModel, train_cost_saving
+from offload_sparse.structure.blocks import block_atoms
 from offload_sparse.structure.channel_map import ChannelMap
 
 
@@ -75,7 +76,7 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
     with torch.device("meta"):
         model = build_model(config.model.name, **(arguments | config.model.arguments))
         inputs = (torch.empty(1, channels, data.image_size, data.image_size),)
-    channel_map = discover(model, inputs, config.model.residual)
+    channel_map = block_atoms(discover(model, inputs, config.model.residual), config.atoms.block)
     return Structure(channel_map, CostModel(model, channel_map, inputs))
 
 

@@ -13,6 +13,7 @@ from offload_sparse.models import build_model
 from offload_sparse.structure.blocks import block_atoms
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.discovery import discover
+from offload_sparse.structure.self_test import self_test
 from offload_sparse.structure.verify import check
 from tests.channel_maps import SmallNet, channel_maps, small_map
 
@@ -87,3 +88,14 @@ def test_the_export_lists_channels_whatever_an_atom_is() -> None:
         "conv1": {"size": 6, "kept": [4, 5]},
         "conv2": {"size": 8, "kept": [0, 1, 2, 3]},
     }
+
+
+def test_blocks_of_a_filter_map_move_unions_and_additions_along() -> None:
+    """Every filter its own mask, eight filters per atom: slice = mask, and streams hold unions of blocks."""
+    model = build_model("offload_sparse/resnet20_cifar")
+    inputs = (torch.empty(1, 3, 16, 16),)
+    fine = discover(model, inputs, "filter")
+    coarse = block_atoms(fine, 8)
+    assert coarse.num_ids - coarse.num_atoms == fine.num_ids - fine.num_atoms
+    assert coarse.num_atoms * 8 == fine.num_atoms
+    assert self_test(model, inputs, coarse).error < 1e-10
