@@ -148,9 +148,8 @@ class ImageSet:
     def _decode_all(self, progress: bool) -> Tensor:
         pixels = torch.empty(len(self), self._split.channels, self.height, self.width, dtype=torch.uint8)
         name = f"decoding {self._split.name}"
-        with tqdm(
-            total=len(self), desc=name, delay=_BAR_DELAY_SECONDS, disable=not progress, leave=False
-        ) as bar:
+        disable = None if progress else True  # None draws it on a terminal only
+        with tqdm(total=len(self), desc=name, delay=_BAR_DELAY_SECONDS, disable=disable, leave=False) as bar:
             for rows in self._shown.split(_CHUNK):
                 found = self._decode_anew(rows.clone())
                 self.corrupt.add(found.corrupt)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from offload_sparse.config import Residual
+from offload_sparse.engine.primitive_cache import bound_primitive_cache
 from offload_sparse.engine.sync import on_first_rank
 from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import Recording, record
@@ -89,6 +90,7 @@ def prepare(
     """
     recording = None if isinstance(source, nn.Module) else record(source)
     meta_model = meta_copy(source) if recording is None else recording.model  # type: ignore[arg-type]
+    bound_primitive_cache(meta_model)  # before the self-test, which may be the first to run a convolution
     if channel_map is None:
         # Loaded here because Torch-Pruning takes seconds to import, and a map made by hand does not need it.
         from offload_sparse.structure.discovery import discover

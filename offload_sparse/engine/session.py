@@ -22,7 +22,6 @@ from offload_sparse.engine.finalize import FinalNetwork, best_candidate, extract
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.pair import SubnetPair
 from offload_sparse.engine.preparation import ModelSource, prepare
-from offload_sparse.engine.primitive_cache import bound_primitive_cache
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
 from offload_sparse.engine.sync import assert_equal_on_ranks, average
 from offload_sparse.policy.mask_policy import MaskPolicy
@@ -87,7 +86,6 @@ class SparseOffload:
         self.store = WeightStore(self.channel_map, *prepared.tensor_names(), slots, dtype, self.ranks, pin)
         prepared.fill(self.store, seed)
         return_freed_memory()
-        bound_primitive_cache(self.meta_model)
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
         self.policy = MaskPolicy(policy or PolicyConfig(), self.channel_map.groups, seed)
         self.pair = SubnetPair(self.store, self.meta_model, self.optim, self.device)

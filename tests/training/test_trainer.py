@@ -121,7 +121,7 @@ def without_column(images: Path, folder: Path, column: str) -> Path:
         (["--data.name", "no_such_dataset_anywhere"], "no_such_dataset_anywhere"),
         (["--data.name", "./no/such/file.parquet"], "file.parquet"),
         (["--model.arguments.widht", "1"], "widht"),
-        (["--model.name", "timm/swin_tiny_patch4_window7_224", "--data.image_size", "224"], "LayerNorm"),
+        (["--model.name", "timm/ghostnet_100", "--data.image_size", "64"], "CopySlices"),
         (["--data.batch_size", "1000"], "batch_size"),
         (["--data.label_column", "class"], "label"),
         (["--policy.rho", "1.5"], "rho"),
