@@ -13,6 +13,7 @@ import json
 import os
 import pkgutil
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,7 @@ def print_result(result: BenchResult, title: str) -> None:
     table = Table(*result.header, title=title)
     for row in result.table:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if result.table:
         console.print(table)
     for name, ratio in result.ratios.items():

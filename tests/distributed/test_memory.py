@@ -12,7 +12,7 @@ def test_peak_of_each_of_two_ranks_stays_below_its_shard_two_subnets_and_activat
     """From building the model to the last scatter, within 15 %; weights of more than 400 MB, momentum as much
     again.
     """
-    for figures in run_ranks(2, measure, 2.3, limit=280.0):
+    for figures in run_ranks(2, measure, 2.6, limit=280.0):
         assert figures["full_model"] / 2 >= 400e6
         assert figures["shard"] < 0.51 * figures["full_model"] + 1e6
         assert figures["peak"] < 1.15 * figures["predicted"], figures
