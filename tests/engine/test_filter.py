@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offload_sparse import load_pruned
-from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.config import PolicyConfig, RoundConfig
 from offload_sparse.engine.finalize import FinalNetwork, export
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.methods.static import narrow_initialised
@@ -21,25 +21,10 @@ from offload_sparse.structure.selection import Selection
 from offload_sparse.structure.stream_add import additions, expose_additions
 from offload_sparse.structure.subnet import narrow_module
 from tests.engine.reference import MaskedTrainer
+from tests.engine.test_session import OPTIM, batches, loss_fn
 from tests.residual_nets import ResidualNet
 
-OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 IMAGES = (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),)
-
-
-def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64),
-            torch.randint(4, (8,), generator=generator),
-        )
-        for _ in range(steps)
-    ]
-
-
-def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
 def make_session(
