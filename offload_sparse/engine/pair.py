@@ -174,9 +174,13 @@ class SubnetPair:
             values = source.arrays[kind].index_select(0, positions[side])
             target.arrays[kind].index_copy_(0, positions[1 - side], values)
 
+    def trained_sides(self, trained_second: bool) -> tuple[Side, ...]:
+        """The sides whose weights have moved."""
+        return self.sides if trained_second and not self.same else self.sides[:1]
+
     def save(self, trained_second: bool) -> None:
         """Scatter what was trained back into the store and forget the round's selections."""
-        for side in self.sides[: 2 if trained_second and not self.same else 1]:
+        for side in self.trained_sides(trained_second):
             side.save(self.trained_kinds)
         self._forget()
 

@@ -11,6 +11,7 @@ and costs the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class Round:
         self._tails.clear()
         records = []
         for i, (row, (paired, names)) in enumerate(zip(rows, kinds, strict=True)):
-            if not all(map(torch.isfinite, torch.tensor(row))):
+            if not all(map(math.isfinite, row)):
                 raise FloatingPointError(
                     f"the loss or gradient of step {first + i} is not finite (loss {row[0]}); lower "
                     "optim.lr, set optim.clip_norm, or use train.precision no"

@@ -2,8 +2,8 @@
 
 session = SparseOffload(model, (images,), policy=PolicyConfig(rho=0.25), total_steps=steps)
 for batch in loader:
-    session.step(batch, loss_fn)          # sample, gather, K steps, estimate, scatter happen inside
-network = session.finalize(batches)       # an ordinary narrow nn.Module
+    session.step(batch, loss_fn)      # sample, gather, K steps, estimate, scatter happen inside
+network = session.finalize(batches)   # an ordinary narrow nn.Module
 """
 
 from __future__ import annotations
@@ -90,7 +90,6 @@ class SparseOffload:
         self.policy = MaskPolicy(policy or PolicyConfig(), self.channel_map.groups, seed)
         self.pair = SubnetPair(self.store, self.meta_model, self.optim, self.device)
         self.freeze_step = round(self.rounds.freeze_at * total_steps)
-        self.total_steps = total_steps
         self.steps_done = 0
         self.rounds_done = 0
         self.forward_flops = 0.0
@@ -100,8 +99,7 @@ class SparseOffload:
         self._pending: list[StepRecord] = []
         self._recent: deque[tuple[Any, LossFunction]] = deque(maxlen=self.final.selection_batches)
 
-    # --- the loop
-    # -----------------------------------------------------------------------------------------------
+    # --- the loop ---
 
     def step(self, batch: Any, loss_fn: LossFunction, lr: float | None = None) -> Tensor:
         """One optimizer step; begins and ends rounds as needed.
@@ -190,8 +188,7 @@ class SparseOffload:
         self._reestimate(module, batches)
         return FinalNetwork(module, self.final_mask, self.channel_map)
 
-    # --- one round
-    # ----------------------------------------------------------------------------------------------
+    # --- one round ---
 
     def _start_round(self) -> Round:
         if not self.frozen and self.steps_done >= self.freeze_step:
@@ -205,10 +202,10 @@ class SparseOffload:
         assert first is not None
         assert second is not None
         self._masks = (first, second)
-        selections = [Selection(self.channel_map, m) for m in (first, second)]
+        reference = None if self.frozen else Selection(self.channel_map, second)
         length = stop - self.steps_done
         train_second = self.rounds.reference == "turns" and length > 1
-        self.pair.load(selections[0], selections[1], train_second, self.steps_done)
+        self.pair.load(Selection(self.channel_map, first), reference, train_second, self.steps_done)
         self._round = Round(
             self.pair, self.rounds.reference, length, self.forward, self.ranks.world_size, self.steps_done
         )
@@ -220,7 +217,7 @@ class SparseOffload:
         # Reading the losses first raises before anything that is not finite can reach the store.
         self._learn(current)
         trained_second = self.rounds.reference == "turns" and current.steps > 1
-        for side in self.pair.sides[: 2 if trained_second and not self.pair.same else 1]:
+        for side in self.pair.trained_sides(trained_second):
             average(side.arrays[BUFFERS], self.ranks.world_size)
         if self.rounds.check_ranks:
             self._check_ranks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,7 @@ class FixedNetwork:
         self._pending.clear()
         records = []
         for i, (row, metric_names) in enumerate(zip(values.tolist(), names, strict=True)):
-            if not torch.tensor(row).isfinite().all():
+            if not all(map(math.isfinite, row)):
                 raise FloatingPointError(
                     f"the loss of step {first + i} is not finite; lower optim.lr or set optim.clip_norm"
                 )

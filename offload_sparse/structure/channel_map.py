@@ -151,13 +151,6 @@ class ChannelMap:
         unions.index_add_(0, self.unions[0], mask[self.unions[1]].to(torch.int64))
         return torch.cat([mask, unions > 0, torch.tensor([False, True])])
 
-    def group_of(self, atom: int) -> Group:
-        """The group that holds ``atom``."""
-        for group in self.groups:
-            if group.start <= atom < group.stop:
-                return group
-        raise ValueError(f"there is no atom {atom}; the map has {self.num_atoms}")
-
     def channels_of(self, group: Group) -> Tensor:
         """int64[channels], the atom of each channel of ``group``; -1 where a channel is always kept.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 import time
 from collections.abc import Iterator
@@ -32,8 +31,6 @@ from offload_sparse.training.schedule import learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -93,8 +90,7 @@ class Run:
         self._step_seconds: list[float] = []
         self._mark = self._started
 
-    # --- the loop
-    # -----------------------------------------------------------------------------------------------
+    # --- the loop ---
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(step, this rank's part of the batch on the device) for every optimizer step of the run."""
@@ -150,8 +146,7 @@ class Run:
         name = "validation" if self.splits.validation else "test"
         return {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
 
-    # --- the end
-    # ------------------------------------------------------------------------------------------------
+    # --- the end ---
 
     def finalize(self) -> FinalNetwork:
         """The final network, written to ``model/``."""
@@ -198,8 +193,7 @@ class Run:
         """Release trackers and the process group."""
         self.accelerator.end_training()
 
-    # --- parts
-    # --------------------------------------------------------------------------------------------------
+    # --- parts ---
 
     def _task(self) -> Task:
         config = self.config
