@@ -33,7 +33,11 @@ def _main(
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         torch.save(function(*args), Path(folder) / f"result{rank}")
         if world_size > 1:
+            dist.barrier()  # no rank leaves while another still talks to it
             dist.destroy_process_group()
+        # The result is on disk; the interpreter's teardown would only race with the threads of the group.
+        sys.stderr.flush()
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
