@@ -5,7 +5,7 @@
 Every leaf of a dataclass tree is one option, named by its dotted path (``--policy.rho 0.1``). Files and
 overrides are flattened into one mapping from dotted names to values; jsonargparse converts and checks the
 values and lays out the help text, and the dataclasses check what types cannot say. Whatever is wrong is a
-``ValueError`` of one line, which ``run_command`` turns into the program's error line and exit code 2.
+``ValueError`` of one line, which ``command.run_command`` turns into the program's error line and exit code 2.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import re
-import sys
 import textwrap
-import traceback
 import typing
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,10 +30,6 @@ from offload_sparse import yaml_text
 from offload_sparse.config import RunConfig
 
 Tree = TypeVar("Tree")
-
-TRACEBACK_VARIABLE = "OFFLOAD_SPARSE_TRACEBACK"
-
-_FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,9 @@ class _Section:
 def _sections(tree: type, prefix: str = "") -> Iterator[_Section]:
     """The sections of a dataclass tree, outermost first; help is the "Attributes:" part of the docstrings."""
     docstring = docstring_parser.parse(tree.__doc__ or "")
-    helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in docstring.params}
+    inherited = [docstring_parser.parse(base.__doc__ or "") for base in tree.__mro__[-2::-1]]
+    described = [entry for text in inherited for entry in text.params]
+    helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in described}
     hints = typing.get_type_hints(tree)
     leaves, nested = [], []
     for field in dataclasses.fields(tree):
@@ -341,20 +336,39 @@ class Options(Generic[Tree]):
             if value is None or (leaf.is_mapping and not _is_mapping(value)):
                 raise ValueError(f"{name} is {_show(value)}; {leaf.advice}")
         # Mappings are kept as they are: jsonargparse would read text inside them, such as "1", as a number.
-        mappings = {
-            name: values.get(name, leaf.default) for name, leaf in self._leaves.items() if leaf.is_mapping
-        }
-        typed = {name: value for name, value in values.items() if name not in mappings}
+        mappings = {n: values.get(n, leaf.default) for n, leaf in self._leaves.items() if leaf.is_mapping}
+        words = {name: get_args(leaf.type) for name, leaf in self._leaves.items()}
+        typed = {n: yaml_text.as_word(v, words[n]) for n, v in values.items() if n not in mappings}
+        for name, leaf in self._leaves.items():
+            if leaf.type is Path and isinstance(typed.get(name), str):
+                typed[name] = Path(typed[name])  # jsonargparse would read the text "?" as YAML
         try:
             converted = self._parser.parse_object(typed)
         except ArgumentError as error:
             raise ValueError(self._explain(error, typed)) from error
+        except (OverflowError, TypeError, RecursionError) as error:
+            raise ValueError(self._explain_crash(error, typed)) from error
         result = {name: mappings[name] if name in mappings else converted[name] for name in self._leaves}
         for name, value in result.items():
             numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(entry, str | Path) and "\0" in str(entry) for entry in numbers):
+                raise ValueError(f"{name} is {_show(str(value))}; give text without null characters")
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise ValueError(f"{name} is {_show(value)}; give a finite number")
         return result
+
+    def _explain_crash(self, error: Exception, values: Mapping[str, Any]) -> str:
+        """One line for values that made jsonargparse fail; names the one that does so by itself."""
+        for name, value in values.items():
+            try:
+                self._parser.parse_object({name: value})
+            except ArgumentError as own:
+                return self._explain(own, values)
+            except (OverflowError, TypeError, RecursionError):
+                shown = _show(value)
+                shown = shown if len(shown) <= 40 else f"{shown[:40]}…"
+                return f"{name} is {shown}; {self._leaves[name].advice}"
+        return f"the configuration cannot be read ({error})"
 
     def _explain(self, error: ArgumentError, values: Mapping[str, Any]) -> str:
         """One line for a value that jsonargparse could not convert."""
@@ -408,43 +422,21 @@ def flat_values(config: Any, section: str) -> dict[str, Any]:
     return {f"{section}.{name}": value for name, value in values.items()}
 
 
+def flat_tree(config: Any) -> dict[str, Any]:
+    """Every leaf of a configuration tree by dotted name, as plain values; mappings are leaves."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{field.name}.{name}": leaf for name, leaf in flat_tree(value).items()}
+        else:
+            flat[field.name] = _plain(value)
+    return flat
+
+
 def _plain(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [_plain(value) for value in node]
     return str(node) if isinstance(node, Path) else node
-
-
-def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command; bad input becomes one line on stderr and exit code 2.
-
-    Bad input is a ``ValueError``, or a file that is missing or cannot be used. Only rank 0 prints, so that a
-    launch of several processes shows the line once; with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
-
-    A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1.
-
-    Returns:
-        The command's exit code, 0 where it returns None.
-    """
-    try:
-        return command() or 0
-    except (ValueError, FloatingPointError, *_FILE_ERRORS) as error:
-        if os.environ.get("RANK", "0") == "0":
-            if os.environ.get(TRACEBACK_VARIABLE) == "1":
-                traceback.print_exc()
-            print(f"offload-sparse: error: {_one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; check the path"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if _raised_here(error) else f"{text} (set {TRACEBACK_VARIABLE}=1 to see where it was raised)"
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether the package itself raised the error, and not a library that it calls."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("offload_sparse")

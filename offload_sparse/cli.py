@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offload_sparse import arguments
 from offload_sparse.arguments import Options
+from offload_sparse.bench.options import BenchConfig, options_of
+from offload_sparse.command import run_command
 from offload_sparse.config import DataConfig, Residual, RunConfig
 
 if TYPE_CHECKING:
@@ -89,28 +91,39 @@ class VerifyConfig:
 
 
 @dataclass
-class BenchConfig:
-    """Measure one of the figures that the README quotes. Without a name: list the benches.
+class PlanConfig(RunConfig):
+    """Say what a run would take and whether it fits, before anything is allocated.
 
     Attributes:
-        name: which bench.
-        quick: smaller sizes and fewer repetitions, for a look at the figures rather than a record of them.
-        json: file to write the record to: command, hardware, versions, ratios and everything measured.
+        gpus: ranks of the run, one CUDA device each, all on one machine; 0 plans for this machine's device.
+        device_memory: memory of each device, such as 24GiB; empty takes what this machine has free.
+        host_memory: host memory that the ranks share, such as 256GiB; empty takes what is available here.
+        largest_width: look for the largest factor on the network's channels that fits (takes longer).
+        json: file to write the figures to, as one JSON object.
     """
 
-    name: str = ""
-    quick: bool = False
+    gpus: int = 0
+    device_memory: str = ""
+    host_memory: str = ""
+    largest_width: bool = True
     json: str = ""
 
+    def __post_init__(self) -> None:
+        if self.gpus < 0:
+            raise ValueError(f"gpus is {self.gpus}; give the number of ranks, or 0 for this machine's device")
 
+
+_PLAN = Options(
+    PlanConfig,
+    f"{PROGRAM} plan",
+    f"{PROGRAM} plan --config configs/quickstart.yaml --gpus 4 --device_memory 24GiB --host_memory 256GiB",
+    reads_files=True,
+)
 _EVALUATE = Options(
     EvaluateConfig, f"{PROGRAM} evaluate", f"{PROGRAM} evaluate runs/quickstart --json", positional=("path",)
 )
 _VERIFY = Options(
     VerifyConfig, f"{PROGRAM} verify", f"{PROGRAM} verify --model torchvision/resnet18 --rho 0.25 --json"
-)
-_BENCH = Options(
-    BenchConfig, f"{PROGRAM} bench", f"{PROGRAM} bench memory --json memory.json", positional=("name",)
 )
 
 
@@ -154,23 +167,38 @@ def verify(argv: Sequence[str]) -> int:
 
 def bench(argv: Sequence[str]) -> int:
     """Measure one of the figures that the README quotes, or list them."""
-    config = _BENCH.parse(argv)
+    tree = options_of(argv)
+    example = f"{PROGRAM} bench memory --json memory.json"
+    config = Options(tree, f"{PROGRAM} bench", example, positional=("name",)).parse(argv)
     from offload_sparse.bench import contract
 
     if not config.name:
         for name, line in contract.available().items():
             print(f"{name:<16}{line}")
         return 0
-    result = contract.load(config.name)(config.quick)
+    run = contract.load(config.name)
+    result = run(config.quick) if type(config) is BenchConfig else run(config.quick, config)
     contract.print_result(result, config.name)
     if config.json:
         contract.write(result, shlex.join([PROGRAM, "bench", *argv]), Path(config.json))
     return 0
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Say what a run would take in memory and over the bus, and whether it fits; exit code 1 if not."""
+    names = {f"--{n.replace('_', '-')}": f"--{n}" for n in ("device_memory", "host_memory", "largest_width")}
+    config = _PLAN.parse([names.get(n, n) + e + v for n, e, v in (token.partition("=") for token in argv)])
+    figures = _plan(config)
+    if config.json:
+        _write_json(figures, Path(config.json))
+    _show({name: _readable(name, value) for name, value in figures.items()}, json_wanted=False)
+    return 0 if figures["fits"] else 1
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "plan": plan,
     "verify": verify,
     "bench": bench,
 }
@@ -183,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: that of the command, or 2 for bad input, told in one line on stderr.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    return arguments.run_command(lambda: _dispatch(given))
+    return run_command(lambda: _dispatch(given))
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -238,6 +266,35 @@ def _dry_run(config: RunConfig) -> int:
     if os.environ.get("RANK", "0") == "0":
         Console().print(table)
     return 0
+
+
+def _plan(config: PlanConfig) -> dict[str, Any]:
+    import torch
+
+    from offload_sparse.planning.fit import figures
+    from offload_sparse.planning.machine import Machine, parse_bytes, this_machine
+
+    here = this_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), max(1, config.gpus))
+    device = here.device
+    if config.device_memory:
+        device = parse_bytes(config.device_memory, "device_memory")
+    elif config.gpus and device is None:
+        raise ValueError("this machine has no CUDA device to plan for; give --device_memory, such as 24GiB")
+    host = parse_bytes(config.host_memory, "host_memory") if config.host_memory else here.host
+    machine = Machine(max(1, config.gpus), max(1, config.gpus), host, device)
+    return figures(config, machine, config.largest_width)
+
+
+def _readable(name: str, value: Any) -> Any:
+    """Bytes as GiB, or MiB where that is less than a hundredth."""
+    if not name.partition("_per_")[0].endswith("bytes") or value is None:
+        return "none" if value is None else value
+    return f"{value / 2**30:.3f} GiB" if value >= 2**30 / 100 else f"{value / 2**20:.3f} MiB"
+
+
+def _write_json(figures: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _evaluate(config: EvaluateConfig) -> Evaluation:

@@ -2,7 +2,8 @@
 
 Every field is a leaf with a default, so that a YAML file only names what it changes and every leaf can be
 overridden on the command line by its dotted name (``--policy.rho 0.1``). The classes hold data and check
-single values; they import nothing of the package, so that every room can take its own branch of the tree.
+single values; the modules beside
+this one hold its larger branches. None imports any room, so that every room can take its own branch.
 """
 
 from __future__ import annotations
@@ -11,16 +12,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-MethodName = Literal["sparse_offload", "dense", "static"]
+from offload_sparse.data_config import DataConfig, TrainCrop
+from offload_sparse.method_config import (
+    DFBSTConfig,
+    DSTConfig,
+    GrowEfficientConfig,
+    PaperConfig,
+    RigLConfig,
+    StaticConfig,
+)
+from offload_sparse.requirement import require
+
+__all__ = [
+    "AtomsConfig",
+    "CheckpointConfig",
+    "DFBSTConfig",
+    "DSTConfig",
+    "DataConfig",
+    "EstimatorName",
+    "ExportLayout",
+    "FinalConfig",
+    "GrowEfficientConfig",
+    "MethodName",
+    "ModelConfig",
+    "OnNonFinite",
+    "OptimConfig",
+    "PaperConfig",
+    "PolicyConfig",
+    "Reference",
+    "Residual",
+    "RigLConfig",
+    "RoundConfig",
+    "RunConfig",
+    "StaticConfig",
+    "StoreConfig",
+    "Switch",
+    "TierName",
+    "TrainConfig",
+    "TrainCrop",
+]
+
+MethodName = Literal["sparse_offload", "dense", "static", "dfbst", "dst", "grow_efficient", "rigl"]
+ExportLayout = Literal["auto", "dense", "coo", "csr"]
 Residual = Literal["coupled", "internal", "filter"]
-TrainCrop = Literal["pad", "resized"]
 Reference = Literal["every_step", "turns", "round_start"]
 EstimatorName = Literal["vr_pge", "rloo"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+Switch = Literal["auto", "on", "off"]
+OnNonFinite = Literal["stop", "skip", "rollback"]
+TierName = Literal["ram", "file", "nvme"]
 
 
 @dataclass
@@ -39,6 +78,9 @@ class ModelConfig:
     residual: Residual = "coupled"
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require(bool(self.name), "model.name is empty; give one such as torchvision/resnet50")
+
 
 @dataclass
 class AtomsConfig:
@@ -52,102 +94,7 @@ class AtomsConfig:
     block: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.block >= 1, f"atoms.block is {self.block}; give at least 1 channel per atom")
-
-
-@dataclass
-class DataConfig:
-    """Which images are read, and how they become batches.
-
-    Attributes:
-        name: ``fashion_mnist_small`` (embedded), a dataset name on the hub, a folder of images (one
-            sub-folder per class and split), a parquet file, or a folder of parquet files named after their
-            splits.
-        train_split: split used for training.
-        test_split: split used for the reported accuracy.
-        validation_split: split for the accuracy shown while training; empty means that ``validation_size``
-            decides.
-        validation_size: share of the training split held out for validation, in [0, 1).
-        image_column: column that holds the images.
-        label_column: column that holds integer class labels.
-        batch_size: images per optimizer step over all ranks (the global batch).
-        num_workers: decoding processes per rank; 0 decodes in the training process.
-        image_size: side in pixels that images are resized to; 0 keeps the size of the images.
-        streaming: read parquet files where they lie, by row groups, instead of through a copy in the
-            library's cache; image folders are always read where they lie.
-        shuffle_buffer: with ``streaming``, rows that are shuffled together, behind a random order of row
-            groups; a worker holds about as many encoded images.
-        train_crop: how training images get to their size. ``pad`` resizes and crops the middle as in
-            evaluation, then takes a random crop of ``random_crop``; ``resized`` scales a random part to
-            ``image_size`` (area 8-100 %, aspect ratio 3:4-4:3: the usual recipe for ImageNet).
-        eval_resize: pixels that the shorter side is scaled to before the middle ``image_size`` pixels are
-            cut out for evaluation; 0 takes ``image_size``.
-        random_crop: pixels of zero padding of a random crop; 0 crops nothing.
-        random_flip: flip images horizontally at random.
-        mean: mean per channel of images in [0, 1]; empty measures it on training images.
-        std: standard deviation per channel of images in [0, 1]; empty measures it on training images.
-        train_limit: use only this many training images; 0 uses all.
-        test_limit: use only this many test images; 0 uses all.
-        cache_bytes: splits that take no more than this many bytes when decoded are kept decoded in memory.
-        corrupt_limit: images that cannot be decoded and are replaced (in training) or left out (in
-            evaluation) before it is an error; each rank counts those that it meets.
-        num_classes: classes; like the next two for ``dry_run`` alone, which reads no images.
-        channels: channels of the images.
-        train_images: images of the training split.
-    """
-
-    name: str = "fashion_mnist_small"
-    train_split: str = "train"
-    test_split: str = "test"
-    validation_split: str = ""
-    validation_size: float = 0.0
-    image_column: str = "image"
-    label_column: str = "label"
-    batch_size: int = 256
-    num_workers: int = 0
-    image_size: int = 0
-    streaming: bool = False
-    shuffle_buffer: int = 1024
-    train_crop: TrainCrop = "pad"
-    eval_resize: int = 0
-    random_crop: int = 0
-    random_flip: bool = False
-    mean: list[float] = field(default_factory=list)
-    std: list[float] = field(default_factory=list)
-    train_limit: int = 0
-    test_limit: int = 0
-    cache_bytes: int = 1 << 30
-    corrupt_limit: int = 100
-    num_classes: int = 0
-    channels: int = 0
-    train_images: int = 0
-
-    def __post_init__(self) -> None:
-        _require(
-            self.batch_size >= 1, f"data.batch_size is {self.batch_size}; give at least 1 image per step"
-        )
-        _require(
-            0 <= self.validation_size < 1,
-            f"data.validation_size is {self.validation_size}; give a share of the training images in [0, 1)",
-        )
-        for name in (
-            *("num_workers", "image_size", "random_crop", "train_limit", "test_limit", "cache_bytes"),
-            *("eval_resize", "corrupt_limit", "num_classes", "channels", "train_images"),
-        ):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; give 0 or more")
-        _require(
-            self.shuffle_buffer >= 1, f"data.shuffle_buffer is {self.shuffle_buffer}; give at least 1 row"
-        )
-        resized = self.train_crop == "resized"
-        _require(not resized or self.image_size > 0, "data.train_crop resized needs data.image_size")
-        _require(
-            not (resized and self.random_crop),
-            "data.random_crop belongs to data.train_crop pad; set it to 0",
-        )
-        _require(
-            self.eval_resize == 0 or 0 < self.image_size <= self.eval_resize,
-            f"data.eval_resize is {self.eval_resize}; give at least data.image_size ({self.image_size})",
-        )
+        require(self.block >= 1, f"atoms.block is {self.block}; give at least 1 channel per atom")
 
 
 @dataclass
@@ -178,20 +125,20 @@ class PolicyConfig:
     hard_cap: float = 1.25
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.rho <= 1, f"policy.rho is {self.rho}; give a remaining ratio in (0, 1], such as 0.25"
         )
-        _require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
-        _require(0 <= self.momentum < 1, f"policy.momentum is {self.momentum}; give a value in [0, 1)")
-        _require(0 <= self.alpha <= 1, f"policy.alpha is {self.alpha}; give a value in [0, 1]")
-        _require(0 <= self.floor < 0.5, f"policy.floor is {self.floor}; give a value in [0, 0.5)")
-        _require(
+        require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
+        require(0 <= self.momentum < 1, f"policy.momentum is {self.momentum}; give a value in [0, 1)")
+        require(0 <= self.alpha <= 1, f"policy.alpha is {self.alpha}; give a value in [0, 1]")
+        require(0 <= self.floor < 0.5, f"policy.floor is {self.floor}; give a value in [0, 0.5)")
+        require(
             self.floor <= self.rho,
             f"policy.floor {self.floor} is above policy.rho {self.rho}: no keep probability could meet the "
             "budget; lower policy.floor",
         )
-        _require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 atom")
-        _require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
+        require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 atom")
+        require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
 
 
 @dataclass
@@ -204,23 +151,70 @@ class RoundConfig:
         reference: when the second loss is measured. ``every_step`` trains m1 and evaluates m2 at each step
             (paper); ``turns`` trains m1 on even and m2 on odd steps and evaluates the other; ``round_start``
             compares both at the first step of a round only.
+        references: ``shared`` gives all ranks the same reference mask; ``per_rank`` lets each evaluate one of
+            its own, and s is learned from all of them by leave-one-out (one more all-gather of scalars, less
+            variance). Not with ``turns``, which trains the reference.
         freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
             (the short fine-tune of the paper). 1 chooses it after the last step.
+        prefetch: draw the masks of a round while the one before is trained, so that their weights can be
+            fetched meanwhile. Their s is then one round old.
+        delta: leave what two successive rounds share on the device, so that only newcomers and leavers cross
+            the bus. Takes the memory of two pairs of subnets instead of one.
+        overlap: fetch and return while the steps go on (needs ``prefetch`` and ``delta``). ``auto`` does so
+            on a GPU; on a CPU the transfers would take the cores of the steps.
+        reduce: how gradients are averaged over ranks: in one piece behind the backward pass, in buckets
+            during it, or (``auto``) whichever of the two is faster in the first steps.
         check_ranks: compare checksums of s, masks and subnet weights over all ranks in every round (slow, for
             debugging).
     """
 
     k: int = 50
     reference: Reference = "turns"
+    references: Literal["shared", "per_rank"] = "shared"
     freeze_at: float = 0.8
+    prefetch: bool = True
+    delta: bool = True
+    overlap: Switch = "auto"
+    reduce: Literal["auto", "single", "bucketed"] = "auto"
     check_ranks: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.k >= 1, f"round.k is {self.k}; give at least 1 step per round")
-        _require(
+        require(self.k >= 1, f"round.k is {self.k}; give at least 1 step per round")
+        require(
             0 <= self.freeze_at <= 1,
             f"round.freeze_at is {self.freeze_at}; give a share of the steps in [0, 1]",
         )
+        require(
+            self.references == "shared" or self.reference != "turns",
+            "round.references per_rank needs references that are only evaluated; set round.reference to "
+            "every_step or round_start",
+        )
+        require(
+            self.overlap != "on" or (self.prefetch and self.delta),
+            "round.overlap on needs round.prefetch and round.delta; set them to true, or overlap to auto",
+        )
+
+
+@dataclass
+class StoreConfig:
+    """Where the full weights and their optimizer slots live.
+
+    Attributes:
+        tier: ``ram`` holds them in memory, ``file`` in memory-mapped files, of which the system keeps in
+            memory what it has room for. ``nvme`` today equals ``file``, with a warning: DeepSpeed's DeepNVMe
+            is not driven.
+        path: folder of the files; empty takes ``store`` in the run's folder.
+        pin: page-lock the store's host memory, so that a CUDA device reads it directly. ``auto`` does so for
+            runs on a CUDA device and goes on with ordinary memory if the driver refuses, ``on`` makes a
+            refusal an error, ``off`` never does.
+        shard: ``world`` spreads the rows over all ranks; ``node`` over those of each node, so that every node
+            holds all weights and assembling a subnet needs no network between nodes.
+    """
+
+    tier: TierName = "ram"
+    path: str = ""
+    pin: Switch = "auto"
+    shard: Literal["world", "node"] = "world"
 
 
 @dataclass
@@ -236,7 +230,10 @@ class OptimConfig:
         weight_decay: decay of every weight that takes part in a step.
         label_smoothing: label smoothing of the cross entropy, in [0, 1).
         warmup_epochs: epochs of linear warm-up (fractions allowed).
-        schedule: learning rate after the warm-up.
+        schedule: learning rate after the warm-up; ``step`` multiplies it by ``decay`` at each of
+            ``milestones``.
+        milestones: epochs at which ``step`` lowers the learning rate.
+        decay: factor of ``step``.
         clip_norm: largest norm of the gradient of the subnet; 0 clips nothing.
     """
 
@@ -248,19 +245,26 @@ class OptimConfig:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     warmup_epochs: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    milestones: list[float] = field(default_factory=list)
+    decay: float = 0.1
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_epochs", "clip_norm"):
-            _require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; give 0 or more")
-        _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; give a value in [0, 1)")
-        _require(not self.nesterov or self.momentum > 0, "optim.nesterov needs optim.momentum above 0")
-        _require(
+            require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; give 0 or more")
+        require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; give a value in [0, 1)")
+        require(not self.nesterov or self.momentum > 0, "optim.nesterov needs optim.momentum above 0")
+        require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optim.betas is {self.betas}; give two values in [0, 1)",
         )
-        _require(
+        require(0 < self.decay <= 1, f"optim.decay is {self.decay}; give a factor in (0, 1]")
+        require(
+            self.schedule == "step" or not self.milestones,
+            f"optim.milestones belong to optim.schedule step, not {self.schedule}; set it or remove them",
+        )
+        require(
             0 <= self.label_smoothing < 1,
             f"optim.label_smoothing is {self.label_smoothing}; give a value in [0, 1)",
         )
@@ -281,7 +285,16 @@ class TrainConfig:
         eval_every: epochs between evaluations while training; 0 evaluates only at the end.
         log_every: steps between lines in metrics.jsonl.
         seed: seed of initial weights, masks, data order and augmentation.
+        on_nonfinite: what happens when a loss or gradient is not finite on some rank; the weights never see
+            it. ``stop`` ends the run, ``skip`` leaves out the step, ``rollback`` carries on behind the
+            batches that led there: ``sparse_offload`` from the end of its last good round, other methods from
+            the last checkpoint.
+        deterministic: only algorithms that give the same bits on every run; slower, and an error where there
+            is none.
+        timeout: seconds that a rank waits for the others before it takes one for dead; loading data and
+            checking the model count too.
         verify: check slice = mask on the model before training starts.
+        check_plan: refuse to start what would not fit into memory (see ``offload-sparse plan``).
         progress: draw a progress bar on rank 0.
     """
 
@@ -293,14 +306,46 @@ class TrainConfig:
     eval_every: int = 1
     log_every: int = 10
     seed: int = 0
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    deterministic: bool = False
+    timeout: int = 600
     verify: bool = True
+    check_plan: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"train.epochs is {self.epochs}; give at least 1")
+        require(self.timeout >= 1, f"train.timeout is {self.timeout}; give at least 1 second")
+        require(self.epochs >= 1, f"train.epochs is {self.epochs}; give at least 1")
         for name in ("max_steps", "eval_every", "seed"):
-            _require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
-        _require(self.log_every >= 1, f"train.log_every is {self.log_every}; give at least 1")
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
+        require(self.log_every >= 1, f"train.log_every is {self.log_every}; give at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state of the run is saved, and what is kept.
+
+    A run that is interrupted (SIGTERM, Ctrl-C) saves in any case.
+
+    Attributes:
+        every_minutes: minutes between checkpoints; 0 goes by ``every_steps`` alone.
+        every_steps: steps between checkpoints; 0 goes by ``every_minutes`` alone. In the middle of a round a
+            checkpoint waits for its end.
+        keep: newest checkpoints that are kept.
+        best: save after each evaluation that is the best so far, and keep that checkpoint too.
+        background: write while training goes on.
+    """
+
+    every_minutes: float = 10.0
+    every_steps: int = 0
+    keep: int = 2
+    best: bool = True
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every_minutes", "every_steps"):
+            require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}; give 0 or more")
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}; give at least 1")
 
 
 @dataclass
@@ -311,68 +356,22 @@ class FinalConfig:
         candidates: masks drawn from p(m|s), beside the most probable one; the best by training loss is kept.
         selection_batches: training batches that each candidate is measured on.
         bn_batches: training batches that the BatchNorm statistics are re-estimated on.
+        layout: how weights are written. ``csr`` and ``coo`` leave zeros out; ``auto`` takes the smallest of
+            the three for each tensor.
     """
 
     candidates: int = 8
     selection_batches: int = 4
     bn_batches: int = 20
+    layout: ExportLayout = "auto"
 
     def __post_init__(self) -> None:
-        _require(self.candidates >= 0, f"final.candidates is {self.candidates}; give 0 or more")
-        _require(
+        require(self.candidates >= 0, f"final.candidates is {self.candidates}; give 0 or more")
+        require(
             self.selection_batches >= 1,
             f"final.selection_batches is {self.selection_batches}; give at least 1",
         )
-        _require(self.bn_batches >= 1, f"final.bn_batches is {self.bn_batches}; give at least 1")
-
-
-@dataclass
-class StaticConfig:
-    """The control ``static``: a narrow network, fixed from the start.
-
-    Attributes:
-        flops_ratio: its share of the dense network's FLOPs; 0 takes the share of a network that keeps
-            ``policy.rho`` of every group.
-    """
-
-    flops_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require(
-            0 <= self.flops_ratio <= 1, f"static.flops_ratio is {self.flops_ratio}; give a value in [0, 1]"
-        )
-
-
-@dataclass
-class PaperConfig:
-    """The published figures that a run aims at; 0 where the text gives none.
-
-    Attributes:
-        source: paper, and its table or figure.
-        accuracy: accuracy in %.
-        dense_accuracy: accuracy of the dense network in %.
-        params: remaining parameters in %.
-        flops: remaining FLOPs in %.
-        train_cost_saving: how many times cheaper than dense training.
-    """
-
-    source: str = ""
-    accuracy: float = 0.0
-    dense_accuracy: float = 0.0
-    params: float = 0.0
-    flops: float = 0.0
-    train_cost_saving: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("accuracy", "dense_accuracy", "params", "flops"):
-            _require(
-                0 <= getattr(self, name) <= 100,
-                f"paper.{name} is {getattr(self, name)}; give a percentage, or 0 for none",
-            )
-        _require(
-            self.train_cost_saving >= 0,
-            f"paper.train_cost_saving is {self.train_cost_saving}; give a factor, or 0 for none",
-        )
+        require(self.bn_batches >= 1, f"final.bn_batches is {self.bn_batches}; give at least 1")
 
 
 @dataclass
@@ -383,6 +382,8 @@ class RunConfig:
         method: what a training step is.
         run_dir: folder of the run; created, and never mixed with another run's files.
         overwrite: replace the files of an earlier run in ``run_dir``.
+        resume: ``auto`` carries on with the run that ``run_dir`` holds, ``never`` refuses such a folder; or
+            the path of a checkpoint, or of a run, to start from.
         dry_run: print network, cost, steps and the figures to reach, and stop; no image is read, no file
             written.
         trackers: names of accelerate's trackers to log to, such as ``tensorboard``.
@@ -391,6 +392,7 @@ class RunConfig:
     method: MethodName = "sparse_offload"
     run_dir: Path = Path("runs/default")
     overwrite: bool = False
+    resume: str = "auto"
     dry_run: bool = False
     trackers: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -398,8 +400,14 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     round: RoundConfig = field(default_factory=RoundConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
     static: StaticConfig = field(default_factory=StaticConfig)
+    dst: DSTConfig = field(default_factory=DSTConfig)
+    dfbst: DFBSTConfig = field(default_factory=DFBSTConfig)
+    rigl: RigLConfig = field(default_factory=RigLConfig)
+    grow_efficient: GrowEfficientConfig = field(default_factory=GrowEfficientConfig)
     paper: PaperConfig = field(default_factory=PaperConfig)

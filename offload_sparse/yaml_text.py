@@ -44,6 +44,10 @@ def parse(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError(f"{source}: not valid YAML, it is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a number or a date that Python cannot hold
+        raise ValueError(f"{source}: {error}; give another value") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
@@ -77,3 +81,13 @@ def dump(value: Any) -> str:
     """Plain values (mappings, lists, text, numbers, booleans, None) as YAML; ``parse`` is its inverse."""
     # With allow_unicode, PyYAML writes some characters that YAML takes for line breaks as they are.
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
+
+
+def as_word(value: Any, choices: tuple[Any, ...]) -> Any:
+    """The word among ``choices`` that YAML has read as a truth value (a bare ``on``, ``off`` or ``no``);
+    other values as they are.
+    """
+    if not isinstance(value, bool):
+        return value
+    words = ("on", "yes") if value else ("off", "no")
+    return next((word for word in words if word in choices), value)

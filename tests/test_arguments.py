@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_sparse import yaml_text
-from offload_sparse.arguments import Options, dump, flat_values, parse, run_command
-from offload_sparse.config import DataConfig, RunConfig
+from offload_sparse.arguments import Options, dump, flat_values, parse
+from offload_sparse.command import run_command
+from offload_sparse.config import DataConfig, RoundConfig, RunConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,6 +107,13 @@ _BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "hard_cap": st.floats(1, 9),
     "train_crop": st.just("pad"),
     "eval_resize": st.just(0),
+    "references": st.just("shared"),
+    "overlap": st.sampled_from(["auto", "off"]),
+    "schedule": st.just("step"),
+    "decay": st.floats(0.1, 1),
+    "density": st.floats(0.1, 1),
+    "start": st.floats(0.1, 0.9),
+    "sharpness": st.floats(1, 300),
 }
 
 
@@ -131,10 +139,18 @@ def _trees(tree: type) -> st.SearchStrategy[Any]:
     fields: dict[str, st.SearchStrategy[Any]] = {}
     for name, hint in get_type_hints(tree).items():
         fields[name] = _trees(hint) if dataclasses.is_dataclass(hint) else _values_of(name, hint)  # type: ignore[arg-type]
+    if tree is RoundConfig:  # an overlap that is on needs both others
+        return _built(tree, fields | {"overlap": st.sampled_from(["auto", "off"])}) | _built(
+            tree, fields | {"overlap": st.just("on"), "prefetch": st.just(True), "delta": st.just(True)}
+        )
+    return _built(tree, fields)
+
+
+def _built(tree: type, fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
     return st.builds(tree, **fields)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(config=_trees(RunConfig))
 def test_a_dumped_configuration_parses_back_to_itself(
     config: RunConfig, tmp_path_factory: pytest.TempPathFactory
@@ -321,3 +337,19 @@ def test_every_option_is_documented() -> None:
 def test_parsing_does_not_import_torch() -> None:
     script = "import sys, offload_sparse.arguments as a; a.parse([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "leaf", "expected"),
+    [
+        ("store:\n  pin: off\n", "store.pin", "off"),
+        ("store:\n  pin: on\n", "store.pin", "on"),
+        ("train:\n  precision: no\n", "train.precision", "no"),
+    ],
+)
+def test_choices_that_yaml_takes_for_truth_values_need_no_quotes(
+    tmp_path: Path, text: str, leaf: str, expected: str
+) -> None:
+    config = parse(["--config", write(tmp_path / "c.yaml", text)])
+    section, name = leaf.split(".")
+    assert getattr(getattr(config, section), name) == expected

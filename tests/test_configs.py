@@ -144,3 +144,42 @@ def test_the_settings_are_those_of_appendix_b(path: Path) -> None:
     imagenet = "imagenet" in path.stem
     assert given == ((256, "sgd", 0.256, 0.875, 3, 0.1) if imagenet else (256, "sgd", 0.1, 0.9, 0, 0))
     assert (policy.optimizer, policy.lr, policy.alpha) == ("adam", 12e-3, 0.5)
+
+
+# --- Pote et al. 2023 --------------------------------------------------------------------------------
+
+DFBST = sorted((CONFIGS / "dfbst").glob("*.yaml"))
+
+# Network, batch, learning rate, epochs, milestones, alpha, beta, accuracy (tables 1 to 4, section 4.4).
+SECTIONS = {
+    "lenet_300_100_mnist": ("lenet_300_100", 64, 0.01, 20, [], 5e-4, 0.01, 98.06),
+    "lenet5_caffe_mnist": ("lenet5_caffe", 64, 0.01, 20, [], 5e-4, 0.01, 99.06),
+    "vgg16_cifar10": ("vgg16_dst_cifar", 64, 0.1, 160, [80, 120], 5e-6, 0.1, 93.75),
+    "resnet18_cifar100": ("resnet18_cifar", 64, 0.1, 100, [80], 5e-6, 0.01, 63.66),
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_settings_of_dfbst_are_those_of_section_4(name: str) -> None:
+    config = load(CONFIGS / "dfbst" / f"{name}.yaml")
+    optim, options = config.optim, config.dfbst
+    settings = (config.data.batch_size, optim.lr, config.train.epochs, optim.milestones)
+    found = (*settings, options.alpha, options.beta, config.paper.accuracy)
+    assert (config.model.name.removeprefix("offload_sparse/"), *found) == SECTIONS[name]
+    assert (config.method, optim.name, optim.momentum) == ("dfbst", "sgd", 0.9)
+    assert config.dst.alpha == options.alpha
+
+
+def test_the_ablations_change_one_factor_and_keep_the_other() -> None:
+    figures = [load(path) for path in DFBST if path.stem.startswith("figure")]
+    four = [c.dfbst for c in figures if "Figure 4" in c.paper.source]
+    five = [c.dfbst for c in figures if "Figure 5" in c.paper.source]
+    assert len({o.alpha for o in four}) == len(four) == 4
+    assert {o.beta for o in four} == {0.01}
+    assert len({o.beta for o in five}) == len(five) == 4
+    assert {o.alpha for o in five} == {5e-6}
+
+
+@pytest.mark.parametrize("path", DFBST, ids=lambda path: path.stem)
+def test_every_run_of_dfbst_has_a_folder_of_its_own(path: Path) -> None:
+    assert load(path).run_dir == Path("runs") / f"dfbst_{path.stem}"

@@ -1,7 +1,8 @@
 """What every bench returns, how its figures are printed and kept, and which benches there are.
 
 A bench is a module ``offload_sparse.bench.<name>`` with a function ``run(quick: bool) -> BenchResult``. The
-first line of the module's docstring is what ``offload-sparse bench`` lists.
+first line of the module's docstring is what ``offload-sparse bench`` lists. A bench with options of its own
+(see ``bench.options``) is called as ``run(quick, config)``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def available() -> dict[str, str]:
     return benches
 
 
-def load(name: str) -> Callable[[bool], BenchResult]:
+def load(name: str) -> Callable[..., BenchResult]:
     """The ``run`` function of a bench.
 
     Raises:
@@ -62,7 +63,7 @@ def load(name: str) -> Callable[[bool], BenchResult]:
     known = available()
     if name not in known:
         raise ValueError(f"there is no bench {name!r}; give one of: {', '.join(known) or '(none found)'}")
-    run: Callable[[bool], BenchResult] = importlib.import_module(f"offload_sparse.bench.{name}").run
+    run: Callable[..., BenchResult] = importlib.import_module(f"offload_sparse.bench.{name}").run
     return run
 
 

@@ -65,7 +65,7 @@ def measure(width: float) -> dict[str, int]:
         images = torch.randn(BATCH, 3, 32, 32, generator=generator)
         session.step((images, torch.randint(10, (BATCH,), generator=generator)), loss_fn)
     peak = peak_resident() - idle
-    shard, subnets = session.store.nbytes, session.pair.bytes_peak
+    shard, subnets = session.store.nbytes, session.relay.bytes_peak
     activations = saved_bytes(session, torch.randn(BATCH, 3, 32, 32))
     full_model = 2 * 4 * session.cost.parameters(session.channel_map.full_mask())
     return {
@@ -104,7 +104,9 @@ def warm_up() -> None:
     """Load what a training process needs however small its model is, so that it counts as idle."""
     import offload_sparse.structure.discovery
     import offload_sparse.structure.verify  # noqa: F401
+    from offload_sparse.store import kernels
 
+    kernels.load()
     small = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9, fused=True)
     small(torch.randn(2, 8)).sum().backward()
@@ -118,7 +120,16 @@ def reset_peak() -> None:
 
 def peak_resident() -> int:
     """Largest resident memory of this process since ``reset_peak``, in bytes."""
+    return _status("VmHWM")
+
+
+def resident() -> int:
+    """Resident memory of this process now, in bytes."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM: this bench needs Linux")
+    raise RuntimeError(f"/proc/self/status has no {field}: this bench needs Linux")

@@ -21,18 +21,24 @@ import torch.multiprocessing as mp
 
 
 def _main(
-    rank: int, world_size: int, folder: str, limit: float, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    limit: float,
+    backend: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     log = open(Path(folder) / f"log{rank}", "w")  # noqa: SIM115 - lives as long as the process
     os.dup2(log.fileno(), 2)
     faulthandler.dump_traceback_later(limit, exit=True, file=sys.stderr)
     torch.set_num_threads(1)
     try:
-        if world_size > 1:
+        if backend:
             store = dist.FileStore(str(Path(folder) / "rendezvous"), world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         torch.save(function(*args), Path(folder) / f"result{rank}")
-        if world_size > 1:
+        if backend:
             dist.barrier()  # no rank leaves while another still talks to it
             dist.destroy_process_group()
         # The result is on disk; the interpreter's teardown would only race with the threads of the group.
@@ -44,13 +50,16 @@ def _main(
         os._exit(1)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit: float = 120.0) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a fresh gloo group, each a process of its own with one
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, limit: float = 120.0, backend: str = ""
+) -> list[Any]:
+    """Call ``function(*args)`` on every rank of a fresh process group, each a process of its own with one
     thread.
 
     Args:
         function: importable by name, since the processes are spawned.
         limit: seconds until every rank is stopped.
+        backend: of the process group; by default gloo, and no group for a single rank.
 
     Returns:
         the results in rank order.
@@ -59,9 +68,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, limit: 
         RuntimeError: a rank failed or the limit passed; holds what the ranks printed.
     """
     context = mp.get_context("spawn")
+    backend = backend or ("gloo" if world_size > 1 else "")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_main, args=(rank, world_size, folder, limit, function, args))
+            context.Process(target=_main, args=(rank, world_size, folder, limit, backend, function, args))
             for rank in range(world_size)
         ]
         for process in processes:

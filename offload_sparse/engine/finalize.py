@@ -1,13 +1,14 @@
 """The final network: choosing its mask, taking it out of the store, writing it to disk and reading it back.
 
 model/
-  weights.safetensors   the narrow tensors
+  weights.safetensors   the narrow tensors; one with many zeros as its values and where they are
   structure.json        how to build the module, the shape of every tensor, the kept channels of every group,
                         the positions of the operands in every sum whose operands hold different channels
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.engine.pair import Side, SubnetPair
+from offload_sparse.config import ExportLayout
+from offload_sparse.engine.pair import Side
 from offload_sparse.engine.rounds import Forward, LossFunction
+from offload_sparse.engine.sparse_tensors import decode, encode
 from offload_sparse.engine.sync import average
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 from offload_sparse.structure.channel_map import ChannelMap
@@ -30,6 +33,7 @@ from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tenso
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
 STRUCTURE_FILE = "structure.json"
+_DIGEST, _WEIGHTS_DIGEST = "digest", "weights_digest"  # which an export written by hand may leave out
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class FinalNetwork:
 
 
 def best_candidate(
-    pair: SubnetPair,
+    side: Side,
     channel_map: ChannelMap,
     candidates: Sequence[Tensor],
     batches: Sequence[tuple[Any, LossFunction]],
@@ -66,11 +70,10 @@ def best_candidate(
     ranks: Ranks,
 ) -> Tensor:
     """The mask with the lowest training loss, averaged over ``batches`` and ranks; the first when there are
-    none.
+    none. ``side`` is used to measure them.
     """
     if not batches or len(candidates) == 1:
         return candidates[0]
-    side = pair.sides[0]
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=side.subnet.device)
     for i, mask in enumerate(candidates):
         selection = Selection(channel_map, mask)
@@ -78,7 +81,6 @@ def best_candidate(
         side.bind(None)
         for batch, loss_fn in batches:
             losses[i] += forward.evaluated(side.module, batch, loss_fn) / len(batches)
-        pair.discard()
     average(losses, ranks.world_size)
     return candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
 
@@ -99,7 +101,11 @@ def extract(meta_model: nn.Module, side: Side) -> nn.Module:
 
 
 def export(
-    network: FinalNetwork, folder: Path, model: dict[str, Any], preprocessing: dict[str, Any] | None = None
+    network: FinalNetwork,
+    folder: Path,
+    model: dict[str, Any],
+    preprocessing: dict[str, Any] | None = None,
+    layout: ExportLayout = "auto",
 ) -> None:
     """Write ``weights.safetensors`` and ``structure.json``, each complete or not at all.
 
@@ -110,13 +116,14 @@ def export(
             ``offload_sparse.models.build_model``, or anything else when ``load_pruned`` will be given the
             model.
         preprocessing: what an input image goes through (mean, std, size), for the reader.
+        layout: how tensors are written; see ``engine.sparse_tensors``.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     # Safetensors refuses views of one storage, and a module may have been extracted as such.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.module.state_dict().items()}
-    structure = {
+    structure: dict[str, Any] = {
         "format": FORMAT,
         "model": model,
         "preprocessing": preprocessing or {},
@@ -124,8 +131,13 @@ def export(
         "additions": {name: _held(add) for name, add in additions(network.module) if add.width},
         "tensors": {name: list(t.shape) for name, t in tensors.items()},
     }
+    tensors, layouts = encode(tensors, layout)
+    if layouts:
+        structure["layouts"] = layouts
     temporary = folder / (WEIGHTS_FILE + ".tmp")
     save_file(tensors, temporary)
+    structure[_WEIGHTS_DIGEST] = _file_digest(temporary)
+    structure[_DIGEST] = _digest(structure)
     os.replace(temporary, folder / WEIGHTS_FILE)
     temporary = folder / (STRUCTURE_FILE + ".tmp")
     temporary.write_text(json.dumps(structure, indent=1), encoding="utf-8")
@@ -145,10 +157,13 @@ def read_structure(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds no {STRUCTURE_FILE}; give the folder `model/` of a finished run"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of UTF-8 and JSON, too
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(structure, dict) or structure.get("format") != FORMAT:
         raise ValueError(f"{path} is not an exported network of format {FORMAT}; export it again")
+    signed = _DIGEST in structure or _WEIGHTS_DIGEST in structure
+    if signed and structure.get(_DIGEST) != _digest(structure):
+        raise ValueError(f"{path} is damaged: its digest does not fit; export it again")
     for key in ("model", "groups", "tensors", "preprocessing"):
         if not isinstance(structure.get(key), dict):
             raise ValueError(f"{path} lacks {key!r}; export it again")
@@ -170,7 +185,9 @@ def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | N
     """
     folder = Path(path)
     structure = read_structure(folder)
-    tensors = _read_weights(folder / WEIGHTS_FILE)
+    tensors = _decoded(_read_weights(folder / WEIGHTS_FILE), structure, folder)
+    if structure.get(_WEIGHTS_DIGEST, "") not in ("", _file_digest(folder / WEIGHTS_FILE)):
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: its digest does not fit; export it again")
     declared = {name: list(shape) for name, shape in structure["tensors"].items()}
     found = {name: list(t.shape) for name, t in tensors.items()}
     if declared != found:
@@ -194,6 +211,17 @@ def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | N
         set_tensor(module, name, tensor)
     fit_attributes(module)
     return module.eval()
+
+
+def _digest(structure: dict[str, Any]) -> str:
+    body = {key: value for key, value in structure.items() if key != _DIGEST}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _held(add: StreamAdd) -> dict[str, Any]:
@@ -226,6 +254,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} does not exist; give the folder `model/` of a finished run") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}; export it again") from None
+
+
+def _decoded(stored: dict[str, Tensor], structure: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    try:
+        return decode(stored, structure.get("layouts", {}), structure["tensors"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; export it again") from None
 
 
 def _empty_model(spec: dict[str, Any], model: Callable[[], nn.Module] | None) -> nn.Module:

@@ -48,7 +48,6 @@ class FlatOptimizer:
         weights: flat parameters of the subnet; updated in place.
         gradients: flat gradients.
         slots: flat state buffers by the names of ``slot_names``; updated in place.
-        steps_done: optimizer steps of the run before this one.
     """
 
     def __init__(
@@ -57,21 +56,31 @@ class FlatOptimizer:
         weights: Tensor,
         gradients: Tensor,
         slots: Mapping[str, Tensor],
-        steps_done: int = 0,
     ) -> None:
         self._clip_norm = config.clip_norm
         self._flat = nn.Parameter(weights)
         self._flat.grad = gradients
         self._optimizer = build_optimizer([self._flat], config)
         state: dict[str, Tensor] = dict(slots)
+        self._step = torch.zeros((), dtype=torch.float32, device=weights.device)
         if config.name == "adamw":
-            state["step"] = torch.tensor(float(steps_done), device=weights.device)
+            state["step"] = self._step
         self._optimizer.state[self._flat].update(state)
 
-    def step(self, lr: float) -> None:
-        """Clip (if configured) and apply the gradients with learning rate ``lr``."""
+    def step(self, lr: float, steps_done: int, found_inf: Tensor | None = None) -> None:
+        """Clip (if configured) and apply the gradients with learning rate ``lr``.
+
+        Args:
+            lr: learning rate.
+            steps_done: optimizer steps of the run before this one, on whichever subnet.
+            found_inf: float32 scalar on the device; weights and slots stay as they are unless it is 0.
+                Nothing waits for its value.
+        """
         if self._clip_norm > 0:
             nn.utils.clip_grad_norm_([self._flat], self._clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self._step.fill_(steps_done)
+        # torch's fused optimizers read this attribute, as they do for torch.amp.GradScaler.
+        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self._optimizer.step()

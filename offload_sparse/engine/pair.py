@@ -2,7 +2,7 @@
 
     subnet a: weights | gradients | slots | buffers        subnet b: weights | slots and buffers, if trained
                  |                                                      ^
-                 +---- shared entries: one index copy after each step --+
+                 +---- shared entries: one block copy after each step --+
 
 An entry that both masks keep is one weight with one momentum. After a step on one subnet its twin in the
 other is overwritten, so the pair behaves as if both were views of the full weights.
@@ -10,15 +10,16 @@ other is overwritten, so the pair behaves as if both were views of the full weig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from offload_sparse.config import OptimConfig
 from offload_sparse.engine.optimizer import FlatOptimizer
+from offload_sparse.store.delta import Narrow, regions_of, shared
+from offload_sparse.store.regions import Places
+from offload_sparse.store.transfer import BlockPlan, copy_blocks
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
-from offload_sparse.structure.selection import Selection, shared_positions
+from offload_sparse.structure.selection import Selection
 from offload_sparse.structure.subnet import Subnet
 
 TAIL = 8
@@ -31,198 +32,178 @@ class Side:
     Attributes:
         arrays: flat narrow buffers by kind (weights, slots, buffers), views of memory that is reused by later
             rounds.
+        weights, buffers: the places of its entries in the two kinds of flat buffers.
     """
 
-    def __init__(self, store: WeightStore, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, store: WeightStore, model: nn.Module, device: torch.device, capacity: int) -> None:
         self.subnet = Subnet(model, device, store.integer_buffers)
         self.arrays: dict[str, Tensor] = {}
-        self.selection: Selection | None = None
+        self.weights: Narrow
+        self.buffers: Narrow
         self._store = store
         self._device = device
+        self._capacity = capacity
         self._memory: dict[str, Tensor] = {}
 
     @property
     def module(self) -> nn.Module:
         return self.subnet.module
 
+    @property
+    def selection(self) -> Selection:
+        return self.weights.selection
+
+    def narrow(self, kind: str) -> Narrow:
+        """Where the entries of arrays of ``kind`` lie."""
+        return self.buffers if kind == BUFFERS else self.weights
+
+    def select(self, selection: Selection, kinds: tuple[str, ...]) -> None:
+        """Make room for ``kinds`` of ``selection``; what the arrays hold is not defined."""
+        layouts = {kind: p.layout for kind, p in self._store.partitions.items()}
+        places = Places(selection)
+        self.weights = Narrow(places, layouts[WEIGHTS].shapes)
+        self.buffers = Narrow(places, layouts[BUFFERS].shapes)
+        self.arrays = {}
+        self.arrays = {kind: self._reserve(kind, self.narrow(kind).layout.size) for kind in kinds}
+
     def load(self, selection: Selection, kinds: tuple[str, ...]) -> None:
         """Gather ``kinds`` of ``selection`` from the store."""
-        self.selection = selection
-        self.arrays = {}
-        for kind in kinds:
-            size = selection.layout(self._store.partitions[kind].layout.shapes).size
-            self.arrays[kind] = self._reserve(kind, size)
-            self._store.gather(selection, kind, self.arrays[kind])
+        self.select(selection, kinds)
+        self.gather()
+
+    def gather(self) -> None:
+        """Fill the arrays from the store."""
+        for kind, array in self.arrays.items():
+            self._store.gather(self.selection, kind, array)
 
     def bind(self, gradients: Tensor | None) -> None:
-        """Point the module at the buffers just loaded."""
-        assert self.selection is not None
+        """Point the module at the arrays."""
         self.subnet.bind(self.selection, self.arrays[WEIGHTS], gradients, self.arrays[BUFFERS])
-
-    def save(self, kinds: tuple[str, ...]) -> None:
-        """Scatter ``kinds`` back into the store."""
-        assert self.selection is not None
-        for kind in kinds:
-            self._store.scatter(self.selection, kind, self.arrays[kind])
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the arrays."""
         return sum(a.numel() * a.element_size() for a in self.arrays.values())
 
     def _reserve(self, kind: str, size: int) -> Tensor:
         memory = self._memory.get(kind)
         if memory is None or memory.numel() < size:
-            # Freed first, so that old and new never exist together; a little room keeps the next round from
-            # growing it.
+            whole = self._store.partitions[kind].layout.size
+            room = whole if kind == BUFFERS else min(whole, self._capacity)
+            # Freed first, so that old and new never exist together. A mask beyond the cap (every channel of a
+            # minimum width, say) is the one case that comes here twice.
             self._memory.pop(kind, None)
-            self.arrays.pop(kind, None)
             self.subnet.release()
-            self._memory[kind] = torch.empty(size + size // 32, dtype=self._store.dtype, device=self._device)
+            self._memory[kind] = torch.empty(max(size, room), dtype=self._store.dtype, device=self._device)
         return self._memory[kind][:size]
 
 
-@dataclass
-class _Twins:
-    """Positions of the shared entries, for weights-like and for buffers-like arrays, in sides a and b."""
-
-    weights: tuple[Tensor, Tensor]
-    buffers: tuple[Tensor, Tensor]
-
-
 class SubnetPair:
-    """The trained subnet and its reference, gathered from one store.
+    """The trained subnet and its reference.
 
     Args:
         store: the full weights.
         model: the full model on the meta device.
         optim: the optimizer of the weights.
         device: where the subnets compute.
+        capacity: entries that are set aside for the weights of a subnet, once.
     """
 
     def __init__(
-        self, store: WeightStore, model: nn.Module, optim: OptimConfig, device: torch.device
+        self, store: WeightStore, model: nn.Module, optim: OptimConfig, device: torch.device, capacity: int
     ) -> None:
         self._store = store
         self._optim = optim
-        self._device = device
-        self.sides = (Side(store, model, device), Side(store, model, device))
+        self.sides = (Side(store, model, device, capacity), Side(store, model, device, capacity))
         self._reduce_memory = torch.empty(0, dtype=store.dtype, device=device)
         self._optimizers: list[FlatOptimizer | None] = [None, None]
-        self._twins: _Twins | None = None
-        self._patch_kinds: tuple[str, ...] = ()
+        self._twins: dict[str, BlockPlan] = {}
+        self.trained_kinds = (WEIGHTS, *store.slots, BUFFERS)
+        self.loaded = False
         self.same = True
-        self.bytes_peak = 0
+        self.train_second = False
 
-    @property
-    def trained_kinds(self) -> tuple[str, ...]:
-        return (WEIGHTS, *self._store.slots, BUFFERS)
-
-    def load(self, first: Selection, second: Selection | None, train_second: bool, steps_done: int) -> None:
-        """Gather a round.
+    def select(self, first: Selection, second: Selection | None, train_second: bool) -> None:
+        """Make room for a round; what the arrays hold is not defined.
 
         Args:
             first: selection of subnet a, which is trained.
             second: selection of subnet b; None (or the same mask) when there is nothing to compare.
             train_second: b takes turns in training, so it needs its optimizer slots too.
-            steps_done: optimizer steps of the run so far.
         """
         self.same = second is None or torch.equal(first.mask, second.mask)
+        self.train_second = train_second and not self.same
+        self._optimizers = [None, None]  # they hold the views of the last round
+        self._twins.clear()
         a, b = self.sides
-        self._optimizers = [
-            None,
-            None,
-        ]  # they hold the buffers of the last round, which may have to make room
-        self._twins = None
-        a.load(first, self.trained_kinds)
-        sizes = [a.arrays[WEIGHTS].numel()]
+        a.select(first, self.trained_kinds)
         if not self.same:
             assert second is not None
-            self._patch_kinds = self.trained_kinds if train_second else (WEIGHTS,)
-            b.load(second, self.trained_kinds if train_second else (WEIGHTS, BUFFERS))
-            sizes.append(b.arrays[WEIGHTS].numel())
-        self._reserve_gradients(max(sizes if train_second else sizes[:1]))
-        a.bind(self.gradients(0))
-        self._optimizers[0] = self._optimizer(0, steps_done)
-        if not self.same:
-            b.bind(self.gradients(1) if train_second else None)
-            if train_second:
-                self._optimizers[1] = self._optimizer(1, steps_done)
-        self.bytes_peak = max(self.bytes_peak, self.nbytes)
+            b.select(second, self.trained_kinds if train_second else (WEIGHTS, BUFFERS))
+        self.loaded = True
+
+    @property
+    def active(self) -> tuple[Side, ...]:
+        """The sides in use."""
+        return self.sides[:1] if self.same else self.sides
+
+    @property
+    def trained(self) -> tuple[Side, ...]:
+        """The sides whose weights move."""
+        return self.sides if self.train_second else self.sides[:1]
+
+    def holds(self, first: Tensor, second: Tensor, train_second: bool) -> bool:
+        """Whether the pair is made of these masks already."""
+        if not self.loaded or not torch.equal(self.sides[0].selection.mask, first):
+            return False
+        if self.same:
+            return torch.equal(first, second)
+        return self.train_second == train_second and torch.equal(self.sides[1].selection.mask, second)
+
+    def bind(self, reduce_memory: Tensor) -> None:
+        """Make the modules and the optimizers those of the arrays, which are full now.
+
+        Args:
+            reduce_memory: at least as long as the weights of either side and ``TAIL`` scalars; both sides use
+                it, since only one is trained at a time.
+        """
+        self._reduce_memory = reduce_memory
+        for index, side in enumerate(self.active):
+            trained = side in self.trained
+            side.bind(self.gradients(index) if trained else None)
+            self._optimizers[index] = self._optimizer(index) if trained else None
 
     def gradients(self, side: int) -> Tensor:
-        """Flat gradients of a side; both sides use the same memory, since only one is trained at a time."""
+        """Flat gradients of a side."""
         return self._reduce_memory[: self.sides[side].arrays[WEIGHTS].numel()]
 
     def reduce_buffer(self, side: int) -> Tensor:
         """Gradients of a side and, behind them, ``TAIL`` scalars."""
         return self._reduce_memory[: self.sides[side].arrays[WEIGHTS].numel() + TAIL]
 
-    def optimizer_step(self, side: int, lr: float) -> None:
-        """Step one side and carry the shared entries over to the other."""
+    def optimizer_step(self, side: int, lr: float, steps_done: int, found_inf: Tensor | None = None) -> None:
+        """Step one side; nothing moves where ``found_inf`` (a scalar on the device) is not 0."""
         optimizer = self._optimizers[side]
         assert optimizer is not None, "this side was loaded without its optimizer slots"
-        optimizer.step(lr)
+        optimizer.step(lr, steps_done, found_inf)
 
     def patch(self, side: int) -> None:
         """Overwrite the twins, in the other side, of the entries that ``side`` has just trained."""
-        if self._twins is None:
-            self._twins = self._find_twins()
-            self.bytes_peak = max(self.bytes_peak, self.nbytes)
-        source, target = self.sides[side], self.sides[1 - side]
-        for kind in self._patch_kinds:
-            positions = self._twins.buffers if kind == BUFFERS else self._twins.weights
-            values = source.arrays[kind].index_select(0, positions[side])
-            target.arrays[kind].index_copy_(0, positions[1 - side], values)
-
-    def trained_sides(self, trained_second: bool) -> tuple[Side, ...]:
-        """The sides whose weights have moved."""
-        return self.sides if trained_second and not self.same else self.sides[:1]
-
-    def save(self, trained_second: bool) -> None:
-        """Scatter what was trained back into the store and forget the round's selections."""
-        for side in self.trained_sides(trained_second):
-            side.save(self.trained_kinds)
-        self._forget()
-
-    def discard(self) -> None:
-        """Forget the round without writing anything back."""
-        self._forget()
+        a, b = self.sides
+        if not self._twins:
+            regions = regions_of(b.weights, [a.weights])
+            for kind in (WEIGHTS, BUFFERS):
+                self._twins[kind] = shared(b.narrow(kind), a.narrow(kind), regions)
+        for like, plan in self._twins.items():
+            kinds = [kind for kind in b.arrays if (kind == BUFFERS) == (like == BUFFERS)]
+            copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both subnets: weights, slots, statistics, gradients, positions of shared entries."""
-        tensors = [self._reduce_memory]
-        if self._twins is not None:
-            tensors += [*self._twins.weights, *self._twins.buffers]
-        sides = self.sides[: 1 if self.same else 2]
-        return sum(s.nbytes for s in sides) + sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of both subnets: weights, slots, statistics."""
+        return sum(side.nbytes for side in self.active)
 
-    def _optimizer(self, side: int, steps_done: int) -> FlatOptimizer:
+    def _optimizer(self, side: int) -> FlatOptimizer:
         arrays = self.sides[side].arrays
         slots = {name: arrays[name] for name in self._store.slots}
-        return FlatOptimizer(self._optim, arrays[WEIGHTS], self.gradients(side), slots, steps_done)
-
-    def _reserve_gradients(self, size: int) -> None:
-        if self._reduce_memory.numel() < size + TAIL:
-            for side in self.sides:
-                side.subnet.release()
-            self._reduce_memory = torch.empty(0, dtype=self._store.dtype, device=self._device)
-            self._reduce_memory = torch.empty(
-                size + size // 32 + TAIL, dtype=self._store.dtype, device=self._device
-            )
-
-    def _find_twins(self) -> _Twins:
-        a, b = self.sides[0].selection, self.sides[1].selection
-        assert a is not None
-        assert b is not None
-        weights = shared_positions(a, b, tuple(self._store.partitions[WEIGHTS].layout.shapes))
-        buffers = shared_positions(a, b, tuple(self._store.partitions[BUFFERS].layout.shapes))
-        return _Twins(
-            (weights[0].to(self._device), weights[1].to(self._device)),
-            (buffers[0].to(self._device), buffers[1].to(self._device)),
-        )
-
-    def _forget(self) -> None:
-        for side in self.sides:
-            if side.selection is not None:
-                self._store.forget(side.selection)
+        return FlatOptimizer(self._optim, arrays[WEIGHTS], self.gradients(side), slots)

@@ -23,7 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from offload_sparse.config import Reference
 from offload_sparse.engine.pair import TAIL, SubnetPair
-from offload_sparse.engine.sync import average
+from offload_sparse.engine.reduction import Averager, Buckets
+from offload_sparse.engine.sync import average, describe_fault, gathered, ranks_where
+from offload_sparse.store.weight_store import BUFFERS
 from offload_sparse.structure.subnet import batch_statistics
 
 Metrics = dict[str, Tensor]
@@ -88,23 +90,29 @@ class StepRecord:
         loss: loss of the trained subnet.
         difference: L(a) - L(b), or None when b was not evaluated.
         metrics: further scalars of the loss function.
+        losses: float64[2, ranks], L(a) and L(b) of every rank, if they were asked for.
+        fault: what was not finite, with the step and the ranks; such a step has moved nothing. Empty
+            otherwise.
     """
 
     loss: float
     difference: float | None
     metrics: dict[str, float]
+    fault: str = ""
+    losses: Tensor | None = None
 
 
 class Round:
-    """K steps on a pair that has been loaded.
+    """K steps on a pair that is filled and bound.
 
     Args:
-        pair: the loaded subnets.
+        pair: the subnets.
         reference: the schedule of the reference loss.
         length: steps of the round.
         forward: how forward passes are run.
-        world_size: number of ranks.
-        first_step: optimizer steps of the run before this round, for messages.
+        averager: how gradients are averaged over ranks.
+        first_step: optimizer steps of the run before this round.
+        steps: steps of this round that have been made already (by a run that this one continues).
     """
 
     def __init__(
@@ -113,80 +121,135 @@ class Round:
         reference: Reference,
         length: int,
         forward: Forward,
-        world_size: int,
+        averager: Averager,
         first_step: int,
+        steps: int = 0,
     ) -> None:
         self.pair = pair
         self.reference = reference
         self.length = length
-        self.steps = 0
+        self.steps = steps
         self._forward = forward
-        self._world_size = world_size
+        self._averager = averager
         self._first_step = first_step
-        self._tails: list[tuple[Tensor, bool, tuple[str, ...]]] = []
+        self._tails: list[_Tail] = []
+        self._buckets: dict[int, Buckets] = {}
 
     def step(self, batch: Any, loss_fn: LossFunction, lr: float) -> Tensor:
-        """One optimizer step of the subnet whose turn it is.
+        """One optimizer step of the subnet whose turn it is; nothing moves if a loss or gradient of any rank
+        is not finite.
 
         Returns:
             its loss averaged over ranks, a scalar on the device (nothing waits for it here).
         """
         trained, evaluated = roles(self.reference, self.steps, self.pair.same)
+        side = self.pair.sides[trained]
+        statistics = side.arrays[BUFFERS]
+        before = statistics.clone()
         buffer = self.pair.reduce_buffer(trained)
         buffer.zero_()
         tail = buffer[-TAIL:]
         if evaluated is not None:
             module = self.pair.sides[evaluated].module
             tail[1 + evaluated] = self._forward.evaluated(module, batch, loss_fn)
-        loss, metrics = self._forward.trained(self.pair.sides[trained].module, batch, loss_fn)
-        loss.backward()
-        self._fill_tail(tail, trained, loss.detach(), metrics, buffer[:-TAIL])
-        average(buffer, self._world_size)
-        self.pair.optimizer_step(trained, lr)
+        loss, metrics = self._forward.trained(side.module, batch, loss_fn)
+        _fill_tail(tail, trained, loss.detach(), metrics)
+        own = self._backward(trained, loss, buffer)
+        found_inf = (~tail[:_FIXED].isfinite().all()).to(torch.float32)
+        self.pair.optimizer_step(trained, lr, self._first_step + self.steps, found_inf)
+        torch.where(found_inf > 0, before, statistics, out=statistics)
         if self._patch_needed():
             self.pair.patch(trained)
         self.steps += 1
-        self._tails.append((tail.clone(), evaluated is not None, tuple(metrics)))
-        return self._tails[-1][0][0]
+        self._tails.append(_Tail(tail.clone(), own, evaluated is not None, tuple(metrics)))
+        return self._tails[-1].averaged[0]
 
-    def flush(self) -> list[StepRecord]:
-        """The records of the steps since the last flush, in order. Waits for the device.
+    def flush(self, per_rank: bool = False) -> list[StepRecord]:
+        """The records of the steps since the last flush, in order. Waits for the device; every rank calls it
+        at the same step.
 
-        Raises:
-            FloatingPointError: a loss or gradient is not finite on some rank; names the step.
+        Args:
+            per_rank: with the losses of every rank.
         """
         if not self._tails:
             return []
-        rows = torch.stack([tail for tail, _, _ in self._tails]).tolist()
-        kinds = [(paired, names) for _, paired, names in self._tails]
-        first = self._first_step + self.steps - len(rows)
-        self._tails.clear()
+        tails, self._tails = self._tails, []
+        first = self._first_step + self.steps - len(tails)
+        rows = torch.stack([tail.averaged for tail in tails]).tolist()
+        losses = None
+        if per_rank:
+            own = torch.stack([tail.own[1:3] for tail in tails])
+            losses = gathered(own, self._averager.world_size).to("cpu", torch.float64)
         records = []
-        for i, (row, (paired, names)) in enumerate(zip(rows, kinds, strict=True)):
-            if not all(map(math.isfinite, row)):
-                raise FloatingPointError(
-                    f"the loss or gradient of step {first + i} is not finite (loss {row[0]}); lower "
-                    "optim.lr, set optim.clip_norm, or use train.precision no"
-                )
-            metrics = dict(zip(names, row[_FIXED:], strict=False))
-            records.append(StepRecord(row[0], row[1] - row[2] if paired else None, metrics))
+        for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
+            metrics = dict(zip(tail.metrics, row[_FIXED:], strict=False))
+            if all(map(math.isfinite, row[:_FIXED])):
+                difference = row[1] - row[2] if tail.paired else None
+                measured = None if losses is None else losses[:, i].T
+                records.append(StepRecord(row[0], difference, metrics, losses=measured))
+                continue
+            ranks = ranks_where(not bool(tail.own.isfinite().all()), self._averager.world_size)
+            records.append(StepRecord(row[0], None, metrics, describe_fault(first + i, ranks, row[0])))
         return records
 
-    def _fill_tail(
-        self, tail: Tensor, trained: int, loss: Tensor, metrics: Metrics, gradient: Tensor
-    ) -> None:
-        if len(metrics) > TAIL - _FIXED:
-            raise ValueError(
-                f"the loss function returns {len(metrics)} metrics; at most {TAIL - _FIXED} are carried"
-            )
-        tail[0] = loss
-        tail[1 + trained] = loss
-        tail[3] = gradient.sum()
-        for i, value in enumerate(metrics.values()):
-            tail[_FIXED + i] = value.detach()
+    def _backward(self, trained: int, loss: Tensor, buffer: Tensor) -> Tensor:
+        """Gradients of ``loss``, averaged over ranks together with the losses behind them.
+
+        Returns:
+            this rank's own losses (and sum of the gradient, where that is known), before averaging.
+        """
+        averager, tail = self._averager, buffer[-TAIL:]
+        averager.start()
+        buckets = self._buckets_of(trained) if averager.bucketed else None
+        loss.backward()
+        gradients = buffer[:-TAIL]
+        if buckets is None:
+            tail[3] = gradients.sum()
+        own = tail.clone()
+        average(buffer if buckets is None else tail, averager.world_size)
+        if buckets is not None:
+            buckets.finish()
+            tail[3] = gradients.sum()
+        averager.finish()
+        return own
+
+    def _buckets_of(self, side: int) -> Buckets:
+        if side not in self._buckets:
+            parameters = list(self.pair.sides[side].module.parameters())
+            self._buckets[side] = Buckets(parameters, self.pair.gradients(side), self._averager)
+        self._buckets[side].begin()
+        return self._buckets[side]
 
     def _patch_needed(self) -> bool:
-        """The other side is read again in this round or, when it was trained too, written back after it."""
+        """The other side is read again in this round or, when it was trained too, carried on after it."""
         if self.pair.same or self.reference == "round_start" or self.length == 1:
             return False
         return self.reference == "turns" or self.steps + 1 < self.length
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What rode behind the gradients of one step.
+
+    Attributes:
+        averaged: float[TAIL], over all ranks.
+        own: float[TAIL], of this rank.
+        paired: both subnets were run.
+        metrics: names of the scalars from entry ``_FIXED`` on.
+    """
+
+    averaged: Tensor
+    own: Tensor
+    paired: bool
+    metrics: tuple[str, ...]
+
+
+def _fill_tail(tail: Tensor, trained: int, loss: Tensor, metrics: Metrics) -> None:
+    if len(metrics) > TAIL - _FIXED:
+        raise ValueError(
+            f"the loss function returns {len(metrics)} metrics; at most {TAIL - _FIXED} are carried"
+        )
+    tail[0] = loss
+    tail[1 + trained] = loss
+    for i, value in enumerate(metrics.values()):
+        tail[_FIXED + i] = value.detach()

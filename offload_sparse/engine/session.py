@@ -8,28 +8,52 @@ network = session.finalize(batches)   # an ordinary narrow nn.Module
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import FinalConfig, OptimConfig, PolicyConfig, Residual, RoundConfig
+from offload_sparse.config import (
+    FinalConfig,
+    OnNonFinite,
+    OptimConfig,
+    PolicyConfig,
+    Residual,
+    RoundConfig,
+    StoreConfig,
+)
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
+from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
+from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.finalize import FinalNetwork, best_candidate, extract
 from offload_sparse.engine.optimizer import slot_names
-from offload_sparse.engine.pair import SubnetPair
+from offload_sparse.engine.pair import Side
 from offload_sparse.engine.preparation import ModelSource, prepare
+from offload_sparse.engine.reduction import Averager
+from offload_sparse.engine.relay import Masks, Relay
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
 from offload_sparse.engine.sync import assert_equal_on_ranks, average
+from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.store.pinned import return_freed_memory
+from offload_sparse.store.pinned import pin_mode, return_freed_memory
+from offload_sparse.store.tiers import Identity, Mode, open_tier
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from offload_sparse.structure.accounting import CostModel
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
+
+logger = logging.getLogger(__name__)
+
+_CONSEQUENCES = {
+    "skip": "the batch has been skipped",
+    "rollback": "the run goes on from the end of the round before",
+}
 
 
 class SparseOffload:
@@ -40,7 +64,7 @@ class SparseOffload:
             rank holds the whole network), or a network whose present weights are the start.
         example_inputs: tensors that the network can be called with; only shapes and dtypes matter.
         total_steps: optimizer steps of the run; ``rounds.freeze_at`` is a share of it.
-        policy, rounds, optimizer, final: see ``offload_sparse.config``.
+        policy, rounds, optimizer, final, store: see ``offload_sparse.config``.
         residual: residual policy of the discovery.
         channel_map: a map made by hand, instead of the discovery.
         block: channels per atom; budgets, caps and minimum widths count atoms.
@@ -48,7 +72,13 @@ class SparseOffload:
         device: where subnets compute; the CUDA device when there is one.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
+        on_nonfinite: what a step whose loss or gradient is not finite leads to, beside moving nothing itself:
+            ``stop`` raises, ``skip`` goes on with the next batch, ``rollback`` goes on from the end of the
+            round before (which costs the bus a full subnet per round).
         verify: check slice = mask on the model before anything trains.
+        run_id: what a store in files is known by; a store of another run is refused.
+        store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
+            ``replace`` initialises whatever files of this run there are.
 
     Raises:
         ValueError: the model cannot be narrowed, or an argument is out of range; says what to change.
@@ -57,13 +87,14 @@ class SparseOffload:
     def __init__(
         self,
         model: ModelSource,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: Draw,
         *,
         total_steps: int,
         policy: PolicyConfig | None = None,
         rounds: RoundConfig | None = None,
         optimizer: OptimConfig | None = None,
         final: FinalConfig | None = None,
+        store: StoreConfig | None = None,
         residual: Residual = "coupled",
         channel_map: ChannelMap | None = None,
         block: int = 1,
@@ -71,32 +102,65 @@ class SparseOffload:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         forward: Forward | None = None,
+        on_nonfinite: OnNonFinite = "stop",
         verify: bool = True,
+        run_id: str = "",
+        store_mode: Mode = "new",
     ) -> None:
         self.rounds = rounds or RoundConfig()
         self.optim = optimizer or OptimConfig()
         self.final = final or FinalConfig()
         self.forward = forward or Forward()
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.on_nonfinite = on_nonfinite
         self.ranks = Ranks.current()
+        storage = store or StoreConfig()
+        shard = Ranks.current(per_node=True) if storage.shard == "node" else self.ranks
         prepared = prepare(model, example_inputs, residual, self.ranks, channel_map, verify, block)
         self.meta_model, self.channel_map = prepared.meta_model, prepared.channel_map
-        pin = self.device.type == "cuda"
+        pin = pin_mode(storage.pin, self.device)
         slots = slot_names(self.optim)
-        self.store = WeightStore(self.channel_map, *prepared.tensor_names(), slots, dtype, self.ranks, pin)
-        prepared.fill(self.store, seed)
+        identity = Identity.of(run_id, self.channel_map, dtype, self.ranks.world_size, self.ranks.rank)
+        self.tier = open_tier(storage.tier, Path(storage.path or "store"), identity, dtype, pin, store_mode)
+        self.store = WeightStore(
+            self.channel_map, *prepared.tensor_names(), slots, dtype, shard, pin, self.tier.allocate
+        )
+        if self.tier.filled:
+            self.store.integer_buffers = self.tier.integers()
+        else:
+            prepared.fill(self.store, seed)
+            self.tier.complete(self.store.integer_buffers)
         return_freed_memory()
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
-        self.policy = MaskPolicy(policy or PolicyConfig(), self.channel_map.groups, seed)
-        self.pair = SubnetPair(self.store, self.meta_model, self.optim, self.device)
+        self.policy = MaskPolicy(
+            policy or PolicyConfig(), self.channel_map.groups, seed, self.cost.parameters
+        )
+        self.relay = Relay(
+            self.store,
+            self.meta_model,
+            self.optim,
+            self.device,
+            self.policy.size_cap,
+            delta=self.rounds.delta and not self.policy.trivial,
+            overlap=self._overlaps(),
+        )
+        self.averager = Averager(self.rounds.reduce, self.ranks.world_size, self.device)
         self.freeze_step = round(self.rounds.freeze_at * total_steps)
         self.steps_done = 0
         self.rounds_done = 0
         self.forward_flops = 0.0
         self.final_mask: Tensor | None = self.channel_map.full_mask() if self.policy.trivial else None
         self._round: Round | None = None
-        self._masks: tuple[Tensor, Tensor] | None = None
+        self._masks: Draw | None = None  # of a, and of b on every rank (one for all if shared)
+        self._mask_flops: tuple[int, int] = (0, 0)  # of the open round, per side
+        self.next_masks: Draw | None = None  # drawn ahead
+        self._reopened: OpenRound | None = None
+        self._s_before = self.policy.state_dict()
         self._pending: list[StepRecord] = []
+        self.round_bytes = 0  # that have crossed the bus between the last two rounds
+        self._bytes_before = 0
+        self.after_round: Callable[[tuple[Side, ...]], None] | None = None
+        self._references = 1 if self.rounds.references == "shared" else self.ranks.world_size
         self._recent: deque[tuple[Any, LossFunction]] = deque(maxlen=self.final.selection_batches)
 
     # --- the loop ---
@@ -113,14 +177,17 @@ class SparseOffload:
             the loss averaged over ranks, a scalar on the device.
 
         Raises:
-            FloatingPointError: a loss or gradient was not finite; the store still holds the last good round.
+            FloatingPointError: a loss or gradient was not finite, with ``on_nonfinite`` ``stop``. It is
+                noticed when records are read or the round ends; the step itself has moved nothing.
         """
         if self.final_mask is None:
             self._recent.append((batch, loss_fn))
         current = self._round or self._start_round()
         self._count_flops(current)
+        fault_point("step", self.steps_done)
         loss = current.step(batch, loss_fn, self.optim.lr if lr is None else lr)
         self.steps_done += 1
+        self.relay.stepped(self.steps_done)
         if current.steps == current.length:
             self._finish_round(current)
         return loss
@@ -131,6 +198,10 @@ class SparseOffload:
             self._learn(self._round)
         records, self._pending = self._pending, []
         return records
+
+    def settle(self) -> None:
+        """Bring the store up to date; until then the subnets in training may hold newer weights."""
+        self.relay.settle()
 
     @property
     def frozen(self) -> bool:
@@ -157,7 +228,7 @@ class SparseOffload:
         """
         if self._round is None:
             self._start_round()
-        side = self.pair.sides[0]
+        side = self.relay.pair.sides[0]
         kept = side.arrays[BUFFERS].clone()
         try:
             self._reestimate(side.module, batches)
@@ -181,77 +252,183 @@ class SparseOffload:
         if self.final_mask is None:
             self._choose_final_mask()
         assert self.final_mask is not None
-        selection = Selection(self.channel_map, self.final_mask)
-        self.pair.load(selection, None, False, self.steps_done)
-        module = extract(self.meta_model, self.pair.sides[0])
-        self.pair.discard()
+        side = self.relay.scratch()
+        side.load(Selection(self.channel_map, self.final_mask), (WEIGHTS, BUFFERS))
+        side.bind(None)
+        module = extract(self.meta_model, side)
+        self.relay.close()
         self._reestimate(module, batches)
         return FinalNetwork(module, self.final_mask, self.channel_map)
+
+    # --- what a state is made of ---
+
+    @property
+    def open_round(self) -> OpenRound | None:
+        """The round that is open; one that an evaluation has begun has no step behind it."""
+        if self._reopened is not None:
+            return self._reopened
+        if self._round is None:
+            return None
+        assert self._masks is not None
+        statistics = [side.arrays[BUFFERS] for side in self._round.pair.trained]
+        return OpenRound(self._masks, self._round.steps, self._round.length, statistics)
+
+    def reopen(
+        self,
+        opened: OpenRound | None,
+        next_masks: Draw | None,
+        final_mask: Tensor | None,
+    ) -> None:
+        """Carry on with the next step from these masks and the store as it is; the open round is dropped.
+
+        Args:
+            opened: the round to carry on with; None starts a new one.
+            next_masks: masks that have been drawn for the round after it.
+            final_mask: the mask that has been chosen, if any.
+        """
+        self.relay.forget()
+        self.relay.steps_done = self.steps_done
+        self._round, self._reopened = None, opened
+        self.next_masks, self.final_mask = next_masks, final_mask
+        self._pending.clear()
+        self._recent.clear()
+
+    def remember(self, batches: Iterable[Any], loss_fn: LossFunction) -> None:
+        """Take ``batches`` for the last ones that were trained on."""
+        self._recent.extend((batch, loss_fn) for batch in batches)
 
     # --- one round ---
 
     def _start_round(self) -> Round:
-        if not self.frozen and self.steps_done >= self.freeze_step:
+        if not self.frozen and self.steps_done >= self.freeze_step and self._reopened is None:
             self._choose_final_mask()
-        stop = self.steps_done + self.rounds.k
-        if self.frozen:
-            first = second = self.final_mask
-        else:
-            first, second = self.policy.sample(self.rounds_done)
-            stop = min(stop, self.freeze_step)
-        assert first is not None
-        assert second is not None
-        self._masks = (first, second)
-        reference = None if self.frozen else Selection(self.channel_map, second)
-        length = stop - self.steps_done
-        train_second = self.rounds.reference == "turns" and length > 1
-        self.pair.load(Selection(self.channel_map, first), reference, train_second, self.steps_done)
-        self._round = Round(
-            self.pair, self.rounds.reference, length, self.forward, self.ranks.world_size, self.steps_done
-        )
+        fault_point("sample", self.steps_done)
+        reopened, self._reopened = self._reopened, None
+        self._masks = self._draw() if reopened is None else reopened.masks
+        of_a, of_b = pair_on(self._masks, self.ranks.rank)
+        self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
+        length = self._length(self.steps_done) if reopened is None else reopened.length
+        steps = 0 if reopened is None else reopened.steps
+        pair = self.relay.open(self._resolved(self._masks, length))
+        if reopened is not None:
+            for side, statistics in zip(pair.trained, reopened.statistics, strict=False):
+                side.arrays[BUFFERS].copy_(statistics)
+        first = self.steps_done - steps
+        self._round = Round(pair, self.rounds.reference, length, self.forward, self.averager, first, steps)
+        moved = self.relay.bytes_fetched + self.relay.bytes_returned
+        self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
+        self._s_before = self.policy.state_dict()
+        self._look_ahead(first + length)
         if self.rounds.check_ranks:
             self._check_ranks()
         return self._round
 
+    def _draw(self) -> Draw:
+        """The masks of the round that begins: the final one, those drawn a round ago, or new ones."""
+        if self.final_mask is not None:
+            return self.final_mask, self.final_mask
+        drawn, self.next_masks = self.next_masks, None
+        return drawn or sample(self.policy, self.rounds_done, self._references)
+
+    def _look_ahead(self, next_step: int) -> None:
+        """Draw the masks of the next round and begin to fetch them.
+
+        Their s is one round old. None are drawn when the next round begins with the choice of the final mask.
+        """
+        if not self.rounds.prefetch or self.frozen or next_step >= self.freeze_step:
+            return
+        if self.next_masks is None:  # a session that carries on has them
+            self.next_masks = sample(self.policy, self.rounds_done + 1, self._references)
+        self.relay.prepare(self._resolved(self.next_masks, self._length(next_step)))
+
+    def _length(self, first_step: int) -> int:
+        stop = first_step + self.rounds.k
+        return (stop if self.frozen else min(stop, self.freeze_step)) - first_step
+
+    def _resolved(self, masks: Draw, length: int) -> Masks:
+        if self.frozen:
+            return Masks(Selection(self.channel_map, masks[0]))
+        ranks = self.store.ranks
+        train_second = self.rounds.reference == "turns" and length > 1
+        return resolve(masks, self.channel_map, ranks, self.rounds.references, train_second)
+
     def _finish_round(self, current: Round) -> None:
-        # Reading the losses first raises before anything that is not finite can reach the store.
         self._learn(current)
-        trained_second = self.rounds.reference == "turns" and current.steps > 1
-        for side in self.pair.trained_sides(trained_second):
+        if self._round is None:
+            return  # rolled back
+        fault_point("estimate", self.steps_done)
+        for side in current.pair.trained:
             average(side.arrays[BUFFERS], self.ranks.world_size)
         if self.rounds.check_ranks:
             self._check_ranks()
-        self.pair.save(trained_second)
         self._round = None
         self.rounds_done += 1
+        if self.after_round is not None:
+            self.after_round(current.pair.trained)
+        if self.on_nonfinite == "rollback":
+            self.relay.settle()
 
     def _learn(self, current: Round) -> None:
         """Read the losses of the steps since the last time and move s; within a round masks do not depend on
         s.
         """
         assert self._masks is not None
-        for entry in current.flush():
+        faults = []
+        per_rank = self.rounds.references == "per_rank"
+        for entry in current.flush(per_rank and not self.frozen):
+            if entry.fault:
+                faults.append(entry.fault)
             if entry.difference is not None and not self.frozen:
-                self.policy.update(entry.difference, *self._masks)
-            self._pending.append(entry)
+                self._update(entry)
+            self._pending.append(dataclasses.replace(entry, losses=None))
+        if faults:
+            self._handle(faults)
+
+    def _update(self, entry: StepRecord) -> None:
+        assert self._masks is not None
+        assert entry.difference is not None
+        if entry.losses is None:
+            self.policy.update(entry.difference, self._masks[0], self._masks[1])
+            return
+        references = [pair_on(self._masks, rank)[1] for rank in range(self.ranks.world_size)]
+        losses = paired_losses(*entry.losses)
+        self.policy.update_from_ranks(losses, torch.stack([self._masks[0], *references]))
+
+    def _handle(self, faults: list[str]) -> None:
+        if self.on_nonfinite == "stop":
+            raise FloatingPointError(faults[0])
+        if self.ranks.rank == 0:
+            for fault in faults:
+                logger.warning("%s; %s", fault, _CONSEQUENCES[self.on_nonfinite])
+        if self.on_nonfinite == "rollback":
+            self.relay.forget()
+            self.policy.load_state_dict(self._s_before)
+            self._round, self.next_masks = None, None
+            self.rounds_done += 1  # new masks: those that led here are not drawn again
 
     def _choose_final_mask(self) -> None:
         """Draw masks from p(m|s), keep the best by training loss (Zhou et al. 2021, final sampling)."""
         candidates = self.policy.candidates(self.final.candidates)
         recent = list(self._recent)
         self.forward_flops += len(recent) * sum(self.cost.flops(mask) for mask in candidates)
-        self.final_mask = best_candidate(
-            self.pair, self.channel_map, candidates, recent, self.forward, self.ranks
-        )
+        side = self.relay.scratch()
+        self.final_mask = best_candidate(side, self.channel_map, candidates, recent, self.forward, self.ranks)
         self.policy.freeze()
+        self.next_masks = None
         self._recent.clear()
 
+    def _overlaps(self) -> bool:
+        """Transfers run beside the steps: on a GPU by default; on a CPU they would take the cores of the
+        steps.
+        """
+        wanted = self.rounds.overlap == "on" or (self.rounds.overlap == "auto" and self.device.type == "cuda")
+        return wanted and self.rounds.prefetch and self.rounds.delta and not self.policy.trivial
+
     def _count_flops(self, current: Round) -> None:
-        assert self._masks is not None
-        trained, evaluated = roles(self.rounds.reference, current.steps, self.pair.same)
-        self.forward_flops += 3 * self.cost.flops(self._masks[trained])
+        trained, evaluated = roles(self.rounds.reference, current.steps, current.pair.same)
+        self.forward_flops += 3 * self._mask_flops[trained]
         if evaluated is not None:
-            self.forward_flops += self.cost.flops(self._masks[evaluated])
+            self.forward_flops += self._mask_flops[evaluated]
 
     def _reestimate(self, module: nn.Module, batches: Iterable[Any]) -> None:
         if not self.forward.frozen_batch_norm:
@@ -263,9 +440,9 @@ class SparseOffload:
 
     def _check_ranks(self) -> None:
         assert self._masks is not None
-        weights = [self.pair.sides[0].arrays[WEIGHTS]]
-        if not self.pair.same:
-            weights.append(self.pair.sides[1].arrays[WEIGHTS])
+        pair = self.relay.pair
+        sides = pair.active if self.rounds.references == "shared" else pair.trained
+        weights = [side.arrays[WEIGHTS] for side in sides]
         assert_equal_on_ranks(
             {"keep probabilities": [self.policy.s], "masks": list(self._masks), "subnet weights": weights},
             self.ranks.world_size,

@@ -17,6 +17,33 @@ def average(buffer: Tensor, world_size: int) -> None:
         buffer.div_(world_size)
 
 
+def gathered(own: Tensor, world_size: int) -> Tensor:
+    """[ranks, ...]: ``own`` of every rank, on every rank."""
+    if world_size == 1:
+        return own[None]
+    all_ranks = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(all_ranks, own)
+    return torch.stack(all_ranks)
+
+
+def ranks_where(condition: bool, world_size: int) -> list[int]:
+    """The ranks on which ``condition`` holds; every rank has to ask."""
+    answers: list[bool] = [condition]
+    if world_size > 1:
+        answers = [False] * world_size
+        dist.all_gather_object(answers, condition)
+    return [rank for rank, answer in enumerate(answers) if answer]
+
+
+def describe_fault(step: int, ranks: list[int], loss: float) -> str:
+    """One line about a step with a loss or gradient that is not finite."""
+    where = f"rank {', '.join(map(str, ranks))}" if ranks else "a rank"
+    return (
+        f"the loss or gradient of step {step} is not finite on {where} (mean loss {loss}); lower optim.lr, "
+        "set optim.clip_norm, or use train.precision no"
+    )
+
+
 def fingerprint(tensors: list[Tensor]) -> int:
     """A 63-bit digest of the exact bytes of ``tensors``."""
     digest = hashlib.blake2b(digest_size=8)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from offload_sparse.config import RunConfig
 from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.rounds import Forward, LossFunction, StepRecord
+from offload_sparse.engine.state import MethodState
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Method(Protocol):
         epoch.
         """
 
+    def report(self) -> dict[str, Any]:
+        """Figures of the method for ``summary.json``; they replace those that the trainer counts."""
+
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         """The network as it is now, ready to be evaluated; ``batches`` serve the BatchNorm statistics."""
 
@@ -85,15 +89,41 @@ class Method(Protocol):
     def costs(self) -> Costs:
         """What training has taken so far."""
 
+    def state(self) -> MethodState | None:
+        """Everything that the next steps depend on; None in the middle of a round: ask again after the next
+        step. Never None before the first step. Read the records first: they are no part of it.
+        """
+
+    def restore(self, state: MethodState) -> None:
+        """Carry on from a state, bit for bit on as many ranks as wrote it.
+
+        ``state.sharded`` holds the tensors of an earlier ``state()`` of this method, already read into.
+
+        Raises:
+            ValueError: the state belongs to another model or configuration.
+        """
+
+    def recall(self, batches: Iterable[Any]) -> None:
+        """After ``restore``: the last ``final.selection_batches`` batches before its position."""
+
+    def while_saving(self, join: Callable[[], object]) -> None:
+        """``state.sharded`` is being read: call ``join`` before changing what it refers to (any number of
+        times).
+        """
+
 
 def build_method(task: Task) -> Method:
     """The method that ``task.config.method`` names."""
     # Each method loads only what it needs, and they import this module.
-    from offload_sparse.methods import dense, sparse_offload, static
+    from offload_sparse.methods import dense, dfbst, dst, grow_efficient, rigl, sparse_offload, static
 
     builders: dict[str, Callable[[Task], Method]] = {
         "sparse_offload": sparse_offload.build,
         "dense": dense.build,
+        "dfbst": dfbst.build,
+        "dst": dst.build,
+        "grow_efficient": grow_efficient.build,
+        "rigl": rigl.build,
         "static": static.build,
     }
     return builders[task.config.method](task)

@@ -4,30 +4,37 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.session_state import recall, restore_session, session_state
+from offload_sparse.engine.state import IN_PLACE, MethodState
 from offload_sparse.methods.method import Costs, Method, Task
+from offload_sparse.store.tiers import is_filled
 
 
 class SparseOffloadMethod:
     """Drives a ``SparseOffload`` session."""
 
-    def __init__(self, session: SparseOffload, task: Task) -> None:
+    def __init__(self, session: SparseOffload, task: Task, durable: DurableRounds | None = None) -> None:
         self.session = session
+        self._durable = durable
         self._loss_fn = task.loss_fn
 
     def train_step(self, batch: Any, lr: float) -> None:
         self.session.step(batch, self._loss_fn, lr)
 
     def records(self) -> list[StepRecord]:
-        return self.session.records()
+        return [record for record in self.session.records() if not record.fault]
 
     def status(self) -> dict[str, float]:
         policy = self.session.policy
@@ -35,11 +42,15 @@ class SparseOffloadMethod:
             "expected_size": policy.expected_size / max(1, self.session.channel_map.num_atoms),
             "entropy": policy.entropy,
             "frozen": float(self.session.frozen),
+            "bus_bytes_per_round": float(self.session.round_bytes),
         }
 
     def dynamics(self) -> dict[str, float]:
         params_ratio, flops_ratio = self.session.expected_cost()
         return {"params_ratio": params_ratio, "flops_ratio": flops_ratio}
+
+    def report(self) -> dict[str, Any]:
+        return {}
 
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         return self.session.evaluation(batches)
@@ -55,21 +66,47 @@ class SparseOffloadMethod:
             session.cost.flops(full),
             session.cost.parameters(full),
             session.store.nbytes,
-            session.pair.bytes_peak,
+            session.relay.bytes_peak,
         )
+
+    def state(self) -> MethodState | None:
+        if self._durable is None:
+            return session_state(self.session)
+        self._durable.save()
+        return MethodState(meta={IN_PLACE: self.session.steps_done})
+
+    def restore(self, state: MethodState) -> None:
+        if self._durable is None:
+            restore_session(self.session, state)
+        elif IN_PLACE not in state.meta:
+            raise ValueError("the checkpoint holds the weights of a run with store.tier ram; set it to ram")
+        else:
+            self._durable.restore_random_state()
+
+    def recall(self, batches: Iterable[Any]) -> None:
+        recall(self.session, batches, self._loss_fn)
+
+    def while_saving(self, join: Callable[[], object]) -> None:
+        self.session.relay.before_return = join
 
 
 def build(task: Task) -> Method:
-    """A session for ``task``."""
+    """A session for ``task``; one with a store in files carries on from these by itself."""
     config = task.config
+    rounds = config.round
+    if config.train.deterministic and rounds.reduce == "auto":  # which way is faster is up to the clock
+        rounds = replace(rounds, reduce="single")
+    folder = Path(config.store.path or config.run_dir / "store")
+    carries_on = config.resume == "auto" and not config.overwrite and is_filled(folder)
     session = SparseOffload(
         task.factory,
         task.example_inputs,
         total_steps=task.total_steps,
         policy=config.policy,
-        rounds=config.round,
+        rounds=rounds,
         optimizer=config.optim,
         final=config.final,
+        store=replace(config.store, path=str(folder)),
         residual=config.model.residual,
         block=config.atoms.block,
         seed=config.train.seed,
@@ -77,5 +114,13 @@ def build(task: Task) -> Method:
         dtype=task.dtype,
         forward=task.forward,
         verify=config.train.verify,
+        run_id=str(config.run_dir.resolve()),
+        on_nonfinite=config.train.on_nonfinite,
+        store_mode="replace" if config.overwrite else "resume" if carries_on else "new",
     )
-    return SparseOffloadMethod(session, task)
+    if config.store.tier == "ram":
+        return SparseOffloadMethod(session, task)
+    durable = DurableRounds(session)
+    if carries_on:
+        durable.restore()
+    return SparseOffloadMethod(session, task, durable)

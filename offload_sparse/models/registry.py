@@ -10,20 +10,28 @@ from typing import Any
 
 from torch import nn
 
-from offload_sparse.models import resnet, vgg
+from offload_sparse.models import lenet, mlp, resnet, vgg
 
 FAMILIES = ("offload_sparse", "torchvision", "timm")
 
 # Constructor and the smallest side of an image that its pooling leaves something of.
 _OWN: dict[str, tuple[Callable[..., nn.Module], int]] = {
+    "lenet5_caffe": (lenet.lenet5_caffe, 28),
+    "lenet_300_100": (lenet.lenet_300_100, 28),
+    "resnet18_cifar": (resnet.resnet18_cifar, 1),
+    "mlp": (mlp.MLP, 1),
     "resnet20_cifar": (resnet.resnet20_cifar, 1),
     "resnet32_cifar": (resnet.resnet32_cifar, 1),
     "resnet32_wide_cifar": (resnet.resnet32_wide_cifar, 1),
     "vgg16_cifar": (vgg.vgg16_cifar, 32),
+    "vgg16_dst_cifar": (vgg.vgg16_dst_cifar, 16),
     "vgg19_cifar": (vgg.vgg19_cifar, 32),
     "vgg_small": (vgg.vgg_small, 8),
     "wrn28_10_cifar": (resnet.wrn28_10_cifar, 1),
 }
+
+# Networks that flatten their last feature map take images of one side only.
+_FIXED_SIDES = {"lenet5_caffe": 28, "lenet_300_100": 28}
 
 # Auxiliary heads would make the output a tuple; these networks have them unless told otherwise.
 _WITHOUT_AUXILIARY_HEADS: dict[str, dict[str, Any]] = {
@@ -140,13 +148,20 @@ def _build_own(
             f"offload_sparse/{short} needs images of at least {smallest} pixels, not {image_size}; "
             "set data.image_size or choose another model"
         )
-    accepted = set(inspect.signature(constructor).parameters) - set(_RESERVED)
+    if image_size != _FIXED_SIDES.get(short, image_size):
+        raise ValueError(
+            f"offload_sparse/{short} needs images of {_FIXED_SIDES[short]} pixels, not {image_size}; set "
+            "data.image_size or choose another model"
+        )
+    parameters = set(inspect.signature(constructor).parameters)
+    fixed: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    if "image_size" in parameters:
+        fixed["image_size"] = image_size
+    accepted = parameters - set(_RESERVED) - {"image_size"}
     for argument in arguments:
         if argument not in accepted:
             raise ValueError(_unexpected(f"offload_sparse/{short}", argument, accepted))
-    return _construct(
-        f"offload_sparse/{short}", constructor, arguments, num_classes=num_classes, in_channels=in_channels
-    )
+    return _construct(f"offload_sparse/{short}", constructor, arguments, **fixed)
 
 
 def _build_torchvision(

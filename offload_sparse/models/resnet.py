@@ -90,6 +90,29 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.pool(out), 1))
 
 
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2016) with the stem for small images: a 3×3 convolution of stride 1, no max pool.
+
+    Four stages of two blocks with 64, 128, 256 and 512 channels times ``width``.
+
+    Shape: float[N, in_channels, H, W] → float[N, num_classes].
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
+        super().__init__()
+        widths = tuple(scaled(base, width) for base in (64, 128, 256, 512))
+        self.conv1 = _conv3x3(in_channels, widths[0])
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.stages = _stages(BasicBlock, widths[0], widths, 2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(widths[-1], num_classes)
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.stages(F.relu(self.bn1(self.conv1(images))))
+        return self.fc(torch.flatten(self.pool(out), 1))
+
+
 class WideResNet(nn.Module):
     """Pre-activation Wide ResNet of depth 6·blocks + 4 whose stages are ``factor`` times as wide as those of
     ResNet.
@@ -115,6 +138,11 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         out = F.relu(self.bn(self.stages(self.conv1(images))))
         return self.fc(torch.flatten(self.pool(out), 1))
+
+
+def resnet18_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet18:
+    """ResNet-18 for images of CIFAR's size."""
+    return ResNet18(num_classes, in_channels, width)
 
 
 def resnet20_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:

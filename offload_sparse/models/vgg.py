@@ -55,10 +55,53 @@ def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
     ]
 
 
+class VGGTwoLinear(nn.Module):
+    """VGG with a hidden layer in its classifier, as in Dynamic Sparse Training (Liu et al. 2020).
+
+    The last stage is pooled by the average instead of the maximum; otherwise the convolutions are those of
+    ``VGG``.
+
+    Shape: float[N, in_channels, H, W] → float[N, num_classes]; H and W at least 2 to the power of the number
+        of stages, less one.
+    """
+
+    def __init__(
+        self, stages: Sequence[Sequence[int]], num_classes: int = 10, in_channels: int = 3, width: float = 1.0
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for number, stage in enumerate(stages):
+            if number:
+                layers.append(nn.MaxPool2d(2))
+            for base in stage:
+                layers += _convolution(channels, scaled(base, width))
+                channels = scaled(base, width)
+        hidden = scaled(512, width)
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(
+            nn.Linear(channels, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, num_classes),
+        )
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.pool(self.features(images)), 1))
+
+
 def vgg16_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:
     """The 13 convolutions of VGG-16 and one Linear(512, classes); images of at least 32×32."""
     stages = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
     return VGG(stages, num_classes, in_channels, width)
+
+
+def vgg16_dst_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGGTwoLinear:
+    """VGG-16 as in Dynamic Sparse Training: 13 convolutions, Linear(512, 512), Linear(512, classes)."""
+    stages = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+    return VGGTwoLinear(stages, num_classes, in_channels, width)
 
 
 def vgg19_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:

@@ -11,25 +11,26 @@ ranks that pass the same loss differences hold the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offload_sparse.config import PolicyConfig
-from offload_sparse.policy.estimators import ESTIMATORS, precondition
+from offload_sparse.policy.estimators import ESTIMATORS, leave_one_out, precondition
 from offload_sparse.policy.probabilities import project
 from offload_sparse.policy.samplers import (
     mask_generator,
     minimum_size,
     most_probable,
+    respect_size,
     respect_widths,
     uniforms,
 )
 from offload_sparse.structure.channel_map import Group
 
-_STREAMS = {"m1": 0, "m2": 1, "candidates": 2}
+_STREAMS = {"m1": 0, "m2": 1, "candidates": 2, "ranks": 3}
 
 
 class MaskPolicy:
@@ -44,8 +45,12 @@ class MaskPolicy:
         config: rho, estimator, optimizer and bounds.
         groups: the groups of the atoms, covering 0 … C - 1 in order.
         seed: seed of the masks; equal on all ranks.
+        size: parameters of the subnet of a mask, if the memory that they take is to be bounded, too.
 
     Attributes:
+        size_cap: most parameters that the subnet of a mask has: hard_cap^2 times those of a network that
+            keeps rho of every group, since a network narrowed by a factor shrinks by its square. More only
+            where minimum widths demand it.
         cap: most atoms that a drawn mask keeps, ceil(hard_cap * rho * C) (at least the minimum widths, at
             most C).
         budget: rho * C, in atoms.
@@ -54,7 +59,13 @@ class MaskPolicy:
         ValueError: there are no groups.
     """
 
-    def __init__(self, config: PolicyConfig, groups: Sequence[Group], seed: int) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        groups: Sequence[Group],
+        seed: int,
+        size: Callable[[Tensor], int] | None = None,
+    ) -> None:
         if not groups:
             raise ValueError("there is nothing to sample: the model has no groups of channels")
         self.config = config
@@ -63,6 +74,8 @@ class MaskPolicy:
         self.num_atoms = self.groups[-1].stop
         self.budget = config.rho * self.num_atoms
         self.cap = self._hard_cap()
+        self._size = size
+        self.size_cap = self._hard_size_cap()
         self._frozen = False
         start = torch.full((self.num_atoms,), float(config.rho), dtype=torch.float64)
         self._s = nn.Parameter(start if self.trivial else self._project(start))
@@ -98,6 +111,14 @@ class MaskPolicy:
         """m1 and its reference m2, two independent masks bool[C]; a function of (s, seed, round)."""
         return self._draw(round, _STREAMS["m1"]), self._draw(round, _STREAMS["m2"])
 
+    def sample_for_ranks(self, round: int, ranks: int) -> tuple[Tensor, ...]:
+        """m1 and a reference mask for each of ``ranks`` ranks, all independent; the first is that of
+        ``sample``.
+        """
+        references = [self._draw(round, _STREAMS["m2"])]
+        references += [self._draw(round, _STREAMS["ranks"] + rank) for rank in range(1, ranks)]
+        return self._draw(round, _STREAMS["m1"]), *references
+
     def candidates(self, count: int) -> list[Tensor]:
         """Masks bool[C] to choose the final network from: the most probable one, then ``count`` drawn from
         p(m | s).
@@ -105,7 +126,8 @@ class MaskPolicy:
         Equal masks are listed once, so that no subnet is measured twice; the list may be shorter than 1 +
         count.
         """
-        masks = [most_probable(self.s, self.groups, self.budget, self.config.min_width)]
+        best = most_probable(self.s, self.groups, self.budget, self.config.min_width)
+        masks = [self._fitting(best, 1 - self.s)]
         masks += [self._draw(index, _STREAMS["candidates"]) for index in range(count)]
         return list({mask.numpy().tobytes(): mask for mask in reversed(masks)}.values())[::-1]
 
@@ -124,9 +146,20 @@ class MaskPolicy:
         for mask in (m1, m2):
             if mask.dtype != torch.bool or mask.shape != (self.num_atoms,):
                 raise ValueError(f"a mask is {mask.dtype}{list(mask.shape)}; give bool[{self.num_atoms}]")
-        if self.trivial or self.frozen:
-            return
-        gradient = ESTIMATORS[self.config.estimator](loss_difference, m1, m2, self.s)
+        if not (self.trivial or self.frozen):
+            self._move(ESTIMATORS[self.config.estimator](loss_difference, m1, m2, self.s))
+
+    def update_from_ranks(self, losses: Tensor, masks: Tensor) -> None:
+        """One step on s by leave-one-out over R + 1 masks.
+
+        Args:
+            losses: float64[R + 1].
+            masks: bool[R + 1, C].
+        """
+        if not (self.trivial or self.frozen):
+            self._move(leave_one_out(losses, masks, self.s))
+
+    def _move(self, gradient: Tensor) -> None:
         self._s.grad = precondition(gradient, self.s, self.config.alpha)
         self._optimizer.step()
         self._s.grad = None
@@ -172,7 +205,24 @@ class MaskPolicy:
 
     def _draw(self, round: int, stream: int) -> Tensor:
         u = uniforms(self.num_atoms, mask_generator(self.seed, round, stream))
-        return respect_widths(u < self.s, self.s, self.groups, self.config.min_width, self.cap, u)
+        mask = respect_widths(u < self.s, self.s, self.groups, self.config.min_width, self.cap, u)
+        return self._fitting(mask, u / self.s)
+
+    def _fitting(self, mask: Tensor, margin: Tensor) -> Tensor:
+        if self._size is None or self.trivial:
+            return mask
+        return respect_size(mask, margin, self.groups, self.config.min_width, self._size, self.size_cap)
+
+    def _hard_size_cap(self) -> int:
+        """Parameters at rho of every group, times hard_cap squared; those of the full network at most."""
+        if self._size is None:
+            return 0
+        uniform = torch.zeros(self.num_atoms, dtype=torch.bool)
+        for group in self.groups:
+            width = min(group.size, max(self.config.min_width, math.ceil(self.config.rho * group.size)))
+            uniform[group.start : group.start + width] = True
+        whole = self._size(torch.ones_like(uniform))
+        return min(whole, math.ceil(self.config.hard_cap**2 * self._size(uniform)))
 
     def _hard_cap(self) -> int:
         wanted = math.ceil(self.config.hard_cap * self.budget - 1e-9)

@@ -8,7 +8,8 @@ same u, so that a mask stays a function of (s, seed, round).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +90,42 @@ def respect_widths(
     if surplus > 0:
         kept[_droppable(kept, u / s, groups, min_width)[:surplus]] = False
     return kept
+
+
+def respect_size(
+    mask: Tensor,
+    margin: Tensor,
+    groups: Sequence[Group],
+    min_width: int,
+    size: Callable[[Tensor], int],
+    cap: int,
+) -> Tensor:
+    """A mask whose subnet is small enough: atoms go, those with the largest ``margin`` first, while
+    ``size(mask)`` is above ``cap``; none below the minimum width.
+
+    Args:
+        mask: bool[C]; it is not changed.
+        margin: float64[C], how readily an atom goes.
+        groups: the groups of the atoms.
+        min_width: smallest width of a group.
+        size: parameters of the subnet of a mask; dropping an atom never raises it.
+        cap: most parameters.
+
+    Returns:
+        The mask itself if it fits, else a new bool[C] without the fewest atoms (all that may go, if that is
+        not enough).
+    """
+    if size(mask) <= cap:
+        return mask
+    order = _droppable(mask, margin, groups, min_width)
+
+    def without(count: int) -> Tensor:
+        kept = mask.clone()
+        kept[order[:count]] = False
+        return kept
+
+    fits = bisect_left(range(len(order)), True, key=lambda count: size(without(count)) <= cap)
+    return without(fits)
 
 
 def most_probable(s: Tensor, groups: Sequence[Group], budget: float, min_width: int) -> Tensor:

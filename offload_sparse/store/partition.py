@@ -11,7 +11,7 @@ buffer too: assembling a subnet needs one collective on contiguous memory and no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from offload_sparse.structure.selection import Kept, Layout, Selection
@@ -23,6 +23,9 @@ class Partition:
 
     layout: Layout
     world_size: int
+    # Every round asks for them again.
+    _ranges: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+    _shards: dict[int, Layout] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
@@ -40,10 +43,18 @@ class Partition:
 
     def rows(self, name: str, rank: int) -> tuple[int, int]:
         """Half-open range of the rows of ``name`` that ``rank`` owns."""
-        return self.first_row(name, rank), self.first_row(name, rank + 1)
+        known = self._ranges.get((name, rank))
+        if known is None:
+            known = self._ranges[name, rank] = self.first_row(name, rank), self.first_row(name, rank + 1)
+        return known
 
     def shard(self, rank: int) -> Layout:
         """Layout of the rows that ``rank`` owns; tensors of which it owns nothing have zero rows."""
+        if rank not in self._shards:
+            self._shards[rank] = self._shard(rank)
+        return self._shards[rank]
+
+    def _shard(self, rank: int) -> Layout:
         shapes = {}
         for name, shape in self.layout.shapes.items():
             low, high = self.rows(name, rank)

@@ -1,123 +1,147 @@
-"""Gather and scatter between a rank's rows and its run of a narrow flat buffer.
+"""Copies of kept entries between the full arrays and narrow ones: one primitive for every transfer.
 
-Every tensor is one block move: kept rows times kept units within a row, where a unit is the longest run that
-is always contiguous (the 3x3 window of a convolution, a whole row when all columns are kept). A move is a
-single flat ``index_select`` or ``index_copy_`` over units, in chunks that bound the index memory; no
-intermediate tensor is made.
+    gather    shard -> narrow buffer              copy_blocks(plan, [(weights, narrow), (slot, narrow slot)])
+    scatter   narrow buffer -> shard              the same with reverse=True
+    patch     device buffer -> device buffer      the same between two narrow buffers
+
+    where the arrays are          how they are copied
+    both in host memory           the native kernel, by several threads (torch's indexing without numba)
+    both on a CUDA device         a Triton kernel (torch's indexing without Triton)
+    one in host memory            a Triton kernel that reads or writes page-locked memory directly, or the
+                                  native kernel into staging memory and a plain copy: a probe chooses
+
+All ways move bytes unchanged, so they agree bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from offload_sparse.store.partition import Partition, kept_before, row_shape
-from offload_sparse.structure.selection import Kept, Layout, Selection
+from offload_sparse.store import kernels
+from offload_sparse.store.blocks import Block, BlockList, Grid
+from offload_sparse.store.packing import Packed
+from offload_sparse.store.torch_copy import copy_by_torch
 
-CHUNK = 1 << 18
-"""Units moved per call: 2 MiB of index."""
+__all__ = ["Block", "BlockPlan", "Grid", "copy_blocks", "prepare"]
+
+NATIVE_FROM = 1 << 18
+"""Entries from which a transfer is worth loading the native kernel (half a second)."""
+
+THREADS_FROM = 1 << 16
+"""Entries per thread from which another thread is worth waking."""
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
-@dataclass(frozen=True)
-class BlockMove:
-    """The kept entries of one tensor that one rank owns.
+class BlockPlan(BlockList):
+    """Blocks of all tensors, ready to be copied any number of times, for weights and every optimizer slot.
 
-    Attributes:
-        source: first entry of the tensor's rows in the rank's shard.
-        target: first entry in the narrow flat buffer.
-        rows: int64, kept rows relative to the first own one.
-        row_units: units per full row.
-        pattern: int64, kept units within a row.
-        unit: contiguous entries per unit.
-        own_rows: rows that the rank owns.
+    Attributes (beside those of ``BlockList``):
+        packed: tables for the native kernel, made when they are first needed.
     """
 
-    source: int
-    target: int
-    rows: Tensor
-    row_units: int
-    pattern: Tensor
-    unit: int
-    own_rows: int
-
-    def full_view(self, shard: Tensor) -> Tensor:
-        """The rank's rows of the tensor as [units, unit], a view of its shard."""
-        length = self.own_rows * self.row_units
-        return shard[self.source : self.source + length * self.unit].view(length, self.unit)
-
-    def chunks(self) -> Iterator[tuple[Tensor, int, int]]:
-        """(int64 unit indices, first narrow entry, number of narrow entries), a bounded number of units at a
-        time.
-        """
-        step = max(1, CHUNK // max(1, self.pattern.numel()))
-        target = self.target
-        for rows in self.rows.split(step):
-            index = (rows[:, None] * self.row_units + self.pattern).flatten()
-            size = index.numel() * self.unit
-            yield index, target, size
-            target += size
+    @cached_property
+    def packed(self) -> Packed:
+        return Packed(self.blocks)
 
 
-def block_moves(partition: Partition, selection: Selection, narrow: Layout, rank: int) -> list[BlockMove]:
-    """The moves of ``rank`` for one selection; they serve weights and every optimizer slot alike."""
-    shard = partition.shard(rank)
-    moves = []
-    for name, shape in partition.layout.shapes.items():
-        low, high = partition.rows(name, rank)
-        kept = selection.kept[name]
-        rows = _own_rows(kept[0] if kept else None, low, high)
-        if not rows.numel():
-            continue
-        before = kept_before(kept[0] if kept else None, low) * row_shape(narrow.shapes[name])[1]
-        pattern, unit = _row_pattern(kept[1:], shape[1:])
-        row_units = row_shape(shape)[1] // unit
-        moves.append(
-            BlockMove(
-                shard.offsets[name], narrow.offsets[name] + before, rows, row_units, pattern, unit, high - low
-            )
-        )
-    return moves
-
-
-def _own_rows(kept: Kept, low: int, high: int) -> Tensor:
-    if kept is None:
-        return torch.arange(high - low)
-    return kept[(kept >= low) & (kept < high)] - low
-
-
-def _row_pattern(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, int]:
-    """Kept units within a row of ``shape``, and the entries per unit."""
-    indexed = [dim for dim, k in enumerate(kept) if k is not None]
-    last = indexed[-1] if indexed else -1
-    pattern = torch.zeros(1, dtype=torch.int64)
-    for dim in range(last + 1):
-        positions = kept[dim]
-        steps = torch.arange(shape[dim]) if positions is None else positions
-        pattern = (pattern[:, None] * shape[dim] + steps).flatten()
-    return pattern, max(1, prod(shape[last + 1 :]))
+def prepare(entries: int) -> None:
+    """Load the native kernel now if transfers of so many entries will want it, rather than in the first
+    round.
+    """
+    if entries >= NATIVE_FROM:
+        kernels.load()
 
 
 @torch.no_grad()
-def gather(shard: Tensor, moves: list[BlockMove], out: Tensor, out_offset: int = 0) -> None:
-    """Copy the kept entries of ``shard`` to ``out``, whose entry 0 is narrow entry ``out_offset``."""
-    for move in moves:
-        full = move.full_view(shard)
-        for index, target, size in move.chunks():
-            start = target - out_offset
-            torch.index_select(full, 0, index, out=out[start : start + size].view(-1, move.unit))
+def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool = False) -> None:
+    """Copy all blocks from the first to the second array of every pair.
 
+    Args:
+        plan: the blocks.
+        pairs: flat contiguous arrays (source, target) of one dtype, in host memory or on a CUDA device: the
+            weights, then each optimizer slot. Entries outside the blocks are not written. Copies that
+            involve a CUDA device are in order with its current stream; those that write host memory have
+            ended on return.
+        reverse: copy from the second to the first array.
 
-@torch.no_grad()
-def scatter(shard: Tensor, moves: list[BlockMove], values: Tensor, values_offset: int = 0) -> None:
-    """Write narrow ``values`` (entry 0 is narrow entry ``values_offset``) back into a rank's ``shard``;
-    others stay.
+    Raises:
+        ValueError: an array is too small for the blocks, not flat, or of another dtype than its partner.
     """
-    for move in moves:
-        full = move.full_view(shard)
-        for index, target, size in move.chunks():
-            start = target - values_offset
-            full.index_copy_(0, index, values[start : start + size].view(-1, move.unit))
+    for source, target in pairs:
+        _check(plan, source, target)
+    if not plan.entries:
+        return
+    if all(array.device.type == "cpu" for pair in pairs for array in pair):
+        _copy_in_host_memory(plan, pairs, reverse)
+    else:
+        from offload_sparse.store.device_copy import copy_with_device
+
+        for source, target in pairs:
+            copy_with_device(plan, source, target, reverse)
+
+
+def _check(plan: BlockPlan, source: Tensor, target: Tensor) -> None:
+    if source.dtype != target.dtype:
+        raise ValueError(f"arrays of {source.dtype} and {target.dtype} cannot be copied; give one dtype")
+    for name, array, size in (("source", source, plan.source_size), ("target", target, plan.target_size)):
+        if array.dim() != 1 or not array.is_contiguous():
+            raise ValueError(f"the {name} array must be flat and contiguous, not {list(array.shape)}")
+        if array.numel() < size:
+            raise ValueError(f"the {name} array has {array.numel()} entries, the blocks need {size}")
+
+
+def _copy_in_host_memory(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
+    wanted = kernels.loaded() or plan.entries * len(pairs) >= NATIVE_FROM
+    kernel = kernels.load() if wanted else None
+    if kernel is None:
+        for source, target in pairs:
+            copy_by_torch(plan.blocks, source, target, reverse)
+    else:
+        _copy_natively(kernel, plan, pairs, reverse)
+
+
+def _copy_natively(
+    kernel: kernels.Kernel, plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool
+) -> None:
+    packed = plan.packed
+    threads = max(1, min(torch.get_num_threads(), plan.entries * len(pairs) // THREADS_FROM))
+    # A few pieces per thread even out rows of unequal cost; in order, which suits memory-mapped files.
+    ranges = packed.pieces(4 * threads if threads > 1 else 1)
+    work = [(pair, first, last) for pair in pairs for first, last in ranges]
+    work.reverse()
+
+    def run() -> None:
+        while True:
+            try:
+                (source, target), first, last = work.pop()
+            except IndexError:
+                return
+            here, there = source.data_ptr(), target.data_ptr()
+            size = source.element_size()
+            if reverse:
+                kernel(*packed.addresses, first, last, there, here, size, kernels.TARGET, kernels.SOURCE)
+            else:
+                kernel(*packed.addresses, first, last, here, there, size, kernels.SOURCE, kernels.TARGET)
+
+    helpers = [_pool(threads).submit(run) for _ in range(threads - 1)]
+    run()
+    for helper in helpers:
+        helper.result()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _pools_lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="transfer")
+        return _pools[threads]

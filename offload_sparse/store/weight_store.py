@@ -6,9 +6,8 @@
     as the weights buffers   [r0 r1][r1 r2]                                        BatchNorm statistics, a
     layout of their own
 
-    gather:   own rows --index_select--> own run of the narrow buffer --broadcast of every rank's run--> whole
-        narrow buffer
-    scatter:  own run of the narrow buffer --index_copy_--> own rows; no network
+    fetch:     own rows --> own segment of a wire buffer --broadcasts--> every rank --> narrow buffer
+    put_back:  narrow buffer --> own rows; no network
 
 Rank memory is (1 + slots) * bytes(full weights) / world_size. Integer buffers are not sliced; every rank
 holds them.
@@ -16,16 +15,19 @@ holds them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from offload_sparse.config import Switch
+from offload_sparse.store.delta import Arrival, Dispatch, Narrow, arrival, returned
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.pinned import host_zeros
-from offload_sparse.store.transfer import BlockMove, block_moves, gather, scatter
+from offload_sparse.store.transfer import BlockPlan, copy_blocks, prepare
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Layout, Selection
 
@@ -38,33 +40,61 @@ class Ranks:
     """The ranks that share a store.
 
     Attributes:
-        rank: this process.
-        world_size: number of processes.
-        host_group: process group for host tensors (gloo); None when world_size is 1 or the default group is
-            gloo.
+        rank: this process among them.
+        world_size: how many they are.
+        host_group: their process group for host tensors (gloo); None when there is one rank or the default
+            group serves.
+        transfer_group: their process group for the exchange of entries, which may run beside an all-reduce
+            and therefore has an order of its own.
+        first: global rank of the first of them.
     """
 
     rank: int = 0
     world_size: int = 1
     host_group: dist.ProcessGroup | None = None
+    transfer_group: dist.ProcessGroup | None = None
+    first: int = 0
 
     @staticmethod
-    def current() -> Ranks:
-        """The ranks of the default process group, or a single one when there is none."""
+    def current(per_node: bool = False) -> Ranks:
+        """The ranks of the default process group, or a single one when there is none.
+
+        Args:
+            per_node: only those of this node (consecutive ranks, as ``torchrun`` numbers them, all nodes with
+                as many); every node then holds all weights, and none of them crosses the network between
+                nodes. Every rank of the default group must call this.
+
+        Raises:
+            ValueError: ``per_node``, and the nodes do not have equally many ranks.
+        """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return Ranks()
-        group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        assert not isinstance(group, int), "every rank is a member of the new group"
-        return Ranks(dist.get_rank(), dist.get_world_size(), group)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        size = _ranks_per_node(world_size) if per_node else world_size
+        mine = Ranks()
+        for first in range(0, world_size, size):  # every rank takes part in the making of every group
+            members = list(range(first, first + size))
+            transfer = dist.new_group(members)
+            host = dist.new_group(members, backend="gloo")
+            if rank in members:
+                assert not isinstance(transfer, int)
+                assert not isinstance(host, int)
+                mine = Ranks(rank - first, size, host, transfer, first)
+        return mine
+
+    def global_rank(self, rank: int) -> int:
+        """The rank in the default group of member ``rank``."""
+        return self.first + rank
 
 
-@dataclass
-class _Plan:
-    """What moving one selection needs: narrow layout, own moves, and every rank's run."""
-
-    narrow: Layout
-    moves: list[BlockMove]
-    segments: list[tuple[int, int]] = field(default_factory=list)
+def _ranks_per_node(world_size: int) -> int:
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size % size:
+        raise ValueError(
+            f"store.shard node needs as many ranks on every node, but {world_size} ranks are not a multiple "
+            f"of {size}; set store.shard to world"
+        )
+    return size
 
 
 class WeightStore:
@@ -77,7 +107,9 @@ class WeightStore:
         slots: names of the optimizer slots, zero at the start.
         dtype: type of weights, slots and buffers.
         ranks: the ranks that share the store.
-        pin: page-lock the memory for a CUDA device.
+        pin: whether the memory is page-locked, as for ``host_zeros``.
+        allocate: (kind, entries) -> the flat array of a kind, such as ``Tier.allocate``; zeros in memory if
+            None.
     """
 
     def __init__(
@@ -88,7 +120,8 @@ class WeightStore:
         slots: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float32,
         ranks: Ranks | None = None,
-        pin: bool = False,
+        pin: Switch | bool = False,
+        allocate: Callable[[str, int], Tensor] | None = None,
     ) -> None:
         self.channel_map = channel_map
         self.ranks = ranks or Ranks()
@@ -101,10 +134,10 @@ class WeightStore:
         buffers = Partition(Layout.of({n: tuple(shapes[n]) for n in buffer_names}), world_size)
         self.partitions = {WEIGHTS: weights, BUFFERS: buffers, **dict.fromkeys(slots, weights)}
         self._shards = {kind: p.shard(self.ranks.rank) for kind, p in self.partitions.items()}
-        self.arrays = {kind: host_zeros(shard.size, dtype, pin) for kind, shard in self._shards.items()}
+        make = allocate or (lambda _, size: host_zeros(size, dtype, pin))
+        self.arrays = {kind: make(kind, shard.size) for kind, shard in self._shards.items()}
+        prepare(self.arrays[WEIGHTS].numel())
         self.integer_buffers: dict[str, Tensor] = {}
-        self._staging = torch.empty(0, dtype=dtype)
-        self._plans: dict[tuple[int, str], tuple[Selection, _Plan]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -129,27 +162,27 @@ class WeightStore:
         """Stream whole tensors that only rank 0 holds to the ranks that own their rows, shard by shard.
 
         Args:
-            tensors: every parameter and buffer on rank 0, None elsewhere.
+            tensors: every parameter and buffer on rank 0 (of those that share the store), None elsewhere.
         """
         if self.ranks.world_size == 1:
             assert tensors is not None
             self.fill(tensors.items())
             return
-        group = self.ranks.host_group
+        group, first = self.ranks.host_group, self.ranks.first
         for name in (*self.partitions[WEIGHTS].layout.shapes, *self.partitions[BUFFERS].layout.shapes):
             own = self.own_rows(name)
             if tensors is None:
                 if own.numel():
-                    dist.recv(own, src=0, group=group)
+                    dist.recv(own, src=first, group=group)
                 continue
             own.copy_(self._rows_of(name, 0, tensors[name]))
             for rank in range(1, self.ranks.world_size):
                 rows = self._rows_of(name, rank, tensors[name])
                 if rows.numel():
-                    dist.send(rows.contiguous(), dst=rank, group=group)
+                    dist.send(rows.contiguous(), dst=first + rank, group=group)
         integers = {n: t for n, t in (tensors or {}).items() if not t.is_floating_point()}
         shared = [integers]
-        dist.broadcast_object_list(shared, src=0, group=group)
+        dist.broadcast_object_list(shared, src=first, group=group)
         self.integer_buffers = shared[0]
 
     def gather(self, selection: Selection, kind: str, out: Tensor) -> None:
@@ -160,59 +193,82 @@ class WeightStore:
             kind: ``WEIGHTS``, ``BUFFERS`` or a slot.
             out: flat narrow buffer in the store's dtype, on the device; every entry is written.
         """
-        plan = self._plan(selection, kind)
-        low, high = plan.segments[self.ranks.rank]
-        if out.device.type == "cpu":
-            gather(self.arrays[kind], plan.moves, out)
-        else:
-            staging = self._stage(high - low)
-            gather(self.arrays[kind], plan.moves, staging, out_offset=low)
-            out[low:high].copy_(staging)
-        if self.ranks.world_size > 1:
-            self._exchange(plan, out)
+        partition = self.partitions[kind]
+        whole = arrival(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
+        self.fetch(whole, [(kind, out)])
 
     def scatter(self, selection: Selection, kind: str, values: Tensor) -> None:
-        """Write this rank's run of a flat narrow buffer back into its rows. Uses no network."""
-        plan = self._plan(selection, kind)
-        low, high = plan.segments[self.ranks.rank]
-        if values.device.type == "cpu":
-            scatter(self.arrays[kind], plan.moves, values)
-        else:
-            staging = self._stage(high - low)
-            staging.copy_(values[low:high])
-            scatter(self.arrays[kind], plan.moves, staging, values_offset=low)
+        """Write this rank's entries of a flat narrow buffer back into its rows. Uses no network."""
+        partition = self.partitions[kind]
+        whole = returned(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
+        self.put_back(whole, [(kind, values)])
 
-    def forget(self, selection: Selection) -> None:
-        """Drop what is remembered about moving ``selection``."""
-        for key in [k for k, (known, _) in self._plans.items() if known is selection]:
-            del self._plans[key]
+    def fetch(self, plan: Arrival, arrays: Sequence[tuple[str, Tensor]]) -> int:
+        """Carry out the part of an arrival that comes from the store.
 
-    def _exchange(self, plan: _Plan, out: Tensor) -> None:
+        Args:
+            plan: the moves, for all of ``arrays``.
+            arrays: (kind, flat narrow buffer on the device) pairs.
+
+        Returns:
+            bytes that have left this rank's rows.
+        """
+        if plan.fetched is not None:
+            copy_blocks(plan.fetched, [(self.arrays[kind], out) for kind, out in arrays])
+        for parcel in plan.parcels:
+            for kind, out in arrays:
+                wire = torch.empty(parcel.segments[-1][1], dtype=self.dtype, device=out.device)
+                copy_blocks(parcel.pack, [(self.arrays[kind], wire)])
+                self._exchange(wire, parcel.segments)
+                copy_blocks(parcel.unpack, [(wire, out)])
+        if plan.dispatch is not None:
+            for kind, out in arrays:
+                copy_blocks(plan.dispatch.unpack, [(self._dispatch(plan.dispatch, kind, out.device), out)])
+        return plan.own_entries * len(arrays) * self.dtype.itemsize
+
+    def put_back(self, plan: BlockPlan, arrays: Sequence[tuple[str, Tensor]]) -> int:
+        """Write entries of narrow buffers into this rank's rows.
+
+        Args:
+            plan: the moves from the rows to the buffers; they are run backwards.
+            arrays: (kind, flat narrow buffer on the device) pairs.
+
+        Returns:
+            bytes that have come back.
+        """
+        copy_blocks(plan, [(self.arrays[kind], values) for kind, values in arrays], reverse=True)
+        return plan.entries * len(arrays) * self.dtype.itemsize
+
+    def _dispatch(self, plan: Dispatch, kind: str, device: torch.device) -> Tensor:
+        """Send every rank what it wants of this rank's rows; what this rank gets, owners in order."""
+        arriving = torch.empty(sum(plan.received), dtype=self.dtype, device=device)
+        leaving = [torch.empty(pack.entries, dtype=self.dtype, device=device) for pack in plan.packs]
+        for pack, wire in zip(plan.packs, leaving, strict=True):
+            copy_blocks(pack, [(self.arrays[kind], wire)])
+        exchanges = []
+        for other, part in enumerate(arriving.split(plan.received)):
+            if other == self.ranks.rank:
+                part.copy_(leaving[other])
+                continue
+            peer, group = self.ranks.global_rank(other), self.ranks.transfer_group
+            if leaving[other].numel():
+                exchanges.append(dist.P2POp(dist.isend, leaving[other], peer, group))
+            if part.numel():
+                exchanges.append(dist.P2POp(dist.irecv, part, peer, group))
+        for work in dist.batch_isend_irecv(exchanges) if exchanges else []:
+            work.wait()
+        return arriving
+
+    def _exchange(self, wire: Tensor, segments: Sequence[tuple[int, int]]) -> None:
+        group = self.ranks.transfer_group
         pending = [
-            dist.broadcast(out[low:high], src=rank, async_op=True)
-            for rank, (low, high) in enumerate(plan.segments)
+            dist.broadcast(wire[low:high], src=self.ranks.global_rank(owner), group=group, async_op=True)
+            for owner, (low, high) in enumerate(segments)
             if high > low
         ]
         for work in pending:
             assert work is not None
             work.wait()
-
-    def _plan(self, selection: Selection, kind: str) -> _Plan:
-        partition = self.partitions[kind]
-        key = (id(selection), BUFFERS if kind == BUFFERS else WEIGHTS)
-        if key not in self._plans:
-            narrow = selection.layout(partition.layout.shapes)
-            moves = block_moves(partition, selection, narrow, self.ranks.rank)
-            segments = [partition.segment(selection, narrow, r) for r in range(self.ranks.world_size)]
-            # The selection is kept beside its plan, so that its id cannot be reused while the plan is
-            # remembered.
-            self._plans[key] = (selection, _Plan(narrow, moves, segments))
-        return self._plans[key][1]
-
-    def _stage(self, size: int) -> Tensor:
-        if self._staging.numel() < size:
-            self._staging = host_zeros(size + size // 8, self.dtype, self._pin)
-        return self._staging[:size]
 
     def _partition_of(self, name: str) -> Partition:
         return self.partitions[WEIGHTS if name in self.partitions[WEIGHTS].layout else BUFFERS]

@@ -26,10 +26,10 @@ def count_parameters(module: nn.Module) -> int:
 
 def count_flops(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> int:
     """FLOPs of one forward pass (evaluation mode) over the whole batch, counted without computing."""
-    return _flops_by_module(module, example_inputs)[""]
+    return flops_by_module(module, example_inputs)[""]
 
 
-def _flops_by_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, int]:
+def flops_by_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, int]:
     """FLOPs spent inside each module, by qualified name; the empty name is the whole network."""
     network = meta_copy(module).eval()
     inputs = [x.detach().to("meta") for x in example_inputs]
@@ -63,7 +63,7 @@ class CostModel:
     def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: tuple[Tensor, ...]) -> None:
         self._channel_map = channel_map
         self._axes: list[Axis] = [None]
-        self._number: dict[tuple[int, ...], int] = {}
+        self._number: dict[bytes, int] = {}
         names = [name for name, _ in model.named_parameters() if name in channel_map.shapes]
         rows = [self._row(name) for name in names]
         rank = max((len(row) for row in rows), default=0)
@@ -75,7 +75,7 @@ class CostModel:
             prod(s for s, a in zip(channel_map.shapes[n], channel_map.axes[n], strict=True) if a is None)
             for n in names
         ]
-        flops = _flops_by_module(model, example_inputs)
+        flops = flops_by_module(model, example_inputs)
         per_entry = _flops_per_entry(model, channel_map, flops)
         self._entries = torch.tensor(free, dtype=torch.int64)
         ratios = [per_entry.get(n, Fraction(0)) for n in names]
@@ -100,7 +100,7 @@ class CostModel:
         row = []
         for axis in self._channel_map.axes[name]:
             if axis is not None:
-                number = self._number.setdefault(tuple(axis.tolist()), len(self._axes))
+                number = self._number.setdefault(axis.numpy().tobytes(), len(self._axes))
                 if number == len(self._axes):
                     self._axes.append(axis)
                 row.append(number)

@@ -22,10 +22,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
@@ -38,7 +41,9 @@ State = tuple[Any, Callable[..., Any]]
 """One side of one module or operation: a node of Torch-Pruning's graph and the function that prunes this
 side."""
 
-STRIDE = 1 << 32  # an entry is encoded as state * STRIDE + position
+Positions = NDArray[np.int64]
+
+STRIDE = 1 << 32  # beyond every position: a pair (number, position) is encoded as number * STRIDE + position
 _INPUT_STUBS: Mapping[int, type[nn.Module]] = {4: nn.Conv2d, 5: nn.Conv3d}
 
 
@@ -53,7 +58,7 @@ class Closures:
 
     Attributes:
         states: (Torch-Pruning node, pruning function) pairs; a pair is one side of one module or operation.
-        state: int64[entries], index into ``states``.
+        state: int64[entries], index into ``states``, ascending.
         position: int64[entries], position on that side.
         label: int64[entries], class of the entry, 0 … classes - 1.
     """
@@ -67,13 +72,22 @@ class Closures:
     def classes(self) -> int:
         return int(self.label.max()) + 1 if self.label.numel() else 0
 
+    def of(self, index: int) -> slice:
+        """Where the entries of state number ``index`` stand."""
+        return slice(self._starts[index], self._starts[index + 1])
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts: list[int] = torch.searchsorted(self.state, torch.arange(len(self.states) + 1)).tolist()
+        return starts
+
     def side(self, layer: nn.Module, output: bool) -> Tensor:
         """int64[channels], the classes of the channels of one side of a layer; -1 where nothing is tied."""
         width = layer.weight.shape[0 if output else 1]  # type: ignore[index]
         classes = torch.full((int(width),), -1)
         for index, (node, function) in enumerate(self.states):
             if node.module is layer and is_output(function) == output:
-                chosen = self.state == index
+                chosen = self.of(index)
                 classes[self.position[chosen]] = self.label[chosen]
         return classes
 
@@ -239,88 +253,108 @@ def channel_closures(graph: Any, deadline: float = float("inf")) -> Closures:
     instead of once per channel. Added are the ties within each group of a grouped convolution, which
     Torch-Pruning leaves to its pruners.
     """
-    number: dict[State, int] = {}
-    seen: list[set[int]] = []
-    sources, targets = [], []
-    pending = []
-
-    def visit(state: State, positions: Sequence[int]) -> int:
-        index = number.setdefault(state, len(number))
-        if index == len(seen):
-            seen.append(set())
-        new = [p for p in dict.fromkeys(positions) if p not in seen[index]]
-        seen[index].update(new)
-        if new:
-            pending.append((index, state, new))
-        return index
-
-    def tie(source: int, roots: Sequence[int], target: int, mapped: Sequence[int]) -> None:
-        sources.append(source * STRIDE + torch.tensor(roots, dtype=torch.int64))
-        targets.append(target * STRIDE + torch.tensor(mapped, dtype=torch.int64))
-
+    walk = _Walk()
     for node in list(graph.module2node.values()):
         if is_producer(node.module):
             pruner = graph.get_pruner_of_module(node.module)
-            visit((node, pruner.prune_out_channels), range(pruner.get_out_channels(node.module)))
-    while pending:
+            width = pruner.get_out_channels(node.module)
+            walk.visit((node, pruner.prune_out_channels), np.arange(width, dtype=np.int64))
+    while walk.pending:
         if time.monotonic() > deadline:
             raise TimeLimitError
-        index, (node, function), positions = pending.pop()
+        index, (node, function), positions = walk.pending.pop()
         for dependency in node.dependencies:
             if dependency.is_triggered_by(function):
                 roots, mapped = _map_positions(dependency, positions)
-                tie(index, roots, visit((dependency.target, dependency.handler), mapped), mapped)
+                walk.tie(index, roots, (dependency.target, dependency.handler), mapped)
         if is_grouped(node.module):
             pruner = graph.get_pruner_of_module(node.module)
             for side in (pruner.prune_in_channels, pruner.prune_out_channels):
                 roots, mapped = _group_members(node.module, function, side, positions)
-                tie(index, roots, visit((node, side), mapped), mapped)
-    every = torch.tensor(
-        [i * STRIDE + p for i, positions in enumerate(seen) for p in positions], dtype=torch.int64
-    )
-    return _classes(tuple(number), every, sources, targets)
+                walk.tie(index, roots, (node, side), mapped)
+    return walk.closures()
 
 
-def _map_positions(dependency: Any, positions: list[int]) -> tuple[list[int], list[int]]:
+class _Walk:
+    """Entries that have been reached, as one table of flags per state, and the ties between them.
+
+    Attributes:
+        pending: (number of a state, the state, positions that were reached and not followed yet).
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[int, State, Positions]] = []
+        self._number: dict[State, int] = {}
+        self._seen: list[NDArray[np.bool_]] = []
+        self._ties: list[tuple[int, Positions, int, Positions]] = []
+
+    def visit(self, state: State, positions: Positions) -> int:
+        """Note that entries of ``state`` are reached; the number of the state."""
+        index = self._number.setdefault(state, len(self._number))
+        if index == len(self._seen):
+            self._seen.append(np.zeros(0, np.bool_))
+        missing = int(positions.max(initial=-1)) + 1 - len(self._seen[index])
+        if missing > 0:
+            self._seen[index] = np.pad(self._seen[index], (0, missing))
+        before = self._seen[index].copy()
+        self._seen[index][positions] = True
+        new = np.flatnonzero(self._seen[index] != before)
+        if len(new):
+            self.pending.append((index, state, new))
+        return index
+
+    def tie(self, source: int, roots: Positions, state: State, mapped: Positions) -> None:
+        """Entry ``roots[i]`` of state number ``source`` is tied to entry ``mapped[i]`` of ``state``."""
+        self._ties.append((source, roots, self.visit(state, mapped), mapped))
+
+    def closures(self) -> Closures:
+        """The classes of all entries that were reached."""
+        reached = [np.flatnonzero(seen) for seen in self._seen]
+        starts = np.cumsum([0, *(len(positions) for positions in reached)])
+        # The number of an entry among all: those of earlier states, then the reached positions before it.
+        place = [start + np.cumsum(seen) - 1 for start, seen in zip(starts, self._seen, strict=False)]
+        nothing = np.zeros(0, np.int64)
+        u = np.concatenate([nothing, *(place[s][roots] for s, roots, _, _ in self._ties)])
+        v = np.concatenate([nothing, *(place[t][mapped] for _, _, t, mapped in self._ties)])
+        root = connected_components(int(starts[-1]), torch.from_numpy(u), torch.from_numpy(v))
+        return Closures(
+            tuple(self._number),
+            torch.from_numpy(np.repeat(np.arange(len(reached)), [len(p) for p in reached])),
+            torch.from_numpy(np.concatenate([nothing, *reached])),
+            torch.unique(root, return_inverse=True)[1],
+        )
+
+
+def _map_positions(dependency: Any, positions: Positions) -> tuple[Positions, Positions]:
     """Pairs (position at the source, position at the target), by the dependency's own index mappings."""
     mappings = [mapping for mapping in dependency.index_mapping if mapping is not None]
     if not mappings:
         return positions, positions
-    indices = [_HybridIndex(idx=p, root_idx=p) for p in positions]
+    indices = [_HybridIndex(idx=p, root_idx=p) for p in positions.tolist()]
     for mapping in mappings:
         indices = mapping(indices)
     if any(i.idx < 0 or i.root_idx is None for i in indices):
         raise ValueError(f"channels cannot be followed into {dependency.target}; write a channel map by hand")
-    return [i.root_idx for i in indices], [i.idx for i in indices]
+    roots, mapped = ([i.root_idx for i in indices], [i.idx for i in indices])
+    return np.array(roots, np.int64), np.array(mapped, np.int64)
 
 
 def _group_members(
-    module: _ConvNd, function: Callable[..., Any], side: Callable[..., Any], positions: list[int]
-) -> tuple[list[int], list[int]]:
+    module: _ConvNd, function: Callable[..., Any], side: Callable[..., Any], positions: Positions
+) -> tuple[Positions, Positions]:
     """Pairs (position, member): all channels on ``side`` in the same group of a grouped convolution.
 
     Its weight has no entry between two groups, so a group is dropped whole: inputs, filters and outputs.
     """
     own = _group_size(module, function)
     size = _group_size(module, side)
-    pairs = [(p, p // own * size + i) for p in positions for i in range(size)]
-    return [p for p, _ in pairs], [member for _, member in pairs]
+    members = (positions // own * size)[:, None] + np.arange(size)
+    return np.repeat(positions, size), members.ravel()
 
 
 def _group_size(module: _ConvNd, function: Callable[..., Any]) -> int:
     width = module.out_channels if function.__name__ == "prune_out_channels" else module.in_channels
     return width // module.groups
-
-
-def _classes(
-    states: tuple[State, ...], every: Tensor, sources: list[Tensor], targets: list[Tensor]
-) -> Closures:
-    entries = torch.unique(every)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    u = torch.searchsorted(entries, torch.cat([nothing, *sources]))
-    v = torch.searchsorted(entries, torch.cat([nothing, *targets]))
-    label = torch.unique(connected_components(len(entries), u, v), return_inverse=True)[1]
-    return Closures(states, entries // STRIDE, entries % STRIDE, label)
 
 
 def connected_components(size: int, u: Tensor, v: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def _kept_dense(closures: Closures, wrapper: TracedNetwork, residual: str) -> Te
     for index, (node, _) in enumerate(closures.states):
         at_border = node.module in stubs or isinstance(node.module, torch_pruning.ops._OutputOp)
         if at_border or (residual == "internal" and _joins_producers(node)):
-            dense[closures.label[closures.state == index]] = True
+            dense[closures.label[closures.of(index)]] = True
     return dense
 
 
@@ -149,7 +149,7 @@ def _number_atoms(
     for index, (node, function) in enumerate(closures.states):
         module = node.module
         if is_producer(module) and module in names and is_output(function):
-            chosen = closures.state == index
+            chosen = closures.of(index)
             key = order[module] * STRIDE + closures.position[chosen]
             first.scatter_reduce_(0, closures.label[chosen], key, "amin")
     first[dense] = never
@@ -172,7 +172,7 @@ def _refuse_unknown(
     """Refuse what sampled channels reach and what cannot be narrowed with them."""
     operations = []
     for index, (node, function) in enumerate(closures.states):
-        chosen = closures.state == index
+        chosen = closures.of(index)
         if not bool((atom_of_class[closures.label[chosen]] >= 0).any()):
             continue
         if node.module in parameters:
@@ -197,7 +197,7 @@ def _refuse_unknown(
 def _refuse_other_additions(closures: Closures, ids: Tensor, names: Mapping[Any, str]) -> None:
     """Refuse sums of sampled channels that were not exposed: their operands would have to share a mask."""
     for index, (node, _) in enumerate(closures.states):
-        if _joins_producers(node) and bool((ids[closures.label[closures.state == index]] >= 0).any()):
+        if _joins_producers(node) and bool((ids[closures.label[closures.of(index)]] >= 0).any()):
             raise ValueError(
                 f"the addition near {_neighbour(node, names)} is in a forward that torch.fx cannot trace, "
                 "that depends on the training mode or that runs twice, or it adds tensors of two shapes; "
@@ -262,7 +262,7 @@ def _axes(
     for index, (node, function) in enumerate(closures.states):
         if node.module not in names:
             continue
-        chosen = closures.state == index
+        chosen = closures.of(index)
         atoms = ids[closures.label[chosen]]
         position = closures.position[chosen][atoms >= 0]
         for tensor, dim in (
@@ -275,10 +275,10 @@ def _axes(
 
 def _share_equal(axes: Mapping[str, list[Axis]]) -> dict[str, tuple[Axis, ...]]:
     """The same axes, with one tensor for all that are equal: a norm's four vectors name the same atoms."""
-    first: dict[tuple[int, ...], Tensor] = {}
+    first: dict[bytes, Tensor] = {}
     return {
         name: tuple(
-            None if axis is None else first.setdefault(tuple(axis.tolist()), axis) for axis in of_tensor
+            None if axis is None else first.setdefault(axis.numpy().tobytes(), axis) for axis in of_tensor
         )
         for name, of_tensor in axes.items()
     }

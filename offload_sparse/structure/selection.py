@@ -81,7 +81,7 @@ class Selection:
                 raise ValueError(f"the mask drops all of group {group.name!r}, which disconnects the network")
         self.channel_map = channel_map
         self.mask = mask
-        alive = channel_map.alive(mask)
+        alive = self.alive = channel_map.alive(mask)
         memo: dict[int, Kept] = {}
 
         def resolve(axis: Axis) -> Kept:
@@ -169,43 +169,3 @@ def open_grid(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, .
         (torch.arange(size) if k is None else k).view([-1 if d == e else 1 for e in range(dims)])
         for d, (size, k) in enumerate(zip(shape, kept, strict=True))
     )
-
-
-def shared_positions(a: Selection, b: Selection, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Entries that two subnets have in common.
-
-    Returns:
-        int64 positions of the shared entries of ``names`` in the narrow flat buffer of ``a`` and in that of
-        ``b``, in the same (ascending) order.
-    """
-    layout_a, layout_b = a.layout(names), b.layout(names)
-    in_a: list[Tensor] = []
-    in_b: list[Tensor] = []
-    for name in names:
-        full = a.channel_map.shapes[name]
-        pairs = [_common(ka, kb, n) for ka, kb, n in zip(a.kept[name], b.kept[name], full, strict=True)]
-        in_a.append(_flat([p for p, _ in pairs], a.shapes[name]) + layout_a.offsets[name])
-        in_b.append(_flat([p for _, p in pairs], b.shapes[name]) + layout_b.offsets[name])
-    empty = torch.empty(0, dtype=torch.int64)
-    return torch.cat([empty, *in_a]), torch.cat([empty, *in_b])
-
-
-def _common(a: Kept, b: Kept, size: int) -> tuple[Tensor, Tensor]:
-    """Where the positions kept by both stand among those kept by ``a`` and among those kept by ``b``."""
-    has_a, has_b = (torch.ones(size, dtype=torch.bool) if k is None else _indicator(k, size) for k in (a, b))
-    both = has_a & has_b
-    return both[has_a].nonzero().flatten(), both[has_b].nonzero().flatten()
-
-
-def _indicator(kept: Tensor, size: int) -> Tensor:
-    indicator = torch.zeros(size, dtype=torch.bool)
-    indicator[kept] = True
-    return indicator
-
-
-def _flat(positions: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Row-major flat positions of an outer product of positions per dimension."""
-    flat = torch.zeros(1, dtype=torch.int64)
-    for dim, position in enumerate(positions):
-        flat = (flat[:, None] + position * prod(shape[dim + 1 :])).flatten()
-    return flat

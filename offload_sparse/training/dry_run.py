@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_sparse.config import PaperConfig, RunConfig
 from offload_sparse.data.declared import DeclaredData, declared_data
@@ -21,23 +21,35 @@ from offload_sparse.structure.channel_map import ChannelMap
 
 @dataclass(frozen=True)
 class Structure:
-    """The channels of a network and what they cost."""
+    """The channels of a network and what they cost.
+
+    Attributes:
+        channel_map: its channels.
+        cost: parameters and FLOPs of any mask.
+        model: the full network on the meta device.
+        inputs: tensors that it can be called with, one image, on the meta device.
+    """
 
     channel_map: ChannelMap
     cost: CostModel
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
+def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, Any]:
     """The figures of a run that can be known beforehand; nothing is read or written.
 
     The subnetwork is the one whose groups all keep ``policy.rho`` of their channels: the expected widths at
     the start, where every keep probability is rho.
 
+    Args:
+        structure: the network, if it is known already.
+
     Raises:
         ValueError: the network cannot be built or narrowed, or the data section leaves something open.
     """
     data = declared_data(config.data)
-    structure = structure_of(config, data)
+    structure = structure or structure_of(config, data)
     channel_map, cost = structure.channel_map, structure.cost
     full, mask = channel_map.full_mask(), _mask(config, structure)
     per_epoch = steps_per_epoch(data.train_images, config.data.batch_size)
@@ -77,7 +89,7 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
         model = build_model(config.model.name, **(arguments | config.model.arguments))
         inputs = (torch.empty(1, channels, data.image_size, data.image_size),)
     channel_map = block_atoms(discover(model, inputs, config.model.residual), config.atoms.block)
-    return Structure(channel_map, CostModel(model, channel_map, inputs))
+    return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
 
 
 def _mask(config: RunConfig, structure: Structure) -> Tensor:

@@ -1,4 +1,6 @@
-"""From the launcher's environment to an ``Accelerator``, with every mismatch made an error at the start."""
+"""From the launcher's environment to an ``Accelerator`` and process groups, with every mismatch made an error
+at the start.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from offload_sparse.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A collective that takes longer means that a rank is gone."""
-
 TWO_CPU_RANKS = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 launch/train.py --config …"
+)
+
+_LOST_RANK = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
 )
 
 
@@ -64,12 +72,15 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
 
     if config.precision == "bf16" and config.dtype == "float64":
         raise ValueError("train.precision bf16 and train.dtype float64 exclude each other; choose one")
+    if config.deterministic:
+        _use_deterministic_algorithms()
+    _join_again(timedelta(seconds=config.timeout))
     accelerator = Accelerator(
         mixed_precision=config.precision,
         cpu=not torch.cuda.is_available(),
         log_with=trackers or None,
         project_dir=str(run_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
@@ -78,3 +89,48 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
             f"on CPU start two ranks with: {TWO_CPU_RANKS}"
         )
     return accelerator
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether ``error`` is what a rank sees of another one that has died or no longer answers."""
+    if rank_and_world_size()[1] == 1:
+        return False
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST_RANK)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of the default process group; (0, 1) without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def own_group() -> dist.ProcessGroup | None:
+    """A new gloo group of all ranks, for messages that must not mix with others; None for a single rank."""
+    if rank_and_world_size()[1] == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert not isinstance(group, int), "every rank is a member of the new group"
+    return group
+
+
+def _join_again(timeout: timedelta) -> None:
+    """Start the default process group of ranks that the launcher has restarted.
+
+    With a static rendezvous the launcher's store outlives its attempts, and torch does not tell their keys
+    apart: a rank would be sent to the address of one that has died. The prefix keeps the attempts apart.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    own = dist.PrefixStore(f"attempt_{attempt}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _use_deterministic_algorithms() -> None:
+    """The same bits on every run, or an error; before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

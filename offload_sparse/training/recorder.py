@@ -4,7 +4,8 @@
       config.yaml     the resolved configuration
       metrics.jsonl   one JSON object per line: step, epoch, time, and whatever the trainer logs
       summary.json    the outcome, written when the run is complete
-      model/          the exported network (written by the engine)
+      checkpoints/    the state of the run, to carry on from
+  model/          the exported network (written by the engine)
 
 Only the main process records; on the others every method does nothing.
 """
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from offload_sparse import arguments
 from offload_sparse.config import RunConfig
+from offload_sparse.training.checkpoint_folder import CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -39,7 +41,7 @@ Track = Callable[[dict[str, float], int], None]
 """Receives the finite numbers of a line of metrics, and the step."""
 
 _SHOWN = ("loss", "accuracy", "validation_accuracy", "test_accuracy", "expected_size", "entropy")
-_KNOWN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MODEL_FOLDER)
+_KNOWN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER)
 
 
 class Recorder:
@@ -53,12 +55,19 @@ class Recorder:
         config: configuration of the run.
         is_main: whether this is the process that records.
         track: receives every line of metrics too, for accelerate's trackers.
+        carries_on: ``run_dir`` holds the earlier part of this run.
 
     Raises:
         ValueError: ``run_dir`` cannot be written, or holds a run already and ``overwrite`` is off.
     """
 
-    def __init__(self, config: RunConfig, is_main: bool = True, track: Track | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        is_main: bool = True,
+        track: Track | None = None,
+        carries_on: bool = False,
+    ) -> None:
         self.config = config
         self.is_main = is_main
         self.track = track
@@ -70,30 +79,71 @@ class Recorder:
         self._epochs_told = 0
         self._latest: dict[str, Any] = {}
         self._begun = time.monotonic()
+        self.carries_on = carries_on
         if is_main:
-            check_run_dir(config.run_dir, config.overwrite)
+            check_writable(config.run_dir)
+            if not carries_on:
+                check_run_dir(config.run_dir, config.overwrite)
 
     @property
     def model_folder(self) -> Path:
         """Where the exported network belongs."""
         return self.config.run_dir / MODEL_FOLDER
 
-    def begin(self, total_steps: int, steps_per_epoch: int) -> None:
-        """Begin training: remove an earlier run's files, write config.yaml, start the clock behind ``time``.
+    def begin(self, total_steps: int, steps_per_epoch: int, step: int = 0, seconds: float = 0.0) -> None:
+        """Begin training: write config.yaml, start the clock behind ``time``.
+
+        An earlier run's files are removed. Where the run carries on, its lines up to ``step`` stay and the
+        later ones, which are about to be written again, go.
 
         While training, a terminal shows a progress bar and anything else one line per epoch, both on stderr,
         unless ``train.progress`` is off.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            steps_per_epoch: optimizer steps of an epoch.
+            step: steps that are done already.
+            seconds: time that they took.
         """
         self._total_steps, self._steps_per_epoch = total_steps, max(1, steps_per_epoch)
-        self._begun = time.monotonic()
+        self._begun = time.monotonic() - seconds
+        self._step = step
+        self._epochs_told = step // self._steps_per_epoch
         if not self.is_main:
             return
-        for name in _KNOWN:
-            _remove(self.config.run_dir / name)
-        _write_whole(self.config.run_dir / CONFIG_FILE, arguments.dump(self.config))
-        self._metrics = (self.config.run_dir / METRICS_FILE).open("w", encoding="utf-8")
+        run_dir = self.config.run_dir
+        kept = kept_lines(run_dir / METRICS_FILE, step) if self.carries_on else []
+        for name in _KNOWN if not self.carries_on else (SUMMARY_FILE, MODEL_FOLDER):
+            _remove(run_dir / name)
+        if not (run_dir / CONFIG_FILE).is_file():
+            _write_whole(run_dir / CONFIG_FILE, arguments.dump(self.config))
+        _write_whole(run_dir / METRICS_FILE, "".join(line + "\n" for line in kept))
+        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         if self.config.train.progress and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr
+            )
+
+    def go_back(self, step: int) -> None:
+        """After a rollback to ``step``: later lines go, as if they had not been written."""
+        self._step = step
+        if self._bar is not None:
+            self._bar.n = step
+        if self._metrics is not None:
+            self._metrics.close()
+            path = self.config.run_dir / METRICS_FILE
+            _write_whole(path, "".join(line + "\n" for line in kept_lines(path, step)))
+            self._metrics = path.open("a", encoding="utf-8")
+
+    def sync(self) -> None:
+        """Wait until the lines written so far are on the disk."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began, over all its parts."""
+        return time.monotonic() - self._begun
 
     def advance(self) -> None:
         """One more optimizer step is done."""
@@ -119,7 +169,7 @@ class Recorder:
         line = {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 6),
-            "time": round(time.monotonic() - self._begun, 6),
+            "time": round(self.seconds, 6),
             **values,
         }
         plain = json_value(line)
@@ -178,14 +228,27 @@ class Recorder:
             self._bar = None
 
 
-def check_run_dir(run_dir: Path, overwrite: bool) -> None:
-    """Make sure that a new run can start in ``run_dir``; the folder is created, and nothing in it changes.
+def kept_lines(path: Path, step: int) -> list[str]:
+    """The whole lines of a metrics file that belong to the first ``step`` steps."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if _step_of(line) <= step]
 
-    With ``overwrite`` the files of an earlier run may be replaced: config.yaml, metrics.jsonl, summary.json
-    and model/, and only in a folder with both of the first two, so that no other ``model`` is ever lost.
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line: the process died while it wrote
+
+
+def check_writable(run_dir: Path) -> None:
+    """Make sure that files can be written in ``run_dir``; the folder is created.
 
     Raises:
-        ValueError: the folder cannot be written, or holds files of these names that may not be replaced.
+        ValueError: they cannot.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -195,6 +258,18 @@ def check_run_dir(run_dir: Path, overwrite: bool) -> None:
         reason = error.strerror or str(error)
         message = f"run_dir {run_dir} cannot be written ({reason}); give another folder with --run_dir"
         raise ValueError(message) from error
+
+
+def check_run_dir(run_dir: Path, overwrite: bool) -> None:
+    """Make sure that a new run can start in ``run_dir``; nothing in it changes.
+
+    With ``overwrite`` the files of an earlier run may be replaced: config.yaml, metrics.jsonl, summary.json,
+    model/ and checkpoints/, and only in a folder with both of the first two, so that no other ``model`` is
+    ever lost.
+
+    Raises:
+        ValueError: the folder holds files of these names that may not be replaced.
+    """
     present = [name for name in _KNOWN if os.path.lexists(run_dir / name)]
     if present:
         _check_replaceable(run_dir, present, overwrite)

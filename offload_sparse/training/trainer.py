@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import resource
-import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_sparse.command import RunError
 from offload_sparse.config import RunConfig
 from offload_sparse.data.corrupt import CORRUPT_LOG, CorruptImages
+from offload_sparse.data.declared import DeclaredData
 from offload_sparse.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.data.normalise import normalise_for
 from offload_sparse.data.source import Split, Splits, load_splits
 from offload_sparse.engine.finalize import FinalNetwork, export
 from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.sync import on_first_rank
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.models import build_model, input_channels
+from offload_sparse.planning.fit import check, out_of_memory
+from offload_sparse.planning.machine import this_machine
 from offload_sparse.structure.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.training.evaluation import Evaluation, evaluate
-from offload_sparse.training.launch_environment import start
+from offload_sparse.training.launch_environment import is_lost_rank, start
+from offload_sparse.training.progress import Progress
 from offload_sparse.training.recorder import Recorder
+from offload_sparse.training.resume import Standing, finished_summary, standing
 from offload_sparse.training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -34,40 +42,78 @@ if TYPE_CHECKING:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run ``config`` to its end.
+    """Run ``config`` to its end, from where its folder says it stands.
 
     Returns:
-        the contents of ``summary.json`` (on every rank).
+        the contents of ``summary.json`` (on every rank); {"stopped_at": step} if the run was asked to stop.
 
     Raises:
         ValueError: something in the configuration, the data or the launch has to be changed; says what.
+        FloatingPointError: a loss or gradient was not finite.
+        RunError: the device's memory is too small, or another rank has died.
     """
-    run = Run(config)
+    accelerator = start(config.train, config.run_dir, config.trackers)
     try:
-        with run.recorder as recorder:
-            for step, batch in run.batches():
+        stands = standing(config)
+        if stands == "finished":
+            return _tell_finished(config, accelerator)
+        return _train(Run(config, accelerator, stands))
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
+        ) from error
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise RunError(
+            f"another rank has died, or has not answered within train.timeout ({config.train.timeout} s); "
+            "the launcher's --max_restarts, or the same command again, carries on from the last checkpoint"
+        ) from error
+    finally:
+        accelerator.end_training()
+
+
+def _train(run: Run) -> dict[str, Any]:
+    try:
+        return _loop(run)
+    except torch.OutOfMemoryError as error:
+        raise RunError(run.out_of_memory()) from error
+
+
+def _loop(run: Run) -> dict[str, Any]:
+    with run.recorder as recorder, run.progress as progress:
+        for step, batch in run.batches():
+            with progress.rolling_back():
                 run.train_step(step, batch)
                 if run.log_due(step):
                     recorder.log(step + 1, **run.read_metrics(step))
                 if run.epoch_done(step):
                     recorder.log(step + 1, **run.epoch_metrics(step))
-            network = run.finalize()
-            summary = run.summary(network)
-            recorder.finish(summary)
-        return summary
-    finally:
-        run.close()
+                progress.save_when_due()
+            if progress.stopped:
+                return progress.tell_stopped()
+        network = run.finalize()
+        summary = run.summary(network)
+        recorder.finish(summary)
+    return summary
+
+
+def _tell_finished(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+    if accelerator.is_main_process:
+        print(f"run folder: {config.run_dir} holds this run, finished; --overwrite true trains it anew")
+    return finished_summary(config)
 
 
 class Run:
     """Everything that one run holds; the loop itself is ``train``."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator, stands: Standing = "new") -> None:
         self.config = config
-        self.accelerator: Accelerator = start(config.train, config.run_dir, config.trackers)
-        self.recorder = Recorder(config, self.accelerator.is_main_process, track=self._track)
+        self.accelerator = accelerator
+        carries_on = stands == "started"
+        self.recorder = Recorder(config, accelerator.is_main_process, self._track, carries_on)
         self.corrupt = CorruptImages(config.data.corrupt_limit, config.run_dir / CORRUPT_LOG)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not carries_on:
             (config.run_dir / CORRUPT_LOG).unlink(missing_ok=True)  # an earlier run's
         with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
             self.splits: Splits = load_splits(config.data)
@@ -83,29 +129,30 @@ class Run:
         self.normalise = normalise_for(self.train_loader.images, config.data, self.dtype).to(self.device)
         self.image_shape = (self.channels, *self.splits.image_shape)
         self.task = self._task()
+        if config.train.check_plan:
+            self._check_plan()
         self.method: Method = build_method(self.task)
         if config.trackers:
             self.accelerator.init_trackers("offload_sparse")
-        self._started = time.perf_counter()
-        self._step_seconds: list[float] = []
-        self._mark = self._started
+        self.progress = Progress(config, self.method, self.recorder, self._batches_at)
 
     # --- the loop ---
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """(step, this rank's part of the batch on the device) for every optimizer step of the run."""
-        batches = islice(self.train_loader.batches(), self.total_steps)
-        self.recorder.begin(self.total_steps, self.steps_per_epoch)
-        self._mark = time.perf_counter()
-        for step, batch in enumerate(batches):
-            yield step, self._to_device(batch)
+        """(step, this rank's part of the batch on the device) for every optimizer step that is left."""
+        progress = self.progress
+        progress.begin(self.total_steps, self.steps_per_epoch)
+        while progress.step < self.total_steps:
+            rollbacks = progress.rollbacks
+            for batch in self.train_loader.batches(progress.data_position):
+                yield progress.step, self._to_device(batch)
+                if progress.rollbacks > rollbacks or progress.step >= self.total_steps:
+                    break
 
     def train_step(self, step: int, batch: Batch) -> None:
         lr = learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch)
         self.method.train_step(batch, lr)
-        now = time.perf_counter()
-        self._step_seconds.append(now - self._mark)
-        self._mark = now
+        self.progress.advance()
         self.recorder.advance()
 
     def log_due(self, step: int) -> bool:
@@ -120,11 +167,11 @@ class Run:
 
     def read_metrics(self, step: int) -> dict[str, float]:
         """Means over the steps since the last line. Waits for the device."""
-        records = self.method.records()
+        records = self.progress.take_records()
         differences = [r.difference for r in records if r.difference is not None]
         values = {
-            "loss": fmean(r.loss for r in records),
-            "accuracy": fmean(r.metrics["accuracy"] for r in records),
+            "loss": fmean(r.loss for r in records) if records else math.nan,  # every step was left out
+            "accuracy": fmean(r.metrics["accuracy"] for r in records) if records else math.nan,
             "lr": learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch),
             "train_cost_saving": self._saving(step + 1),
             **self.method.status(),
@@ -142,7 +189,7 @@ class Run:
         """Loss and accuracy of the network as it is now, on the validation split if there is one."""
         with self.method.evaluation(self._statistics_batches()) as module:
             result = self._evaluate(module, self.watch_loader)
-        self._mark = time.perf_counter()  # an evaluation is no part of the next step's time
+        self.progress.evaluated(result.accuracy)
         name = "validation" if self.splits.validation else "test"
         return {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
 
@@ -159,7 +206,8 @@ class Run:
                 "shape": list(self.image_shape),
                 "class_names": list(self.splits.class_names),
             }
-            export(network, self.config.run_dir / "model", model, preprocessing)
+            layout = self.config.final.layout
+            export(network, self.config.run_dir / "model", model, preprocessing, layout)
         return network
 
     def summary(self, network: FinalNetwork) -> dict[str, Any]:
@@ -180,18 +228,14 @@ class Run:
             "params_ratio": count_parameters(network.module) / costs.dense_parameters,
             "flops_ratio": count_flops(network.module, self.task.example_inputs) / costs.dense_flops,
             "train_cost_saving": self._saving(self.total_steps),
-            "seconds": time.perf_counter() - self._started,
-            "step_seconds_median": median(self._step_seconds),
+            "seconds": self.recorder.seconds,
+            "step_seconds_median": self.progress.step_seconds_median,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
             "store_bytes": costs.store_bytes,
             "subnet_bytes_peak": costs.subnet_bytes_peak,
             "corrupt_images": len(self.corrupt),
-        }
-
-    def close(self) -> None:
-        """Release trackers and the process group."""
-        self.accelerator.end_training()
+        } | self.method.report()
 
     # --- parts ---
 
@@ -209,6 +253,23 @@ class Run:
             self.dtype,
             forward,
         )
+
+    def _check_plan(self) -> None:
+        """Every rank refuses, or none does: the first one's machine decides for all."""
+        data = self._declared()
+        ranks, world = self.accelerator.process_index, self.accelerator.num_processes
+        on_first_rank(lambda: check(self.config, data, this_machine(self.device, world)), ranks, world)
+
+    def _declared(self) -> DeclaredData:
+        splits = self.splits
+        return DeclaredData(splits.num_classes, splits.in_channels, self.image_shape[1], len(splits.train))
+
+    def out_of_memory(self) -> str:
+        """What to change after the device's memory has not been enough, in one line."""
+        machine = this_machine(self.device, self.accelerator.num_processes)
+        if machine.device is not None:  # free is what the run itself does not hold already
+            machine = replace(machine, device=machine.device + torch.cuda.memory_reserved(self.device))
+        return out_of_memory(self.config, self._declared(), machine)
 
     def _model_arguments(self) -> dict[str, Any]:
         """Arguments of ``build_model`` that fit the data, with those of the configuration on top."""
@@ -246,6 +307,11 @@ class Run:
 
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(self.normalise(batch.images), batch.labels.to(self.device, non_blocking=True))
+
+    def _batches_at(self, positions: list[int]) -> Iterator[Batch]:
+        """The batches at these places in the order of the data."""
+        for position in positions:
+            yield self._to_device(next(self.train_loader.batches(position)))
 
     def _statistics_batches(self) -> Iterator[Tensor]:
         """Training images for BatchNorm statistics, the same whenever they are asked for."""

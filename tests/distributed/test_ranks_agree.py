@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.config import PolicyConfig, RoundConfig, StoreConfig
 from offload_sparse.engine.rounds import Forward
+from offload_sparse.policy.estimators import paired_losses
+from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
+from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
 from tests.channel_maps import small_map
+from tests.engine.reference import entry_masks
 from tests.engine.test_session import batches, loss_fn, make_session, small_net
 
 POLICY = PolicyConfig(rho=0.5, lr=0.05)
@@ -44,6 +49,7 @@ def train_rounds(batch_norm: bool, reference: str) -> dict[str, Any]:
     session = make_session(small_net(batch_norm), POLICY, rounds, forward=Forward(frozen_batch_norm=True))
     for batch in batches(12):
         session.step(own_part(batch), loss_fn)
+    session.settle()
     kinds = (WEIGHTS, "momentum_buffer", BUFFERS)
     return {
         "s": session.policy.s,
@@ -68,6 +74,182 @@ def test_ranks_agree_with_one_process_on_the_same_global_batch(batch_norm: bool)
     for expected, *found in zip(alone, *ranks, strict=True):
         assert sum(r["bytes"] for r in found) == expected["bytes"], "every row is stored exactly once"
         assert torch.equal(found[0]["s"], found[1]["s"]), "ranks hold the same bits"
+
+
+def moved(reference: str) -> list[dict[str, Tensor]]:
+    """Final state for every way of moving weights and of averaging gradients; BatchNorm per rank."""
+    found = []
+    for delta, overlap, reduce in (
+        (False, "off", "single"),
+        (True, "off", "bucketed"),
+        (True, "on", "auto"),
+    ):
+        rounds = RoundConfig(
+            k=3,
+            reference=reference,
+            freeze_at=0.7,
+            delta=delta,
+            overlap=overlap,
+            reduce=reduce,  # type: ignore[arg-type]
+        )
+        session = make_session(small_net(), POLICY, rounds, total=20)
+        for batch in batches(20):
+            session.step(own_part(batch), loss_fn)
+        session.settle()
+        found.append({k: whole(session.store, k) for k in (WEIGHTS, "momentum_buffer", BUFFERS)})
+        found[-1]["s"] = session.policy.s
+        session.relay.close()
+    return found
+
+
+@pytest.mark.parametrize("reference", ["every_step", "turns"])
+def test_however_weights_are_moved_and_gradients_averaged_two_ranks_end_with_the_same_bits(
+    reference: str,
+) -> None:
+    for plain, *others in run_ranks(2, moved, reference):
+        for other in others:
+            for name, expected in plain.items():
+                assert torch.equal(other[name], expected), name
+
+
+def with_references(references: str, overlap: str) -> dict[str, Any]:
+    """Three rounds whose s stands still, so that the masks of subnet a do not depend on the references."""
+    rounds = RoundConfig(
+        k=3,
+        reference="every_step",
+        references=references,  # type: ignore[arg-type]
+        overlap=overlap,  # type: ignore[arg-type]
+        check_ranks=True,
+    )
+    session = make_session(small_net(), PolicyConfig(rho=0.5, lr=0.0), rounds)
+    for batch in batches(8):
+        session.step(own_part(batch), loss_fn)
+    second = session.relay.pair.sides[1]
+    found = {"own": second.arrays[WEIGHTS].clone(), "mask": second.selection.mask}
+    session.settle()
+    expected = torch.empty_like(found["own"])
+    masks = [torch.empty_like(found["mask"]) for _ in range(2)]
+    dist.all_gather(masks, found["mask"])
+    for rank, mask in enumerate(masks):  # every rank takes part in every gather
+        selection = Selection(session.channel_map, mask)
+        out = torch.empty(selection.layout(session.store.partitions[WEIGHTS].layout.shapes).size).double()
+        session.store.gather(selection, WEIGHTS, out)
+        if rank == dist.get_rank():
+            expected = out
+    found["right"] = torch.equal(found["own"], expected)
+    found |= {k: whole(session.store, k) for k in (WEIGHTS, "momentum_buffer", BUFFERS)}
+    session.relay.close()
+    return found
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_each_rank_may_have_a_reference_of_its_own(overlap: str) -> None:
+    """It holds the store's weights for its own mask, and what is trained is the same as with a shared one."""
+    own = run_ranks(2, with_references, "per_rank", overlap)
+    shared = run_ranks(2, with_references, "shared", "off")
+    assert not torch.equal(own[0]["mask"], own[1]["mask"])
+    assert torch.equal(shared[0]["mask"], shared[1]["mask"])
+    for found in own:
+        assert found["right"]
+        for kind in (WEIGHTS, "momentum_buffer", BUFFERS):
+            assert torch.equal(found[kind], shared[0][kind]), kind
+
+
+def learned_from_ranks() -> tuple[Tensor, Tensor]:
+    """s after one round of one step, and the same by hand from losses of the masked full network."""
+    rounds = RoundConfig(k=1, reference="every_step", references="per_rank", freeze_at=1.0)
+    net = small_net()
+    session = make_session(net, PolicyConfig(rho=0.5, lr=0.05), rounds)
+    start = session.policy.s.clone()
+    batch = own_part(batches(1)[0])
+    session.step(batch, loss_fn)
+    policy = MaskPolicy(
+        PolicyConfig(rho=0.5, lr=0.05), session.channel_map.groups, 3, session.cost.parameters
+    )
+    masks = policy.sample_for_ranks(0, 2)
+    own = [masks[0], masks[1 + dist.get_rank()]]
+    measured = torch.stack([masked_loss(net, session.channel_map, mask, batch) for mask in own])
+    everyone = [torch.empty_like(measured) for _ in range(2)]
+    dist.all_gather(everyone, measured)
+    first, second = torch.stack(everyone).T
+    policy.update_from_ranks(paired_losses(first, second), torch.stack(masks))
+    assert not torch.equal(policy.s, start)
+    return session.policy.s, policy.s
+
+
+def masked_loss(
+    net: nn.Module, channel_map: ChannelMap, mask: Tensor, batch: tuple[Tensor, Tensor]
+) -> Tensor:
+    masked = copy.deepcopy(net).train()
+    kept = entry_masks(channel_map, mask)
+    with torch.no_grad():
+        for name, parameter in masked.named_parameters():
+            parameter.mul_(kept[name])
+        return loss_fn(masked, batch)
+
+
+def test_s_is_learned_from_the_references_of_all_ranks() -> None:
+    results = run_ranks(2, learned_from_ranks)
+    for found, expected in results:
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def on_two_nodes(shard: str) -> dict[str, Any]:
+    """Four ranks, two to a node, as far as the launcher's variables say."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    store = StoreConfig(shard=shard)  # type: ignore[arg-type]
+    rounds = RoundConfig(k=3, check_ranks=True)
+    session = make_session(small_net(), POLICY, rounds, store=store)
+    for batch in batches(9):
+        session.step(own_part(batch), loss_fn)
+    session.settle()
+    return {
+        "rows": session.store.nbytes,
+        "world": session.store.ranks.world_size,
+        **{k: whole(session.store, k) for k in (WEIGHTS, "momentum_buffer", BUFFERS)},
+    }
+
+
+def test_a_store_per_node_holds_all_weights_on_every_node_and_trains_the_same() -> None:
+    """The rows of two ranks are a whole store, and no entry comes from the other node; the bits are those of
+    a store over all ranks.
+    """
+    spread = run_ranks(4, on_two_nodes, "world")
+    per_node = run_ranks(4, on_two_nodes, "node")
+    assert {r["world"] for r in spread} == {4}
+    assert {r["world"] for r in per_node} == {2}
+    total = sum(r["rows"] for r in spread)
+    assert per_node[0]["rows"] + per_node[1]["rows"] == total
+    assert per_node[2]["rows"] + per_node[3]["rows"] == total
+    for found in per_node:
+        for kind in (WEIGHTS, "momentum_buffer", BUFFERS):
+            assert torch.equal(found[kind], spread[0][kind]), kind
+
+
+def spoiled_on_rank_one() -> str:
+    session = make_session(small_net(), POLICY, RoundConfig(k=3))
+    data = batches(3)
+    good: dict[str, Tensor] = {}
+    message = ""
+    for i, batch in enumerate(data):
+        x, y = own_part(batch)
+        if i == 2:
+            session.settle()
+            good = {kind: array.clone() for kind, array in session.store.arrays.items()}
+            x = torch.full_like(x, torch.nan) if dist.get_rank() == 1 else x
+        try:
+            session.step((x, y), loss_fn)
+        except FloatingPointError as error:
+            message = str(error)
+    session.settle()
+    unmoved = all(torch.equal(array, good[kind]) for kind, array in session.store.arrays.items())
+    return message if unmoved else "the store has changed"
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_anything_moves() -> None:
+    for message in run_ranks(2, spoiled_on_rank_one):
+        assert "step 2 is not finite on rank 1" in message
 
 
 def against_ddp() -> float:
@@ -152,6 +334,7 @@ def mean_of_buffers() -> list[Tensor]:
     session = make_session(small_net(), POLICY, RoundConfig(k=2))
     for batch in batches(2):
         session.step(own_part(batch), loss_fn)
+    session.settle()
     return [whole(session.store, BUFFERS), session.store.arrays[BUFFERS].clone()]
 
 

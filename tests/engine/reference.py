@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.structure.accounting import CostModel
 from offload_sparse.structure.channel_map import ChannelMap
 
 
@@ -42,11 +43,14 @@ class MaskedTrainer:
         optim: OptimConfig,
         seed: int,
     ) -> None:
+        inputs = (torch.empty(1, 2, 6, 6, device="meta", dtype=torch.float64),)
         self.net = net
         self.channel_map = channel_map
         self.rounds = rounds
         self.optim = optim
-        self.policy = MaskPolicy(policy, channel_map.groups, seed)
+        self.policy = MaskPolicy(
+            policy, channel_map.groups, seed, CostModel(net, channel_map, inputs).parameters
+        )
         self.weights = {n: p.detach().clone() for n, p in net.named_parameters()}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.weights.items()}
         self.buffers = {n: b.clone() for n, b in net.named_buffers() if b.is_floating_point()}
@@ -56,7 +60,13 @@ class MaskedTrainer:
         for step, (x, y) in enumerate(batches):
             in_round = step % self.rounds.k
             if in_round == 0:
-                self.masks = self.policy.sample(step // self.rounds.k)
+                round_index = step // self.rounds.k
+                if self.rounds.prefetch and round_index:
+                    self.masks = self.drawn_ahead
+                else:
+                    self.masks = self.policy.sample(round_index)
+                if self.rounds.prefetch:
+                    self.drawn_ahead = self.policy.sample(round_index + 1)
                 # All of a round's updates of s are known only at its end; within it masks do not depend on s.
                 self.updates: list[float] = []
             turns = self.rounds.reference == "turns"

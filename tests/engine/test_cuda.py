@@ -22,6 +22,8 @@ def test_rounds_on_the_gpu_equal_rounds_on_the_cpu() -> None:
     for x, y in batches(9):
         for session in sessions:
             session.step((x.to(session.device), y.to(session.device)), loss_fn)
+    for session in sessions:
+        session.settle()
     for kind, expected in sessions[0].store.arrays.items():
         torch.testing.assert_close(sessions[1].store.arrays[kind], expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(sessions[1].policy.s, sessions[0].policy.s, rtol=1e-8, atol=1e-10)

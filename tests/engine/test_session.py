@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from offload_sparse.config import FinalConfig, OptimConfig, PolicyConfig, RoundConfig
 from offload_sparse.engine.rounds import Forward
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.store.weight_store import WEIGHTS, WeightStore
+from offload_sparse.store.weight_store import WEIGHTS
 from tests.channel_maps import SmallNet, small_map
-from tests.engine.reference import MaskedTrainer
+from tests.engine.reference import MaskedTrainer, entry_masks
 
 OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 
@@ -62,21 +62,35 @@ def make_session(
     )
 
 
-def stored(store: WeightStore, kind: str) -> dict[str, Tensor]:
+def stored(session: SparseOffload, kind: str) -> dict[str, Tensor]:
+    session.settle()
+    store = session.store
     return {n: store.own_rows(n, kind) for n in store.partitions[kind].layout.shapes}
+
+
+def arrays(session: SparseOffload) -> dict[str, Tensor]:
+    session.settle()
+    return {kind: array.clone() for kind, array in session.store.arrays.items()}
 
 
 @pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("estimator", ["vr_pge", "rloo"])
+@pytest.mark.parametrize(("prefetch", "delta"), [(True, True), (False, True), (True, False)])
 def test_every_schedule_equals_masked_training_of_the_full_weights(
-    reference: str, k: int, estimator: str
+    reference: str, k: int, estimator: str, prefetch: bool, delta: bool
 ) -> None:
     """Invariant 5: same trajectory of weights, momentum, statistics and s. K = 1, every_step, vr_pge is
     Algorithm 1.
     """
     policy = PolicyConfig(rho=0.5, estimator=estimator, lr=0.05)  # type: ignore[arg-type]
-    rounds = RoundConfig(k=k, reference=reference, freeze_at=1.0)  # type: ignore[arg-type]
+    rounds = RoundConfig(
+        k=k,
+        reference=reference,  # type: ignore[arg-type]
+        freeze_at=1.0,
+        prefetch=prefetch,
+        delta=delta,
+    )
     net = small_net()
     session = make_session(net, policy, rounds)
     reference_run = MaskedTrainer(net, small_map(net), policy, rounds, OPTIM, seed=3)
@@ -89,7 +103,7 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
         ("momentum_buffer", reference_run.momentum),
         ("buffers", reference_run.buffers),
     ]:
-        for name, value in stored(session.store, kind).items():
+        for name, value in stored(session, kind).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11, msg=f"{kind} {name}")
     torch.testing.assert_close(session.policy.s, reference_run.policy.s, rtol=1e-9, atol=1e-11)
     assert not torch.equal(session.policy.s, torch.full_like(session.policy.s, 0.5)), "s must have moved"
@@ -134,32 +148,129 @@ def test_adamw_at_rho_one_is_plain_adamw() -> None:
 def test_absent_channels_stand_still() -> None:
     net = small_net()
     session = make_session(net, PolicyConfig(rho=0.5), RoundConfig(k=4, reference="every_step"))
-    before = {n: t.clone() for n, t in stored(session.store, WEIGHTS).items()}
+    before = {n: t.clone() for n, t in stored(session, WEIGHTS).items()}
     mask = session.policy.sample(0)[0]
     for batch in batches(4):
         session.step(batch, loss_fn)
     dropped = ~mask[:6]
     assert bool(dropped.any())
-    assert torch.equal(
-        stored(session.store, WEIGHTS)["conv1.weight"][dropped], before["conv1.weight"][dropped]
-    )
+    assert torch.equal(stored(session, WEIGHTS)["conv1.weight"][dropped], before["conv1.weight"][dropped])
     assert not torch.equal(
-        stored(session.store, WEIGHTS)["conv1.weight"][~dropped], before["conv1.weight"][~dropped]
+        stored(session, WEIGHTS)["conv1.weight"][~dropped], before["conv1.weight"][~dropped]
     )
 
 
-def test_a_loss_that_is_not_finite_is_named_and_never_reaches_the_store() -> None:
-    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3))
-    data = batches(6)
+class Spoiled:
+    """Batches of which one, in the second round, is not a number."""
+
+    def __init__(self) -> None:
+        self.batches = batches(9)
+        self.batches[4][0].fill_(torch.nan)
+
+
+@pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
+def test_a_step_that_is_not_finite_is_named_and_moves_nothing(reference: str) -> None:
+    """Neither weights, nor momentum, nor BatchNorm statistics; every later step is as if it had not been."""
+    rounds = RoundConfig(k=3, reference=reference)  # type: ignore[arg-type]
+    session = make_session(small_net(), PolicyConfig(rho=0.5), rounds)
+    data = Spoiled().batches
+    for batch in data[:4]:
+        session.step(batch, loss_fn)
+    good = arrays(session)
+    session.step(data[4], loss_fn)
+    for kind, array in arrays(session).items():
+        assert torch.equal(array, good[kind]), kind
+    with pytest.raises(FloatingPointError, match="step 4 is not finite on rank 0"):
+        session.step(data[5], loss_fn)
+
+
+def test_skipping_goes_on_without_the_batch() -> None:
+    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3), on_nonfinite="skip")
+    for batch in Spoiled().batches:
+        session.step(batch, loss_fn)
+    records = session.records()
+    assert [bool(record.fault) for record in records] == [i == 4 for i in range(9)]
+    assert records[4].difference is None
+    assert all(bool(array.isfinite().all()) for array in arrays(session).values())
+
+
+def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
+    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3), on_nonfinite="rollback")
+    data = Spoiled().batches
     for batch in data[:3]:
         session.step(batch, loss_fn)
-    good = session.store.arrays[WEIGHTS].clone()
-    data[4][0].fill_(torch.nan)
-    for batch in data[3:5]:
+    good, s = arrays(session), session.policy.s.clone()
+    for batch in data[3:6]:
         session.step(batch, loss_fn)
-    with pytest.raises(FloatingPointError, match="step 4"):
-        session.step(data[5], loss_fn)
-    assert torch.equal(session.store.arrays[WEIGHTS], good)
+    for kind, array in arrays(session).items():
+        assert torch.equal(array, good[kind]), kind
+    assert torch.equal(session.policy.s, s)
+    for batch in data[6:]:
+        session.step(batch, loss_fn)
+    assert not torch.equal(arrays(session)[WEIGHTS], good[WEIGHTS])
+
+
+def run_transfers(
+    reference: str, k: int, steps: int, delta: bool, overlap: str, optim: OptimConfig = OPTIM
+) -> dict[str, Tensor]:
+    """Everything that a run ends with, for one way of moving the weights."""
+    rounds = RoundConfig(k=k, reference=reference, freeze_at=0.7, delta=delta, overlap=overlap)  # type: ignore[arg-type]
+    session = make_session(small_net(), PolicyConfig(rho=0.5), rounds, total=steps, optimizer=optim)
+    for batch in batches(steps):
+        session.step(batch, loss_fn)
+    found = {**arrays(session), "s": session.policy.s}
+    session.relay.close()
+    return found
+
+
+@pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("optim", [OPTIM, OptimConfig(name="adamw", lr=1e-2)], ids=["sgd", "adamw"])
+def test_however_the_weights_are_moved_the_bits_are_the_same(
+    reference: str, k: int, optim: OptimConfig
+) -> None:
+    """Full transfers between rounds, delta transfers between rounds, delta transfers beside the steps."""
+    plain = run_transfers(reference, k, 24, False, "off", optim)
+    for overlap in ("off", "on"):
+        found = run_transfers(reference, k, 24, True, overlap, optim)
+        for name in plain:
+            assert torch.equal(found[name], plain[name]), f"{name}, overlap {overlap}"
+
+
+def test_only_newcomers_and_leavers_cross_the_bus() -> None:
+    """Bytes counted in the store = entries of which exactly one of two successive subnets knows."""
+    rounds = RoundConfig(k=1, reference="round_start", freeze_at=1.0, prefetch=False)
+    session = make_session(small_net(), PolicyConfig(rho=0.5, lr=0.0), rounds)
+    kept = []
+    for i, batch in enumerate(batches(4)):
+        kept.append(session.policy.sample(i))
+        session.step(batch, loss_fn)
+    entries = [[_kept_entries(session, mask) for mask in masks] for masks in kept]
+    fetched = returned = 0
+    for i, (a, b) in enumerate(entries):
+        old_a, old_b = entries[i - 1] if i else (torch.zeros_like(a), torch.zeros_like(a))
+        known = old_a | old_b
+        weights, buffers = a.numel() - _BUFFERS, slice(a.numel() - _BUFFERS, None)
+        fetched += int((a & ~known).sum() + (b & ~known & ~a).sum())  # weights and statistics
+        fetched += int((a & ~old_a)[:weights].sum())  # momentum, which only a subnet that is trained has
+        leaving = old_a & ~a
+        returned += int(leaving.sum() + leaving[:weights].sum())
+        assert bool(known[buffers].any()) == bool(i)
+    assert session.relay.bytes_fetched == fetched * 8
+    assert session.relay.bytes_returned == returned * 8
+
+
+_BUFFERS = 2 * (6 + 8)
+
+
+def _kept_entries(session: SparseOffload, mask: Tensor) -> Tensor:
+    """bool, in the order of the store: weights, then statistics."""
+    inside = entry_masks(session.channel_map, mask)
+    names = [
+        *session.store.partitions[WEIGHTS].layout.shapes,
+        *session.store.partitions["buffers"].layout.shapes,
+    ]
+    return torch.cat([inside[name].flatten().bool() for name in names])
 
 
 def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None:
@@ -176,7 +287,7 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
     network = session.finalize([data[0][0]])
     losses = []
     for mask in candidates:
-        side = session.pair.sides[0]
+        side = session.relay.scratch()
         from offload_sparse.structure.selection import Selection
 
         side.load(Selection(session.channel_map, mask), (WEIGHTS, "buffers"))
@@ -192,13 +303,13 @@ def test_after_the_freeze_only_the_final_mask_is_trained_and_s_stands_still() ->
     for batch in data[:7]:
         session.step(batch, loss_fn)
     s = session.policy.s.clone()
-    weights = session.store.arrays[WEIGHTS].clone()
+    weights = arrays(session)[WEIGHTS]
     mask = session.final_mask
     assert mask is not None
     for batch in data[7:]:
         session.step(batch, loss_fn)
     assert torch.equal(session.policy.s, s)
-    changed = session.store.arrays[WEIGHTS] != weights
+    changed = arrays(session)[WEIGHTS] != weights
     entries = session.store.partitions[WEIGHTS].layout.view(changed, "conv1.weight")
     assert not bool(entries[~mask[:6]].any())
     network = session.finalize([data[0][0]])
@@ -215,7 +326,7 @@ def test_evaluation_leaves_no_trace() -> None:
                 with session.evaluation([batches(1, seed=9)[0][0]]) as module:
                     module.eval()(batch[0])
             session.step(batch, loss_fn)
-        runs.append({kind: array.clone() for kind, array in session.store.arrays.items()})
+        runs.append(arrays(session))
     for kind in runs[0]:
         assert torch.equal(runs[0][kind], runs[1][kind]), kind
 
@@ -227,7 +338,7 @@ def test_frozen_batch_norm_keeps_the_statistics() -> None:
     before = session.store.arrays["buffers"].clone()
     for batch in batches(4):
         session.step(batch, loss_fn)
-    assert torch.equal(session.store.arrays["buffers"], before)
+    assert torch.equal(arrays(session)["buffers"], before)
 
 
 def test_the_expected_cost_is_the_mean_over_masks_and_that_of_the_final_mask_in_the_end() -> None:

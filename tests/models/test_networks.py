@@ -32,6 +32,8 @@ def parameters(name: str, **arguments: float) -> int:
         ("resnet20_cifar", 0.27),
         ("resnet32_cifar", 0.47),
         ("wrn28_10_cifar", 36.48),  # 36.5 M in table 4 of Zagoruyko & Komodakis
+        ("resnet18_cifar", 11.17),
+        ("vgg16_dst_cifar", 14.99),
     ],
 )
 def test_parameter_counts_are_those_of_the_papers(name: str, millions: float) -> None:
@@ -47,6 +49,7 @@ def test_parameter_counts_are_those_of_the_papers(name: str, millions: float) ->
         ("resnet20_cifar", 19, 2),
         ("resnet32_cifar", 31, 2),
         ("wrn28_10_cifar", 25, 3),
+        ("resnet18_cifar", 17, 3),
     ],
 )
 def test_depths_and_projection_shortcuts(name: str, depth: int, projections: int) -> None:
@@ -55,6 +58,25 @@ def test_depths_and_projection_shortcuts(name: str, depth: int, projections: int
     assert len(convolutions(network, 3)) == depth
     assert len(convolutions(network, 1)) == projections
     assert [type(m) for m in network.modules()].count(nn.Linear) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "parameters"),
+    [("lenet_300_100", 266_200, 266_610), ("lenet5_caffe", 430_500, 431_080)],
+)
+def test_the_lenets_are_those_of_the_pruning_literature(name: str, weights: int, parameters: int) -> None:
+    network = build_model(f"offload_sparse/{name}", 10, 1, 28)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert sum(p.numel() for p in network.parameters() if p.dim() > 1) == weights
+    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_vgg_of_dynamic_sparse_training_has_two_linear_layers() -> None:
+    with torch.device("meta"):
+        network = build_model("offload_sparse/vgg16_dst_cifar")
+    assert len(convolutions(network, 3)) == 13
+    linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in linear] == [(512, 512), (10, 512)]
 
 
 def test_the_wide_resnet32_has_doubled_channels() -> None:

@@ -33,9 +33,10 @@ def test_importing_the_room_loads_neither_torchvision_nor_timm() -> None:
 
 @pytest.mark.parametrize("name", [*OWN, "torchvision/resnet18", "timm/mobilenetv1_100"])
 def test_every_family_builds_on_meta_with_the_asked_for_outputs(name: str) -> None:
+    size = 28 if "lenet" in name else 32
     with torch.device("meta"):
-        network = build_model(name, num_classes=7, in_channels=3, image_size=32)
-        outputs = network(torch.empty(2, 3, 32, 32))
+        network = build_model(name, num_classes=7, in_channels=3, image_size=size)
+        outputs = network(torch.empty(2, 3, size, size))
     assert outputs.shape == (2, 7)
     assert all(tensor.is_meta for tensor in network.state_dict().values())
 
@@ -119,9 +120,15 @@ def test_images_that_the_pooling_leaves_nothing_of_are_refused(name: str, smalle
     assert f"at least {smallest} pixels" in message_of(f"offload_sparse/{name}", image_size=smallest - 1)
 
 
+@pytest.mark.parametrize("name", ["lenet_300_100", "lenet5_caffe"])
+def test_the_lenets_take_images_of_28_pixels_only(name: str) -> None:
+    assert "needs images of 28 pixels, not 32" in message_of(f"offload_sparse/{name}", image_size=32)
+
+
 def test_names_are_listed_by_prefix() -> None:
     assert model_names("offload_sparse/vgg") == [
         "offload_sparse/vgg16_cifar",
+        "offload_sparse/vgg16_dst_cifar",
         "offload_sparse/vgg19_cifar",
         "offload_sparse/vgg_small",
     ]

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_sparse.policy.estimators import ESTIMATORS, precondition, rloo, vr_pge
+from offload_sparse.policy.estimators import (
+    ESTIMATORS,
+    leave_one_out,
+    paired_losses,
+    precondition,
+    rloo,
+    vr_pge,
+)
 
 SIZES = [5, 6]
 
@@ -107,3 +114,43 @@ def test_rloo_does_not_depend_on_which_mask_comes_first() -> None:
     difference = float(losses[3] - losses[20])
     there, back = rloo(difference, masks[3], masks[20], s), rloo(-difference, masks[20], masks[3], s)
     assert torch.equal(there, back)
+
+
+def test_leave_one_out_of_two_samples_is_rloo() -> None:
+    masks, losses, s = random_problem(5)
+    pair = torch.tensor([7, 22])
+    expected = rloo(losses[7] - losses[22], masks[7], masks[22], s)
+    torch.testing.assert_close(leave_one_out(losses[pair], masks[pair], s), expected)
+
+
+def test_leave_one_out_over_ranks_is_unbiased_whatever_images_each_rank_has() -> None:
+    """Exact expectation over a common mask and one reference per rank; every rank has a loss of its own."""
+    atoms, ranks = 3, 2
+    masks, _, s = random_problem(atoms)
+    generator = torch.Generator().manual_seed(0)
+    on_rank = torch.randn(ranks, len(masks), dtype=torch.float64, generator=generator) * 3 + 5
+    p = probabilities_of(masks, s)
+    mean = torch.zeros_like(s)
+    for common, *references in itertools.product(range(len(masks)), repeat=1 + ranks):
+        first = on_rank[:, common]
+        second = torch.stack([on_rank[r, i] for r, i in enumerate(references)])
+        chosen = torch.tensor([common, *references])
+        g = leave_one_out(paired_losses(first, second), masks[chosen], s)
+        mean += p[chosen].prod() * g
+    gradients = torch.stack([enumerated_gradient(masks, losses, s) for losses in on_rank])
+    torch.testing.assert_close(mean, gradients.mean(dim=0), rtol=0, atol=1e-12)
+
+
+def test_more_samples_vary_less() -> None:
+    """Exact second moments at three atoms: three samples against two."""
+    masks, losses, s = random_problem(3)
+    p = probabilities_of(masks, s)
+    moments = []
+    for samples in (2, 3):
+        second = 0.0
+        for indices in itertools.product(range(len(masks)), repeat=samples):
+            chosen = torch.tensor(indices)
+            g = leave_one_out(losses[chosen], masks[chosen], s)
+            second += float(p[chosen].prod() * (g**2).sum())
+        moments.append(second - float((enumerated_gradient(masks, losses, s) ** 2).sum()))
+    assert moments[1] < 0.75 * moments[0]

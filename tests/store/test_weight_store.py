@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload_sparse.store.delta import Narrow, arrival, returned, shared
 from offload_sparse.store.partition import Partition, row_shape
-from offload_sparse.store.transfer import gather, scatter
+from offload_sparse.store.transfer import copy_blocks
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Layout, Selection, shared_positions
+from offload_sparse.structure.selection import Layout, Selection, open_grid
 from tests.channel_maps import channel_maps, masks
 
 
@@ -55,22 +56,62 @@ def test_every_row_has_exactly_one_owner_and_ranks_own_runs_of_the_full_buffer(
         assert abs(partition.shard(rank).size - partition.layout.size / world_size) <= longest + 1
 
 
-@given(st.data(), channel_maps(), st.integers(1, 4))
-def test_the_ranks_runs_together_are_the_narrow_buffer(
+def filled(channel_map: ChannelMap, world: int, target: Narrow, holders: list[Narrow]) -> Tensor:
+    """The narrow buffer of ``target`` as all ranks together make it, their exchange done by hand."""
+    found = torch.full((target.layout.size,), torch.nan)
+    group = stores(channel_map, world)
+    plans = [arrival(s.partitions[WEIGHTS], s.ranks.rank, target, holders) for s in group]
+    for holder, plan in plans[0].carried.items():
+        copy_blocks(plan, [(narrow(channel_map, holders[holder].selection), found)])
+    if world == 1:
+        group[0].fetch(plans[0], [(WEIGHTS, found)])
+        return found
+    for parcels in zip(*(plan.parcels for plan in plans), strict=True):
+        wire = torch.full((parcels[0].segments[-1][1],), torch.nan)
+        for store, parcel in zip(group, parcels, strict=True):
+            own = torch.full_like(wire, torch.nan)
+            copy_blocks(parcel.pack, [(store.arrays[WEIGHTS], own)])
+            low, high = parcel.segments[store.ranks.rank]
+            assert parcel.segments == parcels[0].segments, "every rank divides the wire alike"
+            assert bool(own[:low].isnan().all())
+            assert bool(own[high:].isnan().all())
+            wire[low:high] = own[low:high]
+        copy_blocks(parcels[0].unpack, [(wire, found)])
+    return found
+
+
+@given(st.data(), channel_maps(), st.integers(1, 4), st.integers(0, 3))
+def test_what_is_carried_and_what_is_fetched_together_are_the_narrow_buffer(
+    data: st.DataObject, channel_map: ChannelMap, world: int, holders: int
+) -> None:
+    """However many other subnets hold parts of it, and however many ranks share the store."""
+    names = tuple(channel_map.shapes)
+    target, *others = (
+        Narrow(Selection(channel_map, data.draw(masks(channel_map))), names) for _ in range(1 + holders)
+    )
+    expected = narrow(channel_map, target.selection)
+    assert torch.equal(filled(channel_map, world, target, others), expected)
+
+
+@given(st.data(), channel_maps(), st.integers(1, 3))
+def test_an_entry_is_fetched_only_if_no_subnet_holds_it(
     data: st.DataObject, channel_map: ChannelMap, world: int
 ) -> None:
-    selection = Selection(channel_map, data.draw(masks(channel_map)))
-    expected = narrow(channel_map, selection)
-    assembled = torch.full_like(expected, torch.nan)
-    end = 0
-    for store in stores(channel_map, world):
-        plan = store._plan(selection, WEIGHTS)
-        low, high = plan.segments[store.ranks.rank]
-        assert low == end
-        end = high
-        gather(store.arrays[WEIGHTS], plan.moves, assembled)
-    assert end == expected.numel()
-    assert torch.equal(assembled, expected)
+    names = tuple(channel_map.shapes)
+    target, a, b = (Narrow(Selection(channel_map, data.draw(masks(channel_map))), names) for _ in range(3))
+    full = Layout.of(dict(channel_map.shapes))
+    numbers = {n: full.view(torch.arange(full.size), n) for n in names}
+    kept_t, kept_a, kept_b = (
+        {int(i) for n in names for i in s.selection.take(n, numbers[n]).flatten()} for s in (target, a, b)
+    )
+    partition = Partition(full, world)
+    plans = [arrival(partition, rank, target, [a, b]) for rank in range(world)]
+    assert sum(plan.own_entries for plan in plans) == len(kept_t - kept_a - kept_b)
+    carried = plans[0].carried
+    assert sum(plan.entries for plan in carried.values()) == len(kept_t & (kept_a | kept_b))
+    assert shared(target, a).entries == len(kept_t & kept_a)
+    leaving = [returned(partition, rank, target, [a]).entries for rank in range(world)]
+    assert sum(leaving) == len(kept_t - kept_a)
 
 
 @given(st.data(), channel_maps(), st.integers(1, 4))
@@ -79,26 +120,27 @@ def test_scatter_of_what_was_gathered_changes_nothing_and_other_entries_are_neve
 ) -> None:
     selection = Selection(channel_map, data.draw(masks(channel_map)))
     values = narrow(channel_map, selection)
-    for store, untouched in zip(stores(channel_map, world), stores(channel_map, world), strict=True):
-        moves = store._plan(selection, WEIGHTS).moves
-        scatter(store.arrays[WEIGHTS], moves, values)
-        assert torch.equal(store.arrays[WEIGHTS], untouched.arrays[WEIGHTS])
-        scatter(store.arrays[WEIGHTS], moves, torch.full_like(values, 7.0))
-        changed = store.arrays[WEIGHTS] != untouched.arrays[WEIGHTS]
-        assert int(changed.sum()) == sum(m.rows.numel() * m.pattern.numel() * m.unit for m in moves)
-        assert bool((store.arrays[WEIGHTS][changed] == 7).all())
-
-
-@given(st.data(), channel_maps())
-def test_shared_positions_name_the_same_full_entries(data: st.DataObject, channel_map: ChannelMap) -> None:
-    a, b = (Selection(channel_map, data.draw(masks(channel_map))) for _ in range(2))
-    names = tuple(channel_map.shapes)
-    layout = Layout.of(dict(channel_map.shapes))
-    identity = {n: layout.view(torch.arange(layout.size), n) for n in names}
-    flat_a, flat_b = (torch.cat([s.take(n, identity[n]).flatten() for n in names]) for s in (a, b))
-    in_a, in_b = shared_positions(a, b, names)
-    assert torch.equal(flat_a[in_a], flat_b[in_b])
-    assert set(flat_a[in_a].tolist()) == set(flat_a.tolist()) & set(flat_b.tolist())
+    full = stores(channel_map, 1)[0].partitions[WEIGHTS].layout
+    whole = torch.cat([t.flatten() for t in full_tensors(channel_map).values()])
+    inside = torch.zeros(full.size, dtype=torch.bool)
+    for name in full.shapes:
+        grid = open_grid(selection.kept[name], full.shapes[name]) if full.shapes[name] else ...
+        full.view(inside, name)[grid] = True
+    position = 0
+    for store in stores(channel_map, world):
+        before = store.arrays[WEIGHTS].clone()
+        store.scatter(selection, WEIGHTS, values)
+        assert torch.equal(store.arrays[WEIGHTS], before)
+        store.scatter(selection, WEIGHTS, torch.full_like(values, 7.0))
+        for name in full.shapes:
+            low, high = store.partitions[WEIGHTS].rows(name, store.ranks.rank)
+            own = store.own_rows(name)
+            mask = full.view(inside, name)[low:high] if full.shapes[name] else full.view(inside, name)
+            old = full.view(whole, name)[low:high] if full.shapes[name] else full.view(whole, name)
+            expected = torch.where(mask, torch.full_like(old, 7.0), old)
+            assert torch.equal(own.reshape(-1), expected.reshape(-1)[: own.numel()])
+        position += before.numel()
+    assert position == full.size
 
 
 def test_slots_start_at_zero_and_move_with_the_indices_of_the_weights() -> None:

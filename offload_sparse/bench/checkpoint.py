@@ -1,0 +1,88 @@
+"""What saving costs: the same training with and without background checkpoints of a 2 GB store, in turns.
+
+A pair of stretches has as many steps each; the second one writes a checkpoint in the background, synced to
+disk, from its first step on, and is not over before that is complete. What it takes longer is the cost of a
+checkpoint, and its share at one checkpoint a minute is that cost over 60 s.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.round import loss_of
+from offload_sparse.config import CheckpointConfig, PolicyConfig, RoundConfig
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.session_state import session_state
+from offload_sparse.models import build_model
+from offload_sparse.training.checkpoint import Checkpointer
+
+_MINUTE = 60.0
+_BATCH, _K = 16, 10
+
+
+def run(quick: bool) -> BenchResult:
+    """Five pairs on a store of 2 GB; ``quick`` two on one of 0.13 GB."""
+    hidden, pairs = (2048, 2) if quick else (32768, 5)
+    session, batch = _session(hidden)
+    with tempfile.TemporaryDirectory() as folder:
+        config = CheckpointConfig(every_steps=1, keep=1)
+        checkpointer = Checkpointer(Path(folder) / "checkpoints", config, {})
+        session.relay.before_return = checkpointer.join
+        stretch = partial(_stretch, session, checkpointer, batch)
+        begun = time.perf_counter()
+        stretch(1, _K)  # a checkpoint alone, to know how many steps one is written beside
+        steps = max(_K, round(1.5 * _K * _written(session, checkpointer) / (time.perf_counter() - begun)))
+        steps = _K * -(-steps // _K)
+        rows: list[list[Any]] = []
+        costs: list[float] = []
+        for number in range(pairs):
+            plain, saving = stretch(0, steps), stretch(2 + number, steps)
+            costs.append(saving - plain)
+            rows.append([number, steps, plain, saving, saving - plain])
+    cost, size = median(costs), session.store.nbytes
+    ratios = {"checkpoint.time_share": cost / _MINUTE}
+    raw = {"seconds_per_checkpoint": costs, "steps": steps, "store_bytes": size}
+    rows.append([f"store of {size / 1e9:.2f} GB", "", "", "median", cost])
+    return BenchResult(ratios, raw, ("pair", "steps", "without s", "with s", "checkpoint s"), rows)
+
+
+def _session(hidden: int) -> tuple[SparseOffload, tuple[torch.Tensor, torch.Tensor]]:
+    factory = partial(build_model, "offload_sparse/mlp", 10, 1, 28, stream=1024, hidden=hidden, depth=4)
+    session = SparseOffload(
+        factory,
+        (torch.empty(1, 1, 28, 28, device="meta"),),
+        total_steps=10**9,
+        policy=PolicyConfig(rho=0.25),
+        rounds=RoundConfig(k=_K),
+        verify=False,
+    )
+    images = torch.randn(_BATCH, 1, 28, 28, device=session.device)
+    return session, (images, torch.randint(10, (_BATCH,)).to(session.device))
+
+
+def _stretch(session: SparseOffload, checkpointer: Checkpointer, batch: Any, save: int, steps: int) -> float:
+    """Seconds of ``steps`` steps, with the checkpoint ``save`` (0 for none) written beside them."""
+    begun = time.perf_counter()
+    if save:
+        checkpointer.save(save, session_state(session), {}, wait=False)
+    for _ in range(steps):
+        session.step(batch, loss_of)
+    session.records()
+    if save and not checkpointer.join():
+        raise RuntimeError("the checkpoint could not be written; is the disk full?")
+    return time.perf_counter() - begun
+
+
+def _written(session: SparseOffload, checkpointer: Checkpointer) -> float:
+    """Seconds that a checkpoint takes by itself."""
+    begun = time.perf_counter()
+    checkpointer.save(1, session_state(session), {})
+    return time.perf_counter() - begun

@@ -1,0 +1,200 @@
+"""A store larger than memory: ``offload-sparse train`` on files, killed in its second round, and again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from offload_sparse.bench.contract import BenchResult
+from offload_sparse.planning.machine import anonymous_bytes
+
+ROUNDS = 3
+LIMIT = 3 * 3600.0
+"""Seconds until a process that hangs is stopped."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the demonstration is.
+
+    Attributes:
+        stream, hidden, depth: widths and blocks of the network.
+        k: steps per round.
+        rho: remaining ratio.
+    """
+
+    stream: int
+    hidden: int
+    depth: int
+    k: int
+    rho: float
+
+    @property
+    def killed_at(self) -> int:
+        """The step after which the run is killed: in the middle of the second round."""
+        return self.k + self.k // 2
+
+    def command(self, run_dir: Path) -> list[str]:
+        """What a user would type."""
+        options = {
+            "run_dir": run_dir,
+            "model.name": "offload_sparse/mlp",
+            "model.arguments.stream": self.stream,
+            "model.arguments.hidden": self.hidden,
+            "model.arguments.depth": self.depth,
+            "data.name": "fashion_mnist_small",
+            "data.batch_size": 64,
+            "store.tier": "file",
+            "policy.rho": self.rho,
+            "round.k": self.k,
+            "round.freeze_at": 1,
+            "optim.lr": 0.02,
+            "optim.schedule": "constant",
+            "train.max_steps": ROUNDS * self.k,
+            "train.log_every": 1,
+        }
+        written = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        return [sys.executable, "-m", "offload_sparse.cli", "train", *written]
+
+
+QUICK = Size(512, 6144, 2, 4, 0.25)
+FULL = Size(4096, 65536, 10, 20, 0.1)
+
+
+@dataclass
+class Part:
+    """One process.
+
+    Attributes:
+        exit_code: of the process; -9 when it was killed.
+        seconds: from its start to its end.
+        anonymous_peak: largest memory of the process that no file stands behind, in bytes.
+        messages: what it printed on stderr.
+    """
+
+    exit_code: int
+    seconds: float
+    anonymous_peak: int
+    messages: str
+
+    @property
+    def carried_on_at(self) -> int:
+        """The step that it began at."""
+        found = re.search(r"carrying on at step (\d+)", self.messages)
+        return int(found[1]) if found else 0
+
+
+def run(quick: bool) -> BenchResult:
+    """Three rounds on real images, killed with SIGKILL in the second and started again by the same command.
+
+    ``quick`` takes a store of 100 MB instead of 43 GB, and repeats the run without the kill: both must end
+    with the same weights, bit for bit. The files lie in the system's folder for temporary ones (``TMPDIR``).
+    """
+    size = QUICK if quick else FULL
+    with tempfile.TemporaryDirectory(prefix="offload-sparse-larger-") as folder:
+        run_dir, whole = Path(folder) / "run", Path(folder) / "whole"
+        first = watch(size.command(run_dir), lambda: size.killed_at in losses(run_dir))
+        killed_at = max(losses(run_dir), default=0)
+        second = watch(size.command(run_dir))
+        for part in (first, second):
+            if part.exit_code not in (0, -signal.SIGKILL):
+                raise RuntimeError(f"training ended with exit code {part.exit_code}: {part.messages}")
+        survived = first.exit_code == -signal.SIGKILL and second.exit_code == 0
+        survived &= 0 < second.carried_on_at <= killed_at
+        survived &= sorted(losses(run_dir)) == list(range(1, ROUNDS * size.k + 1))
+        if quick:
+            survived &= watch(size.command(whole)).exit_code == 0
+            survived &= digest(whole) == digest(run_dir) and losses(whole) == losses(run_dir)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        return summarise(size, first, second, killed_at, survived, losses(run_dir), summary)
+
+
+def summarise(
+    size: Size,
+    first: Part,
+    second: Part,
+    killed_at: int,
+    survived: bool,
+    by_step: dict[int, float],
+    summary: dict[str, Any],
+) -> BenchResult:
+    """The figures of a run that was killed and carried on."""
+    rounds = [
+        fmean(by_step[step] for step in range(i * size.k + 1, (i + 1) * size.k + 1)) for i in range(ROUNDS)
+    ]
+    ratios = {
+        "larger.store_gb": summary["store_bytes"] / 1e9,
+        "larger.rss_anon_gb": max(first.anonymous_peak, second.anonymous_peak) / 1e9,
+        "larger.loss_first": rounds[0],
+        "larger.loss_last": rounds[-1],
+        "larger.survived_kill": float(survived),
+    }
+    raw = {
+        "first": vars(first),
+        "second": vars(second),
+        "killed_after_step": killed_at,
+        "carried_on_at_step": second.carried_on_at,
+        "loss_by_step": by_step,
+        "mean_loss_by_round": rounds,
+        "summary": summary,
+    }
+    rows: list[list[Any]] = [[f"mean loss of round {i}", loss] for i, loss in enumerate(rounds)]
+    rows += [["accuracy on test images", summary["test_accuracy"]]]
+    rows += [["seconds until the kill", first.seconds], ["seconds from then on", second.seconds]]
+    rows += [["killed after step", killed_at], ["carried on at step", second.carried_on_at]]
+    return BenchResult(ratios, raw, ["", ""], rows)
+
+
+def watch(command: list[str], enough: Callable[[], bool] = lambda: False) -> Part:
+    """Run a command, and kill it as soon as ``enough`` says so.
+
+    Raises:
+        RuntimeError: it takes longer than ``LIMIT``.
+    """
+    started, peak = time.monotonic(), 0
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+        try:
+            while process.poll() is None:
+                peak = max(peak, anonymous_bytes(process.pid))
+                if enough():
+                    process.kill()
+                    process.wait()
+                elif time.monotonic() - started > LIMIT:
+                    raise RuntimeError(f"training did not end within {LIMIT:g} s")
+                time.sleep(0.02)
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        return Part(process.returncode, time.monotonic() - started, peak, errors.read())
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss by step, as far as the run has come; of a step that was made twice, the last."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+def digest(run_dir: Path) -> str:
+    """Of all weights, slots and statistics that a finished run has left in its store."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted((run_dir / "store").glob("rank*/*.bin")):
+        found.update(path.name.encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()

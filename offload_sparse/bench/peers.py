@@ -1,0 +1,193 @@
+"""Ours against dense, FSDP2 and DeepSpeed ZeRO with offload, and a static narrow network: time and memory.
+
+Every peer runs in fresh processes of its own, so that its peaks are its own; the peers take turns,
+repetition by repetition, so that a change of the machine's speed meets all of them. The step time of ours
+is that of whole rounds over their steps, one reference loss per step included. ``vs_ours`` above 1 means
+that ours is better: it takes less time, or less memory. A peer that cannot run here has its reason in the
+table and no ratios.
+
+The device's peak comes from CUDA's allocator; on a CPU see ``bench.device_memory``. The host's peak is
+resident memory above the idle process, from the construction of the network on; on a CPU it holds the
+device's part too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from offload_sparse.bench.contenders import CLASSES, CONTENDERS, Contender
+from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.device_memory import touched_peak
+from offload_sparse.bench.memory import peak_resident, reset_peak, warm_up
+from offload_sparse.bench.options import PeersConfig
+from offload_sparse.bench.ranks import run_ranks
+
+Figures = dict[str, float]
+
+_RATIOS = {"step": "step_seconds", "device": "device_bytes", "host": "host_bytes"}
+
+
+def run(quick: bool, config: PeersConfig | None = None) -> BenchResult:
+    """Every peer in turns; ``quick`` takes a narrower network and one repetition."""
+    config = resolve(config or PeersConfig(), quick)
+    names = list(dict.fromkeys([config.only, "ours"])) if config.only else list(CONTENDERS)
+    found: dict[str, list[Figures]] = {name: [] for name in names}
+    reasons: dict[str, str] = {}
+    for _ in range(config.repetitions):
+        for name in names:
+            if name in reasons:
+                continue
+            try:
+                found[name].append(worst_rank(measure(name, config)))
+            except RuntimeError as error:
+                reasons[name] = last_line(error)
+    return summary(config, found, reasons)
+
+
+def resolve(config: PeersConfig, quick: bool) -> PeersConfig:
+    """``config`` with the sizes that 0 stands for.
+
+    Raises:
+        ValueError: an unknown peer, or more processes than CUDA devices.
+    """
+    if config.only and config.only not in CONTENDERS:
+        raise ValueError(f"there is no peer {config.only!r}; give one of {', '.join(CONTENDERS)}")
+    devices = torch.cuda.device_count()
+    if torch.cuda.is_available() and config.processes > devices:
+        raise ValueError(f"processes is {config.processes}, but there are {devices} CUDA devices; give fewer")
+    own = config.model.startswith("offload_sparse/")
+    return replace(
+        config,
+        width=config.width or (0.5 if quick else 2.0),
+        batch=config.batch or 8,
+        image_size=config.image_size or (32 if own else 64),
+        k=config.k or (10 if quick else 50),
+        repetitions=config.repetitions or (1 if quick else 3),
+    )
+
+
+def measure(name: str, config: PeersConfig, limit: float = 900.0) -> list[Figures]:
+    """The figures of one peer on every rank.
+
+    Raises:
+        RuntimeError: it failed; the last line says why.
+    """
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return run_ranks(config.processes, measure_here, name, config, limit=limit, backend=backend)
+
+
+def measure_here(name: str, config: PeersConfig) -> Figures:
+    """Train a few steps with one peer, in this process and its group.
+
+    Returns:
+        median seconds per step, peaks of device and host in bytes, bytes over the bus per step and rank.
+    """
+    os.dup2(2, 1)  # what libraries print belongs into the log
+    device = _device()
+    torch.manual_seed(0)
+    warm_up()
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    side = config.image_size
+    images = torch.randn(config.batch, 3, side, side, generator=generator).to(device)
+    batch = (images, torch.randint(CLASSES, (config.batch,), generator=generator).to(device))
+    reset_peak()
+    idle = peak_resident()
+    contender = CONTENDERS[name](config, device, batch)
+    seconds = timed_units(contender, units=2 if contender.unit > 1 else config.steps)
+    host = peak_resident() - idle
+    return {
+        "step_seconds": median(seconds),
+        "device_bytes": device_peak(contender, device),
+        "host_bytes": host,
+        "bus_bytes": contender.bus_bytes(),
+    }
+
+
+def timed_units(contender: Contender, units: int) -> list[float]:
+    """Seconds per step of ``units`` units, after one that does not count."""
+    seconds = []
+    for number in range(units + 1):
+        _wait()
+        start = time.perf_counter()
+        for _ in range(contender.unit):
+            contender.step()
+        _wait()
+        if number:
+            seconds.append((time.perf_counter() - start) / contender.unit)
+    return seconds
+
+
+def device_peak(contender: Contender, device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if contender.unit == 1:
+        return touched_peak(contender.compute, contender.update, contender.resident, contender.on_host)
+    contender.step()  # opens a round; the two that follow train either side and leave the full weights alone
+
+    def both() -> None:
+        contender.compute()
+        contender.compute()
+
+    return touched_peak(both)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(torch.distributed.get_rank())
+    return torch.device("cuda", torch.distributed.get_rank())
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def worst_rank(ranks: list[Figures]) -> Figures:
+    """The largest of every figure over ranks."""
+    return {key: max(figures[key] for figures in ranks) for key in ranks[0]}
+
+
+def last_line(error: RuntimeError) -> str:
+    """What a failed peer said last, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
+
+
+def summary(
+    config: PeersConfig, found: Mapping[str, list[Figures]], reasons: Mapping[str, str]
+) -> BenchResult:
+    """Medians over repetitions, and their ratios to ours."""
+    medians = {
+        name: {key: median(one[key] for one in figures) for key in figures[0]}
+        for name, figures in found.items()
+        if figures and name not in reasons
+    }
+    base = medians.get("ours")
+    ratios = {
+        f"peers.{name}.{short}_vs_ours": figures[key] / base[key]
+        for name, figures in medians.items()
+        for short, key in _RATIOS.items()
+        if base is not None and name != "ours"
+    }
+    rows = [[name, *_cells(medians.get(name)), reasons.get(name, "")] for name in found]
+    raw: dict[str, Any] = {"config": asdict(config), "peers": medians, "repetitions": dict(found)}
+    raw |= {"not_run": dict(reasons), "cuda": torch.cuda.is_available()}
+    return BenchResult(ratios, raw, _HEADER, rows)
+
+
+_HEADER = ("peer", "step ms", "device MiB", "host MiB", "bus MiB/step", "not run because")
+
+
+def _cells(figures: Figures | None) -> list[str]:
+    if figures is None:
+        return ["-"] * 4
+    mebibytes = (figures[key] / 2**20 for key in ("device_bytes", "host_bytes", "bus_bytes"))
+    return [f"{1000 * figures['step_seconds']:.0f}", *(f"{size:.1f}" for size in mebibytes)]

@@ -1,0 +1,116 @@
+"""A session that survives a crash at any moment, on a store in files.
+
+    session = SparseOffload(..., store=StoreConfig("file", folder), store_mode="resume" if started else "new")
+    durable = DurableRounds(session)
+    done = durable.restore()          # steps that need not be run again
+    for batch in batches[done:]: session.step(batch, loss_fn)
+
+What a killed process loses are the steps since the last round, or the last ``save``: they are run again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from offload_sparse.engine.pair import Side
+from offload_sparse.engine.random_state import random_state, set_random_state
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.session_state import SmallState, restore_small, small_state
+from offload_sparse.store.journal import Journal
+from offload_sparse.store.tiers import FileTier
+from offload_sparse.store.weight_store import WeightStore
+
+_LOCAL, _RANDOM = "local/", "random/"
+
+
+class DurableRounds:
+    """Logs every round of a session before it is scattered.
+
+    The batches that the final mask is chosen on are not kept: a session that is resumed at the very step at
+    which the mask is chosen, by ``rounds.freeze_at``, chooses it on those that follow.
+
+    Args:
+        session: a session whose store is in files, between two rounds.
+        settle_every: rounds between waits for the disk; as many logs are kept. 1 waits after each round.
+
+    Raises:
+        ValueError: the session's store is in memory.
+    """
+
+    def __init__(self, session: SparseOffload, settle_every: int = 4) -> None:
+        if not isinstance(session.tier, FileTier):
+            raise ValueError("only a store in files outlives its process; set store.tier file")
+        if settle_every < 1:
+            raise ValueError(f"settle_every is {settle_every}; give at least 1 round")
+        self._session = session
+        self._tier = session.tier
+        self._settle_every = settle_every
+        self.journal = Journal(session.tier.folder / "journal")
+        self._random: dict[str, Tensor] = {}
+        session.after_round = self._log
+
+    @property
+    def store(self) -> WeightStore:
+        return self._session.store
+
+    def restore(self) -> int:
+        """Make the store whole and the session what it was after the last round that was logged.
+
+        Returns:
+            optimizer steps that are done; 0 when no round was logged.
+        """
+        if (common := self._common_round()) is not None:
+            self.journal.drop_after(common)
+        entry = self.journal.replay(self._session.store)
+        if entry is None:
+            return 0
+        local = _with_prefix(entry.tensors, _LOCAL)
+        restore_small(self._session, SmallState(entry.tensors, local, entry.state))
+        self._random = _with_prefix(entry.tensors, _RANDOM)
+        self.restore_random_state()
+        return self._session.steps_done
+
+    def restore_random_state(self) -> None:
+        """Set torch's generators as they were where ``restore`` has taken up the run."""
+        if self._random:
+            set_random_state(self._random)
+
+    def save(self) -> None:
+        """Make the present step durable, in the middle of a round too."""
+        session = self._session
+        if session.relay.ahead:
+            self._log(session.relay.pair.trained)
+
+    def _log(self, sides: tuple[Side, ...]) -> None:
+        """Before any of what ``sides`` have learned goes back to the store.
+
+        The logs that ``settle`` deletes are older than the newest: what they hold has been returned, or has
+        been carried on and is in the newest.
+        """
+        session = self._session
+        pieces = [(side.selection, side.arrays) for side in sides]
+        if len(self.journal.rounds()) >= self._settle_every:
+            session.relay.finish_returns()
+            self.journal.settle(self._tier.sync)
+        small = small_state(session)
+        tensors = small.tensors | {_LOCAL + name: t for name, t in small.local.items()}
+        tensors |= {_RANDOM + name: t for name, t in random_state().items()}
+        self.journal.append(session.steps_done, session.store, pieces, small.meta, tensors)
+        if session.ranks.world_size > 1:
+            # No rank scatters a round that another may not have logged.
+            dist.barrier(group=session.ranks.host_group)
+
+    def _common_round(self) -> int | None:
+        """The newest round that every rank has logged; None on a single rank, whose word is enough."""
+        session = self._session
+        if session.ranks.world_size == 1:
+            return None
+        newest = torch.tensor([self.journal.rounds()[-1] if self.journal.rounds() else -1])
+        dist.all_reduce(newest, dist.ReduceOp.MIN, group=session.ranks.host_group)
+        return int(newest)
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

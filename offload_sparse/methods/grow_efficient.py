@@ -1,0 +1,213 @@
+"""GrowEfficient: channel gates trained by the straight-through estimator; sparse forward, dense backward.
+
+Yuan, Savarese & Maire, "Growing Efficient Deep Networks by Structured Continuous Sparsification" (ICLR 2021),
+as Zhou et al. (2021) describe and account for it: a channel whose gate is shut leaves the forward pass, but
+the gradient of its gate needs its output, so that the backward pass is that of the dense network (remark 2).
+With f_S and f_D the FLOPs of both forward passes a step costs f_S + 2 f_D, and the saving is
+3 / (2 + f_S / f_D) (appendix C): never more than 1.5.
+
+    p = sigmoid(b z)     q ~ Bernoulli(p)     dq/dz ≈ dp/dz     loss + penalty · |mean p - rho|
+
+What is open there, and what is done here: b rises geometrically from 1 to ``sharpness`` until the gates are
+frozen; from then on a gate is open where p ≥ 1/2. Every group keeps its most probable ``policy.min_width``
+atoms open. Draws are a function of (seed, step), the same on every rank. A gate multiplies the columns that
+read its channel: behind the activation, since a ReLU has no slope where a gate before it has shut.
+As a module computes here, shut channels are multiplied by zero, not left out: FLOPs are counted, seconds are
+not saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.config import RunConfig
+from offload_sparse.engine.batch_norm import reestimate_batch_norm
+from offload_sparse.engine.finalize import FinalNetwork
+from offload_sparse.engine.preparation import prepare
+from offload_sparse.methods.masked import MaskedTraining
+from offload_sparse.methods.method import Method, Task
+from offload_sparse.methods.sparsity import Sparsity, by_column, maskable_weights
+from offload_sparse.policy.samplers import mask_generator
+from offload_sparse.store.initial_values import build_seeded
+from offload_sparse.store.weight_store import Ranks
+from offload_sparse.structure.accounting import CostModel
+from offload_sparse.structure.channel_map import ChannelMap
+from offload_sparse.structure.subnet import narrow_module
+
+NOTE = "Shut channels are multiplied by zero, so a step takes as long as a dense one; FLOPs leave them out."
+
+
+class ChannelGates(Sparsity):
+    """One gate per atom of a channel map.
+
+    Args:
+        network: the full network.
+        channel_map: its map, without unions.
+        config: ``grow_efficient``, ``policy.rho``, ``policy.min_width``, ``round.freeze_at`` and the seed.
+        total_steps: optimizer steps of the run.
+    """
+
+    def __init__(
+        self, network: nn.Module, channel_map: ChannelMap, config: RunConfig, total_steps: int
+    ) -> None:
+        super().__init__(maskable_weights(network))
+        self.channel_map = channel_map
+        self._options, self._policy, self._seed = config.grow_efficient, config.policy, config.train.seed
+        self._learned_steps = round(config.round.freeze_at * total_steps)
+        device = self.forward_kept.device
+        start = math.log(self._options.start / (1 - self._options.start))
+        some = next(iter(self.weights.values()))
+        self.logits = nn.Parameter(
+            torch.full((channel_map.num_atoms,), start, dtype=some.dtype, device=device)
+        )
+        self._gated = {
+            name: (parameter, axis.to(device))
+            for name, parameter, axis in _read_channels(network, channel_map)
+        }
+        self._steps_done = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def learning(self) -> bool:
+        """Whether gates are still drawn and trained."""
+        return int(self._steps_done) < self._learned_steps
+
+    def probabilities(self) -> Tensor:
+        """Probability of every gate to be open: [C] with its graph."""
+        progress = min(1.0, int(self._steps_done) / max(1, self._learned_steps))
+        return torch.sigmoid(self._options.sharpness**progress * self.logits)
+
+    def gates(self) -> Tensor:
+        """The gates of this step, [C] of zeros and ones, with the gradient of their probabilities."""
+        p = self.probabilities()
+        if not (self.training and self.learning):
+            return self._open(p, p.new_full((), 0.5)).detach() + 0 * p
+        uniforms = torch.rand(len(p), generator=mask_generator(self._seed, int(self._steps_done)))
+        return self._open(p, uniforms.to(p)) + (p - p.detach())
+
+    def mask(self) -> Tensor:
+        """bool[C] on the CPU: the channels that would be kept now."""
+        with torch.no_grad():
+            p = self.probabilities()
+            return self._open(p, p.new_full((), 0.5)).bool().cpu()
+
+    def masked(self) -> dict[str, Tensor]:
+        gates = self.gates()
+        with torch.no_grad():
+            self._note(gates)
+        open_or_always = torch.cat([gates, gates.new_ones(1)])  # -1 means always
+        return {
+            name: parameter * by_column(open_or_always[axis], parameter)
+            for name, (parameter, axis) in self._gated.items()
+        }
+
+    def masks(self) -> dict[str, Tensor]:
+        kept = torch.cat([self.mask(), torch.ones(1, dtype=torch.bool)])
+        masks = {}
+        for name, weight in self.weights.items():
+            masks[name] = torch.ones(weight.shape, dtype=torch.bool)
+            for dim, axis in enumerate(self.channel_map.axes[name]):
+                if axis is not None:
+                    masks[name] &= kept[axis].view(-1, *(1,) * (weight.dim() - dim - 1))
+        return masks
+
+    def penalty(self) -> Tensor | None:
+        if not self.learning:
+            return None
+        return self._options.penalty * (self.probabilities().mean() - self._policy.rho).abs()
+
+    @torch.no_grad()
+    def amend_gradients(self, step: int) -> bool:
+        """The gates have their own learning rate, and no momentum."""
+        del step
+        assert self.logits.grad is not None
+        if self.learning:
+            self.logits.sub_(self.logits.grad, alpha=self._options.gate_lr)
+        self.logits.grad.zero_()
+        return True
+
+    def settle(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        del optimizer, step
+        self._steps_done += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {"steps_done": self._steps_done}
+
+    def input_gradient_used(self) -> Tensor:
+        return torch.ones_like(self.forward_kept)
+
+    def _open(self, p: Tensor, limit: Tensor) -> Tensor:
+        """1 where p > limit, and for the most probable atoms of every group up to its minimum width."""
+        gates = (p.detach() > limit).to(p.dtype)
+        for group in self.channel_map.groups:
+            width = min(group.size, self._policy.min_width)
+            best = p.detach()[group.start : group.stop].topk(width).indices
+            gates[group.start + best] = 1.0
+        return gates
+
+    def _note(self, gates: Tensor) -> None:
+        """The share of each layer's weight that these gates keep."""
+        kept = torch.cat([gates.detach().double(), torch.ones(1, dtype=torch.float64, device=gates.device)])
+        for i, name in enumerate(self.weights):
+            share = torch.ones((), dtype=torch.float64, device=gates.device)
+            for axis in self.channel_map.axes[name]:
+                if axis is not None:
+                    share = share * kept[axis.to(gates.device)].mean()
+            self.forward_kept[i] = share
+
+
+def _read_channels(network: nn.Module, channel_map: ChannelMap) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Every weight with columns that belong to atoms, and the atom of each (-1: always read)."""
+    for name, parameter in network.named_parameters():
+        axes = channel_map.axes.get(name, ())
+        if len(axes) > 1 and axes[1] is not None:
+            yield name, parameter, axes[1]
+
+
+class GrowEfficient(MaskedTraining):
+    """Trains gates and weights; hands out the narrow network of the open channels."""
+
+    sparsity: ChannelGates
+
+    def report(self) -> dict[str, Any]:
+        mask = self.sparsity.mask()
+        return super().report() | {
+            "params_ratio": self._cost.parameters(mask) / self._cost.dense_parameters,
+            "flops_ratio": self._cost.flops(mask) / self._cost.dense_flops,
+            "note": NOTE,
+        }
+
+    def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
+        mask = self.sparsity.mask()
+        network = narrow_module(self.network, self._channel_map, mask)
+        if not self._task.forward.frozen_batch_norm:
+            reestimate_batch_norm(network, batches, self._averaged)
+        return FinalNetwork(network.eval(), mask, self._channel_map)
+
+
+def build(task: Task) -> Method:
+    """GrowEfficient on the network of ``task``.
+
+    Raises:
+        ValueError: the network cannot be narrowed, or every filter is to have a mask of its own.
+    """
+    config = task.config
+    if config.model.residual == "filter":
+        raise ValueError("grow_efficient gates whole streams; set model.residual to coupled or internal")
+    prepared = prepare(
+        task.factory,
+        task.example_inputs,
+        config.model.residual,
+        Ranks.current(),
+        verify=config.train.verify,
+        block=config.atoms.block,
+    )
+    channel_map = prepared.channel_map
+    cost = CostModel(prepared.meta_model, channel_map, task.example_inputs)
+    network = build_seeded(task.factory, config.train.seed).to(task.device, task.dtype)
+    gates = ChannelGates(network, channel_map, config, task.total_steps)
+    return GrowEfficient(task, network, gates, channel_map, cost)

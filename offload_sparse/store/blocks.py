@@ -1,0 +1,131 @@
+"""Blocks of flat arrays: which entries of one array belong to which entries of another.
+
+    Block: 2 rows x 2 units of 3 entries        unit numbers  0   1   2   3
+    source  row 0   . . . . . . . . . . . .
+            row 1   . . . a a a . . . b b b     rows 1 and 3, units 1 and 3, row_length 12
+            row 2   . . . . . . . . . . . .
+            row 3   . . . c c c . . . d d d
+    target  a a a b b b c c c d d d             rows and units None, row_length 6
+
+A unit is a run that is always contiguous: the 3x3 window of a convolution, or a whole row when every column
+is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the entries of a block lie in a flat array.
+
+    Attributes:
+        start: first entry of row 0.
+        row_length: entries per row of the array.
+        rows: int64, sorted row numbers; None: 0, 1, 2, …
+        units: int64, sorted numbers of units within a row; None: 0, 1, 2, …
+    """
+
+    start: int
+    row_length: int
+    rows: Tensor | None = None
+    units: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """``n_rows`` x ``n_units`` x ``unit`` entries, in the same order in both arrays.
+
+    Attributes:
+        n_rows: rows.
+        n_units: units per row.
+        unit: contiguous entries per unit.
+        source, target: where they lie in the two arrays.
+    """
+
+    n_rows: int
+    n_units: int
+    unit: int
+    source: Grid
+    target: Grid
+
+    def __post_init__(self) -> None:
+        for grid in (self.source, self.target):
+            for numbers, count in ((grid.rows, self.n_rows), (grid.units, self.n_units)):
+                if numbers is not None and numbers.numel() != count:
+                    size = f"{self.n_rows} rows x {self.n_units} units"
+                    raise ValueError(f"a block of {size} names {numbers.numel()} of them")
+
+    @property
+    def entries(self) -> int:
+        return self.n_rows * self.n_units * self.unit
+
+    def end(self, grid: Grid) -> int:
+        """One past the last entry of the array that the block touches."""
+        row = self.n_rows - 1 if grid.rows is None else int(grid.rows.max())
+        unit = self.n_units - 1 if grid.units is None else int(grid.units.max())
+        return grid.start + row * grid.row_length + (unit + 1) * self.unit
+
+    def begin(self, grid: Grid) -> int:
+        """First entry of the array that the block touches."""
+        row = 0 if grid.rows is None else int(grid.rows.min())
+        unit = 0 if grid.units is None else int(grid.units.min())
+        return grid.start + row * grid.row_length + unit * self.unit
+
+    def is_run(self, grid: Grid) -> bool:
+        """Whether the block is one run of the array."""
+        one_row = grid.rows is None and (grid.row_length == self.n_units * self.unit or self.n_rows == 1)
+        return one_row and grid.units is None
+
+
+class BlockList:
+    """Blocks, and how much of either array they need.
+
+    Args:
+        blocks: the blocks.
+        sizes: entries of the source and the target, from a caller who knows that all blocks lie within them;
+            None: look at all numbers.
+
+    Attributes:
+        blocks: those that hold any entries.
+        entries: entries that are copied.
+        source_size, target_size: least number of entries of the arrays (or ``sizes``).
+    """
+
+    def __init__(self, blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> None:
+        self.blocks = tuple([block for block in blocks if block.entries])
+        self.entries = sum([block.entries for block in self.blocks])
+        if sizes is not None:
+            self.source_size, self.target_size = sizes
+            return
+        self.source_size = max((b.end(b.source) for b in self.blocks), default=0)
+        self.target_size = max((b.end(b.target) for b in self.blocks), default=0)
+        lows = [b.begin(g) for b in self.blocks for g in (b.source, b.target)]
+        if min(lows, default=0) < 0:
+            raise ValueError(f"a block begins at entry {min(lows)}; give starts and numbers of 0 or more")
+
+    @cached_property
+    def target_run(self) -> tuple[int, int] | None:
+        """(first, last + 1) entry of the target if the blocks fill one run of it in order, else None."""
+        return _run([(b, b.target) for b in self.blocks])
+
+    @cached_property
+    def source_run(self) -> tuple[int, int] | None:
+        """The same of the source."""
+        return _run([(b, b.source) for b in self.blocks])
+
+
+def _run(grids: Sequence[tuple[Block, Grid]]) -> tuple[int, int] | None:
+    if not grids:
+        return 0, 0
+    first = end = grids[0][1].start
+    for block, grid in grids:
+        if not block.is_run(grid) or grid.start != end:
+            return None
+        end += block.entries
+    return first, end

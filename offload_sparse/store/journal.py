@@ -1,0 +1,246 @@
+"""A redo log beside a store in files: a crash in the middle of a scatter never leaves a torn store.
+
+    append   round-12.safetensors.tmp ─ fsync ─ rename ─ fsync of the folder   the store has not changed yet
+    scatter  the same values go to their places in the mapped files            torn if the process dies here
+    start    every log that is left is applied again, in order                 whole again
+
+A log holds what a scatter is about to write (this rank's run of each narrow buffer, with the masks that place
+it) and the small state that belongs to it. Applying it twice gives the same bits. The system writes mapped
+files back when it likes, so logs are kept until ``settle`` has waited for the store to reach the disk: a kill
+and a loss of power are both survived.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from offload_sparse.store.tiers import sync_folder
+from offload_sparse.store.weight_store import WeightStore
+from offload_sparse.structure.selection import Selection
+
+_NAME = re.compile(r"round-(\d+)\.safetensors")
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+}
+_WRITE = 16 << 20
+"""Bytes per write, so that no second copy of a subnet is made."""
+
+Piece = tuple[Selection, Mapping[str, Tensor]]
+"""A selection and, by kind, the whole narrow flat buffers that are about to be scattered; on any device."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What came with the newest log.
+
+    Attributes:
+        round: the round that was logged.
+        state: the JSON that the caller gave.
+        tensors: the tensors that the caller gave.
+    """
+
+    round: int
+    state: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Journal:
+    """The redo log of one rank.
+
+    Args:
+        folder: folder of the logs; made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.tmp"):  # of a process that died while it wrote
+            left.unlink()
+
+    def append(
+        self,
+        round: int,
+        store: WeightStore,
+        pieces: Sequence[Piece],
+        state: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Log what is about to be scattered. When this returns, the log outlives the process and the machine.
+
+        Args:
+            round: number of the round; larger than any before.
+            store: the store that the values will be scattered into; only its layout is read.
+            pieces: what will be scattered, in order.
+            state: small JSON that is handed back with the log.
+            tensors: small tensors that are handed back with the log.
+
+        Raises:
+            ValueError: the disk is full.
+        """
+        content: dict[str, Tensor] = {f"state.{name}": t for name, t in (tensors or {}).items()}
+        for index, (selection, arrays) in enumerate(pieces):
+            content[f"{index}.mask"] = selection.mask
+            for kind, values in arrays.items():
+                low, high = own_segment(store, selection, kind)
+                content[f"{index}.values.{kind}"] = values[low:high]
+        path = self._path(round)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                _write_safetensors(file.write, content, {"round": str(round), "state": json.dumps(state)})
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ValueError(
+                f"the journal in {self.folder} cannot be written ({error.strerror}); free space on its disk"
+            ) from error
+        sync_folder(self.folder)
+
+    def rounds(self) -> list[int]:
+        """The rounds whose logs are there, oldest first."""
+        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> Entry | None:
+        """What came with the newest log; None when there is none.
+
+        Raises:
+            ValueError: the log cannot be read.
+        """
+        rounds = self.rounds()
+        return self._entry(rounds[-1]) if rounds else None
+
+    def replay(self, store: WeightStore) -> Entry | None:
+        """Apply every log that is left, oldest first, and hand back what came with the newest.
+
+        Raises:
+            ValueError: a log cannot be read, or is of another network.
+        """
+        for round in self.rounds():
+            for selection, kind, values in self._pieces(round, store):
+                _scatter(store, selection, kind, values)
+        return self.latest()
+
+    def holds(self, store: WeightStore, round: int) -> bool:
+        """Whether the store holds what the log of ``round`` wrote, bit for bit."""
+        equal = True
+        for selection, kind, values in self._pieces(round, store):
+            narrow = torch.empty(_narrow_size(store, selection, kind), dtype=store.dtype)
+            store.gather(selection, kind, narrow)
+            low, high = own_segment(store, selection, kind)
+            equal &= torch.equal(narrow[low:high].view(torch.uint8), values.view(torch.uint8))
+        return equal
+
+    def drop_after(self, round: int) -> None:
+        """Delete the logs of rounds after ``round``: another rank never logged them, so nobody scattered."""
+        for later in self.rounds():
+            if later > round:
+                self._path(later).unlink()
+        sync_folder(self.folder)
+
+    def settle(self, sync: Callable[[], None]) -> None:
+        """Delete all logs but the newest, after ``sync`` has brought the store to the disk.
+
+        Called before the newest one is scattered or after; the newest stays, since its state is needed.
+        """
+        old = self.rounds()[:-1]
+        if old:
+            sync()
+            for round in old:
+                self._path(round).unlink()
+
+    def _path(self, round: int) -> Path:
+        return self.folder / f"round-{round}.safetensors"
+
+    def _entry(self, round: int) -> Entry:
+        with self._open(round) as log:
+            names = [name for name in log.keys() if name.startswith("state.")]  # noqa: SIM118 - no mapping
+            tensors = {name.removeprefix("state."): log.get_tensor(name).clone() for name in names}
+            return Entry(round, json.loads(log.metadata()["state"]), tensors)
+
+    def _pieces(self, round: int, store: WeightStore) -> Iterator[tuple[Selection, str, Tensor]]:
+        """(selection, kind, this rank's values) of everything in a log."""
+        with self._open(round) as log:
+            names = list(log.keys())
+            for mask in sorted(name for name in names if name.endswith(".mask")):
+                selection = Selection(store.channel_map, log.get_tensor(mask))
+                prefix = mask.removesuffix("mask") + "values."
+                for name in (n for n in names if n.startswith(prefix)):
+                    yield selection, name.removeprefix(prefix), log.get_tensor(name)
+
+    def _open(self, round: int) -> Any:
+        try:
+            return safe_open(self._path(round), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{self._path(round)} is damaged ({error}); the store may be torn, go back to a checkpoint"
+            ) from error
+
+
+def own_segment(store: WeightStore, selection: Selection, kind: str) -> tuple[int, int]:
+    """Half-open range of the narrow flat buffer of ``kind`` that this rank's rows take."""
+    partition = store.partitions[kind]
+    return partition.segment(selection, selection.layout(partition.layout.shapes), store.ranks.rank)
+
+
+def _scatter(store: WeightStore, selection: Selection, kind: str, values: Tensor) -> None:
+    low, high = own_segment(store, selection, kind)
+    if values.numel() != high - low:
+        raise ValueError(
+            f"a log holds {values.numel()} values of {kind} where this rank has {high - low}; "
+            "it belongs to another run, delete the store"
+        )
+    # Entries of other ranks are never read, and memory that is never written is never taken.
+    narrow = torch.empty(_narrow_size(store, selection, kind), dtype=store.dtype)
+    narrow[low:high] = values
+    store.scatter(selection, kind, narrow)
+
+
+def _narrow_size(store: WeightStore, selection: Selection, kind: str) -> int:
+    return selection.layout(store.partitions[kind].layout.shapes).size
+
+
+def _write_safetensors(
+    write: Callable[[Any], int | None], content: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """The safetensors format, a few megabytes at a time (the library would copy everything first)."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in content.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    _write_all(write, struct.pack("<Q", len(text)) + text)
+    for tensor in content.values():
+        for chunk in tensor.detach().reshape(-1).split(_WRITE // 8):
+            _write_all(write, chunk.cpu().contiguous().view(torch.uint8).numpy())
+
+
+def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
+    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    while view:
+        view = view[write(view) or 0 :]

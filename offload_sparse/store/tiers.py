@@ -1,0 +1,309 @@
+"""Where the arrays of a store live: in memory, or in files that are larger than memory.
+
+    <path>/rank0/  store.json            whose store this is; ``initialised`` once every value is on the disk
+                   weights.bin           one flat array per kind, this rank's rows, mapped into memory
+                   momentum_buffer.bin   …
+                   integers.safetensors  buffers that are not sliced
+           rank1/  …
+
+Files are mapped shared: what is read or written passes through the system's page cache, which keeps as much
+of it as there is room for and takes it back whenever memory is wanted elsewhere. None of it is the process's
+own (anonymous) memory. Disk space is reserved before anything is written, so a full disk is an error at the
+start and never a fault in the middle of a round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from offload_sparse.config import Switch, TierName
+from offload_sparse.store.pinned import host_zeros
+from offload_sparse.structure.channel_map import ChannelMap
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+Mode = Literal["new", "resume", "replace"]
+"""``new`` makes a store where there is none, ``resume`` opens one that is complete, ``replace`` makes one
+whatever there is of the same run."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a store must agree with before a run may touch it.
+
+    Attributes:
+        run: a name that no other run has.
+        channel_map: digest of the network's shapes and channels.
+        dtype: type of the arrays.
+        world_size: ranks that share the store.
+        rank: this one.
+    """
+
+    run: str
+    channel_map: str
+    dtype: str
+    world_size: int
+    rank: int
+
+    @staticmethod
+    def of(run: str, channel_map: ChannelMap, dtype: torch.dtype, world_size: int, rank: int) -> Identity:
+        return Identity(run, digest(channel_map), str(dtype).removeprefix("torch."), world_size, rank)
+
+
+class Tier(Protocol):
+    """Gives a store its arrays.
+
+    Attributes:
+        filled: the arrays hold values already, and must not be initialised.
+    """
+
+    filled: bool
+
+    def allocate(self, kind: str, size: int) -> Tensor:
+        """The flat array [size] of ``kind``; zeros unless ``filled``."""
+
+    def complete(self, integers: dict[str, Tensor]) -> None:
+        """Every array has its first values: make them last, with the buffers that are not sliced."""
+
+    def integers(self) -> dict[str, Tensor]:
+        """The buffers that ``complete`` was given, of a tier that is ``filled``."""
+
+    def sync(self) -> None:
+        """Wait until everything that was written would survive a loss of power."""
+
+
+class MemoryTier:
+    """Arrays in this process's memory."""
+
+    filled = False
+
+    def __init__(self, dtype: torch.dtype, pin: Switch | bool) -> None:
+        self._dtype, self._pin = dtype, pin
+
+    def allocate(self, kind: str, size: int) -> Tensor:
+        del kind
+        return host_zeros(size, self._dtype, self._pin)
+
+    def complete(self, integers: dict[str, Tensor]) -> None:
+        """Nothing lasts."""
+
+    def integers(self) -> dict[str, Tensor]:
+        raise AssertionError("memory is never filled")
+
+    def sync(self) -> None:
+        """Nothing lasts."""
+
+
+class FileTier:
+    """Arrays in memory-mapped files.
+
+    Args:
+        folder: folder of the store; this rank's files are in ``rank<n>`` below it.
+        identity: what the store belongs to.
+        dtype: type of the arrays.
+        mode: whether a store has to be there.
+
+    Raises:
+        ValueError: the folder holds another store, or none that ``mode`` can use; nothing was written.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Identity, dtype: torch.dtype = torch.float32, mode: Mode = "new"
+    ) -> None:
+        self.folder = folder / f"rank{identity.rank}"
+        self._identity, self._dtype = identity, dtype
+        found = self._read()
+        self._refuse(found, mode)
+        self.filled = mode == "resume"
+        self._sizes: dict[str, int] = dict(found["sizes"]) if self.filled and found else {}
+        self._maps: list[np.memmap[Any, Any]] = []
+        if not self.filled:
+            self._begin()
+
+    def allocate(self, kind: str, size: int) -> Tensor:
+        path = self.folder / f"{kind}.bin"
+        if self.filled:
+            self._check_file(path, kind, size)
+        self._sizes[kind] = size
+        if not size:
+            return torch.empty(0, dtype=self._dtype)
+        total = size * self._dtype.itemsize
+        if not self.filled:
+            _reserve(path, total)
+        mapped = np.memmap(path, np.uint8, "r+", shape=(total,))
+        self._maps.append(mapped)
+        return torch.from_numpy(mapped).view(self._dtype)
+
+    def complete(self, integers: dict[str, Tensor]) -> None:
+        contiguous = {name: value.contiguous() for name, value in integers.items()}
+        save_file(contiguous, self.folder / "integers.safetensors")
+        self.sync()
+        sync_folder(self.folder)
+        self._write(initialised=True)
+
+    def integers(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "integers.safetensors")
+
+    def sync(self) -> None:
+        for mapped in self._maps:
+            mapped.flush()
+
+    # --- store.json ---
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.folder / "store.json"
+        if not path.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ValueError(
+                    f"{self.folder} holds files but no store.json; give store.path another folder"
+                )
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            missing = {"format", "initialised", "sizes", *asdict(self._identity)} - set(found)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); give store.path another folder") from error
+        if missing:
+            raise ValueError(f"{path} does not describe a store; give store.path another folder")
+        return dict(found)
+
+    def _refuse(self, found: dict[str, Any] | None, mode: Mode) -> None:
+        if found is None:
+            if mode == "resume":
+                raise ValueError(f"there is no store in {self.folder}; start the run anew, or set store.path")
+            return
+        expected = {"format": FORMAT, **asdict(self._identity)}
+        for key, value in expected.items():
+            if found[key] != value:
+                raise ValueError(
+                    f"the store in {self.folder} has {key.replace('_', ' ')} {found[key]!r}, "
+                    f"this run {value!r}; give store.path another folder"
+                )
+        if mode == "new" and found["initialised"]:
+            raise ValueError(
+                f"{self.folder} holds the weights of this run; resume it, delete the folder, "
+                "or set store.path"
+            )
+        if mode == "resume" and not found["initialised"]:
+            raise ValueError(f"the store in {self.folder} was never filled; start the run anew")
+
+    def _begin(self) -> None:
+        """Empty the folder of what an earlier start left, and say whose it is."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(initialised=False)
+        except OSError as error:
+            raise ValueError(f"{self.folder} cannot be written ({error.strerror}); set store.path") from error
+
+    def _write(self, initialised: bool) -> None:
+        values = {"format": FORMAT, **asdict(self._identity), "sizes": self._sizes}
+        text = json.dumps(values | {"initialised": initialised}, indent=2)
+        replace_file(self.folder / "store.json", text.encode())
+
+    def _check_file(self, path: Path, kind: str, size: int) -> None:
+        there = path.stat().st_size if path.exists() else 0
+        if self._sizes.get(kind) != size or there != size * self._dtype.itemsize:
+            raise ValueError(
+                f"{path} does not hold {size} values of {self._dtype}: it belongs to another run; "
+                "set store.path"
+            )
+
+
+def is_filled(folder: Path) -> bool:
+    """Whether ``folder`` holds a store whose first values are complete on some rank; of which run is another
+    question.
+    """
+    for path in folder.glob("rank*/store.json"):
+        try:
+            if json.loads(path.read_text(encoding="utf-8")).get("initialised"):
+                return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False
+
+
+def open_tier(
+    tier: TierName,
+    folder: Path,
+    identity: Identity,
+    dtype: torch.dtype,
+    pin: Switch | bool,
+    mode: Mode = "new",
+) -> Tier:
+    """The tier that a configuration names.
+
+    ``nvme`` equals ``file``, with one warning: mapped files, on an NVMe disk if that is where ``folder`` is.
+    DeepSpeed's DeepNVMe, which reads past the page cache, is not driven.
+
+    Raises:
+        ValueError: the folder holds another store, or none that ``mode`` can use.
+    """
+    if tier == "ram":
+        if mode == "resume":
+            raise ValueError("a store in memory does not outlive its run; set store.tier file")
+        return MemoryTier(dtype, pin)
+    if tier == "nvme":
+        logger.warning("store.tier nvme equals file: DeepNVMe is not driven, files are mapped into memory")
+    return FileTier(folder, identity, dtype, mode)
+
+
+def digest(channel_map: ChannelMap) -> str:
+    """Hexadecimal digest of everything that decides what a row of a store is."""
+    found = hashlib.blake2b(digest_size=16)
+    found.update(repr([(g.name, g.start, g.size) for g in channel_map.groups]).encode())
+    found.update(channel_map.unions.numpy().tobytes())
+    for name, shape in channel_map.shapes.items():
+        found.update(repr((name, tuple(shape))).encode())
+        for axis in channel_map.axes[name]:
+            found.update(b"-" if axis is None else axis.numpy().tobytes())
+    return found.hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that after a crash the old or the new file is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reserve(path: Path, total: int) -> None:
+    """A file of ``total`` zero bytes whose blocks are taken from the disk now."""
+    free = shutil.disk_usage(path.parent).free
+    message = (
+        f"{path} needs {total / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} GiB free; "
+        "free space or set store.path"
+    )
+    if total > free:
+        raise ValueError(message)
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, total)
+        except OSError as error:
+            raise ValueError(message) from error

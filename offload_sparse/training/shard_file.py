@@ -1,0 +1,114 @@
+"""One rank's tensors in one file, in the safetensors format, written straight out of the memory they are in.
+
+    8 bytes: length of the header | header: JSON, {name: dtype, shape, byte range} | the tensors' bytes
+
+``safetensors.torch.save_file`` refuses tensors that share memory, as the views of a store do, and wants every
+byte copied first; so files are written here, and read with the safetensors library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+FILE_NAME = re.compile(r"rank_\d{1,6}\.safetensors")
+"""What a file may be called; nothing that could leave its folder."""
+
+_BLOCK = 16 << 20
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be when it is read again: bytes, and CRC-32 of all of them."""
+
+    size: int
+    crc32: int
+
+
+def file_name(rank: int) -> str:
+    """The file of ``rank``."""
+    return f"rank_{rank}.safetensors"
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write ``tensors`` (on the CPU, contiguous) and wait until they are on the disk."""
+    with path.open("wb") as file:
+        size, crc = 0, 0
+        for block in _blocks(tensors):
+            crc = zlib.crc32(block, crc)
+            size += _write_all(file, block)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(size, crc)
+
+
+def check(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file, or None."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{path.name} is missing"
+        if path.stat().st_size != record.size:
+            return f"{path.name} has {path.stat().st_size} bytes instead of {record.size}"
+        with path.open("rb") as file:
+            crc = 0
+            while block := file.read(_BLOCK):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None if crc == record.crc32 else f"{path.name} is damaged (its checksum does not fit)"
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``tensor`` with a first dimension: a scalar becomes [1]."""
+    return tensor if tensor.dim() else tensor.view(1)
+
+
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterable[memoryview]:
+    yield memoryview(_header(tensors))
+    for tensor in tensors.values():
+        assert tensor.is_contiguous()
+        flat = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for start in range(0, len(flat), _BLOCK):
+            yield flat[start : start + _BLOCK]
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    entries, offset = {}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(file: BinaryIO, block: memoryview) -> int:
+    written = file.write(block)
+    assert written == len(block), "a buffered file takes everything or raises"
+    return written

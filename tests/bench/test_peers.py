@@ -1,0 +1,112 @@
+"""Every peer trains a tiny network in a process of its own and has its figures, or its reason."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from offload_sparse.bench import peers
+from offload_sparse.bench.contenders import CONTENDERS, build_network
+from offload_sparse.bench.options import PeersConfig
+from offload_sparse.bench.peers import measure, resolve, summary
+
+TINY = resolve(
+    PeersConfig("peers", model="offload_sparse/vgg_small", width=0.5, image_size=8, k=4, steps=1), quick=True
+)
+FIGURES = {"step_seconds", "device_bytes", "host_bytes", "bus_bytes"}
+FULL = sum(4 * p.numel() for p in build_network(TINY).parameters())
+"""Bytes of the weights of the tiny network."""
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed"
+)
+
+
+def figures_of(name: str) -> dict[str, float]:
+    (figures,) = measure(name, TINY, limit=240.0)
+    assert set(figures) == FIGURES
+    assert figures["step_seconds"] > 0
+    return figures
+
+
+@pytest.mark.slow
+def test_less_than_one_copy_of_the_weights_is_on_our_device_or_crosses_the_bus_in_a_step() -> None:
+    figures = figures_of("ours")
+    assert 0 < figures["bus_bytes"] < FULL
+    assert 0 < figures["device_bytes"] < FULL
+
+
+@pytest.mark.slow
+def test_fsdp2_moves_its_parameters_twice_and_its_gradients_once() -> None:
+    assert figures_of("fsdp2")["bus_bytes"] == 3 * FULL
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero3_moves_its_parameters_twice_and_its_gradients_once() -> None:
+    assert figures_of("zero3")["bus_bytes"] == 3 * FULL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "static"])
+def test_what_stays_on_the_device_moves_nothing(name: str) -> None:
+    assert figures_of(name)["bus_bytes"] == 0
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero2_keeps_its_weights_on_the_device_and_its_momentum_off_it() -> None:
+    figures = figures_of("zero2")
+    assert figures["bus_bytes"] == 2 * FULL
+    assert figures["device_bytes"] >= FULL
+
+
+def test_a_peer_that_fails_has_its_reason_in_the_table_and_no_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {"step_seconds": 2.0, "device_bytes": 4.0, "host_bytes": 8.0, "bus_bytes": 0.0}
+
+    def measured(name: str, config: PeersConfig) -> list[dict[str, float]]:
+        if name == "zero3":
+            raise RuntimeError("exit codes [1]\nTraceback\nModuleNotFoundError: deepspeed is not installed\n")
+        return [known if name == "ours" else {key: 3 * value for key, value in known.items()}]
+
+    monkeypatch.setattr(peers, "measure", measured)
+    result = peers.run(True, TINY)
+    rows = {row[0]: row for row in result.table}
+    assert list(rows) == list(CONTENDERS)
+    assert rows["zero3"][1:] == ["-"] * 4 + ["ModuleNotFoundError: deepspeed is not installed"]
+    assert all(len(row) == len(result.header) for row in result.table)
+    assert result.ratios["peers.dense.step_vs_ours"] == 3.0
+    assert result.ratios["peers.fsdp2.host_vs_ours"] == 3.0
+    assert not any("zero3" in key or ".ours." in key for key in result.ratios)
+
+
+def test_ratios_are_those_of_medians_over_repetitions() -> None:
+    def figures(value: float) -> dict[str, float]:
+        return dict.fromkeys(FIGURES, value)
+
+    found = {"dense": [figures(6.0), figures(90.0), figures(5.0)], "ours": [figures(2.0)] * 3}
+    assert summary(TINY, found, {}).ratios["peers.dense.device_vs_ours"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rho": 1.0}, "give a ratio in"),
+        ({"processes": 3}, "give 1 or 2"),
+        ({"k": 3}, "at least 4 steps"),
+        ({"steps": 0}, "give 1 or more"),
+    ],
+)
+def test_options_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PeersConfig("peers", **settings)  # type: ignore[arg-type]
+
+
+def test_unknown_peers_and_models_without_a_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no peer 'zero'; give one of dense"):
+        resolve(PeersConfig("peers", only="zero"), True)
+    with pytest.raises(ValueError, match="takes no width; give --width 1"):
+        build_network(PeersConfig("peers", model="torchvision/alexnet", width=2.0))

@@ -1,0 +1,72 @@
+"""The model of many GPUs is plain arithmetic on its constants."""
+
+from __future__ import annotations
+
+import pytest
+
+from offload_sparse.bench import scale
+from offload_sparse.bench.options import ScaleConfig
+from offload_sparse.bench.scale import Constants, all_reduce_seconds, efficiency, round_seconds
+
+CONFIG = ScaleConfig("scale", k=10, bus_gbs=1, link_gbs=10, network_gbs=2, latency_us=0, gpus_per_node=4)
+CONSTANTS = Constants(compute_seconds=0.1, gradient_bytes=8e9, round_bytes=16e9, k=10)
+
+
+def test_an_all_reduce_within_a_node_is_a_ring() -> None:
+    assert all_reduce_seconds(4, 8e9, CONFIG) == pytest.approx(2 * 3 / 4 * 8 / 10)
+    assert all_reduce_seconds(1, 8e9, CONFIG) == 0
+
+
+def test_between_nodes_every_gpu_sends_its_part_only() -> None:
+    within = 2 * 3 / 4 * 8 / 10
+    assert all_reduce_seconds(8, 8e9, CONFIG) == pytest.approx(within + 2 * 1 / 2 * (8 / 4) / 2)
+
+
+def test_every_hop_has_its_latency() -> None:
+    slow = ScaleConfig("scale", latency_us=1e6, gpus_per_node=4)
+    assert all_reduce_seconds(8, 0.0, slow) == pytest.approx(2 * 3 + 2 * 1)
+
+
+def test_a_round_is_its_steps_one_gather_and_one_scatter() -> None:
+    steps = 10 * (0.1 + all_reduce_seconds(4, 8e9, CONFIG))
+    bus = 2 * 16 / 4 / 1
+    gather = all_reduce_seconds(4, 16e9, CONFIG) / 2
+    assert round_seconds(4, CONSTANTS, CONFIG) == pytest.approx(steps + bus + gather)
+
+
+def test_efficiency_is_the_share_that_computes() -> None:
+    assert efficiency(4, CONSTANTS, CONFIG) == pytest.approx(1.0 / round_seconds(4, CONSTANTS, CONFIG))
+    free = Constants(0.1, 0.0, 0.0, 10)
+    assert efficiency(512, free, CONFIG) == pytest.approx(1.0)
+
+
+def test_the_table_holds_measured_and_modelled_rows_and_all_assumptions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measured(world_size: int, *settings: float, rounds: int) -> dict[str, float]:
+        rate = 1.6 if world_size == 2 else 1.0
+        return {"images_per_second": rate, "steps_per_second": 1, "all_reduce_bytes": 0, "gather_bytes": 0}
+
+    monkeypatch.setattr(scale, "measure", measured)
+    monkeypatch.setattr(scale, "modelled_constants", lambda config: CONSTANTS)
+    result = scale.run(True, CONFIG)
+    assert result.ratios["scale.p2_vs_p1"] == 1.6
+    assert {f"scale.model.n{n}.efficiency" for n in scale.GPUS} < set(result.ratios)
+    assert all(len(row) == len(result.header) for row in result.table)
+    text = "\n".join(str(row[0]) for row in result.table)
+    for value in ("1 GB/s", "10 GB/s", "2 GB/s", "4 GPUs per node", "K = 10"):
+        assert value in text
+
+
+@pytest.mark.parametrize("settings", [{"bus_gbs": 0.0}, {"k": 0}, {"rho": 0.0}])
+def test_impossible_assumptions_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="give"):
+        ScaleConfig("scale", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_one_process_exchanges_nothing_and_two_do() -> None:
+    single, pair = (scale.measure(n, 0.125, 0.5, 2, 1) for n in (1, 2))
+    assert single["all_reduce_bytes"] == single["gather_bytes"] == 0
+    assert pair["all_reduce_bytes"] > 0
+    assert pair["images_per_second"] == pytest.approx(2 * 16 * pair["steps_per_second"])

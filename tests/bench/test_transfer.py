@@ -1,0 +1,40 @@
+"""The transfer bench compares copies of the same entries, and its bound counts cache lines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offload_sparse.bench.transfer import RATIOS, lines_bound, measure, random_mask
+from offload_sparse.store.transfer import Block, BlockPlan, Grid
+from offload_sparse.structure.channel_map import ChannelMap, Group
+from offload_sparse.structure.selection import Layout
+
+
+def small_map() -> ChannelMap:
+    atoms = torch.arange(40)
+    return ChannelMap(
+        (Group("a", 0, 40),), {"w": (40, 40, 3), "b": (40,)}, {"w": (atoms, atoms, None), "b": (atoms,)}
+    )
+
+
+def test_all_sides_move_the_same_entries() -> None:
+    channel_map = small_map()
+    layout = Layout.of(dict(channel_map.shapes))
+    figures = measure(channel_map, layout, torch.randn(layout.size), 0.5, 1)
+    assert figures["bytes"] == 4 * (20 * 20 * 3 + 20)
+    assert all(figures[name] > 0 for name in RATIOS)
+
+
+def test_masks_keep_the_ratio_of_every_group() -> None:
+    assert int(random_mask(small_map(), 0.1).sum()) == 4
+
+
+@pytest.mark.parametrize(
+    ("units", "bound"),
+    [(torch.arange(0, 64, 16), 3 / (2 + 16)), (torch.arange(16), 1.0), (None, 1.0)],
+)
+def test_the_bound_is_the_share_of_whole_lines(units: torch.Tensor | None, bound: float) -> None:
+    count = 64 if units is None else len(units)
+    plan = BlockPlan([Block(5, count, 1, Grid(0, 64, None, units), Grid(0, count))])
+    assert lines_bound(plan) == pytest.approx(bound)

@@ -1,0 +1,42 @@
+"""Launches that lose a rank or are asked to stop, and carry on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_sparse import load_pruned
+from offload_sparse.engine.faults import VARIABLE
+from tests.distributed.test_launch import SMALL, two_ranks
+
+OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1", "--checkpoint.best", "false"]
+OPTIONS += ["--round.freeze_at", "0.67"]  # rounds end at steps 3, 6 and 9
+
+
+def losses(run_dir: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["rank=1:step=6:phase=checkpoint-write", "step=6:phase=checkpoint-commit"])
+def test_a_killed_rank_ends_the_job_and_the_next_launch_carries_on(fault: str, tmp_path: Path) -> None:
+    """Two ranks, kill -9 while the second checkpoint is written; the first one is used."""
+    options = [*OPTIONS, "--checkpoint.every_steps", "3"]
+    assert two_ranks([*options, "--run_dir", str(tmp_path / "straight")], port=29631).returncode == 0
+    parts = [*options, "--run_dir", str(tmp_path / "parts")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, f"kill:{fault}")
+        assert two_ranks(parts, port=29632).returncode != 0
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    again = two_ranks(parts, port=29633)
+    assert again.returncode == 0, again.stderr
+    assert "carrying on at step 3" in again.stderr
+    assert losses(tmp_path / "straight") == losses(tmp_path / "parts")
+    networks = [load_pruned(tmp_path / name / "model").state_dict() for name in ("straight", "parts")]
+    for name, value in networks[0].items():
+        assert torch.equal(value, networks[1][name]), name

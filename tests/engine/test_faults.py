@@ -1,0 +1,67 @@
+"""Planned faults kill exactly where they say, and nothing happens without them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from offload_sparse.engine.faults import VARIABLE, Fault, fault_point, planned_faults
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The signals that a process would have sent itself."""
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    for name in ("RANK", "TORCHELASTIC_RESTART_COUNT", VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    return sent
+
+
+def test_without_the_variable_nothing_happens(killed: list[int]) -> None:
+    fault_point("scatter", 37)
+    assert killed == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "phase", "step", "restart", "dies"),
+    [
+        ("1", "scatter", 37, "0", True),
+        ("1", "scatter", 50, "0", True),
+        ("1", "scatter", 36, "0", False),
+        ("0", "scatter", 37, "0", False),
+        ("1", "gather", 37, "0", False),
+        ("1", "scatter", 37, "1", False),
+    ],
+)
+def test_it_kills_the_rank_in_the_phase_from_the_step_on_in_the_first_attempt(
+    rank: str,
+    phase: str,
+    step: int,
+    restart: str,
+    dies: bool,
+    killed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "kill:rank=1:step=37:phase=scatter")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+    fault_point(phase, step)
+    assert killed == ([signal.SIGKILL] if dies else [])
+
+
+def test_faults_can_be_listed() -> None:
+    faults = planned_faults("kill:phase=step:step=3,kill:rank=1:phase=gather:restart=2")
+    assert faults == (Fault("step", 3), Fault("gather", rank=1, restart=2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["kill", "kill:phase=nowhere", "hang:phase=step", "kill:phase=step:step=x", "kill:phase=step:at=3"],
+)
+def test_what_cannot_be_understood_is_an_error_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="kill:rank=1:step=37:phase=scatter"):
+        planned_faults(text)

@@ -1,0 +1,159 @@
+"""Invariant 8: a session that is saved and restored at any step ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_sparse.bench.ranks import run_ranks
+from offload_sparse.config import FinalConfig, OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.session_state import recall, restore_session, session_state
+from offload_sparse.engine.state import MethodState, Shard
+from tests.distributed.test_ranks_agree import own_part
+from tests.engine.test_session import arrays, batches, loss_fn, make_session, small_net
+
+STEPS = 14
+ADAMW = OptimConfig(name="adamw", lr=1e-2)
+
+
+def session_of(reference: str, overlap: str, prefetch: bool = True) -> SparseOffload:
+    rounds = RoundConfig(
+        k=4,
+        references="shared" if reference == "turns" else "per_rank",
+        reference=reference,  # type: ignore[arg-type]
+        freeze_at=0.7,
+        prefetch=prefetch,
+        overlap=overlap,  # type: ignore[arg-type]
+    )
+    return make_session(
+        small_net(), PolicyConfig(rho=0.5, lr=0.05), rounds, STEPS, optimizer=ADAMW, final=FinalConfig(4, 2)
+    )
+
+
+def through_a_file(state: MethodState) -> MethodState:
+    """What is left of a state after it has been written and read: copies, and JSON."""
+    sharded = {n: Shard(s.own.clone(), s.global_shape, s.first_row) for n, s in state.sharded.items()}
+    replicated, local = ({n: t.clone() for n, t in part.items()} for part in (state.replicated, state.local))
+    return MethodState(sharded, replicated, local, json.loads(json.dumps(state.meta)))
+
+
+def result(session: SparseOffload) -> dict[str, Tensor]:
+    found = arrays(session)
+    assert session.final_mask is not None
+    found |= {"s": session.policy.s, "mask": session.final_mask}
+    found["flops"] = torch.tensor([session.forward_flops, session.steps_done, session.rounds_done])
+    session.relay.close()
+    return found
+
+
+def straight(reference: str, overlap: str, prefetch: bool = True) -> dict[str, Tensor]:
+    session = session_of(reference, overlap, prefetch)
+    for batch in batches(STEPS):
+        session.step(own_part(batch), loss_fn)
+    return result(session)
+
+
+def interrupted(reference: str, overlap: str, cut: int, prefetch: bool = True) -> dict[str, Tensor]:
+    data = [own_part(batch) for batch in batches(STEPS)]
+    first = session_of(reference, overlap, prefetch)
+    for batch in data[:cut]:
+        first.step(batch, loss_fn)
+    first.records()
+    state = through_a_file(session_state(first))
+    for batch in data[cut:]:  # what the first run does after it has been saved must not matter
+        first.step(batch, loss_fn)
+    first.relay.close()
+    second = session_of(reference, overlap, prefetch)
+    restore_session(second, state)
+    recall(second, data[max(0, cut - 2) : cut], loss_fn)
+    for batch in data[cut:]:
+        second.step(batch, loss_fn)
+    return result(second)
+
+
+@pytest.mark.parametrize(
+    ("reference", "overlap", "prefetch"),
+    [("turns", "off", True), ("turns", "on", True), ("every_step", "on", True), ("turns", "off", False)],
+)
+def test_a_session_restored_at_any_step_ends_with_the_same_bits(
+    reference: str, overlap: str, prefetch: bool
+) -> None:
+    """Between rounds, in the middle of one, before and after the final mask is chosen."""
+    expected = straight(reference, overlap, prefetch)
+    # In one configuration every step; in the others a round's begin, middle and end, and the freeze.
+    every_step = reference == "turns" and prefetch and overlap == "off"
+    for cut in range(STEPS) if every_step else (0, 1, 4, 6, 9, 10, 12):
+        found = interrupted(reference, overlap, cut, prefetch)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), f"{name}, cut after step {cut}"
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_round_that_an_evaluation_has_begun_is_carried_on(prefetch: bool) -> None:
+    """Its masks are drawn, and those of the round after it, but it has no step behind it yet."""
+    data = batches(STEPS)
+    for cut in (4, 8, 10, 12):
+        first = session_of("turns", "off", prefetch)
+        for batch in data[:cut]:
+            first.step(batch, loss_fn)
+        with first.evaluation([batch[0] for batch in data[:2]]):
+            pass
+        first.records()
+        state = through_a_file(session_state(first))
+        second = session_of("turns", "off", prefetch)
+        restore_session(second, state)
+        recall(second, data[max(0, cut - 2) : cut], loss_fn)
+        for batch in data[cut:]:
+            first.step(batch, loss_fn)
+            second.step(batch, loss_fn)
+        expected, found = result(first), result(second)
+        wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert not wrong, f"after step {cut}"
+
+
+def saving_changes_nothing() -> bool:
+    session = session_of("turns", "on")
+    for batch in batches(STEPS):
+        session_state(session)
+        session.step(own_part(batch), loss_fn)
+    found, expected = result(session), straight("turns", "on")
+    return all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_saving_at_every_step_changes_nothing() -> None:
+    assert saving_changes_nothing()
+
+
+def cuts_on_ranks(reference: str) -> list[str]:
+    expected = straight(reference, "on")
+    wrong = []
+    for cut in (0, 4, 6, 9, 11):
+        found = interrupted(reference, "on", cut)
+        wrong += [f"{n} after step {cut}" for n in expected if not torch.equal(found[n], expected[n])]
+    return wrong
+
+
+@pytest.mark.parametrize("reference", ["turns", "every_step"])
+def test_two_ranks_in_the_middle_of_a_round_have_statistics_of_their_own(reference: str) -> None:
+    """BatchNorm statistics differ between ranks until the round ends; each rank gets its own back, and with
+    ``every_step`` its own reference, too.
+    """
+    assert run_ranks(2, cuts_on_ranks, reference) == [[], []]
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    session = session_of("turns", "off")
+    state = through_a_file(session_state(session))
+    other = copy.deepcopy(state)
+    del other.replicated["policy/s"]
+    with pytest.raises(ValueError, match="another model"):
+        restore_session(session_of("turns", "off"), other)
+    other = copy.deepcopy(state)
+    other.sharded.pop(next(iter(other.sharded)))
+    with pytest.raises(ValueError, match="another model or optimizer"):
+        restore_session(session_of("turns", "off"), other)

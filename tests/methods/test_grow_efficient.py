@@ -1,0 +1,112 @@
+"""Gates on channels: shut means absent, the gradient reaches shut gates, the budget is met."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from offload_sparse.config import GrowEfficientConfig, ModelConfig, PolicyConfig, RoundConfig, RunConfig
+from offload_sparse.methods.grow_efficient import ChannelGates, GrowEfficient
+from offload_sparse.methods.sparsity import MaskedNetwork
+from offload_sparse.models import build_model
+from offload_sparse.structure.discovery import discover
+from offload_sparse.structure.subnet import narrow_module
+from tests.methods.tasks import batches, make_method, train
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [
+        ("vgg_small", 1, 8),
+        ("resnet20_cifar", 3, 8),
+        ("wrn28_10_cifar", 3, 8),
+        ("lenet5_caffe", 1, 28),
+    ],
+)
+def test_shut_gates_leave_the_network_of_the_open_channels(name: str, channels: int, size: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(f"offload_sparse/{name}", 4, channels, size, width=0.1).double()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 2)
+            torch.nn.init.normal_(layer.bias)
+    channel_map = discover(model, (torch.empty(1, channels, size, size, dtype=torch.float64),))
+    gates = ChannelGates(model, channel_map, RunConfig(), 10)
+    with torch.no_grad():
+        gates.logits.copy_(torch.randn(channel_map.num_atoms))
+    mask = gates.mask()
+    images = torch.randn(2, channels, size, size, dtype=torch.float64)
+    gated = MaskedNetwork(model, gates).eval()(images)
+    narrow = narrow_module(model, channel_map, mask).eval()(images)
+    torch.testing.assert_close(gated, narrow, rtol=1e-9, atol=1e-9)
+    assert 0 < int(mask.sum()) < len(mask)
+
+
+def config_of(**options: float) -> RunConfig:
+    return RunConfig(
+        method="grow_efficient",
+        policy=PolicyConfig(rho=0.3),
+        round=RoundConfig(freeze_at=0.8),
+        grow_efficient=GrowEfficientConfig(**options),
+    )
+
+
+def gates_of(method: object) -> ChannelGates:
+    assert isinstance(method, GrowEfficient)
+    return method.sparsity
+
+
+def test_shut_gates_get_a_gradient_too() -> None:
+    method = make_method(config_of(penalty=0.0))
+    gates = gates_of(method)
+    loss, _ = method._task.forward.trained(method.module, batches(1)[0], method._task.loss_fn)
+    loss.backward()
+    first = gates.channel_map.groups[0]  # behind a BatchNorm, so no channel is dead by itself
+    shut = (gates.gates() == 0)[first.start : first.stop]
+    assert 0 < int(shut.sum()) < first.size
+    assert gates.logits.grad is not None
+    assert gates.logits.grad[first.start : first.stop].all()
+
+
+def test_the_open_share_goes_to_rho_and_the_gates_then_stand_still() -> None:
+    method = make_method(config_of(gate_lr=0.5, sharpness=10.0, penalty=20.0), total_steps=100)
+    data = batches(20) * 5
+    train(method, data[:80], lr=0.01)
+    gates = gates_of(method)
+    before = gates.logits.detach().clone()
+    share = float(gates.mask().double().mean())
+    train(method, data[80:], lr=0.01)
+    assert torch.equal(gates.logits, before)
+    assert share == pytest.approx(0.3, abs=0.16)
+
+
+def test_every_group_keeps_its_minimum_width() -> None:
+    config = config_of()
+    config.policy.min_width = 2
+    method = make_method(config)
+    gates = gates_of(method)
+    with torch.no_grad():
+        gates.logits.fill_(-50.0)
+    train(method, batches(2))
+    for group in gates.channel_map.groups:
+        assert int(gates.mask()[group.start : group.stop].sum()) == 2
+
+
+def test_the_final_network_is_narrow() -> None:
+    method = make_method(config_of(start=0.3), frozen_batch_norm=True)
+    train(method, batches(3))
+    final = method.finalize([])
+    report = method.report()
+    assert sum(p.numel() for p in final.module.parameters()) == round(
+        report["params_ratio"] * method.costs().dense_parameters
+    )
+    with method.evaluation([]) as network, torch.no_grad():
+        images = batches(1)[0][0]
+        torch.testing.assert_close(final.module(images), network.eval()(images), rtol=1e-9, atol=1e-9)
+
+
+def test_a_mask_per_filter_is_refused() -> None:
+    config = config_of()
+    config.model = ModelConfig(residual="filter")
+    with pytest.raises(ValueError, match=r"set model\.residual to coupled or internal"):
+        make_method(config)

@@ -1,0 +1,241 @@
+"""Training under masks: resume, equivalences, what is exported, what is counted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_sparse import load_pruned
+from offload_sparse.config import (
+    DFBSTConfig,
+    DSTConfig,
+    ExportLayout,
+    FinalConfig,
+    OptimConfig,
+    RigLConfig,
+    RoundConfig,
+    RunConfig,
+    TrainConfig,
+)
+from offload_sparse.engine.finalize import export
+from offload_sparse.methods.dst import TrainableThresholds
+from offload_sparse.methods.masked import MaskedTraining, build_masked
+from offload_sparse.structure.accounting import train_cost_saving
+from tests.methods.tasks import batches, make_method, make_task, small_net, train
+
+METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
+LAYERS = ("0", "4", "7", "9")
+
+
+def config_of(method: str, **more: Any) -> RunConfig:
+    """Settings under which masks move within a few steps."""
+    return RunConfig(
+        method=cast(Any, method),
+        dst=DSTConfig(alpha=5e-2),
+        dfbst=DFBSTConfig(alpha=5e-2, beta=50.0),
+        rigl=RigLConfig(density=0.4, interval=3, fraction=0.5),
+        round=RoundConfig(freeze_at=0.8),
+        **more,
+    )
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def tensors(method: MaskedTraining) -> dict[str, Tensor]:
+    state = method.state()
+    assert state is not None
+    return state.replicated
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_straight_and_interrupted_training_are_the_same_bit_for_bit(method: str, optimizer: Any) -> None:
+    config = config_of(method, optim=OptimConfig(name=optimizer))
+    data = batches(14)
+    straight = make_method(config)
+    losses = train(straight, data)
+    first = make_method(config)
+    train(first, data[:7])
+    state = first.state()
+    assert state is not None
+    train(first, data[7:9])  # the state holds copies
+    resumed = make_method(config)
+    resumed.restore(state)
+    assert train(resumed, data[7:]) == losses[7:]
+    assert same(tensors(resumed), tensors(straight))
+    assert resumed.costs() == straight.costs()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_masks_of_the_resume_test_do_move(method: str) -> None:
+    """Else it would prove little."""
+    trained = make_method(config_of(method))
+    before = trained.sparsity.masks()
+    train(trained, batches(14))
+    assert not same(before, trained.sparsity.masks())
+    forward, backward = trained.report()["forward_remaining"], trained.report()["backward_remaining"]
+    assert 0 < forward < 1
+    assert (0 < backward < 1) == (method in ("dfbst", "rigl"))
+
+
+def test_a_state_of_another_method_is_refused() -> None:
+    state = make_method(config_of("dst")).state()
+    assert state is not None
+    with pytest.raises(ValueError, match="another network"):
+        make_method(config_of("dfbst")).restore(state)
+
+
+def test_dfbst_without_beta_is_dst_with_absolute_thresholds() -> None:
+    config = config_of("dfbst")
+    config.dfbst.beta = 0.0
+    ours = make_method(config)
+    alpha = config.dfbst.alpha
+    reference = build_masked(make_task(config), lambda w: TrainableThresholds(w, alpha, absolute=True))
+    data = batches(12)
+    assert train(ours, data) == train(reference, data)
+    state, wanted = tensors(ours), tensors(reference)
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert all(not p.any() for p in ours.sparsity.own_parameters())
+    assert ours.report()["backward_remaining"] == 1
+
+
+@pytest.mark.parametrize("method", ["dst", "dfbst", "rigl"])
+def test_the_final_network_is_the_trained_one_with_zeros_and_whole_biases(method: str) -> None:
+    trained = make_method(config_of(method), frozen_batch_norm=True)
+    train(trained, batches(14))
+    masks = trained.sparsity.masks()
+    final = trained.finalize([]).module
+    images = batches(1)[0][0]
+    with torch.no_grad(), trained.evaluation([]) as network:
+        torch.testing.assert_close(final(images), network.eval()(images), rtol=0, atol=0)
+    for name, parameter in final.named_parameters():
+        if name in masks:
+            assert not parameter[~masks[name]].any()
+            assert method == "rigl" or parameter[masks[name]].all()  # what RigL has just grown is zero
+        else:
+            assert torch.equal(parameter, dict(trained.network.named_parameters())[name])
+    assert [name.removesuffix(".weight") for name in masks] == list(LAYERS)
+
+
+@pytest.mark.parametrize("layout", ["auto", "csr", "coo", "dense"])
+def test_an_exported_network_without_its_zeros_gives_the_same_logits(
+    layout: ExportLayout, tmp_path: Any
+) -> None:
+    trained = make_method(config_of("dst"))
+    train(trained, batches(14))
+    final = trained.finalize([batch[0] for batch in batches(2)])
+    sizes = {}
+    for name in ("dense", layout):
+        export(final, tmp_path / name, {}, layout=cast(Any, name))
+        sizes[name] = (tmp_path / name / "weights.safetensors").stat().st_size
+    loaded = load_pruned(tmp_path / layout, model=small_net)
+    images = batches(1)[0][0]
+    assert torch.equal(loaded(images), final.module(images))
+    assert layout != "auto" or sizes["auto"] < sizes["dense"]
+
+
+def test_the_steps_of_every_method_are_counted_as_they_are_computed() -> None:
+    """DST and DFBST need the whole gradient of the weights, RigL now and then, GrowEfficient always."""
+    trained = {name: make_method(config_of(name)) for name in METHODS}
+    for method in trained.values():
+        train(method, batches(14))
+    figures = {name: method.report() for name, method in trained.items()}
+    for name in ("dst", "dfbst"):
+        assert figures[name]["input_gradient_flops_ratio"] == figures[name]["flops_ratio"] < 1
+        assert figures[name]["weight_gradient_flops_ratio"] == 1
+    assert figures["dfbst"]["weight_gradient_kept_flops_ratio"] < 1
+    rigl = figures["rigl"]
+    assert rigl["weight_gradient_flops_ratio"] == pytest.approx(
+        rigl["flops_ratio"] + (1 - rigl["flops_ratio"]) / 3
+    )
+    assert figures["grow_efficient"]["input_gradient_flops_ratio"] == 1
+    assert figures["grow_efficient"]["weight_gradient_flops_ratio"] == 1
+
+
+def test_the_remaining_ratio_counts_weights_and_the_parameter_ratio_all_parameters() -> None:
+    method = make_method(config_of("dst"))
+    train(method, batches(14))
+    masks = method.sparsity.masks()
+    kept, weights = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+    total = sum(p.numel() for p in method.network.parameters())
+    report = method.report()
+    assert report["forward_remaining"] == pytest.approx(kept / weights)
+    assert report["params_ratio"] == pytest.approx((kept + total - weights) / total)
+    for name in LAYERS:
+        assert report["layers"][name]["forward_remaining"] == pytest.approx(
+            float(masks[f"{name}.weight"].double().mean())
+        )
+        assert method.dynamics()[f"forward_remaining.{name}"] == report["layers"][name]["forward_remaining"]
+
+
+def test_grow_efficient_saves_three_over_two_and_the_share_of_the_forward_pass() -> None:
+    method = make_method(config_of("grow_efficient"))
+    forward = 0.0
+    data = batches(10)
+    for batch in data:
+        train(method, [batch])
+        # In training mode the shares are those of the gates of the step.
+        forward += float(method._pass_flops()[0])
+    costs = method.costs()
+    saving = train_cost_saving(costs.dense_flops, [(costs.spent_flops, 1, 0)], len(data))
+    assert saving == pytest.approx(3 / (2 + forward / len(data) / costs.dense_flops))
+    assert 1 < saving < 1.5
+
+
+def test_thresholds_are_not_decayed() -> None:
+    def first_threshold(weight_decay: float) -> Tensor:
+        config = config_of("dfbst", optim=OptimConfig(weight_decay=weight_decay, momentum=0.0))
+        method = make_method(config)
+        with torch.no_grad():
+            for p in (*method.sparsity.parameters(), *method.sparsity.own_parameters()):
+                p.fill_(0.01)
+        before = copy.deepcopy(method.network.state_dict())
+        train(method, batches(1))
+        assert not same(before, method.network.state_dict())
+        return torch.cat([*method.sparsity.parameters(), *method.sparsity.own_parameters()]).detach()
+
+    assert torch.equal(first_threshold(0.0), first_threshold(0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: DSTConfig(alpha=-1), "dst.alpha"),
+        (lambda: DFBSTConfig(beta=-1), "dfbst.beta"),
+        (lambda: RigLConfig(density=0), "rigl.density"),
+        (lambda: RigLConfig(interval=0), "rigl.interval"),
+        (lambda: OptimConfig(milestones=[2]), "optim.milestones"),
+        (lambda: OptimConfig(schedule="step", decay=0), "optim.decay"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(make: Callable[[], object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_the_configuration_of_the_export_is_that_of_the_run() -> None:
+    assert FinalConfig().layout == "auto"
+
+
+def test_leaving_out_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"set train\.on_nonfinite to stop or rollback"):
+        make_method(config_of("dst", train=TrainConfig(on_nonfinite="skip")))
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_and_is_told() -> None:
+    method = make_method(config_of("dfbst"))
+    train(method, batches(2))
+    before = copy.deepcopy(method.network.state_dict())
+    images, labels = batches(1)[0]
+    method.train_step((images * torch.nan, labels), 0.05)
+    for name, parameter in method.network.named_parameters():
+        assert torch.equal(parameter, before[name])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        method.records()

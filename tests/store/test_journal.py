@@ -1,0 +1,146 @@
+"""A process killed at any moment of a round leaves a store that the redo log makes whole, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_sparse.store.journal import Journal
+from offload_sparse.store.tiers import FileTier
+from offload_sparse.structure.selection import Selection
+from tests.store import killed_round
+from tests.store.killed_round import ROUNDS, STAGES, open_store, pieces_of
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    killed_round.rounds(folder, "", 0)
+    return arrays_of(folder)
+
+
+def arrays_of(folder: Path) -> dict[str, torch.Tensor]:
+    store, _ = open_store(folder, "resume")
+    return {kind: array.clone() for kind, array in store.arrays.items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("round", [0, 2])
+def test_killed_at_any_stage_the_run_goes_on_to_the_undisturbed_result(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], stage: str, round: int
+) -> None:
+    context = mp.get_context("forkserver")  # real processes that need not import torch one by one
+    context.set_forkserver_preload(["tests.store.killed_round"])
+    killed = context.Process(target=killed_round.rounds, args=(tmp_path, stage, round))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    store, _ = open_store(tmp_path, "resume")
+    journal = Journal(tmp_path / "journal")
+    entry = journal.replay(store)
+    logged = round if STAGES.index(stage) < STAGES.index("renamed") else round + 1
+    assert (entry.state["next"] if entry else 0) == logged
+    if entry:
+        assert journal.holds(store, entry.round)
+        assert torch.equal(entry.tensors["s"], torch.full((3,), float(entry.round)))
+    killed_round.rounds(tmp_path, "", 0, first=logged)
+    for kind, array in arrays_of(tmp_path).items():
+        assert torch.equal(array, undisturbed[kind]), kind
+
+
+def test_replaying_twice_changes_nothing_more(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    killed_round.rounds(tmp_path, "", 0)
+    store, _ = open_store(tmp_path, "resume")
+    for _ in range(2):
+        Journal(tmp_path / "journal").replay(store)
+        assert all(torch.equal(array, undisturbed[kind]) for kind, array in store.arrays.items())
+
+
+def test_only_the_kept_entries_of_a_log_are_written(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path, "new")
+    selection, values = pieces_of(store, 0)[0]
+    before = store.arrays["weights"].clone()
+    journal = Journal(tmp_path / "journal")
+    journal.append(0, store, [(selection, {"weights": values["weights"]})], {})
+    assert torch.equal(store.arrays["weights"], before)
+    assert not journal.holds(store, 0)
+    journal.replay(store)
+    assert (store.arrays["weights"] != before).sum() == values["weights"].numel()
+
+
+def test_logs_go_when_the_store_has_reached_the_disk_and_never_before(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path, "new")
+    journal = Journal(tmp_path / "journal")
+    for round in (3, 4, 12):
+        journal.append(round, store, pieces_of(store, 0), {"round": round})
+    synced: list[list[int]] = []
+    journal.settle(lambda: synced.append(journal.rounds()))
+    assert synced == [[3, 4, 12]]
+    assert journal.rounds() == [12]
+    journal.settle(lambda: synced.append([]))
+    assert len(synced) == 1
+    latest = journal.latest()
+    assert latest is not None
+    assert latest.state == {"round": 12}
+
+
+def test_rounds_that_not_every_rank_logged_are_dropped(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path, "new")
+    journal = Journal(tmp_path / "journal")
+    for round in range(3):
+        journal.append(round, store, pieces_of(store, round), {})
+    journal.drop_after(1)
+    assert journal.rounds() == [0, 1]
+    journal.drop_after(-1)
+    assert journal.latest() is None
+
+
+def test_a_damaged_log_is_told_and_not_applied(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path, "new")
+    journal = Journal(tmp_path / "journal")
+    journal.append(0, store, pieces_of(store, 0), {})
+    path = tmp_path / "journal" / "round-0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = {kind: array.clone() for kind, array in store.arrays.items()}
+    with pytest.raises(ValueError, match="is damaged"):
+        journal.replay(store)
+    assert all(torch.equal(array, before[kind]) for kind, array in store.arrays.items())
+
+
+def test_a_log_of_another_partition_is_refused(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path, "new")
+    journal = Journal(tmp_path / "journal")
+    selection, values = pieces_of(store, 0)[0]
+    journal.append(0, store, [(selection, {"buffers": values["weights"]})], {})
+    other = Selection(store.channel_map, store.channel_map.full_mask())
+    journal.append(1, store, [(other, {"weights": torch.zeros(3)})], {})
+    with pytest.raises(ValueError, match="belongs to another run"):
+        journal.replay(store)
+
+
+def test_the_logs_take_the_store_of_their_rank_only(tmp_path: Path) -> None:
+    """Of two ranks, each logs its own run of the narrow buffers, and together they restore the whole."""
+    stores = [open_store(tmp_path / "a", "new", rank, 2)[0] for rank in range(2)]
+    whole, tier = open_store(tmp_path / "b", "new")
+    assert isinstance(tier, FileTier)
+    for selection, values in (pieces := pieces_of(whole, 0)):
+        for kind, narrow in values.items():
+            whole.scatter(selection, kind, narrow)
+    for rank, store in enumerate(stores):
+        journal = Journal(tmp_path / f"journal{rank}")
+        journal.append(0, store, pieces, {})
+        journal.replay(store)
+    for name in whole.channel_map.shapes:
+        rows = torch.cat([store.own_rows(name) for store in stores])
+        assert torch.equal(rows, whole.own_rows(name))
+
+
+def test_the_rounds_of_the_example_overlap(tmp_path: Path) -> None:
+    """Otherwise the order in which logs are applied would not matter."""
+    store, _ = open_store(tmp_path, "new")
+    masks = [selection.mask for round in range(ROUNDS) for selection, _ in pieces_of(store, round)]
+    assert bool(torch.stack(masks).sum(0).gt(1).any())

@@ -1,0 +1,121 @@
+"""Host memory: zeroed, of exact size, and unregistered whatever happens."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from offload_sparse.store import pinned
+from offload_sparse.store.pinned import HUGE_FROM, Registration, host_zeros, keep_registered, pin_mode
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("numel", [0, 3, HUGE_FROM // 2 + 5])
+def test_memory_is_zeroed_and_of_exact_size(dtype: torch.dtype, numel: int) -> None:
+    tensor = host_zeros(numel, dtype, "off")
+    assert tensor.dtype == dtype
+    assert tensor.shape == (numel,)
+    assert tensor.untyped_storage().nbytes() == numel * dtype.itemsize
+    assert not tensor.to(torch.float32).count_nonzero()
+    tensor.fill_(1.0)
+    assert int(tensor.to(torch.float64).sum()) == numel
+
+
+def test_threads_that_touch_side_by_side_leave_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "TOUCH_CHUNK", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    tensor = torch.ones(12345)
+    pinned._touch(tensor)
+    assert not tensor.count_nonzero()
+
+
+class Driver:
+    """Counts what a CUDA driver would hold registered; refuses from the ``limit``-th call on."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.held: dict[int, int] = {}
+        self.calls = 0
+        self.limit = limit
+
+    def register(self, address: int, size: int) -> int:
+        self.calls += 1
+        if self.calls > self.limit:
+            return 2
+        self.held[address] = size
+        return 0
+
+    def unregister(self, address: int) -> None:
+        del self.held[address]
+
+
+def test_memory_is_registered_in_chunks_without_gaps() -> None:
+    driver = Driver()
+    registration = Registration(driver.register, driver.unregister)
+    assert registration.add(100, 25, chunk=10) == 0
+    assert driver.held == {100: 10, 110: 10, 120: 5}
+    registration.undo()
+    registration.undo()
+    assert driver.held == {}
+
+
+def test_a_refusal_leaves_nothing_registered() -> None:
+    driver = Driver(limit=2)
+    registration = Registration(driver.register, driver.unregister)
+    assert registration.add(0, 100, chunk=10) == 2
+    assert driver.held == {}
+
+
+def test_memory_is_unregistered_when_its_last_view_goes() -> None:
+    driver = Driver()
+    tensor = host_zeros(1000, torch.float32, "off")
+    registration = Registration(driver.register, driver.unregister)
+    registration.add(tensor.data_ptr(), 4000)
+    keep_registered(tensor, registration, None)
+    view = tensor[10:20]
+    del tensor
+    gc.collect()
+    assert driver.held
+    del view
+    gc.collect()
+    assert not driver.held
+
+
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('a step failed')"])
+def test_memory_is_unregistered_when_the_process_ends(ending: str) -> None:
+    script = f"""
+import torch
+from offload_sparse.store.pinned import Registration, host_zeros, keep_registered
+tensor = host_zeros(1000, torch.float32, "off")
+registration = Registration(lambda address, size: 0, lambda address: print("unregistered", flush=True))
+registration.add(tensor.data_ptr(), 4000)
+keep_registered(tensor, registration, None)
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "unregistered\n"
+
+
+def test_only_cuda_devices_pin_and_a_wish_that_cannot_be_met_is_an_error() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [pin_mode(pin, cuda) for pin in ("auto", "on", "off")] == ["auto", "on", "off"]
+    assert [pin_mode(pin, cpu) for pin in ("auto", "off")] == ["off", "off"]
+    with pytest.raises(ValueError, match=r"set store\.pin to auto"):
+        pin_mode("on", cpu)
+
+
+def test_auto_goes_on_without_page_locks_and_on_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Cudart:
+        cudaHostRegister = staticmethod(lambda address, size, flags: 2)
+        cudaHostUnregister = staticmethod(lambda address: 0)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    assert host_zeros(10, torch.float32, "auto").shape == (10,)
+    assert "ulimit" in caplog.text
+    with pytest.raises(RuntimeError, match=r"store\.pin"):
+        host_zeros(10, torch.float32, "on")
