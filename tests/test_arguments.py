@@ -6,9 +6,10 @@ import dataclasses
 import string
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from offload_sparse import yaml_text
 from offload_sparse.arguments import Options, dump, flat_values, parse
 from offload_sparse.command import run_command
-from offload_sparse.config import DataConfig, RoundConfig, RunConfig
+from offload_sparse.config import DataConfig, RunConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,31 +100,12 @@ _KEYS = st.text(string.ascii_lowercase, min_size=1, max_size=4)
 _VALUES = _SCALARS | st.lists(_SCALARS, max_size=2) | st.dictionaries(_KEYS, _SCALARS, max_size=2)
 _MAPPINGS = st.dictionaries(_KEYS, _VALUES, max_size=3)
 
-_BOUNDED: dict[str, st.SearchStrategy[Any]] = {
-    "rho": st.floats(0.1, 1),
-    "floor": st.floats(0, 0.1),
-    "betas": st.lists(st.floats(0, 0.99), min_size=2, max_size=2),
-    "nesterov": st.just(False),
-    "hard_cap": st.floats(1, 9),
-    "train_crop": st.just("pad"),
-    "eval_resize": st.just(0),
-    "references": st.just("shared"),
-    "overlap": st.sampled_from(["auto", "off"]),
-    "schedule": st.just("step"),
-    "decay": st.floats(0.1, 1),
-    "density": st.floats(0.1, 1),
-    "start": st.floats(0.1, 0.9),
-    "sharpness": st.floats(1, 300),
-}
 
-
-def _values_of(name: str, hint: Any) -> st.SearchStrategy[Any]:
-    if name in _BOUNDED:
-        return _BOUNDED[name]
+def _values_of(hint: Any) -> st.SearchStrategy[Any]:
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
     if get_origin(hint) is list:
-        return st.lists(_values_of("", get_args(hint)[0]), max_size=3)
+        return st.lists(_values_of(get_args(hint)[0]), max_size=3)
     kinds: dict[Any, st.SearchStrategy[Any]] = {
         bool: st.booleans(),
         int: st.integers(1, 2**40),
@@ -135,23 +117,31 @@ def _values_of(name: str, hint: Any) -> st.SearchStrategy[Any]:
     return kinds[hint]
 
 
-def _trees(tree: type) -> st.SearchStrategy[Any]:
-    fields: dict[str, st.SearchStrategy[Any]] = {}
+def _leaves(tree: type, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, hint in get_type_hints(tree).items():
-        fields[name] = _trees(hint) if dataclasses.is_dataclass(hint) else _values_of(name, hint)  # type: ignore[arg-type]
-    if tree is RoundConfig:  # an overlap that is on needs both others
-        return _built(tree, fields | {"overlap": st.sampled_from(["auto", "off"])}) | _built(
-            tree, fields | {"overlap": st.just("on"), "prefetch": st.just(True), "delta": st.just(True)}
-        )
-    return _built(tree, fields)
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(cast(type, hint), (*above, name))
+        else:
+            yield (*above, name), hint
 
 
-def _built(tree: type, fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
-    return st.builds(tree, **fields)
+def _replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
+    new = value if len(path) == 1 else _replaced(getattr(tree, path[0]), path[1:], value)
+    return dataclasses.replace(tree, **{path[0]: new})
 
 
-@settings(max_examples=10, deadline=None)
-@given(config=_trees(RunConfig))
+@st.composite
+def _configurations(draw: st.DrawFn) -> RunConfig:
+    """The defaults with some leaves replaced; a value that its class refuses leaves the default."""
+    config = RunConfig()
+    for path, hint in draw(st.lists(st.sampled_from(list(_leaves(RunConfig))), min_size=1, max_size=12)):
+        with suppress(ValueError):
+            config = _replaced(config, path, draw(_values_of(hint)))
+    return config
+
+
+@settings(max_examples=50, deadline=None)
+@given(config=_configurations())
 def test_a_dumped_configuration_parses_back_to_itself(
     config: RunConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -134,5 +134,9 @@ def test_a_damaged_sparse_export_is_refused_in_one_line(folder: Path) -> None:
     structure = json.loads((folder / "structure.json").read_text())
     del structure["layouts"]
     (folder / "structure.json").write_text(json.dumps(structure))
+    with pytest.raises(ValueError, match="digest does not fit"):
+        load_pruned(folder)
+    del structure["digest"], structure["weights_digest"]  # as in an export written by hand
+    (folder / "structure.json").write_text(json.dumps(structure))
     with pytest.raises(ValueError, match="disagree"):
         load_pruned(folder)
