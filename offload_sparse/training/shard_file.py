@@ -24,6 +24,7 @@ FILE_NAME = re.compile(r"rank_\d{1,6}\.safetensors")
 """What a file may be called; nothing that could leave its folder."""
 
 _BLOCK = 16 << 20
+_CACHED = 128 << 20  # bytes that are written before they are waited for
 _CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -59,13 +60,28 @@ def write(path: Path, tensors: Mapping[str, Tensor], on_read: Callable[[], None]
     """
     with path.open("wb") as file:
         size, crc = 0, 0
+        kept = 0
         for block in _blocks(tensors):
             crc = zlib.crc32(block, crc)
-            size += _write_all(file, block)
+            written = _write_all(file, block)
+            size, kept = size + written, kept + written
+            if kept >= _CACHED:
+                _leave_cache(file)
+                kept = 0
         file.flush()
         on_read()
         os.fsync(file.fileno())
     return FileRecord(size, crc)
+
+
+def _leave_cache(file: BinaryIO) -> None:
+    """Have what was written on the disk and no longer in memory: the same pages serve for what follows, where
+    new ones would have to be found, in competition with the training.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check(path: Path, record: FileRecord) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from offload_sparse.config import CheckpointConfig
 from offload_sparse.engine.state import MethodState, Shard
@@ -169,6 +170,18 @@ def test_the_store_may_change_as_soon_as_it_is_read_though_the_disk_is_still_at_
     assert saver.load(fresh) is not None
     for name, shard in fresh.sharded.items():
         assert torch.equal(shard.own, expected[name])
+
+
+def test_a_file_that_is_longer_than_what_may_wait_in_memory_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_file, "_BLOCK", 64)
+    monkeypatch.setattr(shard_file, "_CACHED", 100)
+    tensors = {"a": torch.randn(33, 5), "b": torch.arange(70)}
+    record = shard_file.write(tmp_path / "rank_0.safetensors", tensors, lambda: None)
+    assert shard_file.check(tmp_path / "rank_0.safetensors", record) is None
+    found = load_file(tmp_path / "rank_0.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_folder_that_is_deleted_under_the_run_is_made_again(tmp_path: Path) -> None:
