@@ -31,6 +31,8 @@ from offload_sparse.config import RunConfig
 
 Tree = TypeVar("Tree")
 
+PROGRAM = "offload-sparse"
+
 
 @dataclass(frozen=True)
 class _Leaf:
@@ -143,14 +145,15 @@ class Options(Generic[Tree]):
     Attributes:
         tree: dataclass whose leaves are the options.
         program: how the command is called, for its usage line.
-        example: one command line that works, shown at the end of ``--help``.
+        examples: command lines that work, shown at the end of ``--help``; the first also where something is
+            missing.
         positional: leaves that are given without their name, in order.
         reads_files: whether ``--config FILE.yaml`` is accepted.
     """
 
     tree: type[Tree]
     program: str
-    example: str
+    examples: tuple[str, ...]
     positional: tuple[str, ...] = ()
     reads_files: bool = False
 
@@ -193,7 +196,7 @@ class Options(Generic[Tree]):
             prog=self.program,
             usage=f"{self.program}{usage} [--KEY VALUE ...]",
             description=textwrap.fill(self._sections[0].title + ".", 100),
-            epilog=f"example: {self.example}",
+            epilog="\n".join(["examples:", *(f"  {example}" for example in self.examples)]),
             formatter_class=_HelpFormatter,
             exit_on_error=False,
         )
@@ -332,7 +335,7 @@ class Options(Generic[Tree]):
             value = values.get(name, leaf.default)
             if value is dataclasses.MISSING:
                 shown = name.upper() if name in self.positional else f"--{name}"
-                raise ValueError(f"{shown} is missing; try: {self.example}")
+                raise ValueError(f"{shown} is missing; try: {self.examples[0]}")
             if value is None or (leaf.is_mapping and not _is_mapping(value)):
                 raise ValueError(f"{name} is {_show(value)}; {leaf.advice}")
         # Mappings are kept as they are: jsonargparse would read text inside them, such as "1", as a number.
@@ -396,8 +399,13 @@ def _show(value: Any) -> str:
 
 _TRAIN_OPTIONS = Options(
     RunConfig,
-    program="offload-sparse train",
-    example="offload-sparse train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
+    program=f"{PROGRAM} train",
+    examples=(
+        f"{PROGRAM} train --config configs/quickstart.yaml",
+        f"{PROGRAM} train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
+        f"{PROGRAM} train --config configs/experiments/table2_resnet20_cifar10.yaml --dry_run",
+        "accelerate launch launch/train.py --config configs/quickstart.yaml",
+    ),
     reads_files=True,
 )
 

@@ -314,11 +314,11 @@ def test_help_shows_every_option_with_its_default_and_an_example(capsys: pytest.
     assert "remaining ratio of the atoms" in text
     assert "(default: 0.25)" in text
     assert "How the weights are trained:" in text
-    assert "example: offload-sparse train --config" in text
+    assert "examples: offload-sparse train --config" in text
 
 
 def test_every_option_is_documented() -> None:
-    for section in Options(RunConfig, "x", "x")._sections:
+    for section in Options(RunConfig, "x", ("x",))._sections:
         assert section.title
         for leaf in section.leaves:
             assert leaf.help, leaf.name
