@@ -93,7 +93,7 @@ def _metadata(short: str, summary: dict[str, Any]) -> dict[str, Any]:
     accuracy = summary.get("test_accuracy")
     if accuracy is not None:
         dataset = _dataset_name(str(summary.get("dataset", "")))
-        if dataset != _OWN_IMAGES:
+        if "/" in dataset:
             metadata["datasets"] = [dataset]
         metadata["model-index"] = [
             {

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-OPSET = 21
-"""The newest opset that the releases of ONNX Runtime in use support."""
+OPSET = 23
+"""The newest that torch's exporter writes."""
 
 _INLINE_BYTES = 1 << 30
 """Weights beyond this go into a file of their own: a protocol buffer ends at 2 GiB."""

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 _MODEL = "models/model.json"
 _SAMPLE = "data/sample_inputs/model.pt"
 _PLAIN = re.compile(
-    r"archive_format|archive_version|version|byteorder|\.data/serialization_id"
-    rf"|{re.escape(_MODEL)}|{re.escape(_SAMPLE)}|\.format_version|\.storage_alignment"
+    r"archive_format|archive_version|byteorder|\.format_version|\.storage_alignment|(\.data/)?version"
+    rf"|\.data/serialization_id|{re.escape(_MODEL)}|{re.escape(_SAMPLE)}"
     r"|data/weights/(model_weights_config\.json|weight_\d+)"
     r"|data/constants/(model_constants_config\.json|tensor_\d+)"
 )
 """Members of an archive that hold no objects."""
 
 _TARGET = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.(getitem|add|sub|mul|floordiv)")
-_EXPRESSION = re.compile(r"(s\d+|[-+*/() 0-9])+")
+_EXPRESSION = re.compile(r"(Symbol\('s\d+', positive=True, integer=True\)|s\d+|[-+*/() 0-9])+")
 _LOGGERS = ("torch.export", "torch._export")
 
 
@@ -53,6 +53,8 @@ def write_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None
         raise ValueError(
             f"{type(module).__name__} cannot be exported as a program ({reason}); export it as safetensors"
         ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # names folders of this machine
     torch.export.save(program, path)
 
 
