@@ -185,7 +185,8 @@ class SparseOffload:
         current = self._round or self._start_round()
         self._count_flops(current)
         fault_point("step", self.steps_done)
-        loss = current.step(batch, loss_fn, self.optim.lr if lr is None else lr)
+        with self.relay.timeline.stepping():
+            loss = current.step(batch, loss_fn, self.optim.lr if lr is None else lr)
         self.steps_done += 1
         self.relay.stepped(self.steps_done)
         if current.steps == current.length:
@@ -309,7 +310,8 @@ class SparseOffload:
         self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
         length = self._length(self.steps_done) if reopened is None else reopened.length
         steps = 0 if reopened is None else reopened.steps
-        pair = self.relay.open(self._resolved(self._masks, length))
+        with self.relay.timeline.exchanging():
+            pair = self.relay.open(self._resolved(self._masks, length))
         if reopened is not None:
             for side, statistics in zip(pair.trained, reopened.statistics, strict=False):
                 side.arrays[BUFFERS].copy_(statistics)
@@ -353,7 +355,9 @@ class SparseOffload:
         return resolve(masks, self.channel_map, ranks, self.rounds.references, train_second)
 
     def _finish_round(self, current: Round) -> None:
-        self._learn(current)
+        with self.relay.timeline.stepping():
+            self._learn(current)
+        self.relay.timeline.end_round()
         if self._round is None:
             return  # rolled back
         fault_point("estimate", self.steps_done)
