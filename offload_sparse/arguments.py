@@ -147,7 +147,8 @@ class Options(Generic[Tree]):
         program: how the command is called, for its usage line.
         examples: command lines that work, shown at the end of ``--help``; the first also where something is
             missing.
-        positional: leaves that are given without their name, in order.
+        positional: leaves that are given without their name, in order; one that is a list takes all that is
+            left.
         reads_files: whether ``--config FILE.yaml`` is accepted.
     """
 
@@ -190,7 +191,7 @@ class Options(Generic[Tree]):
     def _parser(self) -> _Parser:
         """The jsonargparse parser: conversion of values, and the help text."""
         leaves = [self._leaves[name] for name in self.positional]
-        usage = "".join(f" {x.name.upper()}" if x.required else f" [{x.name.upper()}]" for x in leaves)
+        usage = "".join(f" {_placeholder(leaf)}" for leaf in leaves)
         usage += " [--config FILE.yaml]" if self.reads_files else ""
         parser = _Parser(
             prog=self.program,
@@ -226,14 +227,17 @@ class Options(Generic[Tree]):
         """Configuration files, and (dotted name, text) of every override, each in the order given."""
         files: list[Path] = []
         overrides: list[tuple[str, str]] = []
-        positional = list(self.positional)
+        positional, collected = list(self.positional), []
         tokens = list(argv)
         while tokens:
             token = tokens.pop(0)
             if not token.startswith("--"):
                 if not positional:
                     raise ValueError(f"unexpected argument {token!r}; options are written as --KEY VALUE")
-                overrides.append((positional.pop(0), token))
+                if self._leaves[positional[0]].is_container:
+                    collected.append(token)
+                else:
+                    overrides.append((positional.pop(0), token))
                 continue
             name, equals, text = token[2:].partition("=")
             is_file = name == "config" and self.reads_files
@@ -245,6 +249,8 @@ class Options(Generic[Tree]):
                 files.append(Path(text).expanduser())
             else:
                 overrides.append((name, text))
+        if collected:
+            overrides.append((positional[0], yaml_text.dump(collected)))
         return files, overrides
 
     def _take_value(self, name: str, tokens: list[str]) -> str:
@@ -380,6 +386,14 @@ class Options(Generic[Tree]):
         if leaf is None:
             return " ".join(str(error).split())
         return f"{leaf.name} is {_show(values.get(leaf.name))}; {leaf.advice}"
+
+
+def _placeholder(leaf: _Leaf) -> str:
+    """A positional in the usage line."""
+    name = leaf.name.upper()
+    if leaf.is_container:
+        return f"{name.removesuffix('S')} [{name.removesuffix('S')} ...]"
+    return name if leaf.required else f"[{name}]"
 
 
 def _is_mapping(value: Any) -> bool:

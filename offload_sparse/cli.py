@@ -13,6 +13,7 @@ from offload_sparse.commands.bench import bench
 from offload_sparse.commands.evaluate import evaluate
 from offload_sparse.commands.export import export
 from offload_sparse.commands.plan import plan
+from offload_sparse.commands.report import report
 from offload_sparse.commands.train import train
 from offload_sparse.commands.verify import verify
 
@@ -22,7 +23,7 @@ Command = Callable[[Sequence[str]], int]
 GROUPS: Mapping[str, Mapping[str, Command]] = {
     "before a run": {"verify": verify, "plan": plan},
     "a run": {"train": train},
-    "after a run": {"evaluate": evaluate, "export": export},
+    "after a run": {"evaluate": evaluate, "report": report, "export": export},
     "figures of the project": {"bench": bench},
 }
 

@@ -334,7 +334,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("method", "method", str),
     ("model", "model", str),
     ("rho", "rho", "{:.4g}".format),
@@ -354,7 +354,7 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    for key, label, text in _ROWS:
+    for key, label, text in SUMMARY_ROWS:
         if summary.get(key) is not None:
             table.add_row(label, text(summary[key]))
     return table
