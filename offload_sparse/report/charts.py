@@ -155,7 +155,7 @@ def _memory(runs: Sequence[RunData]) -> Iterator[Chart | str]:
 def _rounds(runs: Sequence[RunData]) -> Iterator[Chart | str]:
     drawn = 0
     for i, run in enumerate(runs):
-        spans = run.last("round_timeline", wanted="gather")
+        spans = run.timeline()
         if not spans:
             continue
         drawn += 1

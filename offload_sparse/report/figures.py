@@ -60,8 +60,9 @@ def curves(
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=not x_unit))
     axes.margins(x=0.02)
     if from_zero:
-        axes.set_ylim(bottom=0, top=1.08 * axes.get_ylim()[1] or 1.0)
-    _legend(figure, axes, len(series))
+        highest = max((float(y.max()) for _, y in series.values() if len(y)), default=0.0)
+        axes.set_ylim(0, 1.08 * highest / y_scale or 1.0)
+    _legend(figure, axes, len(places or series))
     return figure
 
 
@@ -74,15 +75,17 @@ def heat_map(
     x_label: str,
     value_label: str,
 ) -> Figure:
-    """Values [rows, x] in [0, 1] as colours, the first row on top."""
+    """Values [rows, x] as colours, the first row on top; the colours span at least 0.1."""
     figure, axes = _panel(title, (SIZE[0], _height(len(rows))))
     axes.grid(False)
     edges = _edges(x)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = max(0.0, 0.1 - (high - low)) / 2
     mesh = axes.pcolormesh(
         *(edges, np.arange(len(rows) + 1), values),
         cmap="cividis",
-        vmin=0,
-        vmax=1,
+        vmin=low - margin,
+        vmax=high + margin,
         rasterized=True,
     )
     axes.invert_yaxis()
@@ -116,7 +119,7 @@ def dots(
     _name_rows(axes, rows, 0)
     axes.set(xlabel=x_label, xlim=(0, 1.02))
     axes.grid(axis="y", visible=len(series) > 1)
-    _legend(figure, axes, len(series))
+    _legend(figure, axes, len(places or series))
     return figure
 
 
@@ -150,7 +153,7 @@ def bars(
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=label)
     axes.margins(x=0.18)
-    _legend(figure, axes, len(series))
+    _legend(figure, axes, len(places or series))
     return figure
 
 
@@ -160,11 +163,13 @@ def spans(
     """Work over time: one lane per kind, a bar from start to end (in seconds) of each piece."""
     figure, axes = _panel(title, (SIZE[0], 2.6))
     scale, label = _scaled("", "seconds", [np.array([end for _, _, end in found])])
+    whole = max(end for _, _, end in found) / scale
     for i, lane in enumerate(lanes):
         pieces = [(start / scale, (end - start) / scale) for name, start, end in found if name == lane]
         colour = theme.colours[i % len(theme.colours)]
-        # A piece that is thinner than a pixel still shows its edge.
-        axes.broken_barh(pieces, (i - 0.36, 0.72), facecolors=colour, edgecolors=colour, linewidth=0.8)
+        # A piece that is thinner than a pixel still shows its edge; neighbours are kept apart.
+        edges = [colour if length < 0.01 * whole else theme.panel for _, length in pieces]
+        axes.broken_barh(pieces, (i - 0.36, 0.72), facecolors=colour, edgecolors=edges, linewidth=0.8)
     axes.set_yticks(range(len(lanes)), lanes)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(lanes) - 0.45, -0.55)
@@ -182,11 +187,11 @@ def _panel(title: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes, entries: int) -> None:
-    """Below the panel, where it hides nothing; none for a single entry."""
+    """Below the panel, where it hides nothing; none where the page has a single entry."""
     if entries < 2:
         return
-    longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
-    columns = max(1, min(entries, 52 // (longest + 7)))
+    names = axes.get_legend_handles_labels()[1]
+    columns = max(1, min(len(names), 52 // (max(map(len, names)) + 7)))
     figure.legend(loc="outside lower center", ncols=columns, handlelength=2.6)
 
 

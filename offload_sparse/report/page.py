@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +19,7 @@ from offload_sparse.report.tables import Table, difference_table, paper_tables, 
 PAGE_FILE = "report.html"
 PICTURES_FOLDER = "pictures"
 _PIXELS_PER_INCH = 160
+_FEW_COLUMNS = 5  # of a table that fits a telephone
 
 _STYLE = """
 *{box-sizing:border-box}
@@ -40,6 +42,8 @@ caption{text-align:left;font-weight:600;padding:.6rem .75rem .3rem}
 th,td{padding:.35rem .75rem;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
 th:first-child{text-align:left;font-weight:500}
 thead th{color:var(--muted);font-weight:600;border-top:0}
+@media(max-width:44rem){table{font-size:.78rem}
+  .few{table-layout:fixed}.few th,.few td{padding:.3rem .4rem;white-space:normal;overflow-wrap:anywhere}}
 """
 
 
@@ -111,17 +115,23 @@ def _colours(theme: Theme) -> str:
 
 
 def _table(table: Table) -> str:
-    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(c)}</td>" for c in row[1:])
-        + "</tr>"
-        for row in table.rows
-    )
+    few = ' class="few"' if len(table.header) <= _FEW_COLUMNS else ""
+    header = "".join(f'<th scope="col">{_cell(cell)}</th>' for cell in table.header)
+    body = "".join(_row(row) for row in table.rows)
     return (
-        f'<div class="table" tabindex="0"><table><caption>{escape(table.title)}</caption>'
+        f'<div class="table" tabindex="0"><table{few}><caption>{escape(table.title)}</caption>'
         f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _row(row: Sequence[str]) -> str:
+    cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])
+    return f'<tr><th scope="row">{_cell(row[0])}</th>{cells}</tr>'
+
+
+def _cell(text: str) -> str:
+    """Text that may break behind the separators of names."""
+    return re.sub(r"([/_.])(?=[^\W\d])", r"\1<wbr>", escape(text))
 
 
 def _figure(chart: Chart, pictures: Path) -> str:

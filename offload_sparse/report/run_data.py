@@ -55,13 +55,12 @@ class RunData:
                 return x[known], y[known]
         return np.empty(0), np.empty(0)
 
-    def last(self, name: str, wanted: str = "") -> Any:
-        """The last value recorded under ``name``; where there are several kinds, the last that mentions
-        ``wanted``.
+    def timeline(self) -> list[tuple[str, float, float]]:
+        """The (lane, start, end) of successive rounds: of those recorded, the ones that moved most; empty
+        without any.
         """
-        found = [line[name] for line in self.lines if line.get(name)]
-        better = [value for value in found if wanted and wanted in json.dumps(value)]
-        return (better or found or [None])[-1]
+        recorded = [line["round_timeline"] for line in self.lines if line.get("round_timeline")]
+        return max(recorded, key=lambda spans: sum(lane != "compute" for lane, _, _ in spans), default=[])
 
     @cached_property
     def group_keep(self) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
