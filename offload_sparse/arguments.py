@@ -150,6 +150,7 @@ class Options(Generic[Tree]):
         positional: leaves that are given without their name, in order; one that is a list takes all that is
             left.
         reads_files: whether ``--config FILE.yaml`` is accepted.
+        aliases: short names of options, without dashes, to the names of their leaves.
     """
 
     tree: type[Tree]
@@ -157,6 +158,7 @@ class Options(Generic[Tree]):
     examples: tuple[str, ...]
     positional: tuple[str, ...] = ()
     reads_files: bool = False
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Tree:
         """The configuration that a command line asks for; ``--help`` prints the help text and exits with 0.
@@ -221,7 +223,9 @@ class Options(Generic[Tree]):
             group.add_argument(leaf.name, type=leaf.type, nargs="?", metavar=leaf.name.upper(), help=text)
             return
         default = None if leaf.required else leaf.default
-        group.add_argument(f"--{leaf.name}", type=leaf.type, default=default, metavar=leaf.metavar, help=text)
+        names = [leaf.name, *(alias for alias, name in self.aliases.items() if name == leaf.name)]
+        flags = [f"--{name}" for name in names]
+        group.add_argument(*flags, type=leaf.type, default=default, metavar=leaf.metavar, help=text)
 
     def _split(self, argv: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
         """Configuration files, and (dotted name, text) of every override, each in the order given."""
@@ -240,6 +244,7 @@ class Options(Generic[Tree]):
                     overrides.append((positional.pop(0), token))
                 continue
             name, equals, text = token[2:].partition("=")
+            name = self.aliases.get(name, name)
             is_file = name == "config" and self.reads_files
             if not is_file:
                 self._check_known(name)
@@ -329,6 +334,8 @@ class Options(Generic[Tree]):
         mapping = self._mapping_of(name) if name not in self._leaves else None
         if isinstance(value, str) and (mapping or self._leaves[name].is_container):
             value = yaml_text.parse(value, f"--{name}")
+            if isinstance(value, str) and not mapping and self._leaves[name].type == list[str]:
+                value = [entry.strip() for entry in value.split(",")]  # tensorboard,wandb
         if mapping:
             entries = values.get(mapping.name, mapping.default)
             values[mapping.name] = {**entries, name.removeprefix(f"{mapping.name}."): value}
@@ -421,6 +428,7 @@ _TRAIN_OPTIONS = Options(
         "accelerate launch launch/train.py --config configs/quickstart.yaml",
     ),
     reads_files=True,
+    aliases={"log_every": "train.log_every"},
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from offload_sparse.arguments import PROGRAM
 from offload_sparse.command import run_command
 from offload_sparse.commands.bench import bench
+from offload_sparse.commands.doctor import doctor
 from offload_sparse.commands.evaluate import evaluate
 from offload_sparse.commands.export import export
 from offload_sparse.commands.plan import plan
@@ -21,9 +22,9 @@ Command = Callable[[Sequence[str]], int]
 """Takes the arguments behind the name of the command, returns the exit code."""
 
 GROUPS: Mapping[str, Mapping[str, Command]] = {
-    "before a run": {"verify": verify, "plan": plan},
     "a run": {"train": train},
-    "after a run": {"evaluate": evaluate, "report": report, "export": export},
+    "before it": {"doctor": doctor, "verify": verify, "plan": plan},
+    "after it": {"evaluate": evaluate, "report": report, "export": export},
     "figures of the project": {"bench": bench},
 }
 

@@ -200,7 +200,7 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--round.k", "1.5"], "round.k is 1.5; give a whole number"),
         (["--method", "magic"], "method is magic; give one of sparse_offload, dense, static"),
         (["--train.verify", "maybe"], "train.verify is maybe; give true or false"),
-        (["--trackers", "tensorboard"], "give a list such as [tensorboard]"),
+        (["--trackers", "{a: b}"], "give a list such as [tensorboard]"),
         (["--trackers", "[a"], "not valid YAML"),
         (["--data.mean", "[a]"], "give a list"),
         (["--model.arguments", "3"], "give a mapping"),

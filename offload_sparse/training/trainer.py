@@ -36,6 +36,7 @@ from offload_sparse.training.progress import Progress
 from offload_sparse.training.recorder import Recorder
 from offload_sparse.training.resume import Standing, finished_summary, standing
 from offload_sparse.training.schedule import learning_rate
+from offload_sparse.training.trackers import start_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,8 +133,6 @@ class Run:
         if config.train.check_plan:
             self._check_plan()
         self.method: Method = build_method(self.task)
-        if config.trackers:
-            self.accelerator.init_trackers("offload_sparse")
         self.progress = Progress(config, self.method, self.recorder, self._batches_at)
 
     # --- the loop ---
@@ -142,6 +141,7 @@ class Run:
         """(step, this rank's part of the batch on the device) for every optimizer step that is left."""
         progress = self.progress
         progress.begin(self.total_steps, self.steps_per_epoch)
+        start_trackers(self.accelerator, self.config)
         while progress.step < self.total_steps:
             rollbacks = progress.rollbacks
             for batch in self.train_loader.batches(progress.data_position):
