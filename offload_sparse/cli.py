@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from offload_sparse.arguments import PROGRAM
 from offload_sparse.command import run_command
 from offload_sparse.commands.bench import bench
+from offload_sparse.commands.config import config
 from offload_sparse.commands.doctor import doctor
 from offload_sparse.commands.evaluate import evaluate
 from offload_sparse.commands.export import export
@@ -23,7 +24,7 @@ Command = Callable[[Sequence[str]], int]
 
 GROUPS: Mapping[str, Mapping[str, Command]] = {
     "a run": {"train": train},
-    "before it": {"doctor": doctor, "verify": verify, "plan": plan},
+    "before it": {"doctor": doctor, "verify": verify, "plan": plan, "config": config},
     "after it": {"evaluate": evaluate, "report": report, "export": export},
     "figures of the project": {"bench": bench},
 }
