@@ -36,7 +36,7 @@ def run(quick: bool) -> BenchResult:
     with tempfile.TemporaryDirectory() as folder:
         config = CheckpointConfig(every_steps=1, keep=1)
         checkpointer = Checkpointer(Path(folder) / "checkpoints", config, {})
-        session.relay.before_return = checkpointer.join
+        session.relay.before_return = checkpointer.release
         stretch = partial(_stretch, session, checkpointer, batch)
         stretch(1, _K)  # first times are longer
         # As many steps as a checkpoint is written beside, by the time that it takes alone.

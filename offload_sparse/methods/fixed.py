@@ -172,8 +172,8 @@ class FixedNetwork:
     def recall(self, batches: Iterable[Any]) -> None:
         del batches  # the structure is not chosen by any
 
-    def while_saving(self, join: Callable[[], object]) -> None:
-        del join  # a state is a copy
+    def while_saving(self, release: Callable[[], object]) -> None:
+        del release  # a state is a copy
 
     def _tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer slots."""

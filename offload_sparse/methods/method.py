@@ -106,8 +106,8 @@ class Method(Protocol):
     def recall(self, batches: Iterable[Any]) -> None:
         """After ``restore``: the last ``final.selection_batches`` batches before its position."""
 
-    def while_saving(self, join: Callable[[], object]) -> None:
-        """``state.sharded`` is being read: call ``join`` before changing what it refers to (any number of
+    def while_saving(self, release: Callable[[], object]) -> None:
+        """``state.sharded`` is being read: call ``release`` before changing what it refers to (any number of
         times).
         """
 

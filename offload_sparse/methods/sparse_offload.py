@@ -92,8 +92,8 @@ class SparseOffloadMethod:
     def recall(self, batches: Iterable[Any]) -> None:
         recall(self.session, batches, self._loss_fn)
 
-    def while_saving(self, join: Callable[[], object]) -> None:
-        self.session.relay.before_return = join
+    def while_saving(self, release: Callable[[], object]) -> None:
+        self.session.relay.before_return = release
 
 
 def build(task: Task) -> Method:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written by every rank at once, in the background, and read back on any number of
 ranks.
 
-    main thread     … step step step [state()] step step step … [join] scatter …
-    second thread                    └─ plan · write · fsync · manifest · rename ─┘
+    main thread     … step step step [state()] step step step … [release] scatter …
+    second thread                     └─ plan · write ──────────────┘ · fsync · manifest · rename
 
 The second thread talks over a gloo group of its own, so its exchanges never mix with those of the training.
 """
@@ -80,6 +80,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._step = 0
+        self._read = threading.Event()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
         if self._rank == 0:
             self.folder.clean()
@@ -89,8 +90,8 @@ class Checkpointer:
     ) -> None:
         """Write a checkpoint, in the background unless ``wait``.
 
-        ``state.sharded`` must stay as it is until ``join`` returns. A checkpoint that cannot be written is a
-        warning: the run goes on, and the older checkpoints stay.
+        ``state.sharded`` must stay as it is until ``release`` returns. A checkpoint that cannot be written is
+        a warning: the run goes on, and the older checkpoints stay.
 
         Args:
             step: optimizer steps done; equal on every rank, as are ``run`` and ``best``.
@@ -101,6 +102,7 @@ class Checkpointer:
         """
         self.join()
         self._step = step
+        self._read.clear()
         shards = self._shards(state)
         manifest = Manifest(step, self._world_size, self._values, run, state.meta)
         self._thread = threading.Thread(
@@ -109,6 +111,13 @@ class Checkpointer:
         self._thread.start()
         if wait:
             self.join()
+
+    def release(self) -> None:
+        """Wait until what is being saved may change again; the disk may still be at work."""
+        if self._thread is not None:
+            self._read.wait()
+            if not self._thread.is_alive():
+                self.join()
 
     def join(self) -> bool:
         """Wait for the checkpoint that is being written; False if it could not be."""
@@ -175,7 +184,9 @@ class Checkpointer:
                 self.folder.point(BEST, step)
             self.folder.prune(self._config.keep)
 
-        writer = ShardWriter(self.folder.partial(step), step, lambda: self.folder.prepare(step), commit)
+        writer = ShardWriter(
+            self.folder.partial(step), step, lambda: self.folder.prepare(step), commit, self._read.set
+        )
         try:
             dcp.save(
                 shards,
@@ -188,6 +199,8 @@ class Checkpointer:
             self._error = error
             if self._rank == 0:
                 self.folder.clean()
+        finally:
+            self._read.set()
 
     # --- reading ---
 

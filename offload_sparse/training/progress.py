@@ -196,7 +196,7 @@ class Progress:
             written = self._checkpointer.join()
             self._saved_step = self.step if written else -1
         else:
-            self._method.while_saving(self._checkpointer.join)
+            self._method.while_saving(self._checkpointer.release)
 
     # --- going back ---
 

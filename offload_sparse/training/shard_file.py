@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -51,14 +51,19 @@ def file_name(rank: int) -> str:
     return f"rank_{rank}.safetensors"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write ``tensors`` (on the CPU, contiguous) and wait until they are on the disk."""
+def write(path: Path, tensors: Mapping[str, Tensor], on_read: Callable[[], None]) -> FileRecord:
+    """Write ``tensors`` (on the CPU, contiguous) and wait until they are on the disk.
+
+    Args:
+        on_read: called when ``tensors`` may change again, before that wait.
+    """
     with path.open("wb") as file:
         size, crc = 0, 0
         for block in _blocks(tensors):
             crc = zlib.crc32(block, crc)
             size += _write_all(file, block)
         file.flush()
+        on_read()
         os.fsync(file.fileno())
     return FileRecord(size, crc)
 

@@ -121,6 +121,7 @@ class ShardWriter(StorageWriter):
         step: position of the checkpoint, for planned faults.
         prepare: called on rank 0 before any rank writes.
         commit: called on rank 0 with the files and tensors, once every rank has written.
+        on_read: called when this rank's tensors may change again.
     """
 
     def __init__(
@@ -129,9 +130,10 @@ class ShardWriter(StorageWriter):
         step: int,
         prepare: Callable[[], None],
         commit: Callable[[dict[str, FileRecord], dict[str, StoredTensor]], None],
+        on_read: Callable[[], None],
     ) -> None:
         self._folder, self._step = folder, step
-        self._prepare, self._commit = prepare, commit
+        self._prepare, self._commit, self._on_read = prepare, commit, on_read
         self._rank = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -153,7 +155,7 @@ class ShardWriter(StorageWriter):
         results = []
         if tensors:
             fault_point("checkpoint-write", self._step)
-            record = shard_file.write(self._folder / name, tensors)  # type: ignore[arg-type]
+            record = shard_file.write(self._folder / name, tensors, self._on_read)  # type: ignore[arg-type]
             results = [
                 WriteResult(item.index, record.size, (name, record, item.tensor_data)) for item in plan.items
             ]

@@ -110,10 +110,10 @@ def fails_on_rank_one(folder: str) -> tuple[bool, int]:
     saver.save(1, state, {})
     original = shard_file.write
 
-    def write(path: Path, tensors: Any) -> Any:
+    def write(path: Path, tensors: Any, on_read: Any) -> Any:
         if dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
-        return original(path, tensors)
+        return original(path, tensors, on_read)
 
     shard_file.write = write
     saver.save(2, state, {}, wait=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_a_full_disk_is_a_warning_and_the_older_checkpoint_stays(
 ) -> None:
     saver = two_checkpoints(tmp_path)
 
-    def full(path: Path, tensors: Any) -> Any:
+    def full(path: Path, tensors: Any, on_read: Any) -> Any:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -142,6 +143,32 @@ def test_a_full_disk_is_a_warning_and_the_older_checkpoint_stays(
         "step_00000003",
         "step_00000005",
     ]
+
+
+def test_the_store_may_change_as_soon_as_it_is_read_though_the_disk_is_still_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(), {})
+    on_disk, sync = threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert on_disk.wait(60)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    saved = state(3.0)
+    saver.save(7, saved, {}, wait=False)
+    saver.release()
+    expected = {name: shard.own.clone() for name, shard in saved.sharded.items()}
+    for shard in saved.sharded.values():
+        shard.own.add_(1)
+    assert saver.folder.checkpoints() == [], "it is not complete"
+    on_disk.set()
+    assert saver.join()
+    fresh = blank()
+    assert saver.load(fresh) is not None
+    for name, shard in fresh.sharded.items():
+        assert torch.equal(shard.own, expected[name])
 
 
 def test_a_folder_that_is_deleted_under_the_run_is_made_again(tmp_path: Path) -> None:
