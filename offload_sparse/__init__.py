@@ -6,12 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offload_sparse.engine.finalize import load_pruned
+    from offload_sparse.engine.finalize import FinalNetwork, export, load_pruned
+    from offload_sparse.engine.rounds import Forward
     from offload_sparse.engine.session import SparseOffload
 
-__all__ = ["SparseOffload", "load_pruned"]
+__all__ = ["FinalNetwork", "Forward", "SparseOffload", "export", "load_pruned"]
 
-_HOMES = {"SparseOffload": "offload_sparse.engine.session", "load_pruned": "offload_sparse.engine.finalize"}
+_HOMES = {
+    "FinalNetwork": "offload_sparse.engine.finalize",
+    "Forward": "offload_sparse.engine.rounds",
+    "SparseOffload": "offload_sparse.engine.session",
+    "export": "offload_sparse.engine.finalize",
+    "load_pruned": "offload_sparse.engine.finalize",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,107 +17,21 @@ import re
 import textwrap
 import typing
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Any, Generic, TypeVar, get_args
 
-import docstring_parser
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from offload_sparse import yaml_text
 from offload_sparse.config import RunConfig
+from offload_sparse.option_tree import Leaf, Section, build, sections, show
 
 Tree = TypeVar("Tree")
 
-
-@dataclass(frozen=True)
-class _Leaf:
-    """One option: a field of the tree that is no dataclass itself."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-
-    @property
-    def is_container(self) -> bool:
-        return get_origin(self.type) in (list, dict)
-
-    @property
-    def is_mapping(self) -> bool:
-        return get_origin(self.type) is dict
-
-    @property
-    def required(self) -> bool:
-        return self.default is dataclasses.MISSING
-
-    @property
-    def metavar(self) -> str:
-        if get_origin(self.type) is Literal:
-            return "{" + ",".join(map(str, get_args(self.type))) + "}"
-        if self.is_mapping:
-            return "{KEY: VALUE, ...}"
-        if self.is_container:
-            return f"[{_METAVARS[get_args(self.type)[0]]}, ...]"
-        return _METAVARS[self.type]
-
-    @property
-    def advice(self) -> str:
-        """What the user should give instead of a value that does not fit."""
-        if get_origin(self.type) is Literal:
-            return "give one of " + ", ".join(map(str, get_args(self.type)))
-        if self.is_mapping:
-            return "give a mapping such as {width: 64}"
-        if self.is_container:
-            return f"give a list such as {_LISTS[get_args(self.type)[0]]}"
-        return f"give {_WORDS[self.type]}"
-
-
-_METAVARS = {float: "NUMBER", int: "INTEGER", bool: "{true,false}", str: "TEXT", Path: "PATH"}
-_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
-_LISTS = {float: "[0.5, 0.25]", int: "[1, 2]", str: "[tensorboard]"}
-
-
-@dataclass(frozen=True)
-class _Section:
-    """The leaves of one dataclass of the tree, in the order of its fields."""
-
-    title: str
-    leaves: tuple[_Leaf, ...]
-
-
-def _sections(tree: type, prefix: str = "") -> Iterator[_Section]:
-    """The sections of a dataclass tree, outermost first; help is the "Attributes:" part of the docstrings."""
-    docstring = docstring_parser.parse(tree.__doc__ or "")
-    inherited = [docstring_parser.parse(base.__doc__ or "") for base in tree.__mro__[-2::-1]]
-    described = [entry for text in inherited for entry in text.params]
-    helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in described}
-    hints = typing.get_type_hints(tree)
-    leaves, nested = [], []
-    for field in dataclasses.fields(tree):
-        name = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            nested.append((hints[field.name], f"{name}."))
-            continue
-        factory = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
-        leaves.append(_Leaf(name, hints[field.name], default, helps.get(field.name, "")))
-    yield _Section((docstring.short_description or "").rstrip("."), tuple(leaves))
-    for inner, inner_prefix in nested:
-        yield from _sections(inner, inner_prefix)
-
-
-def _build(tree: Callable[..., Tree], values: Mapping[str, Any], prefix: str = "") -> Tree:
-    """An instance of ``tree`` from its leaves by dotted name."""
-    hints = typing.get_type_hints(tree)
-    arguments = {}
-    for field in dataclasses.fields(tree):  # type: ignore[arg-type]
-        name, hint = prefix + field.name, hints[field.name]
-        is_section = dataclasses.is_dataclass(hint)
-        arguments[field.name] = _build(hint, values, f"{name}.") if is_section else values[name]
-    return tree(**arguments)
+PROGRAM = "offload-sparse"
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -143,16 +57,20 @@ class Options(Generic[Tree]):
     Attributes:
         tree: dataclass whose leaves are the options.
         program: how the command is called, for its usage line.
-        example: one command line that works, shown at the end of ``--help``.
-        positional: leaves that are given without their name, in order.
+        examples: command lines that work, shown at the end of ``--help``; the first also where something is
+            missing.
+        positional: leaves that are given without their name, in order; one that is a list takes all that is
+            left.
         reads_files: whether ``--config FILE.yaml`` is accepted.
+        aliases: short names of options, without dashes, to the names of their leaves.
     """
 
     tree: type[Tree]
     program: str
-    example: str
+    examples: tuple[str, ...]
     positional: tuple[str, ...] = ()
     reads_files: bool = False
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Tree:
         """The configuration that a command line asks for; ``--help`` prints the help text and exits with 0.
@@ -173,27 +91,27 @@ class Options(Generic[Tree]):
             values |= self._load(path)
         for name, text in overrides:
             self._override(values, name, text)
-        return _build(self.tree, self._convert(values))
+        return build(self.tree, self._convert(values))
 
     @cached_property
-    def _sections(self) -> tuple[_Section, ...]:
-        return tuple(_sections(self.tree))
+    def _sections(self) -> tuple[Section, ...]:
+        return tuple(sections(self.tree))
 
     @cached_property
-    def _leaves(self) -> dict[str, _Leaf]:
+    def _leaves(self) -> dict[str, Leaf]:
         return {leaf.name: leaf for section in self._sections for leaf in section.leaves}
 
     @cached_property
     def _parser(self) -> _Parser:
         """The jsonargparse parser: conversion of values, and the help text."""
         leaves = [self._leaves[name] for name in self.positional]
-        usage = "".join(f" {x.name.upper()}" if x.required else f" [{x.name.upper()}]" for x in leaves)
+        usage = "".join(f" {_placeholder(leaf)}" for leaf in leaves)
         usage += " [--config FILE.yaml]" if self.reads_files else ""
         parser = _Parser(
             prog=self.program,
             usage=f"{self.program}{usage} [--KEY VALUE ...]",
             description=textwrap.fill(self._sections[0].title + ".", 100),
-            epilog=f"example: {self.example}",
+            epilog="\n".join(["examples:", *(f"  {example}" for example in self.examples)]),
             formatter_class=_HelpFormatter,
             exit_on_error=False,
         )
@@ -210,29 +128,35 @@ class Options(Generic[Tree]):
                 self._add(group, leaf)
         return parser
 
-    def _add(self, group: Any, leaf: _Leaf) -> None:
-        shown = "required" if leaf.required else f"default: {_show(leaf.default)}"
+    def _add(self, group: Any, leaf: Leaf) -> None:
+        shown = "required" if leaf.required else f"default: {show(leaf.default)}"
         text = f"{leaf.help.replace('``', '')} ({shown})"
         if leaf.name in self.positional:
             group.add_argument(leaf.name, type=leaf.type, nargs="?", metavar=leaf.name.upper(), help=text)
             return
         default = None if leaf.required else leaf.default
-        group.add_argument(f"--{leaf.name}", type=leaf.type, default=default, metavar=leaf.metavar, help=text)
+        names = [leaf.name, *(alias for alias, name in self.aliases.items() if name == leaf.name)]
+        flags = [f"--{name}" for name in names]
+        group.add_argument(*flags, type=leaf.type, default=default, metavar=leaf.metavar, help=text)
 
     def _split(self, argv: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
         """Configuration files, and (dotted name, text) of every override, each in the order given."""
         files: list[Path] = []
         overrides: list[tuple[str, str]] = []
-        positional = list(self.positional)
+        positional, collected = list(self.positional), []
         tokens = list(argv)
         while tokens:
             token = tokens.pop(0)
             if not token.startswith("--"):
                 if not positional:
                     raise ValueError(f"unexpected argument {token!r}; options are written as --KEY VALUE")
-                overrides.append((positional.pop(0), token))
+                if self._leaves[positional[0]].is_container:
+                    collected.append(token)
+                else:
+                    overrides.append((positional.pop(0), token))
                 continue
             name, equals, text = token[2:].partition("=")
+            name = self.aliases.get(name, name)
             is_file = name == "config" and self.reads_files
             if not is_file:
                 self._check_known(name)
@@ -242,6 +166,8 @@ class Options(Generic[Tree]):
                 files.append(Path(text).expanduser())
             else:
                 overrides.append((name, text))
+        if collected:
+            overrides.append((positional[0], yaml_text.dump(collected)))
         return files, overrides
 
     def _take_value(self, name: str, tokens: list[str]) -> str:
@@ -255,7 +181,7 @@ class Options(Generic[Tree]):
             raise ValueError(f"--{name} needs a value; {leaf.advice if leaf else 'give one behind it'}")
         return tokens.pop(0)
 
-    def _mapping_of(self, name: str) -> _Leaf | None:
+    def _mapping_of(self, name: str) -> Leaf | None:
         """The mapping that ``name`` is an entry of: model.arguments for model.arguments.width."""
         for leaf in self._leaves.values():
             if leaf.is_mapping and name.startswith(f"{leaf.name}."):
@@ -320,6 +246,8 @@ class Options(Generic[Tree]):
         mapping = self._mapping_of(name) if name not in self._leaves else None
         if isinstance(value, str) and (mapping or self._leaves[name].is_container):
             value = yaml_text.parse(value, f"--{name}")
+            if isinstance(value, str) and not mapping and self._leaves[name].type == list[str]:
+                value = [entry.strip() for entry in value.split(",")]  # tensorboard,wandb
         if mapping:
             entries = values.get(mapping.name, mapping.default)
             values[mapping.name] = {**entries, name.removeprefix(f"{mapping.name}."): value}
@@ -332,9 +260,9 @@ class Options(Generic[Tree]):
             value = values.get(name, leaf.default)
             if value is dataclasses.MISSING:
                 shown = name.upper() if name in self.positional else f"--{name}"
-                raise ValueError(f"{shown} is missing; try: {self.example}")
+                raise ValueError(f"{shown} is missing; try: {self.examples[0]}")
             if value is None or (leaf.is_mapping and not _is_mapping(value)):
-                raise ValueError(f"{name} is {_show(value)}; {leaf.advice}")
+                raise ValueError(f"{name} is {show(value)}; {leaf.advice}")
         # Mappings are kept as they are: jsonargparse would read text inside them, such as "1", as a number.
         mappings = {n: values.get(n, leaf.default) for n, leaf in self._leaves.items() if leaf.is_mapping}
         words = {name: get_args(leaf.type) for name, leaf in self._leaves.items()}
@@ -352,9 +280,9 @@ class Options(Generic[Tree]):
         for name, value in result.items():
             numbers = value if isinstance(value, list) else [value]
             if any(isinstance(entry, str | Path) and "\0" in str(entry) for entry in numbers):
-                raise ValueError(f"{name} is {_show(str(value))}; give text without null characters")
+                raise ValueError(f"{name} is {show(str(value))}; give text without null characters")
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-                raise ValueError(f"{name} is {_show(value)}; give a finite number")
+                raise ValueError(f"{name} is {show(value)}; give a finite number")
         return result
 
     def _explain_crash(self, error: Exception, values: Mapping[str, Any]) -> str:
@@ -365,7 +293,7 @@ class Options(Generic[Tree]):
             except ArgumentError as own:
                 return self._explain(own, values)
             except (OverflowError, TypeError, RecursionError):
-                shown = _show(value)
+                shown = show(value)
                 shown = shown if len(shown) <= 40 else f"{shown[:40]}…"
                 return f"{name} is {shown}; {self._leaves[name].advice}"
         return f"the configuration cannot be read ({error})"
@@ -376,29 +304,32 @@ class Options(Generic[Tree]):
         leaf = self._leaves.get(match[1]) if match else None
         if leaf is None:
             return " ".join(str(error).split())
-        return f"{leaf.name} is {_show(values.get(leaf.name))}; {leaf.advice}"
+        return f"{leaf.name} is {show(values.get(leaf.name))}; {leaf.advice}"
+
+
+def _placeholder(leaf: Leaf) -> str:
+    """A positional in the usage line."""
+    name = leaf.name.upper()
+    if leaf.is_container:
+        return f"{name.removesuffix('S')} [{name.removesuffix('S')} ...]"
+    return name if leaf.required else f"[{name}]"
 
 
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
-def _show(value: Any) -> str:
-    """A value as it would be written in YAML, on one line."""
-    if value is None:
-        return "empty"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return value if value.strip() and value.isprintable() else repr(value)
-    return str(value)
-
-
 _TRAIN_OPTIONS = Options(
     RunConfig,
-    program="offload-sparse train",
-    example="offload-sparse train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
+    program=f"{PROGRAM} train",
+    examples=(
+        f"{PROGRAM} train --config configs/quickstart.yaml",
+        f"{PROGRAM} train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
+        f"{PROGRAM} train --config configs/experiments/table2_resnet20_cifar10.yaml --dry_run",
+        "accelerate launch launch/train.py --config configs/quickstart.yaml",
+    ),
     reads_files=True,
+    aliases={"log_every": "train.log_every"},
 )
 
 

@@ -386,7 +386,8 @@ class RunConfig:
             the path of a checkpoint, or of a run, to start from.
         dry_run: print network, cost, steps and the figures to reach, and stop; no image is read, no file
             written.
-        trackers: names of accelerate's trackers to log to, such as ``tensorboard``.
+        trackers: accelerate's trackers to log to, such as ``tensorboard,wandb``; ``[]`` for none. Those that
+            write files do so in ``trackers/`` in the run's folder.
     """
 
     method: MethodName = "sparse_offload"
@@ -394,7 +395,7 @@ class RunConfig:
     overwrite: bool = False
     resume: str = "auto"
     dry_run: bool = False
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     model: ModelConfig = field(default_factory=ModelConfig)
     atoms: AtomsConfig = field(default_factory=AtomsConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -200,7 +200,7 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--round.k", "1.5"], "round.k is 1.5; give a whole number"),
         (["--method", "magic"], "method is magic; give one of sparse_offload, dense, static"),
         (["--train.verify", "maybe"], "train.verify is maybe; give true or false"),
-        (["--trackers", "tensorboard"], "give a list such as [tensorboard]"),
+        (["--trackers", "{a: b}"], "give a list such as [tensorboard]"),
         (["--trackers", "[a"], "not valid YAML"),
         (["--data.mean", "[a]"], "give a list"),
         (["--model.arguments", "3"], "give a mapping"),
@@ -314,11 +314,11 @@ def test_help_shows_every_option_with_its_default_and_an_example(capsys: pytest.
     assert "remaining ratio of the atoms" in text
     assert "(default: 0.25)" in text
     assert "How the weights are trained:" in text
-    assert "example: offload-sparse train --config" in text
+    assert "examples: offload-sparse train --config" in text
 
 
 def test_every_option_is_documented() -> None:
-    for section in Options(RunConfig, "x", "x")._sections:
+    for section in Options(RunConfig, "x", ("x",))._sections:
         assert section.title
         for leaf in section.leaves:
             assert leaf.help, leaf.name

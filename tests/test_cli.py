@@ -87,14 +87,14 @@ def test_an_unwritable_run_folder_is_bad_input(tmp_path: Path, capsys: pytest.Ca
 # --- help --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "verify", "bench"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: offload-sparse {command}" in text
-    assert f"example: offload-sparse {command}" in text
+    assert f"examples:\n  offload-sparse {command}" in text
     assert "(default: " in text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Reduce = Callable[[Tensor], Tensor]
 """Combines a tensor over ranks; returns the result, which may be the tensor itself."""
 
+Run = Callable[[nn.Module, Any], object]
+"""Runs a network on a batch."""
 
-def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor], reduce: Reduce | None = None) -> None:
+
+def reestimate_batch_norm(
+    module: nn.Module,
+    batches: Iterable[Any],
+    reduce: Reduce | None = None,
+    run: Run = nn.Module.__call__,
+) -> None:
     """Replace the running statistics of every BatchNorm by their plain average over ``batches``, in place.
 
     Each batch weighs the same: running mean = (1/n) Σ_i mean_i and running variance = (1/n) Σ_i var_i, with
@@ -30,6 +39,7 @@ def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor], reduce: 
         batches: inputs of the module, such as normalised training images float[b, C, H, W].
         reduce: mean over ranks of a flat tensor; every rank must give the same number of batches. ``None``
             for one rank.
+        run: how a batch is put through the network; by default it is its only argument.
 
     Raises:
         ValueError: there are no batches.
@@ -44,13 +54,15 @@ def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor], reduce: 
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
-        raise ValueError("BatchNorm statistics need at least one batch; raise final.bn_batches")
+        raise ValueError(
+            "BatchNorm statistics need at least one batch; give finalize() some, or raise final.bn_batches"
+        )
     with flags_restored(module), _cumulative(norms), torch.no_grad():
         module.eval()
         for norm in norms:
             norm.training = True
         for images in chain([first], iterator):
-            module(images)
+            run(module, images)
     if reduce is not None:
         _reduce_statistics(norms, reduce)
 

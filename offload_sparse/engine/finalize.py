@@ -118,9 +118,6 @@ def export(
         preprocessing: what an input image goes through (mean, std, size), for the reader.
         layout: how tensors are written; see ``engine.sparse_tensors``.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
     # Safetensors refuses views of one storage, and a module may have been extracted as such.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.module.state_dict().items()}
     structure: dict[str, Any] = {
@@ -131,6 +128,24 @@ def export(
         "additions": {name: _held(add) for name, add in additions(network.module) if add.width},
         "tensors": {name: list(t.shape) for name, t in tensors.items()},
     }
+    _write(folder, tensors, structure, layout)
+
+
+def copy_network(source: Path, target: Path) -> None:
+    """Write an exported network once more, with every tensor whole, whatever its layout was.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the files do not belong together.
+    """
+    structure, tensors = _read(source)
+    own = {key: structure[key] for key in structure if key not in ("layouts", _DIGEST, _WEIGHTS_DIGEST)}
+    _write(target, tensors, own, "dense")
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], structure: dict[str, Any], layout: ExportLayout) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
     tensors, layouts = encode(tensors, layout)
     if layouts:
         structure["layouts"] = layouts
@@ -184,17 +199,7 @@ def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | N
         ValueError: a file is missing or damaged, or the files do not belong together.
     """
     folder = Path(path)
-    structure = read_structure(folder)
-    tensors = _decoded(_read_weights(folder / WEIGHTS_FILE), structure, folder)
-    if structure.get(_WEIGHTS_DIGEST, "") not in ("", _file_digest(folder / WEIGHTS_FILE)):
-        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: its digest does not fit; export it again")
-    declared = {name: list(shape) for name, shape in structure["tensors"].items()}
-    found = {name: list(t.shape) for name, t in tensors.items()}
-    if declared != found:
-        odd = sorted(name for name in declared.keys() | found.keys() if declared.get(name) != found.get(name))
-        raise ValueError(
-            f"{folder}: {WEIGHTS_FILE} and {STRUCTURE_FILE} disagree about {odd[0]!r}; export it again"
-        )
+    structure, tensors = _read(folder)
     module = _empty_model(structure["model"], model)
     _restore_additions(module, structure.get("additions", {}), folder)
     own = dict(module.state_dict())
@@ -211,6 +216,22 @@ def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | N
         set_tensor(module, name, tensor)
     fit_attributes(module)
     return module.eval()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The structure, and every tensor as it is declared there."""
+    structure = read_structure(folder)
+    tensors = _decoded(_read_weights(folder / WEIGHTS_FILE), structure, folder)
+    if structure.get(_WEIGHTS_DIGEST, "") not in ("", _file_digest(folder / WEIGHTS_FILE)):
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: its digest does not fit; export it again")
+    declared = {name: list(shape) for name, shape in structure["tensors"].items()}
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    if declared != found:
+        odd = sorted(name for name in declared.keys() | found.keys() if declared.get(name) != found.get(name))
+        raise ValueError(
+            f"{folder}: {WEIGHTS_FILE} and {STRUCTURE_FILE} disagree about {odd[0]!r}; export it again"
+        )
+    return structure, tensors
 
 
 def _digest(structure: dict[str, Any]) -> str:

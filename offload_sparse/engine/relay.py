@@ -27,6 +27,7 @@ from offload_sparse.config import OptimConfig
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.pair import TAIL, Side, SubnetPair
 from offload_sparse.engine.side_stream import SideStream
+from offload_sparse.engine.timeline import Timeline
 from offload_sparse.store.delta import Arrival, Narrow, arrival, arrival_per_rank, regions_of, returned
 from offload_sparse.store.regions import Regions
 from offload_sparse.store.transfer import copy_blocks
@@ -107,6 +108,7 @@ class Relay:
         bytes_peak: largest bytes of subnets and gradients so far.
         before_return: called before the store is written to.
         steps_done: optimizer steps of the run, as far as told.
+        timeline: when transfers began and ended.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Relay:
         self.bytes_returned = 0
         self.bytes_peak = 0
         self.steps_done = 0
+        self.timeline = Timeline(device)
         self.before_return: Callable[[], object] = lambda: None
 
     @property
@@ -209,14 +212,14 @@ class Relay:
         self.settle()
         handover = _Handover(masks, None, self.pair)
         self._fetch(handover)
-        _carry(handover)
+        self._carry(handover)
 
     def _hand_over(self, masks: Masks) -> None:
         handover = self._take_prepared()
         if handover is None or not masks.made_into(handover.target):
             handover = _Handover(masks, self._source, self._pairs[1 - self._current])
             self._fetch(handover)
-        _carry(handover)
+        self._carry(handover)
         left, self._current = self.pair, 1 - self._current
         current, self._ahead, was_ahead = self.pair, False, self._ahead
         if not was_ahead:
@@ -250,10 +253,19 @@ class Relay:
         masks, target = handover.masks, handover.target
         target.select(masks.first, masks.second, masks.train_second)
         handover.loads = list(self._loads(handover))
-        for load in handover.loads:
-            arrays = [(kind, load.side.arrays[kind]) for kind in load.kinds]
-            self.bytes_fetched += self.store.fetch(load.plan, arrays)
-            fault_point("gather", self.steps_done)
+        with self.timeline.span("gather"):
+            for load in handover.loads:
+                arrays = [(kind, load.side.arrays[kind]) for kind in load.kinds]
+                self.bytes_fetched += self.store.fetch(load.plan, arrays)
+                fault_point("gather", self.steps_done)
+
+    def _carry(self, handover: _Handover) -> None:
+        """Copy what the source, or an earlier side of the target, holds. The order of the loads matters."""
+        with self.timeline.span("carry"):
+            for load in handover.loads:
+                for holder, plan in load.plan.carried.items():
+                    source = load.holders[holder]
+                    copy_blocks(plan, [(source.arrays[kind], load.side.arrays[kind]) for kind in load.kinds])
 
     def _loads(self, handover: _Handover) -> Iterator[_Load]:
         """How every array of the target comes about.
@@ -296,6 +308,10 @@ class Relay:
     def _return(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
         """Write this rank's entries of what ``left`` has trained and no side of ``keepers`` carries on."""
         self.before_return()
+        with self.timeline.span("scatter"):
+            self._put_back(left, keepers)
+
+    def _put_back(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
         known = list(keepers)
         for side in left.trained:
             regions = regions_of(side.weights, [keeper.weights for keeper in known])
@@ -312,11 +328,3 @@ class Relay:
         if self._reduce_memory.numel() < needed:  # a mask that minimum widths have taken beyond the cap
             self._reduce_memory = self._reduce_memory.new_empty(needed)
         return self._reduce_memory
-
-
-def _carry(handover: _Handover) -> None:
-    """Copy what the source, or an earlier side of the target, holds. The order of the loads matters."""
-    for load in handover.loads:
-        for holder, plan in load.plan.carried.items():
-            source = load.holders[holder]
-            copy_blocks(plan, [(source.arrays[kind], load.side.arrays[kind]) for kind in load.kinds])

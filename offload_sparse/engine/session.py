@@ -1,15 +1,16 @@
 """``SparseOffload``: what a training loop holds.
 
-session = SparseOffload(model, (images,), policy=PolicyConfig(rho=0.25), total_steps=steps)
+session = SparseOffload(model, (images,), optimizer=OptimConfig(lr=0.1), rho=0.25, total_steps=steps)
 for batch in loader:
-    session.step(batch, loss_fn)      # sample, gather, K steps, estimate, scatter happen inside
-network = session.finalize(batches)   # an ordinary narrow nn.Module
+    loss = session.step(batch, loss_fn)   # sample, gather, K steps, estimate, scatter happen inside
+network = session.finalize().module       # an ordinary narrow nn.Module
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from offload_sparse.config import (
     RoundConfig,
     StoreConfig,
 )
-from offload_sparse.engine.batch_norm import reestimate_batch_norm
+from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
 from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.finalize import FinalNetwork, best_candidate, extract
@@ -63,7 +64,9 @@ class SparseOffload:
         model: a function that builds the network (its initialisation is then replayed shard by shard, and no
             rank holds the whole network), or a network whose present weights are the start.
         example_inputs: tensors that the network can be called with; only shapes and dtypes matter.
-        total_steps: optimizer steps of the run; ``rounds.freeze_at`` is a share of it.
+        total_steps: optimizer steps of the run; ``rounds.freeze_at`` is a share of it. Without it the final
+            mask is chosen by ``freeze`` or, untrained, by ``finalize``.
+        rho: remaining ratio; shorthand for the one of ``policy``.
         policy, rounds, optimizer, final, store: see ``offload_sparse.config``.
         residual: residual policy of the discovery.
         channel_map: a map made by hand, instead of the discovery.
@@ -89,7 +92,8 @@ class SparseOffload:
         model: ModelSource,
         example_inputs: Draw,
         *,
-        total_steps: int,
+        total_steps: int | None = None,
+        rho: float | None = None,
         policy: PolicyConfig | None = None,
         rounds: RoundConfig | None = None,
         optimizer: OptimConfig | None = None,
@@ -130,9 +134,10 @@ class SparseOffload:
             self.tier.complete(self.store.integer_buffers)
         return_freed_memory()
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
-        self.policy = MaskPolicy(
-            policy or PolicyConfig(), self.channel_map.groups, seed, self.cost.parameters
-        )
+        probabilities = policy or PolicyConfig()
+        if rho is not None:
+            probabilities = dataclasses.replace(probabilities, rho=rho)
+        self.policy = MaskPolicy(probabilities, self.channel_map.groups, seed, self.cost.parameters)
         self.relay = Relay(
             self.store,
             self.meta_model,
@@ -143,7 +148,7 @@ class SparseOffload:
             overlap=self._overlaps(),
         )
         self.averager = Averager(self.rounds.reduce, self.ranks.world_size, self.device)
-        self.freeze_step = round(self.rounds.freeze_at * total_steps)
+        self.freeze_step = sys.maxsize if total_steps is None else round(self.rounds.freeze_at * total_steps)
         self.steps_done = 0
         self.rounds_done = 0
         self.forward_flops = 0.0
@@ -178,17 +183,21 @@ class SparseOffload:
             FloatingPointError: a loss or gradient was not finite, with ``on_nonfinite`` ``stop``. It is
                 noticed when records are read or the round ends; the step itself has moved nothing.
         """
-        if self.final_mask is None:
-            self._recent.append((batch, loss_fn))
+        self._recent.append((batch, loss_fn))
         current = self._round or self._start_round()
         self._count_flops(current)
         fault_point("step", self.steps_done)
-        loss = current.step(batch, loss_fn, self.optim.lr if lr is None else lr)
+        with self.relay.timeline.stepping():
+            loss = current.step(batch, loss_fn, self.optim.lr if lr is None else lr)
         self.steps_done += 1
         self.relay.stepped(self.steps_done)
         if current.steps == current.length:
             self._finish_round(current)
         return loss
+
+    def freeze(self) -> None:
+        """Choose the final mask when the present round ends, and train it from then on."""
+        self.freeze_step = min(self.freeze_step, self.steps_done)
 
     def records(self) -> list[StepRecord]:
         """What the steps since the last call measured. Waits for the device."""
@@ -235,12 +244,13 @@ class SparseOffload:
             side.arrays[BUFFERS].copy_(kept)
             self.forward.train_mode(side.module)
 
-    def finalize(self, batches: Iterable[Any]) -> FinalNetwork:
+    def finalize(self, batches: Iterable[Any] | None = None) -> FinalNetwork:
         """End the training: choose the mask if that has not happened, re-estimate BatchNorm, take the network
         out.
 
         Args:
-            batches: training batches for the statistics, in the form that the module takes as input.
+            batches: training batches for the statistics, in the form that the module takes as input; the last
+                ``final.selection_batches`` of the training if None.
 
         Returns:
             the narrow network, an ordinary ``nn.Module`` with its own memory, and its mask.
@@ -255,7 +265,10 @@ class SparseOffload:
         side.bind(None)
         module = extract(self.meta_model, side)
         self.relay.close()
-        self._reestimate(module, batches)
+        if batches is None:
+            self._reestimate(module, self._recent, lambda network, recent: recent[1](network, recent[0]))
+        else:
+            self._reestimate(module, batches)
         return FinalNetwork(module, self.final_mask, self.channel_map)
 
     # --- what a state is made of ---
@@ -307,7 +320,8 @@ class SparseOffload:
         self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
         length = self._length(self.steps_done) if reopened is None else reopened.length
         steps = 0 if reopened is None else reopened.steps
-        pair = self.relay.open(self._resolved(self._masks, length))
+        with self.relay.timeline.exchanging():
+            pair = self.relay.open(self._resolved(self._masks, length))
         if reopened is not None:
             for side, statistics in zip(pair.trained, reopened.statistics, strict=False):
                 side.arrays[BUFFERS].copy_(statistics)
@@ -351,7 +365,9 @@ class SparseOffload:
         return resolve(masks, self.channel_map, ranks, self.rounds.references, train_second)
 
     def _finish_round(self, current: Round) -> None:
-        self._learn(current)
+        with self.relay.timeline.stepping():
+            self._learn(current)
+        self.relay.timeline.end_round()
         if self._round is None:
             return  # rolled back
         fault_point("estimate", self.steps_done)
@@ -413,7 +429,6 @@ class SparseOffload:
         self.final_mask = best_candidate(side, self.channel_map, candidates, recent, self.forward, self.ranks)
         self.policy.freeze()
         self.next_masks = None
-        self._recent.clear()
 
     def _overlaps(self) -> bool:
         """Transfers run beside the steps: on a GPU by default; on a CPU they would take the cores of the
@@ -428,9 +443,9 @@ class SparseOffload:
         if evaluated is not None:
             self.forward_flops += self._mask_flops[evaluated]
 
-    def _reestimate(self, module: nn.Module, batches: Iterable[Any]) -> None:
+    def _reestimate(self, module: nn.Module, batches: Iterable[Any], run: Run = nn.Module.__call__) -> None:
         if not self.forward.frozen_batch_norm:
-            reestimate_batch_norm(module, batches, self._averaged)
+            reestimate_batch_norm(module, batches, self._averaged, run)
 
     def _averaged(self, tensor: Tensor) -> Tensor:
         average(tensor, self.ranks.world_size)

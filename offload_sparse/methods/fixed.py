@@ -104,7 +104,7 @@ class FixedNetwork:
         size = float(self._mask.float().mean()) if self._mask.numel() else 1.0
         return {"expected_size": size} | ({"skipped_steps": float(self._skipped)} if self._skipped else {})
 
-    def dynamics(self) -> dict[str, float]:
+    def dynamics(self) -> dict[str, Any]:
         cost = self._cost
         return {
             "params_ratio": cost.parameters(self._mask) / cost.dense_parameters,

@@ -87,7 +87,7 @@ class MaskedTraining(FixedNetwork):
         forward, backward = self._overall()
         return {"expected_size": forward, "forward_remaining": forward, "backward_remaining": backward}
 
-    def dynamics(self) -> dict[str, float]:
+    def dynamics(self) -> dict[str, Any]:
         figures = self.report()
         layers = {
             f"{key}.{name}": value

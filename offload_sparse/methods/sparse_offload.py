@@ -43,11 +43,17 @@ class SparseOffloadMethod:
             "entropy": policy.entropy,
             "frozen": float(self.session.frozen),
             "bus_bytes_per_round": float(self.session.round_bytes),
+            **self.session.relay.timeline.means(),
         }
 
-    def dynamics(self) -> dict[str, float]:
+    def dynamics(self) -> dict[str, Any]:
         params_ratio, flops_ratio = self.session.expected_cost()
-        return {"params_ratio": params_ratio, "flops_ratio": flops_ratio}
+        return {
+            "params_ratio": params_ratio,
+            "flops_ratio": flops_ratio,
+            "subnet_bytes": self.session.relay.nbytes,
+            "round_timeline": self.session.relay.timeline.last_rounds(),
+        }
 
     def report(self) -> dict[str, Any]:
         return {}

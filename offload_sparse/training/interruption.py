@@ -1,9 +1,11 @@
-"""Being asked to stop: SIGTERM from a scheduler, Ctrl-C from a user; and the ranks' agreement about it."""
+"""Being asked to stop: SIGTERM or SIGUSR1 from a scheduler, Ctrl-C from a user; and the ranks' agreement."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,9 +14,15 @@ import torch.distributed as dist
 
 from offload_sparse.training.launch_environment import own_group
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+GRACE = 3.0
+"""Seconds in which a further signal is the first one again: a terminal and a scheduler signal the launcher,
+too, which passes it on."""
+
 
 class Interruption:
-    """While entered, the first SIGTERM or SIGINT is only noted; a second one ends the process as usual.
+    """While entered, the first signal is only noted; one that comes later ends the process as usual.
 
     Attributes:
         signal_name: the signal that came, or "".
@@ -23,12 +31,11 @@ class Interruption:
     def __init__(self) -> None:
         self.signal_name = ""
         self._before: dict[int, Any] = {}
+        self._noted = 0.0
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-            }
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -41,8 +48,11 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal_name = signal.Signals(number).name
-        self._restore()
+        if not self.signal_name:
+            self.signal_name, self._noted = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._noted > GRACE:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -5,6 +5,7 @@ at the start.
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from offload_sparse.config import TrainConfig
+from offload_sparse.training.trackers import TRACKERS_FOLDER, check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,7 +71,9 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
         ValueError: ranks do not find each other, or the device cannot do what is asked.
     """
     check_environment()
+    check_trackers(trackers)
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import ProjectConfiguration
 
     if config.precision == "bf16" and config.dtype == "float64":
         raise ValueError("train.precision bf16 and train.dtype float64 exclude each other; choose one")
@@ -80,7 +84,7 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
         mixed_precision=config.precision,
         cpu=not torch.cuda.is_available(),
         log_with=trackers or None,
-        project_dir=str(run_dir),
+        project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / TRACKERS_FOLDER)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,6 +93,8 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
             f"the launcher started {expected} processes, but accelerate sees {accelerator.num_processes}; "
             f"on CPU start two ranks with: {TWO_CPU_RANKS}"
         )
+    if not accelerator.is_main_process:
+        _be_quiet()
     return accelerator
 
 
@@ -113,6 +119,14 @@ def own_group() -> dist.ProcessGroup | None:
     group = dist.new_group(backend="gloo")
     assert not isinstance(group, int), "every rank is a member of the new group"
     return group
+
+
+def _be_quiet() -> None:
+    """What every rank would say alike, the first one says."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore")
 
 
 def _join_again(timeout: timedelta) -> None:

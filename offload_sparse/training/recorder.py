@@ -5,6 +5,7 @@
       metrics.jsonl   one JSON object per line: step, epoch, time, and whatever the trainer logs
       summary.json    the outcome, written when the run is complete
       checkpoints/    the state of the run, to carry on from
+      trackers/       files of trackers such as TensorBoard
   model/          the exported network (written by the engine)
 
 Only the main process records; on the others every method does nothing.
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from offload_sparse import arguments
 from offload_sparse.config import RunConfig
 from offload_sparse.training.checkpoint_folder import CHECKPOINT_FOLDER
+from offload_sparse.training.trackers import TRACKERS_FOLDER
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -41,7 +43,7 @@ Track = Callable[[dict[str, float], int], None]
 """Receives the finite numbers of a line of metrics, and the step."""
 
 _SHOWN = ("loss", "accuracy", "validation_accuracy", "test_accuracy", "expected_size", "entropy")
-_KNOWN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER)
+_KNOWN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER, TRACKERS_FOLDER)
 
 
 class Recorder:
@@ -78,7 +80,8 @@ class Recorder:
         self._step = 0
         self._epochs_told = 0
         self._latest: dict[str, Any] = {}
-        self._begun = time.monotonic()
+        self._begun = self._began_here = time.monotonic()
+        self._first_step = 0
         self.carries_on = carries_on
         if is_main:
             check_writable(config.run_dir)
@@ -96,8 +99,8 @@ class Recorder:
         An earlier run's files are removed. Where the run carries on, its lines up to ``step`` stay and the
         later ones, which are about to be written again, go.
 
-        While training, a terminal shows a progress bar and anything else one line per epoch, both on stderr,
-        unless ``train.progress`` is off.
+        While training, stderr shows one line per epoch and, on a terminal, a progress bar below, unless
+        ``train.progress`` is off.
 
         Args:
             total_steps: optimizer steps of the run.
@@ -107,7 +110,8 @@ class Recorder:
         """
         self._total_steps, self._steps_per_epoch = total_steps, max(1, steps_per_epoch)
         self._begun = time.monotonic() - seconds
-        self._step = step
+        self._step = self._first_step = step
+        self._began_here = time.monotonic()
         self._epochs_told = step // self._steps_per_epoch
         if not self.is_main:
             return
@@ -179,7 +183,7 @@ class Recorder:
         if self._bar is not None:
             self._bar.set_postfix_str(_words(self._latest, ", ", "="), refresh=False)
         if self.track is not None:
-            numbers = {key: value for key, value in plain.items() if _is_number(value) and key != "step"}
+            numbers = {key: value for key, value in _flat(plain).items() if key != "step"}
             self.track(numbers, step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -212,15 +216,20 @@ class Recorder:
         self.close()
 
     def _tell_epoch(self) -> None:
-        """Print how the run stands, once per epoch, where there is no bar to show it."""
+        """Print how the run stands, once per epoch: a line that begins with ``epoch``."""
         epoch = math.ceil(self._step / self._steps_per_epoch)
-        quiet = not self.is_main or not self.config.train.progress or self._bar is not None
+        quiet = not self.is_main or not self.config.train.progress
         if quiet or epoch == self._epochs_told:
             return
         self._epochs_told = epoch
         epochs = math.ceil(self._total_steps / self._steps_per_epoch)
         shown = _words(self._latest, " ", " ")
-        print(f"epoch {epoch}/{epochs} step {self._step} {shown}".rstrip(), file=sys.stderr, flush=True)
+        per_step = (time.monotonic() - self._began_here) / max(1, self._step - self._first_step)
+        left = per_step * (self._total_steps - self._step)
+        line = f"epoch {epoch}/{epochs} step {self._step} {shown}".rstrip()
+        line += f" elapsed {tqdm.format_interval(self.seconds)} left {tqdm.format_interval(left)}"
+        tqdm.write(line, file=sys.stderr)  # which keeps a bar below
+        sys.stderr.flush()
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -320,8 +329,15 @@ def json_value(value: Any) -> Any:
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _flat(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among ``values``, those of mappings as ``name/entry``."""
+    numbers: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            numbers |= {f"{key}/{name}": number for name, number in _flat(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[key] = value
+    return numbers
 
 
 def _words(values: Mapping[str, Any], between: str, equals: str) -> str:
@@ -334,7 +350,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("method", "method", str),
     ("model", "model", str),
     ("rho", "rho", "{:.4g}".format),
@@ -354,7 +370,7 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    for key, label, text in _ROWS:
+    for key, label, text in SUMMARY_ROWS:
         if summary.get(key) is not None:
             table.add_row(label, text(summary[key]))
     return table

@@ -28,7 +28,7 @@ from offload_sparse.engine.sync import on_first_rank
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.models import build_model, input_channels
 from offload_sparse.planning.fit import check, out_of_memory
-from offload_sparse.planning.machine import this_machine
+from offload_sparse.planning.machine import process_bytes, this_machine
 from offload_sparse.structure.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.training.evaluation import Evaluation, evaluate
 from offload_sparse.training.launch_environment import is_lost_rank, start
@@ -36,6 +36,7 @@ from offload_sparse.training.progress import Progress
 from offload_sparse.training.recorder import Recorder
 from offload_sparse.training.resume import Standing, finished_summary, standing
 from offload_sparse.training.schedule import learning_rate
+from offload_sparse.training.trackers import start_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -133,8 +134,6 @@ class Run:
         if config.train.check_plan:
             self._check_plan()
         self.method: Method = build_method(self.task)
-        if config.trackers:
-            self.accelerator.init_trackers("offload_sparse")
         self.progress = Progress(config, self.method, self.recorder, self._batches_at)
 
     # --- the loop ---
@@ -143,6 +142,7 @@ class Run:
         """(step, this rank's part of the batch on the device) for every optimizer step that is left."""
         progress = self.progress
         progress.begin(self.total_steps, self.steps_per_epoch)
+        start_trackers(self.accelerator, self.config)
         while progress.step < self.total_steps:
             rollbacks = progress.rollbacks
             for batch in self.train_loader.batches(progress.data_position):
@@ -175,15 +175,23 @@ class Run:
             "accuracy": fmean(r.metrics["accuracy"] for r in records) if records else math.nan,
             "lr": learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch),
             "train_cost_saving": self._saving(step + 1),
+            "train_flops": self.method.costs().spent_flops * self.config.data.batch_size,
             **self.method.status(),
         }
         if differences:
             values["loss_difference"] = fmean(differences)
         return values
 
-    def epoch_metrics(self, step: int) -> dict[str, float]:
-        """How costly the structure is after this epoch (Zhou et al. 2021, Figure 3), and how good it is."""
-        dynamics = self.method.dynamics() | {"train_cost_saving": self._saving(step + 1)}
+    def epoch_metrics(self, step: int) -> dict[str, Any]:
+        """How costly the structure is after this epoch (Zhou et al. 2021, Figure 3), how good it is, and what
+        this process holds in memory.
+        """
+        on_cuda = self.device.type == "cuda"
+        memory = {
+            "host_bytes": process_bytes(),
+            "device_bytes": torch.cuda.memory_allocated(self.device) if on_cuda else 0,
+        }
+        dynamics = self.method.dynamics() | {"train_cost_saving": self._saving(step + 1)} | memory
         return dynamics | (self.evaluate_now() if self.evaluation_due(step) else {})
 
     def evaluate_now(self) -> dict[str, float]:

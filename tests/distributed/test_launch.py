@@ -131,3 +131,59 @@ def test_a_batch_that_does_not_divide_is_told_once_and_ends_both_ranks(tmp_path:
     lines = [line for line in result.stderr.splitlines() if line.startswith("offload-sparse: error:")]
     assert len(lines) == 1
     assert "33" in lines[0]
+
+
+@pytest.mark.slow
+def test_two_launchers_that_meet_by_c10d_train_as_two_nodes_would(tmp_path: Path) -> None:
+    """launch/multi_node.yaml with two machines, both of them this one."""
+    options = [*SMALL, "--train.max_steps", "4", "--run_dir", str(tmp_path), "--train.log_every", "1"]
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    launchers = []
+    for node in range(2):
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            "launch/multi_node.yaml",
+        ]
+        command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(node)]
+        command += [
+            "--main_process_ip",
+            "127.0.0.1",
+            "--main_process_port",
+            "29651",
+            "launch/train.py",
+            *options,
+        ]
+        launchers.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=clean | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [launcher.communicate(timeout=280) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    summary, lines = read(tmp_path)
+    assert (summary["world_size"], summary["steps"]) == (2, 4)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    printed = "".join(out + err for out, err in outputs)
+    assert printed.count("run folder:") == 1, "one rank speaks for all"
+    assert printed.count("epoch 1/") == 1
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_launch_file_begins_with_the_line_that_uses_it(file: Path) -> None:
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#   ")]
+    assert f"--config_file launch/{file.name}" in comments[0]
+    assert "launch/train.py --config configs/quickstart.yaml" in comments[0]

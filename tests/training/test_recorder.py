@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from offload_sparse import arguments
 from offload_sparse.config import RunConfig
+from offload_sparse.training import recorder as recorder_module
 from offload_sparse.training.recorder import Recorder, closing_table, json_value
 
 SUMMARY: dict[str, Any] = {"method": "dense", "rho": 0.25, "test_accuracy": 0.875, "peak_host_bytes": 3 << 20}
@@ -84,11 +86,11 @@ def test_trackers_receive_the_finite_numbers(tmp_path: Path) -> None:
 
     with Recorder(run_config(tmp_path), track=track) as recorder:
         recorder.begin(4, 2)
-        recorder.log(3, loss=0.5, bad=float("nan"), note="x", flag=True)
+        recorder.log(3, loss=0.5, bad=float("nan"), note="x", flag=True, group_keep={"conv1": 0.25})
     ((values, step),) = received
     assert step == 3
     assert values.pop("time") >= 0
-    assert values == {"epoch": 1.5, "loss": 0.5}
+    assert values == {"epoch": 1.5, "loss": 0.5, "group_keep/conv1": 0.25}
 
 
 def test_only_the_main_process_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,14 +199,37 @@ def test_without_a_terminal_there_is_one_line_per_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_two_epochs(run_config(tmp_path))
-    assert capsys.readouterr().err.splitlines() == [
-        "epoch 1/3 step 2 loss 0.5 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
-        "epoch 2/3 step 4 loss 0.25 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
-        "epoch 3/3 step 5 loss 0.2 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
-    ]
+    assert without_times(capsys.readouterr().err) == EPOCHS
 
 
-def test_a_terminal_gets_a_bar_with_the_figures_and_no_lines(
+EPOCHS = [
+    "epoch 1/3 step 2 loss 0.5 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
+    "epoch 2/3 step 4 loss 0.25 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
+    "epoch 3/3 step 5 loss 0.2 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
+]
+
+
+def without_times(text: str) -> list[str]:
+    """The lines about epochs, which end with the time spent and the time left."""
+    found = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("epoch ")]
+    parts = [re.fullmatch(r"(.*) elapsed \d\d:\d\d left \d\d:\d\d", line) for line in found]
+    return [match[1] for match in parts if match]
+
+
+def test_the_time_left_follows_from_the_steps_of_this_part_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(recorder_module.time, "monotonic", lambda: now)
+    with Recorder(run_config(tmp_path)) as recorder:
+        recorder.begin(total_steps=100, steps_per_epoch=10, step=20, seconds=1000)
+        for _ in range(11):
+            recorder.advance()
+            now += 3
+    assert capsys.readouterr().err.rstrip().endswith("elapsed 17:10 left 03:30")
+
+
+def test_a_terminal_gets_a_bar_with_the_figures_below_the_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
@@ -214,7 +239,7 @@ def test_a_terminal_gets_a_bar_with_the_figures_and_no_lines(
     last = terminal.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[-1]
     assert "5/5" in last
     assert "loss=0.2, accuracy=0.5, expected_size=0.25, entropy=0.6, test_accuracy=0.875" in last
-    assert "epoch 1/3" not in terminal.getvalue()
+    assert without_times(terminal.getvalue()) == EPOCHS
 
 
 def test_progress_can_be_turned_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,5 @@
+"""The commands of the program ``offload-sparse``, one module each.
+
+A command reads its options first and imports what it needs afterwards, so that help and mistakes in the
+command line never wait for torch.
+"""

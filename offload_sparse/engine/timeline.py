@@ -1,0 +1,141 @@
+"""When a session gathers, computes and scatters.
+
+    gather    newcomers from the store to the device         (thread of the transfers, if they overlap)
+    carry     what two rounds share, from pair to pair
+    compute   the steps of a round, with the reading of batches between them
+    scatter   leavers back to the store                      (thread of the transfers, if they overlap)
+
+On a CUDA device marks are events on the stream that does the work, so that nothing waits for them; on a CPU
+they are the clock. The CUDA branch has not been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Lane = Literal["gather", "carry", "compute", "scatter"]
+_Mark = float | torch.cuda.Event
+
+KEPT_ROUNDS = 3
+_MOST_SPANS = 256
+
+
+@dataclass
+class Span:
+    """Work of one kind.
+
+    Attributes:
+        lane: what was done.
+        round: number of the round in which it began.
+        start, end: seconds since the session was made.
+    """
+
+    lane: Lane
+    round: int
+    start: float
+    end: float
+
+
+class Timeline:
+    """Spans of work and what they add up to.
+
+    Args:
+        device: where the session computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._origin = self._now()
+        self._round = 0
+        self._open: dict[Lane, tuple[int, _Mark]] = {}
+        self._pending: deque[tuple[Lane, int, _Mark, _Mark]] = deque(maxlen=_MOST_SPANS)
+        self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
+        self._sums = dict.fromkeys(("gather", "carry", "scatter", "compute", "exchange"), 0.0)
+        self._rounds_told = 0
+
+    @contextmanager
+    def span(self, lane: Lane) -> Iterator[None]:
+        """Work of ``lane`` in this thread, on its current stream."""
+        round, start = self._round, self._now()
+        yield
+        self._pending.append((lane, round, start, self._now()))
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A step, or the wait for the device behind the steps of a round."""
+        if "compute" not in self._open:
+            self._open["compute"] = (self._round, self._now())
+        start = time.perf_counter()
+        yield
+        self._sums["compute"] += time.perf_counter() - start
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """The time between two rounds in which no step can run."""
+        start = time.perf_counter()
+        yield
+        self._sums["exchange"] += time.perf_counter() - start
+
+    def end_round(self) -> None:
+        """The last step of a round is done."""
+        if "compute" in self._open:
+            self._pending.append(("compute", *self._open.pop("compute"), self._now()))
+        self._round += 1
+
+    def means(self) -> dict[str, float]:
+        """Seconds per round of each kind since the last call, as ``<kind>_seconds``; empty within a round.
+
+        ``exchange`` is the time in which the steps stood still for the other three: what is left of these is
+        overlap.
+        """
+        rounds = self._round - self._rounds_told
+        if rounds == 0:
+            return {}
+        self._resolve()
+        self._rounds_told = self._round
+        means = {f"{kind}_seconds": total / rounds for kind, total in self._sums.items()}
+        self._sums = dict.fromkeys(self._sums, 0.0)
+        return means
+
+    def last_rounds(self) -> list[tuple[str, float, float]]:
+        """(lane, start, end) of the last ``KEPT_ROUNDS`` rounds that are complete, in seconds since the first
+        of them began.
+        """
+        self._resolve()
+        first = max(0, self._round - KEPT_ROUNDS)
+        spans = [span for span in self._spans if first <= span.round < self._round]
+        origin = min((span.start for span in spans), default=0.0)
+        return [(s.lane, round(s.start - origin, 6), round(s.end - origin, 6)) for s in spans]
+
+    def _resolve(self) -> None:
+        """Read the marks of the work that is done."""
+        for _ in range(len(self._pending)):
+            lane, number, start, end = self._pending.popleft()
+            if isinstance(end, torch.cuda.Event) and not end.query():
+                self._pending.append((lane, number, start, end))
+                continue
+            span = Span(lane, number, self._seconds(start), self._seconds(end))
+            self._spans.append(span)
+            if lane != "compute":
+                self._sums[lane] += span.end - span.start
+
+    def _now(self) -> _Mark:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, mark: _Mark) -> float:
+        if isinstance(mark, float):
+            assert isinstance(self._origin, float)
+            return mark - self._origin
+        assert isinstance(self._origin, torch.cuda.Event)
+        return self._origin.elapsed_time(mark) / 1000
