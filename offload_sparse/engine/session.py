@@ -27,6 +27,7 @@ from offload_sparse.config import (
     Residual,
     RoundConfig,
     StoreConfig,
+    check_combination,
 )
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
@@ -76,6 +77,7 @@ class SparseOffload:
             ``stop`` raises, ``skip`` goes on with the next batch, ``rollback`` goes on from the end of the
             round before (which costs the bus a full subnet per round).
         verify: check slice = mask on the model before anything trains.
+        compile: compile the forward passes of the subnets; ``policy.sampler auto`` then keeps widths fixed.
         run_id: what a store in files is known by; a store of another run is refused.
         store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
             ``replace`` initialises whatever files of this run there are.
@@ -104,6 +106,7 @@ class SparseOffload:
         forward: Forward | None = None,
         on_nonfinite: OnNonFinite = "stop",
         verify: bool = True,
+        compile: bool = False,
         run_id: str = "",
         store_mode: Mode = "new",
     ) -> None:
@@ -132,9 +135,9 @@ class SparseOffload:
             self.tier.complete(self.store.integer_buffers)
         return_freed_memory()
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
-        self.policy = MaskPolicy(
-            policy or PolicyConfig(), self.channel_map.groups, seed, self.cost.parameters
-        )
+        chosen = (policy or PolicyConfig()).resolved(compile)
+        check_combination(chosen, self.rounds)
+        self.policy = MaskPolicy(chosen, self.channel_map.groups, seed, self.cost)
         self.relay = Relay(
             self.store,
             self.meta_model,
@@ -194,10 +197,14 @@ class SparseOffload:
 
     def records(self) -> list[StepRecord]:
         """What the steps since the last call measured. Waits for the device."""
-        if self._round is not None:
-            self._learn(self._round)
+        self.catch_up()
         records, self._pending = self._pending, []
         return records
+
+    def catch_up(self) -> None:
+        """Learn from the steps made so far. Waits for the device; every rank calls it at the same step."""
+        if self._round is not None:
+            self._learn(self._round)
 
     def settle(self) -> None:
         """Bring the store up to date; until then the subnets in training may hold newer weights."""
@@ -304,16 +311,17 @@ class SparseOffload:
             self._choose_final_mask()
         fault_point("sample", self.steps_done)
         reopened, self._reopened = self._reopened, None
+        steps = 0 if reopened is None else reopened.steps
+        first = self.steps_done - steps
+        self.policy.advance(first / max(1, self.freeze_step))
         self._masks = self._draw() if reopened is None else reopened.masks
         of_a, of_b = pair_on(self._masks, self.ranks.rank)
         self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
         length = self._length(self.steps_done) if reopened is None else reopened.length
-        steps = 0 if reopened is None else reopened.steps
         pair = self.relay.open(self._resolved(self._masks, length))
         if reopened is not None:
             for side, statistics in zip(pair.trained, reopened.statistics, strict=False):
                 side.arrays[BUFFERS].copy_(statistics)
-        first = self.steps_done - steps
         self._round = Round(pair, self.rounds.reference, length, self.forward, self.averager, first, steps)
         moved = self.relay.bytes_fetched + self.relay.bytes_returned
         self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
@@ -378,7 +386,7 @@ class SparseOffload:
         for entry in current.flush(per_rank and not self.frozen):
             if entry.fault:
                 faults.append(entry.fault)
-            if entry.difference is not None and not self.frozen:
+            if entry.compared is not None and not self.frozen:
                 self._update(entry)
             self._pending.append(dataclasses.replace(entry, losses=None))
         if faults:
@@ -386,13 +394,13 @@ class SparseOffload:
 
     def _update(self, entry: StepRecord) -> None:
         assert self._masks is not None
-        assert entry.difference is not None
+        assert entry.compared is not None
         if entry.losses is None:
-            self.policy.update(entry.difference, self._masks[0], self._masks[1])
+            self.policy.update(*entry.compared, self._masks[0], self._masks[1], self.rounds_done)
             return
         references = [pair_on(self._masks, rank)[1] for rank in range(self.ranks.world_size)]
         losses = paired_losses(*entry.losses)
-        self.policy.update_from_ranks(losses, torch.stack([self._masks[0], *references]))
+        self.policy.update_from_ranks(losses, torch.stack([self._masks[0], *references]), self.rounds_done)
 
     def _handle(self, faults: list[str]) -> None:
         if self.on_nonfinite == "stop":
@@ -408,7 +416,8 @@ class SparseOffload:
 
     def _choose_final_mask(self) -> None:
         """Draw masks from p(m|s), keep the best by training loss (Zhou et al. 2021, final sampling)."""
-        candidates = self.policy.candidates(self.final.candidates)
+        self.policy.advance(1.0)
+        candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
         recent = list(self._recent)
         self.forward_flops += len(recent) * sum(self.cost.flops(mask) for mask in candidates)
         side = self.relay.scratch()

@@ -72,9 +72,9 @@ class Method(Protocol):
     def status(self) -> dict[str, float]:
         """Figures about the structure as it is now, for the progress bar and the log."""
 
-    def dynamics(self) -> dict[str, float]:
-        """Expected ``params_ratio`` and ``flops_ratio`` of the networks that are being trained; logged per
-        epoch.
+    def dynamics(self) -> dict[str, Any]:
+        """Expected ``params_ratio`` and ``flops_ratio`` of the networks that are being trained, and what the
+        search for a structure has done since the last call; logged per epoch. Counts begin anew.
         """
 
     def report(self) -> dict[str, Any]:

@@ -45,9 +45,10 @@ class SparseOffloadMethod:
             "bus_bytes_per_round": float(self.session.round_bytes),
         }
 
-    def dynamics(self) -> dict[str, float]:
+    def dynamics(self) -> dict[str, Any]:
+        self.session.catch_up()
         params_ratio, flops_ratio = self.session.expected_cost()
-        return {"params_ratio": params_ratio, "flops_ratio": flops_ratio}
+        return {"params_ratio": params_ratio, "flops_ratio": flops_ratio} | self.session.policy.report()
 
     def report(self) -> dict[str, Any]:
         return {}
@@ -114,6 +115,7 @@ def build(task: Task) -> Method:
         dtype=task.dtype,
         forward=task.forward,
         verify=config.train.verify,
+        compile=config.compile,
         run_id=str(config.run_dir.resolve()),
         on_nonfinite=config.train.on_nonfinite,
         store_mode="replace" if config.overwrite else "resume" if carries_on else "new",

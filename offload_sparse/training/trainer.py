@@ -180,7 +180,7 @@ class Run:
             values["loss_difference"] = fmean(differences)
         return values
 
-    def epoch_metrics(self, step: int) -> dict[str, float]:
+    def epoch_metrics(self, step: int) -> dict[str, Any]:
         """How costly the structure is after this epoch (Zhou et al. 2021, Figure 3), and how good it is."""
         dynamics = self.method.dynamics() | {"train_cost_saving": self._saving(step + 1)}
         return dynamics | (self.evaluate_now() if self.evaluation_due(step) else {})

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.config import PolicyConfig
-from offload_sparse.policy.estimators import precondition, rloo
+from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.probabilities import project
-from offload_sparse.policy.samplers import minimum_size
+from offload_sparse.policy.widths import minimum_size
 from offload_sparse.structure.channel_map import Group
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
@@ -28,7 +28,7 @@ def train(learner: MaskPolicy, rounds: range) -> None:
     """Updates with losses that depend on the masks: the first group is worth keeping."""
     for round in rounds:
         m1, m2 = learner.sample(round)
-        learner.update(float(m2[:8].sum() - m1[:8].sum()) + math.sin(round), m1, m2)
+        learner.update(math.sin(round) - float(m1[:8].sum()), -float(m2[:8].sum()), m1, m2, round)
 
 
 configurations = st.fixed_dictionaries(
@@ -59,7 +59,7 @@ def test_budget_bounds_cap_and_widths_hold_after_every_update(
             assert int(mask.sum()) <= min(C, max(math.ceil(learner.config.hard_cap * rho * C - 1e-9), lowest))
             for group in GROUPS:
                 assert int(mask[group.start : group.stop].sum()) >= min(learner.config.min_width, group.size)
-        learner.update(difference, m1, m2)
+        learner.update(difference, 0.0, m1, m2)
         assert learner.expected_size <= rho * C + 1e-9
         assert rho == 1 or floor <= float(learner.s.min()) <= float(learner.s.max()) <= 1 - floor
 
@@ -114,9 +114,9 @@ def test_updates_equal_a_hand_written_loop(optimizer: str, reference: object) ->
     for step in range(1, 6):
         m1, m2 = learner.sample(step)
         difference = 0.3 * math.cos(step)
-        g = precondition(rloo(difference, m1, m2, s), s, 0.5)
+        g = precondition(rloo(Comparison(difference, 0.0, m1, m2, s)), s, 0.5)
         s = project(reference(s, g, first, second, step, 0.02), 0.25 * C, 0.005, 0.995)  # type: ignore[operator]
-        learner.update(difference, m1, m2)
+        learner.update(difference, 0.0, m1, m2)
         torch.testing.assert_close(learner.s, s, rtol=0, atol=1e-13)
 
 
@@ -126,7 +126,7 @@ def test_atoms_that_lower_the_loss_become_more_probable(estimator: str, optimize
     learner = policy(rho=0.4, estimator=estimator, optimizer=optimizer, lr=lr)
     for round in range(400):
         m1, m2 = learner.sample(round)
-        learner.update(float(m2[:8].sum()) - float(m1[:8].sum()), m1, m2)
+        learner.update(-float(m1[:8].sum()), -float(m2[:8].sum()), m1, m2, round)
     assert float(learner.s[:8].mean()) > 0.7
     assert float(learner.s[8:].mean()) < 0.4
 
@@ -137,7 +137,7 @@ def test_a_remaining_ratio_of_one_keeps_everything_and_learns_nothing() -> None:
     m1, m2 = learner.sample(0)
     assert bool(m1.all())
     assert bool(m2.all())
-    learner.update(3.0, m1, m2)
+    learner.update(3.0, 0.0, m1, m2)
     assert torch.equal(learner.s, torch.ones(C, dtype=torch.float64))
     assert learner.entropy == 0
     assert learner.expected_size == C == learner.cap
@@ -191,15 +191,15 @@ def test_the_cap_is_the_rounded_up_share_and_at_least_the_minimum_widths() -> No
 def test_a_loss_difference_that_is_not_finite_is_named(difference: float) -> None:
     learner = policy()
     with pytest.raises(FloatingPointError, match=r"L\(m1\) - L\(m2\)"):
-        learner.update(difference, *learner.sample(0))
+        learner.update(difference, 0.0, *learner.sample(0))
 
 
 def test_a_mask_of_the_wrong_kind_is_an_error() -> None:
     learner = policy()
     with pytest.raises(ValueError, match=r"bool\[27\]"):
-        learner.update(1.0, torch.ones(C), torch.ones(C).bool())
+        learner.update(1.0, 0.0, torch.ones(C), torch.ones(C).bool())
     with pytest.raises(ValueError, match=r"bool\[27\]"):
-        learner.update(1.0, torch.ones(3).bool(), torch.ones(3).bool())
+        learner.update(1.0, 0.0, torch.ones(3).bool(), torch.ones(3).bool())
 
 
 def test_a_model_without_groups_is_an_error() -> None:
@@ -221,7 +221,7 @@ def test_a_resumed_policy_continues_bit_for_bit(config: dict[str, object], saved
     resumed.load_state_dict(state)
     train(resumed, range(saved_at, 20))
     assert torch.equal(straight.s, resumed.s)
-    left, right = straight.state_dict()["optimizer"], resumed.state_dict()["optimizer"]
+    left, right = straight.state_dict()["tensors"], resumed.state_dict()["tensors"]
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
