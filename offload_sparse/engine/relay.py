@@ -139,6 +139,11 @@ class Relay:
         return self._pairs[self._current]
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The skeletons of all subnets, for the whole run."""
+        return tuple(side.module for pair in self._pairs for side in pair.sides)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the subnets in use and of their gradients."""
         gradients = max((s.arrays[WEIGHTS].numel() for s in self.pair.trained if s.arrays), default=0) + TAIL

@@ -147,6 +147,9 @@ class SparseOffload:
             delta=self.rounds.delta and not self.policy.trivial,
             overlap=self._overlaps(),
         )
+        if compile:
+            for module in self.relay.modules:
+                module.compile(dynamic=False)
         self.averager = Averager(self.rounds.reduce, self.ranks.world_size, self.device)
         self.freeze_step = round(self.rounds.freeze_at * total_steps)
         self.steps_done = 0
@@ -238,8 +241,10 @@ class SparseOffload:
         side = self.relay.pair.sides[0]
         kept = side.arrays[BUFFERS].clone()
         try:
-            self._reestimate(side.module, batches)
-            yield side.module
+            # Other batch sizes and modes than those of training are not worth compiling for.
+            with torch.compiler.set_stance("force_eager"):
+                self._reestimate(side.module, batches)
+                yield side.module
         finally:
             side.arrays[BUFFERS].copy_(kept)
             self.forward.train_mode(side.module)

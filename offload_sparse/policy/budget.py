@@ -104,7 +104,9 @@ class Budget:
         return torch.full((self._count,), low, dtype=torch.float64)
 
     def project(self, z: Tensor) -> Tensor:
-        """The probabilities near ``z`` (float64[C]) that meet bounds and budget; for ``count`` the nearest."""
+        """The probabilities near ``z`` (float64[C]) that meet bounds and budget; for ``count`` the nearest
+        ones.
+        """
         low, high = self._bounds
         if self._kind == "count":
             return project(z, self.limit, low, high)
