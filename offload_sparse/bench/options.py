@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -122,10 +123,44 @@ class DFBSTBenchConfig(BenchConfig):
         _check(self, {"seeds": 0, "epochs": 0})
 
 
+@dataclass
+class StudyConfig(BenchConfig):
+    """Learned structure against its controls: accuracy, train cost and time of every method, over seeds.
+
+    Attributes:
+        name: ``study``.
+        quick: one seed and 60 steps of each run.
+        json: file to write the record to: command, hardware, versions, ratios and everything measured.
+        set: ``fashion_mnist`` (a small VGG, images of 14×14) or ``cifar10`` (ResNet-20).
+        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
+        rhos: remaining ratios of channels.
+        methods: which methods, by name; empty runs all.
+        seeds: runs of each kind; 0 takes 3, with ``quick`` 1.
+        epochs: passes over the images; 0 takes those of the set, with ``quick`` 60 steps.
+        cache: folder in which finished runs are kept, so that the study can be interrupted; empty keeps none.
+        plot: image file for accuracy over train cost (needs matplotlib); empty draws none.
+    """
+
+    set: Literal["fashion_mnist", "cifar10"] = "fashion_mnist"
+    data: str = ""
+    rhos: list[float] = field(default_factory=lambda: [0.25, 0.1])
+    methods: list[str] = field(default_factory=list)
+    seeds: int = 0
+    epochs: int = 0
+    cache: str = ""
+    plot: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self, {"seeds": 0, "epochs": 0})
+        for rho in self.rhos:
+            _check_rho(rho)
+
+
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
     "peers": PeersConfig,
     "scale": ScaleConfig,
+    "study": StudyConfig,
 }
 """Benches with options of their own; their ``run`` takes the configuration behind ``quick``."""
 

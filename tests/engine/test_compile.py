@@ -1,4 +1,4 @@
-"""A compiled session trains what an eager one trains, and with fixed widths compiles in its first round only."""
+"""A compiled session trains what an eager one does; with fixed widths it compiles in its first round only."""
 
 from __future__ import annotations
 
