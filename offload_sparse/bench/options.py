@@ -156,11 +156,40 @@ class StudyConfig(BenchConfig):
             _check_rho(rho)
 
 
+@dataclass
+class VarianceConfig(BenchConfig):
+    """Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
+
+    Attributes:
+        name: ``variance``.
+        quick: one checkpoint, 20 pairs of masks.
+        json: file to write the record to: command, hardware, versions, ratios and everything measured.
+        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
+        model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
+        rho: remaining ratio of channels.
+        steps: optimizer steps before the last checkpoint; 0 takes 600, with ``quick`` 20.
+        pairs: pairs of masks that a variance is measured on; 0 takes 200, with ``quick`` 20.
+        checkpoints: how many, evenly over the steps.
+    """
+
+    data: str = ""
+    model: str = "offload_sparse/resnet20_cifar"
+    rho: float = 0.5
+    steps: int = 0
+    pairs: int = 0
+    checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        _check(self, {"steps": 0, "pairs": 0, "checkpoints": 1})
+        _check_rho(self.rho)
+
+
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
     "peers": PeersConfig,
     "scale": ScaleConfig,
     "study": StudyConfig,
+    "variance": VarianceConfig,
 }
 """Benches with options of their own; their ``run`` takes the configuration behind ``quick``."""
 

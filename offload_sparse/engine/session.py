@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from offload_sparse.config import (
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
 from offload_sparse.engine.faults import fault_point
-from offload_sparse.engine.finalize import FinalNetwork, best_candidate, extract
+from offload_sparse.engine.finalize import FinalNetwork, extract, losses_of
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.pair import Side
 from offload_sparse.engine.preparation import ModelSource, prepare
@@ -208,6 +208,14 @@ class SparseOffload:
         """Learn from the steps made so far. Waits for the device; every rank calls it at the same step."""
         if self._round is not None:
             self._learn(self._round)
+
+    def losses_of(self, masks: Sequence[Tensor], batches: Sequence[tuple[Any, LossFunction]]) -> Tensor:
+        """float64[masks]: the training loss of the subnet of every mask bool[C], averaged over batches and
+        ranks. Between two rounds only; every rank calls it at the same step.
+        """
+        assert self._round is None, "the subnets are in use"
+        side = self.relay.scratch()
+        return losses_of(side, self.channel_map, masks, batches, self.forward, self.ranks)
 
     def settle(self) -> None:
         """Bring the store up to date; until then the subnets in training may hold newer weights."""
@@ -425,8 +433,8 @@ class SparseOffload:
         candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
         recent = list(self._recent)
         self.forward_flops += len(recent) * sum(self.cost.flops(mask) for mask in candidates)
-        side = self.relay.scratch()
-        self.final_mask = best_candidate(side, self.channel_map, candidates, recent, self.forward, self.ranks)
+        losses = self.losses_of(candidates, recent) if len(candidates) > 1 else torch.zeros(1)
+        self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.policy.freeze()
         self.next_masks = None
         self._recent.clear()

@@ -114,11 +114,12 @@ class Budget:
         for _ in range(_STEPS):
             leaf = s.clone().requires_grad_()
             expected = self._expected(leaf)
-            if float(expected) <= self.limit * (1 + _PRECISION):
+            spent = expected.item()
+            if spent <= self.limit * (1 + _PRECISION):
                 break
             (cost,) = torch.autograd.grad(expected, leaf)
             scale = float(cost.mean())
-            room = self.limit - float(expected) + float(cost @ s)
+            room = self.limit - spent + float(cost @ s)
             least = low * float(cost.sum())
             s = project(z, max(room, least) / scale, low, high, cost / scale)
         return s
