@@ -31,7 +31,8 @@ class PolicyConfig:
         anneal: share of the search after which ``rho`` is reached.
         estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm`` draws
             pairs of antithetic masks, ``bitflip`` flips one atom of the mask.
-        control_decay: decay of the average of past estimates that ``rloo_cv`` and ``disarm_cv`` subtract.
+        control_decay: decay, per round, of the average of past estimates that ``rloo_cv`` and ``disarm_cv``
+            use as control variate.
         sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws a share ``refresh`` of
             the atoms per round, ``fixed_width`` keeps the width of every group, so that shapes never change.
             ``auto`` is ``fixed_width`` for compiled runs, else ``bernoulli``.
@@ -57,7 +58,7 @@ class PolicyConfig:
     rho_start: float = 0.0
     anneal: float = 0.5
     estimator: EstimatorName = "rloo"
-    control_decay: float = 0.9
+    control_decay: float = 0.95
     sampler: SamplerName = "auto"
     refresh: float = 0.1
     parametrisation: Literal["atom", "hierarchical"] = "atom"

@@ -1,16 +1,16 @@
 """Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
 
-Masks are drawn from the checkpoint's p(m|s), in the pairs that each estimator needs, and their subnets' losses
-measured on one batch (Zhou et al. 2021, Figure 3, right). The variance is the total one, E|Hg|² - |E Hg|²,
-with the preconditioner H. Control variates are averages of estimates from masks that are used for nothing
-else. From the independent pairs follow, too (Figure 4 and equations 6 and 7)
+Masks are drawn from the checkpoint's p(m|s), in the pairs that each estimator needs, and the losses of their
+subnets measured on one batch (Zhou et al. 2021, Figure 3, right). The variance is the total one,
+E|Hg|² - |E Hg|², with the preconditioner H. Control variates are averages of estimates from masks that are
+used for nothing else. From the independent pairs follow, too (Figure 4 and equations 6 and 7)
 
     V(s) = E (L(m) - L(m'))²      V_max(s) = max over j, m_j of the same given m_j      E L(m)²
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from offload_sparse.data.loader import Batch
 from offload_sparse.data.normalise import Normalise
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.models import build_model
+from offload_sparse.policy.control import pooled
 from offload_sparse.policy.estimators import (
     CONTROLLED,
     ESTIMATORS,
@@ -35,6 +36,7 @@ from offload_sparse.policy.estimators import (
     precondition,
 )
 from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.structure.channel_map import Group
 from offload_sparse.training.trainer import classification_loss
 
 _ESTIMATOR_OF: dict[Pairing, str] = {"independent": "rloo", "antithetic": "disarm", "flipped": "bitflip"}
@@ -97,7 +99,8 @@ def measure(session: SparseOffload, batch: Batch, pairs: int) -> dict[str, Any]:
     """
     s = session.policy.s
     drawn = {way: draw_pairs(session, batch, way, pairs) for way in _ESTIMATOR_OF}
-    variance = {name: _variance(name, drawn[pairing(name)], s) for name in ESTIMATORS}
+    groups = session.channel_map.groups
+    variance = {name: _variance(name, drawn[pairing(name)], s, groups) for name in ESTIMATORS}
     return {"variance": variance} | spread_of_losses(drawn["independent"])
 
 
@@ -136,13 +139,13 @@ def spread_of_losses(pairs: Pairs) -> dict[str, float]:
     return {"V": float(squares.mean()), "V_max": largest, "mean_square_loss": mean_square}
 
 
-def _variance(name: str, pairs: Pairs, s: Tensor) -> float:
+def _variance(name: str, pairs: Pairs, s: Tensor, groups: Sequence[Group]) -> float:
     """Total variance of H g over the second half of the pairs; the first half serves the control variate."""
     half = len(pairs[0]) // 2
     control = None
     if name in CONTROLLED:
         first = _estimates(_ESTIMATOR_OF[pairing(name)], tuple(part[:half] for part in pairs), s, None)
-        control = first.mean(0)
+        control = pooled(first.mean(0), groups)
     g = _estimates(name, tuple(part[half:] for part in pairs), s, control)
     return float(precondition(g, s, _ALPHA).var(0).sum())
 

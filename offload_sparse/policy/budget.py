@@ -1,9 +1,9 @@
 """The budget of the keep probabilities: atoms, parameters or FLOPs.
 
 The paper's budget counts atoms: sum(s) <= rho · C. That of parameters or FLOPs is a sum of products of
-expected widths, f(s) <= rho · f(1). It is linearised where it is projected: f(z) + f'(z)·(s - z) <= budget is
-a budget with a cost per atom, whose projection is known; a few such steps end on the budget itself, from
-above, since f grows like a product along the way.
+expected widths, f(s) <= rho · f(1). It is linearised: f(t) + f'(t)·(s - t) <= rho · f(1) is a budget with a
+cost per atom, whose projection is known. Linearised again where that ends, a few such steps end at the
+nearest point: s = clip(z - v f'(s)) with the one v >= 0 that spends the budget.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from torch import Tensor
 
 from offload_sparse.config import BudgetName
 from offload_sparse.policy.probabilities import project
-from offload_sparse.policy.widths import first_that_fit, most_probable
+from offload_sparse.policy.widths import of_expected_widths
 from offload_sparse.structure.channel_map import Group
 
-WITHIN = 0.02
-"""How far a final mask may be from its budget, relative to it, if its atoms allow."""
-
-_STEPS, _PRECISION = 50, 1e-9
+_STEPS, _PRECISION = 40, 1e-9
 
 
 class Costs(Protocol):
@@ -111,34 +108,35 @@ class Budget:
         if self._kind == "count":
             return project(z, self.limit, low, high)
         s = z.clamp(low, high)
+        if self.spent(s) <= self.limit * (1 + _PRECISION):
+            return s
         for _ in range(_STEPS):
-            leaf = s.clone().requires_grad_()
-            expected = self._expected(leaf)
-            spent = expected.item()
-            if spent <= self.limit * (1 + _PRECISION):
-                break
-            (cost,) = torch.autograd.grad(expected, leaf)
-            scale = float(cost.mean())
-            room = self.limit - spent + float(cost @ s)
-            least = low * float(cost.sum())
-            s = project(z, max(room, least) / scale, low, high, cost / scale)
+            s = self._project_linearised(z, s)
+            if abs(self.spent(s) - self.limit) <= _PRECISION * self.limit:
+                return s
+        while self.spent(s) > self.limit * (1 + _PRECISION):  # a way to the budget that always ends there
+            s = low + (s - low) * (1 - 1e-3)
         return s
 
-    def most_probable(self, s: Tensor, min_width: int) -> Tensor:
-        """The mask bool[C] of the most probable atoms, as many as the budget pays for."""
-        return most_probable(s, self._groups, min_width, self._pays_for)
+    def _project_linearised(self, z: Tensor, at: Tensor) -> Tensor:
+        """The point nearest to ``z`` that meets the budget as linearised at ``at``."""
+        low, high = self._bounds
+        leaf = at.clone().requires_grad_()
+        expected = self._expected(leaf)
+        (cost,) = torch.autograd.grad(expected, leaf)
+        scale = float(cost.mean())
+        room = self.limit - expected.item() + float(cost @ at)
+        return project(z, max(room, low * float(cost.sum())) / scale, low, high, cost / scale)
 
-    def fitted(self, mask: Tensor, margin: Tensor, min_width: int) -> Tensor:
-        """``mask`` if its cost is close to the budget, else the smallest margins that this pays for.
+    def mask(self, s: Tensor, margin: Tensor, min_width: int) -> Tensor:
+        """The mask bool[C] with the expected widths of ``s`` that spends the budget, as far as atoms allow.
 
         Args:
-            mask: bool[C].
+            s: float64[C].
             margin: float64[C], how readily an atom goes.
             min_width: smallest width of a group.
         """
-        if abs(self.of_mask(mask) - self.limit) <= WITHIN * self.limit:
-            return mask
-        return first_that_fit(margin.argsort(stable=True), self._groups, min_width, self._pays_for)
+        return of_expected_widths(s, margin, self._groups, min_width, self._pays_for)
 
     def _pays_for(self, mask: Tensor) -> bool:
         return self.of_mask(mask) <= self.limit * (1 + _PRECISION)

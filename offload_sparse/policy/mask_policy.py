@@ -103,12 +103,12 @@ class MaskPolicy:
         self._frozen = False
         self._budget = self._budget_of(self.rho)
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
-        self._uniform = self._budget.most_probable(start, config.min_width)
+        self._uniform = self._budget.mask(start, 1 - start, config.min_width)
         self._caps = self._caps_of(self._budget)
         self.size_cap = self._caps.parameters or 0
         self._sampler = self._build_sampler()
         self._learned = Parametrisation(self.config, self.groups, start)
-        self._control = ControlVariate(self.num_atoms, config.control_decay)
+        self._control = ControlVariate(self.groups, config.control_decay)
         self._diagnostics = Diagnostics(self.groups, config.floor, start)
 
     @property
@@ -163,8 +163,9 @@ class MaskPolicy:
         return *self.sample(round), *references
 
     def candidates(self, count: int, round: int = 0) -> list[Tensor]:
-        """Masks bool[C] to choose the final network from: the most probable one, then ``count`` drawn from
-        p(m | s), all as close to the budget as their atoms allow.
+        """Masks bool[C] to choose the final network from: the most probable atoms, then ``count`` drawn from
+        p(m | s). All have the expected widths of their groups and are as close to the budget as their atoms
+        allow.
 
         Equal masks are listed once, so that no subnet is measured twice; the list may be shorter than 1 +
         count.
@@ -173,19 +174,9 @@ class MaskPolicy:
             count: how many are drawn.
             round: the round that is next; persistent masks are those that it and the following would have.
         """
-        min_width = self.config.min_width
-        if self.config.sampler == "fixed_width":
-            best = self._widest_within_groups()
-        else:
-            best = self._fitting(Drawn(self._budget.most_probable(self.s, min_width), 1 - self.s))
-        masks = [best]
         first = round if self.config.sampler == "persistent" else 0
-        for index in range(first, first + count):
-            drawn = self._sampler.draw(self.s, index, CANDIDATES)
-            mask = self._usable(drawn)
-            if self.config.sampler != "fixed_width" and not self.trivial:
-                mask = self._fitting(Drawn(self._budget.fitted(mask, drawn.margin, min_width), drawn.margin))
-            masks.append(mask)
+        drawn = [self._sampler.draw(self.s, index, CANDIDATES) for index in range(first, first + count)]
+        masks = [self._final(margin) for margin in (1 - self.s, *(draw.margin for draw in drawn))]
         return list({mask.numpy().tobytes(): mask for mask in reversed(masks)}.values())[::-1]
 
     # --- learning ---
@@ -317,12 +308,14 @@ class MaskPolicy:
         allowed = torch.equal(self._usable(Drawn(other, (~other).to(torch.float64))), other)
         return other if allowed else mask
 
-    def _widest_within_groups(self) -> Tensor:
-        """The most probable atoms of every group, as many as its fixed width."""
+    def _final(self, margin: Tensor) -> Tensor:
+        """The mask of the smallest margins that has the widths to end with."""
+        if self.config.sampler != "fixed_width":
+            mask = self._budget.mask(self.s, margin, self.config.min_width)
+            return self._fitting(Drawn(mask, margin))
         mask = torch.zeros(self.num_atoms, dtype=torch.bool)
         for group, width in zip(self.groups, self._uniform_widths(), strict=True):
-            order = self.s[group.start : group.stop].argsort(descending=True, stable=True)
-            mask[group.start + order[:width]] = True
+            mask[group.start + margin[group.start : group.stop].argsort(stable=True)[:width]] = True
         return mask
 
     def _uniform_widths(self) -> list[int]:

@@ -92,27 +92,30 @@ def respect_size(
     return without(fits)
 
 
-def most_probable(
-    s: Tensor, groups: Sequence[Group], min_width: int, fits: Callable[[Tensor], bool]
+def of_expected_widths(
+    s: Tensor, margin: Tensor, groups: Sequence[Group], min_width: int, fits: Callable[[Tensor], bool]
 ) -> Tensor:
-    """The mask of the most probable atoms: bool[C], as many as fit.
+    """The mask bool[C] whose groups are as wide, relative to each other, as a draw is in the mean.
 
-    The minimum widths come first, then the atoms in falling order of s. Equally probable atoms are taken
-    evenly from all groups (by their rank relative to the group's size, then by index): before anything is
-    learned, the mask is a uniformly narrowed network and not one whose first layers are whole.
+    The width of a small group varies a lot from draw to draw, and a network lives with its narrowest layer:
+    a mask to keep has the widths of the distribution, and only its atoms are a matter of the draw. Before
+    anything is learned it is a uniformly narrowed network.
 
     Args:
-        s: float64[C].
+        s: float64[C], keep probabilities.
+        margin: float64[C], how readily an atom goes; only its order within a group counts (ties: the higher
+            index goes first).
         groups: the groups of the atoms.
         min_width: smallest width of a group.
         fits: whether a mask is within the budget; dropping an atom never makes it false.
     """
-    rank = torch.zeros(len(s), dtype=torch.float64)
+    place = torch.zeros(len(s), dtype=torch.float64)
     for group in groups:
-        order = s[group.start : group.stop].argsort(descending=True, stable=True)
-        rank[group.start + order] = torch.arange(1, group.size + 1, dtype=torch.float64) / group.size
-    evenly = rank.argsort(stable=True)
-    return first_that_fit(evenly[s[evenly].argsort(descending=True, stable=True)], groups, min_width, fits)
+        inside = slice(group.start, group.stop)
+        order = margin[inside].argsort(stable=True)
+        ranks = torch.arange(group.size, dtype=torch.float64) + 0.5
+        place[group.start + order] = ranks / s[inside].sum().clamp_min(1e-12)
+    return first_that_fit(place.argsort(stable=True), groups, min_width, fits)
 
 
 def first_that_fit(

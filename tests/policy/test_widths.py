@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.policy.widths import minimum_size, most_probable, respect_widths
+from offload_sparse.policy.widths import minimum_size, of_expected_widths, respect_widths
 from offload_sparse.structure.channel_map import Group
 
 
@@ -95,30 +95,34 @@ def test_a_cap_below_the_minimum_widths_is_an_error() -> None:
 
 
 @given(draws(), st.floats(0, 40))
-def test_the_most_probable_mask_keeps_the_budget_and_the_minimum_widths(
+def test_a_mask_of_expected_widths_keeps_the_budget_and_the_minimum_widths(
     case: tuple[Tensor, Tensor, list[Group], int, int], budget: float
 ) -> None:
-    s, _, groups, min_width, _ = case
-    mask = most_probable(s, groups, min_width, lambda mask: int(mask.sum()) <= budget + 1e-9)
+    s, u, groups, min_width, _ = case
+    mask = of_expected_widths(s, u / s, groups, min_width, lambda mask: int(mask.sum()) <= budget + 1e-9)
     assert int(mask.sum()) == min(len(s), max(int(budget + 1e-9), minimum_size(groups, min_width)))
     for group in groups:
         assert int(mask[group.start : group.stop].sum()) >= min(min_width, group.size)
+        inside, margin = mask[group.start : group.stop], (u / s)[group.start : group.stop]
+        if bool(inside.any()) and not bool(inside.all()):
+            assert float(margin[inside].max()) <= float(margin[~inside].min())
 
 
-def test_the_most_probable_mask_keeps_the_largest_probabilities() -> None:
-    s = vector([0.1, 0.2, 0.9, 0.8, 0.7, 0.6])
-    assert most_probable(s, groups_of(2, 4), 1, lambda mask: int(mask.sum()) <= 3).tolist() == [
-        False,
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
+def test_widths_are_those_that_draws_have_in_the_mean() -> None:
+    s = torch.cat([torch.full((8,), 0.75), torch.full((16,), 0.25), torch.full((10,), 0.1)]).double()
+    mask = of_expected_widths(s, 1 - s, groups_of(8, 16, 10), 1, lambda mask: int(mask.sum()) <= 11)
+    assert [int(mask[:8].sum()), int(mask[8:24].sum()), int(mask[24:].sum())] == [6, 4, 1]
 
 
 def test_equal_probabilities_narrow_all_groups_evenly() -> None:
     s = torch.full((24,), 0.25, dtype=torch.float64)
-    mask = most_probable(s, groups_of(8, 16), 1, lambda mask: int(mask.sum()) <= 6)
+    mask = of_expected_widths(s, 1 - s, groups_of(8, 16), 1, lambda mask: int(mask.sum()) <= 6)
     assert int(mask[:8].sum()) == 2
     assert int(mask[8:].sum()) == 4
+
+
+def test_what_is_left_of_a_budget_goes_to_a_cheaper_group() -> None:
+    s = torch.full((4,), 0.5, dtype=torch.float64)
+    price = torch.tensor([5, 5, 1, 1])
+    mask = of_expected_widths(s, 1 - s, groups_of(2, 2), 1, lambda mask: int(price[mask].sum()) <= 8)
+    assert mask.tolist() == [True, False, True, True]
