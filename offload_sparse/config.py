@@ -113,8 +113,8 @@ class StoreConfig:
 
     Attributes:
         tier: ``ram`` holds them in memory, ``file`` in memory-mapped files, of which the system keeps in
-            memory what it has room for. ``nvme`` today equals ``file``, with a warning: DeepSpeed's DeepNVMe
-            is not driven.
+            memory what it has room for. ``nvme`` is ``file`` with rounds that go past the page cache, through
+            DeepSpeed's DeepNVMe (extra ``deepspeed``, package libaio-dev), and equals ``file`` without it.
         path: folder of the files; empty takes ``store`` in the run's folder.
         pin: page-lock the store's host memory, so that a CUDA device reads it directly. ``auto`` does so for
             runs on a CUDA device and goes on with ordinary memory if the driver refuses, ``on`` makes a

@@ -93,7 +93,7 @@ def test_an_empty_file_or_section_changes_nothing(tmp_path: Path) -> None:
 # --- round trip ------------------------------------------------------------------------------------
 
 _MISLEADING = st.sampled_from(["1", "1e-3", "null", "yes", "~", "[a", "2001-01-01"])
-_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | _MISLEADING
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8) | _MISLEADING
 _FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 _SCALARS = st.none() | st.booleans() | st.integers() | _FLOATS | _TEXT
 _KEYS = st.text(string.ascii_lowercase, min_size=1, max_size=4)
@@ -111,7 +111,7 @@ def _values_of(hint: Any) -> st.SearchStrategy[Any]:
         int: st.integers(1, 2**40),
         float: st.floats(0, 0.99),
         str: _TEXT,
-        Path: _TEXT.filter(lambda text: "\0" not in text).map(Path),
+        Path: _TEXT.map(Path),
         dict[str, Any]: _MAPPINGS,
     }
     return kinds[hint]

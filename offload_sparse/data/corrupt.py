@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from ast import literal_eval
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from offload_sparse.data.sampler import mix
 logger = logging.getLogger(__name__)
 
 CORRUPT_LOG = "corrupt_images.log"
+_LINE = re.compile(r"image (\d+) of split (.+) cannot be decoded")
 
 
 class Corrupt(NamedTuple):
@@ -38,16 +41,17 @@ class CorruptImages:
     Args:
         limit: how many are allowed (``data.corrupt_limit``).
         log: file that gets a line for each, appended, so that ranks can share it; ``None`` warns through
-            ``logging`` alone.
+            ``logging`` alone. What it names already, in a run that carries on, is not named again.
     """
 
     def __init__(self, limit: int, log: Path | None = None) -> None:
         self.limit = limit
         self.log = log
         self._seen: set[tuple[str, int]] = set()
+        self._logged = _read(log) if log is not None and log.exists() else set()
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._seen | self._logged)
 
     def add(self, found: Iterable[Corrupt]) -> None:
         """Count and log what is new in ``found``.
@@ -60,7 +64,8 @@ class CorruptImages:
                 continue
             self._seen.add((image.split, image.row))
             line = f"image {image.row} of split {image.split!r} cannot be decoded ({image.reason})"
-            self._write(line)
+            if (image.split, image.row) not in self._logged:
+                self._write(line)
             if len(self._seen) > self.limit:
                 where = f", all named in {self.log}" if self.log is not None else ""
                 raise ValueError(
@@ -76,6 +81,13 @@ class CorruptImages:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _read(log: Path) -> set[tuple[str, int]]:
+    """Splits and rows of the images that a log names."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = (_LINE.match(line) for line in lines)
+    return {(str(literal_eval(match[2])), int(match[1])) for match in found if match}
 
 
 def substitute(index: int, attempt: int, size: int) -> int:

@@ -4,8 +4,8 @@
 
 kills rank 1 (as ``kill -9`` would) the first time it reaches that phase at step 37 or later. Several faults
 are separated by commas. ``restart=n`` names the attempt that a fault belongs to, counted by the launcher's
-restarts; it is 0 unless given, so that a run that is restarted lives. The rank says so on stderr before it
-dies. Without the variable nothing happens.
+restarts; it is 0 unless given, so that a run that is restarted lives. ``hang`` in place of ``kill`` makes the
+rank stand still for ever. The rank says so on stderr before. Without the variable nothing happens.
 
     sample             the masks of a round are about to be drawn
     gather             part of a subnet has been fetched from the store (on the transfer thread, with overlap)
@@ -31,16 +31,17 @@ _reached = 0  # steps that this process has got to, which a checkpoint's own ste
 
 @dataclass(frozen=True)
 class Fault:
-    """One planned kill: which rank, from which step on, in which phase, in which attempt."""
+    """One planned fault: which rank, from which step on, in which phase, in which attempt."""
 
     phase: str
     step: int = 0
     rank: int = 0
     restart: int = 0
+    hangs: bool = False
 
 
 def fault_point(phase: str, step: int) -> None:
-    """Die here if ``OFFLOAD_SPARSE_FAULT`` says so.
+    """Die or hang here if ``OFFLOAD_SPARSE_FAULT`` says so.
 
     Args:
         phase: one of ``PHASES``.
@@ -59,13 +60,14 @@ def fault_point(phase: str, step: int) -> None:
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     for fault in planned_faults(text):
         if (fault.phase, fault.rank, fault.restart) == (phase, rank, restart) and step >= fault.step:
-            _die(fault)
+            _suffer(fault)
 
 
-def _die(fault: Fault) -> None:
-    line = f"fault: rank {fault.rank} dies at step {_reached} in {fault.phase} of attempt {fault.restart}\n"
+def _suffer(fault: Fault) -> None:
+    what = "hangs" if fault.hangs else "dies"
+    line = f"fault: rank {fault.rank} {what} at step {_reached} in {fault.phase} of attempt {fault.restart}\n"
     os.write(2, line.encode())
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGSTOP if fault.hangs else signal.SIGKILL)
 
 
 @lru_cache(maxsize=8)
@@ -83,7 +85,12 @@ def _parse(text: str) -> Fault:
     pairs = dict(setting.partition("=")[::2] for setting in settings)
     numbers = {key: value for key, value in pairs.items() if key != "phase"}
     known = numbers.keys() <= {"step", "rank", "restart"} and pairs.get("phase") in PHASES
-    if action != "kill" or not known or not all(value.isdecimal() for value in numbers.values()):
+    if (
+        action not in ("kill", "hang")
+        or not known
+        or not all(value.isdecimal() for value in numbers.values())
+    ):
         phases = ", ".join(PHASES)
         raise ValueError(f"{VARIABLE} is {text!r}; write it as {_EXAMPLE} (phases: {phases})")
-    return Fault(pairs["phase"], **{key: int(value) for key, value in numbers.items()})
+    settled = {key: int(value) for key, value in numbers.items()}
+    return Fault(pairs["phase"], **settled, hangs=action == "hang")

@@ -14,6 +14,7 @@ from offload_sparse.engine.primitive_cache import bound_primitive_cache
 from offload_sparse.engine.sync import on_first_rank
 from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import Recording, record
+from offload_sparse.store.pinned import bound_kept_memory
 from offload_sparse.store.weight_store import Ranks, WeightStore
 from offload_sparse.structure.blocks import block_atoms
 from offload_sparse.structure.channel_map import ChannelMap
@@ -88,6 +89,7 @@ def prepare(
     Raises:
         ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
     """
+    bound_kept_memory()
     recording = None if isinstance(source, nn.Module) else record(source)
     meta_model = meta_copy(source) if recording is None else recording.model  # type: ignore[arg-type]
     bound_primitive_cache(meta_model)  # before the self-test, which may be the first to run a convolution

@@ -125,9 +125,7 @@ class SparseOffload:
         slots = slot_names(self.optim)
         identity = Identity.of(run_id, self.channel_map, dtype, self.ranks.world_size, self.ranks.rank)
         self.tier = open_tier(storage.tier, Path(storage.path or "store"), identity, dtype, pin, store_mode)
-        self.store = WeightStore(
-            self.channel_map, *prepared.tensor_names(), slots, dtype, shard, pin, self.tier.allocate
-        )
+        self.store = WeightStore(self.channel_map, *prepared.tensor_names(), slots, dtype, shard, self.tier)
         if self.tier.filled:
             self.store.integer_buffers = self.tier.integers()
         else:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offload_sparse.config import Switch, TierName
+from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle
+from offload_sparse.store.nvme import open_handle
 from offload_sparse.store.pinned import host_zeros
 from offload_sparse.structure.channel_map import ChannelMap
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 Mode = Literal["new", "resume", "replace"]
@@ -68,9 +68,11 @@ class Tier(Protocol):
 
     Attributes:
         filled: the arrays hold values already, and must not be initialised.
+        direct: moves blocks of the arrays, where they must not be touched as memory for that; else None.
     """
 
     filled: bool
+    direct: DirectFiles | None
 
     def allocate(self, kind: str, size: int) -> Tensor:
         """The flat array [size] of ``kind``; zeros unless ``filled``."""
@@ -89,6 +91,7 @@ class MemoryTier:
     """Arrays in this process's memory."""
 
     filled = False
+    direct: DirectFiles | None = None
 
     def __init__(self, dtype: torch.dtype, pin: Switch | bool) -> None:
         self._dtype, self._pin = dtype, pin
@@ -115,13 +118,20 @@ class FileTier:
         identity: what the store belongs to.
         dtype: type of the arrays.
         mode: whether a store has to be there.
+        open_direct: folder -> what reads and writes files past the page cache, or None; the arrays are then
+            mapped all the same, for whoever reads or writes whole tensors.
 
     Raises:
         ValueError: the folder holds another store, or none that ``mode`` can use; nothing was written.
     """
 
     def __init__(
-        self, folder: Path, identity: Identity, dtype: torch.dtype = torch.float32, mode: Mode = "new"
+        self,
+        folder: Path,
+        identity: Identity,
+        dtype: torch.dtype = torch.float32,
+        mode: Mode = "new",
+        open_direct: Callable[[Path], Handle | None] | None = None,
     ) -> None:
         self.folder = folder / f"rank{identity.rank}"
         self._identity, self._dtype = identity, dtype
@@ -130,20 +140,22 @@ class FileTier:
         self.filled = mode == "resume"
         self._sizes: dict[str, int] = dict(found["sizes"]) if self.filled and found else {}
         self._maps: list[np.memmap[Any, Any]] = []
+        self._paths: dict[str, Path] = {}
         if not self.filled:
             self._begin()
+        handle = open_direct(self.folder) if open_direct else None
+        self.direct = DirectFiles(handle, self._paths, dtype) if handle else None
 
     def allocate(self, kind: str, size: int) -> Tensor:
-        path = self.folder / f"{kind}.bin"
+        path = self._paths[kind] = self.folder / f"{kind}.bin"
         if self.filled:
             self._check_file(path, kind, size)
         self._sizes[kind] = size
         if not size:
             return torch.empty(0, dtype=self._dtype)
-        total = size * self._dtype.itemsize
         if not self.filled:
-            _reserve(path, total)
-        mapped = np.memmap(path, np.uint8, "r+", shape=(total,))
+            _reserve(path, self._file_bytes(size))
+        mapped = np.memmap(path, np.uint8, "r+", shape=(size * self._dtype.itemsize,))
         self._maps.append(mapped)
         return torch.from_numpy(mapped).view(self._dtype)
 
@@ -160,6 +172,9 @@ class FileTier:
     def sync(self) -> None:
         for mapped in self._maps:
             mapped.flush()
+        if self.direct is not None:
+            for path in self._paths.values():
+                _sync_file(path)
 
     # --- store.json ---
 
@@ -214,9 +229,13 @@ class FileTier:
         text = json.dumps(values | {"initialised": initialised}, indent=2)
         replace_file(self.folder / "store.json", text.encode())
 
+    def _file_bytes(self, size: int) -> int:
+        """Bytes of the file of ``size`` entries, which direct reads and writes may take whole."""
+        return -(-size * self._dtype.itemsize // ALIGN) * ALIGN
+
     def _check_file(self, path: Path, kind: str, size: int) -> None:
         there = path.stat().st_size if path.exists() else 0
-        if self._sizes.get(kind) != size or there != size * self._dtype.itemsize:
+        if self._sizes.get(kind) != size or there != self._file_bytes(size):
             raise ValueError(
                 f"{path} does not hold {size} values of {self._dtype}: it belongs to another run; "
                 "set store.path"
@@ -246,8 +265,8 @@ def open_tier(
 ) -> Tier:
     """The tier that a configuration names.
 
-    ``nvme`` equals ``file``, with one warning: mapped files, on an NVMe disk if that is where ``folder`` is.
-    DeepSpeed's DeepNVMe, which reads past the page cache, is not driven.
+    ``nvme`` is ``file`` with rounds that go past the page cache, through DeepSpeed's DeepNVMe; where that
+    cannot be had it equals ``file``, with one warning. Either opens what the other has written.
 
     Raises:
         ValueError: the folder holds another store, or none that ``mode`` can use.
@@ -256,9 +275,7 @@ def open_tier(
         if mode == "resume":
             raise ValueError("a store in memory does not outlive its run; set store.tier file")
         return MemoryTier(dtype, pin)
-    if tier == "nvme":
-        logger.warning("store.tier nvme equals file: DeepNVMe is not driven, files are mapped into memory")
-    return FileTier(folder, identity, dtype, mode)
+    return FileTier(folder, identity, dtype, mode, open_handle if tier == "nvme" else None)
 
 
 def digest(channel_map: ChannelMap) -> str:
@@ -282,6 +299,11 @@ def replace_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

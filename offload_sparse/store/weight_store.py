@@ -16,17 +16,16 @@ holds them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.config import Switch
 from offload_sparse.store.delta import Arrival, Dispatch, Narrow, arrival, returned
 from offload_sparse.store.partition import Partition
-from offload_sparse.store.pinned import host_zeros
+from offload_sparse.store.tiers import MemoryTier, Tier
 from offload_sparse.store.transfer import BlockPlan, copy_blocks, prepare
 from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Layout, Selection
@@ -107,9 +106,7 @@ class WeightStore:
         slots: names of the optimizer slots, zero at the start.
         dtype: type of weights, slots and buffers.
         ranks: the ranks that share the store.
-        pin: whether the memory is page-locked, as for ``host_zeros``.
-        allocate: (kind, entries) -> the flat array of a kind, such as ``Tier.allocate``; zeros in memory if
-            None.
+        tier: where the arrays are; in ordinary memory if None.
     """
 
     def __init__(
@@ -120,22 +117,21 @@ class WeightStore:
         slots: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float32,
         ranks: Ranks | None = None,
-        pin: Switch | bool = False,
-        allocate: Callable[[str, int], Tensor] | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self.channel_map = channel_map
         self.ranks = ranks or Ranks()
         self.slots = slots
         self.dtype = dtype
-        self._pin = pin
         shapes = channel_map.shapes
         world_size = self.ranks.world_size
         weights = Partition(Layout.of({n: tuple(shapes[n]) for n in parameter_names}), world_size)
         buffers = Partition(Layout.of({n: tuple(shapes[n]) for n in buffer_names}), world_size)
         self.partitions = {WEIGHTS: weights, BUFFERS: buffers, **dict.fromkeys(slots, weights)}
         self._shards = {kind: p.shard(self.ranks.rank) for kind, p in self.partitions.items()}
-        make = allocate or (lambda _, size: host_zeros(size, dtype, pin))
-        self.arrays = {kind: make(kind, shard.size) for kind, shard in self._shards.items()}
+        place: Tier = tier or MemoryTier(dtype, pin=False)
+        self.arrays = {kind: place.allocate(kind, shard.size) for kind, shard in self._shards.items()}
+        self._direct = place.direct
         prepare(self.arrays[WEIGHTS].numel())
         self.integer_buffers: dict[str, Tensor] = {}
 
@@ -214,11 +210,11 @@ class WeightStore:
             bytes that have left this rank's rows.
         """
         if plan.fetched is not None:
-            copy_blocks(plan.fetched, [(self.arrays[kind], out) for kind, out in arrays])
+            self._copy(plan.fetched, arrays)
         for parcel in plan.parcels:
             for kind, out in arrays:
                 wire = torch.empty(parcel.segments[-1][1], dtype=self.dtype, device=out.device)
-                copy_blocks(parcel.pack, [(self.arrays[kind], wire)])
+                self._copy(parcel.pack, [(kind, wire)])
                 self._exchange(wire, parcel.segments)
                 copy_blocks(parcel.unpack, [(wire, out)])
         if plan.dispatch is not None:
@@ -236,15 +232,22 @@ class WeightStore:
         Returns:
             bytes that have come back.
         """
-        copy_blocks(plan, [(self.arrays[kind], values) for kind, values in arrays], reverse=True)
+        self._copy(plan, arrays, reverse=True)
         return plan.entries * len(arrays) * self.dtype.itemsize
+
+    def _copy(self, plan: BlockPlan, pairs: Sequence[tuple[str, Tensor]], reverse: bool = False) -> None:
+        """Between this rank's rows and the partner of each kind."""
+        if self._direct is not None:
+            self._direct.copy(plan, pairs, reverse)
+        else:
+            copy_blocks(plan, [(self.arrays[kind], array) for kind, array in pairs], reverse)
 
     def _dispatch(self, plan: Dispatch, kind: str, device: torch.device) -> Tensor:
         """Send every rank what it wants of this rank's rows; what this rank gets, owners in order."""
         arriving = torch.empty(sum(plan.received), dtype=self.dtype, device=device)
         leaving = [torch.empty(pack.entries, dtype=self.dtype, device=device) for pack in plan.packs]
         for pack, wire in zip(plan.packs, leaving, strict=True):
-            copy_blocks(pack, [(self.arrays[kind], wire)])
+            self._copy(pack, [(kind, wire)])
         exchanges = []
         for other, part in enumerate(arriving.split(plan.received)):
             if other == self.ranks.rank:

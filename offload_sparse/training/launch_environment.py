@@ -27,6 +27,7 @@ _LOST_RANK = (
     "Connection reset by peer",
     "Broken pipe",
     "Timed out waiting",
+    "Application timeout",
 )
 
 

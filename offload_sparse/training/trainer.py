@@ -112,9 +112,10 @@ class Run:
         self.accelerator = accelerator
         carries_on = stands == "started"
         self.recorder = Recorder(config, accelerator.is_main_process, self._track, carries_on)
-        self.corrupt = CorruptImages(config.data.corrupt_limit, config.run_dir / CORRUPT_LOG)
-        if self.accelerator.is_main_process and not carries_on:
-            (config.run_dir / CORRUPT_LOG).unlink(missing_ok=True)  # an earlier run's
+        log = config.run_dir / CORRUPT_LOG
+        if not carries_on:  # an earlier run's
+            log.unlink(missing_ok=True)
+        self.corrupt = CorruptImages(config.data.corrupt_limit, log)
         with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
             self.splits: Splits = load_splits(config.data)
         self.channels = input_channels(config.model.name, self.splits.in_channels)

@@ -120,3 +120,12 @@ def test_substitutes_lie_in_the_split_and_differ_between_attempts() -> None:
     found = [substitute(5, attempt, 1000) for attempt in range(50)]
     assert all(0 <= index < 1000 for index in found)
     assert len(set(found)) > 40
+
+
+def test_a_run_that_carries_on_names_no_image_again_and_counts_all(tmp_path: Path) -> None:
+    log = tmp_path / "corrupt.log"
+    CorruptImages(10, log).add([Corrupt("train", 3, "truncated"), Corrupt("it's", 4, "truncated")])
+    again = CorruptImages(10, log)
+    again.add([Corrupt("train", 3, "truncated"), Corrupt("train", 5, "truncated")])
+    assert len(again) == 3
+    assert len(log.read_text().splitlines()) == 3

@@ -53,6 +53,14 @@ def test_it_kills_the_rank_in_the_phase_from_the_step_on_in_the_first_attempt(
     assert killed == ([signal.SIGKILL] if dies else [])
 
 
+def test_a_rank_that_is_to_hang_is_stopped_instead(
+    killed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "hang:step=3:phase=step")
+    fault_point("step", 3)
+    assert killed == [signal.SIGSTOP]
+
+
 def test_faults_can_be_listed() -> None:
     faults = planned_faults("kill:phase=step:step=3,kill:rank=1:phase=gather:restart=2")
     assert faults == (Fault("step", 3), Fault("gather", rank=1, restart=2))
@@ -60,7 +68,7 @@ def test_faults_can_be_listed() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["kill", "kill:phase=nowhere", "hang:phase=step", "kill:phase=step:step=x", "kill:phase=step:at=3"],
+    ["kill", "kill:phase=nowhere", "stall:phase=step", "kill:phase=step:step=x", "kill:phase=step:at=3"],
 )
 def test_what_cannot_be_understood_is_an_error_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="kill:rank=1:step=37:phase=scatter"):

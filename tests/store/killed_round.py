@@ -40,7 +40,7 @@ MAP = ChannelMap(
 def open_store(folder: Path, mode: Mode, rank: int = 0, world_size: int = 1) -> tuple[WeightStore, FileTier]:
     tier = FileTier(folder, Identity.of("run", MAP, torch.float32, world_size, rank), mode=mode)
     ranks = Ranks(rank, world_size)
-    store = WeightStore(MAP, ("first", "second"), ("norm",), ("slot",), ranks=ranks, allocate=tier.allocate)
+    store = WeightStore(MAP, ("first", "second"), ("norm",), ("slot",), ranks=ranks, tier=tier)
     if not tier.filled:
         store.fill((name, torch.ones(shape)) for name, shape in MAP.shapes.items())
         tier.complete({})

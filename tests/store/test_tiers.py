@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_sparse.store import tiers
+from offload_sparse.store import nvme, tiers
 from offload_sparse.store.tiers import FileTier, Identity, MemoryTier, Mode, digest, open_tier
 from offload_sparse.store.weight_store import Ranks, WeightStore
 from offload_sparse.structure.channel_map import ChannelMap, Group
@@ -26,7 +26,7 @@ IDENTITY = Identity.of("run", MAP, torch.float32, 1, 0)
 
 
 def store_on(tier: tiers.Tier, ranks: Ranks | None = None) -> WeightStore:
-    made = WeightStore(MAP, ("w", "v"), ("b",), ("momentum_buffer",), ranks=ranks, allocate=tier.allocate)
+    made = WeightStore(MAP, ("w", "v"), ("b",), ("momentum_buffer",), ranks=ranks, tier=tier)
     if not tier.filled:
         generator = torch.Generator().manual_seed(0)
         values = {name: torch.randn(shape, generator=generator) for name, shape in MAP.shapes.items()}
@@ -177,11 +177,13 @@ def test_memory_cannot_be_resumed(tmp_path: Path) -> None:
         open_tier("ram", tmp_path, IDENTITY, torch.float32, False, "resume")
 
 
-def test_the_nvme_tier_is_the_file_tier_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_without_deepspeed_the_nvme_tier_is_the_file_tier_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(nvme, "_missing", lambda: "libaio is missing")
     tier = open_tier("nvme", tmp_path, IDENTITY, torch.float32, False)
     assert isinstance(tier, FileTier)
+    assert tier.direct is None
     store_on(tier)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "nvme equals file" in caplog.text
+    assert "libaio is missing" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,9 +82,18 @@ def _everything(run: trainer.Run) -> dict[str, Any]:
 
 
 def run(
-    server: ForkServer, folder: Path, name: str, ranks: int, more: list[str], fault: str = ""
+    server: ForkServer,
+    folder: Path,
+    name: str,
+    ranks: int,
+    more: list[str],
+    fault: str = "",
+    hanging: int | None = None,
 ) -> tuple[list[int], str]:
     """One attempt of the run ``name``.
+
+    Args:
+        hanging: rank that never ends; it is killed when the others have.
 
     Returns:
         how each rank ended, and what they printed.
@@ -100,8 +110,12 @@ def run(
             start(server, folder, name, more, base | _places(rank, ranks, port), file.fileno())
             for rank in range(ranks)
         ]
-        codes = [process.wait(120) for process in processes]
-    return codes, log.read_bytes()[before:].decode()
+        last = processes[-1 if hanging is None else hanging]
+        codes = {process.pid: process.wait(120) for process in processes if process is not last}
+        if hanging is not None:
+            os.kill(last.pid, signal.SIGKILL)
+        codes[last.pid] = last.wait(120)
+    return [codes[process.pid] for process in processes], log.read_bytes()[before:].decode()
 
 
 def start(

@@ -57,6 +57,17 @@ def test_a_rank_that_dies_is_one_line_on_the_other_and_ends_the_job(
     assert "Traceback" not in log
 
 
+def test_a_rank_that_hangs_is_given_up_after_the_time_limit(server: ForkServer, tmp_path: Path) -> None:
+    fault = "hang:rank=1:step=5:phase=step"
+    more = ["--train.timeout", "5"]
+    codes, log = killed_run.run(server, tmp_path, "run", 2, more, fault, hanging=1)
+    assert codes == [1, -signal.SIGKILL], log
+    errors = [line for line in log.splitlines() if line.startswith("offload-sparse: error:")]
+    assert len(errors) == 1, log
+    assert "has not answered within train.timeout (5 s)" in errors[0]
+    assert "Traceback" not in log
+
+
 def test_a_checkpoint_folder_deleted_under_the_run_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

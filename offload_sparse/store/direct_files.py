@@ -1,0 +1,204 @@
+"""Transfers between files and memory that pass by the page cache, window by window.
+
+    file      | window 0      | window 1      | window 2      |        pieces of the blocks of a plan, by the
+    rows            k   k           k     kk        k                  window in which their rows begin
+                    |___|           |_____|         |
+    gather     read the span of a window's rows -> buffer -> narrow array,   the next span read meanwhile
+    scatter    read the span -> buffer <- narrow array, write the span back
+
+Each byte of a span is read once for all blocks that lie in it. Spans begin and end on multiples of ``ALIGN``
+bytes, as direct input and output demands; files are as long as that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from offload_sparse.store.blocks import Block, Grid
+from offload_sparse.store.transfer import BlockPlan, copy_blocks
+
+THREADS = 4
+"""Threads that share a read or a write."""
+
+ALIGN = 4096 * THREADS
+"""Bytes of which files, offsets and lengths are multiples."""
+
+WINDOW = 64 << 20
+"""Bytes of a file in which the rows of one window begin."""
+
+
+class Handle(Protocol):
+    """What is used of DeepNVMe's ``aio_handle``."""
+
+    def async_pread(self, buffer: Tensor, filename: str, file_offset: int) -> int:
+        """Begin to read; not 0 when it cannot be begun."""
+
+    def async_pwrite(self, buffer: Tensor, filename: str, file_offset: int) -> int:
+        """Begin to write; not 0 when it cannot be begun."""
+
+    def wait(self) -> int:
+        """Wait for all that was begun; how many reads and writes have ended."""
+
+    def new_cpu_locked_tensor(self, num_elem: int, example_tensor: Tensor) -> Tensor:
+        """A page-locked flat tensor [num_elem] of the example's type."""
+
+    def free_cpu_locked_tensor(self, tensor: Tensor) -> bool:
+        """Give one back."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Blocks that lie near each other in a file.
+
+    Attributes:
+        first, last: half-open range of the array's entries that is read; multiples of ``ALIGN`` bytes.
+        plan: the blocks, with entry ``first`` of the array as entry 0 of their source.
+    """
+
+    first: int
+    last: int
+    plan: BlockPlan
+
+
+class DirectFiles:
+    """The arrays of a store, in files of one type.
+
+    Args:
+        handle: reads and writes.
+        paths: file of every kind.
+        dtype: type of the arrays.
+        window: bytes of a window.
+    """
+
+    def __init__(
+        self, handle: Handle, paths: Mapping[str, Path], dtype: torch.dtype, window: int = WINDOW
+    ) -> None:
+        self._handle, self._paths, self._dtype, self._window = handle, paths, dtype, window
+        self._buffers: list[Tensor] = []
+        self._lock = threading.Lock()  # a round's entries may come while those of another go back
+
+    def copy(self, plan: BlockPlan, pairs: Sequence[tuple[str, Tensor]], reverse: bool = False) -> None:
+        """``copy_blocks`` with files as the sources.
+
+        Args:
+            plan: the blocks.
+            pairs: (kind, flat array) pairs.
+            reverse: from the arrays to the files.
+
+        Raises:
+            OSError: a file cannot be read or written.
+        """
+        item = self._dtype.itemsize
+        found = windows(plan, self._window // item, ALIGN // item)
+        if not found or not pairs:
+            return
+        with self._lock:
+            self._hold(max(2, len(pairs)), max(window.last - window.first for window in found))
+            if reverse:
+                self._write(found, pairs)
+            else:
+                self._read([(window, kind, array) for window in found for kind, array in pairs])
+
+    def _read(self, jobs: Sequence[tuple[Window, str, Tensor]]) -> None:
+        begun = self._begin_read(jobs[0][0], jobs[0][1], 0)
+        for number, (window, kind, array) in enumerate(jobs):
+            self._finish(kind, 1)
+            buffer = begun
+            if number + 1 < len(jobs):
+                begun = self._begin_read(jobs[number + 1][0], jobs[number + 1][1], (number + 1) % 2)
+            copy_blocks(window.plan, [(buffer, array)])
+
+    def _write(self, found: Sequence[Window], pairs: Sequence[tuple[str, Tensor]]) -> None:
+        """Window by window: spans of neighbours may share their last and first bytes."""
+        for window in found:
+            buffers = [self._begin_read(window, kind, number) for number, (kind, _) in enumerate(pairs)]
+            self._finish(pairs[0][0], len(pairs))
+            arrays = [array for _, array in pairs]
+            copy_blocks(window.plan, list(zip(buffers, arrays, strict=True)), reverse=True)
+            offset = window.first * self._dtype.itemsize
+            for buffer, (kind, _) in zip(buffers, pairs, strict=True):
+                self._begun(self._handle.async_pwrite(buffer, str(self._paths[kind]), offset), kind)
+            self._finish(pairs[0][0], len(pairs))
+
+    def _begin_read(self, window: Window, kind: str, number: int) -> Tensor:
+        buffer = self._buffers[number][: window.last - window.first]
+        offset = window.first * self._dtype.itemsize
+        self._begun(self._handle.async_pread(buffer, str(self._paths[kind]), offset), kind)
+        return buffer
+
+    def _begun(self, code: int, kind: str) -> None:
+        if code:
+            raise OSError(f"{self._paths[kind]} cannot be read or written past the page cache")
+
+    def _finish(self, kind: str, expected: int) -> None:
+        if self._handle.wait() != expected:
+            raise OSError(f"a transfer of {self._paths[kind]} has failed")
+
+    def _hold(self, count: int, entries: int) -> None:
+        """Have ``count`` buffers of at least ``entries`` entries."""
+        if len(self._buffers) < count or self._buffers[0].numel() < entries:
+            example = torch.empty(0, dtype=self._dtype)
+            while self._buffers:
+                self._handle.free_cpu_locked_tensor(self._buffers.pop())
+            self._buffers = [self._handle.new_cpu_locked_tensor(entries, example) for _ in range(count)]
+
+
+def windows(plan: BlockPlan, size: int, align: int) -> list[Window]:
+    """The blocks of ``plan``, cut at rows, by the part of the source in which their rows begin.
+
+    Args:
+        plan: the blocks.
+        size: entries of the source per window; a row that is longer makes its window longer.
+        align: entries of which every window's ends are multiples.
+    """
+    pieces: dict[int, list[Block]] = {}
+    for block in plan.blocks:
+        starts = block.source.start + _rows(block) * block.source.row_length
+        numbers = starts // size
+        cuts = np.flatnonzero(np.diff(numbers)) + 1
+        for first, last in pairwise([0, *cuts.tolist(), block.n_rows]):
+            pieces.setdefault(int(numbers[first]), []).append(_cut(block, first, last))
+    return [_window(pieces[number], plan.target_size, align) for number in sorted(pieces)]
+
+
+def _window(blocks: Sequence[Block], target_size: int, align: int) -> Window:
+    first = min(block.begin(block.source) for block in blocks) // align * align
+    last = -(-max(block.end(block.source) for block in blocks) // align) * align
+    moved = [replace(block, source=_moved(block, first)) for block in blocks]
+    return Window(first, last, BlockPlan(moved, (last - first, target_size)))
+
+
+def _moved(block: Block, first: int) -> Grid:
+    """The same places in an array that begins at entry ``first``, counted from the first row and unit on."""
+    grid, start = block.source, block.begin(block.source) - first
+    rows = None if grid.rows is None else grid.rows - grid.rows[0]
+    units = None if grid.units is None else grid.units - grid.units[0]
+    return Grid(start, grid.row_length, rows, units)
+
+
+def _rows(block: Block) -> npt.NDArray[np.int64]:
+    rows = block.source.rows
+    return np.arange(block.n_rows) if rows is None else rows.numpy()
+
+
+def _cut(block: Block, first: int, last: int) -> Block:
+    """Rows ``first`` to ``last`` of a block."""
+    if last - first == block.n_rows:
+        return block
+    sides = []
+    for grid in (block.source, block.target):
+        if grid.rows is None:
+            sides.append(replace(grid, start=grid.start + first * grid.row_length))
+        else:
+            sides.append(replace(grid, rows=grid.rows[first:last]))
+    return replace(block, n_rows=last - first, source=sides[0], target=sides[1])
