@@ -76,7 +76,7 @@ SETTINGS = {
     "fashion_mnist": Setting(
         "offload_sparse/vgg_small",
         DataConfig(image_size=14, batch_size=128, random_flip=True),
-        8,
+        4,
         OptimConfig(lr=0.1, warmup_epochs=0.5),
     ),
     "cifar10": Setting(
@@ -120,13 +120,14 @@ METHODS = {
         {
             "estimator": "rloo",
             "sampler": "persistent",
-            "refresh": 0.1,
+            "refresh": 0.02,
             "parametrisation": "hierarchical",
+            "optimizer": "sgd",
             "lr": 0.0,
-            "group_lr": 3e-3,
+            "group_lr": 5e-4,
             "hard_cap": 2.0,
         },
-        {"k": 10, "reference": "turns", "prefetch": False, "freeze_at": 0.3},
+        {"k": 20, "reference": "turns", "prefetch": False, "freeze_at": 0.25},
         flops=True,
     ),
     "static_longer": Recipe("static"),

@@ -33,6 +33,7 @@ from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.finalize import FinalNetwork, extract, losses_of
+from offload_sparse.engine.learning import learn, mean_cost
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.pair import Side
 from offload_sparse.engine.preparation import ModelSource, prepare
@@ -40,7 +41,6 @@ from offload_sparse.engine.reduction import Averager
 from offload_sparse.engine.relay import Masks, Relay
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
 from offload_sparse.engine.sync import assert_equal_on_ranks, average
-from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.pinned import pin_mode, return_freed_memory
 from offload_sparse.store.tiers import Identity, Mode, open_tier
@@ -230,12 +230,10 @@ class SparseOffload:
         The mean over the masks of the next ``rounds`` rounds under the present s; that of the final mask once
         it is chosen.
         """
-        masks = [self.final_mask] if self.final_mask is not None else []
-        for ahead in range(0 if masks else rounds):
-            masks += self.policy.sample(self.rounds_done + ahead)
-        parameters = sum(self.cost.parameters(mask) for mask in masks) / len(masks)
-        flops = sum(self.cost.flops(mask) for mask in masks) / len(masks)
-        return parameters / self.cost.dense_parameters, flops / self.cost.dense_flops
+        if self.final_mask is not None:
+            return mean_cost([self.final_mask], self.cost)
+        ahead = (self.policy.sample(self.rounds_done + number) for number in range(rounds))
+        return mean_cost([mask for pair in ahead for mask in pair], self.cost)
 
     @contextmanager
     def evaluation(self, batches: Iterable[Any]) -> Iterator[nn.Module]:
@@ -398,20 +396,10 @@ class SparseOffload:
             if entry.fault:
                 faults.append(entry.fault)
             if entry.compared is not None and not self.frozen:
-                self._update(entry)
+                learn(self.policy, entry, self._masks, self.rounds_done, self.ranks.world_size)
             self._pending.append(dataclasses.replace(entry, losses=None))
         if faults:
             self._handle(faults)
-
-    def _update(self, entry: StepRecord) -> None:
-        assert self._masks is not None
-        assert entry.compared is not None
-        if entry.losses is None:
-            self.policy.update(*entry.compared, self._masks[0], self._masks[1], self.rounds_done)
-            return
-        references = [pair_on(self._masks, rank)[1] for rank in range(self.ranks.world_size)]
-        losses = paired_losses(*entry.losses)
-        self.policy.update_from_ranks(losses, torch.stack([self._masks[0], *references]), self.rounds_done)
 
     def _handle(self, faults: list[str]) -> None:
         if self.on_nonfinite == "stop":

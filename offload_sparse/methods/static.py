@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.methods.fixed import FixedNetwork
 from offload_sparse.methods.method import Method, Task
+from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.store.initial_values import initial_tensors
 from offload_sparse.store.weight_store import Ranks
 from offload_sparse.structure.accounting import CostModel
@@ -42,7 +43,7 @@ def build(task: Task) -> Method:
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
     min_width = config.policy.min_width
-    mask = channel_map.uniform_mask(config.policy.rho, min_width)
+    mask = evenly_narrowed(config.policy, channel_map, cost)
     if config.static.flops_ratio > 0:
         target = config.static.flops_ratio * cost.flops(channel_map.full_mask())
         mask = mask_of_flops(channel_map, cost, target, min_width)

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload_sparse.config import BudgetName
+from offload_sparse.config import BudgetName, PolicyConfig
 from offload_sparse.policy.probabilities import project
 from offload_sparse.policy.widths import of_expected_widths
-from offload_sparse.structure.channel_map import Group
+from offload_sparse.structure.channel_map import ChannelMap, Group
 
 _STEPS, _PRECISION = 40, 1e-9
 
@@ -35,6 +35,16 @@ class Costs(Protocol):
     def expected_flops(self, s: Tensor) -> Tensor: ...
 
     def expected_parameters(self, s: Tensor) -> Tensor: ...
+
+
+def evenly_narrowed(config: PolicyConfig, channel_map: ChannelMap, costs: Costs) -> Tensor:
+    """The mask bool[C] of the network whose groups all keep the same share, as large as ``config`` allows."""
+    if config.budget == "count":
+        return channel_map.uniform_mask(config.rho, config.min_width)
+    bounds = (config.floor, 1 - config.floor)
+    budget = Budget(config.budget, config.rho, channel_map.groups, costs, bounds)
+    start = budget.start()
+    return budget.mask(start, 1 - start, config.min_width)
 
 
 class Budget:
