@@ -138,10 +138,10 @@ class Relay:
         """The pair in training."""
         return self._pairs[self._current]
 
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The skeletons of all subnets, for the whole run."""
-        return tuple(side.module for pair in self._pairs for side in pair.sides)
+    def compile(self) -> None:
+        """Compile the forward passes of all subnets, for the whole run; a new width is compiled anew."""
+        for side in (side for pair in self._pairs for side in pair.sides):
+            side.module.compile(dynamic=False)
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from offload_sparse.engine.preparation import ModelSource, prepare
 from offload_sparse.engine.reduction import Averager
 from offload_sparse.engine.relay import Masks, Relay
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
-from offload_sparse.engine.sync import assert_equal_on_ranks, average
+from offload_sparse.engine.sync import assert_equal_on_ranks, average, averaged
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.pinned import pin_mode, return_freed_memory
 from offload_sparse.store.tiers import Identity, Mode, open_tier
@@ -146,8 +147,7 @@ class SparseOffload:
             overlap=self._overlaps(),
         )
         if compile:
-            for module in self.relay.modules:
-                module.compile(dynamic=False)
+            self.relay.compile()
         self.averager = Averager(self.rounds.reduce, self.ranks.world_size, self.device)
         self.freeze_step = round(self.rounds.freeze_at * total_steps)
         self.steps_done = 0
@@ -208,12 +208,9 @@ class SparseOffload:
             self._learn(self._round)
 
     def losses_of(self, masks: Sequence[Tensor], batches: Sequence[tuple[Any, LossFunction]]) -> Tensor:
-        """float64[masks]: the training loss of the subnet of every mask bool[C], averaged over batches and
-        ranks. Between two rounds only; every rank calls it at the same step.
-        """
+        """float64[masks]: mean training loss of the subnet of each. Between rounds; every rank calls it."""
         assert self._round is None, "the subnets are in use"
-        side = self.relay.scratch()
-        return losses_of(side, self.channel_map, masks, batches, self.forward, self.ranks)
+        return losses_of(self.relay.scratch(), self.channel_map, masks, batches, self.forward, self.ranks)
 
     def settle(self) -> None:
         """Bring the store up to date; until then the subnets in training may hold newer weights."""
@@ -225,15 +222,13 @@ class SparseOffload:
         return self.final_mask is not None
 
     def expected_cost(self, rounds: int = 8) -> tuple[float, float]:
-        """Parameters and FLOPs of the subnets to come, as shares of the full network.
-
-        The mean over the masks of the next ``rounds`` rounds under the present s; that of the final mask once
-        it is chosen.
+        """Mean parameters and FLOPs of the subnets of the next ``rounds`` rounds under the present s, or of the
+        final mask once it is chosen, as shares of the full network.
         """
-        if self.final_mask is not None:
-            return mean_cost([self.final_mask], self.cost)
-        ahead = (self.policy.sample(self.rounds_done + number) for number in range(rounds))
-        return mean_cost([mask for pair in ahead for mask in pair], self.cost)
+        masks = [self.final_mask] if self.final_mask is not None else []
+        for ahead in range(0 if masks else rounds):
+            masks += self.policy.sample(self.rounds_done + ahead)
+        return mean_cost(masks, self.cost)
 
     @contextmanager
     def evaluation(self, batches: Iterable[Any]) -> Iterator[nn.Module]:
@@ -440,11 +435,8 @@ class SparseOffload:
 
     def _reestimate(self, module: nn.Module, batches: Iterable[Any]) -> None:
         if not self.forward.frozen_batch_norm:
-            reestimate_batch_norm(module, batches, self._averaged)
-
-    def _averaged(self, tensor: Tensor) -> Tensor:
-        average(tensor, self.ranks.world_size)
-        return tensor
+            everywhere = partial(averaged, world_size=self.ranks.world_size)
+            reestimate_batch_norm(module, batches, everywhere)
 
     def _check_ranks(self) -> None:
         assert self._masks is not None
