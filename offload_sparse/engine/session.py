@@ -222,8 +222,8 @@ class SparseOffload:
         return self.final_mask is not None
 
     def expected_cost(self, rounds: int = 8) -> tuple[float, float]:
-        """Mean parameters and FLOPs of the subnets of the next ``rounds`` rounds under the present s, or of the
-        final mask once it is chosen, as shares of the full network.
+        """Mean parameters and FLOPs of the subnets of the next ``rounds`` rounds as s is now, or of the final
+        mask once it is chosen: shares of the full network.
         """
         masks = [self.final_mask] if self.final_mask is not None else []
         for ahead in range(0 if masks else rounds):

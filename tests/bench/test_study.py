@@ -31,14 +31,14 @@ def images(monkeypatch: pytest.MonkeyPatch) -> Images:
 
 
 def test_every_method_has_its_figures_and_is_not_run_twice(images: Images, tmp_path: Path) -> None:
-    config = StudyConfig(rhos=[0.25], seeds=2, epochs=4, cache=str(tmp_path))
+    config = StudyConfig(rhos=[0.25], seeds=1, epochs=4, cache=str(tmp_path))
     result = study.run(False, config)
     for method in study.METHODS:
         key = f"study.fashion_mnist.rho0.25.{method}"
         assert {f"{key}.accuracy", f"{key}.spread"} <= result.ratios.keys()
     runs = result.raw["runs"]
-    recipe, longer = runs["rho0.25.recipe"][1], runs["rho0.25.static_longer"][1]
-    assert runs["rho0.25.static_learned"][1]["widths"] == recipe["widths"]
+    recipe, longer = runs["rho0.25.recipe"][0], runs["rho0.25.static_longer"][0]
+    assert runs["rho0.25.static_learned"][0]["widths"] == recipe["widths"]
     assert longer["steps"] * longer["train_cost"] == pytest.approx(
         recipe["steps"] * recipe["train_cost"], rel=0.2
     )
@@ -47,7 +47,7 @@ def test_every_method_has_its_figures_and_is_not_run_twice(images: Images, tmp_p
     assert runs["rho0.25.dense"][0]["flops_ratio"] == 1
     assert static["dynamics"][0].keys() < recipe["dynamics"][0].keys()
     files = list(tmp_path.glob("*.json"))
-    assert len(files) == 2 * len(study.METHODS)
+    assert len(files) == len(study.METHODS)
     for file in files:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"accuracy": 12.5}))
     again = study.run(False, config)
