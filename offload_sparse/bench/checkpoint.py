@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,10 +38,10 @@ def run(quick: bool) -> BenchResult:
         checkpointer = Checkpointer(Path(folder) / "checkpoints", config, {})
         session.relay.before_return = checkpointer.join
         stretch = partial(_stretch, session, checkpointer, batch)
-        begun = time.perf_counter()
-        stretch(1, _K)  # a checkpoint alone, to know how many steps one is written beside
-        steps = max(_K, round(1.5 * _K * _written(session, checkpointer) / (time.perf_counter() - begun)))
-        steps = _K * -(-steps // _K)
+        stretch(1, _K)  # first times are longer
+        # As many steps as a checkpoint is written beside, by the time that it takes alone.
+        rounds = 1.5 * _written(session, checkpointer) / stretch(0, _K)
+        steps = _K * max(1, ceil(rounds))
         rows: list[list[Any]] = []
         costs: list[float] = []
         for number in range(pairs):

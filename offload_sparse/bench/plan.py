@@ -51,8 +51,8 @@ def run(quick: bool) -> BenchResult:
             rows.append([name, kind, *sizes, f"{found[kind] / predicted[kind]:.3f}", ""])
         # Resident memory also holds what libraries take by themselves (convolution kernels and their
         # workspaces, loaded code): printed beside, because that is what a user sees.
-        rows[-2][-1] = f"{found['process'] / predicted['host']:.3f}"
-    header = ["network", "memory", "allocated", "predicted", "ratio", "resident / predicted"]
+        rows[-2][-1] = f"{found['process'] / predicted['written']:.3f}"
+    header = ["network", "memory", "allocated", "predicted", "ratio", "resident / written by the plan"]
     return BenchResult(ratios, raw, header, rows)
 
 
@@ -89,12 +89,15 @@ def case(
 
 
 def predict(config: RunConfig) -> dict[str, int]:
-    """Bytes of the plan for this machine: host memory, and what is allocated where the subnets compute."""
+    """Bytes of the plan for this machine: host memory that is allocated and that is written, and what is
+    allocated where the subnets compute.
+    """
     data = declared_data(config.data)
     planner = Planner(config, data, structure_of(config, data))
     device = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
     memory = planner.memory(Machine(1, 1, 1 << 60, device), ROUNDS)
-    return {"host": memory.host, "device": memory.reserved + memory.activations}
+    device_bytes = memory.reserved + memory.activations
+    return {"host": memory.host_allocated, "written": memory.host, "device": device_bytes}
 
 
 def measure_host(config: RunConfig) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from ast import literal_eval
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -60,11 +59,12 @@ class CorruptImages:
             ValueError: that makes more than ``limit``; names the image and the log.
         """
         for image in found:
-            if (image.split, image.row) in self._seen:
+            key = repr(image.split), image.row
+            if key in self._seen:
                 continue
-            self._seen.add((image.split, image.row))
+            self._seen.add(key)
             line = f"image {image.row} of split {image.split!r} cannot be decoded ({image.reason})"
-            if (image.split, image.row) not in self._logged:
+            if key not in self._logged:
                 self._write(line)
             if len(self._seen) > self.limit:
                 where = f", all named in {self.log}" if self.log is not None else ""
@@ -84,10 +84,10 @@ class CorruptImages:
 
 
 def _read(log: Path) -> set[tuple[str, int]]:
-    """Splits and rows of the images that a log names."""
+    """Splits, as the log writes them, and rows of the images that it names."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     found = (_LINE.match(line) for line in lines)
-    return {(str(literal_eval(match[2])), int(match[1])) for match in found if match}
+    return {(match[2], int(match[1])) for match in found if match}
 
 
 def substitute(index: int, attempt: int, size: int) -> int:

@@ -71,8 +71,16 @@ class Memory:
 
     @property
     def host(self) -> int:
-        """Host memory beyond the process's own at the start."""
-        training = self.staging + (self.device if self.on_host else 0)
+        """Host memory that is written, beyond the process's own at the start."""
+        return self._host(self.subnets)
+
+    @property
+    def host_allocated(self) -> int:
+        """Host memory that is asked for: with what subnets at the hard cap would write."""
+        return self._host(self.reserved)
+
+    def _host(self, subnets: int) -> int:
+        training = self.staging + (subnets + self.activations if self.on_host else 0)
         return self.store + max(self.initialising, training)
 
 

@@ -98,6 +98,14 @@ def copy_units(
         copy_bytes(target + load(to_units, j) * size, source + load(from_units, j) * size, width)
 
 
+@njit(nogil=True, inline="always")
+def copy_dense_units(n: int, from_units: int, to_units: int, rows: Rows, size: int, width: int) -> None:
+    """Copy ``n`` units of ``width`` bytes."""
+    source, target, _ = rows
+    for j in range(n):
+        copy_bytes(target + load(to_units, j) * size, source + load(from_units, j) * size, width)
+
+
 def copy_items(
     items: int,
     blocks: int,
@@ -123,6 +131,7 @@ def copy_items(
         lengths = load(blocks, base + BLOCK_LENGTHS)
         width = load(blocks, base + BLOCK_UNIT) * size
         ahead_in_source = load(blocks, base + from_grid + GRID_AHEAD) != 0
+        dense = not ahead_in_source and load(blocks, base + to_grid + GRID_AHEAD) == 0
         ahead_units = from_units if ahead_in_source else to_units
         for row in range(load(items, entry + ITEM_ROW), row_end):
             from_row = row_address(blocks, indices, block, from_grid, row, source, size)
@@ -139,6 +148,8 @@ def copy_items(
                     ask_for(ahead + load(ahead_units, j) * size)
                     to = to_row + load(to_units, j) * size
                     copy_bytes(to, from_row + load(from_units, j) * size, load(of_run, j) * size)
+            elif dense and width == 4 and size == 4:
+                copy_dense_units(n, from_units, to_units, rows, 4, 4)
             elif width == 4 and size == 4:  # constant sizes become part of the addresses
                 if ahead_in_source:
                     copy_units(n, from_units, to_units, from_units, rows, 4, 4)

@@ -30,6 +30,11 @@ RUN_FROM = 64
 """Mean entries of a run from which runs of their own lengths are faster than units of one length."""
 
 
+DENSE = 0.3
+"""Share of a row's single entries from which nobody looks ahead: nearly all lines are read, in order, which
+processors foresee by themselves."""
+
+
 class Packed:
     """Tables of a list of blocks.
 
@@ -74,8 +79,10 @@ class Packed:
         self._add_items(number, block.n_rows, count, mean)
         # The narrow array of the two lies in the caches sooner: what is worth looking ahead in is the other.
         wider = block.source.row_length >= block.target.row_length
-        source = self._grid(block.source, source_at, wider)
-        target = self._grid(block.target, target_at, not wider)
+        row_length = max(block.source.row_length, block.target.row_length)
+        dense = unit == 1 and count > DENSE * row_length
+        source = self._grid(block.source, source_at, wider and not dense)
+        target = self._grid(block.target, target_at, not wider and not dense)
         return unit, lengths_at, *source, *target
 
     def _units_of(self, block: Block) -> tuple[int, ...]:
