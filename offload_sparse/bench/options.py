@@ -138,7 +138,7 @@ class StudyConfig(BenchConfig):
         seeds: runs of each kind; 0 takes 3, with ``quick`` 1.
         epochs: passes over the images; 0 takes those of the set, with ``quick`` 60 steps.
         cache: folder in which finished runs are kept, so that the study can be interrupted; empty keeps none.
-        plot: image file for accuracy over train cost (needs matplotlib); empty draws none.
+        plot: image file for accuracy over train cost; empty draws none.
     """
 
     set: Literal["fashion_mnist", "cifar10"] = "fashion_mnist"

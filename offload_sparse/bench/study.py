@@ -309,15 +309,9 @@ class Study:
 
 
 def draw(found: Mapping[tuple[float, str], list[dict[str, Any]]], name: str, path: Path) -> None:
-    """Accuracy over train cost, one point per method and ratio with the spread over seeds, as an image.
+    """Accuracy over train cost, one point per method and ratio with the spread over seeds, as an image."""
+    from matplotlib.figure import Figure  # only a plot needs it, and it takes a second to load
 
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib; install it, or leave out --plot") from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xscale="log", title=name)
     axes.set_xlabel("train FLOPs, in steps of dense training")

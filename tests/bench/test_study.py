@@ -55,7 +55,6 @@ def test_every_method_has_its_figures_and_is_not_run_twice(images: Images, tmp_p
 
 
 def test_a_plot_is_drawn_of_what_there_is(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     point = {"accuracy": 80.0, "train_cost": 0.1, "steps": 10}
     found = {(0.25, "static"): [point, point | {"accuracy": 82.0}], (0.1, "recipe"): [point]}
     study.draw(found, "rows", tmp_path / "plots" / "study.png")
