@@ -21,10 +21,21 @@ from offload_sparse.method_config import (
     RigLConfig,
     StaticConfig,
 )
+from offload_sparse.policy_config import (
+    BudgetName,
+    EstimatorName,
+    PolicyConfig,
+    Reference,
+    RoundConfig,
+    SamplerName,
+    Switch,
+    check_combination,
+)
 from offload_sparse.requirement import require
 
 __all__ = [
     "AtomsConfig",
+    "BudgetName",
     "CheckpointConfig",
     "DFBSTConfig",
     "DSTConfig",
@@ -44,20 +55,19 @@ __all__ = [
     "RigLConfig",
     "RoundConfig",
     "RunConfig",
+    "SamplerName",
     "StaticConfig",
     "StoreConfig",
     "Switch",
     "TierName",
     "TrainConfig",
     "TrainCrop",
+    "check_combination",
 ]
 
 MethodName = Literal["sparse_offload", "dense", "static", "dfbst", "dst", "grow_efficient", "rigl"]
 ExportLayout = Literal["auto", "dense", "coo", "csr"]
 Residual = Literal["coupled", "internal", "filter"]
-Reference = Literal["every_step", "turns", "round_start"]
-EstimatorName = Literal["vr_pge", "rloo"]
-Switch = Literal["auto", "on", "off"]
 OnNonFinite = Literal["stop", "skip", "rollback"]
 TierName = Literal["ram", "file", "nvme"]
 
@@ -95,104 +105,6 @@ class AtomsConfig:
 
     def __post_init__(self) -> None:
         require(self.block >= 1, f"atoms.block is {self.block}; give at least 1 channel per atom")
-
-
-@dataclass
-class PolicyConfig:
-    """How channel masks are drawn and how their keep probabilities are learned.
-
-    Attributes:
-        rho: remaining ratio of the atoms, in (0, 1] (the paper's budget: sum of s is at most rho times the
-            atoms; an atom is one channel unless ``atoms.block`` is larger).
-        estimator: gradient estimator of the keep probabilities.
-        optimizer: optimizer of the keep probabilities.
-        lr: its learning rate (the paper: Adam, 12e-3).
-        momentum: momentum of ``sgd``.
-        alpha: exponent of the preconditioner H = diag(s(1-s))^alpha.
-        floor: keep probabilities stay in [floor, 1 - floor], since 0 and 1 are absorbing.
-        min_width: atoms that every group keeps, whatever is drawn.
-        hard_cap: a drawn mask never keeps more than hard_cap times the expected number of atoms.
-    """
-
-    rho: float = 0.25
-    estimator: EstimatorName = "rloo"
-    optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float = 12e-3
-    momentum: float = 0.9
-    alpha: float = 0.5
-    floor: float = 0.005
-    min_width: int = 1
-    hard_cap: float = 1.25
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.rho <= 1, f"policy.rho is {self.rho}; give a remaining ratio in (0, 1], such as 0.25"
-        )
-        require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
-        require(0 <= self.momentum < 1, f"policy.momentum is {self.momentum}; give a value in [0, 1)")
-        require(0 <= self.alpha <= 1, f"policy.alpha is {self.alpha}; give a value in [0, 1]")
-        require(0 <= self.floor < 0.5, f"policy.floor is {self.floor}; give a value in [0, 0.5)")
-        require(
-            self.floor <= self.rho,
-            f"policy.floor {self.floor} is above policy.rho {self.rho}: no keep probability could meet the "
-            "budget; lower policy.floor",
-        )
-        require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 atom")
-        require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
-
-
-@dataclass
-class RoundConfig:
-    """What happens between two draws of the masks.
-
-    Attributes:
-        k: optimizer steps that a subnet is trained before the next masks are drawn. 1 is Algorithm 1 of the
-            paper.
-        reference: when the second loss is measured. ``every_step`` trains m1 and evaluates m2 at each step
-            (paper); ``turns`` trains m1 on even and m2 on odd steps and evaluates the other; ``round_start``
-            compares both at the first step of a round only.
-        references: ``shared`` gives all ranks the same reference mask; ``per_rank`` lets each evaluate one of
-            its own, and s is learned from all of them by leave-one-out (one more all-gather of scalars, less
-            variance). Not with ``turns``, which trains the reference.
-        freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
-            (the short fine-tune of the paper). 1 chooses it after the last step.
-        prefetch: draw the masks of a round while the one before is trained, so that their weights can be
-            fetched meanwhile. Their s is then one round old.
-        delta: leave what two successive rounds share on the device, so that only newcomers and leavers cross
-            the bus. Takes the memory of two pairs of subnets instead of one.
-        overlap: fetch and return while the steps go on (needs ``prefetch`` and ``delta``). ``auto`` does so
-            on a GPU; on a CPU the transfers would take the cores of the steps.
-        reduce: how gradients are averaged over ranks: in one piece behind the backward pass, in buckets
-            during it, or (``auto``) whichever of the two is faster in the first steps.
-        check_ranks: compare checksums of s, masks and subnet weights over all ranks in every round (slow, for
-            debugging).
-    """
-
-    k: int = 50
-    reference: Reference = "turns"
-    references: Literal["shared", "per_rank"] = "shared"
-    freeze_at: float = 0.8
-    prefetch: bool = True
-    delta: bool = True
-    overlap: Switch = "auto"
-    reduce: Literal["auto", "single", "bucketed"] = "auto"
-    check_ranks: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.k >= 1, f"round.k is {self.k}; give at least 1 step per round")
-        require(
-            0 <= self.freeze_at <= 1,
-            f"round.freeze_at is {self.freeze_at}; give a share of the steps in [0, 1]",
-        )
-        require(
-            self.references == "shared" or self.reference != "turns",
-            "round.references per_rank needs references that are only evaluated; set round.reference to "
-            "every_step or round_start",
-        )
-        require(
-            self.overlap != "on" or (self.prefetch and self.delta),
-            "round.overlap on needs round.prefetch and round.delta; set them to true, or overlap to auto",
-        )
 
 
 @dataclass
@@ -386,6 +298,8 @@ class RunConfig:
             the path of a checkpoint, or of a run, to start from.
         dry_run: print network, cost, steps and the figures to reach, and stop; no image is read, no file
             written.
+        compile: compile the forward passes of subnets with torch.compile. ``policy.sampler auto`` then keeps
+            all widths fixed, so that nothing is compiled after the first round.
         trackers: accelerate's trackers to log to, such as ``tensorboard,wandb``; ``[]`` for none. Those that
             write files do so in ``trackers/`` in the run's folder.
     """
@@ -395,6 +309,7 @@ class RunConfig:
     overwrite: bool = False
     resume: str = "auto"
     dry_run: bool = False
+    compile: bool = False
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     model: ModelConfig = field(default_factory=ModelConfig)
     atoms: AtomsConfig = field(default_factory=AtomsConfig)
@@ -412,3 +327,6 @@ class RunConfig:
     rigl: RigLConfig = field(default_factory=RigLConfig)
     grow_efficient: GrowEfficientConfig = field(default_factory=GrowEfficientConfig)
     paper: PaperConfig = field(default_factory=PaperConfig)
+
+    def __post_init__(self) -> None:
+        check_combination(self.policy.resolved(self.compile), self.round)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from offload_sparse.requirement import require
@@ -15,11 +15,18 @@ class StaticConfig:
     Attributes:
         flops_ratio: its share of the dense network's FLOPs; 0 takes the share of a network that keeps
             ``policy.rho`` of every group.
+        widths: atoms that each group keeps, in the order of the groups, instead of the same share of all;
+            empty for the same share.
     """
 
     flops_ratio: float = 0.0
+    widths: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        require(
+            self.flops_ratio == 0 or not self.widths,
+            "static.flops_ratio and static.widths exclude each other; give one of them",
+        )
         require(
             0 <= self.flops_ratio <= 1, f"static.flops_ratio is {self.flops_ratio}; give a value in [0, 1]"
         )

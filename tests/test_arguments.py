@@ -311,7 +311,7 @@ def test_help_shows_every_option_with_its_default_and_an_example(capsys: pytest.
     for section in ("atoms", "data", "policy", "round", "optim", "train", "final", "static"):
         for name in flat_values(RunConfig(), section):
             assert f"--{name} " in text
-    assert "remaining ratio of the atoms" in text
+    assert "remaining ratio of what budget counts" in text
     assert "(default: 0.25)" in text
     assert "How the weights are trained:" in text
     assert "examples: offload-sparse train --config" in text

@@ -9,8 +9,6 @@ With ``cache``, every finished run is kept as one JSON file and not run again.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import DFBSTBenchConfig
 from offload_sparse.bench.step import take_turns
 from offload_sparse.config import DataConfig, FinalConfig, OptimConfig, RunConfig, TrainConfig
-from offload_sparse.data.images import ImageSet
 from offload_sparse.data.loader import Batch
 from offload_sparse.data.normalise import Normalise
-from offload_sparse.data.sampler import global_batch, steps_per_epoch
-from offload_sparse.data.source import EMBEDDED, Split, load_splits
+from offload_sparse.data.sampler import steps_per_epoch
+from offload_sparse.data.source import EMBEDDED
 from offload_sparse.engine.rounds import Forward
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.models import build_model
@@ -48,16 +46,6 @@ PAPER = {  # Tables 1 and 2: accuracy in %
     "lenet5.dfbst": 99.06,
 }
 _BATCH = 64
-
-
-@dataclass(frozen=True)
-class Images:
-    """A data set, decoded: pixels uint8[N, 1, 28, 28] and labels int64[N] of both splits."""
-
-    name: str
-    train: Batch
-    test: Batch
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -128,17 +116,10 @@ def _row(
 
 
 def _images(name: str) -> Images:
-    config = DataConfig(name=name)
-    splits = load_splits(config)
-    if splits.image_shape != (28, 28) or splits.in_channels != 1:
+    images, _ = read_images(DataConfig(name=name))
+    if images.shape != (1, 28, 28):
         raise ValueError(f"the LeNets take grey images of 28×28 pixels, which {name} has not; correct --data")
-    parts = (_decoded(splits.train, config), _decoded(splits.test, config))
-    return Images(name, *parts, splits.num_classes)
-
-
-def _decoded(split: Split, config: DataConfig) -> Batch:
-    images = ImageSet(split, config)
-    return Batch(images.gather(torch.arange(len(images))), images.labels)
+    return images
 
 
 def _task(model: str, method: str, seed: int, images: Images, steps: int, device: torch.device) -> Task:
@@ -168,27 +149,13 @@ def _network(name: str, classes: int) -> nn.Module:
 
 
 def _batches(images: Images, seed: int, steps: int, normalise: Normalise) -> Iterator[Batch]:
-    per_epoch = steps_per_epoch(len(images.train.labels), _BATCH)
-    for step in range(steps):
-        epoch, within = divmod(step, per_epoch)
-        chosen = global_batch(seed, epoch, within, len(images.train.labels), _BATCH)
-        pixels = normalise(images.train.images[chosen])
-        yield Batch(pixels, images.train.labels[chosen].to(pixels.device))
+    for batch in batches(images, _BATCH, seed, steps):
+        yield on_device(batch, normalise)
 
 
 def _kept(cell: Cell, images: Images, device: torch.device, cache: str) -> dict[str, Any]:
     """The figures of ``cell``, from the cache if it has them."""
-    if not cache:
-        return _train(cell, images, device)
-    path = Path(cache) / cell.file_name(images)
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    figures = _train(cell, images, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-    return figures
+    return kept(cache, cell.file_name(images), partial(_train, cell, images, device))
 
 
 def _train(cell: Cell, images: Images, device: torch.device) -> dict[str, Any]:
@@ -208,9 +175,8 @@ def _train(cell: Cell, images: Images, device: torch.device) -> dict[str, Any]:
             history.append({"epoch": step / per_epoch, "loss": loss} | _remaining(method))
     seconds = time.perf_counter() - start
     module = method.finalize([images_of(images.train, normalise)]).module
-    tests = zip(images.test.images.split(500), images.test.labels.split(500), strict=True)
     figures = {
-        "accuracy": 100 * evaluate(module, tests, normalise, device).accuracy,
+        "accuracy": 100 * evaluate(module, in_parts(images.test, 500), normalise, device).accuracy,
         "seconds": seconds,
         "step_seconds_median": median(times),
         "threads": torch.get_num_threads(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -122,10 +123,73 @@ class DFBSTBenchConfig(BenchConfig):
         _check(self, {"seeds": 0, "epochs": 0})
 
 
+@dataclass
+class StudyConfig(BenchConfig):
+    """Learned structure against its controls: accuracy, train cost and time of every method, over seeds.
+
+    Attributes:
+        name: ``study``.
+        quick: one seed and 60 steps of each run.
+        json: file to write the record to: command, hardware, versions, ratios and everything measured.
+        set: ``fashion_mnist`` (a small VGG, images of 14×14) or ``cifar10`` (ResNet-20).
+        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
+        rhos: remaining ratios of channels.
+        methods: which methods, by name; empty runs all.
+        seeds: runs of each kind; 0 takes 3, with ``quick`` 1.
+        epochs: passes over the images; 0 takes those of the set, with ``quick`` 60 steps.
+        cache: folder in which finished runs are kept, so that the study can be interrupted; empty keeps none.
+        plot: image file for accuracy over train cost; empty draws none.
+    """
+
+    set: Literal["fashion_mnist", "cifar10"] = "fashion_mnist"
+    data: str = ""
+    rhos: list[float] = field(default_factory=lambda: [0.25, 0.1])
+    methods: list[str] = field(default_factory=list)
+    seeds: int = 0
+    epochs: int = 0
+    cache: str = ""
+    plot: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self, {"seeds": 0, "epochs": 0})
+        for rho in self.rhos:
+            _check_rho(rho)
+
+
+@dataclass
+class VarianceConfig(BenchConfig):
+    """Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
+
+    Attributes:
+        name: ``variance``.
+        quick: one checkpoint, 20 pairs of masks.
+        json: file to write the record to: command, hardware, versions, ratios and everything measured.
+        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
+        model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
+        rho: remaining ratio of channels.
+        steps: optimizer steps before the last checkpoint; 0 takes 600, with ``quick`` 20.
+        pairs: pairs of masks that a variance is measured on; 0 takes 200, with ``quick`` 20.
+        checkpoints: how many, evenly over the steps.
+    """
+
+    data: str = ""
+    model: str = "offload_sparse/resnet20_cifar"
+    rho: float = 0.5
+    steps: int = 0
+    pairs: int = 0
+    checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        _check(self, {"steps": 0, "pairs": 0, "checkpoints": 1})
+        _check_rho(self.rho)
+
+
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
     "peers": PeersConfig,
     "scale": ScaleConfig,
+    "study": StudyConfig,
+    "variance": VarianceConfig,
 }
 """Benches with options of their own; their ``run`` takes the configuration behind ``quick``."""
 

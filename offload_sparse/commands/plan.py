@@ -32,6 +32,7 @@ class PlanConfig(RunConfig):
     json: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gpus < 0:
             raise ValueError(f"gpus is {self.gpus}; give the number of ranks, or 0 for this machine's device")
 

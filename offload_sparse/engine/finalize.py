@@ -61,28 +61,26 @@ class FinalNetwork:
         return kept
 
 
-def best_candidate(
+def losses_of(
     side: Side,
     channel_map: ChannelMap,
-    candidates: Sequence[Tensor],
+    masks: Sequence[Tensor],
     batches: Sequence[tuple[Any, LossFunction]],
     forward: Forward,
     ranks: Ranks,
 ) -> Tensor:
-    """The mask with the lowest training loss, averaged over ``batches`` and ranks; the first when there are
-    none. ``side`` is used to measure them.
+    """float64[masks]: the training loss of the subnet of every mask, averaged over ``batches`` and ranks;
+    zeros when there are no batches. ``side`` is used to measure them.
     """
-    if not batches or len(candidates) == 1:
-        return candidates[0]
-    losses = torch.zeros(len(candidates), dtype=torch.float64, device=side.subnet.device)
-    for i, mask in enumerate(candidates):
+    losses = torch.zeros(len(masks), dtype=torch.float64, device=side.subnet.device)
+    for i, mask in enumerate(masks if batches else ()):
         selection = Selection(channel_map, mask)
         side.load(selection, (WEIGHTS, BUFFERS))
         side.bind(None)
         for batch, loss_fn in batches:
             losses[i] += forward.evaluated(side.module, batch, loss_fn) / len(batches)
     average(losses, ranks.world_size)
-    return candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
+    return losses.cpu()
 
 
 def extract(meta_model: nn.Module, side: Side) -> nn.Module:

@@ -141,6 +141,11 @@ class Relay:
         """The pair in training."""
         return self._pairs[self._current]
 
+    def compile(self) -> None:
+        """Compile the forward passes of all subnets, for the whole run; a new width is compiled anew."""
+        for side in (side for pair in self._pairs for side in pair.sides):
+            side.module.compile(dynamic=False)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the subnets in use and of their gradients."""

@@ -88,7 +88,7 @@ class StepRecord:
 
     Attributes:
         loss: loss of the trained subnet.
-        difference: L(a) - L(b), or None when b was not evaluated.
+        compared: L(a) and L(b), or None when b was not evaluated.
         metrics: further scalars of the loss function.
         losses: float64[2, ranks], L(a) and L(b) of every rank, if they were asked for.
         fault: what was not finite, with the step and the ranks; such a step has moved nothing. Empty
@@ -96,10 +96,15 @@ class StepRecord:
     """
 
     loss: float
-    difference: float | None
+    compared: tuple[float, float] | None
     metrics: dict[str, float]
     fault: str = ""
     losses: Tensor | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """L(a) - L(b), or None when b was not evaluated."""
+        return None if self.compared is None else self.compared[0] - self.compared[1]
 
 
 class Round:
@@ -184,9 +189,9 @@ class Round:
         for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
             metrics = dict(zip(tail.metrics, row[_FIXED:], strict=False))
             if all(map(math.isfinite, row[:_FIXED])):
-                difference = row[1] - row[2] if tail.paired else None
+                compared = (row[1], row[2]) if tail.paired else None
                 measured = None if losses is None else losses[:, i].T
-                records.append(StepRecord(row[0], difference, metrics, losses=measured))
+                records.append(StepRecord(row[0], compared, metrics, losses=measured))
                 continue
             ranks = ranks_where(not bool(tail.own.isfinite().all()), self._averager.world_size)
             records.append(StepRecord(row[0], None, metrics, describe_fault(first + i, ranks, row[0])))

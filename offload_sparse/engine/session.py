@@ -12,8 +12,9 @@ import dataclasses
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,20 @@ from offload_sparse.config import (
     Residual,
     RoundConfig,
     StoreConfig,
+    check_combination,
 )
 from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
 from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
 from offload_sparse.engine.faults import fault_point
-from offload_sparse.engine.finalize import FinalNetwork, best_candidate, extract
+from offload_sparse.engine.finalize import FinalNetwork, extract, losses_of
+from offload_sparse.engine.learning import learn, mean_cost
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.pair import Side
 from offload_sparse.engine.preparation import ModelSource, prepare
 from offload_sparse.engine.reduction import Averager
 from offload_sparse.engine.relay import Masks, Relay
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
-from offload_sparse.engine.sync import assert_equal_on_ranks, average
-from offload_sparse.policy.estimators import paired_losses
+from offload_sparse.engine.sync import assert_equal_on_ranks, average, averaged
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.pinned import pin_mode, return_freed_memory
 from offload_sparse.store.tiers import Identity, Mode, open_tier
@@ -79,6 +81,7 @@ class SparseOffload:
             ``stop`` raises, ``skip`` goes on with the next batch, ``rollback`` goes on from the end of the
             round before (which costs the bus a full subnet per round).
         verify: check slice = mask on the model before anything trains.
+        compile: compile the forward passes of the subnets; ``policy.sampler auto`` then keeps widths fixed.
         run_id: what a store in files is known by; a store of another run is refused.
         store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
             ``replace`` initialises whatever files of this run there are.
@@ -108,6 +111,7 @@ class SparseOffload:
         forward: Forward | None = None,
         on_nonfinite: OnNonFinite = "stop",
         verify: bool = True,
+        compile: bool = False,
         run_id: str = "",
         store_mode: Mode = "new",
     ) -> None:
@@ -137,7 +141,9 @@ class SparseOffload:
         probabilities = policy or PolicyConfig()
         if rho is not None:
             probabilities = dataclasses.replace(probabilities, rho=rho)
-        self.policy = MaskPolicy(probabilities, self.channel_map.groups, seed, self.cost.parameters)
+        chosen = probabilities.resolved(compile)
+        check_combination(chosen, self.rounds)
+        self.policy = MaskPolicy(chosen, self.channel_map.groups, seed, self.cost)
         self.relay = Relay(
             self.store,
             self.meta_model,
@@ -147,6 +153,8 @@ class SparseOffload:
             delta=self.rounds.delta and not self.policy.trivial,
             overlap=self._overlaps(),
         )
+        if compile:
+            self.relay.compile()
         self.averager = Averager(self.rounds.reduce, self.ranks.world_size, self.device)
         self.freeze_step = sys.maxsize if total_steps is None else round(self.rounds.freeze_at * total_steps)
         self.steps_done = 0
@@ -201,10 +209,19 @@ class SparseOffload:
 
     def records(self) -> list[StepRecord]:
         """What the steps since the last call measured. Waits for the device."""
-        if self._round is not None:
-            self._learn(self._round)
+        self.catch_up()
         records, self._pending = self._pending, []
         return records
+
+    def catch_up(self) -> None:
+        """Learn from the steps made so far. Waits for the device; every rank calls it at the same step."""
+        if self._round is not None:
+            self._learn(self._round)
+
+    def losses_of(self, masks: Sequence[Tensor], batches: Sequence[tuple[Any, LossFunction]]) -> Tensor:
+        """float64[masks]: mean training loss of the subnet of each. Between rounds; every rank calls it."""
+        assert self._round is None, "the subnets are in use"
+        return losses_of(self.relay.scratch(), self.channel_map, masks, batches, self.forward, self.ranks)
 
     def settle(self) -> None:
         """Bring the store up to date; until then the subnets in training may hold newer weights."""
@@ -216,17 +233,13 @@ class SparseOffload:
         return self.final_mask is not None
 
     def expected_cost(self, rounds: int = 8) -> tuple[float, float]:
-        """Parameters and FLOPs of the subnets to come, as shares of the full network.
-
-        The mean over the masks of the next ``rounds`` rounds under the present s; that of the final mask once
-        it is chosen.
+        """Mean parameters and FLOPs of the subnets of the next ``rounds`` rounds as s is now, or of the final
+        mask once it is chosen: shares of the full network.
         """
         masks = [self.final_mask] if self.final_mask is not None else []
         for ahead in range(0 if masks else rounds):
             masks += self.policy.sample(self.rounds_done + ahead)
-        parameters = sum(self.cost.parameters(mask) for mask in masks) / len(masks)
-        flops = sum(self.cost.flops(mask) for mask in masks) / len(masks)
-        return parameters / self.cost.dense_parameters, flops / self.cost.dense_flops
+        return mean_cost(masks, self.cost)
 
     @contextmanager
     def evaluation(self, batches: Iterable[Any]) -> Iterator[nn.Module]:
@@ -238,8 +251,10 @@ class SparseOffload:
         side = self.relay.pair.sides[0]
         kept = side.arrays[BUFFERS].clone()
         try:
-            self._reestimate(side.module, batches)
-            yield side.module
+            # Other batch sizes and modes than those of training are not worth compiling for.
+            with torch.compiler.set_stance("force_eager"):
+                self._reestimate(side.module, batches)
+                yield side.module
         finally:
             side.arrays[BUFFERS].copy_(kept)
             self.forward.train_mode(side.module)
@@ -315,17 +330,18 @@ class SparseOffload:
             self._choose_final_mask()
         fault_point("sample", self.steps_done)
         reopened, self._reopened = self._reopened, None
+        steps = 0 if reopened is None else reopened.steps
+        first = self.steps_done - steps
+        self.policy.advance(first / max(1, self.freeze_step))
         self._masks = self._draw() if reopened is None else reopened.masks
         of_a, of_b = pair_on(self._masks, self.ranks.rank)
         self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
         length = self._length(self.steps_done) if reopened is None else reopened.length
-        steps = 0 if reopened is None else reopened.steps
         with self.relay.timeline.exchanging():
             pair = self.relay.open(self._resolved(self._masks, length))
         if reopened is not None:
             for side, statistics in zip(pair.trained, reopened.statistics, strict=False):
                 side.arrays[BUFFERS].copy_(statistics)
-        first = self.steps_done - steps
         self._round = Round(pair, self.rounds.reference, length, self.forward, self.averager, first, steps)
         moved = self.relay.bytes_fetched + self.relay.bytes_returned
         self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
@@ -392,21 +408,11 @@ class SparseOffload:
         for entry in current.flush(per_rank and not self.frozen):
             if entry.fault:
                 faults.append(entry.fault)
-            if entry.difference is not None and not self.frozen:
-                self._update(entry)
+            if entry.compared is not None and not self.frozen:
+                learn(self.policy, entry, self._masks, self.rounds_done, self.ranks.world_size)
             self._pending.append(dataclasses.replace(entry, losses=None))
         if faults:
             self._handle(faults)
-
-    def _update(self, entry: StepRecord) -> None:
-        assert self._masks is not None
-        assert entry.difference is not None
-        if entry.losses is None:
-            self.policy.update(entry.difference, self._masks[0], self._masks[1])
-            return
-        references = [pair_on(self._masks, rank)[1] for rank in range(self.ranks.world_size)]
-        losses = paired_losses(*entry.losses)
-        self.policy.update_from_ranks(losses, torch.stack([self._masks[0], *references]))
 
     def _handle(self, faults: list[str]) -> None:
         if self.on_nonfinite == "stop":
@@ -422,11 +428,12 @@ class SparseOffload:
 
     def _choose_final_mask(self) -> None:
         """Draw masks from p(m|s), keep the best by training loss (Zhou et al. 2021, final sampling)."""
-        candidates = self.policy.candidates(self.final.candidates)
+        self.policy.advance(1.0)
+        candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
         recent = list(self._recent)
         self.forward_flops += len(recent) * sum(self.cost.flops(mask) for mask in candidates)
-        side = self.relay.scratch()
-        self.final_mask = best_candidate(side, self.channel_map, candidates, recent, self.forward, self.ranks)
+        losses = self.losses_of(candidates, recent) if len(candidates) > 1 else torch.zeros(1)
+        self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.policy.freeze()
         self.next_masks = None
 
@@ -445,11 +452,8 @@ class SparseOffload:
 
     def _reestimate(self, module: nn.Module, batches: Iterable[Any], run: Run = nn.Module.__call__) -> None:
         if not self.forward.frozen_batch_norm:
-            reestimate_batch_norm(module, batches, self._averaged, run)
-
-    def _averaged(self, tensor: Tensor) -> Tensor:
-        average(tensor, self.ranks.world_size)
-        return tensor
+            everywhere = partial(averaged, world_size=self.ranks.world_size)
+            reestimate_batch_norm(module, batches, everywhere, run)
 
     def _check_ranks(self) -> None:
         assert self._masks is not None

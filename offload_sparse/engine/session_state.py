@@ -64,8 +64,7 @@ def small_state(session: SparseOffload) -> SmallState:
     """Everything but the store."""
     policy = session.policy.state_dict()
     tensors = {f"integer_buffers/{name}": t.clone() for name, t in session.store.integer_buffers.items()}
-    tensors["policy/s"] = policy["s"]
-    tensors |= {f"policy/optimizer/{name}": value for name, value in policy["optimizer"].items()}
+    tensors |= {f"policy/{name}": value for name, value in policy["tensors"].items()}
     if session.final_mask is not None:
         tensors["final_mask"] = session.final_mask.clone()
     if session.next_masks is not None:
@@ -96,10 +95,8 @@ def restore_small(session: SparseOffload, state: SmallState) -> None:
     """
     tensors, meta = state.tensors, state.meta
     try:
-        prefix = "policy/optimizer/"
-        slots = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        policy = {"s": tensors["policy/s"], "optimizer": slots, "frozen": meta["policy_frozen"]}
-        session.policy.load_state_dict(policy)
+        learned = {n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")}
+        session.policy.load_state_dict({"tensors": learned, "frozen": meta["policy_frozen"]})
         for name, own in session.store.integer_buffers.items():
             own.copy_(tensors[f"integer_buffers/{name}"])
         session.steps_done, session.rounds_done = int(meta["steps_done"]), int(meta["rounds_done"])

@@ -17,6 +17,12 @@ def average(buffer: Tensor, world_size: int) -> None:
         buffer.div_(world_size)
 
 
+def averaged(buffer: Tensor, world_size: int) -> Tensor:
+    """``buffer`` itself, after it has been averaged over all ranks."""
+    average(buffer, world_size)
+    return buffer
+
+
 def gathered(own: Tensor, world_size: int) -> Tensor:
     """[ranks, ...]: ``own`` of every rank, on every rank."""
     if world_size == 1:

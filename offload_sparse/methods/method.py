@@ -73,8 +73,8 @@ class Method(Protocol):
         """Figures about the structure as it is now, for the progress bar and the log."""
 
     def dynamics(self) -> dict[str, Any]:
-        """Expected ``params_ratio`` and ``flops_ratio`` of the networks that are being trained, and what else
-        is worth a line per epoch.
+        """Expected ``params_ratio`` and ``flops_ratio`` of the networks that are being trained, and what the
+        search for a structure has done since the last call; logged per epoch. Counts begin anew.
         """
 
     def report(self) -> dict[str, Any]:

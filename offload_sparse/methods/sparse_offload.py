@@ -47,13 +47,15 @@ class SparseOffloadMethod:
         }
 
     def dynamics(self) -> dict[str, Any]:
+        self.session.catch_up()
         params_ratio, flops_ratio = self.session.expected_cost()
-        return {
+        figures = {
             "params_ratio": params_ratio,
             "flops_ratio": flops_ratio,
             "subnet_bytes": self.session.relay.nbytes,
             "round_timeline": self.session.relay.timeline.last_rounds(),
         }
+        return figures | self.session.policy.report()
 
     def report(self) -> dict[str, Any]:
         return {}
@@ -120,6 +122,7 @@ def build(task: Task) -> Method:
         dtype=task.dtype,
         forward=task.forward,
         verify=config.train.verify,
+        compile=config.compile,
         run_id=str(config.run_dir.resolve()),
         on_nonfinite=config.train.on_nonfinite,
         store_mode="replace" if config.overwrite else "resume" if carries_on else "new",

@@ -8,7 +8,7 @@ control.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.methods.fixed import FixedNetwork
 from offload_sparse.methods.method import Method, Task
+from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.store.initial_values import initial_tensors
 from offload_sparse.store.weight_store import Ranks
 from offload_sparse.structure.accounting import CostModel
@@ -26,7 +27,9 @@ from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tenso
 
 
 def build(task: Task) -> Method:
-    """The narrow network of ``static.flops_ratio``, or that of ``policy.rho`` in every group."""
+    """The narrow network of ``static.flops_ratio`` or ``static.widths``, or that of ``policy.rho`` in every
+    group.
+    """
     config = task.config
     ranks = Ranks.current()
     prepared = prepare(
@@ -40,10 +43,12 @@ def build(task: Task) -> Method:
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
     min_width = config.policy.min_width
-    mask = channel_map.uniform_mask(config.policy.rho, min_width)
+    mask = evenly_narrowed(config.policy, channel_map, cost)
     if config.static.flops_ratio > 0:
         target = config.static.flops_ratio * cost.flops(channel_map.full_mask())
         mask = mask_of_flops(channel_map, cost, target, min_width)
+    if config.static.widths:
+        mask = mask_of_widths(channel_map, config.static.widths)
     assert prepared.recording is not None
     tensors = initial_tensors(prepared.recording, task.factory, config.train.seed)
     module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask))
@@ -64,6 +69,24 @@ def mask_of_flops(channel_map: ChannelMap, cost: CostModel, target: float, min_w
         else:
             high = middle
     return channel_map.uniform_mask(low, min_width)
+
+
+def mask_of_widths(channel_map: ChannelMap, widths: Sequence[int]) -> Tensor:
+    """The mask bool[C] that keeps the first atoms of every group, as many as ``widths`` says.
+
+    Raises:
+        ValueError: the widths do not fit the groups.
+    """
+    groups = channel_map.groups
+    if len(widths) != len(groups) or any(not 1 <= w <= g.size for w, g in zip(widths, groups, strict=False)):
+        raise ValueError(
+            f"static.widths is {list(widths)}; give one width for each of the {len(groups)} groups of "
+            f"{[group.size for group in groups]} atoms"
+        )
+    mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
+    for group, width in zip(groups, widths, strict=True):
+        mask[group.start : group.start + width] = True
+    return mask
 
 
 def narrow_initialised(

@@ -60,7 +60,8 @@ class FirstRounds:
     ) -> None:
         self._map, self._names = channel_map, names
         self._whole = {kind: _entries(channel_map.shapes, tensors) for kind, tensors in names.items()}
-        policy = MaskPolicy(config.policy, channel_map.groups, config.train.seed, cost.parameters)
+        chosen = config.policy.resolved(config.compile)
+        policy = MaskPolicy(chosen, channel_map.groups, config.train.seed, cost)
         self.capacity = policy.size_cap
         self._trivial = policy.trivial
         self._pairs = 1 + (config.round.delta and not policy.trivial)

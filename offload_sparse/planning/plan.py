@@ -176,7 +176,13 @@ class Planner:
 
     def with_rho(self, rho: float) -> Planner:
         """The same network at another remaining ratio."""
-        policy = replace(self.config.policy, rho=rho, floor=min(self.config.policy.floor, rho))
+        start = self.config.policy.rho_start
+        policy = replace(
+            self.config.policy,
+            rho=rho,
+            rho_start=start if rho < start else 0.0,
+            floor=min(self.config.policy.floor, rho),
+        )
         return Planner(replace(self.config, policy=policy), self.data, self.structure)
 
     def _part_bytes(self, first: FirstRounds, limit: int) -> int:

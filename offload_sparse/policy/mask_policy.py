@@ -1,90 +1,120 @@
 """MaskPolicy: the keep probabilities s of all atoms, the masks drawn from them, and how s is learned.
 
-    sample(round) ──▶ m1, m2 ──▶ losses measured elsewhere ──▶ update(L(m1) - L(m2), m1, m2)
+    sample(round) ──▶ m1, m2 ──▶ losses measured elsewhere ──▶ update(L(m1), L(m2), m1, m2, round)
                                                                  estimate · precondition · optimizer step ·
                                                                  project
 
-Everything is float64 on the CPU and a function of (configuration, seed, the loss differences seen so far):
-ranks that pass the same loss differences hold the same bits.
+Everything is float64 on the CPU and a function of (configuration, seed, the losses seen so far): ranks that
+pass the same losses hold the same bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload_sparse.config import PolicyConfig
-from offload_sparse.policy.estimators import ESTIMATORS, leave_one_out, precondition
+from offload_sparse.policy.budget import Budget, Costs
+from offload_sparse.policy.control import ControlVariate
+from offload_sparse.policy.diagnostics import Diagnostics
+from offload_sparse.policy.estimators import (
+    CONTROLLED,
+    ESTIMATORS,
+    Comparison,
+    leave_one_out,
+    pairing,
+    precondition,
+)
+from offload_sparse.policy.parametrisation import Parametrisation
 from offload_sparse.policy.probabilities import project
 from offload_sparse.policy.samplers import (
+    CANDIDATES,
+    FIRST,
+    FLIPS,
+    RANKS,
+    SECOND,
+    Bernoulli,
+    Drawn,
+    FixedWidth,
+    Persistent,
+    Sampler,
     mask_generator,
-    minimum_size,
-    most_probable,
-    respect_size,
-    respect_widths,
-    uniforms,
 )
+from offload_sparse.policy.widths import minimum_size, respect_size, respect_widths
 from offload_sparse.structure.channel_map import Group
 
-_STREAMS = {"m1": 0, "m2": 1, "candidates": 2, "ranks": 3}
+
+@dataclass(frozen=True)
+class _Caps:
+    """What a drawn mask may have at most.
+
+    Attributes:
+        atoms: kept atoms.
+        parameters: parameters of the subnet; None if these are not known.
+        flops: its FLOPs, if they are what is budgeted.
+    """
+
+    atoms: int
+    parameters: int | None
+    flops: int | None
 
 
 class MaskPolicy:
-    """p(m | s) over the masks of a network, with sum(s) <= rho * C at all times.
+    """p(m | s) over the masks of a network, with an expected cost within the budget at all times.
 
-    s starts at rho everywhere and stays in [floor, 1 - floor]. With rho = 1 the policy is ``trivial``: s = 1,
-    every mask keeps everything, nothing is learned. Minimum widths and the hard cap change a few drawn atoms
-    after the fact; the estimators treat these masks as if they had been drawn from Bern(s), a bias that is
-    small when groups are much wider than ``min_width`` and ``hard_cap`` is rarely reached.
+    s starts at the same value everywhere and stays in [floor, 1 - floor]. With rho = 1 the policy is
+    ``trivial``: s = 1, every mask keeps everything, nothing is learned. Minimum widths and hard caps change a
+    few drawn atoms after the fact; the estimators treat these masks as if they had been drawn from p(m|s), a
+    bias that is small when groups are much wider than ``min_width`` and caps are rarely reached.
 
     Args:
-        config: rho, estimator, optimizer and bounds.
+        config: rho, estimator, sampler, optimizer and bounds; its sampler ``auto`` is ``bernoulli`` here.
         groups: the groups of the atoms, covering 0 … C - 1 in order.
         seed: seed of the masks; equal on all ranks.
-        size: parameters of the subnet of a mask, if the memory that they take is to be bounded, too.
+        costs: what masks cost, if their parameters or FLOPs are to be bounded, too.
 
     Attributes:
-        size_cap: most parameters that the subnet of a mask has: hard_cap^2 times those of a network that
-            keeps rho of every group, since a network narrowed by a factor shrinks by its square. More only
-            where minimum widths demand it.
-        cap: most atoms that a drawn mask keeps, ceil(hard_cap * rho * C) (at least the minimum widths, at
-            most C).
-        budget: rho * C, in atoms.
+        size_cap: most parameters that the subnet of any mask of the run has: hard_cap^2 times those of a
+            network that is narrowed evenly to the (largest) budget, since a network narrowed by a factor
+            shrinks by its square. More only where minimum widths demand it. 0 without ``costs``.
+        rho: the present remaining ratio, which falls from ``rho_start`` to ``rho`` where that is asked for.
 
     Raises:
-        ValueError: there are no groups.
+        ValueError: there are no groups, or the budget cannot be met.
     """
 
     def __init__(
-        self,
-        config: PolicyConfig,
-        groups: Sequence[Group],
-        seed: int,
-        size: Callable[[Tensor], int] | None = None,
+        self, config: PolicyConfig, groups: Sequence[Group], seed: int, costs: Costs | None = None
     ) -> None:
         if not groups:
             raise ValueError("there is nothing to sample: the model has no groups of channels")
-        self.config = config
+        self.config = config.resolved(compiled=False)
         self.groups = tuple(groups)
         self.seed = seed
         self.num_atoms = self.groups[-1].stop
-        self.budget = config.rho * self.num_atoms
-        self.cap = self._hard_cap()
-        self._size = size
-        self.size_cap = self._hard_size_cap()
+        self.rho = config.rho_start or config.rho
+        self._costs = costs
+        self._progress = 0.0
         self._frozen = False
-        start = torch.full((self.num_atoms,), float(config.rho), dtype=torch.float64)
-        self._s = nn.Parameter(start if self.trivial else self._project(start))
-        self._optimizer = self._build_optimizer()
+        self._budget = self._budget_of(self.rho)
+        start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
+        self._uniform = self._budget.mask(start, 1 - start, config.min_width)
+        self._caps = self._caps_of(self._budget)
+        self.size_cap = self._caps.parameters or 0
+        self._sampler = self._build_sampler()
+        self._learned = Parametrisation(self.config, self.groups, start)
+        self._control = ControlVariate(self.groups, config.control_decay)
+        self._diagnostics = Diagnostics(self.groups, config.floor, start)
 
     @property
     def s(self) -> Tensor:
         """The keep probabilities float64[C]; a read-only view by convention."""
-        return self._s.detach()
+        return self._learned.s
 
     @property
     def trivial(self) -> bool:
@@ -97,6 +127,13 @@ class MaskPolicy:
         return self._frozen
 
     @property
+    def cap(self) -> int:
+        """Most atoms that a drawn mask keeps: ceil(hard_cap * rho * C) for a budget of atoms (at least the
+        minimum widths, at most C), else C.
+        """
+        return self._caps.atoms
+
+    @property
     def expected_size(self) -> float:
         """Expected number of atoms of a raw draw, sum(s)."""
         return float(self.s.sum())
@@ -107,77 +144,117 @@ class MaskPolicy:
         s = self.s
         return float((torch.special.entr(s) + torch.special.entr(1 - s)).mean()) / math.log(2)
 
+    # --- masks ---
+
     def sample(self, round: int) -> tuple[Tensor, Tensor]:
-        """m1 and its reference m2, two independent masks bool[C]; a function of (s, seed, round)."""
-        return self._draw(round, _STREAMS["m1"]), self._draw(round, _STREAMS["m2"])
+        """m1 and its reference m2, bool[C], paired as the estimator needs them; a function of (s, seed,
+        round).
+        """
+        first = self._draw(round, FIRST)
+        if pairing(self.config.estimator) == "flipped" and not self.trivial:
+            return first, self._flipped(first, round)
+        return first, self._draw(round, SECOND)
 
     def sample_for_ranks(self, round: int, ranks: int) -> tuple[Tensor, ...]:
         """m1 and a reference mask for each of ``ranks`` ranks, all independent; the first is that of
         ``sample``.
         """
-        references = [self._draw(round, _STREAMS["m2"])]
-        references += [self._draw(round, _STREAMS["ranks"] + rank) for rank in range(1, ranks)]
-        return self._draw(round, _STREAMS["m1"]), *references
+        references = [self._draw(round, RANKS + rank) for rank in range(1, ranks)]
+        return *self.sample(round), *references
 
-    def candidates(self, count: int) -> list[Tensor]:
-        """Masks bool[C] to choose the final network from: the most probable one, then ``count`` drawn from
-        p(m | s).
+    def candidates(self, count: int, round: int = 0) -> list[Tensor]:
+        """Masks bool[C] to choose the final network from: the most probable atoms, then ``count`` drawn from
+        p(m | s). All have the expected widths of their groups and are as close to the budget as their atoms
+        allow.
 
         Equal masks are listed once, so that no subnet is measured twice; the list may be shorter than 1 +
         count.
+
+        Args:
+            count: how many are drawn.
+            round: the round that is next; persistent masks are those that it and the following would have.
         """
-        best = most_probable(self.s, self.groups, self.budget, self.config.min_width)
-        masks = [self._fitting(best, 1 - self.s)]
-        masks += [self._draw(index, _STREAMS["candidates"]) for index in range(count)]
+        first = round if self.config.sampler == "persistent" else 0
+        drawn = [self._sampler.draw(self.s, index, CANDIDATES) for index in range(first, first + count)]
+        masks = [self._final(margin) for margin in (1 - self.s, *(draw.margin for draw in drawn))]
         return list({mask.numpy().tobytes(): mask for mask in reversed(masks)}.values())[::-1]
 
-    def update(self, loss_difference: float, m1: Tensor, m2: Tensor) -> None:
-        """One step on s from the loss difference L(m1) - L(m2); a trivial or frozen policy stays as it is.
+    # --- learning ---
+
+    def advance(self, progress: float) -> None:
+        """Tell which share of the search is over, in [0, 1]: rho and learning rates follow from it."""
+        self._progress = min(1.0, max(0.0, progress))
+        config = self.config
+        if config.rho_start == 0 or self.trivial:
+            return
+        rho = config.rho_start + min(1.0, self._progress / config.anneal) * (config.rho - config.rho_start)
+        if rho != self.rho:
+            self._take_rho(rho)
+            self._learned.settle(self._budget.project(self.s))
+
+    def update(self, loss: float, reference_loss: float, m1: Tensor, m2: Tensor, round: int = 0) -> None:
+        """One step on s from L(m1) and L(m2); a trivial or frozen policy stays as it is.
+
+        Args:
+            loss: L(m1).
+            reference_loss: L(m2).
+            m1: bool[C], the mask of ``round``.
+            m2: bool[C], its reference.
+            round: which atoms were drawn for the reference anew depends on it.
 
         Raises:
-            FloatingPointError: the loss difference is not a finite number.
+            FloatingPointError: a loss is not a finite number.
             ValueError: a mask is not bool[C].
         """
-        if not math.isfinite(loss_difference):
+        difference = loss - reference_loss
+        if not math.isfinite(difference):
             raise FloatingPointError(
-                f"the loss difference L(m1) - L(m2) is {loss_difference}: the training diverged; "
-                "lower optim.lr"
+                f"the loss difference L(m1) - L(m2) is {difference}: the training diverged; lower optim.lr"
             )
         for mask in (m1, m2):
             if mask.dtype != torch.bool or mask.shape != (self.num_atoms,):
                 raise ValueError(f"a mask is {mask.dtype}{list(mask.shape)}; give bool[{self.num_atoms}]")
-        if not (self.trivial or self.frozen):
-            self._move(ESTIMATORS[self.config.estimator](loss_difference, m1, m2, self.s))
+        if self.trivial or self.frozen:
+            return
+        name = self.config.estimator
+        mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
+        control = self._control.of_round(round) if name in CONTROLLED else None
+        g = ESTIMATORS[name](Comparison(loss, reference_loss, m1, m2, self.s, mean, control))
+        if control is not None:
+            self._control.estimated(g)
+        self._diagnostics.compared(difference, m1, round)
+        self._move(torch.where(self._sampler.redrawn(round), g, 0.0))
 
-    def update_from_ranks(self, losses: Tensor, masks: Tensor) -> None:
+    def update_from_ranks(self, losses: Tensor, masks: Tensor, round: int = 0) -> None:
         """One step on s by leave-one-out over R + 1 masks.
 
         Args:
             losses: float64[R + 1].
             masks: bool[R + 1, C].
+            round: as in ``update``.
         """
         if not (self.trivial or self.frozen):
-            self._move(leave_one_out(losses, masks, self.s))
-
-    def _move(self, gradient: Tensor) -> None:
-        self._s.grad = precondition(gradient, self.s, self.config.alpha)
-        self._optimizer.step()
-        self._s.grad = None
-        with torch.no_grad():
-            self._s.copy_(self._project(self.s))
+            self._diagnostics.compared(float(losses[0] - losses[1:].mean()), masks[0], round)
+            g = leave_one_out(losses, masks, self.s)
+            self._move(torch.where(self._sampler.redrawn(round), g, 0.0))
 
     def freeze(self) -> None:
         """Stop learning s; masks can still be drawn."""
         self._frozen = True
 
+    def report(self) -> dict[str, Any]:
+        """Entropy of s, and what ``policy.diagnostics`` has counted since the last report."""
+        return {"entropy": self.entropy} | self._diagnostics.report(self.s)
+
+    # --- state ---
+
     def state_dict(self) -> dict[str, Any]:
-        """Copies of s, the optimizer's state and the frozen flag; configuration and seed are the caller's."""
-        slots = self._optimizer.state[self._s]
-        return {
-            "s": self.s.clone(),
-            "frozen": self._frozen,
-            "optimizer": {name: value.clone() for name, value in slots.items()},
-        }
+        """Copies of all that is learned and counted; configuration and seed are the caller's."""
+        tensors = {"s": self.s, "progress": torch.tensor([self._progress, self.rho], dtype=torch.float64)}
+        tensors |= {f"optimizer/{name}": value for name, value in self._learned.slots().items()}
+        tensors |= {f"control/{name}": value for name, value in self._control.state().items()}
+        tensors |= {f"diagnostics/{name}": value for name, value in self._diagnostics.state().items()}
+        return {"tensors": {n: t.clone() for n, t in tensors.items()}, "frozen": self._frozen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()`` bit for bit.
@@ -185,68 +262,127 @@ class MaskPolicy:
         Raises:
             ValueError: the state belongs to another number of atoms or to another optimizer.
         """
-        s, slots = state["s"], state["optimizer"]
+        tensors: Mapping[str, Tensor] = state["tensors"]
+        s = tensors["s"]
         if s.dtype != torch.float64 or s.shape != (self.num_atoms,):
             raise ValueError(
                 f"the saved probabilities are {s.dtype}{list(s.shape)}, the model has {self.num_atoms} "
                 "atoms; load a checkpoint of the same model"
             )
-        mine = self._optimizer.state[self._s]
-        if _shapes(slots) != _shapes(mine):
-            raise ValueError(
-                f"the saved optimizer state ({', '.join(slots) or 'none'}) does not fit policy.optimizer "
-                f"{self.config.optimizer!r} ({', '.join(mine) or 'none'}); set the one of the checkpoint"
-            )
-        with torch.no_grad():
-            self._s.copy_(s)
-            for name, value in slots.items():
-                mine[name].copy_(value)
+        self._learned.load(s, _under(tensors, "optimizer/"))
+        self._control.load(_under(tensors, "control/"))
+        self._diagnostics.load(_under(tensors, "diagnostics/"))
+        self._progress, rho = tensors["progress"].tolist()
+        if rho != self.rho:
+            self._take_rho(rho)
         self._frozen = bool(state["frozen"])
 
+    # --- parts ---
+
     def _draw(self, round: int, stream: int) -> Tensor:
-        u = uniforms(self.num_atoms, mask_generator(self.seed, round, stream))
-        mask = respect_widths(u < self.s, self.s, self.groups, self.config.min_width, self.cap, u)
-        return self._fitting(mask, u / self.s)
+        return self._usable(self._sampler.draw(self.s, round, stream))
 
-    def _fitting(self, mask: Tensor, margin: Tensor) -> Tensor:
-        if self._size is None or self.trivial:
+    def _usable(self, drawn: Drawn) -> Tensor:
+        """A draw with its minimum widths and within the caps; one of fixed widths is so by itself."""
+        if self.config.sampler == "fixed_width":
+            return drawn.mask
+        mask, min_width = drawn.mask, self.config.min_width
+        mask = respect_widths(mask, self.s, self.groups, min_width, self._caps.atoms, drawn.margin)
+        return self._fitting(Drawn(mask, drawn.margin))
+
+    def _fitting(self, drawn: Drawn) -> Tensor:
+        mask, caps, costs = drawn.mask, self._caps, self._costs
+        if costs is None or self.trivial:
             return mask
-        return respect_size(mask, margin, self.groups, self.config.min_width, self._size, self.size_cap)
+        for size, cap in ((costs.parameters, caps.parameters), (costs.flops, caps.flops)):
+            if cap is not None:
+                mask = respect_size(mask, drawn.margin, self.groups, self.config.min_width, size, cap)
+        return mask
 
-    def _hard_size_cap(self) -> int:
-        """Parameters at rho of every group, times hard_cap squared; those of the full network at most."""
-        if self._size is None:
-            return 0
-        uniform = torch.zeros(self.num_atoms, dtype=torch.bool)
-        for group in self.groups:
-            width = min(group.size, max(self.config.min_width, math.ceil(self.config.rho * group.size)))
-            uniform[group.start : group.start + width] = True
-        whole = self._size(torch.ones_like(uniform))
-        return min(whole, math.ceil(self.config.hard_cap**2 * self._size(uniform)))
+    def _flipped(self, mask: Tensor, round: int) -> Tensor:
+        """``mask`` with one atom the other way round; the mask itself if minimum widths or caps forbid it."""
+        generator = mask_generator(self.seed, round, FLIPS)
+        atom = int(torch.randint(self.num_atoms, (1,), generator=generator))
+        other = mask.clone()
+        other[atom] = ~other[atom]
+        allowed = torch.equal(self._usable(Drawn(other, (~other).to(torch.float64))), other)
+        return other if allowed else mask
 
-    def _hard_cap(self) -> int:
-        wanted = math.ceil(self.config.hard_cap * self.budget - 1e-9)
-        return min(self.num_atoms, max(wanted, minimum_size(self.groups, self.config.min_width)))
+    def _final(self, margin: Tensor) -> Tensor:
+        """The mask of the smallest margins that has the widths to end with."""
+        if self.config.sampler != "fixed_width":
+            mask = self._budget.mask(self.s, margin, self.config.min_width)
+            return self._fitting(Drawn(mask, margin))
+        mask = torch.zeros(self.num_atoms, dtype=torch.bool)
+        for group, width in zip(self.groups, self._uniform_widths(), strict=True):
+            mask[group.start + margin[group.start : group.stop].argsort(stable=True)[:width]] = True
+        return mask
+
+    def _uniform_widths(self) -> list[int]:
+        return [int(self._uniform[g.start : g.stop].sum()) for g in self.groups]
+
+    def _move(self, gradient: Tensor) -> None:
+        z = self._learned.move(
+            precondition(gradient, self.s, self.config.alpha), self._learning_rate_factor()
+        )
+        self._learned.settle(self._project(z))
 
     def _project(self, z: Tensor) -> Tensor:
-        return project(z, self.budget, self.config.floor, 1 - self.config.floor)
+        if self.config.sampler != "fixed_width":
+            return self._budget.project(z)
+        parts = []
+        for group, width in zip(self.groups, self._uniform_widths(), strict=True):
+            lower = min(self.config.floor, width / group.size)
+            parts.append(project(z[group.start : group.stop], width, lower, 1 - self.config.floor))
+        return torch.cat(parts)
 
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        """Adam or SGD over s, with the state of its first step (zeros) already there.
+    def _learning_rate_factor(self) -> float:
+        if self.config.schedule == "linear":
+            return 1 - self._progress
+        if self.config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * self._progress))
+        return 1.0
 
-        A state that exists from the start keeps the same keys and shapes for the whole run, which lets
-        checkpoints be loaded in place; zeros are what both optimizers would start from.
-        """
-        config, zeros = self.config, torch.zeros_like(self.s)
-        if config.optimizer == "adam":
-            adam = torch.optim.Adam([self._s], lr=config.lr, foreach=False)
-            adam.state[self._s] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-            return adam
-        sgd = torch.optim.SGD([self._s], lr=config.lr, momentum=config.momentum, foreach=False)
-        if config.momentum > 0:
-            sgd.state[self._s] = {"momentum_buffer": zeros}
-        return sgd
+    def _take_rho(self, rho: float) -> None:
+        self.rho = rho
+        self._budget = self._budget_of(rho)
+        self._caps = self._caps_of(self._budget)
+
+    def _budget_of(self, rho: float) -> Budget:
+        bounds = (self.config.floor, 1 - self.config.floor)
+        return Budget(self.config.budget, rho, self.groups, self._costs, bounds)
+
+    def _caps_of(self, budget: Budget) -> _Caps:
+        config, costs = self.config, self._costs
+        atoms = self.num_atoms
+        if config.budget == "count":
+            wanted = math.ceil(config.hard_cap * budget.limit - 1e-9)
+            atoms = min(atoms, max(wanted, minimum_size(self.groups, config.min_width)))
+        if costs is None:
+            return _Caps(atoms, None, None)
+        uniform = self._evenly_narrowed(1.0 if self.trivial else float(budget.start().mean()))
+        parameters = min(costs.dense_parameters, math.ceil(config.hard_cap**2 * costs.parameters(uniform)))
+        flops = None
+        if config.budget == "flops":
+            flops = min(costs.dense_flops, math.ceil(config.hard_cap**2 * costs.flops(uniform)))
+        return _Caps(atoms, parameters, flops)
+
+    def _evenly_narrowed(self, ratio: float) -> Tensor:
+        """Every group narrowed to this ratio, rounded up."""
+        mask = torch.zeros(self.num_atoms, dtype=torch.bool)
+        for group in self.groups:
+            width = min(group.size, max(self.config.min_width, math.ceil(ratio * group.size - 1e-9)))
+            mask[group.start : group.start + width] = True
+        return mask
+
+    def _build_sampler(self) -> Sampler:
+        config = self.config
+        if config.sampler == "fixed_width":
+            return FixedWidth(self.groups, self._uniform_widths(), self.seed)
+        if config.sampler == "persistent":
+            return Persistent(self.num_atoms, self.seed, config.refresh)
+        return Bernoulli(self.num_atoms, self.seed, pairing(config.estimator) == "antithetic")
 
 
-def _shapes(slots: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in slots.items()}
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,20 +1,31 @@
 """Samplers: from keep probabilities to masks, the same on every rank.
 
-A raw draw keeps atom c where u_c < s_c for one uniform u_c per atom. Two rules then repair draws that a
-network cannot use: a group never falls below its minimum width (an empty group would disconnect the network),
-and a mask never keeps more than a hard cap (its size decides how much memory the subnet takes). Both use the
-same u, so that a mask stays a function of (s, seed, round).
+    bernoulli    m = 1[u < s] with new uniforms u in every round (Zhou et al. 2021)
+    antithetic   the same, but m = 1[1 - u < s] beside m' = 1[u < s]
+    persistent   u_c = hash(seed, c, floor(q·round + φ_c)): the atom c is redrawn every 1/q rounds
+    fixed_width  Bernoulli given the width of every group (``policy.conditional_bernoulli``)
+
+All are functions of (s, seed, round, stream): no state, nothing to communicate or to save. ``policy.widths``
+repairs draws that a network cannot use.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from offload_sparse.policy.conditional_bernoulli import ConditionalBernoulli
 from offload_sparse.structure.channel_map import Group
+
+FIRST, SECOND, CANDIDATES, FLIPS = range(4)
+"""Streams of a round: m, its reference, candidates for the final mask, the atom to flip."""
+
+RANKS = 1 << 32
+"""From here on, the streams of references that ranks have of their own."""
 
 _MASK64 = (1 << 64) - 1
 
@@ -47,122 +58,141 @@ def uniforms(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
-def bernoulli(s: Tensor, generator: torch.Generator) -> Tensor:
-    """A raw draw m ~ Bern(s): bool[C] from s = float64[C]; no minimum width, no cap."""
-    return uniforms(len(s), generator) < s
+class Drawn(NamedTuple):
+    """A raw draw.
+
+    Attributes:
+        mask: bool[C].
+        margin: float64[C], below 1 where an atom was drawn; the larger, the closer it was to not being drawn.
+    """
+
+    mask: Tensor
+    margin: Tensor
 
 
-def minimum_size(groups: Sequence[Group], min_width: int) -> int:
-    """Atoms that every mask keeps: the sum of min(min_width, size) over the groups."""
-    return sum(min(min_width, group.size) for group in groups)
+class Sampler(Protocol):
+    """Draws masks from p(m|s)."""
+
+    def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
+        """The mask of a stream of a round."""
+
+    def redrawn(self, round: int) -> Tensor:
+        """bool[C]: the atoms that were drawn for the reference anew, independently of the mask itself."""
+
+    def mean(self, s: Tensor) -> Tensor:
+        """E[m], float64[C]."""
 
 
-def respect_widths(
-    mask: Tensor, s: Tensor, groups: Sequence[Group], min_width: int, cap: int, u: Tensor
-) -> Tensor:
-    """The draw made usable: every group keeps its minimum width, the whole mask at most ``cap`` atoms.
-
-    A group that is too narrow is filled with its most probable atoms (ties: the lower index). Above the cap,
-    those kept atoms go that were closest to not being drawn (largest u/s; ties: the higher index), none below
-    the minimum width.
+class Bernoulli:
+    """Independent draws.
 
     Args:
-        mask: bool[C], the draw; it is not changed.
-        s: float64[C], the keep probabilities.
-        groups: the groups of the atoms.
-        min_width: smallest width of a group; a smaller group is kept whole.
-        cap: most atoms that the result may keep.
-        u: float64[C], the uniforms of the draw.
-
-    Returns:
-        A new bool[C].
-
-    Raises:
-        ValueError: ``cap`` is smaller than the sum of the minimum widths.
+        count: number of atoms.
+        seed: seed of the masks.
+        antithetic: the first mask of a round uses 1 - u where the second uses u.
     """
-    needed = minimum_size(groups, min_width)
-    if cap < needed:
-        raise ValueError(f"a cap of {cap} atoms is below the {needed} of the minimum widths; raise the cap")
-    kept = mask.clone()
-    for group in groups:
-        _fill(kept[group.start : group.stop], s[group.start : group.stop], min_width)
-    surplus = int(kept.sum()) - cap
-    if surplus > 0:
-        kept[_droppable(kept, u / s, groups, min_width)[:surplus]] = False
-    return kept
+
+    def __init__(self, count: int, seed: int, antithetic: bool = False) -> None:
+        self._count, self._seed, self._antithetic = count, seed, antithetic
+
+    def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
+        mirrored = self._antithetic and stream == FIRST
+        u = uniforms(self._count, mask_generator(self._seed, round, SECOND if mirrored else stream))
+        u = 1 - u if mirrored else u
+        return Drawn(u < s, u / s)
+
+    def redrawn(self, round: int) -> Tensor:  # noqa: ARG002
+        return torch.ones(self._count, dtype=torch.bool)
+
+    def mean(self, s: Tensor) -> Tensor:
+        return s
 
 
-def respect_size(
-    mask: Tensor,
-    margin: Tensor,
-    groups: Sequence[Group],
-    min_width: int,
-    size: Callable[[Tensor], int],
-    cap: int,
-) -> Tensor:
-    """A mask whose subnet is small enough: atoms go, those with the largest ``margin`` first, while
-    ``size(mask)`` is above ``cap``; none below the minimum width.
+class Persistent:
+    """Masks that drift: in every round a share of the atoms is drawn anew, the others keep their uniform.
+
+    Each mask by itself is an exact draw from p(m|s). The reference of a round is the first mask of the next
+    one. Atoms that are redrawn between the two are independent in them, given all others; which ones these
+    are is known beforehand, and each has its turn every 1/refresh rounds.
 
     Args:
-        mask: bool[C]; it is not changed.
-        margin: float64[C], how readily an atom goes.
+        count: number of atoms.
+        seed: seed of the masks.
+        refresh: share of the atoms redrawn per round, in (0, 1].
+    """
+
+    def __init__(self, count: int, seed: int, refresh: float) -> None:
+        self._count, self._seed, self._refresh = count, seed, refresh
+        self._phase = self._hashed(np.zeros(count, dtype=np.int64))
+
+    def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
+        if (
+            stream == CANDIDATES
+        ):  # the masks to come, which owe most of their atoms to those that were trained
+            stream = FIRST
+        u = self._path(round + (stream == SECOND))
+        if stream >= RANKS:
+            own = uniforms(self._count, mask_generator(self._seed, round, stream))
+            u = torch.where(self.redrawn(round), own, u)
+        return Drawn(u < s, u / s)
+
+    def redrawn(self, round: int) -> Tensor:
+        return torch.from_numpy(self._turn(round + 1) != self._turn(round))
+
+    def mean(self, s: Tensor) -> Tensor:
+        return s
+
+    def _path(self, round: int) -> Tensor:
+        return torch.from_numpy(self._hashed(1 + self._turn(round)))
+
+    def _turn(self, round: int) -> np.ndarray:
+        """How often each atom has been redrawn, int64[C]."""
+        return np.floor(self._refresh * round + self._phase).astype(np.int64)
+
+    def _hashed(self, turn: np.ndarray) -> np.ndarray:
+        """u ~ U[0, 1) of (seed, atom, turn), float64[C]."""
+        mixed = np.full(self._count, splitmix64(self._seed & _MASK64), dtype=np.uint64)
+        for part in (np.arange(self._count, dtype=np.uint64), turn.astype(np.uint64)):
+            mixed = _splitmix64_each(mixed ^ part)
+        return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class FixedWidth:
+    """Independent draws given the width of every group, so that shapes never change.
+
+    Args:
         groups: the groups of the atoms.
-        min_width: smallest width of a group.
-        size: parameters of the subnet of a mask; dropping an atom never raises it.
-        cap: most parameters.
-
-    Returns:
-        The mask itself if it fits, else a new bool[C] without the fewest atoms (all that may go, if that is
-        not enough).
+        widths: atoms that each group keeps.
+        seed: seed of the masks.
     """
-    if size(mask) <= cap:
-        return mask
-    order = _droppable(mask, margin, groups, min_width)
 
-    def without(count: int) -> Tensor:
-        kept = mask.clone()
-        kept[order[:count]] = False
-        return kept
+    def __init__(self, groups: Sequence[Group], widths: Sequence[int], seed: int) -> None:
+        self._groups, self._widths, self._seed = groups, widths, seed
 
-    fits = bisect_left(range(len(order)), True, key=lambda count: size(without(count)) <= cap)
-    return without(fits)
+    def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
+        u = uniforms(len(s), mask_generator(self._seed, round, stream))
+        parts = [
+            given.draw(u[g.start : g.stop]) for g, given in zip(self._groups, self._given(s), strict=True)
+        ]
+        mask = torch.cat(parts)
+        return Drawn(mask, torch.where(mask, 1 - s, 2 - s))
 
+    def redrawn(self, round: int) -> Tensor:  # noqa: ARG002
+        return torch.ones(self._groups[-1].stop, dtype=torch.bool)
 
-def most_probable(s: Tensor, groups: Sequence[Group], budget: float, min_width: int) -> Tensor:
-    """The mask of the most probable atoms: bool[C] with at most ``budget`` atoms (or the minimum widths, if
-    they are more).
+    def mean(self, s: Tensor) -> Tensor:
+        return torch.cat([given.inclusion() for given in self._given(s)])
 
-    The minimum widths come first, then the atoms in falling order of s. Equally probable atoms are taken
-    evenly from all groups (by their rank relative to the group's size, then by index): before anything is
-    learned, the mask is a uniformly narrowed network and not one whose first layers are whole.
-    """
-    kept = torch.zeros(len(s), dtype=torch.bool)
-    rank = torch.zeros(len(s), dtype=torch.float64)
-    for group in groups:
-        order = s[group.start : group.stop].argsort(descending=True, stable=True)
-        rank[group.start + order] = torch.arange(1, group.size + 1, dtype=torch.float64) / group.size
-        kept[group.start + order[:min_width]] = True
-    evenly = rank.argsort(stable=True)
-    order = evenly[s[evenly].argsort(descending=True, stable=True)]
-    order = order[~kept[order]]
-    room = max(0, int(budget + 1e-9) - int(kept.sum()))
-    kept[order[:room]] = True
-    return kept
+    def _given(self, s: Tensor) -> list[ConditionalBernoulli]:
+        return [
+            ConditionalBernoulli(s[g.start : g.stop], width)
+            for g, width in zip(self._groups, self._widths, strict=True)
+        ]
 
 
-def _fill(kept: Tensor, s: Tensor, min_width: int) -> None:
-    """Fill one group (bool[size], changed in place) up to its minimum width."""
-    missing = min(min_width, len(kept)) - int(kept.sum())
-    if missing > 0:
-        order = s.argsort(descending=True, stable=True)
-        kept[order[~kept[order]][:missing]] = True
-
-
-def _droppable(kept: Tensor, margin: Tensor, groups: Sequence[Group], min_width: int) -> Tensor:
-    """int64: kept atoms beyond the minimum width of their group, those first that go first."""
-    spare = []
-    for group in groups:
-        atoms = group.start + kept[group.start : group.stop].nonzero().flatten()
-        spare.append(atoms[margin[atoms].argsort(stable=True)[min_width:]])
-    atoms = torch.cat(spare).sort().values.flip(0)
-    return atoms[margin[atoms].argsort(descending=True, stable=True)]
+def _splitmix64_each(values: np.ndarray) -> np.ndarray:
+    """``splitmix64`` of every entry of uint64[C]; products wrap as they must."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

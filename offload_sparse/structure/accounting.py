@@ -95,6 +95,25 @@ class CostModel:
         """Parameters of the subnetwork of ``mask`` (bool[C])."""
         return int((self._entries * self._kept_products(mask)).sum())
 
+    def expected_flops(self, s: Tensor) -> Tensor:
+        """Expected forward FLOPs, a scalar that is differentiable in s.
+
+        Args:
+            s: float64[C], keep probabilities of independent atoms. A tensor that has the same atoms in two
+                dimensions is counted by the product of expected widths.
+        """
+        return self._constant + (self._flops / self._per * self._expected_products(s)).sum()
+
+    def expected_parameters(self, s: Tensor) -> Tensor:
+        """Expected parameters, a scalar that is differentiable in s; see ``expected_flops``."""
+        return (self._entries * self._expected_products(s)).sum()
+
+    def _expected_products(self, s: Tensor) -> Tensor:
+        """float64[tensors]: product of the expected kept positions over the dimensions that can shrink."""
+        alive = self._channel_map.alive_probability(s)
+        kept = self._always.to(s.dtype).index_add(0, self._segment, alive[self._atoms])
+        return kept[self._dims].prod(1)
+
     def _row(self, name: str) -> list[int]:
         """Numbers of the axes of one tensor; equal axes share one, and 0 is the axis that never shrinks."""
         row = []

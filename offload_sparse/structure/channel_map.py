@@ -151,6 +151,16 @@ class ChannelMap:
         unions.index_add_(0, self.unions[0], mask[self.unions[1]].to(torch.int64))
         return torch.cat([mask, unions > 0, torch.tensor([False, True])])
 
+    def alive_probability(self, s: Tensor) -> Tensor:
+        """float64[num_ids]: how probable it is that an atom or union is alive.
+
+        Args:
+            s: float64[C], the probabilities of independent atoms; differentiable in them.
+        """
+        gone = torch.zeros(self.num_ids - self.num_atoms, dtype=s.dtype)
+        gone = gone.index_add(0, self.unions[0], torch.log1p(-s.clamp(max=1 - 1e-12))[self.unions[1]])
+        return torch.cat([s, -torch.expm1(gone)])
+
     def channels_of(self, group: Group) -> Tensor:
         """int64[channels], the atom of each channel of ``group``; -1 where a channel is always kept.
 

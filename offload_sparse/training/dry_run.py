@@ -14,6 +14,7 @@ from offload_sparse.config import PaperConfig, RunConfig
 from offload_sparse.data.declared import DeclaredData, declared_data
 from offload_sparse.data.sampler import steps_per_epoch
 from offload_sparse.models import build_model, input_channels
+from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.structure.accounting import CostModel, train_cost_saving
 from offload_sparse.structure.blocks import block_atoms
 from offload_sparse.structure.channel_map import ChannelMap
@@ -100,7 +101,7 @@ def _mask(config: RunConfig, structure: Structure) -> Tensor:
         target = config.static.flops_ratio * structure.cost.flops(channel_map.full_mask())
         return mask_of_flops(channel_map, structure.cost, target, config.policy.min_width)
     if config.method in ("sparse_offload", "static"):
-        return channel_map.uniform_mask(config.policy.rho, config.policy.min_width)
+        return evenly_narrowed(config.policy, channel_map, structure.cost)
     return channel_map.full_mask()
 
 

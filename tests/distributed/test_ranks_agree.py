@@ -163,9 +163,7 @@ def learned_from_ranks() -> tuple[Tensor, Tensor]:
     start = session.policy.s.clone()
     batch = own_part(batches(1)[0])
     session.step(batch, loss_fn)
-    policy = MaskPolicy(
-        PolicyConfig(rho=0.5, lr=0.05), session.channel_map.groups, 3, session.cost.parameters
-    )
+    policy = MaskPolicy(PolicyConfig(rho=0.5, lr=0.05), session.channel_map.groups, 3, session.cost)
     masks = policy.sample_for_ranks(0, 2)
     own = [masks[0], masks[1 + dist.get_rank()]]
     measured = torch.stack([masked_loss(net, session.channel_map, mask, batch) for mask in own])

@@ -42,25 +42,25 @@ class MaskedTrainer:
         rounds: RoundConfig,
         optim: OptimConfig,
         seed: int,
+        total: int = 10**6,
     ) -> None:
         inputs = (torch.empty(1, 2, 6, 6, device="meta", dtype=torch.float64),)
         self.net = net
         self.channel_map = channel_map
         self.rounds = rounds
         self.optim = optim
-        self.policy = MaskPolicy(
-            policy, channel_map.groups, seed, CostModel(net, channel_map, inputs).parameters
-        )
+        self.policy = MaskPolicy(policy, channel_map.groups, seed, CostModel(net, channel_map, inputs))
         self.weights = {n: p.detach().clone() for n, p in net.named_parameters()}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.weights.items()}
         self.buffers = {n: b.clone() for n, b in net.named_buffers() if b.is_floating_point()}
-        self.steps = 0
+        self.total = total
 
     def run(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         for step, (x, y) in enumerate(batches):
             in_round = step % self.rounds.k
             if in_round == 0:
                 round_index = step // self.rounds.k
+                self.policy.advance(step / self.total)
                 if self.rounds.prefetch and round_index:
                     self.masks = self.drawn_ahead
                 else:
@@ -68,22 +68,22 @@ class MaskedTrainer:
                 if self.rounds.prefetch:
                     self.drawn_ahead = self.policy.sample(round_index + 1)
                 # All of a round's updates of s are known only at its end; within it masks do not depend on s.
-                self.updates: list[float] = []
+                self.updates: list[tuple[float, float]] = []
             turns = self.rounds.reference == "turns"
             trained = in_round % 2 if turns else 0
             compared = turns or self.rounds.reference == "every_step" or in_round == 0
             loss, gradients, statistics = self._pass(x, y, self.masks[trained])
             if compared and not torch.equal(*self.masks):
                 other, _, _ = self._pass(x, y, self.masks[1 - trained])
-                difference = float(loss - other) if trained == 0 else float(other - loss)
-                self.updates.append(difference)
+                pair = (float(loss), float(other))
+                self.updates.append(pair if trained == 0 else pair[::-1])
             self._move(gradients, self.masks[trained])
             kept = entry_masks(self.channel_map, self.masks[trained])
             for name, value in statistics.items():
                 self.buffers[name] = torch.where(kept[name].bool(), value, self.buffers[name])
             if in_round == self.rounds.k - 1:
-                for difference in self.updates:
-                    self.policy.update(difference, *self.masks)
+                for pair in self.updates:
+                    self.policy.update(*pair, *self.masks, step // self.rounds.k)
 
     def _pass(
         self, x: Tensor, y: Tensor, mask: Tensor

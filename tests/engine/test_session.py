@@ -109,6 +109,76 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
     assert not torch.equal(session.policy.s, torch.full_like(session.policy.s, 0.5)), "s must have moved"
 
 
+POLICIES = {
+    "pge": PolicyConfig(rho=0.5, estimator="pge", lr=0.05),
+    "disarm": PolicyConfig(rho=0.5, estimator="disarm", lr=0.05),
+    "rloo_cv": PolicyConfig(rho=0.5, estimator="rloo_cv", lr=0.05),
+    "disarm_cv": PolicyConfig(rho=0.5, estimator="disarm_cv", lr=0.05),
+    "bitflip": PolicyConfig(rho=0.5, estimator="bitflip", lr=0.05, hard_cap=2.0),
+    "persistent": PolicyConfig(rho=0.5, sampler="persistent", refresh=0.3, lr=0.05),
+    "fixed_width": PolicyConfig(rho=0.5, sampler="fixed_width", estimator="vr_pge", lr=0.05),
+    "flops": PolicyConfig(rho=0.4, budget="flops", lr=0.05),
+    "params": PolicyConfig(rho=0.4, budget="params", lr=0.05, schedule="cosine"),
+    "hierarchical": PolicyConfig(rho=0.5, parametrisation="hierarchical", lr=0.01, group_lr=0.05),
+    "annealed": PolicyConfig(rho=0.3, rho_start=0.8, anneal=1.0, lr=0.05),
+}
+"""One for every estimator, sampler, budget and parametrisation beyond the defaults."""
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_equals_masked_training_of_the_full_weights(name: str) -> None:
+    rounds = RoundConfig(k=2, reference="turns", freeze_at=1.0)
+    net, steps = small_net(), 8
+    session = make_session(net, POLICIES[name], rounds, steps + 1)
+    reference_run = MaskedTrainer(net, small_map(net), POLICIES[name], rounds, OPTIM, seed=3, total=steps + 1)
+    data = batches(steps)
+    start = session.policy.s.clone()
+    for batch in data:
+        session.step(batch, loss_fn)
+    reference_run.run(data)
+    for name, value in stored(session, WEIGHTS).items():
+        torch.testing.assert_close(value, reference_run.weights[name], rtol=1e-9, atol=1e-11, msg=name)
+    torch.testing.assert_close(session.policy.s, reference_run.policy.s, rtol=1e-9, atol=1e-11)
+    assert not torch.equal(session.policy.s, start), "s must have moved"
+
+
+@pytest.mark.parametrize("budget", ["count", "params", "flops"])
+@pytest.mark.parametrize("sampler", ["bernoulli", "persistent"])
+def test_the_network_that_training_ends_with_spends_the_budget(budget: str, sampler: str) -> None:
+    """Within 2 %, on a network of which an atom is less than that; s has moved far from where it began."""
+    net = SmallNet(widths=(96, 128)).double()
+    policy = PolicyConfig(rho=0.3, budget=budget, sampler=sampler, lr=0.05)  # type: ignore[arg-type]
+    rounds = RoundConfig(k=2, freeze_at=0.8)
+    session = make_session(net, policy, rounds, total=20)
+    start = session.policy.s.clone()
+    for batch in batches(20):
+        session.step(batch, loss_fn)
+    mask = session.finalize([batches(1)[0][0]]).mask
+    assert float((session.policy.s - start).abs().max()) > 0.1
+    cost = session.cost
+    spent = {
+        "count": int(mask.sum()) / len(mask),
+        "params": cost.parameters(mask) / cost.dense_parameters,
+        "flops": cost.flops(mask) / cost.dense_flops,
+    }
+    assert spent[budget] == pytest.approx(0.3, rel=0.02)
+    assert spent[budget] <= 0.3 * (1 + 1e-9)
+
+
+def test_buffers_are_sized_for_the_widest_subnets_of_a_search() -> None:
+    policy = PolicyConfig(rho=0.25, rho_start=0.75, anneal=1.0, lr=0.05)
+    session = make_session(
+        SmallNet(widths=(24, 32)).double(), policy, RoundConfig(k=2, freeze_at=0.9), total=20
+    )
+    sizes = []
+    for batch in batches(20):
+        session.step(batch, loss_fn)
+        sizes.append(session.relay.pair.sides[0].arrays[WEIGHTS].numel())
+    assert max(sizes) <= session.policy.size_cap
+    assert sizes[0] > 3 * sizes[-1]
+    assert session.policy.rho == 0.25
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])
 def test_rho_one_is_plain_training(clip_norm: float) -> None:
     """Invariant 4, one rank: with every channel kept the session is torch.optim.SGD on the network."""

@@ -15,13 +15,18 @@ from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import recall, restore_session, session_state
 from offload_sparse.engine.state import MethodState, Shard
 from tests.distributed.test_ranks_agree import own_part
-from tests.engine.test_session import arrays, batches, loss_fn, make_session, small_net
+from tests.engine.test_session import POLICIES, arrays, batches, loss_fn, make_session, small_net
 
 STEPS = 14
 ADAMW = OptimConfig(name="adamw", lr=1e-2)
 
 
-def session_of(reference: str, overlap: str, prefetch: bool = True) -> SparseOffload:
+PLAIN = PolicyConfig(rho=0.5, lr=0.05)
+
+
+def session_of(
+    reference: str, overlap: str, prefetch: bool = True, policy: PolicyConfig = PLAIN
+) -> SparseOffload:
     rounds = RoundConfig(
         k=4,
         references="shared" if reference == "turns" else "per_rank",
@@ -30,9 +35,7 @@ def session_of(reference: str, overlap: str, prefetch: bool = True) -> SparseOff
         prefetch=prefetch,
         overlap=overlap,  # type: ignore[arg-type]
     )
-    return make_session(
-        small_net(), PolicyConfig(rho=0.5, lr=0.05), rounds, STEPS, optimizer=ADAMW, final=FinalConfig(4, 2)
-    )
+    return make_session(small_net(), policy, rounds, STEPS, optimizer=ADAMW, final=FinalConfig(4, 2))
 
 
 def through_a_file(state: MethodState) -> MethodState:
@@ -46,21 +49,26 @@ def result(session: SparseOffload) -> dict[str, Tensor]:
     found = arrays(session)
     assert session.final_mask is not None
     found |= {"s": session.policy.s, "mask": session.final_mask}
+    found |= {f"policy/{name}": value for name, value in session.policy.state_dict()["tensors"].items()}
     found["flops"] = torch.tensor([session.forward_flops, session.steps_done, session.rounds_done])
     session.relay.close()
     return found
 
 
-def straight(reference: str, overlap: str, prefetch: bool = True) -> dict[str, Tensor]:
-    session = session_of(reference, overlap, prefetch)
+def straight(
+    reference: str, overlap: str, prefetch: bool = True, policy: PolicyConfig = PLAIN
+) -> dict[str, Tensor]:
+    session = session_of(reference, overlap, prefetch, policy)
     for batch in batches(STEPS):
         session.step(own_part(batch), loss_fn)
     return result(session)
 
 
-def interrupted(reference: str, overlap: str, cut: int, prefetch: bool = True) -> dict[str, Tensor]:
+def interrupted(
+    reference: str, overlap: str, cut: int, prefetch: bool = True, policy: PolicyConfig = PLAIN
+) -> dict[str, Tensor]:
     data = [own_part(batch) for batch in batches(STEPS)]
-    first = session_of(reference, overlap, prefetch)
+    first = session_of(reference, overlap, prefetch, policy)
     for batch in data[:cut]:
         first.step(batch, loss_fn)
     first.records()
@@ -68,7 +76,7 @@ def interrupted(reference: str, overlap: str, cut: int, prefetch: bool = True) -
     for batch in data[cut:]:  # what the first run does after it has been saved must not matter
         first.step(batch, loss_fn)
     first.relay.close()
-    second = session_of(reference, overlap, prefetch)
+    second = session_of(reference, overlap, prefetch, policy)
     restore_session(second, state)
     recall(second, data[max(0, cut - 2) : cut], loss_fn)
     for batch in data[cut:]:
@@ -91,6 +99,17 @@ def test_a_session_restored_at_any_step_ends_with_the_same_bits(
         found = interrupted(reference, overlap, cut, prefetch)
         for name, value in expected.items():
             assert torch.equal(found[name], value), f"{name}, cut after step {cut}"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_is_restored_bit_for_bit(name: str) -> None:
+    """In the middle of two rounds: s, control variate, diagnostics, rho and all."""
+    policy = POLICIES[name]
+    expected = straight("turns", "off", policy=policy)
+    for cut in (2, 6):
+        found = interrupted("turns", "off", cut, policy=policy)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), f"{key}, cut after step {cut}"
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

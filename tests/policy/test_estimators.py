@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from offload_sparse.policy.estimators import (
+    CONTROLLED,
     ESTIMATORS,
+    Comparison,
     leave_one_out,
     paired_losses,
+    pairing,
     precondition,
     rloo,
     vr_pge,
@@ -37,16 +40,49 @@ def random_problem(atoms: int) -> tuple[Tensor, Tensor, Tensor]:
     return masks, losses, s
 
 
-def exact_moments(name: str, masks: Tensor, losses: Tensor, s: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def smooth_losses(masks: Tensor) -> Tensor:
+    """Quadratic in the masks, around a level that is large against its changes."""
+    generator = torch.Generator().manual_seed(1)
+    m = masks.to(torch.float64)
+    atoms = masks.shape[1]
+    slope = torch.randn(atoms, dtype=torch.float64, generator=generator)
+    curvature = 0.3 * torch.randn(atoms, atoms, dtype=torch.float64, generator=generator)
+    return 10 + m @ slope + ((m @ curvature) * m).sum(dim=1)
+
+
+def index_of(masks: Tensor) -> Tensor:
+    """The place of each mask bool[..., C] in ``all_masks``."""
+    return (masks.long() * 2 ** torch.arange(masks.shape[-1] - 1, -1, -1)).sum(-1)
+
+
+def all_pairs(name: str, masks: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, m', probability) of every pair that the estimator's sampling can give."""
+    p, count, atoms = probabilities_of(masks, s), *masks.shape
+    if pairing(name) == "independent":
+        first, second = (i.flatten() for i in torch.meshgrid(2 * [torch.arange(count)], indexing="ij"))
+        return masks[first], masks[second], p[first] * p[second]
+    if pairing(name) == "flipped":
+        flips = torch.eye(atoms, dtype=torch.bool)
+        m = masks.repeat_interleave(atoms, 0)
+        return m, m ^ flips.repeat(count, 1), p.repeat_interleave(atoms) / atoms
+    # u below, between and above min(s, 1-s) and max(s, 1-s); in between both or neither is kept
+    low, sure = torch.minimum(s, 1 - s), s > 0.5
+    cases = torch.tensor(list(itertools.product(range(3), repeat=atoms)))
+    m = torch.where(cases == 1, sure, cases == 2)
+    m_ref = torch.where(cases == 1, sure, cases == 0)
+    return m, m_ref, torch.where(cases == 1, 1 - 2 * low, low).prod(dim=1)
+
+
+def exact_moments(
+    name: str, masks: Tensor, losses: Tensor, s: Tensor, alpha: float, control: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Exact E[H g] and E[|H g|^2] over all pairs of masks."""
-    p = probabilities_of(masks, s)
-    mean, second = torch.zeros_like(s), torch.zeros((), dtype=torch.float64)
-    for i in range(len(masks)):
-        g = ESTIMATORS[name](losses[i] - losses[:, None], masks[i].expand_as(masks), masks, s)
-        g = precondition(g, s, alpha)
-        mean += p[i] * (p @ g)
-        second += p[i] * (p @ (g**2).sum(dim=1))
-    return mean, second
+    m, m_ref, p = all_pairs(name, masks, s)
+    assert float(p.sum()) == pytest.approx(1)
+    loss, reference_loss = losses[index_of(m)][:, None], losses[index_of(m_ref)][:, None]
+    g = ESTIMATORS[name](Comparison(loss, reference_loss, m, m_ref, s, control=control))
+    g = precondition(g, s, alpha)
+    return p @ g, p @ (g**2).sum(dim=1)
 
 
 def enumerated_gradient(masks: Tensor, losses: Tensor, s: Tensor) -> Tensor:
@@ -65,6 +101,14 @@ def test_the_expectation_over_all_pairs_is_the_gradient(name: str, atoms: int) -
     torch.testing.assert_close(mean, enumerated_gradient(masks, losses, s), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_no_control_variate_that_is_fixed_beforehand_adds_a_bias(name: str) -> None:
+    masks, losses, s = random_problem(5)
+    control = torch.linspace(-3, 4, 5, dtype=torch.float64)
+    mean, _ = exact_moments(name, masks, losses, s, 0.0, control)
+    torch.testing.assert_close(mean, enumerated_gradient(masks, losses, s), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("atoms", SIZES)
 def test_the_enumerated_gradient_is_that_of_autograd(atoms: int) -> None:
     masks, losses, s = random_problem(atoms)
@@ -74,52 +118,90 @@ def test_the_enumerated_gradient_is_that_of_autograd(atoms: int) -> None:
     torch.testing.assert_close(enumerated_gradient(masks, losses, s), leaf.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("pge", 20, 950),
+        ("vr_pge", 1, 1),
+        ("rloo", 0.4, 0.6),
+        ("disarm", 0.3, 0.6),
+        ("rloo_cv", 0.05, 0.36),
+        ("disarm_cv", 0.05, 0.36),
+    ],
+)
 @pytest.mark.parametrize("atoms", SIZES)
-def test_rloo_has_about_half_the_second_moment_of_vr_pge(atoms: int) -> None:
-    """On a smooth loss: quadratic in the masks, around a level that is large against its changes."""
-    generator = torch.Generator().manual_seed(1)
+def test_second_moments_relative_to_the_paper_s_estimator(
+    name: str, least: float, most: float, atoms: int
+) -> None:
+    """On a smooth loss; the control variate is the gradient, which an average of past estimates nears."""
     masks = all_masks(atoms)
-    m = masks.to(torch.float64)
-    slope = torch.randn(atoms, dtype=torch.float64, generator=generator)
-    curvature = 0.3 * torch.randn(atoms, atoms, dtype=torch.float64, generator=generator)
-    losses = 10 + m @ slope + ((m @ curvature) * m).sum(dim=1)
-    s = 0.05 + 0.9 * torch.rand(atoms, dtype=torch.float64, generator=generator)
-    paper = exact_moments("vr_pge", masks, losses, s, alpha=0.5)[1]
-    ours = exact_moments("rloo", masks, losses, s, alpha=0.5)[1]
-    assert 0.25 < float(ours / paper) < 0.75
+    losses = smooth_losses(masks)
+    s = torch.linspace(0.1, 0.6, atoms, dtype=torch.float64)
+    control = enumerated_gradient(masks, losses, s) if name in CONTROLLED else None
+    paper = exact_moments("vr_pge", masks, losses, s, 0.5)[1]
+    ours = exact_moments(name, masks, losses, s, 0.5, control)[1]
+    assert least <= float(ours / paper) <= most
 
 
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_a_flipped_atom_varies_little_where_s_is_nearly_certain() -> None:
+    """Without H the second moment of vr_pge grows as s approaches its bounds; that of bitflip does not."""
+    masks = all_masks(4)
+    losses = smooth_losses(masks)
+    near = torch.full((4,), 1e-3, dtype=torch.float64)
+    far = torch.full((4,), 0.5, dtype=torch.float64)
+    growth = {
+        name: float(exact_moments(name, masks, losses, near, 0.0)[1])
+        / float(exact_moments(name, masks, losses, far, 0.0)[1])
+        for name in ("vr_pge", "bitflip")
+    }
+    assert growth["bitflip"] < 3
+    assert growth["vr_pge"] > 100
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"bitflip"}))
 def test_an_atom_that_is_certain_gets_no_estimate(name: str) -> None:
     s = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     m, m_ref = torch.tensor([False, True, True]), torch.tensor([True, False, False])
-    g = ESTIMATORS[name](1.5, m, m_ref, s)
+    control = torch.ones(3, dtype=torch.float64) if name in CONTROLLED else None
+    g = ESTIMATORS[name](Comparison(1.5, 0.0, m, m_ref, s, control=control))
     assert g[0] == 0
     assert g[2] == 0
-    assert g[1] == pytest.approx(3.0)
+    assert g[1] != 0
     assert torch.isfinite(precondition(g, s, 0.5)).all()
 
 
 def test_the_formulas_are_those_of_the_papers() -> None:
     s = torch.tensor([0.25, 0.25], dtype=torch.float64)
     m, m_ref = torch.tensor([True, False]), torch.tensor([False, False])
-    assert vr_pge(2.0, m, m_ref, s).tolist() == pytest.approx([2 * 0.75 / 0.1875, -2 * 0.25 / 0.1875])
-    assert rloo(2.0, m, m_ref, s).tolist() == pytest.approx([1 / 0.1875, 0.0])
+    control = torch.tensor([0.5, 7.0], dtype=torch.float64)
+    pair = Comparison(5.0, 3.0, m, m_ref, s, control=control)
+    expected = {
+        "pge": [5 * 0.75 / 0.1875, -5 * 0.25 / 0.1875],
+        "vr_pge": [2 * 0.75 / 0.1875, -2 * 0.25 / 0.1875],
+        "rloo": [1 / 0.1875, 0.0],
+        "disarm": [1 / 0.25, 0.0],
+        "rloo_cv": [0.75 / 0.1875 + 0.5, 7.0],
+        "disarm_cv": [0.75 / 0.25 + 0.5, 7.0],
+        "bitflip": [4.0, 0.0],
+    }
+    assert expected.keys() == ESTIMATORS.keys()
+    for name, values in expected.items():
+        assert ESTIMATORS[name](pair).tolist() == pytest.approx(values), name
     ones = torch.ones(2, dtype=torch.float64)
     assert precondition(ones, s, 0.5).tolist() == pytest.approx([0.1875**0.5] * 2)
 
 
 def test_rloo_does_not_depend_on_which_mask_comes_first() -> None:
     masks, losses, s = random_problem(5)
-    difference = float(losses[3] - losses[20])
-    there, back = rloo(difference, masks[3], masks[20], s), rloo(-difference, masks[20], masks[3], s)
-    assert torch.equal(there, back)
+    there = rloo(Comparison(losses[3], losses[20], masks[3], masks[20], s))
+    assert torch.equal(there, rloo(Comparison(losses[20], losses[3], masks[20], masks[3], s)))
+    assert not torch.equal(there, vr_pge(Comparison(losses[3], losses[20], masks[3], masks[20], s)))
 
 
 def test_leave_one_out_of_two_samples_is_rloo() -> None:
     masks, losses, s = random_problem(5)
     pair = torch.tensor([7, 22])
-    expected = rloo(losses[7] - losses[22], masks[7], masks[22], s)
+    expected = rloo(Comparison(losses[7], losses[22], masks[7], masks[22], s))
     torch.testing.assert_close(leave_one_out(losses[pair], masks[pair], s), expected)
 
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.config import PolicyConfig
-from offload_sparse.policy.estimators import precondition, rloo
+from offload_sparse.config import PolicyConfig, RoundConfig, check_combination
+from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.probabilities import project
-from offload_sparse.policy.samplers import minimum_size
+from offload_sparse.policy.widths import minimum_size
 from offload_sparse.structure.channel_map import Group
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
@@ -27,8 +27,9 @@ def policy(seed: int = 0, **config: object) -> MaskPolicy:
 def train(learner: MaskPolicy, rounds: range) -> None:
     """Updates with losses that depend on the masks: the first group is worth keeping."""
     for round in rounds:
+        learner.advance(round / 20)
         m1, m2 = learner.sample(round)
-        learner.update(float(m2[:8].sum() - m1[:8].sum()) + math.sin(round), m1, m2)
+        learner.update(math.sin(round) - float(m1[:8].sum()), -float(m2[:8].sum()), m1, m2, round)
 
 
 configurations = st.fixed_dictionaries(
@@ -59,7 +60,7 @@ def test_budget_bounds_cap_and_widths_hold_after_every_update(
             assert int(mask.sum()) <= min(C, max(math.ceil(learner.config.hard_cap * rho * C - 1e-9), lowest))
             for group in GROUPS:
                 assert int(mask[group.start : group.stop].sum()) >= min(learner.config.min_width, group.size)
-        learner.update(difference, m1, m2)
+        learner.update(difference, 0.0, m1, m2)
         assert learner.expected_size <= rho * C + 1e-9
         assert rho == 1 or floor <= float(learner.s.min()) <= float(learner.s.max()) <= 1 - floor
 
@@ -114,9 +115,9 @@ def test_updates_equal_a_hand_written_loop(optimizer: str, reference: object) ->
     for step in range(1, 6):
         m1, m2 = learner.sample(step)
         difference = 0.3 * math.cos(step)
-        g = precondition(rloo(difference, m1, m2, s), s, 0.5)
+        g = precondition(rloo(Comparison(difference, 0.0, m1, m2, s)), s, 0.5)
         s = project(reference(s, g, first, second, step, 0.02), 0.25 * C, 0.005, 0.995)  # type: ignore[operator]
-        learner.update(difference, m1, m2)
+        learner.update(difference, 0.0, m1, m2)
         torch.testing.assert_close(learner.s, s, rtol=0, atol=1e-13)
 
 
@@ -126,7 +127,7 @@ def test_atoms_that_lower_the_loss_become_more_probable(estimator: str, optimize
     learner = policy(rho=0.4, estimator=estimator, optimizer=optimizer, lr=lr)
     for round in range(400):
         m1, m2 = learner.sample(round)
-        learner.update(float(m2[:8].sum()) - float(m1[:8].sum()), m1, m2)
+        learner.update(-float(m1[:8].sum()), -float(m2[:8].sum()), m1, m2, round)
     assert float(learner.s[:8].mean()) > 0.7
     assert float(learner.s[8:].mean()) < 0.4
 
@@ -137,7 +138,7 @@ def test_a_remaining_ratio_of_one_keeps_everything_and_learns_nothing() -> None:
     m1, m2 = learner.sample(0)
     assert bool(m1.all())
     assert bool(m2.all())
-    learner.update(3.0, m1, m2)
+    learner.update(3.0, 0.0, m1, m2)
     assert torch.equal(learner.s, torch.ones(C, dtype=torch.float64))
     assert learner.entropy == 0
     assert learner.expected_size == C == learner.cap
@@ -155,17 +156,21 @@ def test_a_frozen_policy_still_draws_but_learns_no_more() -> None:
     assert torch.equal(learner.s, before)
 
 
-def test_candidates_start_with_the_most_probable_mask_and_do_not_repeat() -> None:
+def test_candidates_have_the_expected_widths_and_do_not_repeat() -> None:
     learner = policy(rho=0.4)
     train(learner, range(200))
     masks = learner.candidates(8)
     assert 2 <= len(masks) <= 9
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
-    assert int(masks[0].sum()) == int(0.4 * C)
-    # No other mask of that size is more probable (min_width 1 binds in no group but the smallest).
-    assert float(learner.s[masks[0]].sum()) >= max(
-        float(learner.s[mask].sum()) for mask in masks if int(mask.sum()) <= int(0.4 * C)
-    )
+    for mask in masks:
+        assert int(mask.sum()) == int(0.4 * C)
+        for group in GROUPS:
+            width = int(mask[group.start : group.stop].sum())
+            expected = float(learner.s[group.start : group.stop].sum())
+            assert abs(width - expected) <= 1.5
+    for group in GROUPS:  # the first takes the most probable atoms of each group
+        inside, s = masks[0][group.start : group.stop], learner.s[group.start : group.stop]
+        assert bool(inside.all()) or float(s[inside].min()) >= float(s[~inside].max())
     assert all(torch.equal(a, b) for a, b in zip(masks, learner.candidates(8), strict=True))
 
 
@@ -191,15 +196,15 @@ def test_the_cap_is_the_rounded_up_share_and_at_least_the_minimum_widths() -> No
 def test_a_loss_difference_that_is_not_finite_is_named(difference: float) -> None:
     learner = policy()
     with pytest.raises(FloatingPointError, match=r"L\(m1\) - L\(m2\)"):
-        learner.update(difference, *learner.sample(0))
+        learner.update(difference, 0.0, *learner.sample(0))
 
 
 def test_a_mask_of_the_wrong_kind_is_an_error() -> None:
     learner = policy()
     with pytest.raises(ValueError, match=r"bool\[27\]"):
-        learner.update(1.0, torch.ones(C), torch.ones(C).bool())
+        learner.update(1.0, 0.0, torch.ones(C), torch.ones(C).bool())
     with pytest.raises(ValueError, match=r"bool\[27\]"):
-        learner.update(1.0, torch.ones(3).bool(), torch.ones(3).bool())
+        learner.update(1.0, 0.0, torch.ones(3).bool(), torch.ones(3).bool())
 
 
 def test_a_model_without_groups_is_an_error() -> None:
@@ -208,7 +213,19 @@ def test_a_model_without_groups_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"optimizer": "adam"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}]
+    "config",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "sgd"},
+        {"optimizer": "sgd", "momentum": 0.0},
+        {"parametrisation": "hierarchical", "schedule": "cosine"},
+        {"estimator": "rloo_cv"},
+        {"estimator": "disarm_cv", "control_decay": 0.5},
+        {"estimator": "bitflip"},
+        {"sampler": "persistent", "estimator": "vr_pge"},
+        {"sampler": "fixed_width", "estimator": "vr_pge"},
+        {"rho_start": 0.6},
+    ],
 )
 @pytest.mark.parametrize("saved_at", [0, 1, 10])
 def test_a_resumed_policy_continues_bit_for_bit(config: dict[str, object], saved_at: int) -> None:
@@ -221,7 +238,7 @@ def test_a_resumed_policy_continues_bit_for_bit(config: dict[str, object], saved
     resumed.load_state_dict(state)
     train(resumed, range(saved_at, 20))
     assert torch.equal(straight.s, resumed.s)
-    left, right = straight.state_dict()["optimizer"], resumed.state_dict()["optimizer"]
+    left, right = straight.state_dict()["tensors"], resumed.state_dict()["tensors"]
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -240,3 +257,127 @@ def test_a_state_of_another_model_or_optimizer_is_an_error() -> None:
         learner.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"policy\.optimizer"):
         learner.load_state_dict(policy(optimizer="sgd").state_dict())
+
+
+# --- samplers, budgets, schedules ---
+
+
+def test_fixed_widths_never_change() -> None:
+    learner = policy(rho=0.25, sampler="fixed_width", lr=0.05)
+    widths = [2, 3, 1]
+    for round in range(50):
+        for mask in learner.sample(round):
+            assert [int(mask[g.start : g.stop].sum()) for g in GROUPS] == widths
+        train(learner, range(round, round + 1))
+    assert float((learner.s - 0.25).abs().max()) > 0.1, "s has moved"
+    for mask in learner.candidates(4):
+        assert [int(mask[g.start : g.stop].sum()) for g in GROUPS] == widths
+    for group, width in zip(GROUPS, widths, strict=True):
+        assert float(learner.s[group.start : group.stop].sum()) <= width + 1e-9
+
+
+def test_persistent_masks_resemble_each_other_and_candidates_carry_on_where_they_are() -> None:
+    learner = policy(rho=0.5, sampler="persistent", refresh=0.1)
+    first, second = learner.sample(7)
+    assert int((first ^ second).sum()) <= int(learner._sampler.redrawn(7).sum())
+    assert 0 < int(learner._sampler.redrawn(7).sum()) <= 8
+    assert torch.equal(second, learner.sample(8)[0])
+    independent = policy(rho=0.5)
+    assert int((independent.sample(7)[0] ^ independent.sample(8)[0]).sum()) > 5
+    candidates = learner.candidates(3, round=7)
+    assert any(int((mask ^ first).sum()) <= 4 for mask in candidates)
+
+
+def test_atoms_that_are_not_redrawn_are_not_moved() -> None:
+    learner = policy(rho=0.5, sampler="persistent", refresh=0.1, optimizer="sgd", momentum=0.0, hard_cap=2)
+    before = learner.s.clone()
+    round = 3
+    m1, m2 = learner.sample(round)
+    learner.update(-1.0, 0.0, m1, ~m2, round)  # masks that differ everywhere
+    redrawn = learner._sampler.redrawn(round)
+    moved = (learner.s - before).abs() > 0.1
+    assert bool(redrawn.any())
+    assert not bool((moved & ~redrawn).any())
+
+
+def test_bitflip_compares_masks_that_differ_in_one_atom() -> None:
+    learner = policy(rho=0.5, estimator="bitflip", hard_cap=2.0)
+    flipped = [int((m1 ^ m2).sum()) for m1, m2 in map(learner.sample, range(40))]
+    assert flipped == [1] * 40
+    tight = policy(rho=0.5, estimator="bitflip", hard_cap=1.0)
+    pairs = [tight.sample(round) for round in range(40)]
+    assert all(int(m2.sum()) <= tight.cap for _, m2 in pairs)
+    assert {int((m1 ^ m2).sum()) for m1, m2 in pairs} == {0, 1}, "0 where a cap or minimum width forbids it"
+
+
+def test_rho_falls_from_its_start_to_its_end_and_the_caps_with_it() -> None:
+    learner = policy(rho=0.2, rho_start=0.6, anneal=0.5)
+    assert learner.expected_size == pytest.approx(0.6 * C)
+    sizes, caps = [], []
+    for share in (0.0, 0.25, 0.5, 1.0):
+        learner.advance(share)
+        sizes.append(learner.expected_size / C)
+        caps.append(learner.cap)
+        assert int(learner.sample(int(100 * share))[0].sum()) <= learner.cap
+    assert sizes == pytest.approx([0.6, 0.4, 0.2, 0.2])
+    assert caps == [math.ceil(1.25 * rho * C) for rho in (0.6, 0.4, 0.2, 0.2)]
+
+
+@pytest.mark.parametrize(("schedule", "shares"), [("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0])])
+def test_the_learning_rate_of_s_falls_to_zero(schedule: str, shares: list[float]) -> None:
+    for progress, share in zip((0.0, 0.5, 1.0), shares, strict=True):
+        moved = []
+        for name in (schedule, "constant"):
+            learner = policy(schedule=name, optimizer="sgd", momentum=0.0, lr=0.001, hard_cap=4.0)
+            learner.advance(progress)
+            learner.update(-1.0, 0.0, *learner.sample(0))
+            moved.append(learner._learned.s - 0.25)
+        torch.testing.assert_close(moved[0], share * moved[1], atol=1e-12, rtol=1e-9)
+
+
+def test_antithetic_masks_of_small_probabilities_share_no_atom() -> None:
+    learner = policy(rho=0.3, estimator="disarm", hard_cap=3.0)
+    for round in range(20):
+        m1, m2 = learner.sample(round)
+        assert not bool((m1 & m2)[8:24].any())  # narrower groups may have been filled
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        ({"sampler": "persistent", "estimator": "disarm"}, "policy.sampler to bernoulli"),
+        ({"sampler": "persistent", "estimator": "rloo_cv"}, "policy.sampler to bernoulli"),
+        ({"sampler": "fixed_width", "estimator": "bitflip"}, "set it to rloo, vr_pge or pge"),
+        ({"sampler": "fixed_width", "parametrisation": "hierarchical"}, "policy.parametrisation to atom"),
+        ({"sampler": "fixed_width", "rho_start": 0.5}, "policy.rho_start to 0"),
+        ({"rho": 0.5, "rho_start": 0.3}, "give a ratio in"),
+        ({"refresh": 0.0}, "policy.refresh"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(config: dict[str, object], advice: str) -> None:
+    with pytest.raises(ValueError, match=advice):
+        PolicyConfig(**config)  # type: ignore[arg-type]
+
+
+def test_references_of_ranks_are_learned_from_by_leave_one_out_only() -> None:
+    rounds = RoundConfig(reference="every_step", references="per_rank")
+    check_combination(PolicyConfig(estimator="rloo"), rounds)
+    with pytest.raises(ValueError, match=r"set policy\.estimator to rloo"):
+        check_combination(PolicyConfig(estimator="vr_pge"), rounds)
+
+
+def test_a_report_has_the_fields_of_a_line_of_metrics() -> None:
+    learner = policy()
+    train(learner, range(5))
+    report = learner.report()
+    assert report.keys() == {
+        "entropy",
+        "deaths",
+        "revivals",
+        "group_keep",
+        "mask_overlap",
+        "loss_difference_mean",
+        "loss_difference_std",
+    }
+    assert report["group_keep"].keys() == {"a", "b", "c"}
+    assert 0 < report["mask_overlap"] < 1

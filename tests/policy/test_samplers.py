@@ -1,4 +1,7 @@
-"""Masks are exact Bernoulli draws, equal on every rank, never too narrow and never above the cap."""
+"""Masks are exact draws from p(m|s), equal on every rank, whatever was drawn before."""
+
+import itertools
+import math
 
 import pytest
 import torch
@@ -6,116 +9,195 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload_sparse.policy.conditional_bernoulli import ConditionalBernoulli
+from offload_sparse.policy.estimators import ESTIMATORS, Comparison
 from offload_sparse.policy.samplers import (
-    bernoulli,
+    CANDIDATES,
+    FIRST,
+    RANKS,
+    SECOND,
+    Bernoulli,
+    FixedWidth,
+    Persistent,
+    Sampler,
     mask_generator,
-    minimum_size,
-    most_probable,
-    respect_widths,
     splitmix64,
     uniforms,
 )
-from offload_sparse.structure.channel_map import Group
+from tests.policy.test_estimators import all_masks, enumerated_gradient, index_of, probabilities_of
+from tests.policy.test_widths import groups_of, vector
+
+SAMPLERS = {
+    "bernoulli": Bernoulli(6, 3),
+    "antithetic": Bernoulli(6, 3, antithetic=True),
+    "persistent": Persistent(6, 3, 0.3),
+    "fixed_width": FixedWidth(groups_of(4, 2), (2, 1), 3),
+}
+S = vector([0.05, 0.3, 0.5, 0.95, 0.2, 0.7])
 
 
-def groups_of(*sizes: int) -> list[Group]:
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [Group(f"g{i}", start, size) for i, (start, size) in enumerate(zip(starts, sizes, strict=True))]
-
-
-def vector(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-@st.composite
-def draws(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Group], int, int]:
-    """(s, u, groups, min_width, cap) with a cap that the minimum widths allow."""
-    groups = groups_of(*draw(st.lists(st.integers(1, 12), min_size=1, max_size=5)))
-    count = groups[-1].stop
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    s = torch.rand(count, dtype=torch.float64, generator=generator)
-    if draw(st.booleans()):
-        s = (4 * s).round() / 4  # ties, and probabilities of exactly 0 and 1
-    min_width = draw(st.integers(1, 4))
-    cap = draw(st.integers(minimum_size(groups, min_width), count))
-    return s, torch.rand(count, dtype=torch.float64, generator=generator), groups, min_width, cap
-
-
-@given(draws())
-def test_every_group_keeps_its_minimum_width(case: tuple[Tensor, Tensor, list[Group], int, int]) -> None:
-    s, u, groups, min_width, cap = case
-    kept = respect_widths(u < s, s, groups, min_width, cap, u)
-    for group in groups:
-        assert int(kept[group.start : group.stop].sum()) >= min(min_width, group.size)
-
-
-@given(draws())
-def test_the_cap_is_never_exceeded(case: tuple[Tensor, Tensor, list[Group], int, int]) -> None:
-    s, u, groups, min_width, cap = case
-    assert int(respect_widths(u < s, s, groups, min_width, cap, u).sum()) <= cap
-
-
-@given(draws())
-def test_a_draw_that_fits_is_not_touched(case: tuple[Tensor, Tensor, list[Group], int, int]) -> None:
-    s, u, groups, min_width, cap = case
-    mask = u < s
-    wide = all(int(mask[g.start : g.stop].sum()) >= min(min_width, g.size) for g in groups)
-    fits = wide and int(mask.sum()) <= cap
-    assert torch.equal(respect_widths(mask, s, groups, min_width, cap, u), mask) or not fits
-
-
-@given(draws())
-def test_what_the_cap_drops_was_less_sure_than_what_it_spares(
-    case: tuple[Tensor, Tensor, list[Group], int, int],
-) -> None:
-    s, u, groups, min_width, cap = case
-    before = respect_widths(u < s, s, groups, min_width, groups[-1].stop, u)
-    after = respect_widths(u < s, s, groups, min_width, cap, u)
-    dropped = before & ~after
-    assert not bool((after & ~before).any())
-    assert int(after.sum()) == min(cap, int(before.sum()))
-    spared = torch.zeros_like(after)
-    for group in groups:
-        inside = after[group.start : group.stop]
-        if int(inside.sum()) > min(min_width, group.size):
-            spared[group.start : group.stop] = inside
-    if bool(dropped.any()) and bool(spared.any()):
-        assert float((u / s)[dropped].min()) >= float((u / s)[spared].max())
-
-
-def test_a_narrow_group_is_filled_with_its_most_probable_atoms_ties_by_index() -> None:
-    s = vector([0.2, 0.3, 0.3, 0.1, 0.9])
-    kept = respect_widths(torch.zeros(5, dtype=torch.bool), s, groups_of(4, 1), 2, 5, torch.ones(5))
-    assert kept.tolist() == [False, True, True, False, True]
-    kept = respect_widths(torch.zeros(5, dtype=torch.bool), s, groups_of(4, 1), 1, 5, torch.ones(5))
-    assert kept.tolist() == [False, True, False, False, True]
-
-
-def test_a_draw_is_not_changed_in_place() -> None:
-    mask = torch.zeros(4, dtype=torch.bool)
-    respect_widths(mask, torch.full((4,), 0.5), groups_of(4), 2, 4, torch.ones(4))
-    assert not mask.any()
-
-
-def test_a_cap_below_the_minimum_widths_is_an_error() -> None:
-    with pytest.raises(ValueError, match="raise the cap"):
-        respect_widths(torch.ones(4).bool(), torch.ones(4), groups_of(2, 2), 2, 3, torch.zeros(4))
-
-
-def test_the_mean_of_many_draws_is_s() -> None:
-    s = vector([0.0, 0.05, 0.3, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("stream", [FIRST, SECOND])
+def test_the_mean_of_many_draws_is_the_mean_of_the_distribution(name: str, stream: int) -> None:
+    sampler: Sampler = SAMPLERS[name]
     draws = 20_000
-    mean = sum(bernoulli(s, mask_generator(3, r)).to(torch.float64) for r in range(draws)) / draws
-    assert torch.all((mean - s).abs() <= 5 * (s * (1 - s) / draws).sqrt())
+    apart = 4 if name == "persistent" else 1  # rounds after which no atom is the same draw any more
+    mean = sum(sampler.draw(S, apart * r, stream).mask.to(torch.float64) for r in range(draws)) / draws
+    expected = sampler.mean(S)
+    assert torch.all((mean - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt())
 
 
-def test_masks_of_one_round_are_independent_over_streams_and_rounds() -> None:
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_margin_tells_which_atoms_were_drawn(name: str) -> None:
+    for round in range(20):
+        mask, margin = SAMPLERS[name].draw(S, round, FIRST)
+        assert torch.equal(mask, margin < 1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_mask_is_a_function_of_round_and_stream(name: str) -> None:
+    sampler = SAMPLERS[name]
+    there = [sampler.draw(S, r, stream).mask for r in range(8) for stream in (FIRST, SECOND)]
+    back = [sampler.draw(S, r, stream).mask for r in range(7, -1, -1) for stream in (SECOND, FIRST)]
+    assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
+    assert len({tuple(mask.tolist()) for mask in there}) > 1
+
+
+def test_independent_masks_are_independent_over_streams_and_rounds() -> None:
     s = torch.full((4096,), 0.5, dtype=torch.float64)
-    masks = [bernoulli(s, mask_generator(0, r, stream)) for r in (0, 1) for stream in (0, 1)]
+    sampler = Bernoulli(4096, 0)
+    masks = [sampler.draw(s, r, stream).mask for r in (0, 1) for stream in (FIRST, SECOND, CANDIDATES)]
     for i, first in enumerate(masks):
         for second in masks[i + 1 :]:
             agreement = float((first == second).to(torch.float64).mean())
             assert abs(agreement - 0.5) < 5 * 0.5 / 4096**0.5
+
+
+def test_antithetic_masks_share_their_uniforms() -> None:
+    s = torch.linspace(0.05, 0.95, 64, dtype=torch.float64)
+    sampler = Bernoulli(64, 0, antithetic=True)
+    for round in range(50):
+        first, second = sampler.draw(s, round, FIRST).mask, sampler.draw(s, round, SECOND).mask
+        assert not bool((first & second)[s < 0.5].any()), "at most one is kept where s is below a half"
+        assert bool((first | second)[s > 0.5].all()), "at least one is kept where s is above a half"
+
+
+# --- persistent masks ---
+
+
+@pytest.mark.parametrize("refresh", [0.05, 0.3, 0.5, 1.0])
+def test_the_reference_is_the_next_mask_and_differs_in_redrawn_atoms_only(refresh: float) -> None:
+    sampler = Persistent(256, 1, refresh)
+    s = torch.full((256,), 0.4, dtype=torch.float64)
+    for round in range(12):
+        first, second = sampler.draw(s, round, FIRST).mask, sampler.draw(s, round, SECOND).mask
+        redrawn = sampler.redrawn(round)
+        assert torch.equal(second, sampler.draw(s, round + 1, FIRST).mask)
+        assert torch.equal(first[~redrawn], second[~redrawn])
+        own = sampler.draw(s, round, RANKS + 1).mask
+        assert torch.equal(own[~redrawn], first[~redrawn])
+        assert not torch.equal(own, second)
+
+
+@given(st.floats(0.02, 1), st.integers(0, 2**40))
+def test_every_atom_has_its_turn_every_1_over_q_rounds(refresh: float, seed: int) -> None:
+    sampler = Persistent(50, seed, refresh)
+    period = math.ceil(1 / refresh)
+    turns = torch.stack([sampler.redrawn(round) for round in range(3 * period)]).to(torch.int64)
+    assert bool((turns[:period].sum(0) >= 1).all())
+    assert bool(((turns.sum(0) - 3 * period * refresh).abs() < 1 + 1e-6).all())
+
+
+def test_redrawn_atoms_are_drawn_independently_of_what_they_were() -> None:
+    s = torch.full((20_000,), 0.5, dtype=torch.float64)
+    sampler = Persistent(20_000, 7, 1.0)
+    agreement = (sampler.draw(s, 0, FIRST).mask == sampler.draw(s, 0, SECOND).mask).to(torch.float64)
+    assert abs(float(agreement.mean()) - 0.5) < 5 * 0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("name", ["vr_pge", "rloo"])
+def test_the_estimate_of_redrawn_atoms_is_unbiased_and_zero_for_the_others(name: str) -> None:
+    """Exact expectation over all first masks and all values of the redrawn atoms."""
+    atoms = 5
+    masks = all_masks(atoms)
+    generator = torch.Generator().manual_seed(2)
+    losses = 3 + torch.randn(len(masks), dtype=torch.float64, generator=generator)
+    s = torch.linspace(0.1, 0.7, atoms, dtype=torch.float64)
+    sampler = Persistent(atoms, 11, 0.4)
+    p, seen = probabilities_of(masks, s), set()
+    for round in range(6):
+        redrawn = sampler.redrawn(round)
+        seen.add(tuple(redrawn.tolist()))
+        mean = torch.zeros_like(s)
+        for first, second in itertools.product(range(len(masks)), repeat=2):
+            m, m_ref = masks[first], torch.where(redrawn, masks[second], masks[first])
+            pair = Comparison(losses[first], losses[index_of(m_ref)], m, m_ref, s)
+            mean += p[first] * p[second] * torch.where(redrawn, ESTIMATORS[name](pair), 0.0)
+        expected = torch.where(redrawn, enumerated_gradient(masks, losses, s), 0.0)
+        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
+    assert len(seen) > 1
+
+
+# --- fixed widths ---
+
+
+def conditional(s: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """All masks bool[n, C] of a width, and their probabilities by definition."""
+    masks = all_masks(len(s))
+    masks = masks[masks.sum(1) == width]
+    p = probabilities_of(masks, s)
+    return masks, p / p.sum()
+
+
+@pytest.mark.parametrize("width", [0, 1, 3, 5, 6])
+def test_inclusion_probabilities_are_those_of_the_enumeration(width: int) -> None:
+    masks, p = conditional(S, width)
+    found = ConditionalBernoulli(S, width).inclusion()
+    torch.testing.assert_close(found, p @ masks.to(torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_draws_of_a_width_have_the_probabilities_of_the_enumeration() -> None:
+    masks, p = conditional(S, 3)
+    draws = 20_000
+    generator = torch.Generator().manual_seed(0)
+    given = ConditionalBernoulli(S, 3)
+    counts = torch.zeros(64, dtype=torch.float64)
+    for u in torch.rand(draws, 6, dtype=torch.float64, generator=generator):
+        counts[index_of(given.draw(u))] += 1
+    found = counts[index_of(masks)] / draws
+    assert float(counts[index_of(masks)].sum()) == draws, "every draw has the width"
+    assert torch.all((found - p).abs() <= 5 * (p * (1 - p) / draws).sqrt() + 1e-12)
+
+
+def test_wide_groups_stay_finite() -> None:
+    s = torch.full((2048,), 0.25, dtype=torch.float64)
+    s[:4] = vector([0.001, 0.999, 0.5, 0.999])
+    given = ConditionalBernoulli(s, 512)
+    assert float(given.inclusion().sum()) == pytest.approx(512, rel=1e-9)
+    assert int(given.draw(torch.rand(2048, dtype=torch.float64)).sum()) == 512
+
+
+@pytest.mark.parametrize("name", ["pge", "vr_pge", "rloo"])
+def test_the_score_of_fixed_widths_is_m_minus_its_mean_in_log_odds(name: str) -> None:
+    """Exact expectation over all pairs of masks of fixed widths, against autograd through the definition."""
+    groups, widths = groups_of(3, 3), (1, 2)
+    sampler = FixedWidth(groups, widths, 0)
+    s = vector([0.2, 0.5, 0.4, 0.9, 0.6, 0.3])
+    masks = torch.stack([m for m in all_masks(6) if int(m[:3].sum()) == 1 and int(m[3:].sum()) == 2])
+    losses = 3 + torch.randn(len(masks), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    leaf = s.clone().requires_grad_()
+    p = probabilities_of(masks, leaf)
+    ((p * losses).sum() / p.sum()).backward()
+    p = (p / p.sum()).detach()
+    mean = torch.zeros_like(s)
+    for first, second in itertools.product(range(len(masks)), repeat=2):
+        pair = Comparison(losses[first], losses[second], masks[first], masks[second], s, sampler.mean(s))
+        mean += p[first] * p[second] * ESTIMATORS[name](pair)
+    assert leaf.grad is not None
+    torch.testing.assert_close(mean, leaf.grad, rtol=0, atol=1e-12)
+
+
+# --- generators ---
 
 
 def test_a_generator_depends_on_seed_round_and_stream_only() -> None:
@@ -128,7 +210,8 @@ def test_a_generator_depends_on_seed_round_and_stream_only() -> None:
 
 def test_drawing_masks_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
-    bernoulli(torch.full((8,), 0.5, dtype=torch.float64), mask_generator(0, 0))
+    for sampler in SAMPLERS.values():
+        sampler.draw(S, 0, FIRST)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -137,26 +220,3 @@ def test_splitmix64_gives_its_published_values() -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF
     assert splitmix64(1234567) == 6457827717110365317
     assert splitmix64(1234567 + 0x9E3779B97F4A7C15) == 3203168211198807973
-
-
-@given(draws(), st.floats(0, 40))
-def test_the_most_probable_mask_keeps_the_budget_and_the_minimum_widths(
-    case: tuple[Tensor, Tensor, list[Group], int, int], budget: float
-) -> None:
-    s, _, groups, min_width, _ = case
-    mask = most_probable(s, groups, budget, min_width)
-    assert int(mask.sum()) == min(len(s), max(int(budget + 1e-9), minimum_size(groups, min_width)))
-    for group in groups:
-        assert int(mask[group.start : group.stop].sum()) >= min(min_width, group.size)
-
-
-def test_the_most_probable_mask_keeps_the_largest_probabilities() -> None:
-    s = vector([0.1, 0.2, 0.9, 0.8, 0.7, 0.6])
-    assert most_probable(s, groups_of(2, 4), 3, 1).tolist() == [False, True, True, True, False, False]
-
-
-def test_equal_probabilities_narrow_all_groups_evenly() -> None:
-    s = torch.full((24,), 0.25, dtype=torch.float64)
-    mask = most_probable(s, groups_of(8, 16), 6, 1)
-    assert int(mask[:8].sum()) == 2
-    assert int(mask[8:].sum()) == 4

@@ -81,6 +81,8 @@ def test_a_run_leaves_its_configuration_metrics_summary_and_network(
     assert [line["step"] for line in epochs] == [6, 12]
     assert epochs[-1]["flops_ratio"] == pytest.approx(summary["flops_ratio"])
     assert epochs[-1]["params_ratio"] == pytest.approx(summary["params_ratio"])
+    search = {"entropy", "deaths", "revivals", "group_keep", "mask_overlap", "loss_difference_std"}
+    assert (search <= epochs[0].keys()) == (method == "sparse_offload")
     assert summary["steps"] == 12
     assert 0 <= summary["test_accuracy"] <= 1
     network = load_pruned(tmp_path / "run" / "model")

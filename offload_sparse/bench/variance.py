@@ -1,0 +1,175 @@
+"""Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
+
+Masks are drawn from the checkpoint's p(m|s), in the pairs that each estimator needs, and the losses of their
+subnets measured on one batch (Zhou et al. 2021, Figure 3, right). The variance is the total one,
+E|Hg|² - |E Hg|², with the preconditioner H. Control variates are averages of estimates from masks that are
+used for nothing else. From the independent pairs follow, too (Figure 4 and equations 6 and 7)
+
+    V(s) = E (L(m) - L(m'))²      V_max(s) = max over j, m_j of the same given m_j      E L(m)²
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_sparse.bench.cells import Images, batches, on_device, read_images
+from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.options import VarianceConfig
+from offload_sparse.config import DataConfig, OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.data.loader import Batch
+from offload_sparse.data.normalise import Normalise
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.models import build_model
+from offload_sparse.policy.control import pooled
+from offload_sparse.policy.estimators import (
+    CONTROLLED,
+    ESTIMATORS,
+    Comparison,
+    Pairing,
+    pairing,
+    precondition,
+)
+from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.structure.channel_map import Group
+from offload_sparse.training.trainer import classification_loss
+
+_ESTIMATOR_OF: dict[Pairing, str] = {"independent": "rloo", "antithetic": "disarm", "flipped": "bitflip"}
+_ALPHA = PolicyConfig.alpha
+_BATCH, _K = 128, 10
+_LEAST = 10
+"""Masks that a conditional expectation is averaged over at least."""
+
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""bool[n, C], bool[n, C], float64[n, 1], float64[n, 1]: masks, references, and their losses."""
+
+
+def run(quick: bool, config: VarianceConfig) -> BenchResult:
+    """Three checkpoints of a short run, 200 pairs each; ``quick`` takes one and 20 pairs."""
+    data = DataConfig(
+        name=config.data or DataConfig.name,
+        test_split="validation" if config.data else "test",
+        batch_size=_BATCH,
+        train_limit=2000 if quick else 20_000,
+        test_limit=100,
+    )
+    images, normalise = read_images(data)
+    steps, pairs = config.steps or (20 if quick else 600), config.pairs or (20 if quick else 200)
+    count = 1 if quick else config.checkpoints
+    session = _session(config, images)
+    device = session.device
+    normalise = normalise.to(device)
+    checkpoints = []
+    training = _batches(images, steps, normalise)
+    for number in range(1, count + 1):
+        until = max(1, steps * number // count // _K) * _K
+        for batch in islice(training, until - session.steps_done):
+            session.step(batch, classification_loss)
+        measured_on = next(_batches(images, 1, normalise, seed=1))
+        found = measure(session, measured_on, pairs)
+        checkpoints.append({"step": session.steps_done, "entropy": session.policy.entropy} | found)
+    last: dict[str, Any] = checkpoints[-1]
+    variance = last["variance"]
+    ratios: dict[str, float] = {}
+    for name, value in variance.items():
+        ratios[f"variance.{name}.vs_pge"] = value / variance["pge"]
+        ratios[f"variance.{name}.vs_vr_pge"] = value / variance["vr_pge"]
+    ratios |= {f"variance.{name}": last[name] for name in ("V", "V_max", "mean_square_loss")}
+    raw = {"checkpoints": checkpoints, "pairs": pairs, "atoms": session.channel_map.num_atoms}
+    raw |= {"model": config.model, "rho": config.rho, "images": len(images.train.labels), "batch": _BATCH}
+    rows = [
+        [name, value, ratios[f"variance.{name}.vs_pge"], ratios[f"variance.{name}.vs_vr_pge"]]
+        for name, value in variance.items()
+    ]
+    return BenchResult(ratios, raw, ["estimator", "variance", "/ pge", "/ vr_pge"], rows)
+
+
+def measure(session: SparseOffload, batch: Batch, pairs: int) -> dict[str, Any]:
+    """The variances at the session's present state, which is between two rounds.
+
+    Args:
+        session: whose masks are drawn; nothing in it is learned.
+        batch: what losses are measured on.
+        pairs: pairs of masks per way of pairing.
+    """
+    s = session.policy.s
+    drawn = {way: draw_pairs(session, batch, way, pairs) for way in _ESTIMATOR_OF}
+    groups = session.channel_map.groups
+    variance = {name: _variance(name, drawn[pairing(name)], s, groups) for name in ESTIMATORS}
+    return {"variance": variance} | spread_of_losses(drawn["independent"])
+
+
+def draw_pairs(session: SparseOffload, batch: Batch, way: Pairing, count: int) -> Pairs:
+    """Pairs from the session's p(m|s), and the losses of their subnets."""
+    sampler = MaskPolicy(
+        PolicyConfig(rho=session.policy.config.rho, estimator=_ESTIMATOR_OF[way]),  # type: ignore[arg-type]
+        session.channel_map.groups,
+        session.steps_done,
+    )
+    state = sampler.state_dict()
+    state["tensors"]["s"] = session.policy.s
+    sampler.load_state_dict(state)
+    masks = [sampler.sample(round) for round in range(count)]
+    flat = [mask for pair in masks for mask in pair]
+    losses = session.losses_of(flat, [(batch, classification_loss)]).view(count, 2)
+    m, m_ref = (torch.stack(side) for side in zip(*masks, strict=True))
+    return m, m_ref, losses[:, :1], losses[:, 1:]
+
+
+def spread_of_losses(pairs: Pairs) -> dict[str, float]:
+    """V(s), V_max(s) and E L², from independent pairs.
+
+    Every mask is compared with every reference. V_max is taken over the values of atoms that at least
+    ``_LEAST`` masks have.
+    """
+    masks, _, losses, references = pairs
+    squares = ((losses - references.T) ** 2).mean(1)
+    largest = float(squares.mean())
+    for kept in (masks, ~masks):
+        counts = kept.sum(0).to(torch.float64)
+        given = (kept.to(torch.float64) * squares[:, None]).sum(0) / counts
+        enough = counts >= _LEAST
+        largest = max(largest, float(given[enough].max()) if bool(enough.any()) else largest)
+    mean_square = float((torch.cat([losses, references]) ** 2).mean())
+    return {"V": float(squares.mean()), "V_max": largest, "mean_square_loss": mean_square}
+
+
+def _variance(name: str, pairs: Pairs, s: Tensor, groups: Sequence[Group]) -> float:
+    """Total variance of H g over the second half of the pairs; the first half serves the control variate."""
+    half = len(pairs[0]) // 2
+    control = None
+    if name in CONTROLLED:
+        first = _estimates(_ESTIMATOR_OF[pairing(name)], tuple(part[:half] for part in pairs), s, None)
+        control = pooled(first.mean(0), groups)
+    g = _estimates(name, tuple(part[half:] for part in pairs), s, control)
+    return float(precondition(g, s, _ALPHA).var(0).sum())
+
+
+def _estimates(name: str, pairs: tuple[Tensor, ...], s: Tensor, control: Tensor | None) -> Tensor:
+    m, m_ref, loss, reference = pairs
+    return ESTIMATORS[name](Comparison(loss, reference, m, m_ref, s, control=control))
+
+
+def _session(config: VarianceConfig, images: Images) -> SparseOffload:
+    channels, height, _ = images.shape
+    return SparseOffload(
+        partial(
+            build_model, config.model, num_classes=images.classes, in_channels=channels, image_size=height
+        ),
+        (torch.empty(1, *images.shape, device="meta"),),
+        total_steps=1 << 30,
+        policy=PolicyConfig(rho=config.rho),
+        rounds=RoundConfig(k=_K, freeze_at=1.0, prefetch=False),
+        optimizer=OptimConfig(lr=0.05),
+        verify=False,
+    )
+
+
+def _batches(images: Images, steps: int, normalise: Normalise, seed: int = 0) -> Iterator[Batch]:
+    for batch in batches(images, _BATCH, seed, steps, flip=True):
+        yield on_device(batch, normalise)

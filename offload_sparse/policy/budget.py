@@ -1,0 +1,158 @@
+"""The budget of the keep probabilities: atoms, parameters or FLOPs.
+
+The paper's budget counts atoms: sum(s) <= rho · C. That of parameters or FLOPs is a sum of products of
+expected widths, f(s) <= rho · f(1). It is linearised: f(t) + f'(t)·(s - t) <= rho · f(1) is a budget with a
+cost per atom, whose projection is known. Linearised again where that ends, a few such steps end at the
+nearest point: s = clip(z - v f'(s)) with the one v >= 0 that spends the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload_sparse.config import BudgetName, PolicyConfig
+from offload_sparse.policy.probabilities import project
+from offload_sparse.policy.widths import of_expected_widths
+from offload_sparse.structure.channel_map import ChannelMap, Group
+
+_STEPS, _PRECISION = 40, 1e-9
+
+
+class Costs(Protocol):
+    """What masks cost, such as ``structure.accounting.CostModel``."""
+
+    dense_flops: int
+    dense_parameters: int
+
+    def flops(self, mask: Tensor) -> int: ...
+
+    def parameters(self, mask: Tensor) -> int: ...
+
+    def expected_flops(self, s: Tensor) -> Tensor: ...
+
+    def expected_parameters(self, s: Tensor) -> Tensor: ...
+
+
+def evenly_narrowed(config: PolicyConfig, channel_map: ChannelMap, costs: Costs) -> Tensor:
+    """The mask bool[C] of the network whose groups all keep the same share, as large as ``config`` allows."""
+    if config.budget == "count":
+        return channel_map.uniform_mask(config.rho, config.min_width)
+    bounds = (config.floor, 1 - config.floor)
+    budget = Budget(config.budget, config.rho, channel_map.groups, costs, bounds)
+    start = budget.start()
+    return budget.mask(start, 1 - start, config.min_width)
+
+
+class Budget:
+    """What masks and probabilities may cost.
+
+    Args:
+        kind: what is counted.
+        rho: share of the full network's that is allowed, in (0, 1].
+        groups: the groups of the atoms.
+        costs: of the network; ``count`` needs none.
+        bounds: smallest and largest keep probability.
+
+    Attributes:
+        limit: rho times what the full network has.
+
+    Raises:
+        ValueError: no probabilities within the bounds meet the budget, or there are no costs to count.
+    """
+
+    def __init__(
+        self,
+        kind: BudgetName,
+        rho: float,
+        groups: Sequence[Group],
+        costs: Costs | None,
+        bounds: tuple[float, float],
+    ) -> None:
+        if kind != "count" and costs is None:
+            raise ValueError(f"policy.budget {kind} needs the costs of the network; set it to count")
+        self._kind, self._groups, self._costs, self._bounds = kind, groups, costs, bounds
+        self._rho, self._count = rho, groups[-1].stop
+        if kind == "count":
+            whole = self._count
+        else:
+            assert costs is not None
+            whole = costs.dense_parameters if kind == "params" else costs.dense_flops
+        self.limit = rho * whole
+        least = float(self._expected(torch.full((self._count,), bounds[0], dtype=torch.float64)))
+        if least > self.limit * (1 + _PRECISION):
+            raise ValueError(
+                f"policy.rho {rho:g} of the {kind} is below the {least / whole:.3g} that remain with every "
+                f"keep probability at policy.floor {bounds[0]:g}; raise policy.rho or lower policy.floor"
+            )
+
+    def spent(self, s: Tensor) -> float:
+        """Expected cost of a draw from ``s`` (float64[C]), in the unit of the limit."""
+        return float(self._expected(s))
+
+    def of_mask(self, mask: Tensor) -> int:
+        """Cost of a mask bool[C]."""
+        if self._costs is None or self._kind == "count":
+            return int(mask.sum())
+        return self._costs.parameters(mask) if self._kind == "params" else self._costs.flops(mask)
+
+    def start(self) -> Tensor:
+        """The one probability for all atoms, float64[C], that spends the budget."""
+        low, high = self._bounds
+        if self._kind == "count":
+            return self.project(torch.full((self._count,), self._rho, dtype=torch.float64))
+        for _ in range(60):
+            middle = (low + high) / 2
+            fits = self.spent(torch.full((self._count,), middle, dtype=torch.float64)) <= self.limit
+            low, high = (middle, high) if fits else (low, middle)
+        return torch.full((self._count,), low, dtype=torch.float64)
+
+    def project(self, z: Tensor) -> Tensor:
+        """The probabilities near ``z`` (float64[C]) that meet bounds and budget; for ``count`` the nearest
+        ones.
+        """
+        low, high = self._bounds
+        if self._kind == "count":
+            return project(z, self.limit, low, high)
+        s = z.clamp(low, high)
+        if self.spent(s) <= self.limit * (1 + _PRECISION):
+            return s
+        for _ in range(_STEPS):
+            s = self._project_linearised(z, s)
+            if abs(self.spent(s) - self.limit) <= _PRECISION * self.limit:
+                return s
+        while self.spent(s) > self.limit * (1 + _PRECISION):  # a way to the budget that always ends there
+            s = low + (s - low) * (1 - 1e-3)
+        return s
+
+    def _project_linearised(self, z: Tensor, at: Tensor) -> Tensor:
+        """The point nearest to ``z`` that meets the budget as linearised at ``at``."""
+        low, high = self._bounds
+        leaf = at.clone().requires_grad_()
+        expected = self._expected(leaf)
+        (cost,) = torch.autograd.grad(expected, leaf)
+        scale = float(cost.mean())
+        room = self.limit - expected.item() + float(cost @ at)
+        return project(z, max(room, low * float(cost.sum())) / scale, low, high, cost / scale)
+
+    def mask(self, s: Tensor, margin: Tensor, min_width: int) -> Tensor:
+        """The mask bool[C] with the expected widths of ``s`` that spends the budget, as far as atoms allow.
+
+        Args:
+            s: float64[C].
+            margin: float64[C], how readily an atom goes.
+            min_width: smallest width of a group.
+        """
+        return of_expected_widths(s, margin, self._groups, min_width, self._pays_for)
+
+    def _pays_for(self, mask: Tensor) -> bool:
+        return self.of_mask(mask) <= self.limit * (1 + _PRECISION)
+
+    def _expected(self, s: Tensor) -> Tensor:
+        if self._kind == "count":
+            return s.sum()
+        assert self._costs is not None
+        return self._costs.expected_parameters(s) if self._kind == "params" else self._costs.expected_flops(s)

@@ -1,0 +1,197 @@
+"""The branches of the configuration that belong to the search for a structure: the policy and its rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from offload_sparse.requirement import require
+
+Reference = Literal["every_step", "turns", "round_start"]
+EstimatorName = Literal["pge", "vr_pge", "rloo", "disarm", "rloo_cv", "disarm_cv", "bitflip"]
+SamplerName = Literal["auto", "bernoulli", "persistent", "fixed_width"]
+BudgetName = Literal["count", "params", "flops"]
+Switch = Literal["auto", "on", "off"]
+
+_FOR_BERNOULLI = ("disarm", "rloo_cv", "disarm_cv")
+_FOR_FIXED_WIDTH = ("pge", "vr_pge", "rloo")
+
+
+@dataclass
+class PolicyConfig:
+    """How channel masks are drawn and how their keep probabilities are learned.
+
+    Attributes:
+        rho: remaining ratio of what ``budget`` counts, in (0, 1]. With ``count`` it is the paper's: the sum
+            of s is at most rho times the atoms (an atom is one channel unless ``atoms.block`` is larger).
+        budget: what rho is a share of: ``count`` (atoms), ``params`` (parameters of the network) or ``flops``
+            (its forward FLOPs). The last two are products of widths and are linearised at every step of s.
+        rho_start: remaining ratio at the start of the search, which falls linearly to ``rho``; 0 starts at
+            ``rho``. Buffers are sized for the larger one.
+        anneal: share of the search after which ``rho`` is reached.
+        estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm`` draws
+            pairs of antithetic masks, ``bitflip`` flips one atom of the mask.
+        control_decay: decay, per round, of the average of past estimates that ``rloo_cv`` and ``disarm_cv``
+            use as control variate.
+        sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws a share ``refresh`` of
+            the atoms per round, ``fixed_width`` keeps the width of every group, so that shapes never change.
+            ``auto`` is ``fixed_width`` for compiled runs, else ``bernoulli``.
+        refresh: share of the atoms that ``persistent`` redraws per round, in (0, 1].
+        parametrisation: ``atom`` learns one probability per atom (paper); ``hierarchical`` learns a keep rate
+            per group, on which all of its atoms agree, and what single atoms deviate from it.
+        group_lr: learning rate of the keep rates of ``hierarchical``.
+        optimizer: optimizer of the keep probabilities.
+        lr: its learning rate (the paper: Adam, 12e-3); 0 with ``hierarchical`` learns widths only.
+        schedule: how both learning rates change during the search: not at all, or down to 0 along a line or a
+            cosine.
+        momentum: momentum of ``sgd``.
+        alpha: exponent of the preconditioner H = diag(s(1-s))^alpha.
+        floor: keep probabilities stay in [floor, 1 - floor], since 0 and 1 are absorbing.
+        min_width: atoms that every group keeps, whatever is drawn.
+        hard_cap: a drawn mask never keeps more than hard_cap times the expected number of atoms (with
+            ``count``), or has more than hard_cap^2 times the parameters (and FLOPs, if these are the budget)
+            of the uniformly narrowed network.
+    """
+
+    rho: float = 0.25
+    budget: BudgetName = "count"
+    rho_start: float = 0.0
+    anneal: float = 0.5
+    estimator: EstimatorName = "rloo"
+    control_decay: float = 0.95
+    sampler: SamplerName = "auto"
+    refresh: float = 0.1
+    parametrisation: Literal["atom", "hierarchical"] = "atom"
+    group_lr: float = 3e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 12e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    momentum: float = 0.9
+    alpha: float = 0.5
+    floor: float = 0.005
+    min_width: int = 1
+    hard_cap: float = 1.25
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.rho <= 1, f"policy.rho is {self.rho}; give a remaining ratio in (0, 1], such as 0.25"
+        )
+        require(
+            self.rho_start == 0 or self.rho <= self.rho_start < 1,
+            f"policy.rho_start is {self.rho_start}; give a ratio in [policy.rho, 1), or 0 for none",
+        )
+        require(0 < self.anneal <= 1, f"policy.anneal is {self.anneal}; give a share in (0, 1]")
+        for name in ("lr", "group_lr"):
+            require(getattr(self, name) >= 0, f"policy.{name} is {getattr(self, name)}; give 0 or more")
+        for name in ("momentum", "control_decay"):
+            require(
+                0 <= getattr(self, name) < 1,
+                f"policy.{name} is {getattr(self, name)}; give a value in [0, 1)",
+            )
+        require(0 < self.refresh <= 1, f"policy.refresh is {self.refresh}; give a share in (0, 1]")
+        require(0 <= self.alpha <= 1, f"policy.alpha is {self.alpha}; give a value in [0, 1]")
+        require(0 <= self.floor < 0.5, f"policy.floor is {self.floor}; give a value in [0, 0.5)")
+        require(
+            self.floor <= self.rho,
+            f"policy.floor {self.floor} is above policy.rho {self.rho}: no keep probability could meet the "
+            "budget; lower policy.floor",
+        )
+        require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 atom")
+        require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
+        self._check_sampler()
+
+    def _check_sampler(self) -> None:
+        if self.sampler == "persistent":
+            require(
+                self.estimator not in _FOR_BERNOULLI,
+                f"policy.estimator {self.estimator} needs masks that owe nothing to earlier ones; set it to "
+                "rloo, or policy.sampler to bernoulli",
+            )
+        if self.sampler == "fixed_width":
+            require(
+                self.estimator in _FOR_FIXED_WIDTH,
+                f"policy.estimator {self.estimator} needs atoms drawn independently; with policy.sampler "
+                "fixed_width set it to rloo, vr_pge or pge",
+            )
+            require(
+                self.parametrisation == "atom" and self.rho_start == 0,
+                "policy.sampler fixed_width never changes a width; set policy.parametrisation to atom and "
+                "policy.rho_start to 0, or take another sampler",
+            )
+
+    def resolved(self, compiled: bool) -> PolicyConfig:
+        """The same with a sampler in the place of ``auto``.
+
+        Raises:
+            ValueError: the sampler does not go with another setting.
+        """
+        if self.sampler != "auto":
+            return self
+        return replace(self, sampler="fixed_width" if compiled else "bernoulli")
+
+
+@dataclass
+class RoundConfig:
+    """What happens between two draws of the masks.
+
+    Attributes:
+        k: optimizer steps that a subnet is trained before the next masks are drawn. 1 is Algorithm 1 of the
+            paper.
+        reference: when the second loss is measured. ``every_step`` trains m1 and evaluates m2 at each step
+            (paper); ``turns`` trains m1 on even and m2 on odd steps and evaluates the other; ``round_start``
+            compares both at the first step of a round only.
+        references: ``shared`` gives all ranks the same reference mask; ``per_rank`` lets each evaluate one of
+            its own, and s is learned from all of them by leave-one-out (one more all-gather of scalars, less
+            variance). Not with ``turns``, which trains the reference.
+        freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
+            (the short fine-tune of the paper). 1 chooses it after the last step.
+        prefetch: draw the masks of a round while the one before is trained, so that their weights can be
+            fetched meanwhile. Their s is then one round old.
+        delta: leave what two successive rounds share on the device, so that only newcomers and leavers cross
+            the bus. Takes the memory of two pairs of subnets instead of one.
+        overlap: fetch and return while the steps go on (needs ``prefetch`` and ``delta``). ``auto`` does so
+            on a GPU; on a CPU the transfers would take the cores of the steps.
+        reduce: how gradients are averaged over ranks: in one piece behind the backward pass, in buckets
+            during it, or (``auto``) whichever of the two is faster in the first steps.
+        check_ranks: compare checksums of s, masks and subnet weights over all ranks in every round (slow, for
+            debugging).
+    """
+
+    k: int = 50
+    reference: Reference = "turns"
+    references: Literal["shared", "per_rank"] = "shared"
+    freeze_at: float = 0.8
+    prefetch: bool = True
+    delta: bool = True
+    overlap: Switch = "auto"
+    reduce: Literal["auto", "single", "bucketed"] = "auto"
+    check_ranks: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, f"round.k is {self.k}; give at least 1 step per round")
+        require(
+            0 <= self.freeze_at <= 1,
+            f"round.freeze_at is {self.freeze_at}; give a share of the steps in [0, 1]",
+        )
+        require(
+            self.references == "shared" or self.reference != "turns",
+            "round.references per_rank needs references that are only evaluated; set round.reference to "
+            "every_step or round_start",
+        )
+        require(
+            self.overlap != "on" or (self.prefetch and self.delta),
+            "round.overlap on needs round.prefetch and round.delta; set them to true, or overlap to auto",
+        )
+
+
+def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:
+    """What neither branch can see by itself.
+
+    Raises:
+        ValueError: they exclude each other.
+    """
+    require(
+        rounds.references == "shared" or policy.estimator == "rloo",
+        f"round.references per_rank learns by leave-one-out, not by {policy.estimator}; set policy.estimator "
+        "to rloo, or round.references to shared",
+    )

@@ -1,0 +1,128 @@
+"""What a network can use: no group too narrow, no mask above the cap, the most probable atoms first."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload_sparse.policy.widths import minimum_size, of_expected_widths, respect_widths
+from offload_sparse.structure.channel_map import Group
+
+
+def groups_of(*sizes: int) -> list[Group]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [Group(f"g{i}", start, size) for i, (start, size) in enumerate(zip(starts, sizes, strict=True))]
+
+
+def vector(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@st.composite
+def draws(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Group], int, int]:
+    """(s, u, groups, min_width, cap) with a cap that the minimum widths allow."""
+    groups = groups_of(*draw(st.lists(st.integers(1, 12), min_size=1, max_size=5)))
+    count = groups[-1].stop
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    s = torch.rand(count, dtype=torch.float64, generator=generator)
+    if draw(st.booleans()):
+        s = (4 * s).round() / 4  # ties, and probabilities of exactly 0 and 1
+    min_width = draw(st.integers(1, 4))
+    cap = draw(st.integers(minimum_size(groups, min_width), count))
+    return s, torch.rand(count, dtype=torch.float64, generator=generator), groups, min_width, cap
+
+
+@given(draws())
+def test_every_group_keeps_its_minimum_width(case: tuple[Tensor, Tensor, list[Group], int, int]) -> None:
+    s, u, groups, min_width, cap = case
+    kept = respect_widths(u < s, s, groups, min_width, cap, u / s)
+    for group in groups:
+        assert int(kept[group.start : group.stop].sum()) >= min(min_width, group.size)
+
+
+@given(draws())
+def test_the_cap_is_never_exceeded(case: tuple[Tensor, Tensor, list[Group], int, int]) -> None:
+    s, u, groups, min_width, cap = case
+    assert int(respect_widths(u < s, s, groups, min_width, cap, u / s).sum()) <= cap
+
+
+@given(draws())
+def test_a_draw_that_fits_is_not_touched(case: tuple[Tensor, Tensor, list[Group], int, int]) -> None:
+    s, u, groups, min_width, cap = case
+    mask = u < s
+    wide = all(int(mask[g.start : g.stop].sum()) >= min(min_width, g.size) for g in groups)
+    fits = wide and int(mask.sum()) <= cap
+    assert torch.equal(respect_widths(mask, s, groups, min_width, cap, u / s), mask) or not fits
+
+
+@given(draws())
+def test_what_the_cap_drops_was_less_sure_than_what_it_spares(
+    case: tuple[Tensor, Tensor, list[Group], int, int],
+) -> None:
+    s, u, groups, min_width, cap = case
+    before = respect_widths(u < s, s, groups, min_width, groups[-1].stop, u / s)
+    after = respect_widths(u < s, s, groups, min_width, cap, u / s)
+    dropped = before & ~after
+    assert not bool((after & ~before).any())
+    assert int(after.sum()) == min(cap, int(before.sum()))
+    spared = torch.zeros_like(after)
+    for group in groups:
+        inside = after[group.start : group.stop]
+        if int(inside.sum()) > min(min_width, group.size):
+            spared[group.start : group.stop] = inside
+    if bool(dropped.any()) and bool(spared.any()):
+        assert float((u / s)[dropped].min()) >= float((u / s)[spared].max())
+
+
+def test_a_narrow_group_is_filled_with_its_most_probable_atoms_ties_by_index() -> None:
+    s = vector([0.2, 0.3, 0.3, 0.1, 0.9])
+    kept = respect_widths(torch.zeros(5, dtype=torch.bool), s, groups_of(4, 1), 2, 5, torch.ones(5))
+    assert kept.tolist() == [False, True, True, False, True]
+    kept = respect_widths(torch.zeros(5, dtype=torch.bool), s, groups_of(4, 1), 1, 5, torch.ones(5))
+    assert kept.tolist() == [False, True, False, False, True]
+
+
+def test_a_draw_is_not_changed_in_place() -> None:
+    mask = torch.zeros(4, dtype=torch.bool)
+    respect_widths(mask, torch.full((4,), 0.5), groups_of(4), 2, 4, torch.ones(4))
+    assert not mask.any()
+
+
+def test_a_cap_below_the_minimum_widths_is_an_error() -> None:
+    with pytest.raises(ValueError, match="raise the cap"):
+        respect_widths(torch.ones(4).bool(), torch.ones(4), groups_of(2, 2), 2, 3, torch.zeros(4))
+
+
+@given(draws(), st.floats(0, 40))
+def test_a_mask_of_expected_widths_keeps_the_budget_and_the_minimum_widths(
+    case: tuple[Tensor, Tensor, list[Group], int, int], budget: float
+) -> None:
+    s, u, groups, min_width, _ = case
+    mask = of_expected_widths(s, u / s, groups, min_width, lambda mask: int(mask.sum()) <= budget + 1e-9)
+    assert int(mask.sum()) == min(len(s), max(int(budget + 1e-9), minimum_size(groups, min_width)))
+    for group in groups:
+        assert int(mask[group.start : group.stop].sum()) >= min(min_width, group.size)
+        inside, margin = mask[group.start : group.stop], (u / s)[group.start : group.stop]
+        if bool(inside.any()) and not bool(inside.all()):
+            assert float(margin[inside].max()) <= float(margin[~inside].min())
+
+
+def test_widths_are_those_that_draws_have_in_the_mean() -> None:
+    s = torch.cat([torch.full((8,), 0.75), torch.full((16,), 0.25), torch.full((10,), 0.1)]).double()
+    mask = of_expected_widths(s, 1 - s, groups_of(8, 16, 10), 1, lambda mask: int(mask.sum()) <= 11)
+    assert [int(mask[:8].sum()), int(mask[8:24].sum()), int(mask[24:].sum())] == [6, 4, 1]
+
+
+def test_equal_probabilities_narrow_all_groups_evenly() -> None:
+    s = torch.full((24,), 0.25, dtype=torch.float64)
+    mask = of_expected_widths(s, 1 - s, groups_of(8, 16), 1, lambda mask: int(mask.sum()) <= 6)
+    assert int(mask[:8].sum()) == 2
+    assert int(mask[8:].sum()) == 4
+
+
+def test_what_is_left_of_a_budget_goes_to_a_cheaper_group() -> None:
+    s = torch.full((4,), 0.5, dtype=torch.float64)
+    price = torch.tensor([5, 5, 1, 1])
+    mask = of_expected_widths(s, 1 - s, groups_of(2, 2), 1, lambda mask: int(price[mask].sum()) <= 8)
+    assert mask.tolist() == [True, False, True, True]
