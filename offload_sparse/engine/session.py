@@ -40,7 +40,7 @@ from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.pair import Side
 from offload_sparse.engine.preparation import ModelSource, prepare
 from offload_sparse.engine.reduction import Averager
-from offload_sparse.engine.relay import Masks, Relay
+from offload_sparse.engine.relay import Masks, Relay, overlaps
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
 from offload_sparse.engine.sync import assert_equal_on_ranks, average, averaged
 from offload_sparse.policy.mask_policy import MaskPolicy
@@ -151,7 +151,7 @@ class SparseOffload:
             self.device,
             self.policy.size_cap,
             delta=self.rounds.delta and not self.policy.trivial,
-            overlap=self._overlaps(),
+            overlap=not self.policy.trivial and overlaps(self.rounds, self.device),
         )
         if compile:
             self.relay.compile()
@@ -437,13 +437,6 @@ class SparseOffload:
         self.policy.freeze()
         self.next_masks = None
 
-    def _overlaps(self) -> bool:
-        """Transfers run beside the steps: on a GPU by default; on a CPU they would take the cores of the
-        steps.
-        """
-        wanted = self.rounds.overlap == "on" or (self.rounds.overlap == "auto" and self.device.type == "cuda")
-        return wanted and self.rounds.prefetch and self.rounds.delta and not self.policy.trivial
-
     def _count_flops(self, current: Round) -> None:
         trained, evaluated = roles(self.rounds.reference, current.steps, current.pair.same)
         self.forward_flops += 3 * self._mask_flops[trained]
@@ -459,9 +452,6 @@ class SparseOffload:
         assert self._masks is not None
         pair = self.relay.pair
         sides = pair.active if self.rounds.references == "shared" else pair.trained
-        weights = [side.arrays[WEIGHTS] for side in sides]
-        assert_equal_on_ranks(
-            {"keep probabilities": [self.policy.s], "masks": list(self._masks), "subnet weights": weights},
-            self.ranks.world_size,
-            self.device,
-        )
+        named = {"keep probabilities": [self.policy.s], "masks": list(self._masks)}
+        named["subnet weights"] = [side.arrays[WEIGHTS] for side in sides]
+        assert_equal_on_ranks(named, self.ranks.world_size, self.device)
