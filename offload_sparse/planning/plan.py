@@ -28,6 +28,7 @@ from offload_sparse.planning.live_bytes import step_peak
 from offload_sparse.planning.machine import Machine, process_bytes
 from offload_sparse.store.delta import WIRE
 from offload_sparse.store.device_copy import STAGE
+from offload_sparse.store.direct_files import WINDOW
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
 from offload_sparse.structure.selection import Layout
@@ -46,7 +47,7 @@ class Memory:
         store: this rank's rows in host memory.
         files: this rank's rows in files.
         initialising: host memory beside the store while the first values are made.
-        staging: page-locked memory between store and device.
+        staging: page-locked memory between store and device, or files.
         subnets: weights, optimizer slots, statistics and gradients of the subnets: what is allocated on a
             CUDA device, what is ever written on a CPU.
         reserved: what is allocated for them; the same on a CUDA device.
@@ -120,7 +121,7 @@ class Planner:
             store=0 if on_disk else rows,
             files=rows if on_disk else 0,
             initialising=self.initialising_bytes(),
-            staging=2 * self._part_bytes(first, STAGE) if cuda else 0,
+            staging=(2 * self._part_bytes(first, STAGE) if cuda else 0) + self._window_bytes(),
             subnets=(first.reserved if cuda else first.touched) * self._item,
             reserved=first.reserved * self._item,
             activations=self.step_bytes(first, machine),
@@ -184,6 +185,10 @@ class Planner:
             floor=min(self.config.policy.floor, rho),
         )
         return Planner(replace(self.config, policy=policy), self.data, self.structure)
+
+    def _window_bytes(self) -> int:
+        """Bytes of the windows through which files are read past the page cache."""
+        return max(2, 1 + len(self._slots)) * WINDOW if self.config.store.tier == "nvme" else 0
 
     def _part_bytes(self, first: FirstRounds, limit: int) -> int:
         """Most bytes of a part of a transfer: ``limit`` entries, or a single tensor that has more."""
