@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import OptimConfig
+from offload_sparse.config import OptimConfig, RoundConfig
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.pair import TAIL, Side, SubnetPair
 from offload_sparse.engine.side_stream import SideStream
@@ -89,6 +89,12 @@ class _Handover:
     source: SubnetPair | None
     target: SubnetPair
     loads: list[_Load] = field(default_factory=list)
+
+
+def overlaps(rounds: RoundConfig, device: torch.device) -> bool:
+    """Whether transfers run beside the steps: by default on a GPU; on a CPU they would take its cores."""
+    wanted = rounds.overlap == "on" or (rounds.overlap == "auto" and device.type == "cuda")
+    return wanted and rounds.prefetch and rounds.delta
 
 
 class Relay:
