@@ -91,12 +91,6 @@ class _Handover:
     loads: list[_Load] = field(default_factory=list)
 
 
-def overlaps(rounds: RoundConfig, device: torch.device) -> bool:
-    """Whether transfers run beside the steps: by default on a GPU; on a CPU they would take its cores."""
-    wanted = rounds.overlap == "on" or (rounds.overlap == "auto" and device.type == "cuda")
-    return wanted and rounds.prefetch and rounds.delta
-
-
 class Relay:
     """Hands the weights from round to round and keeps the store in step.
 
@@ -339,3 +333,9 @@ class Relay:
         if self._reduce_memory.numel() < needed:  # a mask that minimum widths have taken beyond the cap
             self._reduce_memory = self._reduce_memory.new_empty(needed)
         return self._reduce_memory
+
+
+def overlaps(rounds: RoundConfig, device: torch.device) -> bool:
+    """Whether transfers run beside the steps: by default on a GPU; on a CPU they would take the cores."""
+    wanted = rounds.overlap == "on" or (rounds.overlap == "auto" and device.type == "cuda")
+    return wanted and rounds.prefetch and rounds.delta

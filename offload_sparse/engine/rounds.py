@@ -140,11 +140,6 @@ class Round:
         self._tails: list[_Tail] = []
         self._buckets: dict[int, Buckets] = {}
 
-    def next_flops(self, of_sides: tuple[int, int]) -> int:
-        """FLOPs per image of the next step, from those of each side's forward pass; backward counts twice."""
-        trained, evaluated = roles(self.reference, self.steps, self.pair.same)
-        return 3 * of_sides[trained] + (0 if evaluated is None else of_sides[evaluated])
-
     def step(self, batch: Any, loss_fn: LossFunction, lr: float) -> Tensor:
         """One optimizer step of the subnet whose turn it is; nothing moves if a loss or gradient of any rank
         is not finite.

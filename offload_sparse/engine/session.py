@@ -41,8 +41,8 @@ from offload_sparse.engine.pair import Side
 from offload_sparse.engine.preparation import ModelSource, prepare
 from offload_sparse.engine.reduction import Averager
 from offload_sparse.engine.relay import Masks, Relay, overlaps
-from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord
-from offload_sparse.engine.sync import CONSEQUENCES, assert_equal_on_ranks, average, averaged
+from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
+from offload_sparse.engine.sync import assert_equal_on_ranks, average, averaged
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.pinned import pin_mode, return_freed_memory
 from offload_sparse.store.tiers import Identity, Mode, open_tier
@@ -52,6 +52,11 @@ from offload_sparse.structure.channel_map import ChannelMap
 from offload_sparse.structure.selection import Selection
 
 logger = logging.getLogger(__name__)
+
+_CONSEQUENCES = {
+    "skip": "the batch has been skipped",
+    "rollback": "the run goes on from the end of the round before",
+}
 
 
 class SparseOffload:
@@ -133,8 +138,10 @@ class SparseOffload:
             self.tier.complete(self.store.integer_buffers)
         return_freed_memory()
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
-        wanted = policy or PolicyConfig()
-        chosen = dataclasses.replace(wanted, rho=wanted.rho if rho is None else rho).resolved(compile)
+        probabilities = policy or PolicyConfig()
+        if rho is not None:
+            probabilities = dataclasses.replace(probabilities, rho=rho)
+        chosen = probabilities.resolved(compile)
         check_combination(chosen, self.rounds)
         self.policy = MaskPolicy(chosen, self.channel_map.groups, seed, self.cost)
         self.relay = Relay(
@@ -144,7 +151,7 @@ class SparseOffload:
             self.device,
             self.policy.size_cap,
             delta=self.rounds.delta and not self.policy.trivial,
-            overlap=overlaps(self.rounds, self.device) and not self.policy.trivial,
+            overlap=not self.policy.trivial and overlaps(self.rounds, self.device),
         )
         if compile:
             self.relay.compile()
@@ -186,7 +193,7 @@ class SparseOffload:
         """
         self._recent.append((batch, loss_fn))
         current = self._round or self._start_round()
-        self.forward_flops += current.next_flops(self._mask_flops)
+        self._count_flops(current)
         fault_point("step", self.steps_done)
         with self.relay.timeline.stepping():
             loss = current.step(batch, loss_fn, self.optim.lr if lr is None else lr)
@@ -412,7 +419,7 @@ class SparseOffload:
             raise FloatingPointError(faults[0])
         if self.ranks.rank == 0:
             for fault in faults:
-                logger.warning("%s; %s", fault, CONSEQUENCES[self.on_nonfinite])
+                logger.warning("%s; %s", fault, _CONSEQUENCES[self.on_nonfinite])
         if self.on_nonfinite == "rollback":
             self.relay.forget()
             self.policy.load_state_dict(self._s_before)
@@ -430,6 +437,12 @@ class SparseOffload:
         self.policy.freeze()
         self.next_masks = None
 
+    def _count_flops(self, current: Round) -> None:
+        trained, evaluated = roles(self.rounds.reference, current.steps, current.pair.same)
+        self.forward_flops += 3 * self._mask_flops[trained]
+        if evaluated is not None:
+            self.forward_flops += self._mask_flops[evaluated]
+
     def _reestimate(self, module: nn.Module, batches: Iterable[Any], run: Run = nn.Module.__call__) -> None:
         if not self.forward.frozen_batch_norm:
             everywhere = partial(averaged, world_size=self.ranks.world_size)
@@ -439,9 +452,6 @@ class SparseOffload:
         assert self._masks is not None
         pair = self.relay.pair
         sides = pair.active if self.rounds.references == "shared" else pair.trained
-        weights = [side.arrays[WEIGHTS] for side in sides]
-        assert_equal_on_ranks(
-            {"keep probabilities": [self.policy.s], "masks": list(self._masks), "subnet weights": weights},
-            self.ranks.world_size,
-            self.device,
-        )
+        named = {"keep probabilities": [self.policy.s], "masks": list(self._masks)}
+        named["subnet weights"] = [side.arrays[WEIGHTS] for side in sides]
+        assert_equal_on_ranks(named, self.ranks.world_size, self.device)

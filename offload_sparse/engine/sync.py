@@ -41,13 +41,6 @@ def ranks_where(condition: bool, world_size: int) -> list[int]:
     return [rank for rank, answer in enumerate(answers) if answer]
 
 
-CONSEQUENCES = {
-    "skip": "the batch has been skipped",
-    "rollback": "the run goes on from the end of the round before",
-}
-"""Of a step that is not finite, by what ``on_nonfinite`` says."""
-
-
 def describe_fault(step: int, ranks: list[int], loss: float) -> str:
     """One line about a step with a loss or gradient that is not finite."""
     where = f"rank {', '.join(map(str, ranks))}" if ranks else "a rank"
