@@ -51,7 +51,7 @@ class Timeline:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._origin = self._now()
         self._round = 0
         self._open: dict[Lane, tuple[int, _Mark]] = {}
@@ -127,10 +127,10 @@ class Timeline:
                 self._sums[lane] += span.end - span.start
 
     def _now(self) -> _Mark:
-        if not self._on_cuda:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _seconds(self, mark: _Mark) -> float:
