@@ -82,7 +82,7 @@ class SparseOffload:
             round before (which costs the bus a full subnet per round).
         verify: check slice = mask on the model before anything trains.
         compile: compile the forward passes of the subnets; ``policy.sampler auto`` then keeps widths fixed.
-        run_id: what a store in files is known by; a store of another run is refused.
+        run_id: what a store in files is known by.
         store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
             ``replace`` initialises whatever files of this run there are.
 
@@ -243,9 +243,7 @@ class SparseOffload:
 
     @contextmanager
     def evaluation(self, batches: Iterable[Any]) -> Iterator[nn.Module]:
-        """The subnet now in training, with BatchNorm statistics re-estimated on ``batches``; undone at the
-        end.
-        """
+        """The subnet now in training, inside with BatchNorm statistics of ``batches``."""
         if self._round is None:
             self._start_round()
         side = self.relay.pair.sides[0]
@@ -331,8 +329,7 @@ class SparseOffload:
         fault_point("sample", self.steps_done)
         reopened, self._reopened = self._reopened, None
         steps = 0 if reopened is None else reopened.steps
-        first = self.steps_done - steps
-        self.policy.advance(first / max(1, self.freeze_step))
+        self.policy.advance((first := self.steps_done - steps) / max(1, self.freeze_step))
         self._masks = self._draw() if reopened is None else reopened.masks
         of_a, of_b = pair_on(self._masks, self.ranks.rank)
         self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
@@ -399,9 +396,7 @@ class SparseOffload:
             self.relay.settle()
 
     def _learn(self, current: Round) -> None:
-        """Read the losses of the steps since the last time and move s; within a round masks do not depend on
-        s.
-        """
+        """Read the losses since the last time and move s, on which no mask depends within a round."""
         assert self._masks is not None
         faults = []
         per_rank = self.rounds.references == "per_rank"
@@ -445,13 +440,11 @@ class SparseOffload:
 
     def _reestimate(self, module: nn.Module, batches: Iterable[Any], run: Run = nn.Module.__call__) -> None:
         if not self.forward.frozen_batch_norm:
-            everywhere = partial(averaged, world_size=self.ranks.world_size)
-            reestimate_batch_norm(module, batches, everywhere, run)
+            reestimate_batch_norm(module, batches, partial(averaged, world_size=self.ranks.world_size), run)
 
     def _check_ranks(self) -> None:
         assert self._masks is not None
-        pair = self.relay.pair
-        sides = pair.active if self.rounds.references == "shared" else pair.trained
+        pair, shared = self.relay.pair, self.rounds.references == "shared"
         named = {"keep probabilities": [self.policy.s], "masks": list(self._masks)}
-        named["subnet weights"] = [side.arrays[WEIGHTS] for side in sides]
+        named["subnet weights"] = [side.arrays[WEIGHTS] for side in (pair.active if shared else pair.trained)]
         assert_equal_on_ranks(named, self.ranks.world_size, self.device)
