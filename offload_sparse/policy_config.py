@@ -31,8 +31,8 @@ class PolicyConfig:
         anneal: share of the search after which ``rho`` is reached.
         estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm`` draws
             pairs of antithetic masks, ``bitflip`` flips one atom of the mask.
-        control_decay: decay, per round, of the average of past estimates that ``rloo_cv`` and ``disarm_cv``
-            use as control variate.
+        control_decay: decay, per round, of the comparisons that the control variate of ``rloo_cv`` and
+            ``disarm_cv`` comes from.
         sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws a share ``refresh`` of
             the atoms per round, ``fixed_width`` keeps the width of every group, so that shapes never change.
             ``auto`` is ``fixed_width`` for compiled runs, else ``bernoulli``.

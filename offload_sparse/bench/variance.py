@@ -2,8 +2,8 @@
 
 Masks are drawn from the checkpoint's p(m|s), in the pairs that each estimator needs, and the losses of their
 subnets measured on one batch (Zhou et al. 2021, Figure 3, right). The variance is the total one,
-E|Hg|² - |E Hg|², with the preconditioner H. Control variates are averages of estimates from masks that are
-used for nothing else. From the independent pairs follow, too (Figure 4 and equations 6 and 7)
+E|Hg|² - |E Hg|², with the preconditioner H. Control variates come from masks that are used for nothing
+else. From the independent pairs follow, too (Figure 4 and equations 6 and 7)
 
     V(s) = E (L(m) - L(m'))²      V_max(s) = max over j, m_j of the same given m_j      E L(m)²
 """
@@ -26,7 +26,7 @@ from offload_sparse.data.loader import Batch
 from offload_sparse.data.normalise import Normalise
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.models import build_model
-from offload_sparse.policy.control import pooled
+from offload_sparse.policy.control import regressed
 from offload_sparse.policy.estimators import (
     CONTROLLED,
     ESTIMATORS,
@@ -144,8 +144,8 @@ def _variance(name: str, pairs: Pairs, s: Tensor, groups: Sequence[Group]) -> fl
     half = len(pairs[0]) // 2
     control = None
     if name in CONTROLLED:
-        first = _estimates(_ESTIMATOR_OF[pairing(name)], tuple(part[:half] for part in pairs), s, None)
-        control = pooled(first.mean(0), groups)
+        m, m_ref, loss, reference = (part[:half] for part in pairs)
+        control = regressed(loss - reference, m.to(s.dtype) - m_ref.to(s.dtype), groups)
     g = _estimates(name, tuple(part[half:] for part in pairs), s, control)
     return float(precondition(g, s, _ALPHA).var(0).sum())
 

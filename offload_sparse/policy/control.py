@@ -1,7 +1,8 @@
-"""The control variate of ``rloo_cv`` and ``disarm_cv``: an average of past estimates, fixed per round.
+"""The control variate of ``rloo_cv`` and ``disarm_cv``: what channels of each layer are worth.
 
-Estimates of single atoms are far noisier than large, and an average that is as noisy as they are adds more
-variance than it takes away. The average over a group is not: it says what a channel of this layer is worth.
+Estimates of single atoms are far noisier than large, and a control variate that is as noisy as they are adds
+more variance than it takes away. So it has one number per group, and comes from a regression of past loss
+differences on the differences of widths, L(m) - L(m') ≈ Σ_g a_g (|m_g| - |m'_g|), with a ridge.
 """
 
 from __future__ import annotations
@@ -13,51 +14,67 @@ from torch import Tensor
 
 from offload_sparse.structure.channel_map import Group
 
+_RIDGE = 0.1
+"""Of the regression, relative to the mean square of a difference of widths."""
+
 
 class ControlVariate:
-    """a, an exponential average of the estimates of earlier rounds, the same for all atoms of a group.
+    """a, the same for all atoms of a group, from exponentially forgotten comparisons of earlier rounds.
 
     It must not know the masks that it is used with. Those of a round are drawn before the losses of the round
-    are known, so the estimates of a round are set aside and join the average when the next one begins.
+    are known, so the comparisons of a round are set aside and join the others when the next one begins.
 
     Args:
         groups: the groups of the atoms.
-        decay: of the average, in [0, 1).
+        decay: per round, in [0, 1).
     """
 
     def __init__(self, groups: Sequence[Group], decay: float) -> None:
         self._groups, self._decay = groups, decay
-        count = groups[-1].stop
-        self._value = torch.zeros(count, dtype=torch.float64)
-        self._pending = torch.zeros(count, dtype=torch.float64)
-        self._counts = torch.tensor([-1, 0])  # the round of the pending estimates, and how many there are
+        size = len(groups)
+        self._known = torch.zeros(
+            size, size + 1, dtype=torch.float64
+        )  # normal equations: matrix | right side
+        self._pending = torch.zeros_like(self._known)
+        self._round = torch.tensor(-1)
 
     def of_round(self, round: int) -> Tensor:
         """a for the masks of ``round``, float64[C]."""
-        last, estimates = self._counts.tolist()
-        if round != last:
-            if estimates:
-                mean = pooled(self._pending / estimates, self._groups)
-                self._value = self._decay * self._value + (1 - self._decay) * mean
+        if round != int(self._round):
+            self._known = self._decay * self._known + self._pending
             self._pending = torch.zeros_like(self._pending)
-            self._counts = torch.tensor([round, 0])
-        return self._value
+            self._round = torch.tensor(round)
+        return _solved(self._known, self._groups)
 
-    def estimated(self, g: Tensor) -> None:
-        """Set an estimate of the present round aside."""
-        self._pending = self._pending + g
-        self._counts = self._counts + torch.tensor([0, 1])
+    def compared(self, difference: float, step: Tensor) -> None:
+        """Set a comparison of the present round aside: L(m) - L(m') and m - m' (float64[C])."""
+        self._pending = self._pending + _equations(torch.tensor([[difference]]), step[None], self._groups)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that are never changed in place."""
-        return {"value": self._value, "pending": self._pending, "counts": self._counts}
+        return {"known": self._known, "pending": self._pending, "round": self._round}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Carry on from ``state()``."""
-        self._value, self._pending = state["value"].clone(), state["pending"].clone()
-        self._counts = state["counts"].clone()
+        self._known, self._pending = state["known"].clone(), state["pending"].clone()
+        self._round = state["round"].clone()
 
 
-def pooled(g: Tensor, groups: Sequence[Group]) -> Tensor:
-    """The mean of every group at all of its atoms: float64[C]."""
-    return torch.cat([g[group.start : group.stop].mean().expand(group.size) for group in groups])
+def regressed(differences: Tensor, steps: Tensor, groups: Sequence[Group]) -> Tensor:
+    """a, float64[C], of comparisons: L(m) - L(m') as float64[n, 1], m - m' as float64[n, C]."""
+    return _solved(_equations(differences, steps, groups), groups)
+
+
+def _equations(differences: Tensor, steps: Tensor, groups: Sequence[Group]) -> Tensor:
+    """float64[G, G + 1]: the normal equations of the regression."""
+    widths = torch.stack([steps[:, group.start : group.stop].sum(1) for group in groups], dim=1)
+    return widths.T @ torch.cat([widths, differences.to(widths.dtype)], dim=1)
+
+
+def _solved(equations: Tensor, groups: Sequence[Group]) -> Tensor:
+    matrix, right = equations[:, :-1], equations[:, -1]
+    ridge = _RIDGE * matrix.trace() / len(groups)
+    if ridge <= 0:
+        return torch.zeros(groups[-1].stop, dtype=torch.float64)
+    values = torch.linalg.solve(matrix + ridge * torch.eye(len(groups), dtype=torch.float64), right)
+    return torch.cat([values[i].expand(group.size) for i, group in enumerate(groups)])

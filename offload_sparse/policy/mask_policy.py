@@ -219,9 +219,10 @@ class MaskPolicy:
         name = self.config.estimator
         mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
         control = self._control.of_round(round) if name in CONTROLLED else None
-        g = ESTIMATORS[name](Comparison(loss, reference_loss, m1, m2, self.s, mean, control))
+        pair = Comparison(loss, reference_loss, m1, m2, self.s, mean, control)
+        g = ESTIMATORS[name](pair)
         if control is not None:
-            self._control.estimated(g)
+            self._control.compared(difference, pair.step)
         self._diagnostics.compared(difference, m1, round)
         self._move(torch.where(self._sampler.redrawn(round), g, 0.0))
 

@@ -1,43 +1,54 @@
 """The control variate knows nothing of the masks that it is used with, and one value per group."""
 
+import pytest
 import torch
 
-from offload_sparse.policy.control import ControlVariate, pooled
+from offload_sparse.policy.control import ControlVariate, regressed
 from offload_sparse.structure.channel_map import Group
 
-GROUPS = [Group("a", 0, 2), Group("b", 2, 3)]
+GROUPS = [Group("a", 0, 20), Group("b", 20, 30)]
+WORTH = torch.cat([torch.full((20,), -0.5), torch.full((30,), 0.2)]).double()
 
 
-def estimate(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def steps(count: int, seed: int = 0) -> torch.Tensor:
+    """m - m' of pairs of random masks."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (2, count, 50), generator=generator).double().diff(dim=0)[0]
 
 
-def test_it_stands_still_within_a_round_and_then_takes_in_the_round_s_mean() -> None:
-    control = ControlVariate(GROUPS, decay=0.75)
-    assert control.of_round(0).tolist() == [0.0] * 5
-    control.estimated(estimate(1, 3, 0, 0, 6))
-    assert control.of_round(0).tolist() == [0.0] * 5
-    control.estimated(estimate(3, 5, 0, 0, 6))
-    assert control.of_round(1).tolist() == [0.75, 0.75, 0.5, 0.5, 0.5]
-    assert control.of_round(2).tolist() == [0.75, 0.75, 0.5, 0.5, 0.5], "a round without estimates"
+def test_it_finds_what_a_channel_of_each_group_is_worth() -> None:
+    data = steps(400)
+    noise = 0.1 * torch.randn(400, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = regressed(data @ WORTH[:, None] + noise, data, GROUPS)
+    torch.testing.assert_close(found, WORTH, rtol=0.15, atol=0.0)  # the ridge takes a tenth
+    assert len(found.unique()) == 2, "one value per group"
+
+
+def test_it_stands_still_within_a_round_and_then_takes_in_what_was_compared() -> None:
+    control, data = ControlVariate(GROUPS, decay=0.5), steps(6)
+    for round in range(3):
+        before = control.of_round(round)
+        for step in data[2 * round : 2 * round + 2]:
+            control.compared(float(step @ WORTH), step)
+            assert torch.equal(control.of_round(round), before)
+        assert bool(before.any()) == (round > 0)
+    halves = torch.tensor([0.25, 0.25, 0.5, 0.5, 1, 1], dtype=torch.float64).sqrt()[:, None]
+    expected = regressed(halves * (data @ WORTH[:, None]), halves * data, GROUPS)
+    torch.testing.assert_close(control.of_round(3), expected)
+
+
+def test_without_comparisons_it_is_zero() -> None:
+    assert not bool(ControlVariate(GROUPS, 0.9).of_round(5).any())
 
 
 def test_it_is_carried_on_bit_for_bit_in_the_middle_of_a_round() -> None:
-    generator = torch.Generator().manual_seed(0)
     straight, other = ControlVariate(GROUPS, 0.9), ControlVariate(GROUPS, 0.9)
-    for step in range(12):
+    for number, step in enumerate(steps(12)):
         for control in (straight, other):
-            control.of_round(step // 4)
-        g = torch.randn(5, dtype=torch.float64, generator=generator)
-        straight.estimated(g)
-        other.estimated(g)
+            control.of_round(number // 4)
+            control.compared(float(step.sum()), step)
         carried_on = ControlVariate(GROUPS, 0.9)
         carried_on.load({name: value.clone() for name, value in other.state().items()})
         other = carried_on
     assert torch.equal(straight.of_round(9), other.of_round(9))
-    assert bool(straight.of_round(9).any())
-
-
-def test_pooling_keeps_the_sum_of_every_group() -> None:
-    g = estimate(1, 2, 3, 4, 5)
-    assert pooled(g, GROUPS).tolist() == [1.5, 1.5, 4.0, 4.0, 4.0]
+    assert float(straight.of_round(9)[0]) == pytest.approx(1, abs=0.5)
