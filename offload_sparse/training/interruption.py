@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -52,7 +51,7 @@ class Interruption:
             self.signal_name, self._noted = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._noted > GRACE:
             self._restore()
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # in this thread, now
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
