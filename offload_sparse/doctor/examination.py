@@ -20,10 +20,15 @@ def examine(run_dir: Path) -> list[Finding]:
     """
     import torch
 
-    logging.getLogger("offload_sparse").setLevel(logging.ERROR)  # findings say what warnings would
-    return [
-        *check_software(),
-        *check_devices(),
-        *check_system(run_dir, torch.cuda.is_available()),
-        *check_launch(),
-    ]
+    logger = logging.getLogger("offload_sparse")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # findings say what warnings would
+    try:
+        return [
+            *check_software(),
+            *check_devices(),
+            *check_system(run_dir, torch.cuda.is_available()),
+            *check_launch(),
+        ]
+    finally:
+        logger.setLevel(level)
