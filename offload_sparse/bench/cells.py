@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -103,6 +104,11 @@ def kept(folder: str, file_name: str, run: Callable[[], dict[str, Any]]) -> dict
     temporary.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     os.replace(temporary, path)
     return figures
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over runs; 0 for a single one."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def _decoded_split(split: Split, config: DataConfig) -> Batch:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images
+from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import DFBSTBenchConfig
 from offload_sparse.bench.step import take_turns
@@ -92,7 +92,7 @@ def _ratios(key: str, found: list[dict[str, Any]], step_vs_dense: float) -> dict
     accuracies = [figures["accuracy"] for figures in found]
     return {
         f"{key}.accuracy": fmean(accuracies),
-        f"{key}.spread": stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        f"{key}.spread": spread(accuracies),
         f"{key}.remaining": fmean(figures["forward_remaining"] for figures in found),
         f"{key}.backward_remaining": fmean(figures["backward_remaining"] for figures in found),
         f"{key}.step_vs_dense": step_vs_dense,

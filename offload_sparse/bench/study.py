@@ -23,13 +23,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
-from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images
+from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
 from offload_sparse.config import (
@@ -323,7 +323,7 @@ def draw(found: Mapping[tuple[float, str], list[dict[str, Any]]], name: str, pat
         axes.errorbar(
             fmean(r["train_cost"] * r["steps"] for r in runs),
             fmean(accuracies),
-            stdev(accuracies) if len(runs) > 1 else 0.0,
+            spread(accuracies),
             fmt=markers[method],
             color=f"C{ratios.index(rho)}",
             capsize=3,
@@ -352,7 +352,7 @@ def _ratios(key: str, runs: list[dict[str, Any]]) -> dict[str, float]:
     accuracies = [figures["accuracy"] for figures in runs]
     return {
         f"{key}.accuracy": fmean(accuracies),
-        f"{key}.spread": stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        f"{key}.spread": spread(accuracies),
         f"{key}.flops_ratio": fmean(figures["flops_ratio"] for figures in runs),
         f"{key}.train_cost": fmean(figures["train_cost"] for figures in runs),
     }

@@ -69,15 +69,11 @@ def _stages(
     return nn.Sequential(*stages)
 
 
-class ResNet(nn.Module):
-    """ResNet of depth 6·blocks + 2 with stages of 16, 32 and 64 channels times ``width``.
+class _SmallImageResNet(nn.Module):
+    """A 3×3 convolution, stages of ``blocks`` basic blocks with ``widths`` channels, and a classifier."""
 
-    Shape: float[N, in_channels, H, W] → float[N, num_classes].
-    """
-
-    def __init__(self, blocks: int, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, in_channels: int, widths: tuple[int, ...], blocks: int) -> None:
         super().__init__()
-        widths = tuple(scaled(base, width) for base in (16, 32, 64))
         self.conv1 = _conv3x3(in_channels, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.stages = _stages(BasicBlock, widths[0], widths, blocks)
@@ -90,7 +86,19 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.pool(out), 1))
 
 
-class ResNet18(nn.Module):
+class ResNet(_SmallImageResNet):
+    """ResNet of depth 6·blocks + 2 with stages of 16, 32 and 64 channels times ``width``.
+
+    Shape: float[N, in_channels, H, W] → float[N, num_classes].
+    """
+
+    def __init__(self, blocks: int, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
+        super().__init__(
+            num_classes, in_channels, tuple(scaled(base, width) for base in (16, 32, 64)), blocks
+        )
+
+
+class ResNet18(_SmallImageResNet):
     """ResNet-18 (He et al. 2016) with the stem for small images: a 3×3 convolution of stride 1, no max pool.
 
     Four stages of two blocks with 64, 128, 256 and 512 channels times ``width``.
@@ -99,18 +107,9 @@ class ResNet18(nn.Module):
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
-        super().__init__()
-        widths = tuple(scaled(base, width) for base in (64, 128, 256, 512))
-        self.conv1 = _conv3x3(in_channels, widths[0])
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.stages = _stages(BasicBlock, widths[0], widths, 2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(widths[-1], num_classes)
-        initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        out = self.stages(F.relu(self.bn1(self.conv1(images))))
-        return self.fc(torch.flatten(self.pool(out), 1))
+        super().__init__(
+            num_classes, in_channels, tuple(scaled(base, width) for base in (64, 128, 256, 512)), 2
+        )
 
 
 class WideResNet(nn.Module):

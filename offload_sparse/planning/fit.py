@@ -11,10 +11,9 @@ import torch
 
 from offload_sparse.config import RunConfig
 from offload_sparse.data.declared import DeclaredData, declared_data
-from offload_sparse.models import build_model, input_channels
 from offload_sparse.planning.machine import Machine
 from offload_sparse.planning.plan import Memory, Planner
-from offload_sparse.training.dry_run import dry_run, structure_of
+from offload_sparse.training.dry_run import dry_run, model_on_meta, structure_of
 
 GIB = 2**30
 _MARGIN = 0.95
@@ -219,14 +218,7 @@ def _surely_fits(config: RunConfig, data: DeclaredData, machine: Machine) -> boo
     """A bound that needs no search for channels: two dense subnets with everything that they could have, and
     ten times the images and weights for activations would fit in a tenth of the memory.
     """
-    channels = input_channels(config.model.name, data.channels)
-    sizes: dict[str, Any] = {
-        "num_classes": data.num_classes,
-        "in_channels": channels,
-        "image_size": data.image_size,
-    }
-    with torch.device("meta"):
-        model = build_model(config.model.name, **(sizes | config.model.arguments))
+    model, channels = model_on_meta(config, data)
     item = getattr(torch, config.train.dtype).itemsize
     weights = sum(p.numel() for p in model.parameters()) * item
     forward = _forward_bytes(model, data, channels) * item * config.data.batch_size

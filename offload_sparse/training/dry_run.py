@@ -76,10 +76,8 @@ def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, 
     }
 
 
-def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
-    """The network of ``config``, built on the meta device, and its channels."""
-    from offload_sparse.structure.discovery import discover
-
+def model_on_meta(config: RunConfig, data: DeclaredData) -> tuple[nn.Module, int]:
+    """The network of ``config`` on the meta device, and the channels of its images."""
     channels = input_channels(config.model.name, data.channels)
     arguments: dict[str, Any] = {
         "num_classes": data.num_classes,
@@ -87,7 +85,15 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
         "image_size": data.image_size,
     }
     with torch.device("meta"):
-        model = build_model(config.model.name, **(arguments | config.model.arguments))
+        return build_model(config.model.name, **(arguments | config.model.arguments)), channels
+
+
+def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
+    """The network of ``config``, built on the meta device, and its channels."""
+    from offload_sparse.structure.discovery import discover
+
+    model, channels = model_on_meta(config, data)
+    with torch.device("meta"):
         inputs = (torch.empty(1, channels, data.image_size, data.image_size),)
     channel_map = block_atoms(discover(model, inputs, config.model.residual), config.atoms.block)
     return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
