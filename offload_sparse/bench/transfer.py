@@ -154,8 +154,8 @@ def chained(layout: Layout, selection: Selection, narrow: Layout, store: Tensor,
 def lines_bound(plan: BlockPlan) -> float:
     """Cache lines that a copy reads and writes, as a share of those that a gather reads and writes.
 
-    A copy of n bytes moves 2n (read, written past the caches, as long copies are); a gather moves 2n (fetched
-    for writing, written) and every line in which a kept entry lies, whole.
+    A copy of n bytes moves 2n (read, written past the caches, as long copies are); a gather moves n and every
+    line in which a kept entry lies, whole.
     """
     lines = 0
     for block in plan.blocks:
@@ -169,7 +169,7 @@ def lines_bound(plan: BlockPlan) -> float:
             per_row = max(1, block.unit * 4 // LINE)
         lines += block.n_rows * per_row
     size = plan.entries * 4
-    return 2 * size / (2 * size + lines * LINE)
+    return 2 * size / (size + lines * LINE)
 
 
 def _take_turns(passes: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:

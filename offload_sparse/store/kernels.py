@@ -10,26 +10,36 @@ row the kernel therefore asks for the lines of the next one, which pays most whe
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[[int, int, int, int, int, int, int, int, int, int], None]
-"""(address of items, of blocks, of indices, first item, last item + 1, source address, target address, bytes
-per entry, column of the source grid, column of the target grid); releases the interpreter lock."""
+Kernel = Callable[[int], None]
+"""Takes the address of a call, int64[CALL_WIDTH], copies items of it until none is left, and releases the
+interpreter lock meanwhile; several threads may take the same call, and share its items.
+"""
 
 # Columns of the tables, all int64. numba keeps what it compiled until kernel_source.py changes: whoever moves
 # a column changes a line there too.
 ITEM_BLOCK, ITEM_ROW, ITEM_ROW_END, ITEM_UNIT, ITEM_UNIT_END, ITEM_WIDTH = 0, 1, 2, 3, 4, 5
-BLOCK_UNIT, BLOCK_LENGTHS, SOURCE, TARGET, BLOCK_WIDTH = 0, 1, 2, 7, 12
-GRID_START, GRID_ROW_LENGTH, GRID_ROWS, GRID_UNITS, GRID_AHEAD = 0, 1, 2, 3, 4
+BLOCK_UNIT, BLOCK_LENGTHS, SOURCE, TARGET, BLOCK_WIDTH = 0, 1, 2, 8, 14
+GRID_START, GRID_ROW_LENGTH, GRID_ROWS, GRID_UNITS, GRID_AHEAD, GRID_DENSE = 0, 1, 2, 3, 4, 5
+CALL_ITEMS, CALL_BLOCKS, CALL_INDICES = 0, 1, 2  # addresses of the tables
+CALL_FROM, CALL_TO, CALL_SIZE = 3, 4, 5  # addresses of the arrays, bytes per entry
+CALL_FROM_GRID, CALL_TO_GRID = 6, 7  # SOURCE and TARGET, or the other way round
+CALL_COUNT, CALL_NEXT = 8, 9  # items, and the next that nobody has taken
+CALL_STREAM, CALL_WIDTH = 10, 11  # whether to write past the caches
 
 _lock = threading.Lock()
 _kernel: Kernel | None = None
 _tried = False
+_alive: list[Any] = []
+"""Compiled functions, whose code goes when they do."""
 
 
 def load() -> Kernel | None:
@@ -65,8 +75,8 @@ def loaded() -> bool:
 def _compile() -> Kernel:
     import numba
 
-    from offload_sparse.store.kernel_source import copy_items
+    from offload_sparse.store.kernel_source import copy_call
 
-    integer = numba.types.intp
-    signature = numba.types.void(*[integer] * 10)
-    return numba.njit([signature], nogil=True, cache=True)(copy_items)
+    compiled = numba.cfunc(numba.types.void(numba.types.intp), cache=True)(copy_call)
+    _alive.append(compiled)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)

@@ -8,7 +8,6 @@ indices  one int64 array: row numbers, offsets of units within a row (in entries
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from offload_sparse.store.blocks import Block, Grid
-from offload_sparse.store.kernels import BLOCK_WIDTH, ITEM_WIDTH
+from offload_sparse.store.kernels import BLOCK_WIDTH, ITEM_WIDTH, SOURCE, TARGET
 
 Numbers = npt.NDArray[np.int64]
 
@@ -37,7 +36,6 @@ class Packed:
         items: int64[items, ITEM_WIDTH].
         blocks: int64[blocks, BLOCK_WIDTH].
         indices: int64[*].
-        ends: int64[items], entries up to and with each item.
         addresses: where items, blocks and indices begin in memory.
     """
 
@@ -46,28 +44,28 @@ class Packed:
         self._size = 0
         self._known: dict[tuple[int, ...], tuple[tuple[int, ...], object]] = {}
         self._items: list[tuple[int, ...]] = []
-        self._entries: list[int] = []
         rows = [self._block(number, _without_full_rows(block)) for number, block in enumerate(blocks)]
         self.blocks = np.array(rows, np.int64).reshape(-1, BLOCK_WIDTH)
         self.items = np.array(self._items, np.int64).reshape(-1, ITEM_WIDTH)
         self.indices = np.concatenate([np.zeros(0, np.int64), *self._chunks])
-        self.ends = np.cumsum(np.array(self._entries, np.int64))
         self.addresses = (_address(self.items), _address(self.blocks), _address(self.indices))
-        self._pieces: dict[int, list[tuple[int, int]]] = {}
-        del self._chunks, self._known, self._items, self._entries
+        del self._chunks, self._known, self._items
 
-    def pieces(self, count: int) -> list[tuple[int, int]]:
-        """At most ``count`` ranges of items with about as many entries each, in order."""
-        if count not in self._pieces:
-            self._pieces[count] = self._cut_items(count)
-        return self._pieces[count]
+    def call(self, source: Tensor, target: Tensor, reverse: bool, stream: bool) -> Numbers:
+        """What ``kernels.Kernel`` takes to copy all items once, int64[CALL_WIDTH].
 
-    def _cut_items(self, count: int) -> list[tuple[int, int]]:
-        if not len(self.ends):
-            return []
-        cuts = np.searchsorted(self.ends, self.ends[-1] * np.arange(1, count) / count, side="left") + 1
-        edges = np.unique(np.concatenate([[0], np.minimum(cuts, len(self.ends)), [len(self.ends)]]))
-        return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+        Args:
+            source: flat array.
+            target: flat array, of the same dtype.
+            reverse: copy from ``target`` to ``source``.
+            stream: write past the caches where that is possible.
+        """
+        arrays, grids = [source.data_ptr(), target.data_ptr()], [SOURCE, TARGET]
+        if reverse:
+            arrays.reverse()
+            grids.reverse()
+        size, count = source.element_size(), len(self.items)
+        return np.array([*self.addresses, *arrays, size, *grids, count, 0, stream], np.int64)
 
     def _block(self, number: int, block: Block) -> tuple[int, ...]:
         unit, lengths_at, count, mean, source_at, target_at = self._units_of(block)
@@ -109,13 +107,12 @@ class Packed:
 
     def _grid(self, grid: Grid, units_at: int, ahead: bool) -> tuple[int, ...]:
         rows_at = -1 if grid.rows is None else self._shared(grid.rows)
-        return grid.start, grid.row_length, rows_at, units_at, int(ahead)
+        return grid.start, grid.row_length, rows_at, units_at, int(ahead), int(_consecutive(grid))
 
     def _add_items(self, number: int, n_rows: int, n_units: int, mean: int) -> None:
         entries = n_rows * n_units * mean
         if entries <= ITEM:
             self._items.append((number, 0, n_rows, 0, n_units))
-            self._entries.append(entries)
             return
         units = n_units if n_units * mean < 2 * ITEM else max(1, ITEM // mean)
         rows = max(1, ITEM // (n_units * mean))
@@ -124,7 +121,6 @@ class Packed:
             for first in range(0, n_units, units):
                 last = min(n_units, first + units)
                 self._items.append((number, row, row_end, first, last))
-                self._entries.append((row_end - row) * (last - first) * mean)
 
     def _shared(self, numbers: Tensor) -> int:
         """Position of numbers that several blocks may share; they are kept alive, so that ids stay theirs."""
@@ -152,6 +148,11 @@ def _without_full_rows(block: Block) -> Block:
     whole = length * block.n_rows
     sides = Grid(source.start, whole, None, source.rows), Grid(target.start, whole, None, target.rows)
     return Block(1, block.n_rows, length, *sides)
+
+
+def _consecutive(grid: Grid) -> bool:
+    """Whether units follow each other without gaps."""
+    return grid.units is None or int(grid.units[-1] - grid.units[0]) == len(grid.units) - 1
 
 
 def _units(grid: Grid, n_units: int) -> Numbers:

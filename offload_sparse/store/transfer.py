@@ -15,10 +15,7 @@ All ways move bytes unchanged, so they agree bit for bit.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import torch
@@ -27,6 +24,7 @@ from torch import Tensor
 from offload_sparse.store import kernels
 from offload_sparse.store.blocks import Block, BlockList, Grid
 from offload_sparse.store.packing import Packed
+from offload_sparse.store.team import run_on_team
 from offload_sparse.store.torch_copy import copy_by_torch
 
 __all__ = ["Block", "BlockPlan", "Grid", "copy_blocks", "prepare"]
@@ -34,13 +32,11 @@ __all__ = ["Block", "BlockPlan", "Grid", "copy_blocks", "prepare"]
 NATIVE_FROM = 1 << 18
 """Entries from which a transfer is worth loading the native kernel (half a second)."""
 
-THREADS_FROM = 1 << 16
-"""Entries per thread from which another thread is worth waking."""
+THREADS_FROM = 1 << 17
+"""Entries from which a transfer is worth waking other threads."""
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
+STREAM_FROM = 32 << 20
+"""Bytes from which a narrow array is written past the caches, which could not hold it anyway."""
 
 
 class BlockPlan(BlockList):
@@ -114,34 +110,8 @@ def _copy_in_host_memory(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]]
 def _copy_natively(
     kernel: kernels.Kernel, plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool
 ) -> None:
-    packed = plan.packed
-    threads = max(1, min(torch.get_num_threads(), plan.entries * len(pairs) // THREADS_FROM))
-    # A few pieces per thread even out rows of unequal cost; in order, which suits memory-mapped files.
-    ranges = packed.pieces(4 * threads if threads > 1 else 1)
-    work = [(pair, first, last) for pair in pairs for first, last in ranges]
-    work.reverse()
-
-    def run() -> None:
-        while True:
-            try:
-                (source, target), first, last = work.pop()
-            except IndexError:
-                return
-            here, there = source.data_ptr(), target.data_ptr()
-            size = source.element_size()
-            if reverse:
-                kernel(*packed.addresses, first, last, there, here, size, kernels.TARGET, kernels.SOURCE)
-            else:
-                kernel(*packed.addresses, first, last, here, there, size, kernels.SOURCE, kernels.TARGET)
-
-    helpers = [_pool(threads).submit(run) for _ in range(threads - 1)]
-    run()
-    for helper in helpers:
-        helper.result()
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    with _pools_lock:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="transfer")
-        return _pools[threads]
+    threads = torch.get_num_threads() if plan.entries * len(pairs) >= THREADS_FROM else 1
+    for source, target in pairs:
+        size = plan.entries * source.element_size()
+        call = plan.packed.call(source, target, reverse, stream=size >= STREAM_FROM)
+        run_on_team(kernel, call.ctypes.data, threads)

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +34,13 @@ def natively(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: b
     transfer._copy_natively(kernel, plan, pairs, reverse)
 
 
-WAYS: list[Way] = [by_torch, natively]
+def past_the_caches(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(transfer, "STREAM_FROM", 0)
+        natively(plan, pairs, reverse)
+
+
+WAYS: list[Way] = [by_torch, natively, past_the_caches]
 
 
 @dataclass
@@ -189,14 +194,20 @@ def test_two_threads_of_the_caller_may_transfer_at_once() -> None:
     assert torch.equal(targets[0][1_080_000:], source)
 
 
-def test_pieces_cover_all_items_in_order_and_are_of_like_size() -> None:
-    packed = wide_case()[0].packed
-    pieces = packed.pieces(4)
-    assert [a for a, _ in pieces[1:]] == [b for _, b in pieces[:-1]]
-    assert (pieces[0][0], pieces[-1][1]) == (0, len(packed.items))
-    shares = np.diff([0, *(packed.ends[last - 1] for _, last in pieces)])
-    assert shares.max() <= packed.ends[-1] / 4 + 2 * packing.ITEM
-    assert packed.ends[-1] == 2_700_000
+def test_items_are_small_enough_to_be_shared_out_and_cover_everything() -> None:
+    plan = wide_case()[0]
+    items, blocks = plan.packed.items, plan.packed.blocks
+    entries = []
+    for block, row, row_end, unit, unit_end in items:
+        width, lengths = blocks[block, kernels.BLOCK_UNIT], blocks[block, kernels.BLOCK_LENGTHS]
+        per_row = (
+            width * (unit_end - unit)
+            if lengths < 0
+            else plan.packed.indices[lengths + unit : lengths + unit_end].sum()
+        )
+        entries.append(int((row_end - row) * per_row))
+    assert sum(entries) == plan.entries
+    assert max(entries) <= 2 * packing.ITEM
 
 
 def test_neighbouring_units_become_longer_ones() -> None:
