@@ -38,12 +38,16 @@ class DSTConfig:
 
     Attributes:
         alpha: factor of the penalty that raises the thresholds (the paper: 5e-4 on MNIST, 5e-6 on CIFAR).
+        reset_at: remaining share of a layer at which its thresholds start anew, and all of it is back; 0 for
+            never.
     """
 
     alpha: float = 5e-4
+    reset_at: float = 0.01
 
     def __post_init__(self) -> None:
         require(self.alpha >= 0, f"dst.alpha is {self.alpha}; give 0 or more")
+        _check_reset("dst", self.reset_at)
 
 
 @dataclass
@@ -53,14 +57,17 @@ class DFBSTConfig:
     Attributes:
         alpha: factor of the penalty that raises the thresholds of the weights.
         beta: factor of the standard deviation of the masked gradients, which trains their thresholds.
+        reset_at: remaining share of a layer at which the thresholds of its weights start anew; 0 never.
     """
 
     alpha: float = 5e-4
     beta: float = 0.01
+    reset_at: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             require(getattr(self, name) >= 0, f"dfbst.{name} is {getattr(self, name)}; give 0 or more")
+        _check_reset("dfbst", self.reset_at)
 
 
 @dataclass
@@ -150,3 +157,7 @@ class PaperConfig:
             self.train_cost_saving >= 0,
             f"paper.train_cost_saving is {self.train_cost_saving}; give a factor, or 0 for none",
         )
+
+
+def _check_reset(branch: str, share: float) -> None:
+    require(0 <= share < 1, f"{branch}.reset_at is {share}; give a share in [0, 1), 0 for never")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from offload_sparse.requirement import require
 
 Reference = Literal["every_step", "turns", "round_start"]
-EstimatorName = Literal["pge", "vr_pge", "rloo", "disarm", "rloo_cv", "disarm_cv", "bitflip"]
+EstimatorName = Literal["auto", "pge", "vr_pge", "rloo", "disarm", "rloo_cv", "disarm_cv", "bitflip"]
 SamplerName = Literal["auto", "bernoulli", "persistent", "fixed_width"]
+ParametrisationName = Literal["auto", "atom", "group", "hierarchical"]
 BudgetName = Literal["count", "params", "flops"]
 Switch = Literal["auto", "on", "off"]
 
 _FOR_BERNOULLI = ("disarm", "rloo_cv", "disarm_cv")
-_FOR_FIXED_WIDTH = ("pge", "vr_pge", "rloo")
+_FOR_FIXED_WIDTH = ("auto", "pge", "vr_pge", "rloo")
 
 
 @dataclass
@@ -30,18 +31,22 @@ class PolicyConfig:
             ``rho``. Buffers are sized for the larger one.
         anneal: share of the search after which ``rho`` is reached.
         estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm`` draws
-            pairs of antithetic masks, ``bitflip`` flips one atom of the mask.
+            pairs of antithetic masks, ``bitflip`` flips one atom of the mask. ``auto`` is that of the least
+            variance that the sampler allows: ``disarm_cv`` for ``bernoulli``, else ``rloo``.
         control_decay: decay, per round, of the comparisons that the control variate of ``rloo_cv`` and
             ``disarm_cv`` comes from.
         sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws a share ``refresh`` of
             the atoms per round, ``fixed_width`` keeps the width of every group, so that shapes never change.
-            ``auto`` is ``fixed_width`` for compiled runs, else ``bernoulli``.
+            ``auto`` is ``fixed_width`` for compiled runs, ``bernoulli`` for estimators that need it, else
+            ``persistent``.
         refresh: share of the atoms that ``persistent`` redraws per round, in (0, 1].
-        parametrisation: ``atom`` learns one probability per atom (paper); ``hierarchical`` learns a keep rate
-            per group, on which all of its atoms agree, and what single atoms deviate from it.
-        group_lr: learning rate of the keep rates of ``hierarchical``.
+        parametrisation: ``atom`` learns one probability per atom (paper); ``group`` learns a keep rate per
+            group, the same for all of its atoms, that is how wide it should be; ``hierarchical`` learns such
+            a rate and what single atoms deviate from it. ``auto`` is ``atom`` for fixed widths, else
+            ``group``.
+        group_lr: learning rate of the keep rates of ``group`` and ``hierarchical``.
         optimizer: optimizer of the keep probabilities.
-        lr: its learning rate (the paper: Adam, 12e-3); 0 with ``hierarchical`` learns widths only.
+        lr: learning rate of single atoms (the paper: Adam, 12e-3).
         schedule: how both learning rates change during the search: not at all, or down to 0 along a line or a
             cosine.
         momentum: momentum of ``sgd``.
@@ -57,13 +62,13 @@ class PolicyConfig:
     budget: BudgetName = "count"
     rho_start: float = 0.0
     anneal: float = 0.5
-    estimator: EstimatorName = "rloo"
+    estimator: EstimatorName = "auto"
     control_decay: float = 0.95
     sampler: SamplerName = "auto"
-    refresh: float = 0.1
-    parametrisation: Literal["atom", "hierarchical"] = "atom"
-    group_lr: float = 3e-3
-    optimizer: Literal["adam", "sgd"] = "adam"
+    refresh: float = 0.02
+    parametrisation: ParametrisationName = "auto"
+    group_lr: float = 0.01
+    optimizer: Literal["adam", "sgd"] = "sgd"
     lr: float = 12e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     momentum: float = 0.9
@@ -114,20 +119,39 @@ class PolicyConfig:
                 "fixed_width set it to rloo, vr_pge or pge",
             )
             require(
-                self.parametrisation == "atom" and self.rho_start == 0,
+                self.parametrisation in ("auto", "atom") and self.rho_start == 0,
                 "policy.sampler fixed_width never changes a width; set policy.parametrisation to atom and "
                 "policy.rho_start to 0, or take another sampler",
             )
 
+    @classmethod
+    def paper(cls, **fields: Any) -> PolicyConfig:
+        """Masks drawn anew in every round, a probability per atom, learned by Adam (Zhou et al. 2021), and
+        these fields.
+        """
+        paper = {
+            "sampler": "bernoulli",
+            "estimator": "rloo",
+            "parametrisation": "atom",
+            "optimizer": "adam",
+        }
+        return cls(**(paper | fields))
+
     def resolved(self, compiled: bool) -> PolicyConfig:
-        """The same with a sampler in the place of ``auto``.
+        """The same with choices in the places of ``auto``.
 
         Raises:
             ValueError: the sampler does not go with another setting.
         """
-        if self.sampler != "auto":
-            return self
-        return replace(self, sampler="fixed_width" if compiled else "bernoulli")
+        sampler, estimator, parametrisation = self.sampler, self.estimator, self.parametrisation
+        if sampler == "auto":
+            sampler = "bernoulli" if estimator in _FOR_BERNOULLI else "persistent"
+            sampler = "fixed_width" if compiled else sampler
+        if estimator == "auto":
+            estimator = "disarm_cv" if sampler == "bernoulli" else "rloo"
+        if parametrisation == "auto":
+            parametrisation = "atom" if sampler == "fixed_width" else "group"
+        return replace(self, sampler=sampler, estimator=estimator, parametrisation=parametrisation)
 
 
 @dataclass
@@ -160,7 +184,7 @@ class RoundConfig:
     k: int = 50
     reference: Reference = "turns"
     references: Literal["shared", "per_rank"] = "shared"
-    freeze_at: float = 0.8
+    freeze_at: float = 0.25
     prefetch: bool = True
     delta: bool = True
     overlap: Switch = "auto"

@@ -61,7 +61,7 @@ def _session(hidden: int) -> tuple[SparseOffload, tuple[torch.Tensor, torch.Tens
         factory,
         (torch.empty(1, 1, 28, 28, device="meta"),),
         total_steps=10**9,
-        policy=PolicyConfig(rho=0.25),
+        policy=PolicyConfig.paper(rho=0.25),
         rounds=RoundConfig(k=_K),
         verify=False,
     )

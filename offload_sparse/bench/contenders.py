@@ -202,7 +202,7 @@ def ours(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
         partial(build_network, config),
         (batch[0][:1].to("meta"),),
         total_steps=1000 * config.k,
-        policy=PolicyConfig(rho=config.rho),
+        policy=PolicyConfig.paper(rho=config.rho),
         rounds=RoundConfig(k=config.k),
         optimizer=OPTIM,
         device=device,

@@ -57,7 +57,7 @@ def measure(width: float) -> dict[str, int]:
         factory,
         (torch.empty(1, 3, 32, 32, device="meta"),),
         total_steps=10 * STEPS,
-        policy=PolicyConfig(rho=RHO),
+        policy=PolicyConfig.paper(rho=RHO),
         rounds=RoundConfig(k=2, reference="turns"),
     )
     generator = torch.Generator().manual_seed(0)

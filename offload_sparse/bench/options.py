@@ -112,12 +112,14 @@ class DFBSTBenchConfig(BenchConfig):
         seeds: runs of each kind; 0 takes 5, with ``quick`` 1.
         epochs: passes over the images; 0 takes 20, with ``quick`` 150 steps.
         cache: folder in which finished runs are kept, so that the bench can be interrupted; empty keeps none.
+        reset_at: remaining share of a layer at which its thresholds start anew, as in DST; 0 for never.
     """
 
     data: str = ""
     seeds: int = 0
     epochs: int = 0
     cache: str = ""
+    reset_at: float = 0.01
 
     def __post_init__(self) -> None:
         _check(self, {"seeds": 0, "epochs": 0})

@@ -82,7 +82,7 @@ def case(
     return RunConfig(
         model=ModelConfig(name, arguments=arguments),
         data=data,
-        policy=PolicyConfig(rho=rho),
+        policy=PolicyConfig.paper(rho=rho),
         round=RoundConfig(k=STEPS, freeze_at=1),
         optim=optimizer or OptimConfig(lr=0.01),
     )

@@ -123,7 +123,7 @@ def measure_model(
         factory,
         (torch.empty(1, *batch[0].shape[1:], device="meta"),),
         total_steps=100 * k * (rounds + 1),
-        policy=PolicyConfig(rho=RHO),
+        policy=PolicyConfig.paper(rho=RHO),
         rounds=RoundConfig(k=k, reference="turns"),
         optimizer=optim,
         device=device,

@@ -98,7 +98,7 @@ def measure_here(width: float, rho: float, k: int, rounds: int) -> dict[str, flo
         partial(build_model, _MEASURED, 10, 3, 32, width=width),
         (torch.empty(1, 3, 32, 32, device="meta"),),
         total_steps=1000 * k,
-        policy=PolicyConfig(rho=rho),
+        policy=PolicyConfig.paper(rho=rho),
         rounds=RoundConfig(k=k),
         verify=False,
     )

@@ -107,7 +107,7 @@ def measure(session: SparseOffload, batch: Batch, pairs: int) -> dict[str, Any]:
 def draw_pairs(session: SparseOffload, batch: Batch, way: Pairing, count: int) -> Pairs:
     """Pairs from the session's p(m|s), and the losses of their subnets."""
     sampler = MaskPolicy(
-        PolicyConfig(rho=session.policy.config.rho, estimator=_ESTIMATOR_OF[way]),  # type: ignore[arg-type]
+        PolicyConfig.paper(rho=session.policy.config.rho, estimator=_ESTIMATOR_OF[way]),
         session.channel_map.groups,
         session.steps_done,
     )
@@ -163,7 +163,7 @@ def _session(config: VarianceConfig, images: Images) -> SparseOffload:
         ),
         (torch.empty(1, *images.shape, device="meta"),),
         total_steps=1 << 30,
-        policy=PolicyConfig(rho=config.rho),
+        policy=PolicyConfig.paper(rho=config.rho),
         rounds=RoundConfig(k=_K, freeze_at=1.0, prefetch=False),
         optimizer=OptimConfig(lr=0.05),
         verify=False,

@@ -16,7 +16,7 @@ What the text leaves open, and what is done here:
 * t_f and t_b start at 0, where |t| is given the derivative 1: with 0, t_b could never move.
 * Thresholds have the optimizer of the weights and no weight decay. Momentum and weight decay go on moving
   weights whose gradient is masked.
-* As in DST, a layer of which at most 1 % is left gets its t_f back to 0. t_b is never reset.
+* As in DST, a layer of which at most 1 % (``reset_at``) is left gets its t_f back to 0. t_b is never reset.
 * The gradient mask is chosen from the whole gradient, so the product that computes it stays dense: the sparse
   backward pass of the paper's counts is what the update uses, not what is saved.
 """
@@ -42,10 +42,13 @@ class ForwardBackwardThresholds(TrainableThresholds):
         weights: what is masked, by name.
         alpha: factor of L_s.
         beta: factor of L_v.
+        reset_at: remaining share of a layer at which t_f starts anew; 0 for never.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], alpha: float, beta: float) -> None:
-        super().__init__(weights, alpha, absolute=True)
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], alpha: float, beta: float, reset_at: float = 0.01
+    ) -> None:
+        super().__init__(weights, alpha, True, reset_at)
         self.beta = beta
         # No parameters of the module: they have no part in the forward pass, which DistributedDataParallel
         # asks of all parameters.
@@ -107,4 +110,7 @@ def _gradient(weight: nn.Parameter) -> Tensor:
 def build(task: Task) -> Method:
     """DFBST on the network of ``task``."""
     options = task.config.dfbst
-    return build_masked(task, lambda weights: ForwardBackwardThresholds(weights, options.alpha, options.beta))
+    return build_masked(
+        task,
+        lambda weights: ForwardBackwardThresholds(weights, options.alpha, options.beta, options.reset_at),
+    )

@@ -5,9 +5,10 @@ Masked Layers" (ICLR 2020):
 
     M = U(|θ| - t)      loss + α Σ exp(-t)      U' ≈ 2 - 4|x|, 0.4, 0
 
-What the text leaves open, and what is done here: thresholds start at 0; a layer of which at most 1 % is left
-gets its thresholds back to 0; thresholds have the optimizer of the weights (with its momentum) and no weight
-decay; the last layer is masked as the others are; U(0) = 1.
+What the text leaves open, and what is done here: thresholds start at 0; a layer of which at most 1 %
+(``reset_at``) is left gets its thresholds back to 0, so that for some hundred steps most of it is there
+again; thresholds have the optimizer of the weights (with its momentum) and no weight decay; the last layer is
+masked as the others are; U(0) = 1.
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ from offload_sparse.methods.sparsity import (
     unit_step,
 )
 
-RESET_AT = 0.01
-"""Remaining share of a layer at which its thresholds start anew."""
-
 
 class TrainableThresholds(Sparsity):
     """Forward masks 1[|θ| ≥ t] (DST) or 1[|θ| ≥ |t|] (DFBST).
@@ -39,11 +37,15 @@ class TrainableThresholds(Sparsity):
         weights: what is masked, by name.
         alpha: factor of the penalty Σ exp(-t).
         absolute: compare with |t|.
+        reset_at: remaining share of a layer at which its thresholds start anew; 0 for never.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], alpha: float, absolute: bool) -> None:
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], alpha: float, absolute: bool, reset_at: float = 0.01
+    ) -> None:
         super().__init__(weights)
         self.alpha = alpha
+        self.reset_at = reset_at
         self.absolute = absolute
         self.thresholds = nn.ParameterList(
             torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
@@ -76,13 +78,14 @@ class TrainableThresholds(Sparsity):
             limit = threshold.abs() if self.absolute else threshold
             mask = unit_step(weight.abs().sub_(by_row(limit, weight)))
             kept = row_sum(mask).sum(dtype=torch.float64) / mask.numel()
-            exhausted = kept <= RESET_AT
+            exhausted = (kept <= self.reset_at) & (self.reset_at > 0)
             threshold.copy_(torch.where(exhausted, torch.zeros_like(threshold), threshold))
             self.forward_kept[i] = torch.where(exhausted, torch.ones_like(kept), kept)
 
 
 def build(task: Task) -> Method:
     """DST on the network of ``task``."""
+    options = task.config.dst
     return build_masked(
-        task, lambda weights: TrainableThresholds(weights, task.config.dst.alpha, absolute=False)
+        task, lambda weights: TrainableThresholds(weights, options.alpha, False, options.reset_at)
     )

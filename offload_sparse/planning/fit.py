@@ -19,6 +19,9 @@ GIB = 2**30
 _MARGIN = 0.95
 """Share of the memory that a run may take: predictions are right within 5 %."""
 
+_CORRECTIONS = 8
+"""Plans, at most, that are made to correct the largest width."""
+
 
 @dataclass(frozen=True)
 class Shortage:
@@ -119,9 +122,9 @@ def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> st
 def largest_width(config: RunConfig, machine: Machine, planner: Planner | None = None) -> float | None:
     """The largest factor on the network's channels, in percent, at which the run fits.
 
-    Memory is nearly a polynomial of the second degree in the width, so three plans tell where to look, and a
-    plan at the width found confirms it. None when the network has no option that scales all its channels, or
-    when no factor fits.
+    Memory is nearly a polynomial of the second degree in the width, so three plans tell where to look, and
+    plans there, whose masks have widths of their own, correct it. None when the network has no option that
+    scales all its channels, or when no factor fits.
 
     Args:
         planner: that of ``config``, if it is there already: large networks take a while to be searched.
@@ -147,14 +150,23 @@ def largest_width(config: RunConfig, machine: Machine, planner: Planner | None =
     def fits(percent: int) -> bool:
         return all(polynomial(percent / 100) <= limit for polynomial, limit in limits)
 
-    percent = _bisect(fits, 1, 100_000)
-    for _ in range(8):
-        if percent is None or percent < 1:
-            return None
-        if shortage(memory(percent / 100), machine) is None:
-            return percent / 100
-        percent = math.floor(0.97 * percent)
-    return None
+    percent, best = _bisect(fits, 1, 100_000) or 0, 0
+    for _ in range(_CORRECTIONS):
+        if percent < 1:
+            break
+        used = _share(memory(percent / 100), machine)
+        best = max(best, percent) if used <= 1 else best
+        if 0.9 <= used <= 1:
+            break
+        percent = math.floor(percent * math.sqrt(0.98 / used))
+    return best / 100 if best else None
+
+
+def _share(memory: Memory, machine: Machine) -> float:
+    """Of what a run may take, the largest share that it takes."""
+    host = machine.local_ranks * memory.host / machine.host
+    device = 0.0 if machine.device is None else memory.device / machine.device
+    return max(host, device) / _MARGIN
 
 
 def widened(config: RunConfig, factor: float) -> RunConfig | None:

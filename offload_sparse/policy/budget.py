@@ -113,6 +113,9 @@ class Budget:
     def project(self, z: Tensor) -> Tensor:
         """The probabilities near ``z`` (float64[C]) that meet bounds and budget; for ``count`` the nearest
         ones.
+
+        Budgets of products are linearised anew until that settles, which gives the nearest ones, too, unless
+        two layers can be traded for each other at almost no difference.
         """
         low, high = self._bounds
         if self._kind == "count":
@@ -124,9 +127,19 @@ class Budget:
             s = self._project_linearised(z, s)
             if abs(self.spent(s) - self.limit) <= _PRECISION * self.limit:
                 return s
-        while self.spent(s) > self.limit * (1 + _PRECISION):  # a way to the budget that always ends there
-            s = low + (s - low) * (1 - 1e-3)
-        return s
+        return self._on_the_way(
+            s, z.clamp(low, high) if self.spent(s) < self.limit else torch.full_like(s, low)
+        )
+
+    def _on_the_way(self, s: Tensor, end: Tensor) -> Tensor:
+        """The point that spends the budget between ``s`` and ``end``; one of them spends more, one less."""
+        near, far = 0.0, 1.0
+        rises = self.spent(end) > self.limit
+        for _ in range(60):
+            middle = (near + far) / 2
+            below = self.spent(s + middle * (end - s)) < self.limit
+            near, far = (middle, far) if below == rises else (near, middle)
+        return s + (near if rises else far) * (end - s)
 
     def _project_linearised(self, z: Tensor, at: Tensor) -> Tensor:
         """The point nearest to ``z`` that meets the budget as linearised at ``at``."""

@@ -1,10 +1,11 @@
 """What is learned about the keep probabilities: one number per atom, or one per group and what atoms deviate.
 
     atom           s_c
+    group          s_c = r_g(c)
     hierarchical   s_c = r_g(c) + d_c, where the d of a group sum to 0
 
 Before anything is trained the channels of a layer are exchangeable, and only the widths of layers can be
-learned. Their rates r see the sum of the gradients of a group, in which what single atoms add by chance
+learned. Their rates r see the mean of the gradients of a group, in which what single atoms add by chance
 cancels: a few numbers with a strong signal, at a learning rate of their own.
 """
 
@@ -40,7 +41,8 @@ class Parametrisation:
         else:
             rates, offsets = self._split(s)
             self._parameters = {"rates": nn.Parameter(rates), "offsets": nn.Parameter(offsets)}
-            self._rates = {"rates": config.group_lr, "offsets": config.lr}
+            of_offsets = 0.0 if config.parametrisation == "group" else config.lr
+            self._rates = {"rates": config.group_lr, "offsets": of_offsets}
         self._optimizer = self._build_optimizer()
 
     @property
@@ -111,11 +113,15 @@ class Parametrisation:
         return torch.zeros(len(self._sizes), dtype=values.dtype).index_add(0, self._group_of, values)
 
     def _gradients(self, gradient: Tensor) -> dict[str, Tensor]:
-        """By the chain rule; that of the deviations lies in the space where those of a group sum to 0."""
+        """The gradient's projections on what rates and deviations can do.
+
+        By the chain rule that on a rate is the sum over its group, not the mean: large groups would move by
+        their size more than small ones.
+        """
         if "s" in self._parameters:
             return {"s": gradient}
-        rates = self._summed(gradient)
-        return {"rates": rates, "offsets": gradient - (rates / self._sizes)[self._group_of]}
+        rates, offsets = self._split(gradient)
+        return {"rates": rates, "offsets": offsets}
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Adam or SGD, with the state of its first step (zeros) already there.

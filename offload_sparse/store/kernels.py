@@ -77,6 +77,6 @@ def _compile() -> Kernel:
 
     from offload_sparse.store.kernel_source import copy_call
 
-    compiled = numba.cfunc(numba.types.void(numba.types.intp), cache=True)(copy_call)
+    compiled: Any = numba.cfunc(numba.types.void(numba.types.intp), cache=True)(copy_call)
     _alive.append(compiled)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)

@@ -1,9 +1,10 @@
 """Threads for the native kernel: those that torch computes with.
 
-torch's OpenMP threads wait for their next work by spinning for some milliseconds. Other threads that begin to
-copy then share the cores with them, and take up to twice as long. So the team that has just computed copies,
-too: through ``GOMP_parallel``, which the OpenMP runtimes of GCC and LLVM export. Where it is not found, and on
-threads other than the main one (whose copies run beside the computation), a pool of our own threads works.
+torch's OpenMP threads wait for their next work by spinning for some milliseconds. Other threads that begin
+to copy then share the cores with them, and take up to twice as long. So the team that has just computed
+copies, too: through ``GOMP_parallel``, which the OpenMP runtimes of GCC and LLVM export. Where it is not
+found, and on threads other than the main one (whose copies run beside the computation), a pool of our own
+threads works.
 """
 
 from __future__ import annotations

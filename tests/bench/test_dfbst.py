@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_sparse.bench import dfbst
-from offload_sparse.bench.dfbst import Cell, Images
+from offload_sparse.bench.dfbst import RESET_AT, Cell, Images
 from offload_sparse.bench.options import DFBSTBenchConfig
 from offload_sparse.data.loader import Batch
 
@@ -32,14 +32,14 @@ def images(monkeypatch: pytest.MonkeyPatch) -> Images:
 
 
 def test_a_finished_cell_is_not_run_again(images: Images, tmp_path: Path) -> None:
-    cell = Cell("lenet300", "dfbst", 0, 6)
+    cell = Cell("lenet300", "dfbst", 0, 6, RESET_AT)
     first = dfbst._kept(cell, images, CPU, str(tmp_path))
     path = tmp_path / cell.file_name(images)
     assert json.loads(path.read_text()) == first
     assert first["layers"].keys() == {"fc1", "fc2", "fc3"}
     path.write_text(json.dumps(first | {"accuracy": 12.5}))
     assert dfbst._kept(cell, images, CPU, str(tmp_path))["accuracy"] == 12.5
-    other = Cell("lenet300", "dfbst", 1, 6)
+    other = Cell("lenet300", "dfbst", 1, 6, RESET_AT)
     assert other.file_name(images) != cell.file_name(images)
 
 

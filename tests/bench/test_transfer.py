@@ -32,7 +32,7 @@ def test_masks_keep_the_ratio_of_every_group() -> None:
 
 @pytest.mark.parametrize(
     ("units", "bound"),
-    [(torch.arange(0, 64, 16), 2 / (2 + 16)), (torch.arange(16), 2 / 3), (None, 2 / 3)],
+    [(torch.arange(0, 64, 16), 2 / (1 + 16)), (torch.arange(16), 1.0), (None, 1.0)],
 )
 def test_the_bound_is_the_share_of_whole_lines(units: torch.Tensor | None, bound: float) -> None:
     count = 64 if units is None else len(units)

@@ -25,7 +25,7 @@ FIRST, SECOND = 8, 4
 
 
 def new_session() -> SparseOffload:
-    policy, rounds = PolicyConfig(rho=0.5, lr=0.05), RoundConfig(k=4)
+    policy, rounds = PolicyConfig.paper(rho=0.5, lr=0.05), RoundConfig(k=4)
     return make_session(small_net(), policy, rounds, forward=Forward(frozen_batch_norm=True))
 
 

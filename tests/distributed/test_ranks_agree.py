@@ -24,7 +24,7 @@ from tests.channel_maps import small_map
 from tests.engine.reference import entry_masks
 from tests.engine.test_session import batches, loss_fn, make_session, small_net
 
-POLICY = PolicyConfig(rho=0.5, lr=0.05)
+POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
 
 
 def own_part(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def with_references(references: str, overlap: str) -> dict[str, Any]:
         overlap=overlap,  # type: ignore[arg-type]
         check_ranks=True,
     )
-    session = make_session(small_net(), PolicyConfig(rho=0.5, lr=0.0), rounds)
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5, lr=0.0), rounds)
     for batch in batches(8):
         session.step(own_part(batch), loss_fn)
     second = session.relay.pair.sides[1]
@@ -159,11 +159,11 @@ def learned_from_ranks() -> tuple[Tensor, Tensor]:
     """s after one round of one step, and the same by hand from losses of the masked full network."""
     rounds = RoundConfig(k=1, reference="every_step", references="per_rank", freeze_at=1.0)
     net = small_net()
-    session = make_session(net, PolicyConfig(rho=0.5, lr=0.05), rounds)
+    session = make_session(net, PolicyConfig.paper(rho=0.5, lr=0.05), rounds)
     start = session.policy.s.clone()
     batch = own_part(batches(1)[0])
     session.step(batch, loss_fn)
-    policy = MaskPolicy(PolicyConfig(rho=0.5, lr=0.05), session.channel_map.groups, 3, session.cost)
+    policy = MaskPolicy(PolicyConfig.paper(rho=0.5, lr=0.05), session.channel_map.groups, 3, session.cost)
     masks = policy.sample_for_ranks(0, 2)
     own = [masks[0], masks[1 + dist.get_rank()]]
     measured = torch.stack([masked_loss(net, session.channel_map, mask, batch) for mask in own])
@@ -255,7 +255,7 @@ def against_ddp() -> float:
     net = small_net()
     parallel = DistributedDataParallel(copy.deepcopy(net).train())
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=3))
+    session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=3))
     for batch in batches(8):
         session.step(own_part(batch), loss_fn)
         optimizer.zero_grad()

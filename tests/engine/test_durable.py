@@ -27,7 +27,7 @@ def session_of(folder: Path, mode: str = "new", tier: str = "file") -> SparseOff
         network,
         (torch.empty(2, 6),),
         total_steps=K * ROUNDS,
-        policy=PolicyConfig(rho=0.5, lr=0.05),
+        policy=PolicyConfig.paper(rho=0.5, lr=0.05),
         rounds=RoundConfig(k=K, freeze_at=1),
         optimizer=OptimConfig(lr=0.1),
         store=StoreConfig(tier, str(folder)),  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def residual_net() -> ResidualNet:
 
 @pytest.mark.parametrize(("reference", "k"), [("every_step", 1), ("turns", 4), ("round_start", 3)])
 def test_training_equals_masked_training_of_the_full_weights(reference: str, k: int) -> None:
-    policy = PolicyConfig(rho=0.5, lr=0.05)
+    policy = PolicyConfig.paper(rho=0.5, lr=0.05)
     rounds = RoundConfig(k=k, reference=reference, freeze_at=1.0)  # type: ignore[arg-type]
     net = residual_net()
     session = make_session(net, policy, rounds)
@@ -78,7 +78,7 @@ def test_training_equals_masked_training_of_the_full_weights(reference: str, k: 
 
 def test_the_final_network_is_exported_and_comes_back(tmp_path: Path) -> None:
     net = residual_net()
-    session = make_session(net, PolicyConfig(rho=0.5), RoundConfig(k=2), total=8)
+    session = make_session(net, PolicyConfig.paper(rho=0.5), RoundConfig(k=2), total=8)
     data = batches(8)
     for batch in data:
         session.step(batch, loss_fn)

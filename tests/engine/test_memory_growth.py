@@ -40,7 +40,7 @@ def test_two_hundred_rounds_take_no_more_memory_than_thirty(delta: bool, overlap
         factory,
         (torch.empty(2, 1, 16, 16, device="meta"),),
         total_steps=10**6,
-        policy=PolicyConfig(rho=0.5),
+        policy=PolicyConfig.paper(rho=0.5),
         rounds=RoundConfig(k=K, delta=delta, overlap=overlap),  # type: ignore[arg-type]
         device=torch.device("cpu"),
         verify=False,

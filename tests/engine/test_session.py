@@ -83,7 +83,7 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
     """Invariant 5: same trajectory of weights, momentum, statistics and s. K = 1, every_step, vr_pge is
     Algorithm 1.
     """
-    policy = PolicyConfig(rho=0.5, estimator=estimator, lr=0.05)  # type: ignore[arg-type]
+    policy = PolicyConfig.paper(rho=0.5, estimator=estimator, lr=0.05)  # type: ignore[arg-type]
     rounds = RoundConfig(
         k=k,
         reference=reference,  # type: ignore[arg-type]
@@ -110,19 +110,20 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
 
 
 POLICIES = {
-    "pge": PolicyConfig(rho=0.5, estimator="pge", lr=0.05),
-    "disarm": PolicyConfig(rho=0.5, estimator="disarm", lr=0.05),
-    "rloo_cv": PolicyConfig(rho=0.5, estimator="rloo_cv", lr=0.05),
-    "disarm_cv": PolicyConfig(rho=0.5, estimator="disarm_cv", lr=0.05),
-    "bitflip": PolicyConfig(rho=0.5, estimator="bitflip", lr=0.05, hard_cap=2.0),
-    "persistent": PolicyConfig(rho=0.5, sampler="persistent", refresh=0.3, lr=0.05),
-    "fixed_width": PolicyConfig(rho=0.5, sampler="fixed_width", estimator="vr_pge", lr=0.05),
-    "flops": PolicyConfig(rho=0.4, budget="flops", lr=0.05),
-    "params": PolicyConfig(rho=0.4, budget="params", lr=0.05, schedule="cosine"),
-    "hierarchical": PolicyConfig(rho=0.5, parametrisation="hierarchical", lr=0.01, group_lr=0.05),
-    "annealed": PolicyConfig(rho=0.3, rho_start=0.8, anneal=1.0, lr=0.05),
+    "pge": PolicyConfig.paper(rho=0.5, estimator="pge", lr=0.05),
+    "disarm": PolicyConfig.paper(rho=0.5, estimator="disarm", lr=0.05),
+    "rloo_cv": PolicyConfig.paper(rho=0.5, estimator="rloo_cv", lr=0.05),
+    "disarm_cv": PolicyConfig.paper(rho=0.5, estimator="disarm_cv", lr=0.05),
+    "bitflip": PolicyConfig.paper(rho=0.5, estimator="bitflip", lr=0.05, hard_cap=2.0),
+    "persistent": PolicyConfig.paper(rho=0.5, sampler="persistent", refresh=0.3, lr=0.05),
+    "fixed_width": PolicyConfig.paper(rho=0.5, sampler="fixed_width", estimator="vr_pge", lr=0.05),
+    "flops": PolicyConfig.paper(rho=0.4, budget="flops", lr=0.05),
+    "params": PolicyConfig.paper(rho=0.4, budget="params", lr=0.05, schedule="cosine"),
+    "hierarchical": PolicyConfig.paper(rho=0.5, parametrisation="hierarchical", lr=0.01, group_lr=0.05),
+    "annealed": PolicyConfig.paper(rho=0.3, rho_start=0.8, anneal=1.0, lr=0.05),
+    "default": PolicyConfig(rho=0.5, refresh=0.5, group_lr=0.5),
 }
-"""One for every estimator, sampler, budget and parametrisation beyond the defaults."""
+"""One for every estimator, sampler, budget and parametrisation beyond the paper's."""
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -147,7 +148,7 @@ def test_every_policy_equals_masked_training_of_the_full_weights(name: str) -> N
 def test_the_network_that_training_ends_with_spends_the_budget(budget: str, sampler: str) -> None:
     """Within 2 %, on a network of which an atom is less than that; s has moved far from where it began."""
     net = SmallNet(widths=(96, 128)).double()
-    policy = PolicyConfig(rho=0.3, budget=budget, sampler=sampler, lr=0.05)  # type: ignore[arg-type]
+    policy = PolicyConfig.paper(rho=0.3, budget=budget, sampler=sampler, lr=0.05)  # type: ignore[arg-type]
     rounds = RoundConfig(k=2, freeze_at=0.8)
     session = make_session(net, policy, rounds, total=20)
     start = session.policy.s.clone()
@@ -166,7 +167,7 @@ def test_the_network_that_training_ends_with_spends_the_budget(budget: str, samp
 
 
 def test_buffers_are_sized_for_the_widest_subnets_of_a_search() -> None:
-    policy = PolicyConfig(rho=0.25, rho_start=0.75, anneal=1.0, lr=0.05)
+    policy = PolicyConfig.paper(rho=0.25, rho_start=0.75, anneal=1.0, lr=0.05)
     session = make_session(
         SmallNet(widths=(24, 32)).double(), policy, RoundConfig(k=2, freeze_at=0.9), total=20
     )
@@ -185,7 +186,7 @@ def test_rho_one_is_plain_training(clip_norm: float) -> None:
     net = small_net()
     plain = copy.deepcopy(net).train()
     optim = dataclasses.replace(OPTIM, clip_norm=clip_norm)
-    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=3), optimizer=optim)
+    session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=3), optimizer=optim)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     for batch in batches(7):
         session.step(batch, loss_fn)
@@ -203,7 +204,7 @@ def test_adamw_at_rho_one_is_plain_adamw() -> None:
     optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1)
     net = small_net()
     plain = copy.deepcopy(net).train()
-    session = make_session(net, PolicyConfig(rho=1.0), RoundConfig(k=2), optimizer=optim)
+    session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=2), optimizer=optim)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
     for batch in batches(5):
         session.step(batch, loss_fn)
@@ -217,7 +218,7 @@ def test_adamw_at_rho_one_is_plain_adamw() -> None:
 
 def test_absent_channels_stand_still() -> None:
     net = small_net()
-    session = make_session(net, PolicyConfig(rho=0.5), RoundConfig(k=4, reference="every_step"))
+    session = make_session(net, PolicyConfig.paper(rho=0.5), RoundConfig(k=4, reference="every_step"))
     before = {n: t.clone() for n, t in stored(session, WEIGHTS).items()}
     mask = session.policy.sample(0)[0]
     for batch in batches(4):
@@ -242,7 +243,7 @@ class Spoiled:
 def test_a_step_that_is_not_finite_is_named_and_moves_nothing(reference: str) -> None:
     """Neither weights, nor momentum, nor BatchNorm statistics; every later step is as if it had not been."""
     rounds = RoundConfig(k=3, reference=reference)  # type: ignore[arg-type]
-    session = make_session(small_net(), PolicyConfig(rho=0.5), rounds)
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds)
     data = Spoiled().batches
     for batch in data[:4]:
         session.step(batch, loss_fn)
@@ -255,7 +256,7 @@ def test_a_step_that_is_not_finite_is_named_and_moves_nothing(reference: str) ->
 
 
 def test_skipping_goes_on_without_the_batch() -> None:
-    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3), on_nonfinite="skip")
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=3), on_nonfinite="skip")
     for batch in Spoiled().batches:
         session.step(batch, loss_fn)
     records = session.records()
@@ -265,7 +266,9 @@ def test_skipping_goes_on_without_the_batch() -> None:
 
 
 def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
-    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3), on_nonfinite="rollback")
+    session = make_session(
+        small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=3), on_nonfinite="rollback"
+    )
     data = Spoiled().batches
     for batch in data[:3]:
         session.step(batch, loss_fn)
@@ -285,7 +288,7 @@ def run_transfers(
 ) -> dict[str, Tensor]:
     """Everything that a run ends with, for one way of moving the weights."""
     rounds = RoundConfig(k=k, reference=reference, freeze_at=0.7, delta=delta, overlap=overlap)  # type: ignore[arg-type]
-    session = make_session(small_net(), PolicyConfig(rho=0.5), rounds, total=steps, optimizer=optim)
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds, total=steps, optimizer=optim)
     for batch in batches(steps):
         session.step(batch, loss_fn)
     found = {**arrays(session), "s": session.policy.s}
@@ -310,7 +313,7 @@ def test_however_the_weights_are_moved_the_bits_are_the_same(
 def test_only_newcomers_and_leavers_cross_the_bus() -> None:
     """Bytes counted in the store = entries of which exactly one of two successive subnets knows."""
     rounds = RoundConfig(k=1, reference="round_start", freeze_at=1.0, prefetch=False)
-    session = make_session(small_net(), PolicyConfig(rho=0.5, lr=0.0), rounds)
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5, lr=0.0), rounds)
     kept = []
     for i, batch in enumerate(batches(4)):
         kept.append(session.policy.sample(i))
@@ -346,7 +349,7 @@ def _kept_entries(session: SparseOffload, mask: Tensor) -> Tensor:
 def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None:
     session = make_session(
         small_net(),
-        PolicyConfig(rho=0.5),
+        PolicyConfig.paper(rho=0.5),
         RoundConfig(k=2),
         final=FinalConfig(candidates=5, selection_batches=2),
     )
@@ -368,7 +371,9 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
 
 
 def test_after_the_freeze_only_the_final_mask_is_trained_and_s_stands_still() -> None:
-    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=4, freeze_at=0.5), total=12)
+    session = make_session(
+        small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=4, freeze_at=0.5), total=12
+    )
     data = batches(12)
     for batch in data[:7]:
         session.step(batch, loss_fn)
@@ -390,7 +395,7 @@ def test_evaluation_leaves_no_trace() -> None:
     """A run with evaluations in the middle of rounds equals one without."""
     runs = []
     for evaluate in (False, True):
-        session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=3))
+        session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=3))
         for i, batch in enumerate(batches(6)):
             if evaluate and i in (0, 2, 3):
                 with session.evaluation([batches(1, seed=9)[0][0]]) as module:
@@ -403,7 +408,7 @@ def test_evaluation_leaves_no_trace() -> None:
 
 def test_frozen_batch_norm_keeps_the_statistics() -> None:
     session = make_session(
-        small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2), forward=Forward(frozen_batch_norm=True)
+        small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2), forward=Forward(frozen_batch_norm=True)
     )
     before = session.store.arrays["buffers"].clone()
     for batch in batches(4):
@@ -412,7 +417,7 @@ def test_frozen_batch_norm_keeps_the_statistics() -> None:
 
 
 def test_the_expected_cost_is_the_mean_over_masks_and_that_of_the_final_mask_in_the_end() -> None:
-    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2, freeze_at=0.5), total=8)
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2, freeze_at=0.5), total=8)
     full = session.channel_map.full_mask()
     masks = [mask for r in range(3) for mask in session.policy.sample(r)]
     flops = sum(session.cost.flops(m) for m in masks) / 6 / session.cost.flops(full)
@@ -426,7 +431,7 @@ def test_the_expected_cost_is_the_mean_over_masks_and_that_of_the_final_mask_in_
 
 def test_passes_are_counted_as_they_are_run() -> None:
     """Every step: one backward (two forwards' worth) and two forwards, on the subnets really used."""
-    session = make_session(small_net(), PolicyConfig(rho=0.5), RoundConfig(k=2, reference="turns"))
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2, reference="turns"))
     expected = 0.0
     for round_index in range(2):
         a, b = (session.cost.flops(m) for m in session.policy.sample(round_index))

@@ -21,7 +21,7 @@ STEPS = 14
 ADAMW = OptimConfig(name="adamw", lr=1e-2)
 
 
-PLAIN = PolicyConfig(rho=0.5, lr=0.05)
+PLAIN = PolicyConfig.paper(rho=0.5, lr=0.05)
 
 
 def session_of(

@@ -56,7 +56,7 @@ def test_a_session_trains_and_exports_a_network_that_can_be_read_back(
         factory,
         IMAGES,
         total_steps=6,
-        policy=PolicyConfig(rho=0.5, hard_cap=1.0),
+        policy=PolicyConfig.paper(rho=0.5, hard_cap=1.0),
         rounds=RoundConfig(k=2, freeze_at=0.7),
         block=block,
         device=torch.device("cpu"),

@@ -175,17 +175,18 @@ def test_the_sparsity_penalty_is_the_sum_of_exponentials() -> None:
     assert sparsity.penalty().item() == pytest.approx(expected)
 
 
-def test_a_layer_with_one_percent_left_starts_anew_and_others_do_not() -> None:
+@pytest.mark.parametrize("reset_at", [0.01, 0.0])
+def test_a_layer_with_one_percent_left_starts_anew_and_others_do_not(reset_at: float) -> None:
     network = net()
-    sparsity = TrainableThresholds(maskable_weights(network), 0.5, absolute=False)
+    sparsity = TrainableThresholds(maskable_weights(network), 0.5, False, reset_at)
     limit = network[4].weight.abs().quantile(0.5)
     with torch.no_grad():
         sparsity.thresholds[0].fill_(1e9)
         sparsity.thresholds[1].fill_(limit)
     sparsity.settle(torch.optim.SGD(network.parameters()), 0)
-    assert not sparsity.thresholds[0].any()
+    assert (sparsity.thresholds[0] == (0 if reset_at else 1e9)).all()
     assert (sparsity.thresholds[1] == limit).all()
-    assert sparsity.forward_kept.tolist() == [1, pytest.approx(0.5, abs=0.01)]
+    assert sparsity.forward_kept.tolist() == [bool(reset_at), pytest.approx(0.5, abs=0.01)]
 
 
 def test_row_sums_of_a_filter_run_over_all_of_it() -> None:

@@ -20,8 +20,7 @@ C = 27
 
 
 def policy(seed: int = 0, **config: object) -> MaskPolicy:
-    defaults: dict[str, object] = {"estimator": "rloo"}
-    return MaskPolicy(PolicyConfig(**(defaults | config)), GROUPS, seed)  # type: ignore[arg-type]
+    return MaskPolicy(PolicyConfig.paper(**config), GROUPS, seed)
 
 
 def train(learner: MaskPolicy, rounds: range) -> None:
@@ -357,6 +356,26 @@ def test_antithetic_masks_of_small_probabilities_share_no_atom() -> None:
 def test_settings_that_exclude_each_other_are_refused(config: dict[str, object], advice: str) -> None:
     with pytest.raises(ValueError, match=advice):
         PolicyConfig(**config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given_", "compiled", "sampler", "estimator", "parametrisation"),
+    [
+        ({}, False, "persistent", "rloo", "group"),
+        ({}, True, "fixed_width", "rloo", "atom"),
+        ({"sampler": "bernoulli"}, False, "bernoulli", "disarm_cv", "group"),
+        ({"estimator": "rloo_cv"}, False, "bernoulli", "rloo_cv", "group"),
+        ({"estimator": "bitflip"}, False, "persistent", "bitflip", "group"),
+        ({"sampler": "bernoulli"}, True, "bernoulli", "disarm_cv", "group"),
+        ({"parametrisation": "hierarchical"}, False, "persistent", "rloo", "hierarchical"),
+    ],
+)
+def test_what_is_left_open_is_chosen_to_go_together(
+    given_: dict[str, str], compiled: bool, sampler: str, estimator: str, parametrisation: str
+) -> None:
+    chosen = PolicyConfig(**given_).resolved(compiled)  # type: ignore[arg-type]
+    assert (chosen.sampler, chosen.estimator, chosen.parametrisation) == (sampler, estimator, parametrisation)
+    assert chosen.resolved(compiled) == chosen
 
 
 def test_references_of_ranks_are_learned_from_by_leave_one_out_only() -> None:

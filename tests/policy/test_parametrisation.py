@@ -15,7 +15,13 @@ START = torch.tensor([0.2, 0.4, 0.1, 0.3, 0.5], dtype=torch.float64)
 
 
 def learner(start: Tensor = START, **config: object) -> Parametrisation:
-    defaults: dict[str, object] = {"optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "group_lr": 0.1}
+    defaults: dict[str, object] = {
+        "parametrisation": "atom",
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "lr": 0.1,
+        "group_lr": 0.1,
+    }
     return Parametrisation(PolicyConfig(**(defaults | config)), GROUPS, start)  # type: ignore[arg-type]
 
 
@@ -28,13 +34,21 @@ def test_a_step_of_atoms_goes_down_the_gradient() -> None:
     torch.testing.assert_close(z, START - 0.05 * vector(1, 0, -1, 2, 0))
 
 
-def test_a_step_of_rates_is_the_chain_rule() -> None:
-    """s = r[group] + d: the gradient of a rate is the sum over its group, that of d what is left of it."""
+def test_a_step_of_rates_and_deviations_is_the_projection_of_the_gradient_on_what_they_can_do() -> None:
+    """s = r[group] + d: a rate sees the mean over its group, d what is left of the gradient."""
     g = vector(1, 3, -1, 2, 5)
     rates = learner(parametrisation="hierarchical", lr=0.0).move(g, 1.0)
-    torch.testing.assert_close(rates, START - 0.1 * vector(4, 4, 6, 6, 6))
+    torch.testing.assert_close(rates, START - 0.1 * vector(2, 2, 2, 2, 2))
     offsets = learner(parametrisation="hierarchical", group_lr=0.0).move(g, 1.0)
     torch.testing.assert_close(offsets, START - 0.1 * vector(-1, 1, -3, 0, 3))
+
+
+def test_group_learns_rates_only() -> None:
+    g = vector(1, 3, -1, 2, 6)
+    assert torch.equal(
+        learner(parametrisation="group", lr=0.7).move(g, 1.0),
+        learner(parametrisation="hierarchical", lr=0.0).move(g, 1.0),
+    )
 
 
 @settings(max_examples=30, deadline=None)

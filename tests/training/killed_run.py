@@ -37,6 +37,8 @@ OPTIONS = [
     *("--train.verify", "false", "--train.check_plan", "false", "--train.progress", "false"),
     *("--train.eval_every", "0", "--train.timeout", "60"),
     *("--final.candidates", "2", "--final.bn_batches", "1", "--policy.lr", "0.05", "--optim.lr", "0.02"),
+    *("--policy.sampler", "bernoulli", "--policy.estimator", "rloo", "--policy.parametrisation", "atom"),
+    *("--policy.optimizer", "adam"),
     *("--checkpoint.every_steps", "2", "--checkpoint.best", "false"),
 ]
 _META = ("steps_done", "rounds_done", "forward_flops", "policy_frozen", "round_steps", "round_length")
