@@ -184,7 +184,7 @@ class RoundConfig:
     k: int = 50
     reference: Reference = "turns"
     references: Literal["shared", "per_rank"] = "shared"
-    freeze_at: float = 0.25
+    freeze_at: float = 0.05
     prefetch: bool = True
     delta: bool = True
     overlap: Switch = "auto"
