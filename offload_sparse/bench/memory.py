@@ -58,7 +58,7 @@ def measure(width: float) -> dict[str, int]:
         (torch.empty(1, 3, 32, 32, device="meta"),),
         total_steps=10 * STEPS,
         policy=PolicyConfig.paper(rho=RHO),
-        rounds=RoundConfig(k=2, reference="turns"),
+        rounds=RoundConfig(k=2, reference="turns", freeze_at=1.0),
     )
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):

@@ -70,7 +70,8 @@ def options(images: Path, run_dir: Path, *more: str) -> list[str]:
 def test_a_run_leaves_its_configuration_metrics_summary_and_network(
     method: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(options(images, tmp_path / "run", "--method", method, "--optim.lr", "0.05")) == 0
+    lively = ("--optim.lr", "0.05", "--round.freeze_at", "0.8")
+    assert main(options(images, tmp_path / "run", "--method", method, *lively)) == 0
     out = capsys.readouterr().out
     assert "test accuracy" in out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
