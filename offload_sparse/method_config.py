@@ -62,7 +62,7 @@ class DFBSTConfig:
 
     alpha: float = 5e-4
     beta: float = 0.01
-    reset_at: float = 0.01
+    reset_at: float = DSTConfig.reset_at
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

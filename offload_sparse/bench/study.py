@@ -10,7 +10,8 @@ fixes the FLOPs of a subnet for all others:
     random         new masks every K steps, nothing learned
     vr_pge         the paper's estimator, compared at every step while one subnet is trained for K steps
     rloo           two subnets trained in turns
-    recipe         the default settings, which are the best that a search on validation images has found
+    recipe         the default search, the best that validation images have found, on the FLOPs of ``static``
+                   as its budget, with room for masks of other widths, and nothing fetched ahead
 
 The accuracy is that on the test images after the last step. With ``cache``, finished cells are kept and not
 run again.

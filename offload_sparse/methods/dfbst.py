@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.method_config import DFBSTConfig
 from offload_sparse.methods.dst import TrainableThresholds
 from offload_sparse.methods.masked import build_masked
 from offload_sparse.methods.method import Method, Task
@@ -46,7 +47,11 @@ class ForwardBackwardThresholds(TrainableThresholds):
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], alpha: float, beta: float, reset_at: float = 0.01
+        self,
+        weights: Mapping[str, nn.Parameter],
+        alpha: float,
+        beta: float,
+        reset_at: float = DFBSTConfig.reset_at,
     ) -> None:
         super().__init__(weights, alpha, True, reset_at)
         self.beta = beta

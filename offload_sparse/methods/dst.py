@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.method_config import DSTConfig
 from offload_sparse.methods.masked import build_masked
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.sparsity import (
@@ -41,7 +42,11 @@ class TrainableThresholds(Sparsity):
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], alpha: float, absolute: bool, reset_at: float = 0.01
+        self,
+        weights: Mapping[str, nn.Parameter],
+        alpha: float,
+        absolute: bool,
+        reset_at: float = DSTConfig.reset_at,
     ) -> None:
         super().__init__(weights)
         self.alpha = alpha

@@ -150,16 +150,15 @@ def largest_width(config: RunConfig, machine: Machine, planner: Planner | None =
     def fits(percent: int) -> bool:
         return all(polynomial(percent / 100) <= limit for polynomial, limit in limits)
 
-    percent, best = _bisect(fits, 1, 100_000) or 0, 0
-    for _ in range(_CORRECTIONS):
-        if percent < 1:
-            break
-        used = _share(memory(percent / 100), machine)
-        best = max(best, percent) if used <= 1 else best
+    percent = _bisect(fits, 1, 100_000) or 0
+    tried: dict[int, float] = {}
+    while percent >= 1 and percent not in tried and len(tried) < _CORRECTIONS:
+        used = tried[percent] = _share(memory(percent / 100), machine)
         if 0.9 <= used <= 1:
             break
         percent = math.floor(percent * math.sqrt(0.98 / used))
-    return best / 100 if best else None
+    fitting = [width for width, used in tried.items() if used <= 1]
+    return max(fitting) / 100 if fitting else None
 
 
 def _share(memory: Memory, machine: Machine) -> float:

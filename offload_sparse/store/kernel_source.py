@@ -200,7 +200,7 @@ def copy_item(
     width = load(blocks, base + BLOCK_UNIT) * size
     ahead_in_source = load(blocks, base + from_grid + GRID_AHEAD) != 0
     ahead_units = from_units if ahead_in_source else to_units
-    dense = load(blocks, base + to_grid + GRID_DENSE) != 0 and ahead_in_source
+    dense = load(blocks, base + to_grid + GRID_DENSE) != 0
     first = load(to_units, 0) * size
     for row in range(load(items, entry + ITEM_ROW), row_end):
         from_row = row_address(blocks, indices, block, from_grid, row, source, size)

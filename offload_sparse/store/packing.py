@@ -2,7 +2,8 @@
 
 items    block, rows [from, to), units [from, to)      about ITEM entries each: what threads share out
 blocks   unit, position of run lengths, and for each array: start, row length, positions of rows and of
-         units, and whether to look ahead in this array; positions are those in
+         units, whether to look ahead in this array, and whether it is the other one and its units
+         leave no gaps; positions are those in
 indices  one int64 array: row numbers, offsets of units within a row (in entries), run lengths
 """
 
@@ -107,7 +108,8 @@ class Packed:
 
     def _grid(self, grid: Grid, units_at: int, ahead: bool) -> tuple[int, ...]:
         rows_at = -1 if grid.rows is None else self._shared(grid.rows)
-        return grid.start, grid.row_length, rows_at, units_at, int(ahead), int(_consecutive(grid))
+        dense = not ahead and _consecutive(grid)  # of the wider array nobody asks
+        return grid.start, grid.row_length, rows_at, units_at, int(ahead), int(dense)
 
     def _add_items(self, number: int, n_rows: int, n_units: int, mean: int) -> None:
         entries = n_rows * n_units * mean

@@ -37,10 +37,11 @@ def run_on_team(work: Work, arguments: int, threads: int) -> None:
         arguments: address of what ``work`` takes.
         threads: 1 or ``torch.get_num_threads()``: OpenMP ends threads that a smaller team has no use for.
     """
-    parallel = _openmp() if threading.current_thread() is threading.main_thread() else None
     if threads == 1:
         work(arguments)
-    elif parallel is not None:
+        return
+    parallel = _openmp() if threading.current_thread() is threading.main_thread() else None
+    if parallel is not None:
         parallel(work, arguments, threads, 0)
     else:
         helpers = [_pool(threads).submit(work, arguments) for _ in range(threads - 1)]
