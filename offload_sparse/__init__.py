@@ -6,17 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offload_sparse.engine.finalize import FinalNetwork, export, load_pruned
+    from offload_sparse.engine.finalize import FinalNetwork, load_pruned
     from offload_sparse.engine.rounds import Forward
     from offload_sparse.engine.session import SparseOffload
 
-__all__ = ["FinalNetwork", "Forward", "SparseOffload", "export", "load_pruned"]
+__all__ = ["FinalNetwork", "Forward", "SparseOffload", "load_pruned"]
 
 _HOMES = {
     "FinalNetwork": "offload_sparse.engine.finalize",
     "Forward": "offload_sparse.engine.rounds",
     "SparseOffload": "offload_sparse.engine.session",
-    "export": "offload_sparse.engine.finalize",
     "load_pruned": "offload_sparse.engine.finalize",
 }
 

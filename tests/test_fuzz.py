@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from offload_sparse.cli import main
-from offload_sparse.training import trainer
-from tests import malformed
+from offload_sparse.cli.main import main
+from offload_sparse.run import trainer
+from tests.support import malformed
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS, CHECKPOINTS, EXPORTS = 400, 50, 70

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offload_sparse import arguments, load_pruned
+from offload_sparse import load_pruned
+from offload_sparse.config import parse as arguments
 
 
 class Touch:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.config import DataConfig
-from offload_sparse.data.augmentation import augment, draw
-from offload_sparse.data.images import ImageSet
-from offload_sparse.data.loader import Batch
-from offload_sparse.data.normalise import Normalise, normalise_for
-from offload_sparse.data.sampler import global_batch, steps_per_epoch
-from offload_sparse.data.source import Split, load_splits
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.augmentation import augment, draw
+from offload_sparse.workloads.data.images import ImageSet
+from offload_sparse.workloads.data.loader import Batch
+from offload_sparse.workloads.data.normalise import Normalise, normalise_for
+from offload_sparse.workloads.data.order import global_batch, steps_per_epoch
+from offload_sparse.workloads.data.source import Split, load_splits
 
 
 @dataclass(frozen=True)

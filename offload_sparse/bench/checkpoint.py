@@ -19,11 +19,13 @@ import torch
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.round import loss_of
-from offload_sparse.config import CheckpointConfig, PolicyConfig, RoundConfig
+from offload_sparse.config.run import CheckpointConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import session_state
-from offload_sparse.models import build_model
-from offload_sparse.training.checkpoint import Checkpointer
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.checkpoint import Checkpointer
+from offload_sparse.workloads.models import build_model
 
 _MINUTE = 60.0
 _BATCH, _K = 16, 10

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.bench.options import PeersConfig
-from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.channels.subnet import build_on_meta, narrow_module
+from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model
-from offload_sparse.structure.subnet import build_on_meta, narrow_module
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.models import build_model
 
 OPTIM = OptimConfig(lr=0.01)
 CLASSES = 100
@@ -97,7 +98,7 @@ def dense(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
 
 def static(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
     """The widths are those of ``rho`` in every group; the full network is never held."""
-    from offload_sparse.structure.discovery import discover
+    from offload_sparse.channels.discovery import discover
 
     full = build_on_meta(partial(build_network, config))
     channel_map = discover(full, (batch[0][:1].to("meta"),))

@@ -27,24 +27,19 @@ from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_devic
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import DFBSTBenchConfig
 from offload_sparse.bench.step import take_turns
-from offload_sparse.config import (
-    DataConfig,
-    DFBSTConfig,
-    DSTConfig,
-    FinalConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
-from offload_sparse.data.loader import Batch
-from offload_sparse.data.normalise import Normalise
-from offload_sparse.data.sampler import steps_per_epoch
-from offload_sparse.data.source import EMBEDDED
+from offload_sparse.config.methods import DFBSTConfig, DSTConfig
+from offload_sparse.config.run import RunConfig, TrainConfig
+from offload_sparse.engine.config import FinalConfig, OptimConfig
 from offload_sparse.engine.rounds import Forward
 from offload_sparse.methods.method import Method, Task, build_method
-from offload_sparse.models import build_model
-from offload_sparse.training.evaluation import evaluate
-from offload_sparse.training.trainer import classification_loss
+from offload_sparse.run.evaluation import evaluate
+from offload_sparse.run.trainer import classification_loss
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.loader import Batch
+from offload_sparse.workloads.data.normalise import Normalise
+from offload_sparse.workloads.data.order import steps_per_epoch
+from offload_sparse.workloads.data.source import EMBEDDED
+from offload_sparse.workloads.models import build_model
 
 MODELS = {"lenet300": "offload_sparse/lenet_300_100", "lenet5": "offload_sparse/lenet5_caffe"}
 METHODS = ("dense", "dst", "dfbst")

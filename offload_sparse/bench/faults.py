@@ -37,7 +37,7 @@ STEPS, LAST_KILL = 60, 45
 SEED = 0
 _LIMIT_SECONDS = 400.0
 _MODULES = (
-    *("offload_sparse.training.trainer", "offload_sparse.methods.sparse_offload", "offload_sparse.cli"),
+    *("offload_sparse.run.trainer", "offload_sparse.methods.sparse_offload", "offload_sparse.cli"),
     *("accelerate", "torch_pruning", "safetensors.torch", "torch.distributed.checkpoint"),
 )
 _OPTIONS = (
@@ -130,7 +130,7 @@ def launch(server: ForkServer, run_dir: Path, faults: list[Fault], overlap: str)
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--max_restarts", str(RESTARTS), "--main_process_port", port, fork_server.__file__]
-    command += [server.address, "offload_sparse.cli:main", *_OPTIONS]
+    command += [server.address, "offload_sparse.cli.main:main", *_OPTIONS]
     command += ["--round.overlap", overlap, "--run_dir", str(run_dir)]
     text = ",".join(f"kill:rank={f.rank}:step={f.step}:phase={f.phase}:restart={f.restart}" for f in faults)
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.planning.machine import anonymous_bytes
+from offload_sparse.run.plan.machine import anonymous_bytes
 
 ROUNDS = 3
 LIMIT = 3 * 3600.0

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.models import build_model
 
 BATCH = 16
 RHO = 0.25
@@ -102,9 +103,7 @@ def saved_bytes(session: SparseOffload, images: Tensor) -> int:
 
 def warm_up() -> None:
     """Load what a training process needs however small its model is, so that it counts as idle."""
-    import offload_sparse.structure.discovery
-    import offload_sparse.structure.verify  # noqa: F401
-    from offload_sparse.store import kernels
+    from offload_sparse.store.copy import kernels
 
     kernels.load()
     small = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))

@@ -14,15 +14,18 @@ from torch.profiler import ProfilerActivity, profile
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.memory import loss_fn, peak_resident, reset_peak, resident
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import DataConfig, ModelConfig, OptimConfig, PolicyConfig, RoundConfig, RunConfig
-from offload_sparse.data.declared import declared_data
-from offload_sparse.engine.pair import TAIL
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model, input_channels
-from offload_sparse.planning.machine import Machine
-from offload_sparse.planning.plan import Planner
-from offload_sparse.store.pinned import return_freed_memory
-from offload_sparse.training.dry_run import structure_of
+from offload_sparse.engine.subnet_pair import TAIL
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.plan.dry_run import structure_of
+from offload_sparse.run.plan.machine import Machine
+from offload_sparse.run.plan.plan import Planner
+from offload_sparse.store.host_memory import return_freed_memory
+from offload_sparse.workloads.config import DataConfig, ModelConfig
+from offload_sparse.workloads.data.declared import declared_data
+from offload_sparse.workloads.models import build_model, input_channels
 
 ROUNDS, STEPS = 2, 2
 """Rounds that are run, and steps in each."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.config import Residual
-from offload_sparse.models import build_model
-from offload_sparse.structure.accounting import CostModel
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.subnet import narrow_module
-from offload_sparse.structure.verify import random_mask
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.check import random_mask
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.workloads.config import Residual
+from offload_sparse.workloads.models import build_model
 
 RHO = 0.25
 BATCH = 8

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.step import NETWORKS
-from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.optimizer import build_optimizer
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.models import build_model
 
 RHO = 0.25
 

@@ -28,13 +28,14 @@ from offload_sparse.bench.contenders import Batch, loss_of, moved_bytes
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import ScaleConfig
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import build_on_meta
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model
-from offload_sparse.structure.accounting import CostModel
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.subnet import build_on_meta
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.models import build_model
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.models import build_model
-from offload_sparse.structure.accounting import CostModel
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.subnet import Subnet, narrow_module
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import Subnet, narrow_module
+from offload_sparse.workloads.models import build_model
 
 NETWORKS: dict[str, tuple[str, int, int, int]] = {
     "vgg19": ("offload_sparse/vgg19_cifar", 32, 32, 10),

@@ -33,25 +33,20 @@ from torch import nn
 from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.config import (
-    DataConfig,
-    MethodName,
-    OptimConfig,
-    PolicyConfig,
-    RoundConfig,
-    RunConfig,
-    StaticConfig,
-    TrainConfig,
-)
-from offload_sparse.data.normalise import Normalise
-from offload_sparse.data.sampler import steps_per_epoch
+from offload_sparse.config.methods import StaticConfig
+from offload_sparse.config.run import MethodName, RunConfig, TrainConfig
+from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.rounds import Forward
 from offload_sparse.methods.method import Method, Task, build_method
-from offload_sparse.models import build_model
-from offload_sparse.training.evaluation import evaluate
-from offload_sparse.training.schedule import learning_rate
-from offload_sparse.training.trainer import classification_loss
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.evaluation import evaluate
+from offload_sparse.run.schedule import learning_rate
+from offload_sparse.run.trainer import classification_loss
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.normalise import Normalise
+from offload_sparse.workloads.data.order import steps_per_epoch
+from offload_sparse.workloads.models import build_model
 
 _BN_BATCHES = 20
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.models import build_model
-from offload_sparse.store import kernels
-from offload_sparse.store.delta import Narrow, arrival
+from offload_sparse.channels.atoms import block_atoms
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.selection import Layout, Selection
+from offload_sparse.store.copy import kernels
+from offload_sparse.store.copy.copy import BlockPlan, copy_blocks
+from offload_sparse.store.copy.plans import Narrow, arrival
+from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.partition import Partition
-from offload_sparse.store.pinned import host_zeros
-from offload_sparse.store.transfer import BlockPlan, copy_blocks
-from offload_sparse.structure.blocks import block_atoms
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.selection import Layout, Selection
+from offload_sparse.workloads.models import build_model
 
 LINE = 64
 """Bytes of a cache line: the least that memory hands out."""

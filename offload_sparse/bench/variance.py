@@ -21,11 +21,10 @@ from torch import Tensor
 from offload_sparse.bench.cells import Images, batches, on_device, read_images
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import VarianceConfig
-from offload_sparse.config import DataConfig, OptimConfig, PolicyConfig, RoundConfig
-from offload_sparse.data.loader import Batch
-from offload_sparse.data.normalise import Normalise
+from offload_sparse.channels.channel_map import Group
+from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.control import regressed
 from offload_sparse.policy.estimators import (
     CONTROLLED,
@@ -36,8 +35,11 @@ from offload_sparse.policy.estimators import (
     precondition,
 )
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.structure.channel_map import Group
-from offload_sparse.training.trainer import classification_loss
+from offload_sparse.run.trainer import classification_loss
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.loader import Batch
+from offload_sparse.workloads.data.normalise import Normalise
+from offload_sparse.workloads.models import build_model
 
 _ESTIMATOR_OF: dict[Pairing, str] = {"independent": "rloo", "antithetic": "disarm", "flipped": "bitflip"}
 _ALPHA = PolicyConfig.alpha

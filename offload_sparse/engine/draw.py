@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from offload_sparse.engine.relay import Masks
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.engine.transfers import Masks
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.weight_store import Ranks
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Selection
 
 Draw = tuple[Tensor, ...]
 """bool[C] each: the mask of a, then those of b."""

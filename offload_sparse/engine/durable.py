@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.engine.pair import Side
 from offload_sparse.engine.random_state import random_state, set_random_state
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import SmallState, restore_small, small_state
+from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.store.journal import Journal
 from offload_sparse.store.tiers import FileTier
 from offload_sparse.store.weight_store import WeightStore

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import ExportLayout
-from offload_sparse.engine.pair import Side
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions, set_additions
+from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
+from offload_sparse.engine.config import ExportLayout
+from offload_sparse.engine.distributed import average
 from offload_sparse.engine.rounds import Forward, LossFunction
-from offload_sparse.engine.sparse_tensors import decode, encode
-from offload_sparse.engine.sync import average
+from offload_sparse.engine.subnet_pair import Side
+from offload_sparse.export.sparse_tensors import decode, encode
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.stream_add import StreamAdd, additions, expose_additions, set_additions
-from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tensor
 
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
@@ -111,8 +111,8 @@ def export(
         network: the final network.
         folder: created when missing.
         model: how the full network is built: ``name`` and ``arguments`` of
-            ``offload_sparse.models.build_model``, or anything else when ``load_pruned`` will be given the
-            model.
+            ``offload_sparse.workloads.models.build_model``, or anything else when ``load_pruned`` will be
+            given the model.
         preprocessing: what an input image goes through (mean, std, size), for the reader.
         layout: how tensors are written; see ``engine.sparse_tensors``.
     """
@@ -286,7 +286,7 @@ def _empty_model(spec: dict[str, Any], model: Callable[[], nn.Module] | None) ->
     if model is not None:
         with torch.device("meta"):
             return model()
-    from offload_sparse.models import build_model
+    from offload_sparse.workloads.models import build_model
 
     name, arguments = spec.get("name"), spec.get("arguments", {})
     if not isinstance(name, str) or not isinstance(arguments, dict):

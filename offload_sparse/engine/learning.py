@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offload_sparse.channels.accounting import CostModel
 from offload_sparse.engine.draw import Draw, pair_on
 from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.structure.accounting import CostModel
 
 
 def learn(policy: MaskPolicy, record: StepRecord, draw: Draw, round: int, world_size: int) -> None:

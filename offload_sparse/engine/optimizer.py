@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import OptimConfig
+from offload_sparse.engine.config import OptimConfig
 
 
 def slot_names(config: OptimConfig) -> tuple[str, ...]:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from offload_sparse.config import Residual
+from offload_sparse.channels.atoms import block_atoms
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.stream_add import expose_additions
+from offload_sparse.channels.subnet import meta_copy
+from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.primitive_cache import bound_primitive_cache
-from offload_sparse.engine.sync import on_first_rank
+from offload_sparse.store.host_memory import bound_kept_memory
 from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import Recording, record
-from offload_sparse.store.pinned import bound_kept_memory
 from offload_sparse.store.weight_store import Ranks, WeightStore
-from offload_sparse.structure.blocks import block_atoms
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.stream_add import expose_additions
-from offload_sparse.structure.subnet import meta_copy
+from offload_sparse.workloads.config import Residual
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +95,13 @@ def prepare(
     bound_primitive_cache(meta_model)  # before the self-test, which may be the first to run a convolution
     if channel_map is None:
         # Loaded here because Torch-Pruning takes seconds to import, and a map made by hand does not need it.
-        from offload_sparse.structure.discovery import discover
+        from offload_sparse.channels.discovery import discover
 
         channel_map = discover(meta_model, example_inputs, residual)
     channel_map = block_atoms(channel_map, block)
     expose_additions(meta_model, channel_map.additions)
     if verify:
-        from offload_sparse.structure.self_test import lacks_values, self_test
+        from offload_sparse.channels.self_test import lacks_values, self_test
 
         checked = channel_map
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from offload_sparse.config import Reference
-from offload_sparse.engine.pair import TAIL, SubnetPair
+from offload_sparse.channels.subnet import batch_statistics
+from offload_sparse.engine.config import Reference
+from offload_sparse.engine.distributed import average, describe_fault, gathered, ranks_where
 from offload_sparse.engine.reduction import Averager, Buckets
-from offload_sparse.engine.sync import average, describe_fault, gathered, ranks_where
+from offload_sparse.engine.subnet_pair import TAIL, SubnetPair
 from offload_sparse.store.weight_store import BUFFERS
-from offload_sparse.structure.subnet import batch_statistics
 
 Metrics = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Metrics]]

@@ -21,35 +21,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import (
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
+from offload_sparse.engine.config import (
     FinalConfig,
     OnNonFinite,
     OptimConfig,
-    PolicyConfig,
-    Residual,
     RoundConfig,
-    StoreConfig,
     check_combination,
 )
-from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
+from offload_sparse.engine.distributed import assert_equal_on_ranks, average, averaged
 from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.finalize import FinalNetwork, extract, losses_of
 from offload_sparse.engine.learning import learn, mean_cost
 from offload_sparse.engine.optimizer import slot_names
-from offload_sparse.engine.pair import Side
 from offload_sparse.engine.preparation import ModelSource, prepare
 from offload_sparse.engine.reduction import Averager
-from offload_sparse.engine.relay import Masks, Relay, overlaps
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
-from offload_sparse.engine.sync import assert_equal_on_ranks, average, averaged
+from offload_sparse.engine.subnet_pair import Side
+from offload_sparse.engine.transfers import Masks, Relay, overlaps
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.store.pinned import pin_mode, return_freed_memory
+from offload_sparse.store.config import StoreConfig
+from offload_sparse.store.host_memory import pin_mode, return_freed_memory
 from offload_sparse.store.tiers import Identity, Mode, open_tier
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
-from offload_sparse.structure.accounting import CostModel
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Selection
+from offload_sparse.workloads.config import Residual
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class SparseOffload:
         total_steps: optimizer steps of the run; ``rounds.freeze_at`` is a share of it. Without it the final
             mask is chosen by ``freeze`` or, untrained, by ``finalize``.
         rho: remaining ratio; shorthand for the one of ``policy``.
-        policy, rounds, optimizer, final, store: see ``offload_sparse.config``.
+        policy, rounds, optimizer, final, store: see ``offload_sparse.config.run``.
         residual: residual policy of the discovery.
         channel_map: a map made by hand, instead of the discovery.
         block: channels per atom; budgets, caps and minimum widths count atoms.

@@ -25,19 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import RunConfig
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.preparation import prepare
-from offload_sparse.methods.masked import MaskedTraining
 from offload_sparse.methods.method import Method, Task
-from offload_sparse.methods.sparsity import Sparsity, by_column, maskable_weights
+from offload_sparse.methods.weight_masks.masked import MaskedTraining
+from offload_sparse.methods.weight_masks.sparsity import Sparsity, by_column, maskable_weights
 from offload_sparse.policy.samplers import mask_generator
 from offload_sparse.store.initial_values import build_seeded
 from offload_sparse.store.weight_store import Ranks
-from offload_sparse.structure.accounting import CostModel
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.subnet import narrow_module
 
 NOTE = "Shut channels are multiplied by zero, so a step takes as long as a dense one; FLOPs leave them out."
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import RunConfig
+from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.rounds import Forward, LossFunction, StepRecord
 from offload_sparse.engine.state import MethodState
@@ -115,7 +115,9 @@ class Method(Protocol):
 def build_method(task: Task) -> Method:
     """The method that ``task.config.method`` names."""
     # Each method loads only what it needs, and they import this module.
-    from offload_sparse.methods import dense, dfbst, dst, grow_efficient, rigl, sparse_offload, static
+    from offload_sparse.methods import controls as dense
+    from offload_sparse.methods import grow_efficient, sparse_offload, static
+    from offload_sparse.methods.weight_masks import dfbst, dst, rigl
 
     builders: dict[str, Callable[[Task], Method]] = {
         "sparse_offload": sparse_offload.build,

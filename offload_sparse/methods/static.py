@@ -13,17 +13,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.stream_add import set_additions
+from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
 from offload_sparse.engine.preparation import prepare
-from offload_sparse.methods.fixed import FixedNetwork
 from offload_sparse.methods.method import Method, Task
+from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.store.initial_values import initial_tensors
 from offload_sparse.store.weight_store import Ranks
-from offload_sparse.structure.accounting import CostModel
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.stream_add import set_additions
-from offload_sparse.structure.subnet import fit_attributes, meta_copy, set_tensor
 
 
 def build(task: Task) -> Method:

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload_sparse.config import BudgetName, PolicyConfig
+from offload_sparse.channels.channel_map import ChannelMap, Group
+from offload_sparse.policy.config import BudgetName, PolicyConfig
 from offload_sparse.policy.probabilities import project
 from offload_sparse.policy.widths import of_expected_widths
-from offload_sparse.structure.channel_map import ChannelMap, Group
 
 _STEPS, _PRECISION = 40, 1e-9
 

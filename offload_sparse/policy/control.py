@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from offload_sparse.structure.channel_map import Group
+from offload_sparse.channels.channel_map import Group
 
 _RIDGE = 0.1
 """Of the regression, relative to the mean square of a difference of widths."""

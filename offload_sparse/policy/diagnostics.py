@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from offload_sparse.structure.channel_map import Group
+from offload_sparse.channels.channel_map import Group
 
 _OVERLAPS, _OVERLAP_SUM, _DIFFERENCES, _SUM, _SQUARES, _ROUND = range(6)
 

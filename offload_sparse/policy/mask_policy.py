@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.config import PolicyConfig
+from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.budget import Budget, Costs
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.control import ControlVariate
 from offload_sparse.policy.diagnostics import Diagnostics
 from offload_sparse.policy.estimators import (
@@ -46,7 +47,6 @@ from offload_sparse.policy.samplers import (
     mask_generator,
 )
 from offload_sparse.policy.widths import minimum_size, respect_size, respect_widths
-from offload_sparse.structure.channel_map import Group
 
 
 @dataclass(frozen=True)

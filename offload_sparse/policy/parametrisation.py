@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import PolicyConfig
-from offload_sparse.structure.channel_map import Group
+from offload_sparse.channels.channel_map import Group
+from offload_sparse.policy.config import PolicyConfig
 
 
 class Parametrisation:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.conditional_bernoulli import ConditionalBernoulli
-from offload_sparse.structure.channel_map import Group
 
 FIRST, SECOND, CANDIDATES, FLIPS = range(4)
 """Streams of a round: m, its reference, candidates for the final mask, the atom to flip."""

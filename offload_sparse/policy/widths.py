@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from offload_sparse.structure.channel_map import Group
+from offload_sparse.channels.channel_map import Group
 
 
 def minimum_size(groups: Sequence[Group], min_width: int) -> int:

@@ -25,9 +25,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from offload_sparse.channels.selection import Selection
 from offload_sparse.store.tiers import sync_folder
 from offload_sparse.store.weight_store import WeightStore
-from offload_sparse.structure.selection import Selection
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 _TYPES = {

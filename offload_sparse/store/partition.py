@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
-from offload_sparse.structure.selection import Kept, Layout, Selection
+from offload_sparse.channels.selection import Kept, Layout, Selection
 
 
 @dataclass(frozen=True)

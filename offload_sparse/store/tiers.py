@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from offload_sparse.config import Switch, TierName
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.store.config import Switch, TierName
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle
+from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.nvme import open_handle
-from offload_sparse.store.pinned import host_zeros
-from offload_sparse.structure.channel_map import ChannelMap
 
 FORMAT = 1
 Mode = Literal["new", "resume", "replace"]

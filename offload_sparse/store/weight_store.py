@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.store.delta import Arrival, Dispatch, Narrow, arrival, returned
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Layout, Selection
+from offload_sparse.store.copy.copy import BlockPlan, copy_blocks, prepare
+from offload_sparse.store.copy.plans import Arrival, Dispatch, Narrow, arrival, returned
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.tiers import MemoryTier, Tier
-from offload_sparse.store.transfer import BlockPlan, copy_blocks, prepare
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Layout, Selection
 
 WEIGHTS = "weights"
 BUFFERS = "buffers"

@@ -11,7 +11,7 @@ import torch
 from offload_sparse.bench import dfbst
 from offload_sparse.bench.dfbst import RESET_AT, Cell, Images
 from offload_sparse.bench.options import DFBSTBenchConfig
-from offload_sparse.data.loader import Batch
+from offload_sparse.workloads.data.loader import Batch
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from offload_sparse.bench.round import RoundTimes, independent_copy, measure_model, narrow_round
-from offload_sparse.config import OptimConfig
-from offload_sparse.models import build_model
+from offload_sparse.engine.config import OptimConfig
+from offload_sparse.workloads.models import build_model
 
 
 def test_every_step_of_every_round_that_counts_is_timed() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from offload_sparse.bench.step import flat_subnet, measure_network, pass_of
-from offload_sparse.models import build_model
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.subnet import narrow_module
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.workloads.models import build_model
 
 
 def test_our_subnet_and_the_hand_made_network_have_equal_outputs_and_gradients() -> None:

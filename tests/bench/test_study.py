@@ -11,8 +11,8 @@ import torch
 from offload_sparse.bench import study
 from offload_sparse.bench.cells import Images
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.data.loader import Batch
-from offload_sparse.data.normalise import Normalise
+from offload_sparse.workloads.data.loader import Batch
+from offload_sparse.workloads.data.normalise import Normalise
 
 
 @pytest.fixture

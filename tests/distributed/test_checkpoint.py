@@ -11,13 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import CheckpointConfig, PolicyConfig, RoundConfig
+from offload_sparse.config.run import CheckpointConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.rounds import Forward
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import restore_session, session_state
-from offload_sparse.training import shard_file
-from offload_sparse.training.checkpoint import Checkpointer
-from offload_sparse.training.interruption import Agreement
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run import rows_file as shard_file
+from offload_sparse.run.checkpoint import Checkpointer
+from offload_sparse.run.signals import Agreement
 from tests.distributed.test_ranks_agree import own_part, whole
 from tests.engine.test_session import batches, loss_fn, make_session, small_net
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import DFBSTConfig, DSTConfig, RigLConfig, RunConfig
+from offload_sparse.config.methods import DFBSTConfig, DSTConfig, RigLConfig
+from offload_sparse.config.run import RunConfig
 from tests.methods.tasks import batches, make_method
 
 METHODS = ("dst", "dfbst", "rigl", "grow_efficient")

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import PolicyConfig, RoundConfig, StoreConfig
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.rounds import Forward
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Selection
-from tests.channel_maps import small_map
 from tests.engine.reference import entry_masks
 from tests.engine.test_session import batches, loss_fn, make_session, small_net
+from tests.support.channel_maps import small_map
 
 POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
 

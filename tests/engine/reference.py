@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.structure.accounting import CostModel
-from offload_sparse.structure.channel_map import ChannelMap
 
 
 def entry_masks(channel_map: ChannelMap, mask: Tensor) -> dict[str, Tensor]:

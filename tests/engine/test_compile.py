@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from offload_sparse.config import FinalConfig, PolicyConfig, RoundConfig
+from offload_sparse.engine.config import FinalConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
+from offload_sparse.policy.config import PolicyConfig
 from tests.engine.test_session import arrays, batches, loss_fn, make_session, small_net
 
 ROUNDS = RoundConfig(k=4, freeze_at=0.75)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.policy.config import PolicyConfig
 from tests.engine.test_session import batches, loss_fn, make_session, small_net
 
 pytestmark = [

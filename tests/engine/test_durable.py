@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig, StoreConfig
+from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.session import SparseOffload
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.store.config import StoreConfig
 
 K, ROUNDS = 2, 4
 

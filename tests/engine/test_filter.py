@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from offload_sparse import load_pruned
-from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.stream_add import additions, expose_additions
+from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.finalize import FinalNetwork, export
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.methods.static import narrow_initialised
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.initial_values import named_tensors
 from offload_sparse.store.weight_store import WEIGHTS
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.selection import Selection
-from offload_sparse.structure.stream_add import additions, expose_additions
-from offload_sparse.structure.subnet import narrow_module
 from tests.engine.reference import MaskedTrainer
 from tests.engine.test_session import OPTIM, batches, loss_fn
-from tests.residual_nets import ResidualNet
+from tests.support.residual_nets import ResidualNet
 
 IMAGES = (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from offload_sparse import load_pruned
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.engine.finalize import FinalNetwork, export
-from offload_sparse.models import build_model
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.subnet import narrow_module
-from tests.channel_maps import SmallNet, small_map
+from offload_sparse.workloads.models import build_model
+from tests.support.channel_maps import SmallNet, small_map
 
 ARGUMENTS = {"num_classes": 5, "in_channels": 1, "image_size": 16, "width": 0.5}
 

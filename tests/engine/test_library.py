@@ -13,8 +13,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from offload_sparse import Forward, SparseOffload, export, load_pruned
-from offload_sparse.config import OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse import Forward, SparseOffload, load_pruned
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.finalize import export
+from offload_sparse.policy.config import PolicyConfig
 
 Batch = tuple[Tensor, Tensor]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.models import build_model
 
 WARM_UP, ROUNDS, K = 30, 200, 2
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from offload_sparse.engine.preparation import prepare
-from offload_sparse.models import build_model
 from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.weight_store import Ranks, WeightStore
-from tests.channel_maps import SmallNet
+from offload_sparse.workloads.models import build_model
+from tests.support.channel_maps import SmallNet
 
 
 def orthogonal() -> nn.Module:

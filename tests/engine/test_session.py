@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import FinalConfig, OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.rounds import Forward
 from offload_sparse.engine.session import SparseOffload
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import WEIGHTS
-from tests.channel_maps import SmallNet, small_map
 from tests.engine.reference import MaskedTrainer, entry_masks
+from tests.support.channel_maps import SmallNet, small_map
 
 OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 
@@ -361,7 +362,7 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
     losses = []
     for mask in candidates:
         side = session.relay.scratch()
-        from offload_sparse.structure.selection import Selection
+        from offload_sparse.channels.selection import Selection
 
         side.load(Selection(session.channel_map, mask), (WEIGHTS, "buffers"))
         side.bind(None)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from offload_sparse.bench.ranks import run_ranks
-from offload_sparse.config import FinalConfig, OptimConfig, PolicyConfig, RoundConfig
+from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import recall, restore_session, session_state
 from offload_sparse.engine.state import MethodState, Shard
+from offload_sparse.policy.config import PolicyConfig
 from tests.distributed.test_ranks_agree import own_part
 from tests.engine.test_session import POLICIES, arrays, batches, loss_fn, make_session, small_net
 

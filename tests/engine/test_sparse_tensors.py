@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offload_sparse import load_pruned
-from offload_sparse.config import ExportLayout
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.engine.config import ExportLayout
 from offload_sparse.engine.finalize import FinalNetwork, export
-from offload_sparse.engine.sparse_tensors import decode, encode
-from offload_sparse.models import build_model
-from offload_sparse.structure.channel_map import ChannelMap
+from offload_sparse.export.sparse_tensors import decode, encode
+from offload_sparse.workloads.models import build_model
 
 LAYOUTS: tuple[ExportLayout, ...] = ("auto", "dense", "coo", "csr")
 

@@ -11,10 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config import PolicyConfig, RoundConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.finalize import export, load_pruned, read_structure
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.models import build_model
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.models import build_model
 
 IMAGES = (torch.zeros(2, 3, 32, 32),)
 

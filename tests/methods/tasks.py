@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload_sparse.config import RunConfig
+from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.rounds import Forward
-from offload_sparse.methods.masked import MaskedTraining
 from offload_sparse.methods.method import Task, build_method
+from offload_sparse.methods.weight_masks.masked import MaskedTraining
 
 Batch = tuple[Tensor, Tensor]
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_sparse.config import GrowEfficientConfig, ModelConfig, PolicyConfig, RoundConfig, RunConfig
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.config.methods import GrowEfficientConfig
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.methods.grow_efficient import ChannelGates, GrowEfficient
-from offload_sparse.methods.sparsity import MaskedNetwork
-from offload_sparse.models import build_model
-from offload_sparse.structure.discovery import discover
-from offload_sparse.structure.subnet import narrow_module
+from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.config import ModelConfig
+from offload_sparse.workloads.models import build_model
 from tests.methods.tasks import batches, make_method, train
 
 

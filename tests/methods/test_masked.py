@@ -11,21 +11,13 @@ import torch
 from torch import Tensor
 
 from offload_sparse import load_pruned
-from offload_sparse.config import (
-    DFBSTConfig,
-    DSTConfig,
-    ExportLayout,
-    FinalConfig,
-    OptimConfig,
-    RigLConfig,
-    RoundConfig,
-    RunConfig,
-    TrainConfig,
-)
+from offload_sparse.channels.accounting import train_cost_saving
+from offload_sparse.config.methods import DFBSTConfig, DSTConfig, RigLConfig
+from offload_sparse.config.run import RunConfig, TrainConfig
+from offload_sparse.engine.config import ExportLayout, FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.finalize import export
-from offload_sparse.methods.dst import TrainableThresholds
-from offload_sparse.methods.masked import MaskedTraining, build_masked
-from offload_sparse.structure.accounting import train_cost_saving
+from offload_sparse.methods.weight_masks.dst import TrainableThresholds
+from offload_sparse.methods.weight_masks.masked import MaskedTraining, build_masked
 from tests.methods.tasks import batches, make_method, make_task, small_net, train
 
 METHODS = ("dst", "dfbst", "rigl", "grow_efficient")

@@ -10,8 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_sparse.config import RigLConfig, RunConfig
-from offload_sparse.methods.rigl import DropAndGrow, erk_densities, uniform_densities, update_fraction
+from offload_sparse.config.methods import RigLConfig
+from offload_sparse.config.run import RunConfig
+from offload_sparse.methods.weight_masks.rigl import (
+    DropAndGrow,
+    erk_densities,
+    uniform_densities,
+    update_fraction,
+)
 from tests.methods.tasks import batches, make_method, train
 
 shape = st.one_of(

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from offload_sparse.methods.dfbst import ForwardBackwardThresholds, mask_gradients
-from offload_sparse.methods.dst import TrainableThresholds
-from offload_sparse.methods.sparsity import (
+from offload_sparse.methods.weight_masks.dfbst import ForwardBackwardThresholds, mask_gradients
+from offload_sparse.methods.weight_masks.dst import TrainableThresholds
+from offload_sparse.methods.weight_masks.sparsity import (
     AbsoluteThreshold,
     MaskedNetwork,
     MaskedWeight,

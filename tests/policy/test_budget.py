@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.config import BudgetName
+from offload_sparse.channels.accounting import CostModel
 from offload_sparse.policy.budget import Budget
+from offload_sparse.policy.config import BudgetName
 from offload_sparse.policy.probabilities import project
-from offload_sparse.structure.accounting import CostModel
-from tests.channel_maps import SmallNet, small_map
+from tests.support.channel_maps import SmallNet, small_map
 
 INPUTS = (torch.empty(1, 2, 6, 6, device="meta"),)
 BOUNDS = (0.005, 0.995)

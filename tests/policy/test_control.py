@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.control import ControlVariate, regressed
-from offload_sparse.structure.channel_map import Group
 
 GROUPS = [Group("a", 0, 20), Group("b", 20, 30)]
 WORTH = torch.cat([torch.full((20,), -0.5), torch.full((30,), 0.2)]).double()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.diagnostics import Diagnostics
-from offload_sparse.structure.channel_map import Group
 
 GROUPS = [Group("a", 0, 2), Group("b", 2, 2)]
 FLOOR = 0.01

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.config import PolicyConfig, RoundConfig, check_combination
+from offload_sparse.channels.channel_map import Group
+from offload_sparse.engine.config import RoundConfig, check_combination
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.probabilities import project
 from offload_sparse.policy.widths import minimum_size
-from offload_sparse.structure.channel_map import Group
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
 C = 27

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.config import PolicyConfig
+from offload_sparse.channels.channel_map import Group
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.parametrisation import Parametrisation
-from offload_sparse.structure.channel_map import Group
 
 GROUPS = [Group("a", 0, 2), Group("b", 2, 3)]
 START = torch.tensor([0.2, 0.4, 0.1, 0.3, 0.5], dtype=torch.float64)

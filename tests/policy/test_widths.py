@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.widths import minimum_size, of_expected_widths, respect_widths
-from offload_sparse.structure.channel_map import Group
 
 
 def groups_of(*sizes: int) -> list[Group]:

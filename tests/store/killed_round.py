@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from offload_sparse.channels.channel_map import ChannelMap, Group
+from offload_sparse.channels.selection import Selection
 from offload_sparse.store import journal as journal_module
 from offload_sparse.store.journal import Journal
 from offload_sparse.store.tiers import FileTier, Identity, Mode
 from offload_sparse.store.weight_store import Ranks, WeightStore
-from offload_sparse.structure.channel_map import ChannelMap, Group
-from offload_sparse.structure.selection import Selection
 
 ROUNDS = 4
 STAGES = (

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_sparse.store import device_copy
-from offload_sparse.store.device_copy import copy_staged
-from offload_sparse.store.transfer import copy_blocks
+from offload_sparse.store.copy import device_copy
+from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.device_copy import copy_staged
 from tests.store.test_transfer import DTYPES, Case, bits, cases, random_bits, wide_case
 
 
@@ -36,8 +36,8 @@ def test_staged_copies_equal_direct_ones(case: Case, dtype: torch.dtype, reverse
 _INTERPRETED = """
 import torch
 from hypothesis import given, settings, strategies as st
-from offload_sparse.store import triton_kernels
-from offload_sparse.store.transfer import copy_blocks
+from offload_sparse.store.copy import triton_kernels
+from offload_sparse.store.copy.copy import copy_blocks
 from tests.store.test_transfer import DTYPES, Case, bits, cases, random_bits
 
 @settings(max_examples=8, deadline=None, database=None)
@@ -73,8 +73,8 @@ def test_the_triton_kernel_in_its_interpreter_copies_bit_for_bit() -> None:
 @pytest.mark.parametrize("pin", ["on", "off"])
 def test_the_device_copies_as_the_host_does(way: str, pin: str) -> None:
     """Written without a GPU at hand: not yet run on one."""
-    from offload_sparse.store import probe
-    from offload_sparse.store.pinned import host_zeros
+    from offload_sparse.store.copy import probe
+    from offload_sparse.store.host_memory import host_zeros
 
     plan, source, target = wide_case()
     copy_blocks(plan, [(source, target)])

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload_sparse.channels.channel_map import ChannelMap, Group
+from offload_sparse.channels.selection import Selection
 from offload_sparse.store import nvme
+from offload_sparse.store.copy.copy import Block, BlockPlan, Grid, copy_blocks
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, windows
 from offload_sparse.store.tiers import FileTier, Identity, MemoryTier
-from offload_sparse.store.transfer import Block, BlockPlan, Grid, copy_blocks
 from offload_sparse.store.weight_store import WeightStore
-from offload_sparse.structure.channel_map import ChannelMap, Group
-from offload_sparse.structure.selection import Selection
 
 
 @dataclass

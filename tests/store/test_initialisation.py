@@ -14,8 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from offload_sparse.models import build_model
 from offload_sparse.store.initialisation import record
+from offload_sparse.workloads.models import build_model
 
 
 class Holder(nn.Module):

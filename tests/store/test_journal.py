@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload_sparse.channels.selection import Selection
 from offload_sparse.store.journal import Journal
 from offload_sparse.store.tiers import FileTier
-from offload_sparse.structure.selection import Selection
 from tests.store import killed_round
 from tests.store.killed_round import ROUNDS, STAGES, open_store, pieces_of
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from offload_sparse.store import pinned
-from offload_sparse.store.pinned import HUGE_FROM, Registration, host_zeros, keep_registered, pin_mode
+from offload_sparse.store import host_memory as pinned
+from offload_sparse.store.host_memory import HUGE_FROM, Registration, host_zeros, keep_registered, pin_mode
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
@@ -88,7 +88,7 @@ def test_memory_is_unregistered_when_its_last_view_goes() -> None:
 def test_memory_is_unregistered_when_the_process_ends(ending: str) -> None:
     script = f"""
 import torch
-from offload_sparse.store.pinned import Registration, host_zeros, keep_registered
+from offload_sparse.store.host_memory import Registration, host_zeros, keep_registered
 tensor = host_zeros(1000, torch.float32, "off")
 registration = Registration(lambda address, size: 0, lambda address: print("unregistered", flush=True))
 registration.add(tensor.data_ptr(), 4000)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from offload_sparse.store import team
+from offload_sparse.store.copy import team
 
 
 def recorded(parties: int) -> tuple[Callable[[int], None], list[tuple[int, int]]]:

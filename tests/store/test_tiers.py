@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload_sparse.channels.channel_map import ChannelMap, Group
+from offload_sparse.channels.selection import Selection
 from offload_sparse.store import nvme, tiers
 from offload_sparse.store.tiers import FileTier, Identity, MemoryTier, Mode, digest, open_tier
 from offload_sparse.store.weight_store import Ranks, WeightStore
-from offload_sparse.structure.channel_map import ChannelMap, Group
-from offload_sparse.structure.selection import Selection
 
 ATOMS = torch.arange(6)
 MAP = ChannelMap(

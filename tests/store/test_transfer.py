@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.store import kernels, packing, transfer
-from offload_sparse.store.torch_copy import copy_by_torch
-from offload_sparse.store.transfer import Block, BlockPlan, Grid, copy_blocks
+from offload_sparse.store.copy import copy as transfer
+from offload_sparse.store.copy import kernels
+from offload_sparse.store.copy import tables as packing
+from offload_sparse.store.copy.copy import Block, BlockPlan, Grid, copy_blocks
+from offload_sparse.store.copy.torch_copy import copy_by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 Way = Callable[[BlockPlan, Sequence[tuple[Tensor, Tensor]], bool], None]
@@ -265,7 +267,7 @@ def test_without_a_kernel_torch_copies_and_the_log_says_so_once(
 def test_small_transfers_do_not_load_the_kernel() -> None:
     script = """
 import sys, torch
-from offload_sparse.store.transfer import *
+from offload_sparse.store.copy.copy import *
 copy_blocks(BlockPlan([Block(2, 1, 2, Grid(5, 2), Grid(0, 2))]), [(torch.zeros(9), torch.zeros(9))])
 assert "numba" not in sys.modules
 """

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.store.delta import Narrow, arrival, returned, shared
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Layout, Selection, open_grid
+from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.plans import Narrow, arrival, returned, shared
 from offload_sparse.store.partition import Partition, row_shape
-from offload_sparse.store.transfer import copy_blocks
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
-from offload_sparse.structure.channel_map import ChannelMap
-from offload_sparse.structure.selection import Layout, Selection, open_grid
-from tests.channel_maps import channel_maps, masks
+from tests.support.channel_maps import channel_maps, masks
 
 
 def full_tensors(channel_map: ChannelMap) -> dict[str, Tensor]:

@@ -1,0 +1,215 @@
+"""Parameters, FLOPs and training cost of a network and of the subnetworks that masks select from it.
+
+FLOPs are those of ``torch.utils.flop_counter``: two per multiply-add of convolutions and matrix products,
+forward only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from offload_sparse.channels.channel_map import Axis, ChannelMap
+from offload_sparse.channels.subnet import meta_copy, narrow_module
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Entries of all parameters; a parameter shared by two layers counts once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_flops(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> int:
+    """FLOPs of one forward pass (evaluation mode) over the whole batch, counted without computing."""
+    return flops_by_module(module, example_inputs)[""]
+
+
+def flops_by_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, int]:
+    """FLOPs spent inside each module, by qualified name; the empty name is the whole network."""
+    network = meta_copy(module).eval()
+    inputs = [x.detach().to("meta") for x in example_inputs]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs)
+    counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
+    prefix = type(network).__name__ + "."
+    flops = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
+    return flops | {"": counter.get_total_flops()}
+
+
+class CostModel:
+    """FLOPs and parameters of every subnetwork in closed form.
+
+    The FLOPs of a convolution or linear layer are proportional to the entries of its weight that are kept,
+    and the kept entries of a tensor are the product of the kept positions of its dimensions:
+
+        flops(mask) = constant + Σ_layers flops_per_entry · Π_dims kept positions
+
+    So are those that an attention spends between its projections, by the entries of one of these.
+
+    Args:
+        model: the full network, best on the meta device; not changed.
+        channel_map: its map.
+        example_inputs: the batch that FLOPs are counted for (give one image for FLOPs per image).
+
+    Raises:
+        ValueError: FLOPs are spent outside convolutions and linear layers and depend on the mask.
+    """
+
+    def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: tuple[Tensor, ...]) -> None:
+        self._channel_map = channel_map
+        self._axes: list[Axis] = [None]
+        self._number: dict[bytes, int] = {}
+        names = [name for name, _ in model.named_parameters() if name in channel_map.shapes]
+        rows = [self._row(name) for name in names]
+        rank = max((len(row) for row in rows), default=0)
+        self._dims = torch.tensor([row + [0] * (rank - len(row)) for row in rows], dtype=torch.int64).view(
+            len(rows), rank
+        )
+        self._always, self._atoms, self._segment = _flatten_axes(self._axes)
+        free = [
+            prod(s for s, a in zip(channel_map.shapes[n], channel_map.axes[n], strict=True) if a is None)
+            for n in names
+        ]
+        flops = flops_by_module(model, example_inputs)
+        per_entry = _flops_per_entry(model, channel_map, flops)
+        self._entries = torch.tensor(free, dtype=torch.int64)
+        ratios = [per_entry.get(n, Fraction(0)) for n in names]
+        self._flops = self._entries * torch.tensor([r.numerator for r in ratios], dtype=torch.int64)
+        self._per = torch.tensor([r.denominator for r in ratios], dtype=torch.int64)
+        self._constant = 0
+        self._constant = flops[""] - self.flops(channel_map.full_mask())
+        self.dense_flops = flops[""]
+        self.dense_parameters = self.parameters(channel_map.full_mask())
+        self._refuse_other_costs(model, example_inputs)
+
+    def flops(self, mask: Tensor) -> int:
+        """Forward FLOPs of the subnetwork of ``mask`` (bool[C]) for the batch of ``example_inputs``."""
+        return self._constant + int((self._flops * self._kept_products(mask) // self._per).sum())
+
+    def parameters(self, mask: Tensor) -> int:
+        """Parameters of the subnetwork of ``mask`` (bool[C])."""
+        return int((self._entries * self._kept_products(mask)).sum())
+
+    def expected_flops(self, s: Tensor) -> Tensor:
+        """Expected forward FLOPs, a scalar that is differentiable in s.
+
+        Args:
+            s: float64[C], keep probabilities of independent atoms. A tensor that has the same atoms in two
+                dimensions is counted by the product of expected widths.
+        """
+        return self._constant + (self._flops / self._per * self._expected_products(s)).sum()
+
+    def expected_parameters(self, s: Tensor) -> Tensor:
+        """Expected parameters, a scalar that is differentiable in s; see ``expected_flops``."""
+        return (self._entries * self._expected_products(s)).sum()
+
+    def _expected_products(self, s: Tensor) -> Tensor:
+        """float64[tensors]: product of the expected kept positions over the dimensions that can shrink."""
+        alive = self._channel_map.alive_probability(s)
+        kept = self._always.to(s.dtype).index_add(0, self._segment, alive[self._atoms])
+        return kept[self._dims].prod(1)
+
+    def _row(self, name: str) -> list[int]:
+        """Numbers of the axes of one tensor; equal axes share one, and 0 is the axis that never shrinks."""
+        row = []
+        for axis in self._channel_map.axes[name]:
+            if axis is not None:
+                number = self._number.setdefault(axis.numpy().tobytes(), len(self._axes))
+                if number == len(self._axes):
+                    self._axes.append(axis)
+                row.append(number)
+        return row
+
+    def _kept_products(self, mask: Tensor) -> Tensor:
+        """int64[tensors]: product of the kept positions over the dimensions that can shrink."""
+        alive = self._channel_map.alive(mask).to(torch.int64)
+        kept = self._always.index_add(0, self._segment, alive[self._atoms])
+        return kept[self._dims].prod(1)
+
+    def _refuse_other_costs(self, model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
+        mask = self._channel_map.uniform_mask(0.5)
+        counted = count_flops(narrow_module(meta_copy(model), self._channel_map, mask), example_inputs)
+        if counted != self.flops(mask):
+            raise ValueError(
+                f"a {type(model).__name__} spends FLOPs outside its convolutions and linear layers that "
+                f"depend on the mask "
+                f"({counted} counted, {self.flops(mask)} predicted); budget it by channels instead"
+            )
+
+
+def _flatten_axes(axes: list[Axis]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions always kept per axis, and all other positions as (atom, axis number) pairs.
+
+    The first axis stands for dimensions that never shrink, whose size is a factor elsewhere: it counts 1.
+    """
+    always = torch.tensor([1 if axis is None else int((axis < 0).sum()) for axis in axes], dtype=torch.int64)
+    atoms = [torch.zeros(0, dtype=torch.int64) if axis is None else axis[axis >= 0] for axis in axes]
+    segment = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor([len(a) for a in atoms]))
+    return always, torch.cat(atoms), segment
+
+
+def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str, int]) -> dict[str, Fraction]:
+    """FLOPs per weight entry of each convolution, linear layer and attention, by weight name.
+
+    What an attention spends outside its layers grows with its heads, and so does the weight of its queries.
+    """
+    per_entry: dict[str, Fraction] = {}
+    for name, layer in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, (_ConvNd, nn.Linear)):
+            weight, spent = prefix + "weight", flops.get(name, 0)
+        elif hasattr(layer, "num_heads"):
+            weight = _sampled_matrix(layer, prefix, channel_map)
+            spent = flops.get(name, 0) - sum(flops.get(prefix + n, 0) for n, _ in layer.named_children())
+        else:
+            continue
+        if weight in channel_map.shapes:
+            share = Fraction(spent, prod(channel_map.shapes[weight]))
+            per_entry[weight] = per_entry.get(weight, Fraction(0)) + share
+    return per_entry
+
+
+def _sampled_matrix(layer: nn.Module, prefix: str, channel_map: ChannelMap) -> str:
+    """The first matrix of a module that has rows of atoms; empty if there is none."""
+    for name, parameter in layer.named_parameters():
+        axes = channel_map.axes.get(prefix + name, ())
+        if parameter.dim() == 2 and axes and axes[0] is not None:
+            return prefix + name
+    return ""
+
+
+def train_cost_saving(
+    dense_flops: float, passes: Iterable[tuple[float, int, int]], steps: int | None = None
+) -> float:
+    """How many times cheaper the passes were than dense training: 3 f_D · steps / Σ f · (forwards + 2 ·
+    backwards).
+
+    A backward pass counts as two forward passes (Zhou et al. 2021, Appendix C): one backward and two
+    forwards of a subnet per step give 3 / (4 f_S / f_D).
+
+    Args:
+        dense_flops: f_D, forward FLOPs of the dense network.
+        passes: (forward FLOPs f of the network that ran, forwards, backwards) of everything that was run.
+        steps: optimizer steps taken; by default one per backward pass.
+
+    Raises:
+        ValueError: nothing was run, or a number is negative.
+    """
+    cost, backward_passes = 0.0, 0
+    for flops, forwards, backwards in passes:
+        if min(flops, forwards, backwards) < 0:
+            raise ValueError(
+                f"the pass ({flops}, {forwards}, {backwards}) has a negative entry; give counts of real "
+                f"passes"
+            )
+        cost += flops * (forwards + 2 * backwards)
+        backward_passes += backwards
+    steps = backward_passes if steps is None else steps
+    if cost <= 0 or steps < 1:
+        raise ValueError("no training step was run; give the passes of at least one step")
+    return 3 * dense_flops * steps / cost

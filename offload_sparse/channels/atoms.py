@@ -1,0 +1,72 @@
+"""Atoms of several channels: runs of neighbours that are kept or dropped as one.
+
+    group of 20 channels, block 8      channels 0 … 7 | 8 … 15 | 16 … 19
+                                       atom         0 |      1 |       2     (the last takes the remainder)
+
+Widths are then multiples of the block (but for a remainder), which is what matrix units want, and the rows of
+a weight move in longer runs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group
+
+
+def block_atoms(channel_map: ChannelMap, block: int) -> ChannelMap:
+    """The map whose atoms are runs of ``block`` consecutive channels of ``channel_map``.
+
+    An atom that already stands for several channels everywhere (a group of a grouped convolution, an
+    attention head) counts as that many: runs are as short as gives ``block`` channels in every tensor.
+
+    Args:
+        channel_map: the map to coarsen.
+        block: channels per atom, 1 or more; 1 returns the map as it is.
+
+    Raises:
+        ValueError: ``block`` is less than 1.
+    """
+    if block < 1:
+        raise ValueError(f"atoms.block is {block}; give at least 1 channel per atom")
+    if block == 1:
+        return channel_map
+    fewest = _fewest_channels(channel_map)
+    groups: list[Group] = []
+    number = torch.full((channel_map.num_ids + 2,), ALWAYS)  # the last entries serve positions of no atom
+    number[NEVER] = NEVER
+    start = 0
+    for group in channel_map.groups:
+        channels = max(1, int(fewest[group.start : group.stop].min()))
+        run = -(-block // channels)
+        number[group.start : group.stop] = start + torch.arange(group.size) // run
+        groups.append(Group(group.name, start, -(-group.size // run)))
+        start = groups[-1].stop
+    memo: dict[int, Axis] = {}  # axes that were one tensor stay one
+
+    def merged(axis: Axis) -> Axis:
+        if axis is not None and id(axis) not in memo:
+            memo[id(axis)] = number[axis]
+        return None if axis is None else memo[id(axis)]
+
+    unions = channel_map.num_ids - channel_map.num_atoms
+    number[channel_map.num_atoms : channel_map.num_ids] = start + torch.arange(unions)
+    members = torch.stack([channel_map.unions[0], number[channel_map.unions[1]]]).unique(dim=1)
+    axes = {name: tuple(merged(axis) for axis in of_tensor) for name, of_tensor in channel_map.axes.items()}
+    additions = {
+        name: Addition(number[a.left], number[a.right], number[a.out])
+        for name, a in channel_map.additions.items()
+    }
+    return ChannelMap(tuple(groups), channel_map.shapes, axes, members, additions)
+
+
+def _fewest_channels(channel_map: ChannelMap) -> torch.Tensor:
+    """int64[C]: the fewest positions that an atom takes on an axis that names it; 0 for one without any."""
+    never = torch.iinfo(torch.int64).max
+    fewest = torch.full((channel_map.num_atoms,), never)
+    axes = {id(axis): axis for row in channel_map.axes.values() for axis in row if axis is not None}
+    for axis in axes.values():
+        atoms = axis[(axis >= 0) & (axis < channel_map.num_atoms)]
+        count = torch.bincount(atoms, minlength=channel_map.num_atoms)
+        fewest = torch.where(count > 0, torch.minimum(fewest, count), fewest)
+    return torch.where(fewest == never, 0, fewest)

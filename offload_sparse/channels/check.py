@@ -1,0 +1,398 @@
+"""Slice = mask: the self-test that a channel map must pass before a network trains on it.
+
+    full network ── narrow_module ──▶ narrow network ───────────▶ outputs, gradients ─┐
+    └── zero what the dropped atoms produce ──▶ masked net ──▶ outputs, gradients ─┴─▶ difference
+
+Zeroed are the rows (filters, biases) that produce a dropped channel, and the scale and shift of its norm.
+The columns that read a dropped channel keep their random values: if the channel were not absent, they would
+carry it on.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from offload_sparse.channels.channel_map import Axis, ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import narrow_module, set_tensor
+
+TOLERANCE = 1e-8
+"""Largest relative error that ``check`` accepts in float64; a right map stays some orders of magnitude
+below."""
+
+_MIN_BATCH = 4  # batch statistics of fewer values are too ill-conditioned to compare
+_SURE_SIZE, _MAX_TRIALS = 32, 4
+_Key = tuple[str, str, str]  # ("output" or "gradient", mode, tensor)
+_RATE_ATTRIBUTES = (
+    "p",
+    "drop_prob",
+    "drop_rate",
+    "dropout_rate",
+    "dropout",
+    "attn_drop_rate",
+    "drop_path_rate",
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` measured; errors are largest absolute differences relative to the largest entry of the
+    tensor.
+
+    Attributes:
+        train_error: outputs and updated running statistics in training mode.
+        eval_error: outputs in evaluation mode.
+        gradient_error: gradients of a random linear functional of the outputs, in both modes, by every kept
+            parameter entry and by the inputs.
+        worst: the tensor that has the largest of these errors.
+        atoms: atoms of the map.
+        kept: atoms that the first random mask keeps.
+        seconds: wall-clock time of the test.
+    """
+
+    train_error: float
+    eval_error: float
+    gradient_error: float
+    worst: str
+    atoms: int
+    kept: int
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        """The largest of all errors; NaN if one of them is."""
+        return _largest([self.train_error, self.eval_error, self.gradient_error])
+
+
+def verify(
+    model: nn.Module | Callable[[], nn.Module],
+    example_inputs: tuple[Tensor, ...],
+    channel_map: ChannelMap,
+    rho: float = 0.5,
+    seed: int = 0,
+) -> Verification:
+    """Compare the narrow network of a random mask with the masked full network, in float64 on the CPU.
+
+    Args:
+        model: the network or a function that builds it; left untouched. Networks on the meta device are
+            given random values.
+        example_inputs: shapes and types of the inputs; floating inputs are replaced by random ones, of at
+            least 4 images.
+        channel_map: the map to test.
+        rho: keep probability of an atom; see ``random_mask``. Small groups are tested with several masks.
+        seed: seed of mask, parameters and inputs.
+
+    Raises:
+        ValueError: the narrow network does not run, or gives outputs of other shapes.
+    """
+    start = time.perf_counter()
+    network = model if isinstance(model, nn.Module) else model()
+    found: dict[_Key, float] = {}
+    kept = []
+    for trial in range(_trials(channel_map)):
+        errors, mask = _compare_once(network, example_inputs, channel_map, rho, seed + trial)
+        found |= {name: _largest([e, found.get(name, 0.0)]) for name, e in errors.items()}
+        kept.append(int(mask.sum()))
+    worst = max(found, key=lambda key: (found[key] != found[key], found[key]))
+    return Verification(
+        train_error=_largest([e for key, e in found.items() if key[:2] == ("output", "train")]),
+        eval_error=_largest([e for key, e in found.items() if key[:2] == ("output", "eval")]),
+        gradient_error=_largest([e for key, e in found.items() if key[0] == "gradient"]),
+        worst=f"{'gradient of ' if worst[0] == 'gradient' else ''}{worst[2]} ({worst[1]} mode)",
+        atoms=channel_map.num_atoms,
+        kept=kept[0],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def check(
+    model: nn.Module | Callable[[], nn.Module],
+    example_inputs: tuple[Tensor, ...],
+    channel_map: ChannelMap,
+    rho: float = 0.5,
+    seed: int = 0,
+) -> Verification:
+    """``verify`` that refuses: the arguments and the result are the same.
+
+    Raises:
+        ValueError: an error exceeds ``TOLERANCE`` (the message names the worst tensor), or the narrow
+            network does not run.
+    """
+    result = verify(model, example_inputs, channel_map, rho, seed)
+    if not result.error <= TOLERANCE:  # NaN fails too
+        raise ValueError(
+            f"slice differs from mask: {result.worst} is off by {result.error:.1e} (at most "
+            f"{TOLERANCE:.0e} is allowed); the "
+            "channel map is wrong, or a dropped channel does not vanish, as behind an activation with f(0) "
+            "!= 0: "
+            "write a map by hand, or use other activations"
+        )
+    return result
+
+
+def random_mask(channel_map: ChannelMap, rho: float, generator: torch.Generator) -> Tensor:
+    """bool[C], each atom with probability ``rho``, but never trivial in any group unless ``rho`` is 1.
+
+    Every group keeps an atom and drops one, and a group of three or more keeps two with a dropped one
+    between them: a run of neighbours would hide operations that look at neighbouring channels.
+
+    Raises:
+        ValueError: ``rho`` is outside (0, 1].
+    """
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho is {rho}; give a remaining ratio in (0, 1], such as 0.25")
+    mask = torch.rand(channel_map.num_atoms, generator=generator) < rho
+    if rho == 1:
+        return channel_map.full_mask()
+    for group in channel_map.groups:
+        part = mask[group.start : group.stop]
+        first = int(torch.randint(group.size, (), generator=generator))
+        if group.size < 3:
+            part[:] = torch.arange(group.size) == first
+        elif not _has_gap(part):
+            low = min(first, group.size - 3)
+            part[low : low + 3] = torch.tensor([True, False, True])
+    return mask
+
+
+def _has_gap(part: Tensor) -> bool:
+    kept = part.nonzero().flatten()
+    return len(kept) > 1 and int(kept[-1] - kept[0]) >= len(kept)
+
+
+def _trials(channel_map: ChannelMap) -> int:
+    """Masks to try: a permutation of few channels may map one mask to itself."""
+    smallest = min((group.size for group in channel_map.groups if group.size > 1), default=_SURE_SIZE)
+    return min(_MAX_TRIALS, -(-_SURE_SIZE // smallest))
+
+
+def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> None:
+    """Set the parameters of ``model`` that produce dropped atoms to zero, in place.
+
+    These are the rows of convolutions and linear layers with their biases, and the scale and shift of norms.
+    A norm without scale keeps nothing that could be zero, so there the running mean of a dropped channel is.
+    """
+    alive = channel_map.alive(mask)
+    for name, module in model.named_modules():
+        for leaf, dim in _produced(module):
+            tensor, full_name = getattr(module, leaf), f"{name}.{leaf}" if name else leaf
+            if tensor is not None and full_name in channel_map.axes:
+                _zero_along(tensor, channel_map.axes[full_name][dim], dim, alive)
+
+
+def _produced(module: nn.Module) -> list[tuple[str, int]]:
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        by_column = isinstance(module, _ConvTransposeNd) and module.groups == 1
+        return [("weight", 1 if by_column else 0), ("bias", 0)]
+    if isinstance(module, _BatchNorm):
+        return [("weight", 0), ("bias", 0)] if module.affine else [("running_mean", 0)]
+    if isinstance(module, nn.MultiheadAttention):
+        return [("in_proj_weight", 0), ("in_proj_bias", 0)]
+    return []
+
+
+def _zero_along(tensor: Tensor, axis: Axis, dim: int, alive: Tensor) -> None:
+    if axis is not None:
+        with torch.no_grad():
+            tensor.index_fill_(dim, (~alive[axis]).nonzero().flatten(), 0)
+
+
+def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A float64 copy on the CPU with random parameters and norm statistics and without dropout."""
+    full = copy.deepcopy(model)
+    unknown: set[str] = set()  # values of tensors on the meta device
+    for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
+        if tensor.is_meta:
+            set_tensor(full, name, torch.empty_like(tensor, device="cpu"))
+            unknown |= {name} if tensor.numel() else set()
+    full = full.to("cpu").double()
+    norms = {id(m) for m in full.modules() if isinstance(m, _BatchNorm)}
+    with torch.no_grad():
+        for path, module in full.named_modules():
+            _disable_dropout(module)
+            for leaf, parameter in module.named_parameters(recurse=False):
+                _randomise(parameter, leaf, generator)
+            for leaf, tensor in module.named_buffers(recurse=False):
+                if id(module) in norms and tensor.is_floating_point():
+                    _randomise(tensor, leaf, generator)
+                elif leaf == "num_batches_tracked":
+                    tensor.zero_()
+                elif (f"{path}.{leaf}" if path else leaf) in unknown:
+                    raise ValueError(
+                        f"the values of buffer {leaf} of a {type(module).__name__} are unknown on the meta "
+                        "device; verify the real model, or pass a function that builds it"
+                    )
+    for parameter in full.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return full
+
+
+def _randomise(tensor: Tensor, leaf: str, generator: torch.Generator) -> None:
+    """Kaiming-like weights; scales and variances in [0.5, 1.5]; shifts and means around 0."""
+    if tensor.dim() > 1:
+        tensor.normal_(0, (2 / max(prod(tensor.shape[1:]), 1)) ** 0.5, generator=generator)
+    elif leaf in ("weight", "running_var"):
+        tensor.uniform_(0.5, 1.5, generator=generator)
+    else:
+        tensor.normal_(0, 0.2, generator=generator)
+
+
+def _disable_dropout(module: nn.Module) -> None:
+    """Dropout and stochastic depth draw other numbers for other widths, so they cannot take part."""
+    for attribute in _RATE_ATTRIBUTES:
+        ours = (
+            attribute != "p" or isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth"
+        )
+        if ours and type(getattr(module, attribute, None)) in (int, float):
+            setattr(module, attribute, 0.0)
+
+
+def _random_inputs(example_inputs: tuple[Tensor, ...], generator: torch.Generator) -> list[Tensor]:
+    batch = {x.shape[0] for x in example_inputs if x.dim()}
+    enlarge = len(batch) == 1 and min(batch) < _MIN_BATCH
+    inputs = []
+    for x in example_inputs:
+        shape = (_MIN_BATCH, *x.shape[1:]) if enlarge else tuple(x.shape)
+        if x.is_floating_point():
+            inputs.append(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_())
+        elif x.is_meta:
+            inputs.append(torch.zeros(shape, dtype=x.dtype))
+        else:
+            inputs.append(x.cpu()[torch.arange(shape[0]) % x.shape[0]] if x.dim() else x.cpu())
+    return inputs
+
+
+def _narrow(full: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
+    names = {name for name, t in [*full.named_parameters(), *full.named_buffers()] if t.is_floating_point()}
+    if names != set(channel_map.shapes):
+        raise ValueError(
+            f"the channel map is of another network: it and the model differ in "
+            f"{sorted(names ^ set(channel_map.shapes))[:3]}"
+        )
+    return narrow_module(full, channel_map, mask)
+
+
+def _compare_once(
+    network: nn.Module, example_inputs: tuple[Tensor, ...], channel_map: ChannelMap, rho: float, seed: int
+) -> tuple[dict[_Key, float], Tensor]:
+    """Errors of one random mask, with its own random parameters and inputs, and the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    full = _double_copy(network, generator)
+    inputs = _random_inputs(example_inputs, generator)
+    mask = random_mask(channel_map, rho, generator)
+    narrow = _narrow(full, channel_map, mask)
+    zero_dropped(full, channel_map, mask)
+    selection = Selection(channel_map, mask)
+    evaluation = _compare(
+        full, narrow, inputs, selection, False, seed
+    )  # first: training moves the running statistics
+    return evaluation | _compare(full, narrow, inputs, selection, True, seed), mask
+
+
+def _compare(
+    full: nn.Module, narrow: nn.Module, inputs: list[Tensor], selection: Selection, train: bool, seed: int
+) -> dict[_Key, float]:
+    """Relative error of every output, gradient and (in training mode) running statistic."""
+    mode = "train" if train else "eval"
+    try:
+        expected, by_input = _run(full.train(train), inputs, seed)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the network does not run in float64 on inputs of {[list(x.shape) for x in inputs]} "
+            f"({_first_line(error)}); give example inputs that it accepts or, if it is the narrow twin of a "
+            "large network, write a channel map by hand"
+        ) from error
+    try:
+        found, narrow_by_input = _run(narrow.train(train), inputs, seed, expected)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the channel map is wrong: the narrow network does not run ({_first_line(error)}); "
+            "correct the map or write one by hand"
+        ) from error
+    errors: dict[_Key, float] = {
+        ("output", mode, f"output {i}"): _relative(a, b)
+        for i, (a, b) in enumerate(zip(expected, found, strict=True))
+    }
+    reference = {f"input {i}": g for i, g in by_input.items()}
+    actual = {f"input {i}": g for i, g in narrow_by_input.items()}
+    for (name, p), (_, q) in zip(full.named_parameters(), narrow.named_parameters(), strict=True):
+        if p.grad is not None or q.grad is not None:
+            reference[name], actual[name] = selection.take(name, _gradient(p)), _gradient(q)
+    # A gradient that is zero but for rounding (a bias before a norm) has no scale of its own.
+    floor = 1e-4 * max((float(g.abs().max()) for g in reference.values() if g.numel()), default=0.0)
+    errors |= {
+        ("gradient", mode, name): _relative(reference[name], actual[name], floor) for name in reference
+    }
+    if train:
+        errors |= {("output", mode, name): e for name, e in _statistics_errors(full, narrow, selection)}
+    return errors
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _run(
+    network: nn.Module, inputs: list[Tensor], seed: int, expected: list[Tensor] | None = None
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Outputs, and gradients by the inputs; gradients by parameters are left in ``grad``."""
+    network.zero_grad(set_to_none=True)
+    arguments = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    outputs = [
+        t for t in pytree.tree_leaves(network(*arguments)) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
+    if not outputs:
+        raise ValueError("the network returns no floating-point tensor; there is nothing to compare")
+    _refuse_other_shapes(outputs, expected)
+    generator = torch.Generator().manual_seed(seed + 1)
+    functional = [(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs]
+    torch.stack(functional).sum().backward()
+    return [t.detach() for t in outputs], {i: x.grad for i, x in enumerate(arguments) if x.grad is not None}
+
+
+def _refuse_other_shapes(outputs: list[Tensor], expected: list[Tensor] | None) -> None:
+    shapes = [list(t.shape) for t in outputs]
+    if expected is not None and shapes != [list(t.shape) for t in expected]:
+        raise ValueError(
+            f"the channel map is wrong: the narrow network's outputs have shapes {shapes}, those of the "
+            f"full network "
+            f"{[list(t.shape) for t in expected]}; correct the map or write one by hand"
+        )
+
+
+def _statistics_errors(
+    full: nn.Module, narrow: nn.Module, selection: Selection
+) -> Iterator[tuple[str, float]]:
+    found = dict(narrow.named_buffers())
+    for name, buffer in full.named_buffers():
+        if buffer.is_floating_point():
+            yield name, _relative(selection.take(name, buffer), found[name])
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _relative(reference: Tensor, found: Tensor, floor: float = 0.0) -> float:
+    if reference.shape != found.shape:
+        return float("inf")
+    if not reference.numel():
+        return 0.0
+    scale = max(float(reference.abs().max()), floor, torch.finfo(torch.float64).tiny)
+    return float((reference - found).abs().max()) / scale
+
+
+def _largest(errors: list[float]) -> float:
+    return max(errors, key=lambda e: (e != e, e), default=0.0)

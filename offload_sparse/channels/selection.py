@@ -1,0 +1,171 @@
+"""A mask resolved against a channel map: which positions of which tensor are kept, and where they lie in a
+flat buffer.
+
+    full tensor  [4 rows, 3 columns]        mask keeps rows 0, 2 and columns 1, 2
+    flat, full   r0c0 r0c1 r0c2 r1c0 … r3c2
+    flat, narrow r0c1 r0c2 r2c1 r2c2        the same order: a narrow buffer is the full one with entries left
+    out
+
+Kept positions are sorted and tensors keep their order, so the narrow flat buffer is a monotone subsequence of
+the full one. Whoever owns a contiguous run of the full buffer therefore owns a contiguous run of every narrow
+buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group
+
+Kept = Tensor | None
+"""int64, the sorted kept positions of one dimension, or None: every position is kept."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor lies in one flat buffer.
+
+    Attributes:
+        shapes: shape of every tensor, in buffer order.
+        offsets: first entry of every tensor.
+        size: number of entries.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    offsets: Mapping[str, int]
+    size: int
+
+    @staticmethod
+    def of(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+        """Lay out tensors one after the other, without gaps."""
+        offsets: dict[str, int] = {}
+        size = 0
+        for name, shape in shapes.items():
+            offsets[name] = size
+            size += prod(shape)
+        return Layout(dict(shapes), offsets, size)
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """The tensor ``name`` as a view of ``flat`` ([at least size])."""
+        shape, offset = self.shapes[name], self.offsets[name]
+        return flat[offset : offset + prod(shape)].view(shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.offsets
+
+
+class Selection:
+    """A mask resolved against a channel map.
+
+    Args:
+        channel_map: the map of the full network.
+        mask: bool[C], True where an atom is kept.
+
+    Raises:
+        ValueError: the mask has another size than the map, or keeps nothing of a group.
+    """
+
+    def __init__(self, channel_map: ChannelMap, mask: Tensor) -> None:
+        if mask.dtype != torch.bool or mask.shape != (channel_map.num_atoms,):
+            raise ValueError(
+                f"the mask must be bool[{channel_map.num_atoms}], not {mask.dtype}{list(mask.shape)}"
+            )
+        for group in channel_map.groups:
+            if not bool(mask[group.start : group.stop].any()):
+                raise ValueError(f"the mask drops all of group {group.name!r}, which disconnects the network")
+        self.channel_map = channel_map
+        self.mask = mask
+        alive = self.alive = channel_map.alive(mask)
+        memo: dict[int, Kept] = {}
+
+        def resolve(axis: Axis) -> Kept:
+            if axis is None:
+                return None
+            if (
+                id(axis) not in memo
+            ):  # axes are shared between tensors: a norm's four vectors name the same atoms
+                kept = alive[axis]
+                memo[id(axis)] = None if bool(kept.all()) else kept.nonzero().flatten()
+            return memo[id(axis)]
+
+        self.kept: dict[str, tuple[Kept, ...]] = {
+            name: tuple(resolve(axis) for axis in axes) for name, axes in channel_map.axes.items()
+        }
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(
+                size if kept is None else kept.numel()
+                for size, kept in zip(channel_map.shapes[name], self.kept[name], strict=True)
+            )
+            for name in channel_map.shapes
+        }
+        self.additions: dict[str, tuple[Tensor, Tensor]] = {
+            name: (alive[a.left][alive[a.out]], alive[a.right][alive[a.out]])
+            for name, a in channel_map.additions.items()
+        }
+        """bool[kept positions of the sum] per operand: where it holds a channel."""
+
+    def layout(self, names: Mapping[str, object] | tuple[str, ...]) -> Layout:
+        """The narrow layout of ``names``, in the order given."""
+        return Layout.of({name: self.shapes[name] for name in names})
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Kept atoms per group."""
+        return {g.name: int(self.mask[g.start : g.stop].sum()) for g in self.channel_map.groups}
+
+    def take(self, name: str, full: Tensor) -> Tensor:
+        """The kept entries of ``full``, a whole tensor of the network, copied by one indexing operation."""
+        return full[open_grid(self.kept[name], tuple(full.shape))] if full.dim() else full.clone()
+
+
+def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
+    """The map of the narrow network of ``mask``: the kept atoms, numbered anew, and the axes that are left of
+    them.
+    """
+    selection = Selection(channel_map, mask)
+    alive = channel_map.alive(mask)
+    number = torch.full((channel_map.num_ids + 2,), NEVER)
+    number[:-2][alive[:-2]] = torch.arange(int(alive[:-2].sum()))
+    number[ALWAYS] = ALWAYS
+    memo: dict[int, Tensor] = {}
+
+    def renumbered(axis: Axis, kept: Kept) -> Axis:
+        if axis is None:
+            return None
+        if id(axis) not in memo:
+            memo[id(axis)] = number[axis if kept is None else axis[kept]]
+        return memo[id(axis)]
+
+    axes = {
+        name: tuple(
+            renumbered(a, k) for a, k in zip(channel_map.axes[name], selection.kept[name], strict=True)
+        )
+        for name in channel_map.axes
+    }
+    groups, start = [], 0
+    for group in channel_map.groups:
+        width = selection.widths[group.name]
+        groups.append(Group(group.name, start, width))
+        start += width
+    unions = channel_map.unions[:, mask[channel_map.unions[1]]]
+    unions = torch.stack([number[channel_map.num_atoms + unions[0]] - start, number[unions[1]]])
+    additions = {
+        name: Addition(*(number[vector[alive[a.out]]] for vector in (a.left, a.right, a.out)))
+        for name, a in channel_map.additions.items()
+    }
+    return ChannelMap(tuple(groups), selection.shapes, axes, unions, additions)
+
+
+def open_grid(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Index tensors, one per dimension, that broadcast to the kept block of a tensor of ``shape``."""
+    dims = len(shape)
+    return tuple(
+        (torch.arange(size) if k is None else k).view([-1 if d == e else 1 for e in range(dims)])
+        for d, (size, k) in enumerate(zip(shape, kept, strict=True))
+    )

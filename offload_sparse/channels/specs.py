@@ -1,0 +1,220 @@
+"""Channel maps written by hand, for networks that discovery cannot follow: transformers, and a user's own.
+
+    builder = MapBuilder(model)
+    hidden = builder.group("fc1", 64)                    # 64 atoms
+    builder.rows("fc1", hidden)                          # fc1 makes them
+    builder.columns("fc2", hidden)                       # fc2 reads them
+    session = SparseOffload(model, inputs, channel_map=builder.build(), ...)
+
+A network that many will use gets a spec: ``register`` a predicate and a function, and ``discover`` takes its
+map. Every map is checked by slice = mask before anything trains, whoever wrote it.
+
+In transformers the embedding stays dense, since LayerNorm mixes all of its channels. Sampled are the hidden
+widths of the MLPs and whole attention heads; with grouped queries a key-value head and its queries are one
+atom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.channels.attention import is_packed_attention
+from offload_sparse.channels.channel_map import Axis, ChannelMap, Group
+
+
+class MapBuilder:
+    """Collects groups and axes; what no axis names is always kept.
+
+    Args:
+        model: the network, on any device; it is not changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._shapes = {name: tuple(t.shape) for name, t in tensors if t.is_floating_point()}
+        self._axes: dict[str, list[Axis]] = {
+            name: [None] * len(shape) for name, shape in self._shapes.items()
+        }
+        self._groups: list[Group] = []
+
+    def group(self, name: str, size: int) -> Tensor:
+        """A new group of ``size`` atoms, best named after the layer that makes them.
+
+        Returns:
+            int64[size], the atoms. Axes are made of them: ``repeat_interleave`` for an atom that stands at
+            several neighbouring positions, ``torch.cat`` for several widths in a row, -1 for a position that
+            is always kept.
+        """
+        start = self._groups[-1].stop if self._groups else 0
+        self._groups.append(Group(name, start, size))
+        return torch.arange(start, start + size)
+
+    def axis(self, tensor: str, dim: int, atoms: Tensor) -> None:
+        """Dimension ``dim`` of the parameter or buffer ``tensor`` holds ``atoms``, one per position.
+
+        Raises:
+            ValueError: there is no such tensor or dimension.
+        """
+        if tensor not in self._axes:
+            raise ValueError(f"the model has no tensor {tensor!r}; give the name of a parameter or buffer")
+        if not 0 <= dim < len(self._shapes[tensor]):
+            raise ValueError(f"{tensor} has no dimension {dim}; its shape is {list(self._shapes[tensor])}")
+        self._axes[tensor][dim] = atoms
+
+    def rows(self, layer: str, atoms: Tensor) -> None:
+        """The outputs of a linear layer or convolution, or the channels of a batch norm, are ``atoms``.
+
+        Raises:
+            ValueError: the layer has no weight.
+        """
+        self.axis(f"{layer}.weight", 0, atoms)
+        for leaf in ("bias", "running_mean", "running_var"):
+            if f"{layer}.{leaf}" in self._axes:
+                self.axis(f"{layer}.{leaf}", 0, atoms)
+
+    def columns(self, layer: str, atoms: Tensor) -> None:
+        """The inputs of a linear layer or convolution are ``atoms``.
+
+        Raises:
+            ValueError: the layer has no weight of two dimensions.
+        """
+        self.axis(f"{layer}.weight", 1, atoms)
+
+    def width(self, producers: tuple[str, ...], consumer: str) -> Tensor:
+        """A group for a hidden width: the layers that make it, tied channel by channel, and its reader.
+
+        Two producers are a gated unit, such as gate and up projection of SwiGLU.
+        """
+        atoms = self.group(producers[0], self._size(f"{producers[0]}.weight", 0))
+        for producer in producers:
+            self.rows(producer, atoms)
+        self.columns(consumer, atoms)
+        return atoms
+
+    def heads(self, query: str, key: str, value: str, output: str, head_dim: int) -> Tensor:
+        """A group for attention heads: one atom per key-value head, with all query heads that read it.
+
+        Args:
+            query, key, value, output: the four projections.
+            head_dim: channels of a head.
+
+        Raises:
+            ValueError: the widths are no multiples of a head, or queries cannot be spread over key heads.
+        """
+        queries, keys = self._size(f"{query}.weight", 0), self._size(f"{key}.weight", 0)
+        if keys % head_dim or queries % keys:
+            raise ValueError(
+                f"{query} has {queries} channels and {key} {keys}, which are no heads of {head_dim}; "
+                "correct head_dim"
+            )
+        atoms = self.group(key, keys // head_dim)
+        self.rows(key, atoms.repeat_interleave(head_dim))
+        self.rows(value, atoms.repeat_interleave(head_dim))
+        self.rows(query, atoms.repeat_interleave(queries // keys * head_dim))
+        self.columns(output, atoms.repeat_interleave(queries // keys * head_dim))
+        return atoms
+
+    def build(self) -> ChannelMap:
+        """The map.
+
+        Raises:
+            ValueError: there is no group, or an axis has another length than its dimension.
+        """
+        if not self._groups:
+            raise ValueError("the map has no group; add one with group(), width() or heads()")
+        axes = {name: tuple(of_tensor) for name, of_tensor in self._axes.items()}
+        return ChannelMap(tuple(self._groups), self._shapes, axes)
+
+    def _size(self, tensor: str, dim: int) -> int:
+        if tensor not in self._shapes:
+            raise ValueError(f"the model has no tensor {tensor!r}; give the name of a parameter or buffer")
+        return self._shapes[tensor][dim]
+
+
+Predicate = Callable[[nn.Module], bool]
+Spec = Callable[[nn.Module], ChannelMap]
+
+_SPECS: list[tuple[Predicate, Spec]] = []
+
+
+def register(predicate: Predicate, spec: Spec) -> None:
+    """Let ``discover`` take the map of ``spec`` for models that ``predicate`` holds for; the last wins."""
+    _SPECS.append((predicate, spec))
+
+
+def find(model: nn.Module) -> ChannelMap | None:
+    """The map that a spec makes for ``model``; None if there is no spec for it."""
+    for predicate, spec in reversed(_SPECS):
+        if predicate(model):
+            return spec(model)
+    return None
+
+
+def vision_transformer(model: nn.Module) -> ChannelMap:
+    """Hidden widths of all MLPs and, where whole heads can be dropped, attention heads.
+
+    Serves ViT and DeiT of torchvision and timm; of Swin and MaxViT the MLPs are sampled, and windows keep
+    their heads. Whatever else the network holds (class token, positions, layer scale, convolutions) is dense.
+    """
+    builder = MapBuilder(model)
+    for name, module in model.named_modules():
+        layers = _hidden_layers(module)
+        if layers is not None:
+            builder.width((f"{name}.{layers[0]}",), f"{name}.{layers[1]}")
+        elif isinstance(module, nn.MultiheadAttention):
+            _torch_heads(builder, name, module)
+        elif is_packed_attention(module):
+            _packed_heads(builder, name, module)
+    return builder.build()
+
+
+def _hidden_layers(module: nn.Module) -> tuple[str, str] | None:
+    """The two linear layers of an MLP, by name within it."""
+    children = dict(module.named_children())
+    if type(module).__name__ == "Mlp" and isinstance(children.get("norm"), nn.Identity):
+        fc1, fc2 = children.get("fc1"), children.get("fc2")
+        return ("fc1", "fc2") if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) else None
+    if not isinstance(module, nn.Sequential):
+        return None
+    names = list(children)
+    linear = [i for i, name in enumerate(names) if isinstance(children[name], nn.Linear)]
+    if len(linear) != 2:
+        return None
+    between = [children[name] for name in names[linear[0] + 1 : linear[1]]]
+    if not all(isinstance(child, (nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout)) for child in between):
+        return None
+    return names[linear[0]], names[linear[1]]
+
+
+def _torch_heads(builder: MapBuilder, name: str, module: nn.MultiheadAttention) -> None:
+    plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
+    if plain and module.batch_first:
+        heads = builder.group(f"{name}.in_proj_weight", module.num_heads).repeat_interleave(module.head_dim)
+        builder.axis(f"{name}.in_proj_weight", 0, heads.repeat(3))
+        if module.in_proj_bias is not None:
+            builder.axis(f"{name}.in_proj_bias", 0, heads.repeat(3))
+        builder.columns(f"{name}.out_proj", heads)
+
+
+def _packed_heads(builder: MapBuilder, name: str, module: nn.Module) -> None:
+    atoms = builder.group(f"{name}.qkv", int(module.num_heads))  # type: ignore[arg-type]
+    heads = atoms.repeat_interleave(int(module.head_dim))  # type: ignore[arg-type]
+    builder.rows(f"{name}.qkv", heads.repeat(3))
+    builder.columns(f"{name}.proj", heads)
+
+
+_TRANSFORMER_MODULES = (
+    "torchvision.models.vision_transformer",
+    "torchvision.models.swin_transformer",
+    "torchvision.models.maxvit",
+    "timm.models.vision_transformer",
+    "timm.models.deit",
+    "timm.models.swin_transformer",
+    "timm.models.mlp_mixer",
+    "timm.models.maxxvit",
+)
+
+register(lambda model: type(model).__module__ in _TRANSFORMER_MODULES, vision_transformer)

@@ -1,0 +1,182 @@
+"""Residual additions as modules, so that operands with different channels can be added.
+
+    left   channels 0 2 5      +      right   channels 2 3      =      sum   channels 0 2 3 5
+    left_index  0 1 3                 right_index  1 2                 width 4
+
+Networks write ``out += shortcut`` inside the ``forward`` of a block. ``expose_additions`` traces that one
+``forward`` (its sub-modules stay calls) and puts a ``StreamAdd`` in place of each addition. The block remains
+the same object with the same parameters under the same names; only its ``forward`` is another.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from offload_sparse.channels.selection import Selection
+
+_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_METHODS = ("add", "add_")
+_PREFIX = "stream_add_"
+
+
+class StreamAdd(nn.Module):
+    """The sum of two tensors that may each hold only some of its channels (dimension 1).
+
+    Attributes:
+        width: channels of the sum; 0 as long as both operands hold all of them: an ordinary addition.
+        left_index: int64[channels of left], where each of them is in the sum; in ascending order.
+        right_index: the same for the second operand.
+    """
+
+    left_index: Tensor
+    right_index: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 0
+        for name in ("left_index", "right_index"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device="cpu"), persistent=False)
+
+    def hold(self, left: Tensor, right: Tensor, device: torch.device) -> None:
+        """Say which channels of the sum each operand holds.
+
+        Args:
+            left, right: bool[channels of the sum], on the CPU.
+            device: of the operands.
+        """
+        plain = bool(left.all()) and bool(right.all())
+        self.width = 0 if plain else left.numel()
+        self.left_index = left[: self.width].nonzero().flatten().to(device)
+        self.right_index = right[: self.width].nonzero().flatten().to(device)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if not self.width:
+            return left + right
+        dtype = torch.promote_types(left.dtype, right.dtype)  # autocast may give two types
+        left, right = left.to(dtype), right.to(dtype)
+        if self.left_index.numel() == self.width:
+            return left.index_add(1, self.right_index, right)
+        if self.right_index.numel() == self.width:
+            return right.index_add(1, self.left_index, left)
+        out = left.new_zeros(left.shape[0], self.width, *left.shape[2:])
+        return out.index_copy_(1, self.left_index, left).index_add_(1, self.right_index, right)
+
+    def extra_repr(self) -> str:
+        if not self.width:
+            return ""
+        return f"{self.left_index.numel()} + {self.right_index.numel()} -> {self.width} channels"
+
+
+def expose_additions(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+    """Put a ``StreamAdd`` in place of every addition of two tensors. Done twice, it changes nothing more.
+
+    Args:
+        model: on any device; changed in place: blocks with additions get a class with a new ``forward``.
+        names: qualified names of the additions wanted, from an earlier call on the same architecture; all
+            that can be found if None. A ``forward`` that torch.fx cannot trace, or that looks at
+            ``training``, is left alone.
+
+    Returns:
+        the model.
+
+    Raises:
+        ValueError: one of ``names`` is not an addition of this model.
+    """
+    owners = None if names is None else {name.rpartition(".")[0] for name in names}
+    for path, module in list(model.named_modules()):
+        if owners is None or path in owners:
+            wanted = None if names is None else {n.rpartition(".")[2] for n in names if _owner(n) == path}
+            _expose_in(module, wanted)
+    found = {name for name, _ in additions(model)}
+    missing = sorted(set(names or ()) - found)
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no addition {missing[0]!r} that torch.fx can trace; "
+            "was the channel map made for another model?"
+        )
+    return model
+
+
+def additions(model: nn.Module) -> Iterator[tuple[str, StreamAdd]]:
+    """The exposed additions of a model, by qualified name."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, StreamAdd))
+
+
+def set_additions(model: nn.Module, selection: Selection, device: torch.device) -> None:
+    """Make the additions of a narrow network those of ``selection``; they must have been exposed."""
+    for name, (left, right) in selection.additions.items():
+        add = model.get_submodule(name)
+        assert isinstance(add, StreamAdd)
+        add.hold(left, right, device)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _expose_in(module: nn.Module, wanted: Collection[str] | None) -> None:
+    if type(module).__module__.startswith("torch.nn.") or isinstance(module, StreamAdd):
+        return
+    if any(isinstance(child, StreamAdd) for child in module.children()):
+        return
+    graph = _own_forward(module)
+    if graph is None:
+        return
+    for number, node in enumerate(_sums(graph)):
+        name = f"{_PREFIX}{number}"
+        if wanted is None or name in wanted:
+            module.add_module(name, StreamAdd())
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_module(name, node.args))
+            graph.erase_node(node)
+    if any(isinstance(child, StreamAdd) for child in module.children()):
+        forward = type(fx.GraphModule(module, graph)).forward
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+class _OwnForward(fx.Tracer):
+    """Traces one ``forward`` and nothing below it."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        del m, module_qualified_name
+        return True
+
+
+def _own_forward(module: nn.Module) -> fx.Graph | None:
+    """The graph of a ``forward`` if it holds additions and is the same in training and evaluation."""
+    training = module.training
+    try:
+        graphs = []
+        for module.training in (True, False):
+            graphs.append(_OwnForward().trace(module, _defaults(module)))
+    except Exception:  # any control flow on values ends up here, in whatever form the model's code fails
+        return None
+    finally:
+        module.training = training
+    codes = [graph.python_code("self").src for graph in graphs]
+    return graphs[0] if codes[0] == codes[1] and _sums(graphs[0]) else None
+
+
+def _defaults(module: nn.Module) -> dict[str, object]:
+    """Arguments that have a default are traced with it: a proxy would never be None."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _sums(graph: fx.Graph) -> list[fx.Node]:
+    """Additions of two computed values, in order."""
+    return [node for node in graph.nodes if _is_sum(node)]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    known = (node.op == "call_function" and node.target in _FUNCTIONS) or (
+        node.op == "call_method" and node.target in _METHODS
+    )
+    computed = all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args)
+    return known and len(node.args) == 2 and computed and not node.kwargs

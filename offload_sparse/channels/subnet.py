@@ -1,0 +1,189 @@
+"""The narrow network of a selection: an ordinary dense ``nn.Module``.
+
+``Subnet`` keeps one skeleton (the model's modules without weights) and binds it to new flat buffers in every
+round: parameters are views of one buffer, gradients views of another, BatchNorm statistics views of a third.
+Nothing is built anew, so nothing leaks however many rounds there are. ``narrow_module`` makes an independent
+copy instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from offload_sparse.channels.attention import fit_attention
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.stream_add import expose_additions, set_additions
+
+
+class Subnet:
+    """A skeleton of the full model whose tensors can be bound to flat buffers, again and again.
+
+    Args:
+        model: the full model, on any device (the meta device serves), with the additions of its channel map
+            exposed; it is not changed.
+        device: where the subnet computes.
+        integer_buffers: real values of the buffers that are not sliced, by qualified name.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, integer_buffers: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.module = meta_copy(model)
+        self.parameter_names = tuple(name for name, _ in self.module.named_parameters())
+        self.buffer_names = tuple(n for n, b in self.module.named_buffers() if b.is_floating_point())
+        self.device = device
+        self._owners = {
+            name: (self.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name in (*self.parameter_names, *(n for n, _ in self.module.named_buffers()))
+        }
+        self._trainable = {n: p.requires_grad for n, p in self.module.named_parameters()}
+        values = integer_buffers or {}
+        for name, buffer in list(self.module.named_buffers()):
+            if not buffer.is_floating_point():
+                value = values.get(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+                self._set_buffer(name, value.to(device, copy=True))
+
+    def bind(self, selection: Selection, weights: Tensor, gradients: Tensor | None, buffers: Tensor) -> None:
+        """Make the skeleton the network of ``selection``.
+
+        Args:
+            selection: the kept channels.
+            weights: flat parameters in the order of ``parameter_names``; parameters become views of it.
+            gradients: flat gradients in the same order, or None for a subnet that is only evaluated.
+            buffers: flat floating-point buffers in the order of ``buffer_names``.
+        """
+        layout = selection.layout(self.parameter_names)
+        for name in self.parameter_names:
+            parameter = nn.Parameter(layout.view(weights, name), requires_grad=self._trainable[name])
+            if gradients is not None and parameter.requires_grad:
+                parameter.grad = layout.view(gradients, name)
+            owner, leaf = self._owners[name]
+            owner._parameters[leaf] = parameter
+        layout = selection.layout(self.buffer_names)
+        for name in self.buffer_names:
+            self._set_buffer(name, layout.view(buffers, name))
+        fit_attributes(self.module)
+        set_additions(self.module, selection, self.device)
+
+    def release(self) -> None:
+        """Drop every view, so that the buffers can be freed."""
+        for name in self.parameter_names:
+            owner, leaf = self._owners[name]
+            owner._parameters[leaf] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+        for name in self.buffer_names:
+            self._set_buffer(name, torch.empty(0, device="meta"))
+
+    def _set_buffer(self, name: str, value: Tensor) -> None:
+        owner, leaf = self._owners[name]
+        owner._buffers[leaf] = value
+
+
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that ``build`` makes, on the meta device.
+
+    One whose constructor reads the values of tensors is built for real first.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError:  # a meta tensor has no values
+        return meta_copy(build())
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` on the meta device, made without copying any weights."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
+    """An independent narrow copy of ``model`` (real or on meta) with copies of the kept entries."""
+    selection = Selection(channel_map, mask)
+    narrow = expose_additions(copy.deepcopy(model), channel_map.additions)
+    with torch.no_grad():
+        for name, parameter in list(narrow.named_parameters()):
+            value = nn.Parameter(
+                selection.take(name, parameter.detach()), requires_grad=parameter.requires_grad
+            )
+            set_tensor(narrow, name, value)
+        for name, buffer in list(narrow.named_buffers()):
+            if name in selection.shapes:
+                set_tensor(narrow, name, selection.take(name, buffer))
+    fit_attributes(narrow)
+    device = next((p.device for p in narrow.parameters()), torch.device("cpu"))
+    set_additions(narrow, selection, device)
+    return narrow
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter or buffer ``name`` of ``module`` by ``value``."""
+    owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    else:
+        owner._buffers[leaf] = value
+
+
+def fit_attributes(module: nn.Module) -> None:
+    """Make the size attributes of every layer agree with the shapes of its tensors.
+
+    Layers read these numbers in ``forward`` (the groups of a depthwise convolution) or show them in ``repr``.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _ConvNd):
+            _fit_convolution(layer)
+        elif isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = layer.weight.shape
+        elif isinstance(layer, _BatchNorm):
+            reference = layer.weight if layer.weight is not None else layer.running_mean
+            if reference is not None:
+                layer.num_features = reference.numel()
+        elif isinstance(layer, nn.PReLU):
+            layer.num_parameters = layer.weight.numel()
+        else:
+            fit_attention(layer)
+
+
+def _fit_convolution(layer: _ConvNd) -> None:
+    first, second = layer.weight.shape[:2]
+    transposed = isinstance(layer, _ConvTransposeNd)
+    if layer.groups > 1 and _ROWS_PER_GROUP not in layer.__dict__:
+        rows = layer.in_channels if transposed else layer.out_channels
+        setattr(layer, _ROWS_PER_GROUP, rows // layer.groups)
+    if _ROWS_PER_GROUP in layer.__dict__:  # groups are kept or dropped whole, those of one channel included
+        layer.groups = first // getattr(layer, _ROWS_PER_GROUP)
+    columns = second * layer.groups
+    layer.in_channels, layer.out_channels = (first, columns) if transposed else (columns, first)
+
+
+_ROWS_PER_GROUP = "rows_per_group"
+"""Noted on grouped convolutions, because one of which a single group is left looks like an ordinary one."""
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, training-mode BatchNorm uses batch statistics but leaves the running ones alone.
+
+    A reference loss must not leave traces: only the subnet that is trained moves its statistics.
+    """
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

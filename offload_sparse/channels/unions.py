@@ -1,0 +1,98 @@
+"""What is alive on a residual stream whose filters each have a mask of their own.
+
+    stem ─────────────┬────────── + ──┬─────────── + ── head
+    atoms a_p         └ branch 1 ─┘   └ branch 2 ──┘
+    alive at p        a_p         a_p ∪ b_p        a_p ∪ b_p ∪ c_p
+
+The kept outputs of a branch are added into the positions of the stream (Zhou et al. 2021 mask every filter by
+itself), and whoever reads the stream after an addition reads the union.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from offload_sparse.channels.channel_map import ALWAYS, Addition
+from offload_sparse.channels.closures import Closures, SeparatedAdd
+
+
+class Unions:
+    """The sets of atoms that positions of streams stand for, numbered as they come up."""
+
+    def __init__(self, num_atoms: int) -> None:
+        self._num_atoms = num_atoms
+        self._members: list[tuple[int, ...]] = []
+        self._number: dict[tuple[int, ...], int] = {}
+
+    def of(self, left: int, right: int) -> int:
+        """The id of the union of two ids."""
+        if ALWAYS in (left, right):
+            return ALWAYS
+        members = tuple(sorted({*self._atoms(left), *self._atoms(right)}))
+        if len(members) == 1:
+            return members[0]
+        if members not in self._number:
+            self._number[members] = self._num_atoms + len(self._members)
+            self._members.append(members)
+        return self._number[members]
+
+    def _atoms(self, number: int) -> tuple[int, ...]:
+        return (number,) if number < self._num_atoms else self._members[number - self._num_atoms]
+
+    def pairs(self) -> Tensor:
+        """int64[2, members]: (union, atom), the form that a channel map keeps."""
+        pairs = [(u, atom) for u, members in enumerate(self._members) for atom in members]
+        return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
+
+
+def follow_additions(
+    closures: Closures,
+    sums: Mapping[str, SeparatedAdd],
+    atom_of_class: Tensor,
+    dense: Tensor,
+    num_atoms: int,
+) -> tuple[Tensor, Tensor, dict[str, Addition]]:
+    """Give every position behind an addition the union of what is added there.
+
+    Args:
+        closures: classes of channels, those behind an addition apart from those before it.
+        sums: the additions in the order in which the network computes them.
+        atom_of_class: int64[classes], the atom of each class or ``ALWAYS``.
+        dense: bool[classes], classes in which everything is kept.
+        num_atoms: atoms of the map.
+
+    Returns:
+        int64[classes], the atom or union of each class; the members of the unions; the additions that do not
+        keep everything.
+
+    Raises:
+        ValueError: what an addition gives is tied to another sum or to the channels of another layer.
+    """
+    ids = atom_of_class.clone()
+    unions = Unions(num_atoms)
+    done = dense.clone()
+    found = {}
+    for name, add in sums.items():
+        left, right = (_ids(ids, closures.side(stub, False)) for stub in (add.left, add.right))
+        classes = closures.side(add.out, True)
+        free = ~done[classes]
+        if bool((ids[classes][free] >= 0).any()) or bool((done & ~dense)[classes].any()):
+            raise ValueError(
+                f"the sum in {name.rpartition('.')[0] or 'the network'} is tied to other channels than those "
+                "that it adds; use residual=coupled or residual=internal"
+            )
+        out = torch.tensor([unions.of(a, b) for a, b in zip(left.tolist(), right.tolist(), strict=True)])
+        out = torch.where(free, out, ALWAYS)
+        ids[classes] = out
+        done[classes] = True
+        if bool((torch.stack([left, right, out]) != ALWAYS).any()):
+            found[name] = Addition(left, right, out)
+    return ids, unions.pairs(), found
+
+
+def _ids(ids: Tensor, classes: Tensor) -> Tensor:
+    """Ids of classes; a position that no layer produces (class -1) is always there."""
+    return torch.where(classes >= 0, ids[classes], ALWAYS)

@@ -1,0 +1,153 @@
+"""The typed configuration tree of a run.
+
+Every field is a leaf with a default, so that a YAML file only names what it changes and every leaf can be
+overridden on the command line by its dotted name (``--policy.rho 0.1``). The classes hold data and check
+single values. Each room keeps its own branch in a module that imports nothing heavy; this one joins them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from offload_sparse.channels.config import AtomsConfig
+from offload_sparse.channels.require import require
+from offload_sparse.config.methods import (
+    DFBSTConfig,
+    DSTConfig,
+    GrowEfficientConfig,
+    PaperConfig,
+    RigLConfig,
+    StaticConfig,
+)
+from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, check_combination
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.store.config import StoreConfig
+from offload_sparse.workloads.config import DataConfig, ModelConfig
+
+MethodName = Literal["sparse_offload", "dense", "static", "dfbst", "dst", "grow_efficient", "rigl"]
+
+
+@dataclass
+class TrainConfig:
+    """The run around the method.
+
+    Attributes:
+        epochs: passes over the training images.
+        max_steps: stop after this many optimizer steps; 0 lets ``epochs`` decide.
+        precision: ``bf16`` autocasts forward passes; the weights stay in ``dtype``.
+        dtype: type of weights, optimizer slots and gradients.
+        batch_norm: ``batch`` normalises with the statistics of each rank's own images (as
+            DistributedDataParallel does), ``frozen`` with the running statistics, which makes a step
+            independent of how images are spread over ranks.
+        eval_every: epochs between evaluations while training; 0 evaluates only at the end.
+        log_every: steps between lines in metrics.jsonl.
+        seed: seed of initial weights, masks, data order and augmentation.
+        on_nonfinite: what happens when a loss or gradient is not finite on some rank; the weights never see
+            it. ``stop`` ends the run, ``skip`` leaves out the step, ``rollback`` carries on behind the
+            batches that led there: ``sparse_offload`` from the end of its last good round, other methods from
+            the last checkpoint.
+        deterministic: only algorithms that give the same bits on every run; slower, and an error where there
+            is none.
+        timeout: seconds that a rank waits for the others before it takes one for dead; loading data and
+            checking the model count too.
+        verify: check slice = mask on the model before training starts.
+        check_plan: refuse to start what would not fit into memory (see ``offload-sparse plan``).
+        progress: draw a progress bar on rank 0.
+    """
+
+    epochs: int = 10
+    max_steps: int = 0
+    precision: Literal["no", "bf16"] = "no"
+    dtype: Literal["float32", "float64"] = "float32"
+    batch_norm: Literal["batch", "frozen"] = "batch"
+    eval_every: int = 1
+    log_every: int = 10
+    seed: int = 0
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    deterministic: bool = False
+    timeout: int = 600
+    verify: bool = True
+    check_plan: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.timeout >= 1, f"train.timeout is {self.timeout}; give at least 1 second")
+        require(self.epochs >= 1, f"train.epochs is {self.epochs}; give at least 1")
+        for name in ("max_steps", "eval_every", "seed"):
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
+        require(self.log_every >= 1, f"train.log_every is {self.log_every}; give at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state of the run is saved, and what is kept.
+
+    A run that is interrupted (SIGTERM, Ctrl-C) saves in any case.
+
+    Attributes:
+        every_minutes: minutes between checkpoints; 0 goes by ``every_steps`` alone.
+        every_steps: steps between checkpoints; 0 goes by ``every_minutes`` alone. In the middle of a round a
+            checkpoint waits for its end.
+        keep: newest checkpoints that are kept.
+        best: save after each evaluation that is the best so far, and keep that checkpoint too.
+        background: write while training goes on.
+    """
+
+    every_minutes: float = 10.0
+    every_steps: int = 0
+    keep: int = 2
+    best: bool = True
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every_minutes", "every_steps"):
+            require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}; give 0 or more")
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}; give at least 1")
+
+
+@dataclass
+class RunConfig:
+    """Everything a run depends on.
+
+    Attributes:
+        method: what a training step is.
+        run_dir: folder of the run; created, and never mixed with another run's files.
+        overwrite: replace the files of an earlier run in ``run_dir``.
+        resume: ``auto`` carries on with the run that ``run_dir`` holds, ``never`` refuses such a folder; or
+            the path of a checkpoint, or of a run, to start from.
+        dry_run: print network, cost, steps and the figures to reach, and stop; no image is read, no file
+            written.
+        compile: compile the forward passes of subnets with torch.compile. ``policy.sampler auto`` then keeps
+            all widths fixed, so that nothing is compiled after the first round.
+        trackers: accelerate's trackers to log to, such as ``tensorboard,wandb``; ``[]`` for none. Those that
+            write files do so in ``trackers/`` in the run's folder.
+    """
+
+    method: MethodName = "sparse_offload"
+    run_dir: Path = Path("runs/default")
+    overwrite: bool = False
+    resume: str = "auto"
+    dry_run: bool = False
+    compile: bool = False
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    model: ModelConfig = field(default_factory=ModelConfig)
+    atoms: AtomsConfig = field(default_factory=AtomsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    round: RoundConfig = field(default_factory=RoundConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    final: FinalConfig = field(default_factory=FinalConfig)
+    static: StaticConfig = field(default_factory=StaticConfig)
+    dst: DSTConfig = field(default_factory=DSTConfig)
+    dfbst: DFBSTConfig = field(default_factory=DFBSTConfig)
+    rigl: RigLConfig = field(default_factory=RigLConfig)
+    grow_efficient: GrowEfficientConfig = field(default_factory=GrowEfficientConfig)
+    paper: PaperConfig = field(default_factory=PaperConfig)
+
+    def __post_init__(self) -> None:
+        check_combination(self.policy.resolved(self.compile), self.round)

@@ -1,0 +1,209 @@
+"""The two subnets of a round on the device, and the weights they share.
+
+    subnet a: weights | gradients | slots | buffers        subnet b: weights | slots and buffers, if trained
+                 |                                                      ^
+                 +---- shared entries: one block copy after each step --+
+
+An entry that both masks keep is one weight with one momentum. After a step on one subnet its twin in the
+other is overwritten, so the pair behaves as if both were views of the full weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import Subnet
+from offload_sparse.engine.config import OptimConfig
+from offload_sparse.engine.optimizer import FlatOptimizer
+from offload_sparse.store.copy.copy import BlockPlan, copy_blocks
+from offload_sparse.store.copy.plans import Narrow, regions_of, shared
+from offload_sparse.store.copy.regions import Places
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
+
+TAIL = 8
+"""Scalars (losses, metrics) that ride behind the gradients in the all-reduce."""
+
+
+class Side:
+    """One subnet: its module, its selection, and its flat buffers.
+
+    Attributes:
+        arrays: flat narrow buffers by kind (weights, slots, buffers), views of memory that is reused by later
+            rounds.
+        weights, buffers: the places of its entries in the two kinds of flat buffers.
+    """
+
+    def __init__(self, store: WeightStore, model: nn.Module, device: torch.device, capacity: int) -> None:
+        self.subnet = Subnet(model, device, store.integer_buffers)
+        self.arrays: dict[str, Tensor] = {}
+        self.weights: Narrow
+        self.buffers: Narrow
+        self._store = store
+        self._device = device
+        self._capacity = capacity
+        self._memory: dict[str, Tensor] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.subnet.module
+
+    @property
+    def selection(self) -> Selection:
+        return self.weights.selection
+
+    def narrow(self, kind: str) -> Narrow:
+        """Where the entries of arrays of ``kind`` lie."""
+        return self.buffers if kind == BUFFERS else self.weights
+
+    def select(self, selection: Selection, kinds: tuple[str, ...]) -> None:
+        """Make room for ``kinds`` of ``selection``; what the arrays hold is not defined."""
+        layouts = {kind: p.layout for kind, p in self._store.partitions.items()}
+        places = Places(selection)
+        self.weights = Narrow(places, layouts[WEIGHTS].shapes)
+        self.buffers = Narrow(places, layouts[BUFFERS].shapes)
+        self.arrays = {}
+        self.arrays = {kind: self._reserve(kind, self.narrow(kind).layout.size) for kind in kinds}
+
+    def load(self, selection: Selection, kinds: tuple[str, ...]) -> None:
+        """Gather ``kinds`` of ``selection`` from the store."""
+        self.select(selection, kinds)
+        self.gather()
+
+    def gather(self) -> None:
+        """Fill the arrays from the store."""
+        for kind, array in self.arrays.items():
+            self._store.gather(self.selection, kind, array)
+
+    def bind(self, gradients: Tensor | None) -> None:
+        """Point the module at the arrays."""
+        self.subnet.bind(self.selection, self.arrays[WEIGHTS], gradients, self.arrays[BUFFERS])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(a.numel() * a.element_size() for a in self.arrays.values())
+
+    def _reserve(self, kind: str, size: int) -> Tensor:
+        memory = self._memory.get(kind)
+        if memory is None or memory.numel() < size:
+            whole = self._store.partitions[kind].layout.size
+            room = whole if kind == BUFFERS else min(whole, self._capacity)
+            # Freed first, so that old and new never exist together. A mask beyond the cap (every channel of a
+            # minimum width, say) is the one case that comes here twice.
+            self._memory.pop(kind, None)
+            self.subnet.release()
+            self._memory[kind] = torch.empty(max(size, room), dtype=self._store.dtype, device=self._device)
+        return self._memory[kind][:size]
+
+
+class SubnetPair:
+    """The trained subnet and its reference.
+
+    Args:
+        store: the full weights.
+        model: the full model on the meta device.
+        optim: the optimizer of the weights.
+        device: where the subnets compute.
+        capacity: entries that are set aside for the weights of a subnet, once.
+    """
+
+    def __init__(
+        self, store: WeightStore, model: nn.Module, optim: OptimConfig, device: torch.device, capacity: int
+    ) -> None:
+        self._store = store
+        self._optim = optim
+        self.sides = (Side(store, model, device, capacity), Side(store, model, device, capacity))
+        self._reduce_memory = torch.empty(0, dtype=store.dtype, device=device)
+        self._optimizers: list[FlatOptimizer | None] = [None, None]
+        self._twins: dict[str, BlockPlan] = {}
+        self.trained_kinds = (WEIGHTS, *store.slots, BUFFERS)
+        self.loaded = False
+        self.same = True
+        self.train_second = False
+
+    def select(self, first: Selection, second: Selection | None, train_second: bool) -> None:
+        """Make room for a round; what the arrays hold is not defined.
+
+        Args:
+            first: selection of subnet a, which is trained.
+            second: selection of subnet b; None (or the same mask) when there is nothing to compare.
+            train_second: b takes turns in training, so it needs its optimizer slots too.
+        """
+        self.same = second is None or torch.equal(first.mask, second.mask)
+        self.train_second = train_second and not self.same
+        self._optimizers = [None, None]  # they hold the views of the last round
+        self._twins.clear()
+        a, b = self.sides
+        a.select(first, self.trained_kinds)
+        if not self.same:
+            assert second is not None
+            b.select(second, self.trained_kinds if train_second else (WEIGHTS, BUFFERS))
+        self.loaded = True
+
+    @property
+    def active(self) -> tuple[Side, ...]:
+        """The sides in use."""
+        return self.sides[:1] if self.same else self.sides
+
+    @property
+    def trained(self) -> tuple[Side, ...]:
+        """The sides whose weights move."""
+        return self.sides if self.train_second else self.sides[:1]
+
+    def holds(self, first: Tensor, second: Tensor, train_second: bool) -> bool:
+        """Whether the pair is made of these masks already."""
+        if not self.loaded or not torch.equal(self.sides[0].selection.mask, first):
+            return False
+        if self.same:
+            return torch.equal(first, second)
+        return self.train_second == train_second and torch.equal(self.sides[1].selection.mask, second)
+
+    def bind(self, reduce_memory: Tensor) -> None:
+        """Make the modules and the optimizers those of the arrays, which are full now.
+
+        Args:
+            reduce_memory: at least as long as the weights of either side and ``TAIL`` scalars; both sides use
+                it, since only one is trained at a time.
+        """
+        self._reduce_memory = reduce_memory
+        for index, side in enumerate(self.active):
+            trained = side in self.trained
+            side.bind(self.gradients(index) if trained else None)
+            self._optimizers[index] = self._optimizer(index) if trained else None
+
+    def gradients(self, side: int) -> Tensor:
+        """Flat gradients of a side."""
+        return self._reduce_memory[: self.sides[side].arrays[WEIGHTS].numel()]
+
+    def reduce_buffer(self, side: int) -> Tensor:
+        """Gradients of a side and, behind them, ``TAIL`` scalars."""
+        return self._reduce_memory[: self.sides[side].arrays[WEIGHTS].numel() + TAIL]
+
+    def optimizer_step(self, side: int, lr: float, steps_done: int, found_inf: Tensor | None = None) -> None:
+        """Step one side; nothing moves where ``found_inf`` (a scalar on the device) is not 0."""
+        optimizer = self._optimizers[side]
+        assert optimizer is not None, "this side was loaded without its optimizer slots"
+        optimizer.step(lr, steps_done, found_inf)
+
+    def patch(self, side: int) -> None:
+        """Overwrite the twins, in the other side, of the entries that ``side`` has just trained."""
+        a, b = self.sides
+        if not self._twins:
+            regions = regions_of(b.weights, [a.weights])
+            for kind in (WEIGHTS, BUFFERS):
+                self._twins[kind] = shared(b.narrow(kind), a.narrow(kind), regions)
+        for like, plan in self._twins.items():
+            kinds = [kind for kind in b.arrays if (kind == BUFFERS) == (like == BUFFERS)]
+            copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both subnets: weights, slots, statistics."""
+        return sum(side.nbytes for side in self.active)
+
+    def _optimizer(self, side: int) -> FlatOptimizer:
+        arrays = self.sides[side].arrays
+        slots = {name: arrays[name] for name in self._store.slots}
+        return FlatOptimizer(self._optim, arrays[WEIGHTS], self.gradients(side), slots)

@@ -1,0 +1,133 @@
+"""A folder that can be pushed to the Hugging Face Hub as it is: a model card beside the network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from offload_sparse.config import yaml_text
+from offload_sparse.engine.finalize import copy_network, read_structure
+
+CARD_FILE = "README.md"
+
+_FIGURES = (
+    ("test_accuracy", "test accuracy", "{:.2%}"),
+    ("params_ratio", "parameters kept", "{:.2%}"),
+    ("flops_ratio", "FLOPs kept", "{:.2%}"),
+    ("train_cost_saving", "training cost, times less than dense", "{:.2f}"),
+    ("steps", "optimizer steps", "{}"),
+    ("rho", "remaining ratio of channels asked for", "{:g}"),
+    ("method", "method", "{}"),
+    ("seconds", "seconds of training", "{:.0f}"),
+    ("world_size", "processes", "{}"),
+    ("device", "device", "{}"),
+)
+
+
+def write_hub_folder(source: Path, target: Path, summary: dict[str, Any]) -> None:
+    """Write the network of ``source`` and its model card to ``target``; nothing is uploaded.
+
+    Args:
+        source: folder with the exported network of a run.
+        target: created when missing.
+        summary: contents of the run's ``summary.json``; empty if there is none.
+
+    Raises:
+        ValueError: the network is missing or damaged.
+    """
+    copy_network(source, target)
+    (target / CARD_FILE).write_text(model_card(read_structure(target), summary), encoding="utf-8")
+
+
+def model_card(structure: dict[str, Any], summary: dict[str, Any]) -> str:
+    """The card: metadata as the Hub reads it, then what a reader wants to know."""
+    name = str(structure["model"].get("name", "a network"))
+    short = f"{name.rpartition('/')[2]}-pruned"
+    shape = structure["preprocessing"].get("shape", [])
+    metadata = yaml_text.dump(_metadata(short, summary)).strip()
+    lines = [
+        f"---\n{metadata}\n---",
+        f"# {short}",
+        f"`{name}`, narrowed while it was trained: the channels that are left out below are no part of the "
+        "network, and its tensors are small and dense. Trained by Offload-Sparse.",
+    ]
+    if summary:
+        rows = [
+            (label, form.format(summary[key]))
+            for key, label, form in _FIGURES
+            if summary.get(key) is not None
+        ]
+        lines += ["## Figures", _table(("", ""), rows)]
+    usage = (
+        "```python\nfrom huggingface_hub import snapshot_download\nfrom offload_sparse import load_pruned\n\n"
+        'network = load_pruned(snapshot_download("<user>/<repository>"))  # nn.Module in evaluation mode\n```'
+    )
+    lines += ["## Use", usage]
+    if shape:
+        facts = structure["preprocessing"]
+        lines.append(
+            f"Images: {' x '.join(map(str, shape))} (channels, height, width), pixels scaled to [0, 1], then "
+            f"normalised with mean {_numbers(facts.get('mean', []))} and standard deviation "
+            f"{_numbers(facts.get('std', []))}."
+        )
+        if facts.get("class_names"):
+            lines.append("Classes: " + ", ".join(map(str, facts["class_names"])) + ".")
+    widths = [(group, f"{len(g['kept'])} of {g['size']}") for group, g in structure["groups"].items()]
+    if widths:
+        lines += ["## Widths", _table(("group", "channels kept"), widths)]
+    lines.append(
+        "`weights.safetensors` holds the tensors, `structure.json` the kept channels and the shape of every "
+        "tensor; reading them runs no code from this folder."
+    )
+    return "\n\n".join(lines) + "\n"
+
+
+def _metadata(short: str, summary: dict[str, Any]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "library_name": "offload-sparse",
+        "pipeline_tag": "image-classification",
+        "tags": ["pruning", "structured-sparsity", "offload-sparse"],
+        "metrics": ["accuracy"],
+    }
+    accuracy = summary.get("test_accuracy")
+    if accuracy is not None:
+        dataset = _dataset_name(str(summary.get("dataset", "")))
+        if "/" in dataset:
+            metadata["datasets"] = [dataset]
+        metadata["model-index"] = [
+            {
+                "name": short,
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": dataset, "type": dataset},
+                        "metrics": [{"type": "accuracy", "value": accuracy}],
+                    }
+                ],
+            }
+        ]
+    return metadata
+
+
+_OWN_IMAGES = "own-images"
+
+
+def _dataset_name(name: str) -> str:
+    """A name of the Hub as it is; the path of a folder on this machine is nobody else's business."""
+    is_name = (
+        bool(name)
+        and not Path(name).exists()
+        and name.count("/") <= 1
+        and not name.startswith((".", "/", "~"))
+    )
+    return name if is_name and not name.endswith(".parquet") else _OWN_IMAGES
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {left} | {right} |" for left, right in rows)])
+
+
+def _numbers(values: list[float]) -> str:
+    return json.dumps([round(value, 4) for value in values])

@@ -1,0 +1,80 @@
+"""One way to open a network, whatever it was exported as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.engine.finalize import STRUCTURE_FILE, load_pruned, read_structure
+from offload_sparse.export.description import DESCRIPTION_FILE, FILES, read_description
+from offload_sparse.export.onnx import read_onnx
+from offload_sparse.export.torch_export import read_program
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A network that can be evaluated.
+
+    Attributes:
+        network: images [batch, C, H, W] of ``dtype`` on ``device`` to logits.
+        preprocessing: mean, std, shape and class names of its images, as far as they are known.
+        dtype: type of the images.
+        device: where it computes.
+    """
+
+    network: nn.Module
+    preprocessing: dict[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Function(nn.Module):
+    """A network without modules: no training mode, no parameters to be moved."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._run = (run,)  # a tuple, since a program is a module that refuses ``eval``
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._run[0](images)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of the network that ``path`` means: a run's ``model/``, a file's folder, or itself."""
+    if path.is_file():
+        return path.parent
+    inner = path / "model"
+    has_own = (path / STRUCTURE_FILE).is_file() or (path / DESCRIPTION_FILE).is_file()
+    return inner if inner.is_dir() and not has_own else path
+
+
+def open_artefact(path: Path) -> Artefact:
+    """Open a run folder, a folder that ``offload-sparse export`` wrote, or a file in one.
+
+    Modules go to the CUDA device where there is one; programs and ONNX files run on the CPU.
+
+    Raises:
+        ValueError: there is no network, or it is damaged; one line.
+    """
+    folder = folder_of(path)
+    if (folder / DESCRIPTION_FILE).is_file():
+        return _described(folder)
+    preprocessing = read_structure(folder)["preprocessing"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_pruned(folder).to(device)
+    return Artefact(network, preprocessing, next(network.parameters()).dtype, device)
+
+
+def _described(folder: Path) -> Artefact:
+    description = read_description(folder)
+    readers = {"torch_export": read_program, "onnx": read_onnx}
+    run = readers[description.kind](folder / FILES[description.kind][0])
+    dtypes = {"float32": torch.float32, "float64": torch.float64}
+    if description.dtype not in dtypes:
+        raise ValueError(f"{folder}: dtype is {description.dtype!r}; export the network again")
+    return Artefact(_Function(run), description.preprocessing, dtypes[description.dtype], torch.device("cpu"))

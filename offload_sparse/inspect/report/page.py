@@ -1,0 +1,156 @@
+"""The page: one HTML file that needs no other, no script and no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from offload_sparse.inspect.report.charts import Chart, Section, sections
+from offload_sparse.inspect.report.run_data import RunData
+from offload_sparse.inspect.report.style import THEMES, Theme, themed
+from offload_sparse.inspect.report.tables import Table, difference_table, paper_tables, summary_table
+
+PAGE_FILE = "report.html"
+PICTURES_FOLDER = "pictures"
+_PIXELS_PER_INCH = 160
+_FEW_COLUMNS = 5  # of a table that fits a telephone
+
+_STYLE = """
+*{box-sizing:border-box}
+body{margin:0;background:var(--background);color:var(--text);
+  font:16px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif}
+main{max-width:76rem;margin:0 auto;padding:1.25rem 1rem 3rem}
+h1{font-size:1.6rem;line-height:1.25;margin:.25rem 0 .5rem;overflow-wrap:anywhere}
+h2{font-size:1.2rem;margin:2rem 0 .75rem;padding-bottom:.3rem;border-bottom:1px solid var(--line)}
+p{margin:.4rem 0}
+.muted{color:var(--muted);font-size:.9rem}
+.charts{display:grid;gap:1rem;align-items:start;
+  grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr))}
+figure{margin:0;background:var(--panel);border:1px solid var(--line);border-radius:.5rem;padding:.6rem}
+figure img{display:block;width:100%;height:auto}
+figcaption{color:var(--muted);font-size:.85rem;line-height:1.4;padding:.4rem .2rem 0}
+.table{overflow-x:auto;margin:.75rem 0;
+  background:var(--panel);border:1px solid var(--line);border-radius:.5rem}
+table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
+caption{text-align:left;font-weight:600;padding:.6rem .75rem .3rem}
+th,td{padding:.35rem .75rem;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
+th:first-child{text-align:left;font-weight:500}
+thead th{color:var(--muted);font-weight:600;border-top:0}
+@media(max-width:44rem){table{font-size:.78rem}
+  .few{table-layout:fixed}.few th,.few td{padding:.3rem .4rem;white-space:normal;overflow-wrap:anywhere}}
+"""
+
+
+def write_report(runs: Sequence[RunData], folder: Path) -> Path:
+    """Write ``report.html`` and its pictures as PNG files.
+
+    Args:
+        runs: as ``run_data.read_runs`` gives them.
+        folder: created when missing.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    pictures = folder / PICTURES_FOLDER
+    pictures.mkdir(parents=True, exist_ok=True)
+    for old in pictures.glob("*.png"):
+        old.unlink()
+    parts = sections(runs)
+    html = "\n".join(_page(runs, parts, pictures))
+    (folder / PAGE_FILE).write_text(html, encoding="utf-8")
+    return folder / PAGE_FILE
+
+
+def _page(runs: Sequence[RunData], parts: Sequence[Section], pictures: Path) -> Iterator[str]:
+    title = "Run " + runs[0].name if len(runs) == 1 else "Runs " + ", ".join(run.name for run in runs)
+    yield "<!doctype html>"
+    yield '<html lang="en"><head><meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield '<meta name="color-scheme" content="light dark">'
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    yield f"<title>{escape(title)}</title>"
+    yield f"<style>{_variables()}{_STYLE}</style></head><body><main>"
+    yield f"<h1>{escape(title)}</h1>"
+    yield f'<p class="muted">{escape(_subtitle(runs))}</p>'
+    differences = difference_table(runs)
+    for table in (summary_table(runs), *paper_tables(runs), *([differences] if differences else [])):
+        yield _table(table)
+    for part in parts:
+        yield f"<section><h2>{escape(part.title)}</h2>"
+        if part.charts:
+            yield '<div class="charts">'
+            for chart in part.charts:
+                yield _figure(chart, pictures)
+            yield "</div>"
+        if part.missing:
+            yield f'<p class="muted">Not recorded: {escape(", ".join(part.missing))}.</p>'
+        yield "</section>"
+    yield "</main></body></html>\n"
+
+
+def _subtitle(runs: Sequence[RunData]) -> str:
+    facts = ("method", "model.name", "data.name")
+    shared = [str(runs[0].config.get(f, "")) for f in facts if len({str(r.config.get(f)) for r in runs}) == 1]
+    return " · ".join(fact for fact in shared if fact)
+
+
+def _variables() -> str:
+    light, dark = _colours(THEMES["light"]), _colours(THEMES["dark"])
+    return f":root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
+
+
+def _colours(theme: Theme) -> str:
+    names = ("background", "panel", "text", "muted", "line")
+    return "".join(f"--{name}:{getattr(theme, name)};" for name in names)
+
+
+def _table(table: Table) -> str:
+    few = ' class="few"' if len(table.header) <= _FEW_COLUMNS else ""
+    header = "".join(f'<th scope="col">{_cell(cell)}</th>' for cell in table.header)
+    body = "".join(_row(row) for row in table.rows)
+    return (
+        f'<div class="table" tabindex="0"><table{few}><caption>{escape(table.title)}</caption>'
+        f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _row(row: Sequence[str]) -> str:
+    cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])
+    return f'<tr><th scope="row">{_cell(row[0])}</th>{cells}</tr>'
+
+
+def _cell(text: str) -> str:
+    """Text that may break behind the separators of names."""
+    return re.sub(r"([/_.])(?=[^\W\d])", r"\1<wbr>", escape(text))
+
+
+def _figure(chart: Chart, pictures: Path) -> str:
+    """The figure in both themes, of which the reader's browser shows one."""
+    sources = {}
+    for name, theme in THEMES.items():
+        with themed(theme):
+            drawn = chart.draw(theme)
+            drawn.savefig(pictures / f"{chart.name}_{name}.png", dpi=_PIXELS_PER_INCH)
+            sources[name] = _data_uri(drawn)
+    text = escape(f"{chart.title}. {chart.text}", quote=True)
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
+        f'<img alt="{text}" src="{sources["light"]}"></picture>'
+        f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+    )
+
+
+def _data_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", dpi=_PIXELS_PER_INCH, metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,220 @@
+"""A network whose structure never changes, trained by DistributedDataParallel: what both controls are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.engine.batch_norm import reestimate_batch_norm
+from offload_sparse.engine.distributed import average
+from offload_sparse.engine.finalize import FinalNetwork
+from offload_sparse.engine.optimizer import build_optimizer, slot_names
+from offload_sparse.engine.rounds import StepRecord
+from offload_sparse.engine.state import MethodState
+from offload_sparse.methods.method import Costs, Task
+
+logger = logging.getLogger(__name__)
+
+SKIPPED_IN_A_ROW = 20
+"""As many steps that are not finite, one after the other, are no bad luck with a batch."""
+
+
+class FixedNetwork:
+    """Trains ``module`` as it stands.
+
+    A step whose loss or gradient is not finite on some rank leaves weights and slots as they were, on every
+    rank; with ``train.on_nonfinite`` other than ``skip`` no later step moves them either, until ``records``
+    has raised the error or a state has been restored. Nothing waits for the device to find out.
+
+    Args:
+        task: what is trained.
+        module: the network, with its initial weights.
+        channel_map: map of the full network.
+        mask: the atoms that ``module`` keeps.
+        cost: cost model of the full network.
+    """
+
+    def __init__(
+        self, task: Task, module: nn.Module, channel_map: ChannelMap, mask: Tensor, cost: CostModel
+    ) -> None:
+        self._task = task
+        self._channel_map, self._mask, self._cost = channel_map, mask, cost
+        self._world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.module = module.to(task.device, task.dtype)
+        self._parallel: nn.Module = self.module
+        if self._world_size > 1:
+            device_ids = [task.device] if task.device.type == "cuda" else None
+            self._parallel = DistributedDataParallel(self.module, device_ids=device_ids)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self._optimizer = build_optimizer(parameters, task.config.optim)
+        self._fill_slots()
+        self._skips = task.config.train.on_nonfinite == "skip"
+        self._halted = torch.zeros((), device=task.device)
+        self._steps = 0
+        self._skipped, self._skipped_in_a_row = 0, 0
+        self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
+
+    def train_step(self, batch: Any, lr: float) -> None:
+        self._optimizer.zero_grad(set_to_none=False)
+        statistics = [b.clone() for b in self.module.buffers()] if self._skips else []
+        loss, metrics = self._task.forward.trained(self._parallel, batch, self._task.loss_fn)
+        # A loss that is not finite makes every gradient NaN, so that the average tells all ranks.
+        loss.backward(torch.ones_like(loss) + 0 * loss.detach())
+        if self._task.config.optim.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self._task.config.optim.clip_norm)
+        bad = self._bad_gradient()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # torch's fused kernels then leave out the step
+        self._optimizer.step()
+        for buffer, before in zip(self.module.buffers(), statistics, strict=False):
+            buffer.copy_(torch.where(bad > 0, before, buffer))
+        scalars = [loss.detach(), bad, *(m.detach() for m in metrics.values())]
+        self._pending.append((torch.stack([x.to(torch.float64) for x in scalars]), tuple(metrics)))
+        self._steps += 1
+
+    def records(self) -> list[StepRecord]:
+        if not self._pending:
+            return []
+        own = torch.stack([scalars for scalars, _ in self._pending])
+        values = own.clone()
+        average(values, self._world_size)
+        names = [n for _, n in self._pending]
+        first = self._steps - len(names)
+        self._pending.clear()
+        records = []
+        for i, (row, metric_names) in enumerate(zip(values.tolist(), names, strict=True)):
+            if row[1] > 0:
+                self._tell_bad(first + i, own[i, 0])
+                continue
+            self._skipped_in_a_row = 0
+            records.append(StepRecord(row[0], None, dict(zip(metric_names, row[2:], strict=True))))
+        return records
+
+    def status(self) -> dict[str, float]:
+        size = float(self._mask.float().mean()) if self._mask.numel() else 1.0
+        return {"expected_size": size} | ({"skipped_steps": float(self._skipped)} if self._skipped else {})
+
+    def dynamics(self) -> dict[str, Any]:
+        cost = self._cost
+        return {
+            "params_ratio": cost.parameters(self._mask) / cost.dense_parameters,
+            "flops_ratio": cost.flops(self._mask) / cost.dense_flops,
+        }
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    @contextmanager
+    def evaluation(self, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
+        del batches  # the structure stands still, so the running statistics are good
+        yield self.module
+
+    def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
+        if not self._task.forward.frozen_batch_norm:
+            reestimate_batch_norm(self.module, batches, self._averaged)
+        return FinalNetwork(self.module.eval(), self._mask, self._channel_map)
+
+    def costs(self) -> Costs:
+        full = self._channel_map.full_mask()
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        tensors += [p.grad for p in self.module.parameters() if p.grad is not None]
+        tensors += [v for s in self._optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        return Costs(
+            3.0 * self._cost.flops(self._mask) * self._steps,
+            self._cost.flops(full),
+            self._cost.parameters(full),
+            0,
+            sum(t.numel() * t.element_size() for t in tensors),
+        )
+
+    def state(self) -> MethodState | None:
+        buffers = {f"buffers/{name}": b.detach().cpu().clone() for name, b in self.module.named_buffers()}
+        tensors = {name: t.detach().cpu().clone() for name, t in self._tensors().items()}
+        meta = {
+            "steps_done": self._steps,
+            "skipped_steps": self._skipped,
+            "channel_map": self._channel_map.to_json(),
+            "mask": self._mask.tolist(),
+        }
+        # Each rank has running statistics of its own images; those of the first serve any other world size.
+        return MethodState({}, tensors | buffers, buffers if self._world_size > 1 else {}, meta)
+
+    def restore(self, state: MethodState) -> None:
+        targets = self._tensors() | {f"buffers/{name}": b for name, b in self.module.named_buffers()}
+        saved = state.replicated | state.local
+        odd = sorted(
+            name
+            for name in targets.keys() | saved.keys()
+            if name not in targets or name not in saved or targets[name].shape != saved[name].shape
+        )
+        if odd or state.meta.get("mask") != self._mask.tolist():
+            raise ValueError(
+                f"the state is of another network ({odd[0] if odd else 'other channels'} differ)"
+            )
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(saved[name])
+        self._steps, self._skipped = int(state.meta["steps_done"]), int(state.meta["skipped_steps"])
+        self._skipped_in_a_row = 0
+        self._halted.zero_()
+        self._pending.clear()
+
+    def recall(self, batches: Iterable[Any]) -> None:
+        del batches  # the structure is not chosen by any
+
+    def while_saving(self, release: Callable[[], object]) -> None:
+        del release  # a state is a copy
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights and optimizer slots."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            tensors[f"weights/{name}"] = parameter
+            for slot, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{slot}/{name}"] = value
+        return tensors
+
+    def _fill_slots(self) -> None:
+        """The slots of the first step, zeros, so that they are there to be restored into."""
+        for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
+            names = slot_names(self._task.config.optim)
+            state = {name: torch.zeros_like(parameter) for name in names}
+            if self._task.config.optim.name == "adamw":
+                state["step"] = torch.zeros((), device=parameter.device)
+            self._optimizer.state[parameter].update(state)
+
+    def _bad_gradient(self) -> Tensor:
+        """1 if this step must not move the weights, else 0: a scalar on the device, equal on every rank."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        finite = torch.stack([n.isfinite() for n in torch._foreach_norm(gradients, torch.inf)]).all()
+        bad = (~finite).to(torch.float32)
+        if not self._skips:
+            bad = self._halted.clamp_(min=bad).clone()
+        return bad
+
+    def _tell_bad(self, step: int, own_loss: Tensor) -> None:
+        """Warn of a step that was left out, or raise; names the ranks whose loss was not finite."""
+        ranks = torch.zeros(self._world_size, dtype=torch.float64, device=own_loss.device)
+        ranks[dist.get_rank() if self._world_size > 1 else 0] = float(not own_loss.isfinite())
+        average(ranks, self._world_size)
+        found = ", ".join(map(str, ranks.nonzero().flatten().tolist()))
+        where = f"the loss of step {step} on rank {found}" if found else f"a gradient of step {step}"
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        if not self._skips or self._skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"{where} is not finite; lower optim.lr or set optim.clip_norm")
+        logger.warning("%s is not finite; the step is left out", where)
+
+    def _averaged(self, tensor: Tensor) -> Tensor:
+        average(tensor, self._world_size)
+        return tensor

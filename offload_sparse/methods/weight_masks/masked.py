@@ -1,0 +1,228 @@
+"""The training step of all methods that mask single weights, what it costs, and what is left in the end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.channels.accounting import CostModel, flops_by_module
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.subnet import build_on_meta, meta_copy
+from offload_sparse.engine.batch_norm import reestimate_batch_norm
+from offload_sparse.engine.finalize import FinalNetwork
+from offload_sparse.engine.optimizer import build_optimizer
+from offload_sparse.methods.controls import undivided_map
+from offload_sparse.methods.method import Costs, Task
+from offload_sparse.methods.network_method import FixedNetwork
+from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork, Sparsity, maskable_weights
+from offload_sparse.store.initial_values import build_seeded
+
+NOTE = (
+    "Masks per element leave every matrix its size: on a GPU (and here) a step takes as long as a dense one "
+    "and the masking on top; the FLOPs are those that hardware for such sparsity would need."
+)
+
+
+class MaskedTraining(FixedNetwork):
+    """Trains a network whose single weights are masked by a ``Sparsity``.
+
+    Args:
+        task: what is trained.
+        network: the full network with its initial weights, on the device of the task.
+        sparsity: what masks it.
+        channel_map: map of the network.
+        cost: cost model of the dense network.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        network: nn.Module,
+        sparsity: Sparsity,
+        channel_map: ChannelMap,
+        cost: CostModel,
+    ) -> None:
+        if task.config.train.on_nonfinite == "skip":
+            raise ValueError(
+                f"masks move in every step, so {task.config.method} cannot leave one out; set "
+                "train.on_nonfinite to stop or rollback"
+            )
+        self.network, self.sparsity = network, sparsity
+        super().__init__(task, MaskedNetwork(network, sparsity), channel_map, channel_map.full_mask(), cost)
+        self._optimizer = build_optimizer(list(network.parameters()), task.config.optim)
+        own = [*sparsity.parameters(), *sparsity.own_parameters()]
+        if own:
+            self._optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        self._fill_slots()
+        self._layer_flops = _layer_flops(sparsity, task).to(task.device)
+        self._other_flops = cost.dense_flops - float(self._layer_flops.sum())
+        # FLOPs of all steps so far: forward pass, gradients of the inputs, gradients of the weights.
+        self._spent = torch.zeros(3, dtype=torch.float64, device=task.device)
+
+    def train_step(self, batch: Any, lr: float) -> None:
+        self._zero_gradients()
+        loss, metrics = self._task.forward.trained(self._parallel, batch, self._task.loss_fn)
+        penalty = self.sparsity.penalty()
+        objective = loss if penalty is None else loss + penalty
+        # As in FixedNetwork: a loss that is not finite makes every gradient NaN, on every rank.
+        objective.backward(torch.ones_like(objective) + 0 * objective.detach())
+        bad = self._bad_gradient()
+        take_step = self.sparsity.amend_gradients(self._steps)
+        if self._task.config.optim.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self._task.config.optim.clip_norm)
+        self._spent += self._pass_flops()
+        if take_step:
+            self._apply(lr, bad)
+        self.sparsity.settle(self._optimizer, self._steps)
+        scalars = [loss.detach(), bad, *(m.detach() for m in metrics.values())]
+        self._pending.append((torch.stack([x.to(torch.float64) for x in scalars]), tuple(metrics)))
+        self._steps += 1
+
+    def status(self) -> dict[str, float]:
+        forward, backward = self._overall()
+        return {"expected_size": forward, "forward_remaining": forward, "backward_remaining": backward}
+
+    def dynamics(self) -> dict[str, Any]:
+        figures = self.report()
+        layers = {
+            f"{key}.{name}": value
+            for name, ratios in figures["layers"].items()
+            for key, value in ratios.items()
+        }
+        return {key: figures[key] for key in _OVERALL} | layers
+
+    def report(self) -> dict[str, Any]:
+        """Remaining ratios of the real parameter count, overall and per layer, and FLOPs of the three
+        products of a step relative to dense ones.
+
+        ``weight_gradient_flops_ratio`` counts what has to be computed, ``weight_gradient_kept_flops_ratio``
+        what the masks keep of it (the count of the paper).
+        """
+        forward, backward = self._overall()
+        names = [name.removesuffix(".weight") for name in self.sparsity.weights]
+        rows = zip(
+            names, self.sparsity.forward_kept.tolist(), self.sparsity.backward_kept.tolist(), strict=True
+        )
+        total = sum(p.numel() for p in self.network.parameters())
+        masked = sum(w.numel() for w in self.sparsity.weights.values())
+        dense = float(self._cost.dense_flops)
+        shares = (self._pass_flops() / dense).tolist()
+        kept = float((self._layer_flops * self.sparsity.backward_kept).sum()) + self._other_flops
+        return {
+            "params_ratio": (forward * masked + total - masked) / total,
+            "flops_ratio": shares[0],
+            "forward_remaining": forward,
+            "backward_remaining": backward,
+            "input_gradient_flops_ratio": shares[1],
+            "weight_gradient_flops_ratio": shares[2],
+            "weight_gradient_kept_flops_ratio": kept / dense,
+            "layers": {
+                name: {"forward_remaining": share, "backward_remaining": gradient}
+                for name, share, gradient in rows
+            },
+            "note": NOTE,
+        }
+
+    @contextmanager
+    def evaluation(self, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
+        del batches  # the running statistics follow masks that move slowly
+        yield self.module
+
+    def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
+        if not self._task.forward.frozen_batch_norm:
+            reestimate_batch_norm(self.module, batches, self._averaged)
+        network = copy.deepcopy(self.network)
+        masks = self.sparsity.masks()
+        with torch.no_grad():
+            for name, weight in maskable_weights(network).items():
+                weight.mul_(masks[name])
+        return FinalNetwork(network.eval(), self._mask, self._channel_map)
+
+    def costs(self) -> Costs:
+        return Costs(
+            float(self._spent.sum()),
+            self._cost.dense_flops,
+            self._cost.dense_parameters,
+            0,
+            sum(t.numel() * t.element_size() for t in self._held()),
+        )
+
+    def _apply(self, lr: float, bad: Tensor) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused kernels then leave it out
+        self._optimizer.step()
+
+    def _zero_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=False)
+
+    def _overall(self) -> tuple[float, float]:
+        """Remaining shares of all maskable weights, and of their gradients."""
+        kept = torch.stack([self.sparsity.forward_kept, self.sparsity.backward_kept])
+        sizes = [float(w.numel()) for w in self.sparsity.weights.values()]
+        entries = kept * torch.tensor(sizes, dtype=torch.float64, device=kept.device)
+        forward, backward = (entries.sum(1) / sum(sizes)).tolist()
+        return forward, backward
+
+    def _pass_flops(self) -> Tensor:
+        """float64[3]: FLOPs per image of the forward pass and of both products of the backward pass."""
+        sparsity = self.sparsity
+        kept = torch.stack(
+            [sparsity.forward_kept, sparsity.input_gradient_used(), sparsity.weight_gradient_used()]
+        )
+        return (kept * self._layer_flops).sum(1) + self._other_flops
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that changes while training, buffers aside, with thresholds, masks and FLOPs spent."""
+        tensors = super()._tensors()
+        for i, threshold in enumerate(self.sparsity.own_parameters()):
+            tensors[f"weights/sparsity.own.{i}"] = threshold
+            for slot, value in self._optimizer.state[threshold].items():
+                tensors[f"{slot}/sparsity.own.{i}"] = value
+        masks = {f"sparsity/{name}": tensor for name, tensor in self.sparsity.tensors().items()}
+        return tensors | masks | {"spent": self._spent}
+
+    def _held(self) -> Iterator[Tensor]:
+        """Weights, gradients, slots, masks and statistics on the device."""
+        yield from self._tensors().values()
+        yield from self.network.buffers()
+        for group in self._optimizer.param_groups:
+            yield from (p.grad for p in group["params"] if p.grad is not None)
+
+
+_OVERALL = (
+    "params_ratio",
+    "flops_ratio",
+    "forward_remaining",
+    "backward_remaining",
+    "input_gradient_flops_ratio",
+    "weight_gradient_flops_ratio",
+    "weight_gradient_kept_flops_ratio",
+)
+
+
+def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]], Sparsity]) -> MaskedTraining:
+    """The full network, initialised as the seed says, with all weights of Linear and Conv2d layers masked.
+
+    Args:
+        task: what is trained.
+        sparsity_of: makes the masks of the given weights.
+    """
+    network = build_seeded(task.factory, task.config.train.seed)
+    channel_map = undivided_map(network)
+    cost = CostModel(meta_copy(network), channel_map, task.example_inputs)
+    network = network.to(task.device, task.dtype)
+    return MaskedTraining(task, network, sparsity_of(maskable_weights(network)), channel_map, cost)
+
+
+def _layer_flops(sparsity: Sparsity, task: Task) -> Tensor:
+    """float64[layers]: forward FLOPs per image of each masked layer."""
+    # The network itself may be of another type than the inputs.
+    flops = flops_by_module(build_on_meta(task.factory), task.example_inputs)
+    counts = [flops.get(name.removesuffix(".weight"), 0) for name in sparsity.weights]
+    return torch.tensor(counts, dtype=torch.float64)

@@ -1,0 +1,150 @@
+"""RigL: a fixed number of weights per layer; the smallest are dropped, those of largest gradient grown.
+
+Evci, Gale, Menick, Castro & Elsen, "Rigging the Lottery: Making All Tickets Winners" (ICML 2020). Every
+``interval`` steps, until ``stop`` of the run, each layer replaces f(step) of its weights, where
+
+    f(step) = fraction / 2 · (1 + cos(π step / (stop · total_steps)))
+
+In such a step the gradient of all weights chooses, and no weight is trained (Algorithm 1). Grown weights and
+their momentum start at 0. Densities of layers: ``uniform`` (the first layer stays dense) or ``erk``
+(Erdős-Rényi-Kernel: proportional to the sum of a layer's dimensions over their product, at most 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.config.methods import RigLConfig
+from offload_sparse.methods.method import Method, Task
+from offload_sparse.methods.weight_masks.masked import build_masked
+from offload_sparse.methods.weight_masks.sparsity import Sparsity
+from offload_sparse.policy.samplers import mask_generator
+
+
+def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
+    """Erdős-Rényi-Kernel densities: ε Σ dims / Π dims per layer, at most 1, that keep ``density`` of all
+    weights.
+
+    Layers that would pass 1 stay dense, and the others share what is left.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
+    dense: set[int] = set()
+    while len(dense) < len(shapes):
+        free = [i for i in range(len(shapes)) if i not in dense]
+        budget = density * sum(sizes) - sum(sizes[i] for i in dense)
+        epsilon = budget / sum(raw[i] * sizes[i] for i in free)
+        beyond = {i for i in free if epsilon * raw[i] > 1}
+        if not beyond:
+            return [1.0 if i in dense else epsilon * raw[i] for i in range(len(shapes))]
+        dense |= beyond
+    return [1.0] * len(shapes)
+
+
+def uniform_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
+    """``density`` for every layer but the first, which stays dense."""
+    return [1.0] + [density] * (len(shapes) - 1)
+
+
+def update_fraction(step: int, fraction: float, end: float) -> float:
+    """Share of a layer's weights that is replaced at ``step``: a cosine from ``fraction`` to 0 at ``end``."""
+    return fraction / 2 * (1 + math.cos(math.pi * min(1.0, step / max(1.0, end))))
+
+
+class DropAndGrow(Sparsity):
+    """RigL's masks. The network's own weights are zero wherever they are masked, so it is called as it is.
+
+    Args:
+        weights: what is masked, by name.
+        options: density, distribution and schedule.
+        total_steps: optimizer steps of the run.
+        seed: seed of the first masks.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], options: RigLConfig, total_steps: int, seed: int
+    ) -> None:
+        super().__init__(weights)
+        self._options = options
+        self._end = options.stop * total_steps
+        self._changed = False
+        densities = erk_densities if options.distribution == "erk" else uniform_densities
+        shares = densities([tuple(weight.shape) for weight in self.weights.values()], options.density)
+        self.kept = [
+            max(1, round(share * w.numel())) for share, w in zip(shares, self.weights.values(), strict=True)
+        ]
+        self._masks: list[Tensor] = []
+        for i, (weight, kept) in enumerate(zip(self.weights.values(), self.kept, strict=True)):
+            order = torch.randperm(weight.numel(), generator=mask_generator(seed, i))
+            mask = torch.zeros(weight.numel(), dtype=torch.bool)
+            mask[order[:kept]] = True
+            self._masks.append(mask.view(weight.shape).to(weight.device))
+            with torch.no_grad():
+                weight.mul_(self._masks[i])
+            self.forward_kept[i] = self.backward_kept[i] = kept / weight.numel()
+
+    def masked(self) -> dict[str, Tensor]:
+        return {}
+
+    def masks(self) -> dict[str, Tensor]:
+        return {name: self._masks[i].clone() for i, name in enumerate(self.weights)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {f"mask.{i}": mask for i, mask in enumerate(self._masks)}
+
+    @torch.no_grad()
+    def amend_gradients(self, step: int) -> bool:
+        self._changed = self.update_due(step)
+        for i, weight in enumerate(self.weights.values()):
+            assert weight.grad is not None, "a masked layer took no part in the loss"
+            if self._changed:
+                self._replace(i, weight, update_fraction(step, self._options.fraction, self._end))
+            weight.grad.mul_(self._masks[i])
+        return not self._changed
+
+    def update_due(self, step: int) -> bool:
+        """Whether this step replaces weights instead of training them."""
+        return 0 < step < self._end and step % self._options.interval == 0
+
+    @torch.no_grad()
+    def settle(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Nothing of a dropped weight is left in the optimizer."""
+        del step
+        for i, weight in enumerate(self.weights.values()):
+            if self._changed:
+                for slot in optimizer.state[weight].values():
+                    if isinstance(slot, Tensor) and slot.shape == weight.shape:
+                        slot.mul_(self._masks[i])
+        self._changed = False
+
+    def weight_gradient_used(self) -> Tensor:
+        # One dense product every `interval` steps.
+        return self.forward_kept + (1 - self.forward_kept) / self._options.interval
+
+    def _replace(self, layer: int, weight: nn.Parameter, fraction: float) -> None:
+        """Drop the smallest weights of a layer and grow as many, where the gradient is largest among those
+        that were masked.
+        """
+        mask = self._masks[layer]
+        count = min(int(fraction * self.kept[layer]), mask.numel() - self.kept[layer])
+        if count == 0:
+            return
+        assert weight.grad is not None
+        size = weight.abs().masked_fill(~mask, torch.inf).flatten()
+        gain = weight.grad.abs().masked_fill(mask, -1.0).flatten()
+        dropped = size.topk(count, largest=False).indices
+        grown = gain.topk(count).indices
+        flat = mask.view(-1)
+        flat[dropped] = False
+        flat[grown] = True
+        weight.mul_(mask)  # a grown weight was masked, so it is zero already
+
+
+def build(task: Task) -> Method:
+    """RigL on the network of ``task``."""
+    options, seed = task.config.rigl, task.config.train.seed
+    return build_masked(task, lambda weights: DropAndGrow(weights, options, task.total_steps, seed))

@@ -1,0 +1,151 @@
+"""From the launcher's environment to an ``Accelerator`` and process groups, with every mismatch made an error
+at the start.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from offload_sparse.config.run import TrainConfig
+from offload_sparse.run.trackers import TRACKERS_FOLDER, check_trackers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TWO_CPU_RANKS = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 launch/train.py --config …"
+)
+
+_LOST_RANK = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout",
+)
+
+
+def check_environment(environment: dict[str, str] | None = None) -> None:
+    """Refuse launches whose processes would each train alone.
+
+    ``accelerate launch --cpu --num_processes 2`` starts one process, and leaves nothing but MASTER_ADDR to
+    tell; a process started by MPI or Slurm without a rendezvous knows its rank only from variables that torch
+    does not read.
+
+    Raises:
+        ValueError: the launcher wanted several ranks, but they cannot find each other; says what to run.
+    """
+    env = dict(os.environ) if environment is None else environment
+    if "WORLD_SIZE" in env:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if int(env["WORLD_SIZE"]) > 1 and missing:
+            raise ValueError(
+                f"WORLD_SIZE is {env['WORLD_SIZE']}, but {missing[0]} is not set; use accelerate launch"
+            )
+        return
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        raise ValueError(
+            "several processes were asked for, but this one was started alone (no WORLD_SIZE); "
+            f"on CPU start two ranks with: {TWO_CPU_RANKS}"
+        )
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if int(env.get(name) or 1) > 1:
+            raise ValueError(
+                f"{name} is {env[name]}, but the ranks have no rendezvous (no WORLD_SIZE); "
+                "start one accelerate launch per node instead"
+            )
+
+
+def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerator:
+    """The accelerator of this process.
+
+    Raises:
+        ValueError: ranks do not find each other, or the device cannot do what is asked.
+    """
+    check_environment()
+    check_trackers(trackers)
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import ProjectConfiguration
+
+    if config.precision == "bf16" and config.dtype == "float64":
+        raise ValueError("train.precision bf16 and train.dtype float64 exclude each other; choose one")
+    if config.deterministic:
+        _use_deterministic_algorithms()
+    _join_again(timedelta(seconds=config.timeout))
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        cpu=not torch.cuda.is_available(),
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / TRACKERS_FOLDER)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ValueError(
+            f"the launcher started {expected} processes, but accelerate sees {accelerator.num_processes}; "
+            f"on CPU start two ranks with: {TWO_CPU_RANKS}"
+        )
+    if not accelerator.is_main_process:
+        _be_quiet()
+    return accelerator
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether ``error`` is what a rank sees of another one that has died or no longer answers."""
+    if rank_and_world_size()[1] == 1:
+        return False
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST_RANK)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of the default process group; (0, 1) without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def own_group() -> dist.ProcessGroup | None:
+    """A new gloo group of all ranks, for messages that must not mix with others; None for a single rank."""
+    if rank_and_world_size()[1] == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert not isinstance(group, int), "every rank is a member of the new group"
+    return group
+
+
+def _be_quiet() -> None:
+    """What every rank would say alike, the first one says."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore")
+
+
+def _join_again(timeout: timedelta) -> None:
+    """Start the default process group of ranks that the launcher has restarted.
+
+    With a static rendezvous the launcher's store outlives its attempts, and torch does not tell their keys
+    apart: a rank would be sent to the address of one that has died. The prefix keeps the attempts apart.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    own = dist.PrefixStore(f"attempt_{attempt}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _use_deterministic_algorithms() -> None:
+    """The same bits on every run, or an error; before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

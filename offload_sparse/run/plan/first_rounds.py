@@ -1,0 +1,155 @@
+"""The subnets of a run's first rounds: the memory that they take, and what one hands over to the next.
+
+The masks are those that the run itself will draw while s stands where it starts; with ``round.prefetch``
+these are exactly the first two rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.optimizer import slot_names
+from offload_sparse.engine.subnet_pair import TAIL
+from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.store.copy.regions import Places, Regions, geometry
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Side:
+    """One subnet of a round.
+
+    Attributes:
+        selection: its channels.
+        kinds: arrays that it has.
+        trained: its weights move.
+    """
+
+    selection: Selection
+    kinds: tuple[str, ...]
+    trained: bool
+
+
+class FirstRounds:
+    """What ``engine.relay`` will hold and move in the first rounds of a run.
+
+    Args:
+        config: the run.
+        channel_map: its channels.
+        cost: parameters of a mask.
+        names: per kind of array, the tensors that it consists of.
+        rounds: how many rounds.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        channel_map: ChannelMap,
+        cost: CostModel,
+        names: Mapping[str, tuple[str, ...]],
+        rounds: int,
+    ) -> None:
+        self._map, self._names = channel_map, names
+        self._whole = {kind: _entries(channel_map.shapes, tensors) for kind, tensors in names.items()}
+        chosen = config.policy.resolved(config.compile)
+        policy = MaskPolicy(chosen, channel_map.groups, config.train.seed, cost)
+        self.capacity = policy.size_cap
+        self._trivial = policy.trivial
+        self._pairs = 1 + (config.round.delta and not policy.trivial)
+        trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
+        turns = config.round.reference == "turns" and config.round.k > 1
+        self.rounds: list[tuple[Side, ...]] = []
+        for number in range(1 if policy.trivial else rounds):
+            first, second = map(self._selection, policy.sample(number))
+            sides: tuple[Side, ...] = (Side(first, trained, True),)
+            if not torch.equal(first.mask, second.mask):
+                sides += (Side(second, trained if turns else (WEIGHTS, BUFFERS), turns),)
+            self.rounds.append(sides)
+
+    @cached_property
+    def reserved(self) -> int:
+        """Entries that are allocated for subnets and gradients."""
+        total = 0
+        for arrays in self._largest():
+            for (_, kind), entries in arrays.items():
+                room = self._whole[kind] if kind == BUFFERS else min(self._whole[kind], self.capacity)
+                total += max(entries, room)
+        return total + max(self.capacity, self._gradients()) + TAIL
+
+    @cached_property
+    def touched(self) -> int:
+        """Entries of these that are ever written: what takes memory where pages come with their first use."""
+        return sum(sum(arrays.values()) for arrays in self._largest()) + self._gradients() + TAIL
+
+    def traffic(self) -> tuple[float, float]:
+        """Entries from the rows of all ranks to the device, and back, from one round to the next (means)."""
+        if self._trivial:
+            return 0.0, 0.0
+        steps = list(zip(self.rounds, self.rounds[1:], strict=False))
+        fetched = sum(self._fetched(old, new) for old, new in steps)
+        returned = sum(self._returned(old, new) for old, new in steps)
+        return fetched / len(steps), returned / len(steps)
+
+    def entries(self, side: Side, kind: str) -> int:
+        """Entries of one array of a subnet."""
+        return _entries(side.selection.shapes, self._names[kind])
+
+    def _selection(self, mask: torch.Tensor) -> Selection:
+        return Selection(self._map, mask)
+
+    def _largest(self) -> list[dict[tuple[int, str], int]]:
+        """Per pair of subnets, by (side, kind): the most entries that the array has."""
+        found: list[dict[tuple[int, str], int]] = [{} for _ in range(self._pairs)]
+        for number, sides in enumerate(self.rounds):
+            arrays = found[number % self._pairs]
+            for index, side in enumerate(sides):
+                for kind in side.kinds:
+                    key = (index, kind)
+                    arrays[key] = max(arrays.get(key, 0), self.entries(side, kind))
+        return found
+
+    def _gradients(self) -> int:
+        return max(self.entries(s, WEIGHTS) for sides in self.rounds for s in sides if s.trained)
+
+    def _fetched(self, old: Sequence[Side], new: Sequence[Side]) -> int:
+        """What no subnet on the device holds; without delta transfer none is left of the round before."""
+        before = [s for s in old if s.trained] + [s for s in old if not s.trained] if self._pairs > 1 else []
+        total = 0
+        for side in new:
+            for kind in side.kinds:
+                holders = [holder.selection for holder in before if kind in holder.kinds]
+                total += self._missing(side, kind, holders)
+            before.append(side)
+        return total
+
+    def _returned(self, old: Sequence[Side], new: Sequence[Side]) -> int:
+        """What has been trained and is trained no more."""
+        keepers = [side.selection for side in new if side.trained] if self._pairs > 1 else []
+        total = 0
+        for side in (s for s in old if s.trained):
+            total += sum(self._missing(side, kind, keepers) for kind in side.kinds)
+            keepers.append(side.selection)
+        return total
+
+    def _missing(self, side: Side, kind: str, holders: Sequence[Selection]) -> int:
+        shapes = geometry(self._map)
+        regions = Regions(Places(side.selection), [Places(holder) for holder in holders])
+        return sum(
+            len(region.rows) * len(region.units) * shapes[name].unit
+            for name in self._names[kind]
+            for region in regions.of(name)
+            if region.holder is None
+        )
+
+
+def _entries(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> int:
+    return sum(prod(shapes[name]) for name in names)

@@ -1,0 +1,279 @@
+"""Does a run fit a machine, and what would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from offload_sparse.config.run import RunConfig
+from offload_sparse.run.plan.dry_run import dry_run, model_on_meta, structure_of
+from offload_sparse.run.plan.machine import Machine
+from offload_sparse.run.plan.plan import Memory, Planner
+from offload_sparse.workloads.data.declared import DeclaredData, declared_data
+
+GIB = 2**30
+_MARGIN = 0.95
+"""Share of the memory that a run may take: predictions are right within 5 %."""
+
+_CORRECTIONS = 8
+"""Plans, at most, that are made to correct the largest width."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What is missing: ``kind`` is host or device, both sizes in bytes of a node or of a device."""
+
+    kind: str
+    needed: int
+    available: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.needed / GIB:.2f} GiB of {self.kind} memory are needed "
+            f"and {self.available / GIB:.2f} GiB are free"
+        )
+
+
+def shortage(memory: Memory, machine: Machine, margin: float = _MARGIN) -> Shortage | None:
+    """What the machine lacks; None when the run fits."""
+    if machine.device is not None and memory.device > margin * machine.device:
+        return Shortage("device", memory.device, machine.device)
+    needed = machine.local_ranks * memory.host
+    return Shortage("host", needed, machine.host) if needed > margin * machine.host else None
+
+
+def check(config: RunConfig, data: DeclaredData, machine: Machine) -> None:
+    """Refuse a run that does not fit, before anything of it is allocated.
+
+    Networks that would fit even dense are let through without being searched for channels.
+
+    Raises:
+        ValueError: it does not fit; names the rho or the tier that would.
+    """
+    if config.method != "sparse_offload" or _surely_fits(config, data, machine):
+        return
+    planner = Planner(config, data, structure_of(config, data))
+    missing = shortage(planner.memory(machine), machine)
+    if missing is not None:
+        raise ValueError(f"this run does not fit: {missing}; {advice(planner, machine)}")
+
+
+def advice(planner: Planner, machine: Machine) -> str:
+    """What to change, in one sentence."""
+    config = planner.config
+    on_disk = replace(config, store=replace(config.store, tier="file"))
+    rho = largest_rho(planner, machine)
+    if rho is not None and rho < config.policy.rho:
+        return f"set policy.rho {rho:g}"
+    if config.store.tier == "ram":
+        planner = Planner(on_disk, planner.data, planner.structure)
+        if shortage(planner.memory(machine), machine) is None:
+            return "set store.tier file"
+        rho = largest_rho(planner, machine)
+        if rho is not None:
+            return f"set store.tier file and policy.rho {rho:g}"
+    return "lower data.batch_size or take a smaller model (or set train.check_plan false to try all the same)"
+
+
+def largest_rho(planner: Planner, machine: Machine) -> float | None:
+    """The largest rho in whole percent, at most 1, at which the run fits; None when none does."""
+
+    def fits(percent: int) -> bool:
+        return shortage(planner.with_rho(percent / 100).memory(machine), machine) is None
+
+    found = _bisect(fits, 1, 100)
+    return None if found is None else found / 100
+
+
+def largest_batch(planner: Planner, machine: Machine) -> int | None:
+    """The largest global batch, at most the configured one, at which the run fits; None when none does."""
+    config, ranks = planner.config, machine.ranks
+
+    def fits(per_rank: int) -> bool:
+        smaller = replace(config, data=replace(config.data, batch_size=per_rank * ranks))
+        memory = Planner(smaller, planner.data, planner.structure).memory(machine)
+        return shortage(memory, machine) is None
+
+    # BatchNorm over one image of one pixel is no statistic, so a rank has two.
+    found = _bisect(fits, 2, max(2, config.data.batch_size // ranks))
+    return None if found is None else found * ranks
+
+
+def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> str:
+    """What to change after a run has found its device too small, in one sentence.
+
+    Args:
+        machine: with the device memory that the run could have had.
+    """
+    if config.method != "sparse_offload":
+        return "out of device memory; lower data.batch_size, or train with method sparse_offload"
+    planner = Planner(config, data, structure_of(config, data))
+    rho, batch = largest_rho(planner, machine), largest_batch(planner, machine)
+    return (
+        f"out of device memory; by the plan policy.rho is at most {rho or '-'} (it is {config.policy.rho:g}) "
+        f"or data.batch_size at most {batch or '-'} (it is {config.data.batch_size}): lower one of them"
+    )
+
+
+def largest_width(config: RunConfig, machine: Machine, planner: Planner | None = None) -> float | None:
+    """The largest factor on the network's channels, in percent, at which the run fits.
+
+    Memory is nearly a polynomial of the second degree in the width, so three plans tell where to look, and
+    plans there, whose masks have widths of their own, correct it. None when the network has no option that
+    scales all its channels, or when no factor fits.
+
+    Args:
+        planner: that of ``config``, if it is there already: large networks take a while to be searched.
+    """
+    if widened(config, 1.0) is None:
+        return None
+    data = declared_data(config.data)
+
+    def memory(factor: float) -> Memory:
+        if factor == 1 and planner is not None:
+            return planner.memory(machine)
+        wide = widened(config, factor)
+        assert wide is not None
+        return Planner(wide, data, structure_of(wide, data)).memory(machine)
+
+    samples = [(w, memory(w)) for w in (0.25, 0.5, 1.0)]
+    host = _quadratic([(w, float(m.host)) for w, m in samples])
+    device = _quadratic([(w, float(m.device)) for w, m in samples])
+    limits = [(host, _MARGIN * machine.host / machine.local_ranks)]
+    if machine.device is not None:
+        limits.append((device, _MARGIN * machine.device))
+
+    def fits(percent: int) -> bool:
+        return all(polynomial(percent / 100) <= limit for polynomial, limit in limits)
+
+    percent = _bisect(fits, 1, 100_000) or 0
+    tried: dict[int, float] = {}
+    while percent >= 1 and percent not in tried and len(tried) < _CORRECTIONS:
+        used = tried[percent] = _share(memory(percent / 100), machine)
+        if 0.9 <= used <= 1:
+            break
+        percent = math.floor(percent * math.sqrt(0.98 / used))
+    fitting = [width for width, used in tried.items() if used <= 1]
+    return max(fitting) / 100 if fitting else None
+
+
+def _share(memory: Memory, machine: Machine) -> float:
+    """Of what a run may take, the largest share that it takes."""
+    host = machine.local_ranks * memory.host / machine.host
+    device = 0.0 if machine.device is None else memory.device / machine.device
+    return max(host, device) / _MARGIN
+
+
+def widened(config: RunConfig, factor: float) -> RunConfig | None:
+    """``config`` with all channel counts of its network multiplied; None where the network has no such
+    option.
+
+    The option is ``width`` for networks of this package and ``channels`` for those of timm that have it (its
+    stem keeps its width).
+    """
+    arguments = config.model.arguments
+    if config.model.name.startswith("offload_sparse/"):
+        wide: dict[str, Any] = {"width": factor * float(arguments.get("width", 1.0))}
+    elif "channels" in arguments:
+        wide = {"channels": [max(1, round(factor * n)) for n in arguments["channels"]]}
+    else:
+        return None
+    return replace(config, model=replace(config.model, arguments={**arguments, **wide}))
+
+
+def figures(config: RunConfig, machine: Machine, width: bool = True) -> dict[str, Any]:
+    """The plan of a run as one JSON object; sizes in bytes.
+
+    Raises:
+        ValueError: the network cannot be built or narrowed, or the data section leaves something open.
+    """
+    data = declared_data(config.data)
+    structure = structure_of(config, data)
+    planner = Planner(config, data, structure)
+    memory = planner.memory(machine)
+    to_device, back = planner.traffic(machine)
+    missing = shortage(memory, machine)
+    run = dry_run(config, structure)
+    return {
+        "model": config.model.name,
+        "parameters": run["dense_parameters"],
+        "rho": config.policy.rho,
+        "tier": config.store.tier,
+        "ranks": machine.ranks,
+        "host_bytes": memory.host,
+        "host_store_bytes": memory.store,
+        "host_initialising_bytes": memory.initialising,
+        "host_staging_bytes": memory.staging,
+        "host_process_bytes": memory.process,
+        "file_bytes": memory.files,
+        "device_bytes": memory.device,
+        "device_subnet_bytes": memory.subnets,
+        "device_activation_bytes": memory.activations,
+        "device_is_host": memory.on_host,
+        "bus_bytes_per_round": to_device + back,
+        "train_cost_saving": run["train_cost_saving"],
+        "available_host_bytes": machine.host // machine.local_ranks,
+        "available_device_bytes": machine.device,
+        "fits": missing is None,
+        "advice": "" if missing is None else f"{missing}; {advice(planner, machine)}",
+        "largest_rho": largest_rho(planner, machine),
+        "largest_width_factor": largest_width(config, machine, planner) if width else None,
+    }
+
+
+def _surely_fits(config: RunConfig, data: DeclaredData, machine: Machine) -> bool:
+    """A bound that needs no search for channels: two dense subnets with everything that they could have, and
+    ten times the images and weights for activations would fit in a tenth of the memory.
+    """
+    model, channels = model_on_meta(config, data)
+    item = getattr(torch, config.train.dtype).itemsize
+    weights = sum(p.numel() for p in model.parameters()) * item
+    forward = _forward_bytes(model, data, channels) * item * config.data.batch_size
+    room = machine.host / machine.local_ranks if machine.device is None else machine.device
+    return 12 * weights + 4 * forward < min(room, machine.host / machine.local_ranks) / 4
+
+
+def _forward_bytes(model: torch.nn.Module, data: DeclaredData, channels: int) -> int:
+    """Entries of every layer's output for one image, dense."""
+    total = 0
+
+    def count(_: Any, __: Any, output: Any) -> None:
+        nonlocal total
+        total += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, channels, data.image_size, data.image_size, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def _bisect(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest number in [low, high] that fits, for a condition that holds up to some number."""
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _quadratic(points: list[tuple[float, float]]) -> Callable[[float], float]:
+    """The polynomial of the second degree through three points (Lagrange)."""
+
+    def value(x: float) -> float:
+        total = 0.0
+        for i, (xi, yi) in enumerate(points):
+            term = yi
+            for j, (xj, _) in enumerate(points):
+                if i != j:
+                    term *= (x - xj) / (xi - xj)
+            total += term
+        return total
+
+    return value

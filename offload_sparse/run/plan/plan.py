@@ -1,0 +1,217 @@
+"""What a run will take, worked out before anything is allocated.
+
+    per rank         in host memory                  on the device
+    whole run        rows of the store (tier ram)    two pairs of subnets (one without round.delta),
+                     or in files (tier file)         gradients, batches kept for the final mask
+    for a moment     one tensor of the model         activations of a forward and backward pass,
+                     being made; staging (CUDA)      entries that arrive from other ranks or are staged
+
+On a CUDA device the arrays of subnets are allocated at ``policy.hard_cap``, and all of it counts. On a CPU
+the device's bytes are host memory too, of which only what is written takes any: that of the masks of the
+first rounds. Not counted: what libraries allocate by themselves (workspaces of kernels, a CUDA context).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_sparse.channels.selection import Layout
+from offload_sparse.channels.stream_add import expose_additions
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.optimizer import slot_names
+from offload_sparse.run.plan.dry_run import Structure
+from offload_sparse.run.plan.first_rounds import FirstRounds, Side
+from offload_sparse.run.plan.live_bytes import step_peak
+from offload_sparse.run.plan.machine import Machine, process_bytes
+from offload_sparse.store.copy.device_copy import STAGE
+from offload_sparse.store.copy.plans import WIRE
+from offload_sparse.store.direct_files import WINDOW
+from offload_sparse.store.partition import Partition
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
+from offload_sparse.workloads.data.declared import DeclaredData
+
+ROUNDS = 4
+"""Rounds whose masks are drawn to find the largest."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        store: this rank's rows in host memory.
+        files: this rank's rows in files.
+        initialising: host memory beside the store while the first values are made.
+        staging: page-locked memory between store and device, or files.
+        subnets: weights, optimizer slots, statistics and gradients of the subnets: what is allocated on a
+            CUDA device, what is ever written on a CPU.
+        reserved: what is allocated for them; the same on a CUDA device.
+        activations: largest transient of a step on the device, the batches that are kept included.
+        on_host: the subnets compute in host memory.
+        process: memory that the process takes before it allocates anything of this.
+    """
+
+    store: int
+    files: int
+    initialising: int
+    staging: int
+    subnets: int
+    reserved: int
+    activations: int
+    on_host: bool
+    process: int
+
+    @property
+    def device(self) -> int:
+        return self.subnets + self.activations
+
+    @property
+    def host(self) -> int:
+        """Host memory that is written, beyond the process's own at the start."""
+        return self._host(self.subnets)
+
+    @property
+    def host_allocated(self) -> int:
+        """Host memory that is asked for: with what subnets at the hard cap would write."""
+        return self._host(self.reserved)
+
+    def _host(self, subnets: int) -> int:
+        training = self.staging + (subnets + self.activations if self.on_host else 0)
+        return self.store + max(self.initialising, training)
+
+
+class Planner:
+    """Memory and traffic of one network for any rho, tier and world size.
+
+    Args:
+        config: the run; its method must be sparse_offload.
+        data: its images.
+        structure: its network.
+
+    Raises:
+        ValueError: the method is another.
+    """
+
+    def __init__(self, config: RunConfig, data: DeclaredData, structure: Structure) -> None:
+        if config.method != "sparse_offload":
+            raise ValueError(f"only sparse_offload runs are planned, not {config.method}; set method")
+        self.config = config
+        self.structure = structure
+        self.channel_map = structure.channel_map
+        self.data = data
+        expose_additions(structure.model, self.channel_map.additions)
+        parameters = tuple(name for name, _ in structure.model.named_parameters())
+        floating = ((n, b) for n, b in structure.model.named_buffers() if b.is_floating_point())
+        self._slots = slot_names(config.optim)
+        self._names = dict.fromkeys((WEIGHTS, *self._slots), parameters)
+        self._names |= {BUFFERS: tuple(name for name, _ in floating)}
+        self._item = getattr(torch, config.train.dtype).itemsize
+
+    def memory(self, machine: Machine, rounds: int = ROUNDS) -> Memory:
+        """Bytes that a rank of ``machine`` takes over its first ``rounds`` rounds."""
+        first = self.first_rounds(rounds)
+        rows, on_disk = self.store_bytes(machine.ranks), self.config.store.tier != "ram"
+        cuda = machine.device is not None
+        return Memory(
+            store=0 if on_disk else rows,
+            files=rows if on_disk else 0,
+            initialising=self.initialising_bytes(),
+            staging=(2 * self._part_bytes(first, STAGE) if cuda else 0) + self._window_bytes(),
+            subnets=(first.reserved if cuda else first.touched) * self._item,
+            reserved=first.reserved * self._item,
+            activations=self.step_bytes(first, machine),
+            on_host=not cuda,
+            process=process_bytes(),
+        )
+
+    def first_rounds(self, rounds: int) -> FirstRounds:
+        """The subnets of the first rounds."""
+        return FirstRounds(self.config, self.channel_map, self.structure.cost, self._names, rounds)
+
+    def store_bytes(self, ranks: int) -> int:
+        """Bytes of the largest share of weights, slots and statistics that a rank holds."""
+        shapes = self.channel_map.shapes
+        parts = {
+            kind: Partition(Layout.of({n: tuple(shapes[n]) for n in self._names[kind]}), ranks)
+            for kind in (WEIGHTS, BUFFERS)
+        }
+        copies = {WEIGHTS: 1 + len(self._slots), BUFFERS: 1}
+        held = [sum(copies[k] * part.shard(r).size for k, part in parts.items()) for r in range(ranks)]
+        return max(held) * self._item
+
+    def initialising_bytes(self) -> int:
+        """Bytes beside the store while tensors are replayed: the largest one, in the model's float32."""
+        return 4 * max((prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS]), default=0)
+
+    def step_bytes(self, first: FirstRounds, machine: Machine) -> int:
+        """Bytes that come and go on the device, and of the batches that are kept.
+
+        What arrives from other ranks, or is staged for a CUDA device, does so between the steps; with overlap
+        (which a CUDA device takes unless told otherwise) during them.
+        """
+        config = self.config
+        size = -(-config.data.batch_size // machine.ranks)
+        channels, side = self.structure.inputs[0].shape[1:3]
+        batch = size * (channels * side * side * self._item + torch.int64.itemsize)
+        # The session keeps the last batches to choose the final mask by; the newest is among them.
+        learns = config.policy.rho < 1
+        kept = max(1, config.final.selection_batches) if learns else 1
+        largest = max(first.rounds, key=lambda sides: max(first.entries(s, WEIGHTS) for s in sides))
+        passes = self._passes(first, largest, size)
+        cuda = machine.device is not None
+        moved = self._part_bytes(first, WIRE) if machine.ranks > 1 else 0
+        moved += self._part_bytes(first, STAGE) if cuda else 0
+        wanted = config.round.overlap == "on" or (config.round.overlap == "auto" and cuda)
+        overlaps = wanted and config.round.prefetch and config.round.delta and learns
+        return kept * batch + (passes + moved if overlaps else max(passes, moved))
+
+    def traffic(self, machine: Machine, rounds: int = ROUNDS) -> tuple[float, float]:
+        """Bytes that a rank moves from one round to the next: (to the device, back), means over rounds."""
+        to_device, back = self.first_rounds(rounds).traffic()
+        return to_device * self._item / machine.ranks, back * self._item / machine.ranks
+
+    def with_rho(self, rho: float) -> Planner:
+        """The same network at another remaining ratio."""
+        start = self.config.policy.rho_start
+        policy = replace(
+            self.config.policy,
+            rho=rho,
+            rho_start=start if rho < start else 0.0,
+            floor=min(self.config.policy.floor, rho),
+        )
+        return Planner(replace(self.config, policy=policy), self.data, self.structure)
+
+    def _window_bytes(self) -> int:
+        """Bytes of the windows through which files are read past the page cache."""
+        return max(2, 1 + len(self._slots)) * WINDOW if self.config.store.tier == "nvme" else 0
+
+    def _part_bytes(self, first: FirstRounds, limit: int) -> int:
+        """Most bytes of a part of a transfer: ``limit`` entries, or a single tensor that has more."""
+        subnets = [s.selection.shapes for sides in first.rounds for s in sides]
+        tensor = max(prod(shapes[name]) for shapes in subnets for name in self._names[WEIGHTS])
+        whole = max(first.entries(s, WEIGHTS) for sides in first.rounds for s in sides)
+        return max(tensor, min(limit, whole)) * self._item
+
+    def _passes(self, first: FirstRounds, sides: tuple[Side, ...], batch: int) -> int:
+        """Most bytes of the passes of a round, the copy of the trained side's statistics included."""
+        train = self.config.train
+        autocast = torch.bfloat16 if train.precision == "bf16" else None
+        shape = (batch, *self.structure.inputs[0].shape[1:])
+        dtype = getattr(torch, train.dtype)
+        peaks = []
+        for side in sides:
+            trained, evaluated = step_peak(
+                self.structure.model, side.selection, shape, self._loss, dtype, autocast
+            )
+            peaks.append(trained if side.trained else evaluated)
+        statistics = max(first.entries(s, BUFFERS) for s in sides if s.trained)
+        return max(peaks) + statistics * self._item
+
+    def _loss(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        smoothing = self.config.optim.label_smoothing
+        return F.cross_entropy(module(batch[0]), batch[1], label_smoothing=smoothing)

@@ -1,0 +1,275 @@
+"""How far a run is: its step, its place in the data, when it is saved, and how it gets back to where it was.
+
+Everything here is equal on all ranks at every step, since what it decides is a matter of all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.random_state import random_state, set_random_state
+from offload_sparse.engine.rounds import StepRecord
+from offload_sparse.engine.state import IN_PLACE, MethodState
+from offload_sparse.methods.method import Method
+from offload_sparse.run.checkpoint import Checkpointer, Loaded
+from offload_sparse.run.checkpoint_folder import CHECKPOINT_FOLDER
+from offload_sparse.run.launch import rank_and_world_size
+from offload_sparse.run.log import Recorder
+from offload_sparse.run.resume import run_values, source_of
+from offload_sparse.run.signals import Agreement, Interruption
+from offload_sparse.workloads.data.order import seed_of
+
+logger = logging.getLogger(__name__)
+
+MOST_ROLLBACKS = 10
+"""Rollbacks of one run, after which it is the run that is wrong and not a batch."""
+
+_RNG = "run/rng/"
+
+
+class Progress:
+    """The position of a run, and its checkpoints. A context manager: signals are noted while it is entered.
+
+    Args:
+        config: the run.
+        method: what is trained.
+        recorder: whose lines must agree with the position.
+        batches_at: the batches at given places in the order of the data.
+
+    Attributes:
+        step: optimizer steps done.
+        rollbacks: how often the run went back.
+        stopped: the run was asked to stop, and has been saved.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        recorder: Recorder,
+        batches_at: Callable[[list[int]], Iterable[Any]],
+    ) -> None:
+        self._config, self._method, self._recorder, self._batches_at = config, method, recorder, batches_at
+        self._rank, world_size = rank_and_world_size()
+        self._alone = world_size == 1
+        folder = config.run_dir / CHECKPOINT_FOLDER
+        self._checkpointer = Checkpointer(folder, config.checkpoint, run_values(config))
+        self._interruption, self._agreement = Interruption(), Agreement()
+        self.step = 0
+        self.rollbacks = 0
+        self.stopped = False
+        self._skipped_batches = 0
+        self._recent: deque[int] = deque(maxlen=config.final.selection_batches)
+        self._unlogged: list[StepRecord] = []
+        self._best: float | None = None
+        self._improved, self._wanted, self._stopping = False, False, False
+        self._saved_step, self._saved_at = 0, time.monotonic()
+        self._blank = MethodState()  # what checkpoints are read into
+        self._step_seconds: list[float] = []
+        self._mark = time.perf_counter()
+
+    # --- the position ---
+
+    @property
+    def data_position(self) -> int:
+        """The place of the next batch in the order of the data: the step, and what rollbacks left out."""
+        return self.step + self._skipped_batches
+
+    def begin(self, total_steps: int, steps_per_epoch: int) -> None:
+        """Start, or carry on from the newest checkpoint.
+
+        Raises:
+            ValueError: there are checkpoints, but none can be used.
+        """
+        self._seed()
+        source, loaded, in_place = source_of(self._config), None, 0
+        carries_on = self._recorder.carries_on or source is not None
+        if carries_on or self._config.train.on_nonfinite == "rollback":
+            state = self._method.state()
+            assert state is not None, "before its first step a method has a state"
+            self._blank = MethodState(state.sharded, meta=state.meta)
+            in_place = int(state.meta.get(IN_PLACE, 0))
+        if carries_on:
+            loaded = self._checkpointer.load(self._blank, source)
+        if loaded is not None:
+            self._take(loaded)
+        if in_place:
+            self._take_up(in_place)
+        seconds = loaded.run["seconds"] if loaded else 0.0
+        self._recorder.begin(total_steps, steps_per_epoch, self.step, seconds)
+        if self.step and self._rank == 0:
+            where = "its own store" if loaded is None or in_place else str(loaded.folder)
+            print(f"carrying on at step {self.step} from {where}", file=sys.stderr, flush=True)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._mark = time.perf_counter()
+
+    def advance(self) -> None:
+        """One more optimizer step is done."""
+        self._recent.append(self.data_position)
+        self.step += 1
+        now = time.perf_counter()
+        self._step_seconds.append(now - self._mark)
+        self._mark = now
+
+    def evaluated(self, score: float) -> None:
+        """An evaluation gave ``score``; its time is no part of the next step's."""
+        if self._best is None or score > self._best:
+            self._best, self._improved = score, True
+        self._mark = time.perf_counter()
+
+    def take_records(self) -> list[StepRecord]:
+        """The records of the steps since the last call, whatever was saved in between."""
+        records = self._unlogged + self._method.records()
+        self._unlogged = []
+        return records
+
+    @property
+    def step_seconds_median(self) -> float:
+        """Of the steps of this process."""
+        return median(self._step_seconds) if self._step_seconds else 0.0
+
+    # --- saving ---
+
+    def save_when_due(self) -> None:
+        """Save if some rank wants to, as soon as the method can be saved; then stop if asked to."""
+        config = self._config.checkpoint
+        minutes = (time.monotonic() - self._saved_at) / 60
+        late = self._rank == 0 and 0 < config.every_minutes <= minutes
+        stop, late = self._agreement.exchange(bool(self._interruption.signal_name), late)
+        self._stopping |= stop
+        enough = 0 < config.every_steps <= self.step - self._saved_step
+        self._wanted |= self._stopping or late or enough or (config.best and self._improved)
+        if not self._wanted:
+            return
+        self._unlogged += self._method.records()  # raises before anything that is not finite is saved
+        state = self._method.state()
+        if state is not None:
+            self._save(state)
+            self.stopped = self._stopping
+            self._mark = time.perf_counter()
+
+    def tell_stopped(self) -> dict[str, Any]:
+        """Say that and where the run was stopped.
+
+        Raises:
+            ValueError: it could not be saved.
+        """
+        if self._saved_step != self.step:
+            raise ValueError(f"asked to stop at step {self.step}, but the checkpoint could not be written")
+        if self._rank == 0:
+            why = self._interruption.signal_name or "another rank was asked to"
+            print(
+                f"stopped at step {self.step} ({why}); the same command carries on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return {"stopped_at": self.step}
+
+    def _save(self, state: MethodState) -> None:
+        wait = self._stopping or not self._config.checkpoint.background
+        state.local |= {_RNG + name: value for name, value in random_state().items()}
+        run = {
+            "seconds": self._recorder.seconds,
+            "skipped_batches": self._skipped_batches,
+            "rollbacks": self.rollbacks,
+            "recent": list(self._recent),
+            "best": self._best,
+            "unlogged": [astuple(record) for record in self._unlogged],
+        }
+        self._recorder.sync()
+        self._saved_step, self._saved_at, self._wanted = self.step, time.monotonic(), False
+        best, self._improved = self._improved and self._config.checkpoint.best, False
+        self._checkpointer.save(self.step, state, run, best=best, wait=False)
+        if wait:
+            written = self._checkpointer.join()
+            self._saved_step = self.step if written else -1
+        else:
+            self._method.while_saving(self._checkpointer.release)
+
+    # --- going back ---
+
+    @contextmanager
+    def rolling_back(self) -> Iterator[None]:
+        """With ``train.on_nonfinite rollback``, an error of that kind inside leads back to the last
+        checkpoint; the batches up to the one that failed are left out.
+        """
+        position = self.data_position
+        try:
+            yield
+        except FloatingPointError as error:
+            if self._config.train.on_nonfinite != "rollback":
+                raise
+            self._roll_back(error, position + 1)
+
+    def _roll_back(self, error: FloatingPointError, position: int) -> None:
+        """Restore, and carry on with the batch at ``position``."""
+        rollbacks = self.rollbacks + 1
+        self._checkpointer.join()
+        if rollbacks > MOST_ROLLBACKS:
+            raise FloatingPointError(f"{error} (after {MOST_ROLLBACKS} rollbacks)") from error
+        loaded = self._checkpointer.load(self._blank)
+        if loaded is None:
+            raise FloatingPointError(f"{error} (there is no checkpoint to go back to)") from error
+        self._take(loaded)
+        self.rollbacks, self._skipped_batches = rollbacks, position - self.step
+        self._recorder.go_back(self.step)
+        self._saved_step, self._wanted = self.step, False
+        if self._rank == 0:
+            logger.warning("%s; went back to step %d and left out the batches since", error, self.step)
+
+    def _take(self, loaded: Loaded) -> None:
+        state, run = loaded.state, loaded.run
+        generators = {n.removeprefix(_RNG): t for n, t in state.local.items() if n.startswith(_RNG)}
+        state.local = {n: t for n, t in state.local.items() if not n.startswith(_RNG)}
+        self._method.restore(state)
+        self.step = loaded.step
+        self.rollbacks, self._skipped_batches = int(run["rollbacks"]), int(run["skipped_batches"])
+        self._best, self._improved = run["best"], False
+        self._unlogged = [StepRecord(*values) for values in run["unlogged"]]
+        self._recent.clear()
+        self._recent.extend(run["recent"])
+        self._method.recall(self._batches_at(list(self._recent)))
+        if generators:
+            set_random_state(generators)
+        else:
+            self._seed()  # on another number of ranks
+
+    def _take_up(self, step: int) -> None:
+        """Carry on where a method stands that keeps its state by itself, whatever the last checkpoint."""
+        self.step, self._unlogged = step, []
+        position = self.data_position
+        self._recent.extend(range(max(0, position - (self._recent.maxlen or 0)), position))
+        self._seed()
+        self._method.restore(self._blank)
+        self._method.recall(self._batches_at(list(self._recent)))
+
+    def _seed(self) -> None:
+        """torch's own generator (dropout) is a function of seed, rank and step."""
+        torch.manual_seed(seed_of(self._config.train.seed, self._rank, self.step))
+
+    # --- the context ---
+
+    def __enter__(self) -> Progress:
+        self._interruption.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._interruption.__exit__(kind, error, trace)
+        # After any other error a rank may be gone, and waiting for it would only delay the end.
+        if error is None or isinstance(error, FloatingPointError) or self._alone:
+            self._agreement.drain()
+            self._checkpointer.join()

@@ -1,0 +1,25 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from offload_sparse.engine.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """Linear warm-up to ``config.lr``, then a cosine to zero at ``total_steps``, a constant, or steps down.
+
+    Args:
+        step: optimizer steps done before this one.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr * (step + 1) / max(1.0, warmup)
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "step":
+        passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+        return config.lr * config.decay**passed
+    progress = (step - warmup) / max(1.0, total_steps - warmup)
+    return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,351 @@
+"""A run from its configuration to its summary: data, method, loop, final network."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.distributed import on_first_rank
+from offload_sparse.engine.finalize import FinalNetwork, export
+from offload_sparse.engine.rounds import Forward
+from offload_sparse.methods.method import Method, Task, build_method
+from offload_sparse.run.errors import RunError
+from offload_sparse.run.evaluation import Evaluation, evaluate
+from offload_sparse.run.launch import is_lost_rank, start
+from offload_sparse.run.log import Recorder
+from offload_sparse.run.plan.fit import check, out_of_memory
+from offload_sparse.run.plan.machine import process_bytes, this_machine
+from offload_sparse.run.position import Progress
+from offload_sparse.run.resume import Standing, finished_summary, standing
+from offload_sparse.run.schedule import learning_rate
+from offload_sparse.run.trackers import start_trackers
+from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
+from offload_sparse.workloads.data.declared import DeclaredData
+from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
+from offload_sparse.workloads.data.normalise import normalise_for
+from offload_sparse.workloads.data.source import Split, Splits, load_splits
+from offload_sparse.workloads.models import build_model, input_channels
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run ``config`` to its end, from where its folder says it stands.
+
+    Returns:
+        the contents of ``summary.json`` (on every rank); {"stopped_at": step} if the run was asked to stop.
+
+    Raises:
+        ValueError: something in the configuration, the data or the launch has to be changed; says what.
+        FloatingPointError: a loss or gradient was not finite.
+        RunError: the device's memory is too small, or another rank has died.
+    """
+    accelerator = start(config.train, config.run_dir, config.trackers)
+    try:
+        stands = standing(config)
+        if stands == "finished":
+            return _tell_finished(config, accelerator)
+        return _train(Run(config, accelerator, stands))
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
+        ) from error
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise RunError(
+            f"another rank has died, or has not answered within train.timeout ({config.train.timeout} s); "
+            "the launcher's --max_restarts, or the same command again, carries on from the last checkpoint"
+        ) from error
+    finally:
+        accelerator.end_training()
+
+
+def _train(run: Run) -> dict[str, Any]:
+    try:
+        return _loop(run)
+    except torch.OutOfMemoryError as error:
+        raise RunError(run.out_of_memory()) from error
+
+
+def _loop(run: Run) -> dict[str, Any]:
+    with run.recorder as recorder, run.progress as progress:
+        for step, batch in run.batches():
+            with progress.rolling_back():
+                run.train_step(step, batch)
+                if run.log_due(step):
+                    recorder.log(step + 1, **run.read_metrics(step))
+                if run.epoch_done(step):
+                    recorder.log(step + 1, **run.epoch_metrics(step))
+                progress.save_when_due()
+            if progress.stopped:
+                return progress.tell_stopped()
+        network = run.finalize()
+        summary = run.summary(network)
+        recorder.finish(summary)
+    return summary
+
+
+def _tell_finished(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+    if accelerator.is_main_process:
+        print(f"run folder: {config.run_dir} holds this run, finished; --overwrite true trains it anew")
+    return finished_summary(config)
+
+
+class Run:
+    """Everything that one run holds; the loop itself is ``train``."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, stands: Standing = "new") -> None:
+        self.config = config
+        self.accelerator = accelerator
+        carries_on = stands == "started"
+        self.recorder = Recorder(config, accelerator.is_main_process, self._track, carries_on)
+        log = config.run_dir / CORRUPT_LOG
+        if not carries_on:  # an earlier run's
+            log.unlink(missing_ok=True)
+        self.corrupt = CorruptImages(config.data.corrupt_limit, log)
+        with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
+            self.splits: Splits = load_splits(config.data)
+        self.channels = input_channels(config.model.name, self.splits.in_channels)
+        self.train_loader = self._train_loader()
+        self.test_loader = self._eval_loader(self.splits.test)
+        held_out = self.splits.validation
+        self.watch_loader = self._eval_loader(held_out) if held_out else self.test_loader
+        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.dtype: torch.dtype = getattr(torch, config.train.dtype)
+        self.device = self.accelerator.device
+        self.normalise = normalise_for(self.train_loader.images, config.data, self.dtype).to(self.device)
+        self.image_shape = (self.channels, *self.splits.image_shape)
+        self.task = self._task()
+        if config.train.check_plan:
+            self._check_plan()
+        self.method: Method = build_method(self.task)
+        self.progress = Progress(config, self.method, self.recorder, self._batches_at)
+
+    # --- the loop ---
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """(step, this rank's part of the batch on the device) for every optimizer step that is left."""
+        progress = self.progress
+        progress.begin(self.total_steps, self.steps_per_epoch)
+        start_trackers(self.accelerator, self.config)
+        while progress.step < self.total_steps:
+            rollbacks = progress.rollbacks
+            for batch in self.train_loader.batches(progress.data_position):
+                yield progress.step, self._to_device(batch)
+                if progress.rollbacks > rollbacks or progress.step >= self.total_steps:
+                    break
+
+    def train_step(self, step: int, batch: Batch) -> None:
+        lr = learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch)
+        self.method.train_step(batch, lr)
+        self.progress.advance()
+        self.recorder.advance()
+
+    def log_due(self, step: int) -> bool:
+        return (step + 1) % self.config.train.log_every == 0 or step + 1 == self.total_steps
+
+    def epoch_done(self, step: int) -> bool:
+        return (step + 1) % self.steps_per_epoch == 0
+
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.train.eval_every * self.steps_per_epoch
+        return bool(every) and (step + 1) % every == 0 and step + 1 < self.total_steps
+
+    def read_metrics(self, step: int) -> dict[str, float]:
+        """Means over the steps since the last line. Waits for the device."""
+        records = self.progress.take_records()
+        differences = [r.difference for r in records if r.difference is not None]
+        values = {
+            "loss": fmean(r.loss for r in records) if records else math.nan,  # every step was left out
+            "accuracy": fmean(r.metrics["accuracy"] for r in records) if records else math.nan,
+            "lr": learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch),
+            "train_cost_saving": self._saving(step + 1),
+            "train_flops": self.method.costs().spent_flops * self.config.data.batch_size,
+            **self.method.status(),
+        }
+        if differences:
+            values["loss_difference"] = fmean(differences)
+        return values
+
+    def epoch_metrics(self, step: int) -> dict[str, Any]:
+        """How costly the structure is after this epoch (Zhou et al. 2021, Figure 3), how good it is, and what
+        this process holds in memory.
+        """
+        on_cuda = self.device.type == "cuda"
+        memory = {
+            "host_bytes": process_bytes(),
+            "device_bytes": torch.cuda.memory_allocated(self.device) if on_cuda else 0,
+        }
+        dynamics = self.method.dynamics() | {"train_cost_saving": self._saving(step + 1)} | memory
+        return dynamics | (self.evaluate_now() if self.evaluation_due(step) else {})
+
+    def evaluate_now(self) -> dict[str, float]:
+        """Loss and accuracy of the network as it is now, on the validation split if there is one."""
+        with self.method.evaluation(self._statistics_batches()) as module:
+            result = self._evaluate(module, self.watch_loader)
+        self.progress.evaluated(result.accuracy)
+        name = "validation" if self.splits.validation else "test"
+        return {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+
+    # --- the end ---
+
+    def finalize(self) -> FinalNetwork:
+        """The final network, written to ``model/``."""
+        network = self.method.finalize(self._statistics_batches())
+        if self.accelerator.is_main_process:
+            model = {"name": self.config.model.name, "arguments": self._model_arguments()}
+            preprocessing = {
+                "mean": self.normalise.mean.flatten().tolist(),
+                "std": self.normalise.std.flatten().tolist(),
+                "shape": list(self.image_shape),
+                "class_names": list(self.splits.class_names),
+            }
+            layout = self.config.final.layout
+            export(network, self.config.run_dir / "model", model, preprocessing, layout)
+        return network
+
+    def summary(self, network: FinalNetwork) -> dict[str, Any]:
+        """The figures that a reader judges the run by."""
+        result = self._evaluate(network.module, self.test_loader)
+        costs = self.method.costs()
+        cuda = self.device.type == "cuda"
+        return {
+            "method": self.config.method,
+            "model": self.config.model.name,
+            "dataset": self.config.data.name,
+            "rho": self.config.policy.rho,
+            "steps": self.total_steps,
+            "world_size": self.accelerator.num_processes,
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "test_accuracy": result.accuracy,
+            "test_loss": result.loss,
+            "params_ratio": count_parameters(network.module) / costs.dense_parameters,
+            "flops_ratio": count_flops(network.module, self.task.example_inputs) / costs.dense_flops,
+            "train_cost_saving": self._saving(self.total_steps),
+            "seconds": self.recorder.seconds,
+            "step_seconds_median": self.progress.step_seconds_median,
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            "store_bytes": costs.store_bytes,
+            "subnet_bytes_peak": costs.subnet_bytes_peak,
+            "corrupt_images": len(self.corrupt),
+        } | self.method.report()
+
+    # --- parts ---
+
+    def _task(self) -> Task:
+        config = self.config
+        factory = partial(build_model, config.model.name, **self._model_arguments())
+        forward = Forward(self.accelerator.autocast, config.train.batch_norm == "frozen")
+        return Task(
+            config,
+            factory,
+            (torch.empty(1, *self.image_shape, device="meta"),),
+            partial(classification_loss, label_smoothing=config.optim.label_smoothing),
+            self.total_steps,
+            self.device,
+            self.dtype,
+            forward,
+        )
+
+    def _check_plan(self) -> None:
+        """Every rank refuses, or none does: the first one's machine decides for all."""
+        data = self._declared()
+        ranks, world = self.accelerator.process_index, self.accelerator.num_processes
+        on_first_rank(lambda: check(self.config, data, this_machine(self.device, world)), ranks, world)
+
+    def _declared(self) -> DeclaredData:
+        splits = self.splits
+        return DeclaredData(splits.num_classes, splits.in_channels, self.image_shape[1], len(splits.train))
+
+    def out_of_memory(self) -> str:
+        """What to change after the device's memory has not been enough, in one line."""
+        machine = this_machine(self.device, self.accelerator.num_processes)
+        if machine.device is not None:  # free is what the run itself does not hold already
+            machine = replace(machine, device=machine.device + torch.cuda.memory_reserved(self.device))
+        return out_of_memory(self.config, self._declared(), machine)
+
+    def _model_arguments(self) -> dict[str, Any]:
+        """Arguments of ``build_model`` that fit the data, with those of the configuration on top."""
+        own = {
+            "num_classes": self.splits.num_classes,
+            "in_channels": self.channels,
+            "image_size": self.image_shape[1],
+        }
+        return own | self.config.model.arguments
+
+    def _train_loader(self) -> TrainLoader:
+        config, ranks = self.config, self.accelerator
+        return TrainLoader(
+            self.splits.train,
+            config.data,
+            ranks.process_index,
+            ranks.num_processes,
+            config.train.seed,
+            channels=self.channels,
+            progress=config.train.progress,
+            corrupt=self.corrupt,
+        )
+
+    def _eval_loader(self, split: Split) -> EvalLoader:
+        config, ranks = self.config, self.accelerator
+        return EvalLoader(
+            split,
+            config.data,
+            ranks.process_index,
+            ranks.num_processes,
+            channels=self.channels,
+            progress=config.train.progress,
+            corrupt=self.corrupt,
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(self.normalise(batch.images), batch.labels.to(self.device, non_blocking=True))
+
+    def _batches_at(self, positions: list[int]) -> Iterator[Batch]:
+        """The batches at these places in the order of the data."""
+        for position in positions:
+            yield self._to_device(next(self.train_loader.batches(position)))
+
+    def _statistics_batches(self) -> Iterator[Tensor]:
+        """Training images for BatchNorm statistics, the same whenever they are asked for."""
+        for batch in islice(self.train_loader.batches(), self.config.final.bn_batches):
+            yield self._to_device(batch).images
+
+    def _evaluate(self, module: nn.Module, loader: EvalLoader) -> Evaluation:
+        def total(values: Tensor) -> Tensor:
+            return self.accelerator.reduce(values, "sum")
+
+        return evaluate(module, loader, self.normalise, self.device, total)
+
+    def _saving(self, steps: int) -> float:
+        costs = self.method.costs()
+        return train_cost_saving(costs.dense_flops, [(costs.spent_flops, 1, 0)], steps)
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        if self.config.trackers:
+            self.accelerator.log(values, step=step)
+
+
+def classification_loss(
+    module: nn.Module, batch: Batch, label_smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy, with the accuracy of the batch beside it."""
+    logits = module(batch.images)
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+    return loss, {"accuracy": (logits.argmax(1) == batch.labels).to(loss.dtype).mean()}

@@ -1,0 +1,240 @@
+"""Which entries of a subnet already lie in another subnet, and which only the store holds.
+
+A tensor is seen as rows times units (a unit is what lies behind the last dimension that can shrink: the 3x3
+window of a convolution). Number the selections 0, 1, …; bit k of a row's code says that selection k keeps the
+row, likewise for units. An entry is kept by exactly the selections whose bits are set in both codes:
+
+    row code     0b011  ─┐
+    unit code    0b110  ─┴─ and ─▶ 0b010: only selection 1 keeps this entry
+
+Rows with the same code therefore form one rectangle per answer, and every question about shared, new and
+leaving entries is a look-up per row code instead of a set operation on entries. Rows whose codes differ but
+give the same answer for every unit that there is are taken together.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offload_sparse.channels.channel_map import Axis, ChannelMap
+from offload_sparse.channels.selection import Selection
+
+Codes = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
+
+_TARGET = 1
+MOST_HOLDERS = 7
+"""Bits of a code beside the target's own."""
+
+
+class Dimensions(NamedTuple):
+    """Some dimensions of a tensor, seen as one; equal for tensors that name the same atoms there.
+
+    Attributes:
+        axes: their axes by identity, or -size where every position is always kept. The axes of a map live as
+            long as the map.
+    """
+
+    axes: tuple[int, ...]
+
+
+class UnitShape(NamedTuple):
+    """A full tensor as rows of units; the same for every mask.
+
+    Attributes:
+        rows, units: which dimensions they are made of.
+        unit: entries per unit.
+        row_length: entries per row.
+    """
+
+    rows: Dimensions
+    units: Dimensions
+    unit: int
+    row_length: int
+
+
+class Geometry:
+    """The unit shapes of all tensors of a map, and their axes by identity."""
+
+    def __init__(self, channel_map: ChannelMap) -> None:
+        self.axes: dict[int, Tensor] = {}
+        self._shapes = {name: self._of(channel_map, name) for name in channel_map.shapes}
+
+    def __getitem__(self, name: str) -> UnitShape:
+        return self._shapes[name]
+
+    def _of(self, channel_map: ChannelMap, name: str) -> UnitShape:
+        shape, axes = channel_map.shapes[name], channel_map.axes[name]
+        if not shape:
+            return UnitShape(Dimensions((-1,)), Dimensions(()), 1, 1)
+        last = max((dim for dim, axis in enumerate(axes) if dim and axis is not None), default=0)
+        rows = self._dimensions(axes[:1], shape[:1])
+        units = self._dimensions(axes[1 : last + 1], shape[1 : last + 1])
+        return UnitShape(rows, units, prod(shape[last + 1 :]), prod(shape[1:]))
+
+    def _dimensions(self, axes: Sequence[Axis], shape: Sequence[int]) -> Dimensions:
+        self.axes |= {id(axis): axis for axis in axes if axis is not None}
+        keys = (-size if axis is None else id(axis) for axis, size in zip(axes, shape, strict=True))
+        return Dimensions(tuple(keys))
+
+
+_geometries: weakref.WeakKeyDictionary[ChannelMap, Geometry] = weakref.WeakKeyDictionary()
+
+
+def geometry(channel_map: ChannelMap) -> Geometry:
+    """The geometry of a map, worked out once."""
+    if channel_map not in _geometries:
+        _geometries[channel_map] = Geometry(channel_map)
+    return _geometries[channel_map]
+
+
+class Positions:
+    """Sorted numbers of rows or units of a full tensor, shared by all tensors that they hold for.
+
+    Attributes:
+        numbers: int64, in the full tensor.
+    """
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The numbers as an int64 tensor."""
+        return torch.from_numpy(self.numbers)
+
+
+class Region(NamedTuple):
+    """A rectangle of entries of one tensor that one selection keeps and that come from the same place.
+
+    Attributes:
+        holder: number of the selection that holds them, or None: the store alone does.
+        rows: row numbers of the full tensor.
+        units: unit numbers within a full row.
+    """
+
+    holder: int | None
+    rows: Positions
+    units: Positions
+
+
+class Places:
+    """What a selection keeps of every row and unit, and where that lies in its narrow tensors."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.geometry = geometry(selection.channel_map)
+        self._alive = selection.alive.numpy()
+        self._kept: dict[Dimensions, Codes] = {}
+        self._ranks: dict[Dimensions, Numbers] = {}
+        # The positions are kept, too, so that their id stays theirs.
+        self._known: dict[tuple[Dimensions, int], tuple[Positions, Tensor]] = {}
+
+    def kept(self, dimensions: Dimensions) -> Codes:
+        """uint8[positions]: 1 where a position is kept."""
+        if dimensions not in self._kept:
+            kept = np.ones(1, np.uint8)
+            for key in dimensions.axes:
+                kept = (kept[:, None] & self._axis(key)[None, :]).reshape(-1)
+            self._kept[dimensions] = kept
+        return self._kept[dimensions]
+
+    def of(self, dimensions: Dimensions, positions: Positions) -> Tensor:
+        """int64: the numbers of kept ``positions`` in the narrow tensors."""
+        asked = (dimensions, id(positions))
+        known = self._known.get(asked)
+        if known is None:
+            if dimensions not in self._ranks:
+                self._ranks[dimensions] = np.cumsum(self.kept(dimensions), dtype=np.int64) - 1
+            known = positions, torch.from_numpy(self._ranks[dimensions][positions.numbers])
+            self._known[asked] = known
+        return known[1]
+
+    def _axis(self, key: int) -> Codes:
+        if key <= 0:
+            return np.ones(-key, np.uint8)
+        return self._alive[self.geometry.axes[key].numpy()].view(np.uint8)
+
+
+class Regions:
+    """The entries of ``target``, divided by the first of ``holders`` that has them.
+
+    Args:
+        target: the selection in question.
+        holders: selections of the same map, in order of preference; at most ``MOST_HOLDERS``.
+    """
+
+    def __init__(self, target: Places, holders: Sequence[Places] = ()) -> None:
+        assert len(holders) <= MOST_HOLDERS
+        self._geometry = target.geometry
+        self._places = (target, *holders)
+        self._classes: dict[Dimensions, _Classes] = {}
+        self._found: dict[tuple[Dimensions, Dimensions], list[Region]] = {}
+        self._first = _first_holder(len(holders))
+
+    def of(self, name: str) -> list[Region]:
+        """The regions of tensor ``name``, without empty ones."""
+        shape = self._geometry[name]
+        key = shape.rows, shape.units
+        if key not in self._found:  # tensors with the same axes (all four of a norm, say) share theirs
+            self._found[key] = list(self._divide(self._class(shape.rows), self._class(shape.units)))
+        return self._found[key]
+
+    def _divide(self, rows: _Classes, units: _Classes) -> Iterator[Region]:
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for code in rows.present:
+            answers = tuple([self._first[code & other] for other in units.present])
+            alike.setdefault(answers, []).append(code)
+        for answers, codes in alike.items():
+            of_rows = rows.where(tuple(codes))
+            for holder in sorted(set(answers)):
+                chosen = [c for c, answer in zip(units.present, answers, strict=True) if answer == holder]
+                yield Region(None if holder < 0 else holder, of_rows, units.where(tuple(chosen)))
+
+    def _class(self, dimensions: Dimensions) -> _Classes:
+        if dimensions not in self._classes:
+            codes = self._places[0].kept(dimensions).copy()
+            for bit, places in enumerate(self._places[1:], 1):
+                codes |= places.kept(dimensions) << np.uint8(bit)
+            self._classes[dimensions] = _Classes(codes)
+        return self._classes[dimensions]
+
+
+class _Classes:
+    """Positions by code.
+
+    Attributes:
+        present: codes with the target's bit that occur, in order.
+    """
+
+    def __init__(self, codes: Codes) -> None:
+        self._codes = codes
+        counts = np.bincount(codes, minlength=256)[_TARGET::2]
+        self.present: list[int] = (2 * np.flatnonzero(counts) + _TARGET).tolist()
+        self._known: dict[tuple[int, ...], Positions] = {}
+
+    def where(self, codes: tuple[int, ...]) -> Positions:
+        """The positions whose code is one of ``codes``."""
+        if codes not in self._known:
+            wanted = np.zeros(256, bool)
+            wanted[list(codes)] = True
+            self._known[codes] = Positions(np.flatnonzero(wanted[self._codes]))
+        return self._known[codes]
+
+
+def _first_holder(count: int) -> list[int]:
+    """For every code, the lowest holder (bit 1 is holder 0) whose bit is set; -1 when none is."""
+    bits = [(code >> 1) & ((1 << count) - 1) for code in range(256)]
+    return [(held & -held).bit_length() - 1 for held in bits]

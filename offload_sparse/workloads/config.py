@@ -1,0 +1,125 @@
+"""Which images are read, and which network is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from offload_sparse.channels.require import require
+
+Residual = Literal["coupled", "internal", "filter"]
+TrainCrop = Literal["pad", "resized"]
+
+
+@dataclass
+class DataConfig:
+    """Which images are read, and how they become batches.
+
+    Attributes:
+        name: ``fashion_mnist_small`` (embedded), a dataset name on the hub, a folder of images (one
+            sub-folder per class and split), a parquet file, or a folder of parquet files named after their
+            splits.
+        train_split: split used for training.
+        test_split: split used for the reported accuracy.
+        validation_split: split for the accuracy shown while training; empty means that ``validation_size``
+            decides.
+        validation_size: share of the training split held out for validation, in [0, 1).
+        image_column: column that holds the images.
+        label_column: column that holds integer class labels.
+        batch_size: images per optimizer step over all ranks (the global batch).
+        num_workers: decoding processes per rank; 0 decodes in the training process.
+        image_size: side in pixels that images are resized to; 0 keeps the size of the images.
+        streaming: read parquet files where they lie, by row groups, instead of through a copy in the
+            library's cache; image folders are always read where they lie.
+        shuffle_buffer: with ``streaming``, rows that are shuffled together, behind a random order of row
+            groups; a worker holds about as many encoded images.
+        train_crop: how training images get to their size. ``pad`` resizes and crops the middle as in
+            evaluation, then takes a random crop of ``random_crop``; ``resized`` scales a random part to
+            ``image_size`` (area 8-100 %, aspect ratio 3:4-4:3: the usual recipe for ImageNet).
+        eval_resize: pixels that the shorter side is scaled to before the middle ``image_size`` pixels are
+            cut out for evaluation; 0 takes ``image_size``.
+        random_crop: pixels of zero padding of a random crop; 0 crops nothing.
+        random_flip: flip images horizontally at random.
+        mean: mean per channel of images in [0, 1]; empty measures it on training images.
+        std: standard deviation per channel of images in [0, 1]; empty measures it on training images.
+        train_limit: use only this many training images; 0 uses all.
+        test_limit: use only this many test images; 0 uses all.
+        cache_bytes: splits that take no more than this many bytes when decoded are kept decoded in memory.
+        corrupt_limit: images that cannot be decoded and are replaced (in training) or left out (in
+            evaluation) before it is an error; each rank counts those that it meets.
+        num_classes: classes; like the next two for ``dry_run`` alone, which reads no images.
+        channels: channels of the images.
+        train_images: images of the training split.
+    """
+
+    name: str = "fashion_mnist_small"
+    train_split: str = "train"
+    test_split: str = "test"
+    validation_split: str = ""
+    validation_size: float = 0.0
+    image_column: str = "image"
+    label_column: str = "label"
+    batch_size: int = 256
+    num_workers: int = 0
+    image_size: int = 0
+    streaming: bool = False
+    shuffle_buffer: int = 1024
+    train_crop: TrainCrop = "pad"
+    eval_resize: int = 0
+    random_crop: int = 0
+    random_flip: bool = False
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    train_limit: int = 0
+    test_limit: int = 0
+    cache_bytes: int = 1 << 30
+    corrupt_limit: int = 100
+    num_classes: int = 0
+    channels: int = 0
+    train_images: int = 0
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "data.name is empty; give the name of a dataset, or a path")
+        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; give at least 1 image per step")
+        require(
+            0 <= self.validation_size < 1,
+            f"data.validation_size is {self.validation_size}; give a share of the training images in [0, 1)",
+        )
+        for name in (
+            *("num_workers", "image_size", "random_crop", "train_limit", "test_limit", "cache_bytes"),
+            *("eval_resize", "corrupt_limit", "num_classes", "channels", "train_images"),
+        ):
+            require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; give 0 or more")
+        require(
+            self.shuffle_buffer >= 1, f"data.shuffle_buffer is {self.shuffle_buffer}; give at least 1 row"
+        )
+        resized = self.train_crop == "resized"
+        require(not resized or self.image_size > 0, "data.train_crop resized needs data.image_size")
+        require(
+            not (resized and self.random_crop),
+            "data.random_crop belongs to data.train_crop pad; set it to 0",
+        )
+        require(
+            self.eval_resize == 0 or 0 < self.image_size <= self.eval_resize,
+            f"data.eval_resize is {self.eval_resize}; give at least data.image_size ({self.image_size})",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """Which network is trained.
+
+    Attributes:
+        name: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
+        residual: what is sampled on residual streams: ``coupled`` narrows each stream with one mask,
+            ``internal`` keeps the streams dense and samples only the widths inside the blocks, ``filter``
+            masks every filter by itself (Zhou et al. 2021): a stream holds what any of its branches keeps.
+        arguments: further keyword arguments of the model's constructor.
+    """
+
+    name: str = "offload_sparse/vgg_small"
+    residual: Residual = "coupled"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "model.name is empty; give one such as torchvision/resnet50")

@@ -1,0 +1,120 @@
+"""Random crops and flips as a function of (seed, epoch, image index) alone.
+
+No generator is advanced, so an image looks the same in a given epoch whichever rank or worker process reads
+it, and a batch is augmented in one gather.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from offload_sparse.workloads.data.order import mix, seed_of
+
+_AREA = (0.08, 1.0)
+_ASPECT = (3 / 4, 4 / 3)
+_TRIES = 10
+_STRIDE = np.uint64(0xD1342543DE82EF95)  # odd, so that the numbers of one image are all different
+
+
+class Draws(NamedTuple):
+    """What is done to each image of a batch.
+
+    Attributes:
+        top: int64[b], first row of the crop within the padded image.
+        left: int64[b], its first column.
+        flip: bool[b], whether the crop is mirrored.
+    """
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+
+
+def draw(seed: int, epoch: int, indices: Tensor, padding: int) -> Draws:
+    """Draw the crop offsets, uniform on 0 … 2·padding, and the flips, of the images ``indices`` int64[b] in
+    ``epoch``."""
+    keys = image_keys(seed, epoch, indices)
+    top = _uniform(keys ^ np.uint64(1), 2 * padding + 1)
+    left = _uniform(keys ^ np.uint64(2), 2 * padding + 1)
+    return Draws(top, left, _uniform(keys ^ np.uint64(3), 2).bool())
+
+
+def image_keys(seed: int, epoch: int, indices: Tensor) -> npt.NDArray[np.uint64]:
+    """What is random about each image of ``indices`` int64[b] in ``epoch``: uint64[b]."""
+    base = np.uint64(seed_of(seed, epoch, 1))
+    return mix(base ^ mix(indices.numpy().astype(np.uint64)))
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def random_part(key: np.uint64, height: int, width: int) -> Box:
+    """The part of an image of height × width pixels that a random resized crop keeps.
+
+    Area uniform on 8-100 % of the image, logarithm of the aspect ratio uniform between those of 3:4 and 4:3;
+    ten tries to fit such a part into the image, then the largest middle part whose aspect ratio lies between
+    (Szegedy et al. 2015, as in torchvision's RandomResizedCrop).
+
+    Args:
+        key: from ``image_keys``.
+    """
+    with np.errstate(over="ignore"):
+        numbers = mix(key + np.arange(4, 4 + 4 * _TRIES, dtype=np.uint64) * _STRIDE) >> np.uint64(11)
+    uniforms = (numbers.astype(np.float64) * 2.0**-53).reshape(_TRIES, 4).tolist()
+    (least, most), (narrowest, widest) = _AREA, _ASPECT
+    for area, aspect, vertical, horizontal in uniforms:
+        target = height * width * (least + (most - least) * area)
+        ratio = math.exp(math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * aspect)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(vertical * (height - h + 1)), int(horizontal * (width - w + 1)), h, w)
+    w, h = width, height
+    if width < narrowest * height:
+        h = round(width / narrowest)
+    elif width > widest * height:
+        w = round(height * widest)
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def _uniform(keys: npt.NDArray[np.uint64], count: int) -> Tensor:
+    """int64[b] in [0, count) by Lemire's multiply-and-shift on 32 bits of each hashed key."""
+    high = mix(keys) >> np.uint64(32)
+    return torch.from_numpy(((high * np.uint64(count)) >> np.uint64(32)).astype(np.int64))
+
+
+def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
+    """Crop images out of their zero-padded selves and mirror some of them.
+
+    Args:
+        images: uint8[b, C, H, W].
+        draws: from ``draw`` with the same ``padding``.
+        padding: pixels of zeros on each side; 0 crops nothing.
+        flip: whether ``draws.flip`` is obeyed.
+
+    Returns:
+        uint8[b, C, H, W]; the images themselves where there is nothing to do.
+    """
+    if not padding and not flip:
+        return images
+    batch, channels, height, width = images.shape
+    rows = draws.top[:, None] + torch.arange(height)
+    columns = draws.left[:, None] + torch.arange(width)
+    if flip:
+        columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
+    padded = F.pad(images, [padding])
+    rows = rows[:, None, :, None].expand(batch, channels, height, padded.shape[3])
+    columns = columns[:, None, None, :].expand(batch, channels, height, width)
+    return padded.gather(2, rows).gather(3, columns)

@@ -1,0 +1,225 @@
+"""Batches of images and labels, for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.augmentation import Box, augment, draw, image_keys, random_part
+from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages
+from offload_sparse.workloads.data.images import Crop, ImageSet
+from offload_sparse.workloads.data.order import check_batch, global_batch, rank_part, steps_per_epoch
+from offload_sparse.workloads.data.source import Split
+from offload_sparse.workloads.data.stream import ParquetStream
+
+_EVALUATION_BATCH = 512
+
+
+class Batch(NamedTuple):
+    """What one rank reads for one step.
+
+    Attributes:
+        images: uint8[b, C, H, W].
+        labels: int64[b].
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+class _Item(NamedTuple):
+    """A batch on its way out of a worker process, and what could not be decoded for it."""
+
+    batch: Batch
+    corrupt: tuple[Corrupt, ...]
+
+
+class _TrainBatches(Dataset[_Item]):
+    """This rank's part of the batch of every optimizer step, by the step's number."""
+
+    def __init__(
+        self, images: ImageSet, split: Split, config: DataConfig, rank: int, world_size: int, seed: int
+    ) -> None:
+        self.images = images
+        self.split = split
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, step: int) -> _Item:
+        config = self.config
+        epoch, step = divmod(step, steps_per_epoch(len(self.images), config.batch_size))
+        indices = rank_part(self._global_batch(epoch, step), self.rank, self.world_size)
+        found = self.images.decode(indices, self._crop(epoch, indices))
+        draws = draw(self.seed, epoch, indices, config.random_crop)
+        images = augment(found.pixels, draws, config.random_crop, config.random_flip)
+        return _Item(Batch(images, self.images.labels[found.indices]), found.corrupt)
+
+    def _global_batch(self, epoch: int, step: int) -> Tensor:
+        size = self.config.batch_size
+        if not isinstance(self.split.table, ParquetStream):
+            return global_batch(self.seed, epoch, step, len(self.images), size)
+        if self._order[0] != epoch:
+            self._order = (epoch, self.split.table.order(self.seed, epoch))
+        return self._order[1][step * size : (step + 1) * size].clone()
+
+    def _crop(self, epoch: int, indices: Tensor) -> Crop | None:
+        if self.config.train_crop != "resized":
+            return None
+        keys = image_keys(self.seed, epoch, indices)
+
+        def crop(position: int, height: int, width: int) -> Box:
+            return random_part(keys[position], height, width)
+
+        return crop
+
+
+class _EvalBatches(Dataset[_Item]):
+    """This rank's images in batches, by the batch's number; corrupt ones are left out."""
+
+    def __init__(self, images: ImageSet, parts: tuple[Tensor, ...]) -> None:
+        self.images = images
+        self.parts = parts
+
+    def __getitem__(self, number: int) -> _Item:
+        indices = self.parts[number]
+        found = self.images.decode(indices)
+        labels = self.images.labels[indices]
+        if torch.equal(found.indices, indices):
+            return _Item(Batch(found.pixels, labels), found.corrupt)
+        intact = found.indices == indices
+        return _Item(Batch(found.pixels[intact], labels[intact]), found.corrupt)
+
+
+class _From(Sampler[int]):
+    """start, start + 1, … without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self.start)
+
+
+def _iterate(
+    batches: _TrainBatches | _EvalBatches, order: Sampler[int] | range, num_workers: int
+) -> Iterator[Batch]:
+    """The batches in ``order``, after counting what was corrupt in each."""
+    loader: DataLoader[_Item] = DataLoader(
+        batches,
+        batch_size=None,  # an item is a whole batch already
+        sampler=order,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each iterator would take a number from the global generator
+    )
+    corrupt = batches.images.corrupt
+    for batch, found in loader:
+        corrupt.add(found)
+        yield batch
+
+
+class TrainLoader:
+    """Training batches without end; the position is the number of the optimizer step and nothing else.
+
+    The batches do not depend on ``config.num_workers``, and those of R ranks, laid end to end by rank, are
+    the batches of one rank.
+
+    Args:
+        split: training images.
+        config: batch size, augmentation, workers.
+        rank: rank of this process.
+        world_size: number of ranks.
+        seed: seed of data order and augmentation, the same on every rank.
+        channels: channels of the batches' images; 3 repeats grey images; ``None`` takes those of the images.
+        progress: draw a bar (on rank 0) if decoding takes longer than 5 seconds.
+        corrupt: counts and logs images that cannot be decoded; ``None`` only counts them.
+
+    Attributes:
+        images: the decoded split.
+        steps_per_epoch: optimizer steps in one pass; the images that are left over wait for another
+            permutation.
+
+    Raises:
+        ValueError: the global batch does not divide over the ranks or exceeds the split, or the images cannot
+            be read.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        *,
+        channels: int | None = None,
+        progress: bool = False,
+        corrupt: CorruptImages | None = None,
+    ) -> None:
+        check_batch(config.batch_size, world_size)
+        self.steps_per_epoch = steps_per_epoch(len(split), config.batch_size)
+        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt, training=True)
+        self._batches = _TrainBatches(self.images, split, config, rank, world_size, seed)
+        self._num_workers = config.num_workers
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of the steps ``start_step``, ``start_step + 1``, … over as many epochs as are
+        read."""
+        return _iterate(self._batches, _From(start_step), self._num_workers)
+
+
+class EvalLoader:
+    """Every image of a split that can be decoded, once: rank r reads the images r, r + R, r + 2R, …
+
+    Ranks may read different numbers of images and batches, so sums are to be reduced over ranks, not means.
+
+    Args:
+        split: images to evaluate on.
+        config: workers and image size.
+        rank: rank of this process.
+        world_size: number of ranks.
+        channels: channels of the batches' images; 3 repeats grey images; ``None`` takes those of the images.
+        progress: draw a bar (on rank 0) if decoding takes longer than 5 seconds.
+        corrupt: counts and logs images that cannot be decoded; ``None`` only counts them.
+
+    Attributes:
+        images: the decoded split.
+        size: images of the whole split, over all ranks.
+
+    Raises:
+        ValueError: the images cannot be read.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        channels: int | None = None,
+        progress: bool = False,
+        corrupt: CorruptImages | None = None,
+    ) -> None:
+        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt)
+        self.size = len(split)
+        mine = torch.arange(self.size)[rank::world_size]
+        self._parts = mine.split(max(1, _EVALUATION_BATCH // world_size)) if len(mine) else ()
+        self._num_workers = config.num_workers
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = _EvalBatches(self.images, self._parts)
+        return _iterate(batches, range(len(self._parts)), self._num_workers)

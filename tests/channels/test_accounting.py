@@ -1,0 +1,93 @@
+"""The closed form of FLOPs and parameters equals counting on the narrow network, exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters, train_cost_saving
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.check import random_mask
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.subnet import narrow_module
+from tests.support.channel_maps import SmallNet
+
+IMAGE = (torch.zeros(1, 3, 64, 64),)
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "mobilenet_v2", "densenet121"])
+def test_costs_of_random_masks_are_those_of_the_narrow_network(name: str) -> None:
+    model = torchvision.models.get_model(name, num_classes=10).to("meta")
+    channel_map = discover(model, IMAGE)
+    cost = CostModel(model, channel_map, IMAGE)
+    assert (cost.dense_flops, cost.dense_parameters) == (count_flops(model, IMAGE), count_parameters(model))
+    mask = random_mask(channel_map, 0.3, torch.Generator().manual_seed(0))
+    narrow = narrow_module(model, channel_map, mask)
+    assert cost.flops(mask) == count_flops(narrow, IMAGE)
+    assert cost.parameters(mask) == count_parameters(narrow)
+
+
+def test_the_full_mask_costs_as_much_as_the_dense_network() -> None:
+    images = (torch.zeros(3, 2, 8, 8),)
+    model = SmallNet(widths=(6, 8), classes=4)
+    channel_map = discover(model, images)
+    cost = CostModel(model, channel_map, images)
+    by_hand = 2 * 3 * (64 * (6 * 2 * 9 + 8 * 6 * 9) + 4 * 32)
+    assert cost.flops(channel_map.full_mask()) == cost.dense_flops == by_hand
+    assert cost.parameters(channel_map.full_mask()) == count_parameters(model)
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = SmallNet().train()
+    count_flops(model, (torch.zeros(1, 2, 8, 8),))
+    assert model.training
+    assert not any(p.is_meta for p in model.parameters())
+
+
+class _ChannelProduct(nn.Module):
+    """Spends FLOPs on a product of activations, which no weight accounts for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y) + (y.detach().flatten(2) @ y.detach().flatten(2).transpose(1, 2)).mean()
+
+
+def test_flops_outside_the_layers_that_depend_on_the_mask_are_refused() -> None:
+    model = _ChannelProduct()
+    with pytest.raises(ValueError, match="_ChannelProduct spends FLOPs outside"):
+        CostModel(model, discover(model, IMAGE), IMAGE)
+
+
+def test_one_backward_and_two_forwards_per_step_save_as_the_paper_says() -> None:
+    dense, sub = 1000.0, 87.0
+    assert train_cost_saving(dense, [(sub, 2, 1)] * 50) == pytest.approx(3 / (4 * sub / dense))
+    assert train_cost_saving(dense, [(sub, 1, 1), (sub, 1, 0)] * 50) == pytest.approx(3 / (4 * sub / dense))
+
+
+def test_dense_training_saves_nothing_and_two_backwards_cost_six() -> None:
+    assert train_cost_saving(10.0, [(10.0, 1, 1)] * 7) == pytest.approx(1.0)
+    assert train_cost_saving(10.0, [(2.0, 2, 2)] * 7, steps=7) == pytest.approx(3 * 10 / (6 * 2))
+
+
+def test_a_saving_of_no_steps_or_negative_passes_is_refused() -> None:
+    with pytest.raises(ValueError, match="no training step"):
+        train_cost_saving(10.0, [])
+    with pytest.raises(ValueError, match="negative"):
+        train_cost_saving(10.0, [(-1.0, 1, 1)])
+
+
+def test_a_map_without_atoms_costs_what_the_network_costs() -> None:
+    """The dense control has nothing to drop; its cost model has no axes at all."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 36, 3))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    channel_map = ChannelMap((), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()})
+    inputs = (torch.empty(1, 1, 8, 8),)
+    cost = CostModel(model, channel_map, inputs)
+    assert cost.flops(channel_map.full_mask()) == count_flops(model, inputs)
+    assert cost.parameters(channel_map.full_mask()) == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,109 @@
+"""The table of networks: each is accepted with small errors, or refused with a reason."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.channels.check import TOLERANCE
+from offload_sparse.inspect import coverage
+from offload_sparse.inspect.coverage import CASES, Case, cover, examine
+from offload_sparse.workloads.models import build_model
+
+
+def build(case: Case) -> nn.Module:
+    return build_model(case.name, 10, 3, case.size, **case.arguments)
+
+
+class Network(nn.Module):
+    def __init__(self, middle: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.middle = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.middle(self.a(x)))
+
+
+class Slow(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        while True:
+            time.monotonic()
+
+
+def test_the_table_is_wide() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names) >= 40
+    assert sum(case.accepted for case in CASES) >= 35
+    families = "vgg resnet resnext wide_resnet densenet googlenet inception mobilenet_v2 mobilenet_v3"
+    families += " mobilenetv1 efficientnet regnet mnasnet squeezenet convnext vit swin shufflenet maxvit"
+    for family in families.split():
+        assert any(family in name for name in names), family
+
+
+@pytest.mark.parametrize(
+    ("name", "residual"),
+    [
+        ("offload_sparse/vgg_small", "coupled"),
+        ("torchvision/squeezenet1_1", "coupled"),
+        ("timm/convnext_atto", "internal"),
+    ],
+)
+def test_a_listed_network_is_accepted(name: str, residual: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    outcome = examine(case, build)
+    figures = outcome.figures()
+    assert outcome.accepted
+    assert figures["residual"] == residual
+    assert max(figures["output_error"], figures["gradient_error"]) < TOLERANCE  # type: ignore[type-var]
+
+
+def test_a_refusal_gives_its_reason_and_the_table_goes_on() -> None:
+    def broken(case: Case) -> nn.Module:
+        if case.name == "no constructor":
+            raise KeyError("depth")
+        middle = {"sigmoid": nn.Sigmoid(), "reorders": nn.ChannelShuffle(2), "fine": nn.ReLU()}
+        return Network(middle[case.name])
+
+    names = ("no constructor", "sigmoid", "reorders", "fine")
+    outcomes = list(cover(broken, [Case(name, 8) for name in names]))
+    assert [outcome.accepted for outcome in outcomes] == [False, False, False, True]
+    assert "KeyError: 'depth'" in outcomes[0].reason
+    assert "slice differs from mask" in outcomes[1].reason
+    assert all("\n" not in outcome.reason for outcome in outcomes)
+
+
+def test_discovery_is_given_up_after_the_time_limit() -> None:
+    start = time.monotonic()
+    outcome = examine(Case("slow", 8), lambda case: Network(Slow()), time_limit=0.3)
+    assert "did not finish" in outcome.reason
+    assert time.monotonic() - start < 20
+
+
+def test_buffers_that_are_read_keep_their_values() -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("order", torch.tensor([1, 0]))
+            self.register_buffer("scale", torch.tensor(3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[self.order] * self.scale
+
+    def indexed(case: Case) -> nn.Module:
+        return nn.Sequential(Network(nn.ReLU()), Indexed())
+
+    assert examine(Case("indexed", 8), indexed).accepted
+    assert not coverage.lacks_values(indexed(CASES[0]))
+    assert coverage.lacks_values(indexed(CASES[0]).to("meta"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_every_case_comes_out_as_the_table_says(case: Case) -> None:
+    outcome = examine(case, build)
+    assert outcome.accepted == case.accepted, outcome.reason

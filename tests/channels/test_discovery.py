@@ -1,0 +1,454 @@
+"""``discover`` finds what goes with each channel, and refuses by name what it cannot follow."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.check import check
+from offload_sparse.channels.closures import Closures, channel_closures, connected_components
+from offload_sparse.channels.discovery import discover
+
+IMAGES = (torch.zeros(2, 3, 16, 16),)
+Conv = nn.Conv2d
+
+
+class Net(nn.Module):
+    """Layers by name and a forward function over them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def gated(net: Any, x: Tensor) -> Tensor:
+    value, gate = net.a(x).chunk(2, dim=1)
+    return net.b(value * torch.sigmoid(gate))
+
+
+def shuffled(net: Any, x: Tensor) -> Tensor:
+    b, c, h, w = net.a(x).shape
+    return net.b(net.a(x).view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
+
+
+def residual_block() -> Net:
+    return Net(
+        lambda n, x: n.head((n.stem(x) + n.b(n.bn(n.a(n.stem(x))).relu())).relu()),
+        stem=Conv(3, 8, 3),
+        a=Conv(8, 6, 3, padding=1),
+        bn=nn.BatchNorm2d(6),
+        b=Conv(6, 8, 1),
+        head=Conv(8, 5, 1),
+    )
+
+
+def axis(channel_map: ChannelMap, tensor: str, dim: int = 0) -> list[int] | None:
+    found = channel_map.axes[tensor][dim]
+    return None if found is None else found.tolist()
+
+
+def group_sizes(channel_map: ChannelMap) -> dict[str, int]:
+    return {group.name: group.size for group in channel_map.groups}
+
+
+def reference_classes(graph: Any) -> set[frozenset[tuple[str, str, int]]]:
+    """Union-find, one entry at a time, over Torch-Pruning's own closure of every single channel."""
+    parent: dict[Any, Any] = {}
+
+    def find(x: Any) -> Any:
+        while parent.setdefault(x, x) != x:
+            x = parent[x]
+        return x
+
+    for module in list(graph.module2node):
+        if isinstance(module, (Conv, nn.Linear)) and not (isinstance(module, Conv) and module.groups > 1):
+            prune = graph.get_pruner_of_module(module).prune_out_channels
+            for i in range(module.weight.shape[0]):
+                entries = single_closure(graph, module, prune, i)
+                for entry in entries:
+                    parent[find(entry)] = find(next(iter(entries)))
+    classes: dict[Any, set[Any]] = {}
+    for entry in list(parent):
+        classes.setdefault(find(entry), set()).add(entry)
+    return {frozenset(c) for c in classes.values()}
+
+
+def single_closure(graph: Any, module: nn.Module, prune: Any, i: int) -> frozenset[tuple[int, str, int]]:
+    group = graph.get_pruning_group(module, prune, [i])
+    return frozenset((id(d.target), d.handler.__name__, k) for d, ks in group for k in ks)
+
+
+def as_sets(closures: Closures) -> set[frozenset[tuple[int, str, int]]]:
+    classes: dict[int, set[tuple[int, str, int]]] = {}
+    for s, p, label in zip(
+        closures.state.tolist(), closures.position.tolist(), closures.label.tolist(), strict=True
+    ):
+        node, function = closures.states[s]
+        classes.setdefault(label, set()).add((id(node), function.__name__, p))
+    return {frozenset(c) for c in classes.values()}
+
+
+def graph_of(model: nn.Module, inputs: tuple[Tensor, ...] = IMAGES) -> Any:
+    return torch_pruning.DependencyGraph().build_dependency(model, inputs, verbose=False)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        residual_block(),
+        Net(gated, a=Conv(3, 8, 3), b=Conv(4, 5, 3)),
+        Net(
+            lambda n, x: n.b(torch.cat([n.a(x), n.c(x)], 1)),
+            a=Conv(3, 4, 1),
+            c=Conv(3, 6, 1),
+            b=Conv(10, 5, 1),
+        ),
+        Net(lambda n, x: n.b(n.a(x).flatten(1)), a=Conv(3, 4, 1), b=nn.Linear(4 * 256, 5)),
+    ],
+    ids=["residual", "gated", "concat", "flatten"],
+)
+def test_classes_equal_the_union_of_all_single_channel_closures(model: nn.Module) -> None:
+    graph = graph_of(model)
+    assert as_sets(channel_closures(graph)) == reference_classes(graph)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_the_class_of_a_random_channel_is_its_closure_by_torch_pruning(name: str) -> None:
+    model = torchvision.models.get_model(name, num_classes=10).to("meta")
+    graph = graph_of(model, (torch.zeros(1, 3, 64, 64, device="meta"),))
+    classes = {entry: c for c in as_sets(channel_closures(graph)) for entry in c}
+    draw = random.Random(0)
+    convolutions = [m for m in model.modules() if isinstance(m, Conv)]
+    for module in draw.sample(convolutions, 12):
+        prune = graph.get_pruner_of_module(module).prune_out_channels
+        i = draw.randrange(module.out_channels)
+        root = (id(graph.module2node[module]), prune.__name__, i)
+        assert single_closure(graph, module, prune, i) == classes[root]
+
+
+def test_connected_components_are_those_of_a_search() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randint(60, (2, 45), generator=generator)
+    expected = list(range(60))
+    for _ in range(60):
+        for a, b in zip(u.tolist(), v.tolist(), strict=True):
+            expected[a] = expected[b] = min(expected[a], expected[b])
+    assert connected_components(60, u, v).tolist() == expected
+
+
+def test_a_norm_and_the_columns_of_the_consumer_go_with_a_filter() -> None:
+    found = discover(
+        Net(lambda n, x: n.b(n.bn(n.a(x))), a=Conv(3, 4, 3), bn=nn.BatchNorm2d(4), b=Conv(4, 5, 3)), IMAGES
+    )
+    assert group_sizes(found) == {"a": 4}
+    for tensor in ("a.weight", "a.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"):
+        assert axis(found, tensor) == [0, 1, 2, 3]
+    assert axis(found, "b.weight", 1) == [0, 1, 2, 3]
+    assert axis(found, "a.weight", 1) is None, "the input of the network is never dropped"
+    for tensor in ("b.weight", "b.bias"):
+        assert axis(found, tensor) is None, "nor is its output"
+    assert "bn.num_batches_tracked" not in found.shapes
+
+
+def test_flatten_puts_one_atom_at_several_columns() -> None:
+    found = discover(Net(lambda n, x: n.b(n.a(x).flatten(1)), a=Conv(3, 2, 13), b=nn.Linear(32, 5)), IMAGES)
+    assert axis(found, "b.weight", 1) == [0] * 16 + [1] * 16
+
+
+def test_concat_puts_several_groups_in_one_axis_and_inputs_stay() -> None:
+    net = Net(
+        lambda n, x: n.b(torch.cat([n.c(x), x, n.a(x)], 1)), a=Conv(3, 2, 1), c=Conv(3, 3, 1), b=Conv(8, 5, 1)
+    )
+    found = discover(net, IMAGES)
+    assert group_sizes(found) == {"a": 2, "c": 3}
+    assert axis(found, "b.weight", 1) == [2, 3, 4, -1, -1, -1, 0, 1]
+
+
+def test_depthwise_convolutions_follow_their_input() -> None:
+    found = discover(
+        Net(lambda n, x: n.b(n.d(n.a(x))), a=Conv(3, 4, 1), d=Conv(4, 4, 3, groups=4), b=Conv(4, 5, 1)),
+        IMAGES,
+    )
+    assert group_sizes(found) == {"a": 4}
+    assert axis(found, "d.weight") == axis(found, "d.bias") == [0, 1, 2, 3]
+    assert axis(found, "d.weight", 1) is None
+
+
+def test_a_group_of_a_grouped_convolution_is_one_atom() -> None:
+    found = discover(
+        Net(lambda n, x: n.b(n.g(n.a(x))), a=Conv(3, 6, 1), g=Conv(6, 9, 3, groups=3), b=Conv(9, 5, 1)),
+        IMAGES,
+    )
+    assert group_sizes(found) == {"a": 3}
+    assert axis(found, "a.weight") == [0, 0, 1, 1, 2, 2]
+    assert axis(found, "g.weight") == axis(found, "g.bias") == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert axis(found, "g.weight", 1) is None, "columns are those within a group"
+    assert axis(found, "b.weight", 1) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_overlapping_groups_of_two_convolutions_are_one_atom() -> None:
+    net = nn.Sequential(Conv(3, 12, 1), Conv(12, 12, 1, groups=4), Conv(12, 12, 1, groups=6), Conv(12, 2, 1))
+    assert axis(discover(net, IMAGES), "3.weight", 1) == [0] * 6 + [1] * 6
+
+
+def test_a_gate_ties_the_two_halves_of_its_producer() -> None:
+    found = discover(Net(gated, a=Conv(3, 8, 3), b=Conv(4, 5, 3)), IMAGES)
+    assert axis(found, "a.weight") == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_coupled_streams_are_one_group_and_internal_ones_stay_dense() -> None:
+    assert group_sizes(discover(residual_block(), IMAGES)) == {"stem": 8, "a": 6}
+    internal = discover(residual_block(), IMAGES, residual="internal")
+    assert group_sizes(internal) == {"a": 6}
+    assert axis(internal, "stem.weight") is None
+    assert axis(internal, "b.weight") is None
+    assert axis(internal, "b.weight", 1) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_squeeze_excite_gate_makes_no_stream() -> None:
+    net = Net(
+        lambda n, x: n.head(n.a(x) * torch.sigmoid(n.up(n.down(n.a(x).mean((2, 3), keepdim=True)).relu()))),
+        a=Conv(3, 8, 1),
+        down=Conv(8, 2, 1),
+        up=Conv(2, 8, 1),
+        head=Conv(8, 5, 1),
+    )
+    found = discover(net, IMAGES, residual="internal")
+    assert group_sizes(found) == {"a": 8, "down": 2}
+    assert axis(found, "up.weight") == axis(found, "a.weight")
+
+
+def test_every_parameter_and_floating_buffer_is_listed_once() -> None:
+    model = torchvision.models.resnet18(num_classes=10)
+    found = discover(model, (torch.zeros(1, 3, 64, 64),), residual="internal")
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    assert dict(found.shapes) == {name: tuple(t.shape) for name, t in tensors if t.is_floating_point()}
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = residual_block().train()
+    model.bn.eval()
+    model.a.weight.requires_grad_(False)
+    model.b.weight.grad = torch.ones_like(model.b.weight)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        found = discover(model, IMAGES)
+    assert group_sizes(found) == {"stem": 8, "a": 6}, "frozen parameters are followed too"
+    assert model.training
+    assert model.a.training
+    assert not model.bn.training
+    assert not model.a.weight.requires_grad
+    assert bool((model.b.weight.grad == 1).all())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not model.bn._forward_hooks
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_model_that_looks_at_values_is_traced_on_the_cpu() -> None:
+    net = Net(
+        lambda n, x: n.b(n.a(x) * (2.0 if x.sum().item() > 1 else 1.0)), a=Conv(3, 4, 1), b=Conv(4, 5, 1)
+    )
+    assert group_sizes(discover(net, IMAGES)) == {"a": 4}
+    with pytest.raises(ValueError, match="Net cannot be traced"):
+        discover(net.to("meta"), IMAGES)
+
+
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "unknown operation": (
+        Net(lambda n, x: n.b(n.a(x).flip(1)), a=Conv(3, 4, 1), b=Conv(4, 5, 1)),
+        r"operation Flip near a \(Conv2d\)",
+    ),
+    "foreign parameter": (
+        Net(
+            lambda n, x: n.b(n.a(x) * n.scale),
+            a=Conv(3, 4, 1),
+            b=Conv(4, 5, 1),
+            scale=nn.Parameter(torch.ones(4, 1, 1)),
+        ),
+        "meet scale, a parameter",
+    ),
+    "group norm": (
+        Net(lambda n, x: n.b(n.norm(n.a(x))), a=Conv(3, 4, 1), b=Conv(4, 5, 1), norm=nn.GroupNorm(2, 4)),
+        r"norm \(GroupNorm\)",
+    ),
+    "instance norm": (
+        Net(
+            lambda n, x: n.b(n.norm(n.a(x))),
+            a=Conv(3, 4, 1),
+            b=Conv(4, 5, 1),
+            norm=nn.InstanceNorm2d(4, affine=True),
+        ),
+        r"norm \(InstanceNorm2d\)",
+    ),
+    "layer norm": (
+        Net(
+            lambda n, x: n.b(n.norm(n.a(x.flatten(1)))),
+            a=nn.Linear(768, 4),
+            b=nn.Linear(4, 5),
+            norm=nn.LayerNorm(4),
+        ),
+        r"norm \(LayerNorm\)",
+    ),
+    "spatial attention": (
+        Net(
+            lambda n, x: n.b(n.a(x) * n.m(n.a(x)).sigmoid()),
+            a=Conv(3, 8, 1),
+            m=Conv(8, 1, 1),
+            b=Conv(8, 5, 1),
+        ),
+        r"m \(Conv2d\) has 1 channels, but channel 7",
+    ),
+    "spectral norm": (
+        Net(
+            lambda n, x: n.b(n.a(x)),
+            a=nn.utils.parametrizations.spectral_norm(Conv(3, 4, 1)),
+            b=Conv(4, 5, 1),
+        ),
+        "a .*not a plain weight",
+    ),
+    "nothing to drop": (Net(lambda n, x: n.a(x), a=Conv(3, 4, 1)), "no channel of Net can be dropped"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_narrowed_is_refused_by_name(case: str) -> None:
+    model, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as refusal:
+        discover(model, IMAGES)
+    assert "\n" not in str(refusal.value)
+
+
+def test_shared_parameters_are_refused_by_name() -> None:
+    net = Net(lambda n, x: n.c(n.b(n.a(x))), a=Conv(3, 3, 1), b=Conv(3, 3, 1), c=Conv(3, 5, 1))
+    net.b.weight = net.a.weight
+    with pytest.raises(ValueError, match=r"a\.weight and b\.weight are one shared parameter"):
+        discover(net, IMAGES)
+
+
+@pytest.mark.parametrize("limit", [1e-4, 1e-9])
+def test_the_time_limit_is_kept_and_the_callers_timer_goes_on(limit: float) -> None:
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    with pytest.raises(ValueError, match="did not finish"):
+        discover(residual_block(), IMAGES, time_limit=limit)
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0) == before
+
+
+TRAPS: dict[str, nn.Module] = {
+    "pixel shuffle": Net(
+        lambda n, x: n.b(functional.pixel_shuffle(n.a(x), 2)), a=Conv(3, 16, 3), b=Conv(4, 5, 3)
+    ),
+    "pixel unshuffle": Net(
+        lambda n, x: n.b(functional.pixel_unshuffle(n.a(x), 2)), a=Conv(3, 4, 3, padding=1), b=Conv(16, 5, 3)
+    ),
+    "functional glu": Net(lambda n, x: n.b(functional.glu(n.a(x), 1)), a=Conv(3, 16, 3), b=Conv(8, 5, 3)),
+    "sliced gate": Net(
+        lambda n, x: n.b(n.a(x)[:, :8] * n.a(x)[:, 8:].tanh()), a=Conv(3, 16, 3), b=Conv(8, 5, 3)
+    ),
+    "channel shuffle": Net(shuffled, a=Conv(3, 16, 3), b=Conv(16, 5, 3)),
+    "channel shuffle of four": Net(shuffled, a=Conv(3, 4, 3), b=Conv(4, 5, 3)),
+    "fixed view after linear": Net(
+        lambda n, x: n.b(n.a(x.flatten(1)).view(-1, 4, 4, 4)), a=nn.Linear(768, 64), b=Conv(4, 5, 3)
+    ),
+    "channels-last flatten": Net(
+        lambda n, x: n.b(n.a(x).permute(0, 2, 3, 1).flatten(1)), a=Conv(3, 8, 1), b=nn.Linear(8 * 256, 5)
+    ),
+    "every second channel": Net(lambda n, x: n.b(n.a(x)[:, ::2]), a=Conv(3, 8, 3), b=Conv(4, 5, 3)),
+    "mean over channels": Net(
+        lambda n, x: n.b(n.a(x) * n.a(x).mean(1, keepdim=True).sigmoid()), a=Conv(3, 8, 3), b=Conv(8, 5, 3)
+    ),
+    "response norm": Net(
+        lambda n, x: n.b(functional.local_response_norm(n.a(x), 3)), a=Conv(3, 8, 3), b=Conv(8, 5, 3)
+    ),
+    "detached branch": Net(
+        lambda n, x: n.b(n.a(x)) + n.c(n.a(x).detach()), a=Conv(3, 8, 3), b=Conv(8, 5, 3), c=Conv(8, 5, 3)
+    ),
+    "swapped halves": Net(
+        lambda n, x: n.b(torch.cat(n.a(x).split([3, 5], 1)[::-1], 1)), a=Conv(3, 8, 3), b=Conv(8, 5, 3)
+    ),
+    "padded shortcut": Net(
+        lambda n, x: n.o(n.b(n.a(x)) + functional.pad(n.a(x), (0, 0, 0, 0, 4, 4))),
+        a=Conv(3, 8, 1),
+        b=Conv(8, 16, 1),
+        o=Conv(16, 5, 1),
+    ),
+    "repeated channels": Net(
+        lambda n, x: n.b(n.a(x).repeat_interleave(2, 1)), a=Conv(3, 4, 3), b=Conv(8, 5, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_never_passes_both_discovery_and_self_test(trap: str) -> None:
+    with pytest.raises(ValueError):
+        check(TRAPS[trap], IMAGES, discover(TRAPS[trap], IMAGES))
+
+
+def right_maps() -> dict[str, nn.Module]:
+    return {
+        "gate": Net(gated, a=Conv(3, 16, 3), b=Conv(8, 5, 3)),
+        "view after linear": Net(
+            lambda n, x: n.b(n.a(x.flatten(1)).view(len(x), -1, 4, 4)), a=nn.Linear(768, 64), b=Conv(4, 5, 3)
+        ),
+        "transposed and skip": Net(
+            lambda n, x: n.o(torch.cat([n.a(x), n.up(n.down(n.a(x)))], 1)),
+            a=Conv(3, 8, 1),
+            down=Conv(8, 6, 2, 2),
+            up=nn.ConvTranspose2d(6, 7, 2, 2),
+            o=Conv(15, 5, 1),
+        ),
+        "prelu per channel": Net(
+            lambda n, x: n.b(n.p(n.a(x))), a=Conv(3, 8, 1), p=nn.PReLU(8), b=Conv(8, 5, 1)
+        ),
+        "norm without scale": Net(
+            lambda n, x: n.b(n.p(n.a(x))), a=Conv(3, 8, 1), p=nn.BatchNorm2d(8, affine=False), b=Conv(8, 5, 1)
+        ),
+        "dictionary of outputs": Net(
+            lambda n, x: {"y": n.b(n.a(x).relu())}, a=Conv(3, 8, 1), b=Conv(8, 5, 1)
+        ),
+        "grouped convolution": Net(
+            lambda n, x: n.b(n.bn(n.g(n.a(x)))),
+            a=Conv(3, 12, 1),
+            g=Conv(12, 18, 3, groups=6),
+            bn=nn.BatchNorm2d(18),
+            b=Conv(18, 5, 1),
+        ),
+        "transposed grouped convolution": Net(
+            lambda n, x: n.b(n.g(n.a(x))),
+            a=Conv(3, 12, 1),
+            g=nn.ConvTranspose2d(12, 18, 2, groups=6),
+            b=Conv(18, 5, 1),
+        ),
+        "depthwise convolution that widens": Net(
+            lambda n, x: n.b(n.g(n.a(x))),
+            a=Conv(3, 6, 1),
+            g=Conv(6, 12, 3, groups=6),
+            b=Conv(12, 5, 1),
+        ),
+        "layer used twice": Net(
+            lambda n, x: n.b(n.a(n.a(n.i(x)).relu())), i=Conv(3, 8, 1), a=Conv(8, 8, 1), b=Conv(8, 5, 1)
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", right_maps())
+def test_odd_but_right_networks_pass_both(case: str) -> None:
+    model = right_maps()[case]
+    found = discover(model, IMAGES)
+    assert found.num_atoms >= 4
+    check(model, IMAGES, found)

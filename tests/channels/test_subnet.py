@@ -1,0 +1,51 @@
+"""The skeleton of a subnet is bound to one selection after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import Subnet, build_on_meta, narrow_module
+
+IMAGES = (torch.randn(2, 3, 6, 6),)
+CONVOLUTIONS = {
+    "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+    "grouped": nn.Conv2d(8, 12, 3, groups=4),
+    "transposed depthwise": nn.ConvTranspose2d(8, 8, 3, groups=8),
+    "transposed grouped": nn.ConvTranspose2d(8, 12, 3, groups=4),
+}
+
+
+def bound(subnet: Subnet, model: nn.Module, channel_map: ChannelMap, mask: torch.Tensor) -> nn.Module:
+    selection = Selection(channel_map, mask)
+    flat = [selection.take(n, p.detach()).flatten() for n, p in model.named_parameters()]
+    subnet.bind(selection, torch.cat(flat), None, torch.empty(0))
+    return subnet.module
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_grouped_convolution_grows_again_after_it_was_one_group(kind: str) -> None:
+    convolution = CONVOLUTIONS[kind]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), convolution, nn.Conv2d(convolution.out_channels, 5, 1))
+    channel_map = discover(model, IMAGES)
+    subnet = Subnet(model, torch.device("cpu"))
+    one = torch.arange(channel_map.num_atoms) == 1
+    for mask in (one, channel_map.full_mask(), ~one):
+        expected = narrow_module(model, channel_map, mask)
+        found = bound(subnet, model, channel_map, mask)
+        assert found[1].groups == expected[1].groups == int(mask.sum())
+        assert repr(found) == repr(expected)
+        assert torch.equal(found(*IMAGES), expected(*IMAGES))
+    assert convolution.groups == channel_map.num_atoms, "the model is left as it was"
+
+
+def test_a_model_that_reads_values_while_it_is_built_is_moved_to_meta() -> None:
+    def build() -> nn.Module:
+        return nn.Conv2d(1, int(torch.tensor(4).item()), 1)
+
+    assert build_on_meta(build).weight.is_meta
+    assert build_on_meta(lambda: nn.Linear(2, 3)).weight.is_meta

@@ -1,0 +1,283 @@
+"""The program ``offload-sparse``: commands, exit codes, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from offload_sparse.bench import contract
+from offload_sparse.bench.contract import BenchResult
+from offload_sparse.channels import check as verify_module
+from offload_sparse.channels.channel_map import ChannelMap, Group
+from offload_sparse.cli import main as cli
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.finalize import FinalNetwork, export
+from offload_sparse.run.log import Recorder
+from offload_sparse.workloads.models import build_model
+
+ROOT = Path(__file__).parents[2]
+SMALL = "offload_sparse/vgg_small"
+
+
+def start(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(argv) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("offload-sparse: error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+
+def test_a_mistake_reaches_the_shell_as_one_line_and_exit_code_2() -> None:
+    for program in (["-m", "offload_sparse.cli", "train"], [str(ROOT / "launch" / "train.py")]):
+        done = start(*program, "--policy.rho", "2")
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr == (
+            "offload-sparse: error: policy.rho is 2.0; give a remaining ratio in (0, 1], such as 0.25\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["trian"], "unknown command trian; did you mean train?"),
+        (["--policy.rho", "0.1"], "unknown command --policy.rho; give one of train"),
+        (["train", "--config", "no.yaml"], "there is no configuration file no.yaml"),
+        (["train", "--round.k", "0"], "round.k is 0"),
+        (["train", "--foo", "0"], "unknown option --foo"),
+        (["verify"], "--model is missing"),
+        (["verify", "--all", "--model", SMALL], "--model and --all exclude each other"),
+        (["verify", "--model", "offload_sparse/vgg_smal"], "unknown model"),
+        (["verify", "--model", SMALL, "--rho", "0"], "rho is 0.0; give a ratio in (0, 1]"),
+        (["verify", "--model", SMALL, "--residual", "no"], "give one of coupled, internal"),
+        (["verify", "--model", SMALL, "--image_size", "-1"], "image_size is -1"),
+        (["evaluate"], "PATH is missing"),
+        (["evaluate", "no/such/folder"], "holds no structure.json"),
+        (["evaluate", "x", "--split", "best"], "give one of test, train, validation"),
+        (["bench", "no_such_bench"], "there is no bench 'no_such_bench'; give one of"),
+        (["bench", "a", "b"], "unexpected argument 'b'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in error_of(argv, capsys)
+
+
+def test_an_unwritable_run_folder_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    line = error_of(["train", "--run_dir", str(tmp_path / "file" / "run")], capsys)
+    assert "cannot be written (Not a directory); give another folder with --run_dir" in line
+
+
+# --- help --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: offload-sparse {command}" in text
+    assert f"examples:\n  offload-sparse {command}" in text
+    assert "(default: " in text
+
+
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"]):
+        assert cli.main(argv) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {name} " in text for name in cli.COMMANDS)
+
+
+def test_help_and_mistakes_do_not_import_torch() -> None:
+    script = """
+import sys
+from offload_sparse.cli.main import COMMANDS, main
+helps = [[name, "--help"] for name in COMMANDS]
+for argv in ([], ["--version"], ["nothing"], ["bench"], *helps, ["train", "--foo"]):
+    try:
+        main(argv)
+    except SystemExit as stop:
+        assert stop.code == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+# --- verify ------------------------------------------------------------------------------------------
+
+VERIFY_KEYS = {
+    "model",
+    "rho",
+    "residual",
+    "atoms",
+    "groups",
+    "kept",
+    "output_error",
+    "gradient_error",
+    "discover_seconds",
+    "verify_seconds",
+    "ok",
+}
+
+
+@pytest.mark.parametrize("residual", ["internal", "filter"])
+def test_verify_measures_errors_of_outputs_and_gradients(
+    residual: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["verify", "--model", "offload_sparse/resnet20_cifar", "--rho", "0.5", "--json"]
+    assert cli.main([*argv, "--residual", residual]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) >= VERIFY_KEYS
+    assert figures["ok"] is True
+    assert 0 < figures["kept"] < figures["atoms"]
+    assert max(figures["output_error"], figures["gradient_error"]) <= 1e-8
+
+
+def test_verify_prints_a_table_and_fails_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify_module, "TOLERANCE", 0.0)
+    assert cli.main(["verify", "--model", SMALL]) == 1
+    assert "gradient error" in capsys.readouterr().out
+
+
+def test_verify_all_lists_every_network_and_why_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offload_sparse.inspect import coverage
+
+    cases = (coverage.Case(SMALL, 28), coverage.Case("torchvision/shufflenet_v2_x0_5", 64, accepted=False))
+    monkeypatch.setattr(coverage, "CASES", cases)
+    assert cli.main(["verify", "--all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["accepted"], found["refused"], found["ok"]) == (1, 1, True)
+    good, bad = found["models"]
+    assert set(good) == set(bad) >= {"model", "atoms", "groups", "discover_seconds", "reason"}
+    assert max(good["output_error"], good["gradient_error"]) < 1e-8
+    assert "cannot be traced" in bad["reason"]
+    assert cli.main(["verify", "--all"]) == 0
+    text = capsys.readouterr().out
+    assert "refused: ShuffleNetV2 cannot be traced" in text
+
+
+def test_verify_all_fails_when_a_network_that_passed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offload_sparse.inspect import coverage
+
+    cases = (coverage.Case("torchvision/shufflenet_v2_x0_5", 64),)
+    monkeypatch.setattr(coverage, "CASES", cases)
+    assert cli.main(["verify", "--all", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+# --- evaluate ----------------------------------------------------------------------------------------
+
+
+def exported_run(run_dir: Path) -> nn.Module:
+    """A run folder whose network is a random one that keeps all its channels."""
+    arguments = {"num_classes": 10, "in_channels": 1, "image_size": 28}
+    network = build_model(SMALL, **arguments).eval()
+    config = RunConfig(run_dir=run_dir)
+    config.data.test_limit = 64
+    with Recorder(config) as recorder:
+        recorder.begin(1, 1)
+    channel_map = ChannelMap((Group("all", 0, 1),), {}, {})
+    model = {"name": SMALL, "arguments": arguments}
+    final = FinalNetwork(network, torch.ones(1, dtype=torch.bool), channel_map)
+    export(final, recorder.model_folder, model, {"mean": [0.25], "std": [0.5]})
+    return network
+
+
+def test_evaluate_measures_the_exported_network_on_the_data_of_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offload_sparse.workloads.data.loader import EvalLoader
+    from offload_sparse.workloads.data.source import load_splits
+
+    network = exported_run(tmp_path)
+    config = RunConfig().data
+    config.test_limit = 64
+    (batch,) = EvalLoader(load_splits(config).test, config)
+    with torch.no_grad():
+        logits = network((batch.images / 255 - 0.25) / 0.5)
+    expected_loss = float(nn.functional.cross_entropy(logits, batch.labels))
+    expected_accuracy = float((logits.argmax(1) == batch.labels).double().mean())
+    for path in (tmp_path, tmp_path / "model"):
+        assert cli.main(["evaluate", "--json", str(path)]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["images"] == 64
+        assert figures["loss"] == pytest.approx(expected_loss, rel=1e-5)
+        assert figures["accuracy"] == pytest.approx(expected_accuracy)
+
+
+def test_evaluate_takes_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported_run(tmp_path)
+    argv = ["evaluate", str(tmp_path), "--split", "train", "--data.train_limit", "32", "--json"]
+    assert cli.main(argv) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["split"], figures["images"]) == ("train", 32)
+    assert "no validation images" in error_of(["evaluate", str(tmp_path), "--split", "validation"], capsys)
+
+
+# --- bench -------------------------------------------------------------------------------------------
+
+
+def test_bench_lists_what_it_finds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == list(contract.available())
+    assert "contract" not in listed
+
+
+def test_a_bench_is_a_module_with_a_run_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "contract.py").write_text("")
+    (tmp_path / "widths.py").write_text('"""How widths matter.\n\nMore."""\ndef run(quick): ...\n')
+    (tmp_path / "helper.py").write_text("def other(): ...\n")
+    monkeypatch.setattr(contract, "__file__", str(tmp_path / "contract.py"))
+    assert contract.available() == {"widths": "How widths matter."}
+
+
+def test_bench_prints_its_table_and_keeps_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(quick: bool) -> BenchResult:
+        ratios = {"speed": 2.0 if quick else 4.0}
+        return BenchResult(ratios, {"seconds": [1, 2]}, ["case", "seconds"], [["a", 1.5]])
+
+    monkeypatch.setattr(contract, "load", {"widths": run}.__getitem__)
+    file = tmp_path / "new" / "widths.json"
+    assert cli.main(["bench", "--quick", "widths", "--json", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert "1.5" in output
+    assert "speed: 2" in output
+    record = json.loads(file.read_text())
+    assert set(record) == {"command", "hardware", "versions", "ratios", "raw"}
+    assert record["command"] == f"offload-sparse bench --quick widths --json {file}"
+    assert record["ratios"] == {"speed": 2.0}
+    assert record["raw"] == {"seconds": [1, 2]}
+    assert {"python", "torch"} <= set(record["versions"])
+    assert record["hardware"]["cores"] >= 1
+
+
+def test_a_record_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written .* with --json"):
+        contract.write(BenchResult({}, {}), "command", tmp_path / "file" / "x.json")

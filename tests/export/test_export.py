@@ -1,0 +1,323 @@
+"""A network exported in any format is the network that was trained, and no artefact can run code or leave its
+folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.stream_add import expose_additions
+from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.cli.main import main
+from offload_sparse.config import yaml_text
+from offload_sparse.engine.finalize import FinalNetwork
+from offload_sparse.engine.finalize import export as write_network
+from offload_sparse.export.convert import Format, export_network
+from offload_sparse.export.description import Kind, describe
+from offload_sparse.export.hub import model_card
+from offload_sparse.export.open import open_artefact
+from offload_sparse.workloads.models import build_model
+
+FORMATS: tuple[Format, ...] = ("safetensors", "torch_export", "onnx", "hub")
+SHAPE = (1, 28, 28)
+ARGUMENTS = {"num_classes": 10, "in_channels": 1, "image_size": 28}
+SUMMARY = {
+    "test_accuracy": 0.875,
+    "params_ratio": 0.0625,
+    "steps": 12,
+    "dataset": "someone/images",
+    "seconds": 3.5,
+}
+
+
+def narrowed(name: str, residual: str, arguments: dict[str, Any]) -> FinalNetwork:
+    torch.manual_seed(0)
+    full = build_model(name, **arguments)
+    shape = (1, arguments["in_channels"], arguments["image_size"], arguments["image_size"])
+    channel_map = discover(full, (torch.empty(shape),), residual)
+    mask = torch.rand(channel_map.num_atoms) < 0.5
+    mask[[group.start for group in channel_map.groups]] = True
+    expose_additions(full, channel_map.additions)
+    return FinalNetwork(narrow_module(full, channel_map, mask).eval(), mask, channel_map)
+
+
+@pytest.fixture(scope="module")
+def network() -> FinalNetwork:
+    return narrowed("offload_sparse/vgg_small", "coupled", ARGUMENTS | {"width": 0.25})
+
+
+@pytest.fixture(scope="module")
+def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with the network in every format."""
+    run_dir = tmp_path_factory.mktemp("run")
+    model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
+    preprocessing = {"mean": [0.25], "std": [0.5], "shape": list(SHAPE), "class_names": ["a", "b"]}
+    write_network(network, run_dir / "model", model, preprocessing)
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
+    (run_dir / "config.yaml").write_text("data: {test_limit: 48}\n")
+    for name in FORMATS:
+        figures = export_network(run_dir, name)
+        assert figures["largest_difference"] <= 1e-5
+    return run_dir
+
+
+@pytest.fixture
+def copy(exports: Path, tmp_path: Path) -> Callable[[Kind], Path]:
+    """A copy of one export, to be damaged."""
+
+    def copied(kind: Kind) -> Path:
+        return Path(shutil.copytree(exports / "export" / kind, tmp_path / kind))
+
+    return copied
+
+
+@torch.no_grad()
+def logits(path: Path, images: Tensor) -> Tensor:
+    return open_artefact(path).network(images)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_what_is_read_back_computes_the_same_logits_for_batches_of_any_size(
+    name: Format, batch: int, network: FinalNetwork, exports: Path
+) -> None:
+    images = torch.randn(batch, *SHAPE)
+    with torch.no_grad():
+        expected = network.module(images)
+    torch.testing.assert_close(logits(exports / "export" / name, images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["torch_export", "onnx"])
+def test_sums_whose_operands_hold_different_channels_survive(kind: Kind, tmp_path: Path) -> None:
+    arguments = {"num_classes": 3, "in_channels": 3, "image_size": 8}
+    network = narrowed("offload_sparse/resnet20_cifar", "filter", arguments)
+    model = {"name": "offload_sparse/resnet20_cifar", "arguments": arguments}
+    write_network(network, tmp_path / "model", model, {"shape": [3, 8, 8]})
+    export_network(tmp_path, kind, tmp_path / kind)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network.module(images)
+    torch.testing.assert_close(logits(tmp_path / kind, images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluate_measures_the_same_on_every_format(
+    exports: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [exports, *(exports / "export" / name for name in FORMATS), exports / "export/onnx/model.onnx"]
+    found = []
+    for place in places:
+        assert main(["evaluate", str(place), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert {figures["images"] for figures in found} == {48}
+    assert {figures["accuracy"] for figures in found} == {found[0]["accuracy"]}
+    assert [figures["loss"] for figures in found] == pytest.approx([found[0]["loss"]] * len(found), rel=1e-5)
+
+
+def test_a_network_in_float64_becomes_onnx_in_float32(network: FinalNetwork, tmp_path: Path) -> None:
+    doubled = FinalNetwork(
+        narrowed("offload_sparse/vgg_small", "coupled", ARGUMENTS | {"width": 0.25}).module.double(),
+        network.mask,
+        network.channel_map,
+    )
+    model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
+    write_network(doubled, tmp_path / "model", model, {"shape": list(SHAPE)})
+    export_network(tmp_path, "onnx")
+    assert open_artefact(tmp_path / "export" / "onnx").dtype == torch.float32
+
+
+def test_a_layout_without_zeros_is_written_whole(network: FinalNetwork, tmp_path: Path) -> None:
+    model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
+    write_network(network, tmp_path / "model", model, layout="csr")
+    export_network(tmp_path, "safetensors")
+    structure = json.loads((tmp_path / "export" / "safetensors" / "structure.json").read_text())
+    assert "layouts" not in structure
+    images = torch.randn(2, *SHAPE)
+    assert torch.equal(logits(tmp_path / "export" / "safetensors", images), logits(tmp_path, images))
+
+
+# --- the model card ----------------------------------------------------------------------------------
+
+
+def test_the_model_card_carries_the_figures_of_the_run_and_the_widths(
+    network: FinalNetwork, exports: Path
+) -> None:
+    _, metadata, text = (exports / "export" / "hub" / "README.md").read_text().split("---\n", 2)
+    card = yaml_text.parse(metadata, "card")
+    assert card["datasets"] == ["someone/images"]
+    (result,) = card["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
+    assert "| test accuracy | 87.50% |" in text
+    for group, widths in network.kept_channels().items():
+        assert f"| {group} | {len(widths['kept'])} of {widths['size']} |" in text
+
+
+@pytest.mark.parametrize("dataset", ["/home/someone/secret/images", "../images", "images.parquet", "~/x"])
+def test_the_model_card_names_no_folder_of_the_machine(dataset: str) -> None:
+    structure = {"model": {"name": "offload_sparse/vgg_small"}, "preprocessing": {}, "groups": {}}
+    assert dataset not in model_card(structure, SUMMARY | {"dataset": dataset})
+
+
+# --- what cannot be written --------------------------------------------------------------------------
+
+
+def test_a_network_is_never_written_over_itself(exports: Path) -> None:
+    with pytest.raises(ValueError, match=r"is the folder that is read; .* --output"):
+        export_network(exports, "safetensors", exports / "model")
+
+
+def test_a_graph_needs_the_shape_of_the_images(network: FinalNetwork, tmp_path: Path) -> None:
+    write_network(network, tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
+    with pytest.raises(ValueError, match="does not say the shape of its images"):
+        export_network(tmp_path, "onnx")
+
+
+def test_missing_packages_are_told_with_what_to_install(
+    exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["evaluate", str(exports / "export" / "onnx")]) == 2
+    assert (
+        "ONNX needs onnx and onnxruntime; run: pip install 'offload-sparse[onnx]'" in capsys.readouterr().err
+    )
+
+
+# --- what cannot be read -----------------------------------------------------------------------------
+
+
+class Touch:
+    """Unpickling one writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def rewrite(
+    folder: Path, change: Callable[[str, bytes], bytes], added: dict[str, bytes] | None = None
+) -> None:
+    """Change members of the program, with a description that fits it again."""
+    file = folder / "model.pt2"
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, change(name, content))
+        for name, content in (added or {}).items():
+            archive.writestr(f"model/{name}", content)
+    old = json.loads((folder / "network.json").read_text())
+    describe(folder, "torch_export", old["model"], old["preprocessing"], old["dtype"])
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        open_artefact(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["data/constants/opaque_obj_0", "data/weights/model.pt", "data/aotinductor/x"]
+)
+def test_a_program_that_brings_objects_is_refused_unread(
+    place: str, copy: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    folder = copy("torch_export")
+    rewrite(folder, lambda _, content: content, {place: pickle.dumps(Touch(tmp_path / "touched"))})
+    assert f"holds {place}" in refused(folder)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_programs_sample_is_not_unpickled(copy: Callable[[Kind], Path], tmp_path: Path) -> None:
+    folder, bad = copy("torch_export"), pickle.dumps(Touch(tmp_path / "touched"))
+    rewrite(folder, lambda name, content: bad if name.endswith("sample_inputs/model.pt") else content)
+    assert "is damaged" in refused(folder)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("torch.ops.aten.relu_.default", "torch.hub.load"),
+        ("Symbol('s", "__import__('os').mkdir('s"),
+    ],
+)
+def test_a_programs_names_and_expressions_are_checked_before_they_are_evaluated(
+    old: str, new: str, copy: Callable[[Kind], Path]
+) -> None:
+    folder = copy("torch_export")
+
+    def change(name: str, content: bytes) -> bytes:
+        return content.replace(old.encode(), new.encode()) if name.endswith("models/model.json") else content
+
+    rewrite(folder, change)
+    assert "which no network of this package does" in refused(folder)
+
+
+def test_pickled_tensors_in_a_program_are_refused(copy: Callable[[Kind], Path]) -> None:
+    folder = copy("torch_export")
+    old, new = b'"use_pickle": false', b'"use_pickle": true'
+    rewrite(folder, lambda name, content: content.replace(old, new) if name.endswith(".json") else content)
+    assert "holds pickled tensors" in refused(folder)
+
+
+def test_an_onnx_file_cannot_refer_to_files_elsewhere(copy: Callable[[Kind], Path]) -> None:
+    import onnx
+
+    folder = copy("onnx")
+    model = onnx.load(folder / "model.onnx")
+    tensor = next(t for t in model.graph.initializer if t.dims)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "../../secret"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    old = json.loads((folder / "network.json").read_text())
+    describe(folder, "onnx", old["model"], old["preprocessing"], old["dtype"])
+    assert "refers to weights in another place" in refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["torch_export", "onnx"])
+def test_damaged_files_are_refused_in_one_line(kind: Kind, copy: Callable[[Kind], Path]) -> None:
+    folder = copy(kind)
+    file = folder / ("model.pt2" if kind == "torch_export" else "model.onnx")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    assert "is missing, damaged, or of another export" in refused(folder)
+    file.write_bytes(content[: len(content) // 2])
+    old = json.loads((folder / "network.json").read_text())
+    describe(folder, kind, old["model"], old["preprocessing"], old["dtype"])
+    assert "is damaged" in refused(folder)
+    file.unlink()
+    assert "is missing, damaged, or of another export" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1, "kind": "pickle", "files": {}}',
+        '{"format": 1, "kind": "onnx", "files": {"../model.onnx": "0"}}',
+        '{"format": 1, "kind": "onnx", "files": {}, "model": {}, "preprocessing": [], "dtype": "float32"}',
+        "\udcff",
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "network.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert "export the network again" in refused(tmp_path)

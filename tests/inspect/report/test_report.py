@@ -1,0 +1,366 @@
+"""The page about runs: what it shows, and that it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from offload_sparse.cli.main import main
+from offload_sparse.config import parse as arguments
+from offload_sparse.inspect.report.charts import sections
+from offload_sparse.inspect.report.figures import curves, heat_map
+from offload_sparse.inspect.report.run_data import read_runs
+from offload_sparse.inspect.report.style import THEMES, look, scale_of, themed
+from offload_sparse.inspect.report.tables import difference_table, paper_tables, summary_table
+
+SUMMARY = {
+    "method": "sparse_offload",
+    "model": "offload_sparse/vgg_small",
+    "rho": 0.25,
+    "test_accuracy": 0.875,
+    "params_ratio": 0.0625,
+    "flops_ratio": 0.05,
+    "train_cost_saving": 12.5,
+    "seconds": 40.0,
+    "store_bytes": 3 << 20,
+    "subnet_bytes_peak": 1 << 20,
+    "peak_host_bytes": 1 << 30,
+    "peak_device_bytes": 0,
+}
+TIMELINE = [["gather", 0.0, 0.1], ["compute", 0.1, 1.0], ["scatter", 1.0, 1.05], ["compute", 1.05, 2.0]]
+
+
+def write_run(folder: Path, finished: bool = True, everything: bool = True, **config: Any) -> Path:
+    """A run of 4 epochs of 10 steps, as training leaves it."""
+    folder.mkdir(parents=True)
+    flat = [f"--{name}={value}" for name, value in config.items()]
+    (folder / "config.yaml").write_text(arguments.dump(arguments.parse(flat)))
+    lines: list[dict[str, Any]] = []
+    for step in range(5, 41, 5):
+        line = {"step": step, "epoch": step / 10, "time": step / 2, "loss": 2 / step, "accuracy": 0.5}
+        if everything:
+            line |= {"train_flops": 1e9 * step, "entropy": 1 - step / 80, "expected_size": 0.25}
+            line |= {"bus_bytes_per_round": 1000.0 * step, "gather_seconds": 0.1, "compute_seconds": 0.9}
+        lines.append(line)
+        if step % 10 == 0:
+            line = {"step": step, "epoch": step / 10, "time": step / 2, "test_accuracy": step / 50}
+            if everything:
+                line |= {"flops_ratio": 0.05, "host_bytes": 1 << 28, "round_timeline": TIMELINE}
+                line |= {"group_keep": {"conv1": step / 40, "conv2": 0.5}, "deaths": 3, "revivals": 1}
+                line |= {"mask_overlap": 0.5, "loss_difference_mean": -0.1, "loss_difference_std": 0.2}
+            lines.append(line)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        (folder / "summary.json").write_text(json.dumps(SUMMARY))
+        (folder / "model").mkdir()
+        groups = {"conv1": {"size": 8, "kept": [0, 3]}, "conv2": {"size": 4, "kept": [1, 2, 3]}}
+        (folder / "model" / "structure.json").write_text(json.dumps({"groups": groups}))
+    return folder
+
+
+class Page(HTMLParser):
+    """The parts of a page that could refer to something else, and its texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.references: list[str] = []
+        self.alternatives: list[str] = []
+        self.sources: list[dict[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.references += [values[name] or "" for name in ("src", "srcset", "href") if name in values]
+        if tag == "img":
+            self.alternatives.append(values.get("alt") or "")
+        if tag == "source":
+            self.sources.append(values)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a report about two runs."""
+    folder = tmp_path_factory.mktemp("report")
+    paper = {"paper.source": "Some paper, Table 1", "paper.accuracy": 92.5, "paper.flops": 8.7}
+    one = write_run(folder / "one", **paper)
+    two = write_run(folder / "two <b>", everything=False, **{"round.k": 10})
+    assert main(["report", str(one), str(two), "--output", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    return Page((report / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_refers_to_nothing_but_itself(report: Path, page: Page) -> None:
+    text = (report / "report.html").read_text(encoding="utf-8")
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    assert page.references
+    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in page.references)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in text
+
+
+def test_every_picture_is_complete_in_both_themes_and_described(page: Page) -> None:
+    assert len(page.references) == 2 * len(page.alternatives)
+    assert all(source["media"] == "(prefers-color-scheme: dark)" for source in page.sources)
+    assert all(len(text) > 20 for text in page.alternatives)
+    for reference in page.references:
+        root = xml.etree.ElementTree.fromstring(base64.b64decode(reference.partition(",")[2]))
+        assert root.tag.endswith("svg")
+        links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
+        assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+
+
+def test_the_same_pictures_lie_beside_the_page_as_png(report: Path, page: Page) -> None:
+    names = sorted(path.stem for path in (report / "pictures").glob("*.png"))
+    assert len(names) == 2 * len(page.alternatives)
+    light, dark = [n for n in names if n.endswith("_light")], [n for n in names if n.endswith("_dark")]
+    assert [n.removesuffix("_light") for n in light] == [n.removesuffix("_dark") for n in dark]
+    for name in names:
+        with Image.open(report / "pictures" / f"{name}.png") as image:
+            corner = np.asarray(image.convert("L"))[0, 0]
+        assert corner > 240 if name.endswith("_light") else corner < 40
+
+
+def test_names_of_runs_are_text_and_not_markup(page: Page) -> None:
+    assert "b" not in page.tags
+    assert "two <b>" in page.text
+
+
+def test_all_that_runs_record_is_drawn(report: Path) -> None:
+    drawn = {path.stem.removesuffix("_dark") for path in (report / "pictures").glob("*_dark.png")}
+    assert drawn == {
+        *(f"{what}_{axis}" for what in ("loss", "accuracy") for axis in ("step", "train_flops", "time")),
+        *("group_keep_0", "widths", "entropy", "expected_size", "deaths", "revivals", "mask_overlap"),
+        *("flops_ratio", "loss_difference_mean", "loss_difference_std"),
+        *("memory", "host_bytes", "bus_bytes", "timeline_0", "round_seconds"),
+    }
+
+
+def test_what_no_run_has_recorded_is_said(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", everything=False, finished=False)])
+    missing = {part.title: set(part.missing) for part in sections([run])}
+    assert {"keep ratio per group", "widths of the final network"} <= missing["Structure"]
+    assert missing["Rounds"] == {"timeline of rounds"}
+    assert "training loss against training FLOPs" in missing["Loss and accuracy"]
+
+
+# --- series and tables -------------------------------------------------------------------------------
+
+
+def test_a_quantity_logged_per_epoch_is_placed_on_an_axis_logged_per_line(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run")])
+    x, y = run.series("test_accuracy", "train_flops")
+    assert x.tolist() == [1e10, 2e10, 3e10, 4e10]
+    assert y.tolist() == [0.2, 0.4, 0.6, 0.8]
+
+
+def test_keep_ratios_are_rows_of_groups_over_epochs(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run")])
+    names, epochs, values = run.group_keep
+    assert names == ["conv1", "conv2"]
+    assert epochs.tolist() == [1, 2, 3, 4]
+    assert values.tolist() == [[0.25, 0.5, 0.75, 1.0], [0.5] * 4]
+
+
+def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", finished=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 45, "lo')
+    (run,) = read_runs([folder])
+    assert run.lines[-1]["step"] == 40
+
+
+def test_the_papers_row_stands_beside_the_runs_that_aim_at_it(tmp_path: Path) -> None:
+    aims = write_run(
+        tmp_path / "a", **{"paper.source": "P, Table 1", "paper.accuracy": 92.5, "paper.flops": 8.7}
+    )
+    runs = read_runs([aims, write_run(tmp_path / "b")])
+    (table,) = paper_tables(runs)
+    assert table.title == "Against P, Table 1"
+    assert table.header == ("", "paper", "a")
+    assert table.rows == (("accuracy", "92.50 %", "87.50 %"), ("FLOPs kept", "8.70 %", "5.00 %"))
+
+
+def test_the_table_of_differences_names_the_settings_that_differ_and_no_others(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / name, **{"round.k": k, "run_dir": name}) for name, k in (("a", 50), ("b", 10))
+    ]
+    runs = read_runs(folders)
+    table = difference_table(runs)
+    assert table is not None
+    assert table.rows == (("round.k", "50", "10"),)
+    assert difference_table(runs[:1]) is None
+
+
+def test_a_run_that_is_not_finished_says_where_it_stands(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", finished=False)])
+    assert summary_table(runs).rows[0] == ("state", "finished", "at step 40")
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")])
+    assert [run.name for run in runs] == ["x/run", "y/run"]
+
+
+# --- figures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theme", THEMES.values(), ids=list(THEMES))
+def test_the_colours_of_runs_stand_out_from_the_panel_and_from_each_other(theme: Any) -> None:
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    def contrast(a: str, b: str) -> float:
+        low, high = sorted((luminance(a), luminance(b)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert all(contrast(colour, theme.panel) >= 3 for colour in theme.colours), "graphics, WCAG 1.4.11"
+    assert contrast(theme.text, theme.panel) >= 7
+    assert contrast(theme.muted, theme.panel) >= 4.5
+    looks = [look(theme, i) for i in range(6)]
+    for key in ("color", "linestyle", "marker"):
+        assert len({str(entry[key]) for entry in looks}) == 6, key
+
+
+@pytest.mark.parametrize("rows", [1, 6, 60, 200])
+def test_the_names_of_many_rows_do_not_overlap(rows: int) -> None:
+    names = [f"layer{i}.some.long.name.of.a.module.conv{i}" for i in range(rows)]
+    with themed(THEMES["light"]):
+        figure = heat_map(
+            THEMES["light"], "Title", names, np.arange(1.0, 5), np.full((rows, 4), 0.5), "epoch", "kept"
+        )
+        figure.savefig(io.BytesIO(), dpi=80)
+        labels = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
+
+
+def test_a_long_curve_is_drawn_with_few_points() -> None:
+    x = np.arange(100_000.0)
+    with themed(THEMES["light"]):
+        figure = curves(THEMES["light"], "Title", {"run": (x, x)}, "steps", "loss")
+    (line,) = figure.axes[0].lines
+    assert len(line.get_xdata()) <= 300
+    assert np.mean(line.get_ydata()) == pytest.approx(x.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("largest", "unit", "expected"),
+    [
+        (1536, "bytes", (1024.0, "KiB")),
+        (3 << 40, "bytes", (1024.0**4, "TiB")),
+        (5e10, "FLOP", (1e9, "GFLOP")),
+        (0.002, "seconds", (1e-3, "ms")),
+        (7200, "seconds", (60.0, "minutes")),
+        (0, "bytes", (1.0, "B")),
+    ],
+)
+def test_units_fit_the_size(largest: float, unit: str, expected: tuple[float, str]) -> None:
+    assert scale_of(largest, unit) == expected
+
+
+# --- bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [["report"], ["report", "no/such/run"]])
+def test_without_a_run_there_is_one_line_of_advice(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "give a run's folder" in error or "RUN is missing" in error
+
+
+def test_damaged_or_doubled_runs_are_one_line_of_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    assert main(["report", str(run), str(run)]) == 2
+    assert "is given twice" in capsys.readouterr().err
+    (run / "summary.json").write_text("{")
+    assert main(["report", str(run)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text("")
+    assert main(["report", str(run)]) == 2
+    assert "holds no lines yet" in capsys.readouterr().err
+
+
+# --- a real browser ----------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_browser_shows_the_page_in_the_theme_that_its_user_prefers(
+    width: int, report: Path, tmp_path: Path
+) -> None:
+    assert CHROMIUM is not None
+    shades = []
+    for scheme in (0, 1):  # dark, light
+        file = tmp_path / f"{scheme}.png"
+        subprocess.run(
+            [
+                *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+                *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1800"),
+                *(f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={file}"),
+                (report / "report.html").as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        with Image.open(file) as image:
+            assert image.width == width
+            pixels = np.asarray(image.convert("L"))
+        shades.append(float(np.median(pixels)))
+        assert pixels.std() > 10, "something is drawn"
+    dark, light = shades
+    assert dark < 40
+    assert light > 230
+
+
+def test_the_example_in_the_help_is_a_report_of_several_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert re.search(r"usage: offload-sparse report RUN \[RUN \.\.\.\]", capsys.readouterr().out)
+
+
+def test_a_report_is_written_into_the_only_run_or_beside_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offload_sparse.inspect.report import page as page_module
+
+    monkeypatch.setattr(page_module, "write_report", lambda runs, folder: folder)
+    runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
+    assert main(["report", runs[0]]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "report")
+    assert main(["report", *runs]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report")

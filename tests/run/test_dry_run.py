@@ -1,0 +1,127 @@
+"""A dry run says what a run would be, and reads and writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_sparse.cli.main import main
+from offload_sparse.config import parse as arguments
+from offload_sparse.config.methods import StaticConfig
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.plan.dry_run import dry_run, passes
+from offload_sparse.workloads.config import DataConfig, ModelConfig
+from offload_sparse.workloads.data.declared import DeclaredData, declared_data
+from offload_sparse.workloads.data.source import load_splits
+
+VGG = ModelConfig("offload_sparse/vgg_small")
+
+
+def saving_of(**settings: Any) -> tuple[float, float]:
+    """Train-cost saving, and the share of the dense FLOPs that a forward pass of the subnet takes."""
+    figures = dry_run(RunConfig(**settings))
+    return figures["train_cost_saving"], figures["flops_ratio"]
+
+
+# The formulas of appendix C, Zhou et al. 2021: a backward pass costs two forward passes.
+
+
+@pytest.mark.parametrize("reference", ["every_step", "turns"])
+@pytest.mark.parametrize("rho", [0.5, 0.25])
+def test_one_backward_and_two_forwards_per_step_save_three_over_four_f(reference: Any, rho: float) -> None:
+    saving, f = saving_of(policy=PolicyConfig(rho), round=RoundConfig(reference=reference, freeze_at=1))
+    assert saving == pytest.approx(3 / (4 * f), rel=1e-12)
+
+
+def test_a_reference_once_per_round_costs_its_share_of_a_forward_pass() -> None:
+    saving, f = saving_of(round=RoundConfig(k=10, reference="round_start", freeze_at=1))
+    steps = 460  # of ten epochs of 46
+    assert saving == pytest.approx(3 / ((3 + 46 / steps) * f), rel=1e-12)
+
+
+def test_with_the_structure_frozen_there_is_no_reference_to_pay() -> None:
+    frozen, f = saving_of(round=RoundConfig(freeze_at=0))
+    assert frozen == pytest.approx(1 / f, rel=1e-12)
+    half, f = saving_of(round=RoundConfig(freeze_at=0.5))
+    assert half == pytest.approx(3 / (3.5 * f), rel=1e-12)
+
+
+def test_everything_kept_saves_nothing_and_needs_no_reference() -> None:
+    assert saving_of(policy=PolicyConfig(rho=1.0)) == (1, 1)
+
+
+def test_the_controls_pay_for_one_forward_and_one_backward() -> None:
+    assert saving_of(method="dense") == (1, 1)
+    saving, f = saving_of(method="static", policy=PolicyConfig(0.25))
+    assert saving == pytest.approx(1 / f, rel=1e-12)
+    saving, f = saving_of(method="static", static=StaticConfig(0.2))
+    assert 0.15 < f <= 0.2
+    assert saving == pytest.approx(1 / f, rel=1e-12)
+
+
+def test_the_passes_count_one_backward_per_step() -> None:
+    config = RunConfig(round=RoundConfig(k=50, reference="turns", freeze_at=0.8))
+    assert list(passes(config, 7.0, 1000)) == [(7.0, 1000, 1000), (7.0, 800, 0)]
+
+
+# Data that is declared, not read
+
+
+def test_the_embedded_set_is_known_without_reading_it() -> None:
+    splits = load_splits(DataConfig())
+    declared = declared_data(DataConfig())
+    assert declared.num_classes == splits.num_classes
+    assert declared.channels == splits.in_channels
+    assert (declared.image_size, declared.image_size) == splits.image_shape
+    assert declared.train_images == len(splits.train)
+
+
+def test_held_out_and_limited_images_are_no_steps() -> None:
+    for settings in (
+        {"validation_size": 0.25},
+        {"train_limit": 700},
+        {"validation_size": 0.5, "train_limit": 9_000},
+    ):
+        config = DataConfig(**settings)  # type: ignore[arg-type]
+        assert declared_data(config).train_images == len(load_splits(config).train)
+
+
+@pytest.mark.parametrize("missing", ["num_classes", "channels", "image_size", "train_images"])
+def test_what_is_not_declared_is_asked_for_by_name(missing: str) -> None:
+    declared = {"num_classes": 10, "channels": 3, "image_size": 32, "train_images": 100} | {missing: 0}
+    with pytest.raises(ValueError, match=rf"set data\.{missing}"):
+        declared_data(DataConfig(name="someone/pictures", **declared))  # type: ignore[arg-type]
+
+
+def test_a_declared_data_set_is_taken_at_its_word() -> None:
+    config = DataConfig(name="x/y", num_classes=7, channels=3, image_size=40, train_images=900)
+    assert declared_data(config) == DeclaredData(7, 3, 40, 900)
+    figures = dry_run(RunConfig(data=config, model=VGG))
+    assert (figures["steps_per_epoch"], figures["steps"]) == (3, 30)
+
+
+def test_the_command_prints_the_row_to_reach_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    paper = ["--paper.source", "Somebody, Table 1", "--paper.accuracy", "92.5", "--paper.params", "4.4"]
+    assert main(["train", "--dry_run", "--run_dir", str(run_dir), *paper]) == 0
+    printed = capsys.readouterr().out
+    for shown in ("Table 1", "92.5 %", "4.4 %", "vgg_small", "460 (46)"):
+        assert shown in printed
+    assert not run_dir.exists()
+
+
+def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "--dry_run"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_percentage_above_100_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"paper\.flops is 870"):
+        arguments.parse(["--paper.flops", "870"])

@@ -1,0 +1,190 @@
+"""Evaluation counts each image once, BatchNorm statistics are a plain average: against float64 references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.engine.batch_norm import reestimate_batch_norm
+from offload_sparse.run.evaluation import evaluate
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(4, 3, 3),
+        nn.BatchNorm2d(3, momentum=0.3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 5),
+    ).double()
+
+
+def batches(sizes: list[int], seed: int = 1) -> Batches:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 2, 7, 7, dtype=torch.float64, generator=generator),
+            torch.randint(0, 5, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+def identity(images: Tensor) -> Tensor:
+    return images
+
+
+def test_loss_and_accuracy_are_means_over_images_not_over_batches() -> None:
+    model, data = network(), batches([7, 1, 4])
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    result = evaluate(model, data, identity, "cpu")
+    logits = model.eval()(images)
+    log_probabilities = logits - logits.exp().sum(1, keepdim=True).log()
+    assert result.loss == pytest.approx(-log_probabilities[torch.arange(12), labels].mean().item(), rel=1e-12)
+    assert result.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert result.count == 12
+
+
+def test_the_transform_is_applied_to_every_batch() -> None:
+    model, data = network(), batches([3, 2])
+    halved = [(images / 2, labels) for images, labels in data]
+    assert evaluate(model, data, lambda images: images / 2, "cpu") == evaluate(model, halved, identity, "cpu")
+
+
+def test_sums_over_ranks_give_the_figures_of_one_process() -> None:
+    """Two ranks with different numbers of images; the second one's sums are what the reduction adds."""
+    model, data = network(), batches([7, 1, 4])
+    sums: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sums.append(tensor.clone())
+        return tensor
+
+    evaluate(model, data[2:], identity, "cpu", keep)
+    result = evaluate(model, data[:2], identity, "cpu", lambda tensor: tensor + sums[0])
+    alone = evaluate(model, data, identity, "cpu")
+    assert result.count == alone.count == 12
+    assert result.accuracy == alone.accuracy
+    assert result.loss == pytest.approx(alone.loss, rel=1e-14)
+
+
+def test_a_rank_without_images_still_joins_the_reduction() -> None:
+    result = evaluate(network(), [], identity, "cpu", lambda sums: sums + torch.tensor([2.0, 1.0, 4.0]))
+    assert (result.loss, result.accuracy, result.count) == (0.5, 0.25, 4)
+
+
+def test_no_images_at_all_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no images to evaluate on"):
+        evaluate(network(), [], identity, "cpu")
+
+
+def failing(images: Tensor) -> Tensor:
+    raise RuntimeError("the disk is gone")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_training_flag_is_put_back_and_no_state_changes(fails: bool) -> None:
+    model = network()
+    model.train()
+    model[1].eval()  # a BatchNorm that the user has frozen
+    flags = [layer.training for layer in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if fails:
+        with pytest.raises(RuntimeError):
+            evaluate(model, batches([4]), failing, "cpu")
+    else:
+        evaluate(model, batches([4]), identity, "cpu")
+    assert [layer.training for layer in model.modules()] == flags
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def expected_statistics(model: nn.Sequential, data: list[Tensor]) -> list[Tensor]:
+    """Running mean and variance of both BatchNorms, by definition: averages of the batches' own."""
+    first, second = [], []
+    for x in data:
+        a = model[0](x)
+        first.append((a.mean((0, 2, 3)), a.var((0, 2, 3), correction=1)))
+        centred = (a - a.mean((0, 2, 3), keepdim=True)) / (
+            a.var((0, 2, 3), correction=0, keepdim=True) + 1e-5
+        ).sqrt()
+        scale, shift = (t.view(1, -1, 1, 1) for t in (model[1].weight, model[1].bias))
+        b = model[4](torch.relu(centred * scale + shift))  # without dropout
+        second.append((b.mean((0, 2, 3)), b.var((0, 2, 3), correction=1)))
+    return [
+        torch.stack(values).mean(0).detach() for part in (first, second) for values in zip(*part, strict=True)
+    ]
+
+
+def statistics(model: nn.Sequential) -> list[Tensor]:
+    return [tensor for norm in (model[1], model[5]) for tensor in (norm.running_mean, norm.running_var)]
+
+
+def test_running_statistics_become_the_average_over_the_batches_with_equal_weights() -> None:
+    model, data = network(), [images for images, _ in batches([9, 3, 6])]
+    with torch.no_grad():
+        model[1].running_mean.fill_(99)
+        model[1].weight.uniform_(0.5, 2)
+        model[1].bias.normal_()
+    reestimate_batch_norm(model, iter(data))
+    for got, expected in zip(statistics(model), expected_statistics(model, data), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_averages_over_ranks_are_those_over_all_their_batches() -> None:
+    data = [images for images, _ in batches([4, 4, 4, 4])]
+    alone, first, second = network(), network(), network()
+    reestimate_batch_norm(alone, data)
+    flat: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        flat.append(tensor)
+        return tensor
+
+    reestimate_batch_norm(second, data[1::2], keep)
+    reestimate_batch_norm(first, data[::2], lambda tensor: (tensor + flat[0]) / 2)
+    for got, expected in zip(statistics(first), statistics(alone), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_momenta_flags_weights_and_gradients_are_as_before() -> None:
+    model = network().eval()
+    model[3].train()
+    flags = [layer.training for layer in model.modules()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    reestimate_batch_norm(model, [images for images, _ in batches([4])])
+    assert (model[1].momentum, model[5].momentum) == (0.1, 0.3)
+    assert [layer.training for layer in model.modules()] == flags
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_statistics_that_are_views_of_a_flat_buffer_stay_views() -> None:
+    model = network()
+    flat = torch.zeros(8, dtype=torch.float64)
+    model[1].running_mean, model[1].running_var = flat[:4], flat[4:]
+    data = [images for images, _ in batches([4, 4])]
+    reestimate_batch_norm(model, data, lambda tensor: tensor)
+    assert torch.allclose(flat, torch.cat(expected_statistics(model, data)[:2]))
+
+
+def test_without_batches_the_statistics_are_kept_and_an_error_says_so() -> None:
+    model = network()
+    model[1].running_mean.fill_(3)
+    with pytest.raises(ValueError, match=r"give finalize\(\) some, or raise final\.bn_batches"):
+        reestimate_batch_norm(model, [])
+    assert (model[1].running_mean == 3).all()
+
+
+def test_a_network_without_batch_norm_reads_nothing() -> None:
+    def unread() -> Tensor:
+        raise AssertionError("no batch is needed")
+
+    reestimate_batch_norm(nn.Linear(2, 2), (unread() for _ in range(1)))

@@ -1,0 +1,112 @@
+"""What a run says, and leaves, when it cannot go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_sparse.bench.fork_server import ForkServer
+from offload_sparse.cli.main import main
+from offload_sparse.run import trainer
+from tests.run import killed_run
+from tests.run.test_resume import _one_accelerator_per_test, poison
+
+__all__ = ["_one_accelerator_per_test"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer(killed_run.MODULES) as server:
+        yield server
+
+
+def test_a_device_that_is_too_small_is_one_line_with_what_fits_by_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No device here is too small; the error is raised by hand."""
+
+    def too_large(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(trainer.Run, "train_step", too_large)
+    assert main(["train", *killed_run.OPTIONS, "--run_dir", str(tmp_path / "run")]) == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert "out of device memory; by the plan policy.rho is at most 1.0 (it is 0.25)" in line
+    assert "data.batch_size at most 8 (it is 8)" in line
+
+
+def test_a_rank_that_dies_is_one_line_on_the_other_and_ends_the_job(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    fault = "kill:rank=1:step=5:phase=step"
+    begun = time.monotonic()
+    codes, log = killed_run.run(server, tmp_path, "run", 2, ["--train.timeout", "30"], fault)
+    assert codes == [1, -signal.SIGKILL], log
+    assert time.monotonic() - begun < 120
+    errors = [line for line in log.splitlines() if line.startswith("offload-sparse: error:")]
+    assert len(errors) == 1, log
+    assert "another rank has died" in errors[0]
+    assert "Traceback" not in log
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_time_limit(server: ForkServer, tmp_path: Path) -> None:
+    fault = "hang:rank=1:step=5:phase=step"
+    more = ["--train.timeout", "5"]
+    codes, log = killed_run.run(server, tmp_path, "run", 2, more, fault, hanging=1)
+    assert codes == [1, -signal.SIGKILL], log
+    errors = [line for line in log.splitlines() if line.startswith("offload-sparse: error:")]
+    assert len(errors) == 1, log
+    assert "has not answered within train.timeout (5 s)" in errors[0]
+    assert "Traceback" not in log
+
+
+def test_a_checkpoint_folder_deleted_under_the_run_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    original = trainer.Run.train_step
+
+    def train_step(run: trainer.Run, step: int, batch: Any) -> None:
+        if step == 5:
+            run.progress._checkpointer.join()
+            shutil.rmtree(run_dir / "checkpoints")
+        original(run, step, batch)
+
+    monkeypatch.setattr(trainer.Run, "train_step", train_step)
+    assert main(["train", *killed_run.OPTIONS, "--run_dir", str(run_dir)]) == 0
+    assert sorted(os.listdir(run_dir / "checkpoints")) == ["latest", "step_00000010", "step_00000012"]
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse_offload"])
+@pytest.mark.parametrize("reaction", ["skip", "rollback"])
+def test_a_poisoned_batch_is_left_out(
+    method: str, reaction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the trainer: the run comes to its end, and no weight is NaN."""
+    poison(monkeypatch, 8)
+    options = [*killed_run.OPTIONS, "--method", method, "--train.on_nonfinite", reaction]
+    assert main(["train", *options, "--run_dir", str(tmp_path / "run")]) == 0
+    from offload_sparse import load_pruned
+
+    network = load_pruned(tmp_path / "run" / "model").state_dict()
+    assert all(bool(value.isfinite().all()) for value in network.values())
+
+
+def test_deterministic_runs_repeat_each_other_with_dropout(server: ForkServer, tmp_path: Path) -> None:
+    """torch's generator is a function of the seed: two runs, and another one of another seed."""
+    networks = []
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        more = ["--train.deterministic", "true", "--train.seed", seed]
+        codes, log = killed_run.run(server, tmp_path, name, 1, more)
+        assert codes == [0], log
+        networks.append(killed_run.left(tmp_path, name, 1)[0]["tensors"])
+    assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
+    assert not torch.equal(networks[0]["s"], networks[2]["s"])

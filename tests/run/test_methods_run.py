@@ -1,0 +1,50 @@
+"""Every method from the command line: train, evaluate what was exported, and the figures that are left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from offload_sparse.cli.main import main
+
+METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
+
+
+def run(method: str, folder: Path, *more: str) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (
+        main(
+            [
+                *("train", "--method", method, "--run_dir", str(folder)),
+                *("--data.train_limit", "256", "--data.test_limit", "100", "--data.batch_size", "32"),
+                *("--model.name", "offload_sparse/vgg_small", "--model.arguments.width", "0.1"),
+                *("--train.epochs", "2", "--final.bn_batches", "2", "--train.progress", "false"),
+                *("--dst.alpha", "0.05", "--dfbst.alpha", "0.05", "--rigl.interval", "3"),
+                *more,
+            ]
+        )
+        == 0
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_logged_summed_up_exported_and_evaluated(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(method, tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 < summary["params_ratio"] < 1
+    assert 0 < summary["forward_remaining"] < 1
+    assert "takes as long as a dense one" in summary["note"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if "flops_ratio" in line]
+    assert len(epochs) == 2
+    assert epochs[-1]["forward_remaining.classifier"] == summary["layers"]["classifier"]["forward_remaining"]
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--json", "true"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == summary["test_accuracy"]

@@ -1,0 +1,260 @@
+"""What a run leaves in its folder and shows while it runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_sparse.config import parse as arguments
+from offload_sparse.config.run import RunConfig
+from offload_sparse.run import log as recorder_module
+from offload_sparse.run.log import Recorder, closing_table, json_value
+
+SUMMARY: dict[str, Any] = {"method": "dense", "rho": 0.25, "test_accuracy": 0.875, "peak_host_bytes": 3 << 20}
+
+
+def run_config(run_dir: Path, **values: Any) -> RunConfig:
+    return RunConfig(run_dir=run_dir, **values)
+
+
+def complete_run(config: RunConfig) -> None:
+    with Recorder(config) as recorder:
+        recorder.begin(4, 2)
+        recorder.log(1, loss=1.0)
+        recorder.finish(SUMMARY)
+    recorder.model_folder.mkdir()
+    (recorder.model_folder / "weights").write_text("w")
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_configuration_metrics_and_summary(tmp_path: Path) -> None:
+    config = run_config(tmp_path / "new" / "run")
+    complete_run(config)
+    assert arguments.parse(["--config", str(config.run_dir / "config.yaml")]) == config
+    assert json.loads((config.run_dir / "summary.json").read_text()) == SUMMARY
+    assert sorted(entry.name for entry in config.run_dir.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "summary.json",
+    ]
+
+
+def test_every_line_of_metrics_has_step_epoch_and_time_and_is_there_at_once(tmp_path: Path) -> None:
+    with Recorder(run_config(tmp_path)) as recorder:
+        recorder.begin(total_steps=8, steps_per_epoch=4)
+        recorder.log(2, loss=0.5, note="x")
+        first = lines(tmp_path)
+        recorder.log(6, loss=torch.tensor(0.25))
+        second = lines(tmp_path)
+    assert [(line["step"], line["epoch"], line["loss"]) for line in second] == [(2, 0.5, 0.5), (6, 1.5, 0.25)]
+    assert first == second[:1]
+    assert 0 <= second[0]["time"] <= second[1]["time"]
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    with Recorder(run_config(tmp_path)) as recorder:
+        recorder.begin(1, 1)
+        recorder.log(1, loss=float("nan"), worst=torch.tensor(float("inf")))
+        recorder.finish({"ratio": float("-inf"), "nested": {"values": [1.0, float("nan")]}})
+    assert (lines(tmp_path)[0]["loss"], lines(tmp_path)[0]["worst"]) == (None, None)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"ratio": None, "nested": {"values": [1.0, None]}}
+
+
+def test_plain_values_are_unchanged_by_json_value() -> None:
+    value = {"a": [1, 2.5, None, True, "x"], "b": {"c": Path("d")}}
+    assert json_value(value) == {"a": [1, 2.5, None, True, "x"], "b": {"c": "d"}}
+
+
+def test_trackers_receive_the_finite_numbers(tmp_path: Path) -> None:
+    received: list[tuple[dict[str, float], int]] = []
+
+    def track(values: dict[str, float], step: int) -> None:
+        received.append((values, step))
+
+    with Recorder(run_config(tmp_path), track=track) as recorder:
+        recorder.begin(4, 2)
+        recorder.log(3, loss=0.5, bad=float("nan"), note="x", flag=True, group_keep={"conv1": 0.25})
+    ((values, step),) = received
+    assert step == 3
+    assert values.pop("time") >= 0
+    assert values == {"epoch": 1.5, "loss": 0.5, "group_keep/conv1": 0.25}
+
+
+def test_only_the_main_process_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    received: list[Any] = []
+    run_dir = tmp_path / "run"
+    with Recorder(run_config(run_dir), is_main=False, track=lambda *_: received.append(_)) as recorder:
+        recorder.begin(2, 1)
+        recorder.advance()
+        recorder.log(1, loss=1.0)
+        recorder.advance()
+        recorder.finish(SUMMARY)
+    assert not run_dir.exists()
+    assert not received
+    assert capsys.readouterr() == ("", "")
+
+
+# --- the run folder ----------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    complete_run(run_config(tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"holds a run already; .*--run_dir.*--overwrite true"):
+        Recorder(run_config(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_started_run_counts_too(tmp_path: Path) -> None:
+    with Recorder(run_config(tmp_path)) as recorder:
+        recorder.begin(2, 1)
+    with pytest.raises(ValueError, match="holds a run already"):
+        Recorder(run_config(tmp_path))
+
+
+def test_overwrite_removes_the_files_of_the_run_and_nothing_else(tmp_path: Path) -> None:
+    complete_run(run_config(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    with Recorder(run_config(tmp_path, overwrite=True)) as recorder:
+        assert (tmp_path / "summary.json").exists(), "a run that has not begun costs no earlier run"
+        recorder.begin(2, 1)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
+    assert lines(tmp_path) == []
+
+
+def test_overwrite_follows_no_link_out_of_the_folder(tmp_path: Path) -> None:
+    complete_run(run_config(tmp_path / "other"))
+    run_dir = tmp_path / "run"
+    with Recorder(run_config(run_dir)) as recorder:
+        recorder.begin(2, 1)
+    (run_dir / "model").symlink_to(tmp_path / "other" / "model")
+    with Recorder(run_config(run_dir, overwrite=True)) as recorder:
+        recorder.begin(2, 1)
+    assert not os.path.lexists(run_dir / "model")
+    assert (tmp_path / "other" / "model" / "weights").exists()
+
+
+def test_overwrite_never_removes_a_model_folder_that_no_run_left(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="holds model, which no complete run left there"):
+        Recorder(run_config(tmp_path, overwrite=True))
+    assert (tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize("below", [".", "deeper"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written \(.*\); give another .* --run_dir") as error:
+        Recorder(run_config(tmp_path / "file" / below))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no model"), Recorder(run_config(tmp_path)):
+        raise ValueError("no model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_summary_that_cannot_be_written_as_json_leaves_none_behind(tmp_path: Path) -> None:
+    with Recorder(run_config(tmp_path)) as recorder:
+        recorder.begin(1, 1)
+        with pytest.raises(TypeError):
+            recorder.finish({"bad": object()})
+    assert not (tmp_path / "summary.json").exists()
+
+
+# --- what is shown -----------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def train_two_epochs(config: RunConfig) -> None:
+    with Recorder(config) as recorder:
+        recorder.begin(total_steps=5, steps_per_epoch=2)
+        for step in range(5):
+            recorder.advance()
+            recorder.log(step + 1, loss=1 / (step + 1), accuracy=0.5, expected_size=0.25, entropy=0.6, lr=0.1)
+            if step == 1:
+                recorder.log(step + 1, test_accuracy=0.875)
+        recorder.finish(SUMMARY)
+
+
+def test_without_a_terminal_there_is_one_line_per_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_two_epochs(run_config(tmp_path))
+    assert without_times(capsys.readouterr().err) == EPOCHS
+
+
+EPOCHS = [
+    "epoch 1/3 step 2 loss 0.5 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
+    "epoch 2/3 step 4 loss 0.25 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
+    "epoch 3/3 step 5 loss 0.2 accuracy 0.5 expected_size 0.25 entropy 0.6 test_accuracy 0.875",
+]
+
+
+def without_times(text: str) -> list[str]:
+    """The lines about epochs, which end with the time spent and the time left."""
+    found = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("epoch ")]
+    parts = [re.fullmatch(r"(.*) elapsed \d\d:\d\d left \d\d:\d\d", line) for line in found]
+    return [match[1] for match in parts if match]
+
+
+def test_the_time_left_follows_from_the_steps_of_this_part_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(recorder_module.time, "monotonic", lambda: now)
+    with Recorder(run_config(tmp_path)) as recorder:
+        recorder.begin(total_steps=100, steps_per_epoch=10, step=20, seconds=1000)
+        for _ in range(11):
+            recorder.advance()
+            now += 3
+    assert capsys.readouterr().err.rstrip().endswith("elapsed 17:10 left 03:30")
+
+
+def test_a_terminal_gets_a_bar_with_the_figures_below_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    train_two_epochs(run_config(tmp_path))
+    last = terminal.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[-1]
+    assert "5/5" in last
+    assert "loss=0.2, accuracy=0.5, expected_size=0.25, entropy=0.6, test_accuracy=0.875" in last
+    assert without_times(terminal.getvalue()) == EPOCHS
+
+
+def test_progress_can_be_turned_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path)
+    config.train.progress = False
+    train_two_epochs(config)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_closes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_two_epochs(run_config(tmp_path / "run"))
+    output = capsys.readouterr().out
+    for shown in ("dense", "0.25", "87.50%", "3.0 MiB", "run folder:"):
+        assert shown in output
+
+
+def test_the_table_leaves_out_what_the_summary_lacks() -> None:
+    assert closing_table({"method": "dense", "seconds": None}).row_count == 1

@@ -1,0 +1,291 @@
+"""A run that is interrupted and carried on is the run that was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from offload_sparse import load_pruned
+from offload_sparse.cli.main import main
+from offload_sparse.run import trainer
+from offload_sparse.run.checkpoint_folder import CheckpointFolder
+from offload_sparse.run.trainer import Run
+from tests.run.test_trainer import images, options
+
+__all__ = ["images"]
+
+METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_per_test() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process; each test stands for a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(images: Path, run_dir: Path, *more: str) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(torch.seed())  # a new process has a generator of its own
+    return main(options(images, run_dir, "--train.verify", "false", "--train.log_every", "4", *more))
+
+
+def raise_signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """From now on a run gets the signal while it does this step."""
+    original = Run.train_step
+
+    def train_step(self: Run, at: int, batch: Any) -> None:
+        if at == step:
+            signal.raise_signal(number)
+        original(self, at, batch)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    # A checkpoint brings the store up to date, and a resumed run fetches everything: the bus notices.
+    measured = ("time", "round_timeline", "_bytes", "_bytes_per_round", "_seconds")
+    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    networks = [load_pruned(folder / "model").state_dict() for folder in (a, b)]
+    assert networks[0].keys() == networks[1].keys()
+    for name, value in networks[0].items():
+        assert torch.equal(value, networks[1][name]), name
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (a, b)]
+    for key in ("test_accuracy", "test_loss", "params_ratio", "flops_ratio", "train_cost_saving", "steps"):
+        assert summaries[0][key] == summaries[1][key], key
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_straight_is_interrupted_and_resumed(
+    method: str, step: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM inside the first round, between two lines of metrics, in the fine-tune; SGD and AdamW."""
+    optimizer = "adamw" if step == 4 else "sgd"
+    more = ["--method", method, "--optim.name", optimizer, "--optim.lr", "0.01", "--round.freeze_at", "0.6"]
+    assert train(images, tmp_path / "straight", *more) == 0
+    with monkeypatch.context() as patch:
+        raise_signal_at(step, patch)
+        assert train(images, tmp_path / "parts", *more) == 0
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    assert train(images, tmp_path / "parts", *more) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+
+
+def test_many_parts_and_background_checkpoints_make_the_same_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(images, tmp_path / "straight") == 0
+    more = ["--checkpoint.every_steps", "1", "--checkpoint.keep", "1"]
+    for step in (1, 5, 9):
+        with monkeypatch.context() as patch:
+            raise_signal_at(step, patch, signal.SIGINT)
+            assert train(images, tmp_path / "parts", *more) == 0
+            assert (
+                f"stopped at step {step + 1} (SIGINT); the same command carries on" in capsys.readouterr().err
+            )
+    assert train(images, tmp_path / "parts", *more) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+    assert len(CheckpointFolder(tmp_path / "parts" / "checkpoints").checkpoints()) in (1, 2), (
+        "newest and best"
+    )
+
+
+def test_a_run_that_died_carries_on_from_its_last_checkpoint_and_repeats_its_lines(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(images, tmp_path / "straight") == 0
+    original = Run.train_step
+
+    def dies(self: Run, at: int, batch: Any) -> None:
+        if at == 9:
+            raise KeyboardInterrupt
+        original(self, at, batch)
+
+    more = ["--checkpoint.every_steps", "4", "--checkpoint.best", "false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(images, tmp_path / "parts", *more)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # half a line
+    assert train(images, tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(images, tmp_path / "straight") == 0
+
+    def dies(self: Run, step: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "epoch_metrics", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(images, tmp_path / "parts")
+    assert metrics(tmp_path / "parts")
+    assert train(images, tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(images, tmp_path, "--method", "dense") == 0
+    before = (tmp_path / "summary.json").read_text(), (tmp_path / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert train(images, tmp_path, "--method", "dense") == 0
+    assert "finished; --overwrite true trains it anew" in capsys.readouterr().out
+    assert ((tmp_path / "summary.json").read_text(), (tmp_path / "metrics.jsonl").read_text()) == before
+    assert train(images, tmp_path, "--method", "dense", "--overwrite", "true") == 0
+    assert (tmp_path / "summary.json").read_text() != before[0], "it took another time"
+
+
+@pytest.mark.parametrize(
+    ("more", "advice"),
+    [
+        (["--optim.lr", "0.01"], "with optim.lr 0.1 instead of 0.01; give another folder"),
+        (["--model.arguments.width", "0.5"], "model.arguments"),
+        (["--resume", "never"], "holds a run already"),
+        (["--resume", "no/such/folder"], "does not exist"),
+    ],
+)
+def test_a_run_that_cannot_be_carried_on_is_refused_and_left_alone(
+    more: list[str],
+    advice: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(images, tmp_path, "--method", "dense") == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train(images, tmp_path, "--method", "dense", *more) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert advice in message
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_checkpoints_that_are_all_damaged_are_an_error_and_stay(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(images, tmp_path, "--method", "dense") == 0
+    (folder,) = CheckpointFolder(tmp_path / "checkpoints").checkpoints()
+    (folder / "rank_0.safetensors").write_bytes(b"damaged")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train(images, tmp_path, "--method", "dense") == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_folder_can_be_the_start(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(images, tmp_path / "straight") == 0
+    with monkeypatch.context() as patch:
+        raise_signal_at(4, patch)
+        assert train(images, tmp_path / "first") == 0
+    assert train(images, tmp_path / "second", "--resume", str(tmp_path / "first")) == 0
+    straight = [line for line in metrics(tmp_path / "straight") if line["step"] > 6]
+    assert metrics(tmp_path / "second") == straight
+    one, other = (load_pruned(tmp_path / name / "model").state_dict() for name in ("straight", "second"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- losses that are not finite ----------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[Any]:
+    """The loss is NaN at these calls. Returns the labels of every batch that was trained on."""
+    original, seen = trainer.classification_loss, []
+
+    def loss(module: Any, batch: Any, label_smoothing: float = 0.0) -> Any:
+        seen.append(batch.labels)
+        value, scalars = original(module, batch, label_smoothing)
+        return (value * float("nan") if len(seen) - 1 in calls else value), scalars
+
+    monkeypatch.setattr(trainer, "classification_loss", loss)
+    return seen
+
+
+def test_stop_names_the_step_and_the_rank(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, 5)
+    assert train(images, tmp_path, "--method", "dense", "--checkpoint.every_steps", "1") == 1
+    assert "the loss of step 5 on rank 0 is not finite; lower optim.lr" in capsys.readouterr().err
+    newest = CheckpointFolder(tmp_path / "checkpoints").checkpoints()[0]
+    assert newest.name == "step_00000005", "what is not finite is never saved"
+
+
+def test_skip_leaves_out_the_step_and_its_statistics(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 5, 6)
+    assert train(images, tmp_path, "--method", "dense", "--train.on_nonfinite", "skip") == 0
+    assert metrics(tmp_path)[-1]["step"] == 12
+    logged = [line for line in metrics(tmp_path) if "loss" in line]
+    assert logged[-1]["skipped_steps"] == 2
+    assert all(line["loss"] is not None for line in logged)
+    network = load_pruned(tmp_path / "model").state_dict()
+    assert all(bool(value.isfinite().all()) for value in network.values())
+
+
+@pytest.mark.slow
+def test_skip_gives_up_when_no_step_is_finite_any_more(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, *range(3, 1000))
+    assert (
+        train(images, tmp_path, "--method", "dense", "--train.on_nonfinite", "skip", "--train.epochs", "9")
+        == 1
+    )
+    assert "is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse_offload"])
+def test_rollback_goes_back_to_the_checkpoint_and_leaves_out_the_batches_that_led_there(
+    method: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = poison(monkeypatch, 5 if method == "dense" else 10)
+    more = ["--train.on_nonfinite", "rollback", "--checkpoint.every_steps", "4", "--checkpoint.best", "false"]
+    assert train(images, tmp_path, "--method", method, *more) == 0
+    assert sorted({line["step"] for line in metrics(tmp_path) if "loss" in line}) == [4, 8, 12]
+    assert all(line["loss"] is not None for line in metrics(tmp_path) if "loss" in line)
+    if method == "dense":
+        again = poison(monkeypatch)  # without faults, to see the order of the data
+        assert train(images, tmp_path / "plain", "--method", method) == 0
+        assert not torch.equal(seen[8], again[4]), "the batches of steps 4 to 7 are left out"
+        assert torch.equal(seen[8], again[8])
+
+
+def test_rollback_without_a_checkpoint_stops(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, 2)
+    assert train(images, tmp_path, "--method", "dense", "--train.on_nonfinite", "rollback") == 1
+    assert "no checkpoint to go back to" in capsys.readouterr().err

@@ -1,0 +1,34 @@
+"""The learning rate over a run."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from offload_sparse.engine.config import OptimConfig
+from offload_sparse.run.schedule import learning_rate
+
+
+def rates(config: OptimConfig, total: int = 100) -> list[float]:
+    return [learning_rate(config, step, total, steps_per_epoch=10) for step in range(total)]
+
+
+def test_warm_up_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero() -> None:
+    found = rates(OptimConfig(lr=0.2, warmup_epochs=2.0))
+    assert found[:20] == pytest.approx([0.2 * (i + 1) / 20 for i in range(20)])
+    assert found[20] == pytest.approx(0.2)
+    assert found[60] == pytest.approx(0.1)
+    assert 0 < found[-1] < 0.001
+    assert all(a > b for a, b in itertools.pairwise(found[20:]))
+
+
+def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
+    assert set(rates(OptimConfig(lr=0.2, schedule="constant"))) == {0.2}
+
+
+def test_steps_down_happen_at_the_milestones() -> None:
+    found = rates(OptimConfig(lr=0.2, schedule="step", milestones=[4, 6.5], decay=0.1))
+    assert found[:40] == [0.2] * 40
+    assert found[40:65] == pytest.approx([0.02] * 25)
+    assert found[65:] == pytest.approx([0.002] * 35)

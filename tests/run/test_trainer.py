@@ -1,0 +1,167 @@
+"""A run from configuration to summary, on images made here; and each kind of bad input as one line."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from offload_sparse import load_pruned
+from offload_sparse.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_per_test() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process; each test stands for a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def png(pixels: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes that differ in brightness: 12x12 grey images as parquet files."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])}
+    )
+    for split, count in (("train", 96), ("test", 40)):
+        labels = [i % 2 for i in range(count)]
+        rows = [png(generator.integers(100 * y, 100 * y + 60, (12, 12), dtype=np.uint8)) for y in labels]
+        table = datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features)
+        table.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def options(images: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--data.name", str(images), "--data.batch_size", "16", "--run_dir", str(run_dir)),
+        *(
+            "--model.arguments.width",
+            "0.25",
+            "--round.k",
+            "2",
+            "--train.epochs",
+            "2",
+            "--train.progress",
+            "false",
+        ),
+        *("--final.candidates", "2", "--final.bn_batches", "2", "--train.log_every", "2"),
+        *("--train.progress", "false", *more),
+    ]
+
+
+@pytest.mark.parametrize("method", ["sparse_offload", "dense", "static"])
+def test_a_run_leaves_its_configuration_metrics_summary_and_network(
+    method: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lively = ("--optim.lr", "0.05", "--round.freeze_at", "0.8")
+    assert main(options(images, tmp_path / "run", "--method", method, *lively)) == 0
+    out = capsys.readouterr().out
+    assert "test accuracy" in out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert sum("test_accuracy" in line for line in lines) == 1, "the end of the first epoch"
+    epochs = [line for line in lines if "flops_ratio" in line]
+    assert [line["step"] for line in epochs] == [6, 12]
+    assert epochs[-1]["flops_ratio"] == pytest.approx(summary["flops_ratio"])
+    assert epochs[-1]["params_ratio"] == pytest.approx(summary["params_ratio"])
+    search = {"entropy", "deaths", "revivals", "group_keep", "mask_overlap", "loss_difference_std"}
+    assert (search <= epochs[0].keys()) == (method == "sparse_offload")
+    assert summary["steps"] == 12
+    assert 0 <= summary["test_accuracy"] <= 1
+    network = load_pruned(tmp_path / "run" / "model")
+    assert network(torch.zeros(3, 1, 12, 12)).shape == (3, 2)
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(summary["test_accuracy"])
+
+
+def test_the_same_seed_gives_the_same_run(images: Path, tmp_path: Path) -> None:
+    networks = []
+    for name in ("a", "b"):
+        assert main(options(images, tmp_path / name, "--train.verify", "false")) == 0
+        networks.append(load_pruned(tmp_path / name / "model").state_dict())
+    assert all(torch.equal(networks[0][key], networks[1][key]) for key in networks[0])
+
+
+def test_bf16_autocast_keeps_weights_in_float32(images: Path, tmp_path: Path) -> None:
+    assert (
+        main(options(images, tmp_path / "run", "--train.precision", "bf16", "--train.verify", "false")) == 0
+    )
+    assert all(p.dtype == torch.float32 for p in load_pruned(tmp_path / "run" / "model").parameters())
+
+
+def without_column(images: Path, folder: Path, column: str) -> Path:
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_parquet(
+            str(images / f"{split}.parquet"), cache_dir=str(folder / "cache")
+        )
+        table.remove_columns(column).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["--model.name", "offload_sparse/vgg_smal"], "vgg_small"),
+        (["--model.name", "resnet18"], "torchvision/resnet18"),
+        (["--data.name", "no_such_dataset_anywhere"], "no_such_dataset_anywhere"),
+        (["--data.name", "./no/such/file.parquet"], "file.parquet"),
+        (["--model.arguments.widht", "1"], "widht"),
+        (["--model.name", "timm/ghostnet_100", "--data.image_size", "64"], "CopySlices"),
+        (["--data.batch_size", "1000"], "batch_size"),
+        (["--data.label_column", "class"], "label"),
+        (["--policy.rho", "1.5"], "rho"),
+        (["--round.k", "0"], "round.k"),
+        (["--optim.lr", "fast"], "optim.lr"),
+    ],
+)
+def test_bad_input_is_one_line_of_advice_and_exit_code_2(
+    arguments: list[str], advice: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = options(images, tmp_path / "run")
+    if "--model.name" in arguments or "--model.arguments.widht" in arguments:
+        at = base.index("--model.arguments.width")
+        del base[at : at + 2]
+    assert main([*base, *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("offload-sparse: error:")
+    assert advice in errors[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_parquet_without_the_column_is_told_which_columns_there_are(
+    column: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    folder = without_column(images, tmp_path / "data", column)
+    assert main(options(folder, tmp_path / "run")) == 2
+    message = capsys.readouterr().err
+    assert f"data.{column}_column" in message
+    assert ("label" if column == "image" else "image") in message
+
+
+def test_a_diverging_run_stops_with_advice(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--optim.lr", "1e30", "--train.verify", "false"]
+    assert main(options(images, tmp_path / "run", *arguments)) == 1
+    assert "lower optim.lr" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""Normalisation: measured or given, against NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.images import ImageSet
+from offload_sparse.workloads.data.normalise import Normalise, measure, normalise_for
+from offload_sparse.workloads.data.source import load_splits
+from tests.workloads.data.images import parquet_folder, pixels, table, write_parquet
+
+
+def image_set(folder: Path, channels: int | None = None) -> ImageSet:
+    config = DataConfig(name=str(folder))
+    return ImageSet(load_splits(config).train, config, channels)
+
+
+def test_measured_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
+    images = image_set(parquet_folder(tmp_path, channels=3))
+    scaled = np.stack(pixels(12, channels=3)).astype(np.float64) / 255
+    mean, std = measure(images)
+    np.testing.assert_allclose(mean, scaled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, scaled.std((0, 1, 2)), rtol=1e-10)
+
+
+def test_measuring_stops_at_its_limit(tmp_path: Path) -> None:
+    images = image_set(parquet_folder(tmp_path))
+    ends = np.stack([pixels(12)[0], pixels(12)[11]]).astype(np.float64) / 255
+    assert measure(images, limit=2)[0] == pytest.approx([ends.mean()])
+
+
+def test_normalised_training_images_have_mean_zero_and_deviation_one(tmp_path: Path) -> None:
+    images = image_set(parquet_folder(tmp_path, channels=3))
+    out = normalise_for(images, DataConfig(), torch.float64)(images.gather(torch.arange(12)))
+    assert out.dtype == torch.float64
+    assert torch.allclose(out.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(out.std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_given_statistics_are_used_per_channel(dtype: torch.dtype) -> None:
+    images = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    shape = (1, 3, 1, 1)
+    expected = (images.double() / 255 - torch.tensor(mean).double().view(shape)) / torch.tensor(
+        std
+    ).double().view(shape)
+    out = Normalise(mean, std, dtype)(images)
+    assert out.dtype == dtype
+    assert torch.allclose(out.double(), expected, atol=1e-6)
+
+
+def test_float_images_are_left_unchanged_for_the_caller() -> None:
+    images = torch.full((1, 1, 2, 2), 51.0)
+    assert torch.allclose(Normalise([0.0], [0.5])(images), torch.full((1, 1, 2, 2), 0.4))
+    assert torch.equal(images, torch.full((1, 1, 2, 2), 51.0))
+
+
+def test_one_value_serves_every_channel_and_grey_statistics_repeated_channels(tmp_path: Path) -> None:
+    images = image_set(parquet_folder(tmp_path), channels=3)
+    given = normalise_for(images, DataConfig(mean=[0.5], std=[0.25]))
+    assert given.mean.flatten().tolist() == [0.5] * 3
+    measured = normalise_for(images, DataConfig(std=[0.25]))
+    assert len(set(measured.mean.flatten().tolist())) == 1
+    assert measured.std.flatten().tolist() == [0.25] * 3
+
+
+@pytest.mark.parametrize("settings", [{"mean": [0.5, 0.5]}, {"std": [0.5, 0.5]}])
+def test_a_list_of_the_wrong_length_is_refused(tmp_path: Path, settings: dict[str, list[float]]) -> None:
+    images = image_set(parquet_folder(tmp_path, channels=3))
+    with pytest.raises(ValueError, match=r"has 2 values, but the images have 3 channel\(s\)"):
+        normalise_for(images, DataConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_a_deviation_of_zero_is_refused_when_given_and_harmless_when_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.std"):
+        Normalise([0.0], [0.0])
+    flat = [np.full((4, 4), 51, dtype=np.uint8)] * 2
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", table(flat, [0, 1]))
+    images = image_set(tmp_path)
+    assert normalise_for(images, DataConfig())(images.gather(torch.arange(2))).abs().max() < 1e-6
