@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offload_sparse.engine.finalize import FinalNetwork, load_pruned
     from offload_sparse.engine.rounds import Forward
     from offload_sparse.engine.session import SparseOffload
+    from offload_sparse.export.network_file import FinalNetwork, load_pruned
 
 __all__ = ["FinalNetwork", "Forward", "SparseOffload", "load_pruned"]
 
 _HOMES = {
-    "FinalNetwork": "offload_sparse.engine.finalize",
+    "FinalNetwork": "offload_sparse.export.network_file",
     "Forward": "offload_sparse.engine.rounds",
     "SparseOffload": "offload_sparse.engine.session",
-    "load_pruned": "offload_sparse.engine.finalize",
+    "load_pruned": "offload_sparse.export.network_file",
 }
 
 

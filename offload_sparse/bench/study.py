@@ -36,8 +36,8 @@ from offload_sparse.bench.options import StudyConfig
 from offload_sparse.config.methods import StaticConfig
 from offload_sparse.config.run import MethodName, RunConfig, TrainConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.rounds import Forward
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.evaluation import evaluate

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from offload_sparse.channels.require import require
+from offload_sparse.export.description import ExportLayout
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import Switch
 
-ExportLayout = Literal["auto", "dense", "coo", "csr"]
 OnNonFinite = Literal["stop", "skip", "rollback"]
 Reference = Literal["every_step", "turns", "round_start"]
 

@@ -35,7 +35,7 @@ from offload_sparse.engine.config import (
 from offload_sparse.engine.distributed import assert_equal_on_ranks, average, averaged
 from offload_sparse.engine.draw import Draw, OpenRound, pair_on, resolve, sample
 from offload_sparse.engine.faults import fault_point
-from offload_sparse.engine.finalize import FinalNetwork, extract, losses_of
+from offload_sparse.engine.finalize import extract, losses_of
 from offload_sparse.engine.learning import learn, mean_cost
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.preparation import ModelSource, prepare
@@ -43,6 +43,7 @@ from offload_sparse.engine.reduction import Averager
 from offload_sparse.engine.rounds import Forward, LossFunction, Round, StepRecord, roles
 from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.engine.transfers import Masks, Relay, overlaps
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.config import StoreConfig

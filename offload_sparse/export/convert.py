@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.engine.finalize import copy_network, load_pruned, read_structure
 from offload_sparse.export.description import DESCRIPTION_FILE, FILES, Kind, describe
 from offload_sparse.export.hub import write_hub_folder
+from offload_sparse.export.network_file import copy_network, load_pruned, read_structure
 from offload_sparse.export.onnx import write_onnx
 from offload_sparse.export.open import folder_of, open_artefact
 from offload_sparse.export.torch_export import write_program

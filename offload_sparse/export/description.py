@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+ExportLayout = Literal["auto", "dense", "coo", "csr"]
 Kind = Literal["torch_export", "onnx"]
 
 DESCRIPTION_FILE = "network.json"

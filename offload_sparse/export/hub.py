@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_sparse.config import yaml_text
-from offload_sparse.engine.finalize import copy_network, read_structure
+from offload_sparse.export.network_file import copy_network, read_structure
 
 CARD_FILE = "README.md"
 

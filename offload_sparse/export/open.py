@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.engine.finalize import STRUCTURE_FILE, load_pruned, read_structure
 from offload_sparse.export.description import DESCRIPTION_FILE, FILES, read_description
+from offload_sparse.export.network_file import STRUCTURE_FILE, load_pruned, read_structure
 from offload_sparse.export.onnx import read_onnx
 from offload_sparse.export.torch_export import read_program
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.engine.config import ExportLayout
+from offload_sparse.export.description import ExportLayout
 
 _PARTS = {"coo": ("values", "index"), "csr": ("values", "columns", "pointers")}
 

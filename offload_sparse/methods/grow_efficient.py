@@ -30,8 +30,8 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
-from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.preparation import prepare
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.masked import MaskedTraining
 from offload_sparse.methods.weight_masks.sparsity import Sparsity, by_column, maskable_weights

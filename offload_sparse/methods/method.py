@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.rounds import Forward, LossFunction, StepRecord
 from offload_sparse.engine.state import MethodState
+from offload_sparse.export.network_file import FinalNetwork
 
 
 @dataclass(frozen=True)

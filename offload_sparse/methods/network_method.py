@@ -16,10 +16,10 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.distributed import average
-from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.optimizer import build_optimizer, slot_names
 from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.engine.state import MethodState
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Task
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload_sparse.engine.durable import DurableRounds
-from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import recall, restore_session, session_state
 from offload_sparse.engine.state import IN_PLACE, MethodState
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Method, Task
 from offload_sparse.store.tiers import is_filled
 

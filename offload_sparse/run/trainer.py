@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.distributed import on_first_rank
-from offload_sparse.engine.finalize import FinalNetwork, export
 from offload_sparse.engine.rounds import Forward
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
@@ -216,7 +216,7 @@ class Run:
                 "class_names": list(self.splits.class_names),
             }
             layout = self.config.final.layout
-            export(network, self.config.run_dir / "model", model, preprocessing, layout)
+            network.save(self.config.run_dir / "model", model, preprocessing, layout)
         return network
 
     def summary(self, network: FinalNetwork) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from offload_sparse.channels import check as verify_module
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.cli import main as cli
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.finalize import FinalNetwork, export
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.run.log import Recorder
 from offload_sparse.workloads.models import build_model
 
@@ -202,7 +202,7 @@ def exported_run(run_dir: Path) -> nn.Module:
     channel_map = ChannelMap((Group("all", 0, 1),), {}, {})
     model = {"name": SMALL, "arguments": arguments}
     final = FinalNetwork(network, torch.ones(1, dtype=torch.bool), channel_map)
-    export(final, recorder.model_folder, model, {"mean": [0.25], "std": [0.5]})
+    final.save(recorder.model_folder, model, {"mean": [0.25], "std": [0.5]})
     return network
 
 

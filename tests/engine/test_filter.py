@@ -15,8 +15,8 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import additions, expose_additions
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.finalize import FinalNetwork, export
 from offload_sparse.engine.session import SparseOffload
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.static import narrow_initialised
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.initial_values import named_tensors
@@ -85,7 +85,7 @@ def test_the_final_network_is_exported_and_comes_back(tmp_path: Path) -> None:
         session.step(batch, loss_fn)
     final = session.finalize([x for x, _ in data[:2]])
     assert final.module.state_dict().keys() == net.state_dict().keys()
-    export(final, tmp_path, {})
+    final.save(tmp_path)
     loaded = load_pruned(tmp_path, model=ResidualNet)
     assert torch.equal(loaded(data[0][0]), final.module(data[0][0]))
     widths = {n: a.width for n, a in additions(final.module)}
@@ -98,7 +98,7 @@ def test_an_export_whose_additions_are_damaged_is_refused(tmp_path: Path) -> Non
     channel_map = discover(net, IMAGES, residual="filter")
     mask = channel_map.full_mask()
     mask[[0, 1, 9]] = False
-    export(FinalNetwork(narrow_module(net, channel_map, mask), mask, channel_map), tmp_path, {})
+    FinalNetwork(narrow_module(net, channel_map, mask), mask, channel_map).save(tmp_path)
     structure = json.loads((tmp_path / "structure.json").read_text())
     assert set(structure["additions"]) == set(channel_map.additions)
     structure["additions"]["blocks.0.stream_add_0"]["left"] = [99]

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from offload_sparse import Forward, SparseOffload, load_pruned
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.finalize import export
 from offload_sparse.policy.config import PolicyConfig
 
 Batch = tuple[Tensor, Tensor]
@@ -86,7 +85,7 @@ def test_a_loop_of_ones_own_ends_with_a_narrow_network_that_has_learned(
     full = sum(p.numel() for p in Spectrogram().parameters())
     assert sum(p.numel() for p in final.module.parameters()) < 0.6 * full
     assert accuracy(final.module, signals) > 0.9
-    export(final, tmp_path, {})
+    final.save(tmp_path)
     loaded = load_pruned(tmp_path, Spectrogram)
     inputs = signals.tensors[0]
     torch.testing.assert_close(loaded(inputs), final.module(inputs))

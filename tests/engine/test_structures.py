@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.finalize import export, load_pruned, read_structure
 from offload_sparse.engine.session import SparseOffload
+from offload_sparse.export.network_file import load_pruned, read_structure
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
 
@@ -72,7 +72,7 @@ def test_a_session_trains_and_exports_a_network_that_can_be_read_back(
     network = session.finalize([batches[0][0]])
     groups = network.channel_map.groups
     assert int(network.mask.sum()) <= max(session.policy.cap, len(groups))
-    export(network, tmp_path, {})
+    network.save(tmp_path)
     read = load_pruned(tmp_path, factory)
     x = batches[0][0]
     assert torch.equal(read(x), network.module(x))

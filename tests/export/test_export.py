@@ -21,11 +21,10 @@ from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.cli.main import main
 from offload_sparse.config import yaml_text
-from offload_sparse.engine.finalize import FinalNetwork
-from offload_sparse.engine.finalize import export as write_network
 from offload_sparse.export.convert import Format, export_network
 from offload_sparse.export.description import Kind, describe
 from offload_sparse.export.hub import model_card
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.export.open import open_artefact
 from offload_sparse.workloads.models import build_model
 
@@ -63,7 +62,7 @@ def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> 
     run_dir = tmp_path_factory.mktemp("run")
     model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
     preprocessing = {"mean": [0.25], "std": [0.5], "shape": list(SHAPE), "class_names": ["a", "b"]}
-    write_network(network, run_dir / "model", model, preprocessing)
+    network.save(run_dir / "model", model, preprocessing)
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
     (run_dir / "config.yaml").write_text("data: {test_limit: 48}\n")
     for name in FORMATS:
@@ -103,7 +102,7 @@ def test_sums_whose_operands_hold_different_channels_survive(kind: Kind, tmp_pat
     arguments = {"num_classes": 3, "in_channels": 3, "image_size": 8}
     network = narrowed("offload_sparse/resnet20_cifar", "filter", arguments)
     model = {"name": "offload_sparse/resnet20_cifar", "arguments": arguments}
-    write_network(network, tmp_path / "model", model, {"shape": [3, 8, 8]})
+    network.save(tmp_path / "model", model, {"shape": [3, 8, 8]})
     export_network(tmp_path, kind, tmp_path / kind)
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -131,14 +130,14 @@ def test_a_network_in_float64_becomes_onnx_in_float32(network: FinalNetwork, tmp
         network.channel_map,
     )
     model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
-    write_network(doubled, tmp_path / "model", model, {"shape": list(SHAPE)})
+    doubled.save(tmp_path / "model", model, {"shape": list(SHAPE)})
     export_network(tmp_path, "onnx")
     assert open_artefact(tmp_path / "export" / "onnx").dtype == torch.float32
 
 
 def test_a_layout_without_zeros_is_written_whole(network: FinalNetwork, tmp_path: Path) -> None:
     model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
-    write_network(network, tmp_path / "model", model, layout="csr")
+    network.save(tmp_path / "model", model, layout="csr")
     export_network(tmp_path, "safetensors")
     structure = json.loads((tmp_path / "export" / "safetensors" / "structure.json").read_text())
     assert "layouts" not in structure
@@ -177,7 +176,7 @@ def test_a_network_is_never_written_over_itself(exports: Path) -> None:
 
 
 def test_a_graph_needs_the_shape_of_the_images(network: FinalNetwork, tmp_path: Path) -> None:
-    write_network(network, tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
+    network.save(tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
     with pytest.raises(ValueError, match="does not say the shape of its images"):
         export_network(tmp_path, "onnx")
 

@@ -14,8 +14,8 @@ from offload_sparse import load_pruned
 from offload_sparse.channels.accounting import train_cost_saving
 from offload_sparse.config.methods import DFBSTConfig, DSTConfig, RigLConfig
 from offload_sparse.config.run import RunConfig, TrainConfig
-from offload_sparse.engine.config import ExportLayout, FinalConfig, OptimConfig, RoundConfig
-from offload_sparse.engine.finalize import export
+from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
+from offload_sparse.export.description import ExportLayout
 from offload_sparse.methods.weight_masks.dst import TrainableThresholds
 from offload_sparse.methods.weight_masks.masked import MaskedTraining, build_masked
 from tests.methods.tasks import batches, make_method, make_task, small_net, train
@@ -125,7 +125,7 @@ def test_an_exported_network_without_its_zeros_gives_the_same_logits(
     final = trained.finalize([batch[0] for batch in batches(2)])
     sizes = {}
     for name in ("dense", layout):
-        export(final, tmp_path / name, {}, layout=cast(Any, name))
+        final.save(tmp_path / name, layout=cast(Any, name))
         sizes[name] = (tmp_path / name / "weights.safetensors").stat().st_size
     loaded = load_pruned(tmp_path / layout, model=small_net)
     images = batches(1)[0][0]

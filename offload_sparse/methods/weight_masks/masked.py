@@ -14,8 +14,8 @@ from offload_sparse.channels.accounting import CostModel, flops_by_module
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import build_on_meta, meta_copy
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
-from offload_sparse.engine.finalize import FinalNetwork
 from offload_sparse.engine.optimizer import build_optimizer
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.controls import undivided_map
 from offload_sparse.methods.method import Costs, Task
 from offload_sparse.methods.network_method import FixedNetwork

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from offload_sparse import load_pruned
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.engine.config import ExportLayout
-from offload_sparse.engine.finalize import FinalNetwork, export
+from offload_sparse.export.description import ExportLayout
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.export.sparse_tensors import decode, encode
 from offload_sparse.workloads.models import build_model
 
@@ -115,7 +115,7 @@ def folder(tmp_path: Path) -> Path:
     mask = torch.ones(0, dtype=torch.bool)
     arguments = {"in_channels": 1, "image_size": 28}
     model: dict[str, Any] = {"name": "offload_sparse/lenet_300_100", "arguments": arguments}
-    export(FinalNetwork(network.eval(), mask, ChannelMap((), {}, {})), tmp_path, model)
+    FinalNetwork(network.eval(), mask, ChannelMap((), {}, {})).save(tmp_path, model)
     return tmp_path
 
 

@@ -11,7 +11,7 @@ import torch
 from offload_sparse import load_pruned
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import narrow_module
-from offload_sparse.engine.finalize import FinalNetwork, export
+from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 
@@ -30,7 +30,7 @@ def network() -> FinalNetwork:
 
 @pytest.fixture
 def folder(network: FinalNetwork, tmp_path: Path) -> Path:
-    export(network, tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
+    network.save(tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
     return tmp_path / "model"
 
 
@@ -56,7 +56,7 @@ def test_a_users_own_model_is_loaded_through_its_constructor(tmp_path: Path) -> 
     channel_map = small_map(full)
     mask = channel_map.uniform_mask(0.5)
     narrow = narrow_module(full, channel_map, mask).eval()
-    export(FinalNetwork(narrow, mask, channel_map), tmp_path, {})
+    FinalNetwork(narrow, mask, channel_map).save(tmp_path)
     images = torch.randn(2, 2, 6, 6)
     assert torch.equal(load_pruned(tmp_path, model=SmallNet)(images), narrow(images))
     with pytest.raises(ValueError, match="pass `model`"):
