@@ -13,7 +13,6 @@ and a loss of power are both survived.
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offload_sparse.channels.selection import Selection
-from offload_sparse.store.tiers import sync_folder
+from offload_sparse.store.files import make_folder, sync_folder, write_file
 from offload_sparse.store.weight_store import WeightStore
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
@@ -70,7 +69,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for left in folder.glob("*.tmp"):  # of a process that died while it wrote
             left.unlink()
 
@@ -100,19 +99,13 @@ class Journal:
             for kind, values in arrays.items():
                 low, high = own_segment(store, selection, kind)
                 content[f"{index}.values.{kind}"] = values[low:high]
-        path = self._path(round)
-        temporary = path.with_name(path.name + ".tmp")
+        metadata = {"round": str(round), "state": json.dumps(state)}
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                _write_safetensors(file.write, content, {"round": str(round), "state": json.dumps(state)})
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_file(self._path(round), lambda file: _write_safetensors(file.write, content, metadata))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise ValueError(
                 f"the journal in {self.folder} cannot be written ({error.strerror}); free space on its disk"
             ) from error
-        sync_folder(self.folder)
 
     def rounds(self) -> list[int]:
         """The rounds whose logs are there, oldest first."""

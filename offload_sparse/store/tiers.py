@@ -25,12 +25,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.store.config import Switch, TierName
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle
+from offload_sparse.store.files import TEMPORARY, make_folder, remove, sync, write_file
 from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.nvme import open_handle
 
@@ -161,9 +162,8 @@ class FileTier:
 
     def complete(self, integers: dict[str, Tensor]) -> None:
         contiguous = {name: value.contiguous() for name, value in integers.items()}
-        save_file(contiguous, self.folder / "integers.safetensors")
+        write_file(self.folder / "integers.safetensors", save(contiguous))
         self.sync()
-        sync_folder(self.folder)
         self._write(initialised=True)
 
     def integers(self) -> dict[str, Tensor]:
@@ -172,16 +172,16 @@ class FileTier:
     def sync(self) -> None:
         for mapped in self._maps:
             mapped.flush()
-        if self.direct is not None:
-            for path in self._paths.values():
-                _sync_file(path)
+        for path in self._paths.values():
+            if path.exists():  # of no entries there is no file
+                sync(path)
 
     # --- store.json ---
 
     def _read(self) -> dict[str, Any] | None:
         path = self.folder / "store.json"
         if not path.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and any(e.suffix != TEMPORARY for e in self.folder.iterdir()):
                 raise ValueError(
                     f"{self.folder} holds files but no store.json; give store.path another folder"
                 )
@@ -216,18 +216,22 @@ class FileTier:
             raise ValueError(f"the store in {self.folder} was never filled; start the run anew")
 
     def _begin(self) -> None:
-        """Empty the folder of what an earlier start left, and say whose it is."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Say whose the folder is, then empty it of an earlier start's files: a kill in between leaves a
+        store that was never filled.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._write(initialised=False)
+            for left in self.folder.iterdir():
+                if left.name != "store.json":
+                    remove(left)
         except OSError as error:
             raise ValueError(f"{self.folder} cannot be written ({error.strerror}); set store.path") from error
 
     def _write(self, initialised: bool) -> None:
         values = {"format": FORMAT, **asdict(self._identity), "sizes": self._sizes}
         text = json.dumps(values | {"initialised": initialised}, indent=2)
-        replace_file(self.folder / "store.json", text.encode())
+        write_file(self.folder / "store.json", text)
 
     def _file_bytes(self, size: int) -> int:
         """Bytes of the file of ``size`` entries, which direct reads and writes may take whole."""
@@ -288,31 +292,6 @@ def digest(channel_map: ChannelMap) -> str:
         for axis in channel_map.axes[name]:
             found.update(b"-" if axis is None else axis.numpy().tobytes())
     return found.hexdigest()
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that after a crash the old or the new file is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reserve(path: Path, total: int) -> None:

@@ -187,3 +187,13 @@ def test_without_deepspeed_the_nvme_tier_is_the_file_tier_with_one_warning(
     store_on(tier)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "libaio is missing" in caplog.text
+
+
+def test_a_kill_while_a_store_is_begun_or_replaced_leaves_one_that_may_be_begun(tmp_path: Path) -> None:
+    folder = tmp_path / "rank0"
+    folder.mkdir()
+    (folder / "store.json.tmp").write_text("{")  # killed before the first rename
+    store_on(FileTier(tmp_path, IDENTITY))
+    FileTier(tmp_path, IDENTITY, mode="replace")  # killed here
+    store_on(FileTier(tmp_path, IDENTITY))
+    assert {path.name for path in folder.iterdir()} >= {"store.json", "weights.bin", "integers.safetensors"}
