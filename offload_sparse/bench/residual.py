@@ -14,9 +14,9 @@ from offload_sparse.bench.contract import BenchResult
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import random_mask
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import narrow_module
-from offload_sparse.workloads.config import Residual
 from offload_sparse.workloads.models import build_model
 
 RHO = 0.25

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from offload_sparse.channels.require import require
+
+Residual = Literal["coupled", "internal", "filter"]
+"""What is sampled on residual streams, see ``ModelConfig``."""
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from offload_sparse.channels.config import Residual
 from offload_sparse.cli.table import show
 from offload_sparse.config.parse import PROGRAM, Options
-from offload_sparse.workloads.config import Residual
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.channels.subnet import meta_copy
 from offload_sparse.engine.distributed import on_first_rank
@@ -19,7 +20,6 @@ from offload_sparse.store.host_memory import bound_kept_memory
 from offload_sparse.store.initial_values import build_seeded, named_tensors
 from offload_sparse.store.initialisation import Recording, record
 from offload_sparse.store.weight_store import Ranks, WeightStore
-from offload_sparse.workloads.config import Residual
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.selection import Selection
 from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
 from offload_sparse.engine.config import (
@@ -50,7 +51,6 @@ from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.host_memory import pin_mode, return_freed_memory
 from offload_sparse.store.tiers import Identity, Mode, open_tier
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
-from offload_sparse.workloads.config import Residual
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.require import require
 
-Residual = Literal["coupled", "internal", "filter"]
 TrainCrop = Literal["pad", "resized"]
 
 

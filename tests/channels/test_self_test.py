@@ -7,9 +7,9 @@ import torch
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.self_test import MAX_PARAMETERS, reduced, self_test
-from offload_sparse.workloads.config import Residual
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 
