@@ -24,7 +24,7 @@ from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
 from offload_sparse.store.host_memory import return_freed_memory
 from offload_sparse.workloads.config import DataConfig, ModelConfig
-from offload_sparse.workloads.data.declared import declared_data
+from offload_sparse.workloads.data.loader import declared_data
 from offload_sparse.workloads.models import build_model, input_channels
 
 ROUNDS, STEPS = 2, 2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from offload_sparse.config.parse import PROGRAM, Options
 
 if TYPE_CHECKING:
-    from offload_sparse.inspect.doctor.finding import Finding
+    from offload_sparse.inspect.doctor import Finding
 
 
 @dataclass
@@ -46,16 +46,16 @@ _SIGNS = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
 def doctor(argv: Sequence[str]) -> int:
     """Examine this machine: versions, GPUs, limits, folders, launch; a fix for each finding."""
     config = _OPTIONS.parse(argv)
-    from offload_sparse.inspect.doctor.examination import examine
+    from offload_sparse.inspect.doctor import examine
 
     findings = examine(config.run_dir)
     errors = sum(finding.state == "error" for finding in findings)
     if os.environ.get("RANK", "0") == "0":
-        _tell(findings, config.json)
+        _print(findings, config.json)
     return 1 if errors else 0
 
 
-def _tell(findings: list[Finding], json_wanted: bool) -> None:
+def _print(findings: list[Finding], json_wanted: bool) -> None:
     states = {state: sum(finding.state == state for finding in findings) for state in _SIGNS}
     if json_wanted:
         print(json.dumps({"ok": not states["error"], "findings": [asdict(finding) for finding in findings]}))

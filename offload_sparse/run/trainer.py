@@ -32,8 +32,7 @@ from offload_sparse.run.resume import Standing, finished_summary, standing
 from offload_sparse.run.schedule import learning_rate
 from offload_sparse.run.trackers import start_trackers
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
-from offload_sparse.workloads.data.declared import DeclaredData
-from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
+from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.normalise import normalise_for
 from offload_sparse.workloads.data.source import Split, Splits, load_splits
 from offload_sparse.workloads.models import build_model, input_channels

@@ -14,7 +14,7 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.run.plan import dry_run
 from offload_sparse.run.plan.dry_run import Structure
 from offload_sparse.workloads.data import source
-from offload_sparse.workloads.data.declared import DeclaredData
+from offload_sparse.workloads.data.loader import DeclaredData
 
 StructureOf = Callable[[RunConfig, DeclaredData], Structure]
 

@@ -17,8 +17,8 @@ import torch
 from packaging.requirements import Requirement
 
 from offload_sparse.cli.main import main
-from offload_sparse.inspect.doctor import devices, launch, software, system
-from offload_sparse.inspect.doctor.finding import Finding
+from offload_sparse.inspect import doctor
+from offload_sparse.inspect.doctor import Finding
 from offload_sparse.store.copy import kernels
 
 Usage = namedtuple("Usage", "total used free")
@@ -34,7 +34,7 @@ def test_this_machine_can_run_the_tests(tmp_path: Path, capsys: pytest.CaptureFi
     report = json.loads(capsys.readouterr().out)
     assert report["ok"]
     names = {finding["name"] for finding in report["findings"]}
-    assert {"python", "native kernels", "shared memory", "NUMA nodes", "libaio", "launch", "threads"} <= names
+    assert {"packages", "native kernels", "shared memory", "NUMA nodes", "launch", "threads"} <= names
     assert all(bool(finding["fix"]) == (finding["state"] != "ok") for finding in report["findings"])
     assert main(["doctor", "--run_dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -70,8 +70,13 @@ def test_what_is_not_ok_needs_a_fix() -> None:
 def test_a_requirement_is_compared_with_what_is_installed(
     requirement: str, version: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(software, "_version", lambda name: version)
-    finding = software._required(Requirement(requirement))
+    def installed(name: str) -> str:
+        if not version:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    finding = doctor._required(Requirement(requirement))
     assert (finding.state, finding.found) == (state, found)
     assert finding.fix == ("" if state == "ok" else "pip install 'torch>=2.11'")
 
@@ -81,14 +86,14 @@ def test_a_package_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
-    (finding,) = software._packages()
+    (finding,) = doctor.check_packages()
     assert finding.state == "warning"
     assert "pip install -e ." in finding.fix
 
 
 def test_kernels_that_cannot_be_compiled_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "load", lambda: None)
-    assert software._kernels().state == "warning"
+    assert doctor.check_kernels().state == "warning"
 
 
 # --- the system --------------------------------------------------------------------------------------
@@ -102,17 +107,12 @@ def test_a_limit_on_locked_memory_matters_with_a_gpu(
     limit: int, has_gpu: bool, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
-    assert system._locked_memory(has_gpu).state == state
+    assert doctor._locked_memory(has_gpu).state == state
 
 
-@pytest.mark.parametrize(("gib", "state"), [(0.0625, "warning"), (8, "ok")])
-def test_small_shared_memory_is_a_warning(gib: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(int(gib * 2**30), 0, 0))
-    assert system._shared_memory(Path("/dev/shm")).state == state
-
-
-def test_shared_memory_that_is_not_there_is_a_warning(tmp_path: Path) -> None:
-    assert system._shared_memory(tmp_path / "shm").state == "warning"
+@pytest.mark.parametrize(("gib", "state"), [(0, "warning"), (0.0625, "warning"), (8, "ok")])
+def test_small_shared_memory_is_a_warning(gib: float, state: str) -> None:
+    assert doctor._shared_memory(int(gib * 2**30)).state == state
 
 
 @pytest.mark.parametrize(("nodes", "state"), [(0, "ok"), (1, "ok"), (2, "warning")])
@@ -120,21 +120,12 @@ def test_several_numa_nodes_are_told(nodes: int, state: str, tmp_path: Path) -> 
     for number in range(nodes):
         (tmp_path / f"node{number}").mkdir()
     (tmp_path / "nodes_online").mkdir()
-    assert system._numa(tmp_path).state == state
-
-
-@pytest.mark.parametrize(
-    ("text", "state"), [("always [madvise] never", "ok"), ("always madvise [never]", "warning"), (None, "ok")]
-)
-def test_huge_pages_that_are_turned_off_are_a_warning(text: str | None, state: str, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "enabled").write_text(text)
-    assert system._huge_pages(tmp_path / "enabled").state == state
+    assert doctor._numa(tmp_path).state == state
 
 
 def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1000))
-    finding = system._writable("run folder", tmp_path / "new")
+    finding = doctor._writable("run folder", tmp_path / "new")
     assert finding.state == "warning"
     assert not (tmp_path / "new").exists(), "looking leaves nothing behind"
 
@@ -156,7 +147,7 @@ def test_a_driver_without_a_device_is_an_error(
     monkeypatch.setattr(shutil, "which", lambda name: driver)
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (finding,) = devices.check_devices()
+    (finding,) = doctor.check_devices()
     assert finding.state == state
     assert advice in finding.fix
 
@@ -165,14 +156,14 @@ def test_a_probe_that_fails_is_a_finding() -> None:
     def fail() -> Finding:
         raise RuntimeError("CUDA error:\n an illegal memory access")
 
-    finding = devices._guarded("GPU 0", fail)
+    finding = doctor._guarded("GPU 0", fail)
     assert (finding.state, finding.found) == ("error", "CUDA error: an illegal memory access")
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_bus_of_every_device_is_measured() -> None:
-    findings = list(devices.check_devices())
+    findings = list(doctor.check_devices())
     assert len(findings) == 2 * torch.cuda.device_count()
     assert all("GB/s" in finding.found for finding in findings[1::2])
 
@@ -181,32 +172,16 @@ def test_the_bus_of_every_device_is_measured() -> None:
 
 
 def test_processes_that_cannot_find_each_other_are_an_error() -> None:
-    finding = one(launch.check_launch({"SLURM_STEP_NUM_TASKS": "2"}), "launch")
+    finding = one(doctor.check_launch({"SLURM_STEP_NUM_TASKS": "2"}), "launch")
     assert finding.state == "error"
     assert "start one accelerate launch per node" in finding.fix
 
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
-    finding = one(launch.check_launch({}), "threads")
+    finding = one(doctor.check_launch({}), "threads")
     assert finding.state == "warning"
     assert finding.fix.startswith("export OMP_NUM_THREADS=")
-
-
-@pytest.mark.parametrize(("processes", "state"), [(1, "ok"), (8, "warning")])
-def test_a_default_file_for_more_gpus_than_there_are_is_a_warning(
-    processes: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "accelerate").mkdir()
-    (tmp_path / "accelerate" / "default_config.yaml").write_text(f"num_processes: {processes}\n")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert one(launch.check_launch({"HF_HOME": str(tmp_path)}), "accelerate").state == state
-
-
-def test_a_default_file_that_is_damaged_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "accelerate").mkdir()
-    (tmp_path / "accelerate" / "default_config.yaml").write_text("num_processes: [")
-    assert one(launch.check_launch({"HF_HOME": str(tmp_path)}), "accelerate").state == "error"
 
 
 def test_the_doctor_compares_the_launcher_with_accelerate(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan.dry_run import dry_run, passes
 from offload_sparse.workloads.config import DataConfig, ModelConfig
-from offload_sparse.workloads.data.declared import DeclaredData, declared_data
+from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from offload_sparse.workloads.data.source import load_splits
 
 VGG = ModelConfig("offload_sparse/vgg_small")

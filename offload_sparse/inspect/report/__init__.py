@@ -1,1 +1,0 @@
-"""One page about one or several runs, from the files in their folders."""

@@ -1,4 +1,5 @@
-"""The page: one HTML file that needs no other, no script and no network."""
+"""One page about one or several runs, from the files in their folders: HTML that needs no other file, no
+script and no network."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.config.methods import PaperConfig
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
-from offload_sparse.workloads.data.declared import DeclaredData, declared_data
+from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from offload_sparse.workloads.data.order import steps_per_epoch
 from offload_sparse.workloads.models import build_model, input_channels
 

@@ -13,7 +13,7 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.run.plan.dry_run import dry_run, model_on_meta, structure_of
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Memory, Planner
-from offload_sparse.workloads.data.declared import DeclaredData, declared_data
+from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 
 GIB = 2**30
 _MARGIN = 0.95

@@ -33,7 +33,7 @@ from offload_sparse.store.copy.plans import WIRE
 from offload_sparse.store.direct_files import WINDOW
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
-from offload_sparse.workloads.data.declared import DeclaredData
+from offload_sparse.workloads.data.loader import DeclaredData
 
 ROUNDS = 4
 """Rounds whose masks are drawn to find the largest."""

@@ -1,7 +1,7 @@
 """Images to batches.
 
 ``source`` resolves a dataset's name to its splits (``folder``, ``parquet`` and ``stream`` read them),
-``images`` decodes them, ``corrupt`` counts those that cannot be decoded, ``sampler`` says which images a
+``images`` decodes them, ``corrupt`` counts those that cannot be decoded, ``order`` says which images a
 step reads, ``augmentation`` changes them, ``loader`` makes batches of them and ``normalise`` turns those into
 floats on the device. Everything random is a function of (seed, epoch, step or image index) alone: nothing to
 save, nothing to restore.

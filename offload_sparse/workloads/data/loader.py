@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from offload_sparse.workloads.data.source import Split
 from offload_sparse.workloads.data.stream import ParquetStream
 
 _EVALUATION_BATCH = 512
+_EMBEDDED = {"num_classes": 10, "channels": 1, "image_size": 28, "train_images": 12_000}
 
 
 class Batch(NamedTuple):
@@ -223,3 +225,40 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches = _EvalBatches(self.images, self._parts)
         return _iterate(batches, range(len(self._parts)), self._num_workers)
+
+
+@dataclass(frozen=True)
+class DeclaredData:
+    """A data set, unread.
+
+    Attributes:
+        num_classes: classes.
+        channels: channels of the images.
+        image_size: their side in pixels.
+        train_images: images that training reads per epoch, after what is held out and limited.
+    """
+
+    num_classes: int
+    channels: int
+    image_size: int
+    train_images: int
+
+
+def declared_data(config: DataConfig) -> DeclaredData:
+    """The data set as ``config`` declares it.
+
+    Raises:
+        ValueError: the configuration leaves something open; names the key.
+    """
+    known = _EMBEDDED if config.name == "fashion_mnist_small" else {}
+    values = {name: getattr(config, name) or known.get(name, 0) for name in _EMBEDDED}
+    for name, value in values.items():
+        if not value:
+            raise ValueError(
+                f"data.{name} is 0, but the images of {config.name!r} are not read here; set data.{name}"
+            )
+    if not config.validation_split:
+        values["train_images"] -= round(config.validation_size * values["train_images"])
+    if config.train_limit:
+        values["train_images"] = min(values["train_images"], config.train_limit)
+    return DeclaredData(**values)

@@ -21,7 +21,7 @@ from offload_sparse.run.plan.fit import check, largest_rho, largest_width, short
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
 from offload_sparse.store.weight_store import WEIGHTS, Ranks, WeightStore
-from offload_sparse.workloads.data.declared import declared_data
+from offload_sparse.workloads.data.loader import declared_data
 
 LARGE = Machine(1, 1, 1 << 50, None)
 MIB = 1 << 20
