@@ -269,7 +269,6 @@ class Study:
         policy = dict(recipe.policy) | {"rho": cell.rho}
         if recipe.flops:
             policy |= {"rho": cell.flops_ratio, "budget": "flops"}
-        policy["floor"] = min(policy.get("floor", PolicyConfig.floor), 0.5 * policy["rho"])
         config = RunConfig(
             method=recipe.method,
             data=replace(setting.data, name=self.images.name),

@@ -24,16 +24,8 @@ from offload_sparse.bench.options import VarianceConfig
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.policy.control import regressed
-from offload_sparse.policy.estimators import (
-    CONTROLLED,
-    ESTIMATORS,
-    Comparison,
-    Pairing,
-    pairing,
-    precondition,
-)
+from offload_sparse.policy.config import ALPHA, PolicyConfig
+from offload_sparse.policy.estimators import CONTROLLED, ESTIMATORS, Comparison, precondition, regressed
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.run.trainer import classification_loss
 from offload_sparse.workloads.config import DataConfig
@@ -41,8 +33,6 @@ from offload_sparse.workloads.data.loader import Batch
 from offload_sparse.workloads.data.normalise import Normalise
 from offload_sparse.workloads.models import build_model
 
-_ESTIMATOR_OF: dict[Pairing, str] = {"independent": "rloo", "antithetic": "disarm", "flipped": "bitflip"}
-_ALPHA = PolicyConfig.alpha
 _BATCH, _K = 128, 10
 _LEAST = 10
 """Masks that a conditional expectation is averaged over at least."""
@@ -97,19 +87,22 @@ def measure(session: SparseOffload, batch: Batch, pairs: int) -> dict[str, Any]:
     Args:
         session: whose masks are drawn; nothing in it is learned.
         batch: what losses are measured on.
-        pairs: pairs of masks per way of pairing.
+        pairs: pairs of independent masks, and of antithetic ones.
     """
     s = session.policy.s
-    drawn = {way: draw_pairs(session, batch, way, pairs) for way in _ESTIMATOR_OF}
+    independent, antithetic = (draw_pairs(session, batch, name, pairs) for name in ("rloo", CONTROLLED))
     groups = session.channel_map.groups
-    variance = {name: _variance(name, drawn[pairing(name)], s, groups) for name in ESTIMATORS}
-    return {"variance": variance} | spread_of_losses(drawn["independent"])
+    variance = {
+        name: _variance(name, antithetic if name == CONTROLLED else independent, s, groups)
+        for name in ESTIMATORS
+    }
+    return {"variance": variance} | spread_of_losses(independent)
 
 
-def draw_pairs(session: SparseOffload, batch: Batch, way: Pairing, count: int) -> Pairs:
-    """Pairs from the session's p(m|s), and the losses of their subnets."""
+def draw_pairs(session: SparseOffload, batch: Batch, estimator: str, count: int) -> Pairs:
+    """Pairs from the session's p(m|s), as an estimator needs them, and the losses of their subnets."""
     sampler = MaskPolicy(
-        PolicyConfig.paper(rho=session.policy.config.rho, estimator=_ESTIMATOR_OF[way]),
+        PolicyConfig.paper(rho=session.policy.config.rho, estimator=estimator),
         session.channel_map.groups,
         session.steps_done,
     )
@@ -145,11 +138,11 @@ def _variance(name: str, pairs: Pairs, s: Tensor, groups: Sequence[Group]) -> fl
     """Total variance of H g over the second half of the pairs; the first half serves the control variate."""
     half = len(pairs[0]) // 2
     control = None
-    if name in CONTROLLED:
+    if name == CONTROLLED:
         m, m_ref, loss, reference = (part[:half] for part in pairs)
         control = regressed(loss - reference, m.to(s.dtype) - m_ref.to(s.dtype), groups)
     g = _estimates(name, tuple(part[half:] for part in pairs), s, control)
-    return float(precondition(g, s, _ALPHA).var(0).sum())
+    return float(precondition(g, s, ALPHA).var(0).sum())
 
 
 def _estimates(name: str, pairs: tuple[Tensor, ...], s: Tensor, control: Tensor | None) -> Tensor:

@@ -330,7 +330,7 @@ class SparseOffload:
         fault_point("sample", self.steps_done)
         reopened, self._reopened = self._reopened, None
         steps = 0 if reopened is None else reopened.steps
-        self.policy.advance((first := self.steps_done - steps) / max(1, self.freeze_step))
+        first = self.steps_done - steps
         self._masks = self._draw() if reopened is None else reopened.masks
         of_a, of_b = pair_on(self._masks, self.ranks.rank)
         self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
@@ -424,7 +424,6 @@ class SparseOffload:
 
     def _choose_final_mask(self) -> None:
         """Draw masks from p(m|s), keep the best by training loss (Zhou et al. 2021, final sampling)."""
-        self.policy.advance(1.0)
         candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
         recent = list(self._recent)
         self.forward_flops += len(recent) * sum(self.cost.flops(mask) for mask in candidates)

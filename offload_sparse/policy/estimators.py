@@ -1,26 +1,30 @@
 """Estimators of the gradient of E_{m ~ p(m|s)} L(m) with respect to s, from the losses of two masks.
 
-All are unbiased: averaged over the masks that they are made for, they give the gradient exactly. All are O(C)
-and need no backward pass. The preconditioner H = diag(s(1-s))^alpha is applied afterwards (Zhou et al. 2021,
-equations 4 and 5).
+    pge         L(m) (m - s) / (s(1-s))                                     m' is not used
+    vr_pge      (L(m) - L(m')) (m - s) / (s(1-s))                           m' is another draw (the paper)
+    rloo        ½ (L(m) - L(m')) (m - m') / (s(1-s))                        m' is another draw
+    disarm_cv   ½ (L(m) - L(m') - a·(m - m')) (m - m') / min(s, 1-s) + a    m = 1[u > 1 - s], m' = 1[u < s]
 
-    masks          estimators                      m' beside m ~ p(m|s)
-    independent    pge vr_pge rloo rloo_cv         another draw
-    antithetic     disarm disarm_cv                m = 1[u > 1 - s], m' = 1[u < s] of the same uniforms u
-    flipped        bitflip                         m with one atom, drawn uniformly, the other way round
+All are unbiased: averaged over the masks that they are made for, they give the gradient exactly. All are O(C)
+and need no backward pass. The preconditioner H = diag(s(1-s))^α is applied afterwards (Zhou et al. 2021,
+equations 4 and 5). Where s is 0 or 1 every estimate is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Pairing = Literal["independent", "antithetic", "flipped"]
-"""How the reference mask comes about."""
+from offload_sparse.channels.channel_map import Group
+
+_DECAY = 0.95
+"""Of the comparisons that a control variate comes from, per round."""
+
+_RIDGE = 0.1
+"""Of their regression, relative to the mean square of a difference of widths."""
 
 
 @dataclass(frozen=True)
@@ -64,74 +68,55 @@ class Comparison:
         """
         return _over_variance(self.m.to(self.s.dtype) - (self.s if self.mean is None else self.mean), self.s)
 
-    @property
-    def uncontrolled(self) -> float | Tensor:
-        """L(m) - L(m') - a·(m - m'): what a linear model of the loss leaves unexplained."""
-        if self.control is None:
-            return self.difference
-        return self.difference - (self.step * self.control).sum(-1, keepdim=self.step.dim() > 1)
-
-
-Estimator = Callable[[Comparison], Tensor]
-"""Comparison -> float64[..., C]."""
-
 
 def pge(pair: Comparison) -> Tensor:
-    """L(m) (m - s) / (s(1-s)): the policy gradient itself (Williams 1992); its variance is that of the loss's
-    level."""
+    """The policy gradient itself (Williams 1992); its variance is that of the loss's level."""
     return pair.loss * pair.score
 
 
 def vr_pge(pair: Comparison) -> Tensor:
-    """(L(m) - L(m')) (m - s) / (s(1-s)): the paper's variance reduced policy gradient (Zhou et al. 2021,
-    VR-PGE).
-
-    m' enters through the loss difference only. At s in {0, 1} the score, and with it the estimate, is 0.
+    """The paper's variance reduced policy gradient (Zhou et al. 2021, VR-PGE): m' enters through the loss
+    difference only.
     """
     return pair.difference * pair.score
 
 
 def rloo(pair: Comparison) -> Tensor:
-    """½ (L(m) - L(m')) (m - m') / (s(1-s)): REINFORCE with the other sample as baseline (Kool et al. 2019),
-    two samples.
+    """REINFORCE with the other sample as baseline (Kool et al. 2019), two samples.
 
     Symmetric in the two masks, with about half the second moment of ``vr_pge``. E[m] cancels, so it serves
-    fixed widths as it stands. At s in {0, 1} the estimate is 0.
+    fixed widths as it stands.
     """
     return 0.5 * pair.difference * _over_variance(pair.step, pair.s)
 
 
-def rloo_cv(pair: Comparison) -> Tensor:
-    """½ (L(m) - L(m') - a·(m - m')) (m - m') / (s(1-s)) + a: ``rloo`` with a linear control variate.
-
-    The subtracted term has the expectation a. At s in {0, 1} the estimate is 0.
-    """
-    return _with_control(0.5 * pair.uncontrolled * _over_variance(pair.step, pair.s), pair)
-
-
-def disarm(pair: Comparison) -> Tensor:
-    """½ (L(m) - L(m')) (m - m') / min(s, 1-s) of antithetic masks (Dong et al. 2020, DisARM).
-
-    At s in {0, 1} the estimate is 0.
-    """
-    return 0.5 * pair.difference * _over_smaller(pair.step, pair.s)
-
-
 def disarm_cv(pair: Comparison) -> Tensor:
-    """½ (L(m) - L(m') - a·(m - m')) (m - m') / min(s, 1-s) + a: ``disarm`` with a linear control variate."""
-    return _with_control(0.5 * pair.uncontrolled * _over_smaller(pair.step, pair.s), pair)
-
-
-def bitflip(pair: Comparison) -> Tensor:
-    """C (L(m | m_i = 1) - L(m | m_i = 0)) for the one atom i in which the masks differ, 0 for all others.
-
-    Bounded however near s is to 0 or 1.
+    """DisARM (Dong et al. 2020), for antithetic masks, with a linear control variate: what is subtracted has
+    the expectation a, which is added again.
     """
-    return len(pair.s) * pair.difference * pair.step
+    difference = pair.difference
+    if pair.control is not None:
+        difference = difference - (pair.step * pair.control).sum(-1, keepdim=pair.step.dim() > 1)
+    g = 0.5 * difference * _ratio(pair.step, torch.minimum(pair.s, 1 - pair.s))
+    if pair.control is None:
+        return g
+    return g + torch.where((pair.s <= 0) | (pair.s >= 1), 0.0, pair.control)
+
+
+ESTIMATORS: Mapping[str, Callable[[Comparison], Tensor]] = {
+    "pge": pge,
+    "vr_pge": vr_pge,
+    "rloo": rloo,
+    "disarm_cv": disarm_cv,
+}
+"""Comparison -> float64[..., C], by the name that the configuration gives them."""
+
+CONTROLLED = "disarm_cv"
+"""The estimator that needs antithetic masks, and uses a control variate."""
 
 
 def leave_one_out(losses: Tensor, masks: Tensor, s: Tensor) -> Tensor:
-    """1/(R-1) sum_r (L_r - mean L) (m_r - s) / (s(1-s)): REINFORCE with the mean of the other samples as
+    """1/(R-1) Σ_r (L_r - mean L) (m_r - s) / (s(1-s)): REINFORCE with the mean of the other samples as
     baseline (Kool et al. 2019), R independent samples.
 
     Two samples give ``rloo``; more of them lower the variance.
@@ -142,7 +127,7 @@ def leave_one_out(losses: Tensor, masks: Tensor, s: Tensor) -> Tensor:
         s: float64[C].
 
     Returns:
-        float64[C]; 0 where s is 0 or 1.
+        float64[C].
     """
     weights = (losses - losses.mean()) / (len(losses) - 1)
     return weights @ _over_variance(masks.to(s.dtype) - s, s)
@@ -171,42 +156,72 @@ def precondition(g: Tensor, s: Tensor, alpha: float) -> Tensor:
     return (s * (1 - s)) ** alpha * g
 
 
+class ControlVariate:
+    """a of ``disarm_cv``: what a channel of each group is worth, by comparisons of earlier rounds.
+
+    Estimates of single atoms are far noisier than large, and a control variate that is as noisy as they are
+    adds more variance than it takes away. So it has one number per group, from a ridge regression of past
+    loss differences on differences of widths, L(m) - L(m') ≈ Σ_g a_g (|m_g| - |m'_g|). It must not know the
+    masks that it is used with: the comparisons of a round join the others when the next one begins.
+
+    Args:
+        groups: the groups of the atoms.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = groups
+        size = len(groups)
+        # normal equations: matrix | right side
+        self._known = torch.zeros(size, size + 1, dtype=torch.float64)
+        self._pending = torch.zeros_like(self._known)
+        self._round = torch.tensor(-1)
+
+    def of_round(self, round: int) -> Tensor:
+        """a for the masks of ``round``, float64[C]."""
+        if round != int(self._round):
+            self._known = _DECAY * self._known + self._pending
+            self._pending = torch.zeros_like(self._pending)
+            self._round = torch.tensor(round)
+        return _solved(self._known, self._groups)
+
+    def compared(self, difference: float, step: Tensor) -> None:
+        """Set a comparison of the present round aside: L(m) - L(m') and m - m' (float64[C])."""
+        self._pending = self._pending + _equations(torch.tensor([[difference]]), step[None], self._groups)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that are never changed in place."""
+        return {"known": self._known, "pending": self._pending, "round": self._round}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from ``state()``."""
+        self._known, self._pending = state["known"].clone(), state["pending"].clone()
+        self._round = state["round"].clone()
+
+
+def regressed(differences: Tensor, steps: Tensor, groups: Sequence[Group]) -> Tensor:
+    """a, float64[C], of comparisons: L(m) - L(m') as float64[n, 1], m - m' as float64[n, C]."""
+    return _solved(_equations(differences, steps, groups), groups)
+
+
+def _equations(differences: Tensor, steps: Tensor, groups: Sequence[Group]) -> Tensor:
+    """float64[G, G + 1]: the normal equations of the regression."""
+    widths = torch.stack([steps[:, group.start : group.stop].sum(1) for group in groups], dim=1)
+    return widths.T @ torch.cat([widths, differences.to(widths.dtype)], dim=1)
+
+
+def _solved(equations: Tensor, groups: Sequence[Group]) -> Tensor:
+    matrix, right = equations[:, :-1], equations[:, -1]
+    ridge = _RIDGE * matrix.trace() / len(groups)
+    if ridge <= 0:
+        return torch.zeros(groups[-1].stop, dtype=torch.float64)
+    values = torch.linalg.solve(matrix + ridge * torch.eye(len(groups), dtype=torch.float64), right)
+    return torch.cat([values[i].expand(group.size) for i, group in enumerate(groups)])
+
+
 def _over_variance(numerator: Tensor, s: Tensor) -> Tensor:
     return _ratio(numerator, s * (1 - s))
-
-
-def _over_smaller(numerator: Tensor, s: Tensor) -> Tensor:
-    return _ratio(numerator, torch.minimum(s, 1 - s))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     certain = denominator <= 0
     return torch.where(certain, 0.0, numerator / torch.where(certain, 1.0, denominator))
-
-
-def _with_control(g: Tensor, pair: Comparison) -> Tensor:
-    if pair.control is None:
-        return g
-    return g + torch.where((pair.s <= 0) | (pair.s >= 1), 0.0, pair.control)
-
-
-ESTIMATORS: Mapping[str, Estimator] = {
-    "pge": pge,
-    "vr_pge": vr_pge,
-    "rloo": rloo,
-    "disarm": disarm,
-    "rloo_cv": rloo_cv,
-    "disarm_cv": disarm_cv,
-    "bitflip": bitflip,
-}
-"""Estimators by the name that the configuration gives them."""
-
-CONTROLLED = ("rloo_cv", "disarm_cv")
-"""Estimators that use a control variate."""
-
-
-def pairing(name: str) -> Pairing:
-    """How the two masks of the estimator ``name`` are drawn."""
-    if name in ("disarm", "disarm_cv"):
-        return "antithetic"
-    return "flipped" if name == "bitflip" else "independent"

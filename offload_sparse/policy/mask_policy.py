@@ -19,24 +19,21 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
-from offload_sparse.policy.budget import Budget, Costs
-from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.policy.control import ControlVariate
+from offload_sparse.policy.budget import Budget, Costs, project
+from offload_sparse.policy.config import ALPHA, PolicyConfig
 from offload_sparse.policy.diagnostics import Diagnostics
 from offload_sparse.policy.estimators import (
     CONTROLLED,
     ESTIMATORS,
     Comparison,
+    ControlVariate,
     leave_one_out,
-    pairing,
     precondition,
 )
 from offload_sparse.policy.parametrisation import Parametrisation
-from offload_sparse.policy.probabilities import project
 from offload_sparse.policy.samplers import (
     CANDIDATES,
     FIRST,
-    FLIPS,
     RANKS,
     SECOND,
     Bernoulli,
@@ -44,7 +41,6 @@ from offload_sparse.policy.samplers import (
     FixedWidth,
     Persistent,
     Sampler,
-    mask_generator,
 )
 from offload_sparse.policy.widths import minimum_size, respect_size, respect_widths
 
@@ -80,9 +76,8 @@ class MaskPolicy:
 
     Attributes:
         size_cap: most parameters that the subnet of any mask of the run has: hard_cap^2 times those of a
-            network that is narrowed evenly to the (largest) budget, since a network narrowed by a factor
+            network that is narrowed evenly to the budget, since a network narrowed by a factor
             shrinks by its square. More only where minimum widths demand it. 0 without ``costs``.
-        rho: the present remaining ratio, which falls from ``rho_start`` to ``rho`` where that is asked for.
 
     Raises:
         ValueError: there are no groups, or the budget cannot be met.
@@ -97,18 +92,17 @@ class MaskPolicy:
         self.groups = tuple(groups)
         self.seed = seed
         self.num_atoms = self.groups[-1].stop
-        self.rho = config.rho_start or config.rho
         self._costs = costs
-        self._progress = 0.0
         self._frozen = False
-        self._budget = self._budget_of(self.rho)
+        self._bounds = (config.floor, 1 - config.floor)
+        self._budget = Budget(config.budget, config.rho, self.groups, costs, self._bounds)
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
         self._uniform = self._budget.mask(start, 1 - start, config.min_width)
-        self._caps = self._caps_of(self._budget)
+        self._caps = self._caps_of()
         self.size_cap = self._caps.parameters or 0
         self._sampler = self._build_sampler()
         self._learned = Parametrisation(self.config, self.groups, start)
-        self._control = ControlVariate(self.groups, config.control_decay)
+        self._control = ControlVariate(self.groups)
         self._diagnostics = Diagnostics(self.groups, config.floor, start)
 
     @property
@@ -150,10 +144,7 @@ class MaskPolicy:
         """m1 and its reference m2, bool[C], paired as the estimator needs them; a function of (s, seed,
         round).
         """
-        first = self._draw(round, FIRST)
-        if pairing(self.config.estimator) == "flipped" and not self.trivial:
-            return first, self._flipped(first, round)
-        return first, self._draw(round, SECOND)
+        return self._draw(round, FIRST), self._draw(round, SECOND)
 
     def sample_for_ranks(self, round: int, ranks: int) -> tuple[Tensor, ...]:
         """m1 and a reference mask for each of ``ranks`` ranks, all independent; the first is that of
@@ -181,17 +172,6 @@ class MaskPolicy:
 
     # --- learning ---
 
-    def advance(self, progress: float) -> None:
-        """Tell which share of the search is over, in [0, 1]: rho and learning rates follow from it."""
-        self._progress = min(1.0, max(0.0, progress))
-        config = self.config
-        if config.rho_start == 0 or self.trivial:
-            return
-        rho = config.rho_start + min(1.0, self._progress / config.anneal) * (config.rho - config.rho_start)
-        if rho != self.rho:
-            self._take_rho(rho)
-            self._learned.settle(self._budget.project(self.s))
-
     def update(self, loss: float, reference_loss: float, m1: Tensor, m2: Tensor, round: int = 0) -> None:
         """One step on s from L(m1) and L(m2); a trivial or frozen policy stays as it is.
 
@@ -218,7 +198,7 @@ class MaskPolicy:
             return
         name = self.config.estimator
         mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
-        control = self._control.of_round(round) if name in CONTROLLED else None
+        control = self._control.of_round(round) if name == CONTROLLED else None
         pair = Comparison(loss, reference_loss, m1, m2, self.s, mean, control)
         g = ESTIMATORS[name](pair)
         if control is not None:
@@ -251,14 +231,14 @@ class MaskPolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that is learned and counted; configuration and seed are the caller's."""
-        tensors = {"s": self.s, "progress": torch.tensor([self._progress, self.rho], dtype=torch.float64)}
+        tensors = {"s": self.s}
         tensors |= {f"optimizer/{name}": value for name, value in self._learned.slots().items()}
         tensors |= {f"control/{name}": value for name, value in self._control.state().items()}
         tensors |= {f"diagnostics/{name}": value for name, value in self._diagnostics.state().items()}
         return {"tensors": {n: t.clone() for n, t in tensors.items()}, "frozen": self._frozen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict()`` bit for bit.
+        """Resume from ``state_dict()`` bit for bit.
 
         Raises:
             ValueError: the state belongs to another number of atoms or to another optimizer.
@@ -273,9 +253,6 @@ class MaskPolicy:
         self._learned.load(s, _under(tensors, "optimizer/"))
         self._control.load(_under(tensors, "control/"))
         self._diagnostics.load(_under(tensors, "diagnostics/"))
-        self._progress, rho = tensors["progress"].tolist()
-        if rho != self.rho:
-            self._take_rho(rho)
         self._frozen = bool(state["frozen"])
 
     # --- parts ---
@@ -300,15 +277,6 @@ class MaskPolicy:
                 mask = respect_size(mask, drawn.margin, self.groups, self.config.min_width, size, cap)
         return mask
 
-    def _flipped(self, mask: Tensor, round: int) -> Tensor:
-        """``mask`` with one atom the other way round; the mask itself if minimum widths or caps forbid it."""
-        generator = mask_generator(self.seed, round, FLIPS)
-        atom = int(torch.randint(self.num_atoms, (1,), generator=generator))
-        other = mask.clone()
-        other[atom] = ~other[atom]
-        allowed = torch.equal(self._usable(Drawn(other, (~other).to(torch.float64))), other)
-        return other if allowed else mask
-
     def _final(self, margin: Tensor) -> Tensor:
         """The mask of the smallest margins that has the widths to end with."""
         if self.config.sampler != "fixed_width":
@@ -323,9 +291,7 @@ class MaskPolicy:
         return [int(self._uniform[g.start : g.stop].sum()) for g in self.groups]
 
     def _move(self, gradient: Tensor) -> None:
-        z = self._learned.move(
-            precondition(gradient, self.s, self.config.alpha), self._learning_rate_factor()
-        )
+        z = self._learned.move(precondition(gradient, self.s, ALPHA))
         self._learned.settle(self._project(z))
 
     def _project(self, z: Tensor) -> Tensor:
@@ -333,28 +299,12 @@ class MaskPolicy:
             return self._budget.project(z)
         parts = []
         for group, width in zip(self.groups, self._uniform_widths(), strict=True):
-            lower = min(self.config.floor, width / group.size)
-            parts.append(project(z[group.start : group.stop], width, lower, 1 - self.config.floor))
+            lower = min(self._bounds[0], width / group.size)
+            parts.append(project(z[group.start : group.stop], width, lower, self._bounds[1]))
         return torch.cat(parts)
 
-    def _learning_rate_factor(self) -> float:
-        if self.config.schedule == "linear":
-            return 1 - self._progress
-        if self.config.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * self._progress))
-        return 1.0
-
-    def _take_rho(self, rho: float) -> None:
-        self.rho = rho
-        self._budget = self._budget_of(rho)
-        self._caps = self._caps_of(self._budget)
-
-    def _budget_of(self, rho: float) -> Budget:
-        bounds = (self.config.floor, 1 - self.config.floor)
-        return Budget(self.config.budget, rho, self.groups, self._costs, bounds)
-
-    def _caps_of(self, budget: Budget) -> _Caps:
-        config, costs = self.config, self._costs
+    def _caps_of(self) -> _Caps:
+        config, costs, budget = self.config, self._costs, self._budget
         atoms = self.num_atoms
         if config.budget == "count":
             wanted = math.ceil(config.hard_cap * budget.limit - 1e-9)
@@ -382,7 +332,7 @@ class MaskPolicy:
             return FixedWidth(self.groups, self._uniform_widths(), self.seed)
         if config.sampler == "persistent":
             return Persistent(self.num_atoms, self.seed, config.refresh)
-        return Bernoulli(self.num_atoms, self.seed, pairing(config.estimator) == "antithetic")
+        return Bernoulli(self.num_atoms, self.seed, config.estimator == CONTROLLED)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,12 +1,8 @@
-"""What is learned about the keep probabilities: one number per atom, or one per group and what atoms deviate.
-
-    atom           s_c
-    group          s_c = r_g(c)
-    hierarchical   s_c = r_g(c) + d_c, where the d of a group sum to 0
+"""What is learned about the keep probabilities: one number per atom (s_c), or one per group (s_c = r_g(c)).
 
 Before anything is trained the channels of a layer are exchangeable, and only the widths of layers can be
 learned. Their rates r see the mean of the gradients of a group, in which what single atoms add by chance
-cancels: a few numbers with a strong signal, at a learning rate of their own.
+cancels: a few numbers with a strong signal.
 """
 
 from __future__ import annotations
@@ -17,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.channel_map import Group
-from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.config import MOMENTUM, PolicyConfig
 
 
 class Parametrisation:
-    """Parameters, their optimizer, and the probabilities that they stand for.
+    """The parameter, its optimizer, and the probabilities that it stands for.
 
     Args:
-        config: parametrisation, optimizer and learning rates.
+        config: parametrisation, optimizer and learning rate.
         groups: the groups of the atoms.
         s: float64[C], where to start.
     """
@@ -34,61 +30,47 @@ class Parametrisation:
         sizes = torch.tensor([group.size for group in groups])
         self._group_of = torch.repeat_interleave(torch.arange(len(groups)), sizes)
         self._sizes = sizes.to(torch.float64)
-        self._s = s.clone()
-        if config.parametrisation == "atom":
-            self._parameters = {"s": nn.Parameter(s.clone())}
-            self._rates = {"s": config.lr}
-        else:
-            rates, offsets = self._split(s)
-            self._parameters = {"rates": nn.Parameter(rates), "offsets": nn.Parameter(offsets)}
-            of_offsets = 0.0 if config.parametrisation == "group" else config.lr
-            self._rates = {"rates": config.group_lr, "offsets": of_offsets}
+        self._name = "s" if config.parametrisation == "atom" else "rates"
+        self._parameter = nn.Parameter(self._reduced(s).clone())
         self._optimizer = self._build_optimizer()
+        self.settle(s)
 
     @property
     def s(self) -> Tensor:
         """The keep probabilities float64[C]."""
         return self._s
 
-    def move(self, gradient: Tensor, factor: float) -> Tensor:
+    def move(self, gradient: Tensor) -> Tensor:
         """One optimizer step.
 
         Args:
-            gradient: float64[C], of the loss by s.
-            factor: of the learning rates.
+            gradient: float64[C], of the loss by s. A rate sees its mean over the group; by the chain rule it
+                would be the sum, by which large groups would move more than small ones.
 
         Returns:
             float64[C], where s would be without bounds and budget; tell ``settle`` where it is with them.
         """
-        for name, gradient_of in self._gradients(gradient).items():
-            self._parameters[name].grad = gradient_of
-        for group in self._optimizer.param_groups:
-            group["lr"] = factor * self._rates[group["name"]]
+        self._parameter.grad = self._reduced(gradient)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        values = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        if "s" in values:
-            return values["s"]
-        return values["rates"][self._group_of] + values["offsets"]
+        value = self._parameter.detach()
+        return value if self._name == "s" else value[self._group_of] + self._rounding
 
     def settle(self, s: Tensor) -> None:
-        """Carry on from ``s``."""
+        """Go on from ``s``."""
         self._s = s.clone()
-        parts = [s] if "s" in self._parameters else self._split(s)
         with torch.no_grad():
-            for parameter, value in zip(self._parameters.values(), parts, strict=True):
-                parameter.copy_(value)
+            self._parameter.copy_(self._reduced(s))
+        if self._name == "rates":
+            self._rounding = s - self._parameter.detach()[self._group_of]
 
     def slots(self) -> dict[str, Tensor]:
         """The optimizer's state by ``parameter.slot``."""
-        return {
-            f"{name}.{slot}": value
-            for name, parameter in self._parameters.items()
-            for slot, value in self._optimizer.state[parameter].items()
-        }
+        state = self._optimizer.state[self._parameter]
+        return {f"{self._name}.{slot}": value for slot, value in state.items()}
 
     def load(self, s: Tensor, slots: Mapping[str, Tensor]) -> None:
-        """Carry on from ``s`` and ``slots``, bit for bit.
+        """Resume from ``s`` and ``slots``, bit for bit.
 
         Raises:
             ValueError: the slots are those of another optimizer or parametrisation.
@@ -105,23 +87,11 @@ class Parametrisation:
                 mine[name].copy_(value)
         self.settle(s)
 
-    def _split(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        rates = self._summed(s) / self._sizes
-        return rates, s - rates[self._group_of]
-
-    def _summed(self, values: Tensor) -> Tensor:
-        return torch.zeros(len(self._sizes), dtype=values.dtype).index_add(0, self._group_of, values)
-
-    def _gradients(self, gradient: Tensor) -> dict[str, Tensor]:
-        """The gradient's projections on what rates and deviations can do.
-
-        By the chain rule that on a rate is the sum over its group, not the mean: large groups would move by
-        their size more than small ones.
-        """
-        if "s" in self._parameters:
-            return {"s": gradient}
-        rates, offsets = self._split(gradient)
-        return {"rates": rates, "offsets": offsets}
+    def _reduced(self, values: Tensor) -> Tensor:
+        """float64[C] as it is, or its means over groups."""
+        if self._name == "s":
+            return values
+        return torch.zeros_like(self._sizes).index_add(0, self._group_of, values) / self._sizes
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         """Adam or SGD, with the state of its first step (zeros) already there.
@@ -129,21 +99,12 @@ class Parametrisation:
         A state that exists from the start keeps the same keys and shapes for the whole run, which lets
         checkpoints be loaded in place; zeros are what both optimizers would start from.
         """
-        groups = [
-            {"params": [p], "lr": self._rates[name], "name": name} for name, p in self._parameters.items()
-        ]
+        zeros = torch.zeros_like(self._parameter, requires_grad=False)
         if self._config.optimizer == "adam":
-            adam = torch.optim.Adam(groups, foreach=False)
-            for p in self._parameters.values():
-                zeros = torch.zeros_like(p)
-                adam.state[p] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": zeros,
-                    "exp_avg_sq": zeros.clone(),
-                }
+            adam = torch.optim.Adam([self._parameter], lr=self._config.lr, foreach=False)
+            slots = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+            adam.state[self._parameter] = slots
             return adam
-        sgd = torch.optim.SGD(groups, momentum=self._config.momentum, foreach=False)
-        if self._config.momentum > 0:
-            for p in self._parameters.values():
-                sgd.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+        sgd = torch.optim.SGD([self._parameter], lr=self._config.lr, momentum=MOMENTUM, foreach=False)
+        sgd.state[self._parameter] = {"momentum_buffer": zeros}
         return sgd

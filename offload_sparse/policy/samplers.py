@@ -3,7 +3,7 @@
     bernoulli    m = 1[u < s] with new uniforms u in every round (Zhou et al. 2021)
     antithetic   the same, but m = 1[1 - u < s] beside m' = 1[u < s]
     persistent   u_c = hash(seed, c, floor(q·round + φ_c)): the atom c is redrawn every 1/q rounds
-    fixed_width  Bernoulli given the width of every group (``policy.conditional_bernoulli``)
+    fixed_width  Bernoulli given the width of every group (``ConditionalBernoulli``)
 
 All are functions of (s, seed, round, stream): no state, nothing to communicate or to save. ``policy.widths``
 repairs draws that a network cannot use.
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
-from offload_sparse.policy.conditional_bernoulli import ConditionalBernoulli
 
-FIRST, SECOND, CANDIDATES, FLIPS = range(4)
-"""Streams of a round: m, its reference, candidates for the final mask, the atom to flip."""
+FIRST, SECOND, CANDIDATES = range(3)
+"""Streams of a round: m, its reference, candidates for the final mask."""
 
 RANKS = 1 << 32
 """From here on, the streams of references that ranks have of their own."""
 
 _MASK64 = (1 << 64) - 1
+_TINY = 1e-12
+"""Probabilities are kept this far from 0 and 1, where odds are not finite."""
 
 
 def splitmix64(value: int) -> int:
@@ -126,9 +127,8 @@ class Persistent:
         self._phase = self._hashed(np.zeros(count, dtype=np.int64))
 
     def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
-        if (
-            stream == CANDIDATES
-        ):  # the masks to come, which owe most of their atoms to those that were trained
+        if stream == CANDIDATES:
+            # the masks to come, which owe most of their atoms to those that were trained
             stream = FIRST
         u = self._path(round + (stream == SECOND))
         if stream >= RANKS:
@@ -188,6 +188,59 @@ class FixedWidth:
             ConditionalBernoulli(s[g.start : g.stop], width)
             for g, width in zip(self._groups, self._widths, strict=True)
         ]
+
+
+class ConditionalBernoulli:
+    """Bernoulli variables with probabilities ``s``, given that ``width`` of them are 1: exact draws and exact
+    inclusion probabilities.
+
+    With odds w_c = s_c / (1 - s_c), a subset A of n atoms has the probability Π_{c in A} w_c / e_n(w), where
+    e_n is the elementary symmetric polynomial (Chen, Dempster & Liu 1994). Its values over all suffixes of
+    the atoms are a table of size · n entries; everything follows from it. In logarithms, so that no width is
+    too large.
+
+    Args:
+        s: float64[size].
+        width: how many are 1, in 0 … size.
+    """
+
+    def __init__(self, s: Tensor, width: int) -> None:
+        probabilities = s.numpy().clip(_TINY, 1 - _TINY)
+        self._log_odds = np.log(probabilities) - np.log1p(-probabilities)
+        self._width = width
+        self._suffix = _tables(self._log_odds[::-1], width)[::-1]
+
+    def draw(self, u: Tensor) -> Tensor:
+        """The subset bool[size] of the uniforms ``u`` (float64[size]), one decision per atom in turn."""
+        kept = np.zeros(len(self._log_odds), dtype=bool)
+        missing = self._width
+        for atom, (log_odds, uniform) in enumerate(zip(self._log_odds, u.tolist(), strict=True)):
+            if missing == 0:
+                break
+            rest = self._suffix[atom + 1, missing - 1]
+            if uniform < np.exp(log_odds + rest - self._suffix[atom, missing]):
+                kept[atom] = True
+                missing -= 1
+        return torch.from_numpy(kept)
+
+    def inclusion(self) -> Tensor:
+        """E[m], float64[size]: w_c · e_{n-1}(all but c) / e_n(all); it sums to ``width``."""
+        size, width = len(self._log_odds), self._width
+        if width == 0:
+            return torch.zeros(size, dtype=torch.float64)
+        prefix = _tables(self._log_odds, width)
+        before, behind = prefix[:-1, :width], self._suffix[1:, :width][:, ::-1]
+        others = np.logaddexp.reduce(before + behind, axis=1)
+        return torch.from_numpy(np.exp(self._log_odds + others - self._suffix[0, width]))
+
+
+def _tables(log_odds: np.ndarray, width: int) -> np.ndarray:
+    """log e_n of the first 0, 1, … size atoms: float64[size + 1, width + 1]."""
+    table = np.full((len(log_odds) + 1, width + 1), -np.inf)
+    table[:, 0] = 0.0
+    for count, value in enumerate(log_odds, start=1):
+        table[count, 1:] = np.logaddexp(table[count - 1, 1:], table[count - 1, :-1] + value)
+    return table
 
 
 def _splitmix64_each(values: np.ndarray) -> np.ndarray:

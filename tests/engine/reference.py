@@ -43,7 +43,6 @@ class MaskedTrainer:
         rounds: RoundConfig,
         optim: OptimConfig,
         seed: int,
-        total: int = 10**6,
     ) -> None:
         inputs = (torch.empty(1, 2, 6, 6, device="meta", dtype=torch.float64),)
         self.net = net
@@ -54,14 +53,12 @@ class MaskedTrainer:
         self.weights = {n: p.detach().clone() for n, p in net.named_parameters()}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.weights.items()}
         self.buffers = {n: b.clone() for n, b in net.named_buffers() if b.is_floating_point()}
-        self.total = total
 
     def run(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         for step, (x, y) in enumerate(batches):
             in_round = step % self.rounds.k
             if in_round == 0:
                 round_index = step // self.rounds.k
-                self.policy.advance(step / self.total)
                 if self.rounds.prefetch and round_index:
                     self.masks = self.drawn_ahead
                 else:

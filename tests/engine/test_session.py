@@ -112,17 +112,12 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
 
 POLICIES = {
     "pge": PolicyConfig.paper(rho=0.5, estimator="pge", lr=0.05),
-    "disarm": PolicyConfig.paper(rho=0.5, estimator="disarm", lr=0.05),
-    "rloo_cv": PolicyConfig.paper(rho=0.5, estimator="rloo_cv", lr=0.05),
     "disarm_cv": PolicyConfig.paper(rho=0.5, estimator="disarm_cv", lr=0.05),
-    "bitflip": PolicyConfig.paper(rho=0.5, estimator="bitflip", lr=0.05, hard_cap=2.0),
     "persistent": PolicyConfig.paper(rho=0.5, sampler="persistent", refresh=0.3, lr=0.05),
     "fixed_width": PolicyConfig.paper(rho=0.5, sampler="fixed_width", estimator="vr_pge", lr=0.05),
     "flops": PolicyConfig.paper(rho=0.4, budget="flops", lr=0.05),
-    "params": PolicyConfig.paper(rho=0.4, budget="params", lr=0.05, schedule="cosine"),
-    "hierarchical": PolicyConfig.paper(rho=0.5, parametrisation="hierarchical", lr=0.01, group_lr=0.05),
-    "annealed": PolicyConfig.paper(rho=0.3, rho_start=0.8, anneal=1.0, lr=0.05),
-    "default": PolicyConfig(rho=0.5, refresh=0.5, group_lr=0.5),
+    "params": PolicyConfig.paper(rho=0.4, budget="params", lr=0.05),
+    "default": PolicyConfig(rho=0.5, refresh=0.5, lr=0.5),
 }
 """One for every estimator, sampler, budget and parametrisation beyond the paper's."""
 
@@ -132,7 +127,7 @@ def test_every_policy_equals_masked_training_of_the_full_weights(name: str) -> N
     rounds = RoundConfig(k=2, reference="turns", freeze_at=1.0)
     net, steps = small_net(), 8
     session = make_session(net, POLICIES[name], rounds, steps + 1)
-    reference_run = MaskedTrainer(net, small_map(net), POLICIES[name], rounds, OPTIM, seed=3, total=steps + 1)
+    reference_run = MaskedTrainer(net, small_map(net), POLICIES[name], rounds, OPTIM, seed=3)
     data = batches(steps)
     start = session.policy.s.clone()
     for batch in data:
@@ -165,20 +160,6 @@ def test_the_network_that_training_ends_with_spends_the_budget(budget: str, samp
     }
     assert spent[budget] == pytest.approx(0.3, rel=0.02)
     assert spent[budget] <= 0.3 * (1 + 1e-9)
-
-
-def test_buffers_are_sized_for_the_widest_subnets_of_a_search() -> None:
-    policy = PolicyConfig.paper(rho=0.25, rho_start=0.75, anneal=1.0, lr=0.05)
-    session = make_session(
-        SmallNet(widths=(24, 32)).double(), policy, RoundConfig(k=2, freeze_at=0.9), total=20
-    )
-    sizes = []
-    for batch in batches(20):
-        session.step(batch, loss_fn)
-        sizes.append(session.relay.pair.sides[0].arrays[WEIGHTS].numel())
-    assert max(sizes) <= session.policy.size_cap
-    assert sizes[0] > 3 * sizes[-1]
-    assert session.policy.rho == 0.25
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.policy.budget import Budget
+from offload_sparse.policy.budget import Budget, project
 from offload_sparse.policy.config import BudgetName
-from offload_sparse.policy.probabilities import project
 from tests.support.channel_maps import SmallNet, small_map
 
 INPUTS = (torch.empty(1, 2, 6, 6, device="meta"),)

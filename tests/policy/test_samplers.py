@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.policy.conditional_bernoulli import ConditionalBernoulli
 from offload_sparse.policy.estimators import ESTIMATORS, Comparison
 from offload_sparse.policy.samplers import (
     CANDIDATES,
@@ -17,6 +16,7 @@ from offload_sparse.policy.samplers import (
     RANKS,
     SECOND,
     Bernoulli,
+    ConditionalBernoulli,
     FixedWidth,
     Persistent,
     Sampler,
@@ -24,8 +24,7 @@ from offload_sparse.policy.samplers import (
     splitmix64,
     uniforms,
 )
-from tests.policy.test_estimators import all_masks, enumerated_gradient, index_of, probabilities_of
-from tests.policy.test_widths import groups_of, vector
+from tests.support.masks import all_masks, enumerated_gradient, groups_of, index_of, probabilities_of, vector
 
 SAMPLERS = {
     "bernoulli": Bernoulli(6, 3),
@@ -33,7 +32,7 @@ SAMPLERS = {
     "persistent": Persistent(6, 3, 0.3),
     "fixed_width": FixedWidth(groups_of(4, 2), (2, 1), 3),
 }
-S = vector([0.05, 0.3, 0.5, 0.95, 0.2, 0.7])
+S = vector(0.05, 0.3, 0.5, 0.95, 0.2, 0.7)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -171,7 +170,7 @@ def test_draws_of_a_width_have_the_probabilities_of_the_enumeration() -> None:
 
 def test_wide_groups_stay_finite() -> None:
     s = torch.full((2048,), 0.25, dtype=torch.float64)
-    s[:4] = vector([0.001, 0.999, 0.5, 0.999])
+    s[:4] = vector(0.001, 0.999, 0.5, 0.999)
     given = ConditionalBernoulli(s, 512)
     assert float(given.inclusion().sum()) == pytest.approx(512, rel=1e-9)
     assert int(given.draw(torch.rand(2048, dtype=torch.float64)).sum()) == 512
@@ -182,7 +181,7 @@ def test_the_score_of_fixed_widths_is_m_minus_its_mean_in_log_odds(name: str) ->
     """Exact expectation over all pairs of masks of fixed widths, against autograd through the definition."""
     groups, widths = groups_of(3, 3), (1, 2)
     sampler = FixedWidth(groups, widths, 0)
-    s = vector([0.2, 0.5, 0.4, 0.9, 0.6, 0.3])
+    s = vector(0.2, 0.5, 0.4, 0.9, 0.6, 0.3)
     masks = torch.stack([m for m in all_masks(6) if int(m[:3].sum()) == 1 and int(m[3:].sum()) == 2])
     losses = 3 + torch.randn(len(masks), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     leaf = s.clone().requires_grad_()

@@ -8,15 +8,7 @@ from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.widths import minimum_size, of_expected_widths, respect_widths
-
-
-def groups_of(*sizes: int) -> list[Group]:
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [Group(f"g{i}", start, size) for i, (start, size) in enumerate(zip(starts, sizes, strict=True))]
-
-
-def vector(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.support.masks import groups_of, vector
 
 
 @st.composite
@@ -76,7 +68,7 @@ def test_what_the_cap_drops_was_less_sure_than_what_it_spares(
 
 
 def test_a_narrow_group_is_filled_with_its_most_probable_atoms_ties_by_index() -> None:
-    s = vector([0.2, 0.3, 0.3, 0.1, 0.9])
+    s = vector(0.2, 0.3, 0.3, 0.1, 0.9)
     kept = respect_widths(torch.zeros(5, dtype=torch.bool), s, groups_of(4, 1), 2, 5, torch.ones(5))
     assert kept.tolist() == [False, True, True, False, True]
     kept = respect_widths(torch.zeros(5, dtype=torch.bool), s, groups_of(4, 1), 1, 5, torch.ones(5))

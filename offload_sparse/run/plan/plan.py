@@ -177,14 +177,8 @@ class Planner:
 
     def with_rho(self, rho: float) -> Planner:
         """The same network at another remaining ratio."""
-        start = self.config.policy.rho_start
-        policy = replace(
-            self.config.policy,
-            rho=rho,
-            rho_start=start if rho < start else 0.0,
-            floor=min(self.config.policy.floor, rho),
-        )
-        return Planner(replace(self.config, policy=policy), self.data, self.structure)
+        config = replace(self.config, policy=replace(self.config.policy, rho=rho))
+        return Planner(config, self.data, self.structure)
 
     def _window_bytes(self) -> int:
         """Bytes of the windows through which files are read past the page cache."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 from torch import Tensor
 
-from offload_sparse.policy.probabilities import project
+from offload_sparse.policy.budget import project
 
 TIGHT = 1e-10
 
