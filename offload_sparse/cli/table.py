@@ -10,7 +10,7 @@ from typing import Any
 def show(figures: Mapping[str, Any], json_wanted: bool) -> None:
     """Print figures as one JSON object, or as a table of two columns."""
     if json_wanted:
-        from offload_sparse.run.log import json_value
+        from offload_sparse.export.json_values import json_value
 
         print(json.dumps(json_value(figures), allow_nan=False))
         return

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
+from offload_sparse.export.json_values import json_value
 from offload_sparse.run.checkpoint_folder import CHECKPOINT_FOLDER
 from offload_sparse.run.trackers import TRACKERS_FOLDER
 
@@ -312,21 +313,6 @@ def _write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def json_value(value: Any) -> Any:
-    """``value`` as strict JSON can hold it: tensors of one element as numbers, NaN and infinities as None."""
-    if isinstance(value, Mapping):
-        return {str(key): json_value(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(entry) for entry in value]
-    if isinstance(value, Path):
-        return str(value)
-    if not isinstance(value, bool | int | float | str | None) and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,114 @@
+"""JSON artefacts become dataclasses, or one line that says where they do not fit."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from offload_sparse.export.json_values import Count, convert, digest, parse, read
+
+
+@dataclass(frozen=True)
+class Part:
+    size: Count
+    kept: tuple[Count, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(position >= self.size for position in self.kept):
+            raise ValueError("a position lies outside its part")
+
+
+@dataclass(frozen=True)
+class Document:
+    kind: Literal["a", "b"]
+    parts: dict[str, Part]
+    scale: float = 1.0
+    note: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def test_a_document_becomes_its_dataclass(tmp_path: Path) -> None:
+    text = '{"kind": "b", "parts": {"x": {"size": 3, "kept": [0, 2]}}, "scale": 2, "note": null}'
+    (tmp_path / "d.json").write_text(text)
+    found = read(tmp_path / "d.json", Document)
+    assert found == Document("b", {"x": Part(Count(3), (Count(0), Count(2)))}, 2.0, None, {})
+    assert isinstance(found.scale, float)
+
+
+GOOD: dict[str, Any] = {"kind": "a", "parts": {"x": {"size": 3, "kept": [1]}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "c"}, "kind is 'c' instead of one of a, b"),
+        ({"kind": ["a"]}, "kind is a list of 1 instead of one of a, b"),
+        ({"scale": "1"}, "scale is '1' instead of a number"),
+        ({"scale": True}, "scale is True instead of a number"),
+        ({"note": 3}, "note is 3 instead of a text"),
+        ({"note": "x" * 10_000_000, "scale": None}, "scale is None instead of a number"),
+        ({"scale": "x" * 10_000_000}, "scale is '" + "x" * 40 + "'… instead of a number"),
+        ({"parts": {"x": {"size": -1}}}, "parts.x.size is -1 instead of a count"),
+        ({"parts": {"x": {"size": 2**70}}}, "parts.x.size is an integer of more than 64 bits instead"),
+        ({"parts": {"x": {"size": 1.0}}}, "parts.x.size is 1.0 instead of a count"),
+        ({"parts": {"x": {"size": 3, "kept": [0, True]}}}, r"parts.x.kept\[1\] is True instead of a count"),
+        ({"parts": {"x": {"size": 3, "kept": {}}}}, "parts.x.kept is an object of 0 instead of a list"),
+        ({"parts": {"x": {"size": 3, "kept": [3]}}}, "a position lies outside its part"),
+        ({"parts": {"x\n": {"size": []}}}, r"parts.'x\\n'.size is a list of 0 instead of a count"),
+        ({"parts": {"x": {}}}, "parts.x.size is missing"),
+        ({"parts": [1]}, "parts is a list of 1 instead of an object"),
+        ({"odd": 1}, "odd is no key of this file"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_place(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        convert(GOOD | change, Document)
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "Expecting value"),
+        (b"[" * 1_000_000, "deeper than 64"),
+        (b"[" * 65 + b"]" * 65, "deeper than 64"),
+        (b'{"a": 1, "a": 2}', "twice"),
+        (b"[1e999]", "not finite"),
+        (b"[NaN]", "not finite"),
+        (b"[-Infinity]", "not finite"),
+        (b"1" * 5000, "digits"),
+        (b'"\xff"', "not UTF-8"),
+        (b"[" + b"[]," * 4_000_000 + b"1]", "more than 4,000,000 values"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, bytes) else None,
+)
+def test_documents_that_are_bombs_or_no_json_are_refused(text: bytes, said: str) -> None:
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=said):
+        parse(text)
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "large"])
+def test_only_regular_files_of_bounded_size_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b" " * 1001)
+    with pytest.raises(ValueError, match=f"^{path} (is damaged: it is|cannot be read)"):
+        read(path, Document, max_bytes=1000)
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
