@@ -1,5 +1,9 @@
 """Atoms, groups and axes: what can be dropped from a network, and what goes with it.
 
+An *atom* is the smallest thing kept or dropped as one: a channel with everything tied to it (scale and shift
+of its norm, depthwise filter, the columns that read it), or a run of channels, a group of a grouped
+convolution, an attention head. A *group* holds the atoms of one width.
+
     tensor   conv1.weight [64, 3, 3, 3]     norm1.weight [64]     conv2.weight [128, 64, 3, 3]
     axes       0: 0 1 2 … 63                  0: 0 1 2 … 63         0: 64 65 … 191
                1: none                                              1: 0 1 2 … 63
@@ -30,9 +34,7 @@ ALWAYS, NEVER = -1, -2
 """Entries of an axis that depend on no atom: always kept, or (in an addition only) never there."""
 
 Axis = Tensor | None
-"""int64[positions] with the atom at each position (-1: always kept), or None: every position is always kept.
-
-"""
+"""int64[positions], the atom at each position (-1: always kept), or None: every position is always kept."""
 
 
 def _no_unions() -> Tensor:

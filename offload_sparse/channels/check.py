@@ -23,26 +23,22 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
-from offload_sparse.channels.selection import Selection
-from offload_sparse.channels.subnet import narrow_module, set_tensor
+from offload_sparse.channels.selection import Selection, restrict
+from offload_sparse.channels.subnet import meta_copy, narrow_module, set_tensor
 
 TOLERANCE = 1e-8
 """Largest relative error that ``check`` accepts in float64; a right map stays some orders of magnitude
 below."""
 
+MAX_PARAMETERS = 2_000_000
+"""Larger networks are tested as a narrow twin: 16 MB of float64 weights, whatever the size of the model."""
+
 _MIN_BATCH = 4  # batch statistics of fewer values are too ill-conditioned to compare
 _SURE_SIZE, _MAX_TRIALS = 32, 4
 _Key = tuple[str, str, str]  # ("output" or "gradient", mode, tensor)
-_RATE_ATTRIBUTES = (
-    "p",
-    "drop_prob",
-    "drop_rate",
-    "dropout_rate",
-    "dropout",
-    "attn_drop_rate",
-    "drop_path_rate",
-)
+_RATES = ("p", "drop_prob", "drop_rate", "dropout_rate", "dropout", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclass(frozen=True)
@@ -132,13 +128,55 @@ def check(
     result = verify(model, example_inputs, channel_map, rho, seed)
     if not result.error <= TOLERANCE:  # NaN fails too
         raise ValueError(
-            f"slice differs from mask: {result.worst} is off by {result.error:.1e} (at most "
-            f"{TOLERANCE:.0e} is allowed); the "
-            "channel map is wrong, or a dropped channel does not vanish, as behind an activation with f(0) "
-            "!= 0: "
-            "write a map by hand, or use other activations"
+            f"slice differs from mask: {result.worst} is off by {result.error:.1e} (at most {TOLERANCE:.0e} "
+            "is allowed); the channel map is wrong, or a dropped channel does not vanish, as behind an "
+            "activation with f(0) != 0: write a map by hand, or use other activations"
         )
     return result
+
+
+def self_test(model: nn.Module, example_inputs: tuple[Tensor, ...], channel_map: ChannelMap) -> Verification:
+    """Check ``channel_map`` before a network trains on it.
+
+    The twin keeps every layer and every tie between channels but fewer channels of each group, so a map that
+    is wrong about the structure fails on it too, while neither memory nor time grow with the width of the
+    model.
+
+    Args:
+        model: the full network, on any device; values do not matter.
+        example_inputs: shapes of the inputs.
+        channel_map: the map to test.
+
+    Raises:
+        ValueError: slice and mask differ; names the worst tensor.
+    """
+    twin, twin_map = reduced(model, channel_map, MAX_PARAMETERS)
+    return check(twin, tuple(torch.empty_like(x, device="cpu") for x in example_inputs), twin_map)
+
+
+def reduced(model: nn.Module, channel_map: ChannelMap, max_parameters: int) -> tuple[nn.Module, ChannelMap]:
+    """A narrow twin of at most ``max_parameters`` (at least four channels per group), and its map."""
+    twin, ratio = meta_copy(model), 1.0
+    mask = channel_map.full_mask()
+    while count_parameters(twin) > max_parameters and ratio > 1 / 64:
+        ratio /= 2
+        mask = channel_map.uniform_mask(ratio, min_width=4)
+        twin = narrow_module(meta_copy(model), channel_map, mask)
+    for name, buffer in _constants(model).items():
+        if twin.get_buffer(name).shape == buffer.shape:
+            set_tensor(twin, name, buffer.clone())
+    return twin, restrict(channel_map, mask)
+
+
+def lacks_values(model: nn.Module) -> bool:
+    """Whether a model on the meta device cannot be tested, since it reads buffers of unknown values."""
+    return any(buffer.is_meta and buffer.numel() for buffer in _constants(model).values())
+
+
+def _constants(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that no random values can stand for, such as indices and masks."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: b for name, b in model.named_buffers() if name.rpartition(".")[0] not in norms}
 
 
 def random_mask(channel_map: ChannelMap, rho: float, generator: torch.Generator) -> Tensor:
@@ -250,7 +288,7 @@ def _randomise(tensor: Tensor, leaf: str, generator: torch.Generator) -> None:
 
 def _disable_dropout(module: nn.Module) -> None:
     """Dropout and stochastic depth draw other numbers for other widths, so they cannot take part."""
-    for attribute in _RATE_ATTRIBUTES:
+    for attribute in _RATES:
         ours = (
             attribute != "p" or isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth"
         )
@@ -294,9 +332,8 @@ def _compare_once(
     narrow = _narrow(full, channel_map, mask)
     zero_dropped(full, channel_map, mask)
     selection = Selection(channel_map, mask)
-    evaluation = _compare(
-        full, narrow, inputs, selection, False, seed
-    )  # first: training moves the running statistics
+    # Evaluation first: training moves the running statistics.
+    evaluation = _compare(full, narrow, inputs, selection, False, seed)
     return evaluation | _compare(full, narrow, inputs, selection, True, seed), mask
 
 

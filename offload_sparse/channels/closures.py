@@ -123,9 +123,8 @@ class SeparatedAdd(nn.Module):
         self.left, self.right, self.out = (_input_stub(x) for _ in range(3))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.out(
-            self.left(left) * self.right(right)
-        )  # an addition would count as one of the network's
+        # A product, since an addition would count as one of the network's.
+        return self.out(self.left(left) * self.right(right))
 
 
 def _separate_additions(network: nn.Module, inputs: list[Tensor]) -> dict[str, SeparatedAdd]:
@@ -196,17 +195,15 @@ def _build_graph(network: nn.Module, inputs: list[Tensor], separate: bool) -> tu
     wrapper = TracedNetwork(network, inputs)
     wrapper.sums = sums
     for parameter in network.parameters():
-        parameter.requires_grad_(
-            parameter.is_floating_point()
-        )  # the graph follows autograd, also through frozen layers
+        # The graph follows autograd, also through frozen layers.
+        parameter.requires_grad_(parameter.is_floating_point())
     with torch.enable_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         graph = torch_pruning.DependencyGraph().build_dependency(
             wrapper,
             example_inputs=inputs,
-            forward_fn=lambda module, args: module(
-                *args
-            ),  # without it, any exception of the model is swallowed once
+            # Without it, any exception of the model is swallowed once.
+            forward_fn=lambda module, args: module(*args),
             output_transform=_as_output_operations,
             verbose=False,
         )

@@ -1,10 +1,8 @@
-"""A mask resolved against a channel map: which positions of which tensor are kept, and where they lie in a
-flat buffer.
+"""A mask resolved against a channel map: kept positions of every tensor, and where they lie in a flat buffer.
 
-    full tensor  [4 rows, 3 columns]        mask keeps rows 0, 2 and columns 1, 2
-    flat, full   r0c0 r0c1 r0c2 r1c0 … r3c2
-    flat, narrow r0c1 r0c2 r2c1 r2c2        the same order: a narrow buffer is the full one with entries left
-    out
+    full tensor    [4 rows, 3 columns]             the mask keeps rows 0, 2 and columns 1, 2
+    flat, full     r0c0 r0c1 r0c2 r1c0 … r3c2
+    flat, narrow   r0c1 r0c2 r2c1 r2c2             the same order, with entries left out
 
 Kept positions are sorted and tensors keep their order, so the narrow flat buffer is a monotone subsequence of
 the full one. Whoever owns a contiguous run of the full buffer therefore owns a contiguous run of every narrow
@@ -87,9 +85,7 @@ class Selection:
         def resolve(axis: Axis) -> Kept:
             if axis is None:
                 return None
-            if (
-                id(axis) not in memo
-            ):  # axes are shared between tensors: a norm's four vectors name the same atoms
+            if id(axis) not in memo:  # axes are shared: a norm's four vectors name the same atoms
                 kept = alive[axis]
                 memo[id(axis)] = None if bool(kept.all()) else kept.nonzero().flatten()
             return memo[id(axis)]
@@ -125,9 +121,7 @@ class Selection:
 
 
 def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
-    """The map of the narrow network of ``mask``: the kept atoms, numbered anew, and the axes that are left of
-    them.
-    """
+    """The map of the narrow network of ``mask``: kept atoms, numbered anew, and what is left of the axes."""
     selection = Selection(channel_map, mask)
     alive = channel_map.alive(mask)
     number = torch.full((channel_map.num_ids + 2,), NEVER)

@@ -101,7 +101,7 @@ def prepare(
     channel_map = block_atoms(channel_map, block)
     expose_additions(meta_model, channel_map.additions)
     if verify:
-        from offload_sparse.channels.self_test import lacks_values, self_test
+        from offload_sparse.channels.check import lacks_values, self_test
 
         checked = channel_map
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels import specs
-from offload_sparse.channels.check import TOLERANCE, Verification, verify
+from offload_sparse.channels.check import TOLERANCE, Verification, lacks_values, reduced, verify
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
-from offload_sparse.channels.self_test import lacks_values, reduced
 from offload_sparse.channels.subnet import build_on_meta
 
 TIME_LIMIT = 15.0

@@ -10,9 +10,8 @@ from torch import nn
 
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.check import check
+from offload_sparse.channels.check import check, self_test
 from offload_sparse.channels.discovery import discover
-from offload_sparse.channels.self_test import self_test
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, channel_maps, small_map

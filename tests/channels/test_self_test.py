@@ -7,9 +7,9 @@ import torch
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.check import MAX_PARAMETERS, reduced, self_test
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
-from offload_sparse.channels.self_test import MAX_PARAMETERS, reduced, self_test
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 
@@ -64,6 +64,6 @@ def test_a_wrong_map_is_refused_on_the_twin_too(monkeypatch: pytest.MonkeyPatch)
     assert count_parameters(reduced(net, channel_map, 4000)[0]) < count_parameters(net)
     with pytest.raises(ValueError, match="the channel map is wrong"):
         self_test(net, inputs, channel_map)
-    monkeypatch.setattr("offload_sparse.channels.self_test.MAX_PARAMETERS", 4000)
+    monkeypatch.setattr("offload_sparse.channels.check.MAX_PARAMETERS", 4000)
     with pytest.raises(ValueError, match="the channel map is wrong"):
         self_test(net, inputs, channel_map)

@@ -20,7 +20,7 @@ from offload_sparse.channels.check import check, random_mask
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.specs import MapBuilder
 from offload_sparse.channels.subnet import meta_copy, narrow_module
-from tests.channels.decoder import Decoder, decoder_map
+from tests.support.decoder import Decoder, decoder_map
 
 IMAGES = (torch.zeros(2, 3, 32, 32),)
 TOKENS = (torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(0)),)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters
 from offload_sparse.channels.channel_map import ALWAYS, ChannelMap, Group
-from offload_sparse.channels.check import check, random_mask, zero_dropped
+from offload_sparse.channels.check import check, random_mask, self_test, zero_dropped
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection, restrict
-from offload_sparse.channels.self_test import self_test
 from offload_sparse.channels.stream_add import StreamAdd, expose_additions
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.workloads.models import build_model
