@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload_sparse.channels.channel_map import Axis, ChannelMap
+from offload_sparse.channels.forward import Inputs, move_inputs
 from offload_sparse.channels.subnet import meta_copy, narrow_module
 
 
@@ -24,15 +25,15 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def count_flops(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> int:
+def count_flops(module: nn.Module, example_inputs: Inputs) -> int:
     """FLOPs of one forward pass (evaluation mode) over the whole batch, counted without computing."""
     return flops_by_module(module, example_inputs)[""]
 
 
-def flops_by_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, int]:
+def flops_by_module(module: nn.Module, example_inputs: Inputs) -> dict[str, int]:
     """FLOPs spent inside each module, by qualified name; the empty name is the whole network."""
     network = meta_copy(module).eval()
-    inputs = [x.detach().to("meta") for x in example_inputs]
+    inputs = move_inputs(example_inputs, "meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*inputs)
     counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
@@ -60,7 +61,7 @@ class CostModel:
         ValueError: FLOPs are spent outside convolutions and linear layers and depend on the mask.
     """
 
-    def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: Inputs) -> None:
         self._channel_map = channel_map
         self._axes: list[Axis] = [None]
         self._number: dict[bytes, int] = {}
@@ -131,7 +132,7 @@ class CostModel:
         kept = self._always.index_add(0, self._segment, alive[self._atoms])
         return kept[self._dims].prod(1)
 
-    def _refuse_other_costs(self, model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
+    def _refuse_other_costs(self, model: nn.Module, example_inputs: Inputs) -> None:
         mask = self._channel_map.uniform_mask(0.5)
         counted = count_flops(narrow_module(meta_copy(model), self._channel_map, mask), example_inputs)
         if counted != self.flops(mask):

@@ -15,18 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
+from offload_sparse.channels.forward import Inputs, disable_dropout, enlarge_inputs
 from offload_sparse.channels.selection import Selection, restrict
-from offload_sparse.channels.subnet import meta_copy, narrow_module, set_tensor
+from offload_sparse.channels.subnet import is_norm, meta_copy, narrow_module, set_tensor
 
 TOLERANCE = 1e-8
 """Largest relative error that ``check`` accepts in float64; a right map stays some orders of magnitude
@@ -38,7 +38,6 @@ MAX_PARAMETERS = 2_000_000
 _MIN_BATCH = 4  # batch statistics of fewer values are too ill-conditioned to compare
 _SURE_SIZE, _MAX_TRIALS = 32, 4
 _Key = tuple[str, str, str]  # ("output" or "gradient", mode, tensor)
-_RATES = ("p", "drop_prob", "drop_rate", "dropout_rate", "dropout", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Verification:
 
 def verify(
     model: nn.Module | Callable[[], nn.Module],
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Inputs,
     channel_map: ChannelMap,
     rho: float = 0.5,
     seed: int = 0,
@@ -83,8 +82,8 @@ def verify(
     Args:
         model: the network or a function that builds it; left untouched. Networks on the meta device are
             given random values.
-        example_inputs: shapes and types of the inputs; floating inputs are replaced by random ones, of at
-            least 4 images.
+        example_inputs: inputs that the network accepts, nested as it likes. Floating ones are replaced by
+            random ones; all others keep their values. A batch of fewer than 4 samples is repeated.
         channel_map: the map to test.
         rho: keep probability of an atom; see ``random_mask``. Small groups are tested with several masks.
         seed: seed of mask, parameters and inputs.
@@ -114,7 +113,7 @@ def verify(
 
 def check(
     model: nn.Module | Callable[[], nn.Module],
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Inputs,
     channel_map: ChannelMap,
     rho: float = 0.5,
     seed: int = 0,
@@ -135,7 +134,7 @@ def check(
     return result
 
 
-def self_test(model: nn.Module, example_inputs: tuple[Tensor, ...], channel_map: ChannelMap) -> Verification:
+def self_test(model: nn.Module, example_inputs: Inputs, channel_map: ChannelMap) -> Verification:
     """Check ``channel_map`` before a network trains on it.
 
     The twin keeps every layer and every tie between channels but fewer channels of each group, so a map that
@@ -144,14 +143,14 @@ def self_test(model: nn.Module, example_inputs: tuple[Tensor, ...], channel_map:
 
     Args:
         model: the full network, on any device; values do not matter.
-        example_inputs: shapes of the inputs.
+        example_inputs: inputs that the network accepts; see ``verify``.
         channel_map: the map to test.
 
     Raises:
         ValueError: slice and mask differ; names the worst tensor.
     """
     twin, twin_map = reduced(model, channel_map, MAX_PARAMETERS)
-    return check(twin, tuple(torch.empty_like(x, device="cpu") for x in example_inputs), twin_map)
+    return check(twin, example_inputs, twin_map)
 
 
 def reduced(model: nn.Module, channel_map: ChannelMap, max_parameters: int) -> tuple[nn.Module, ChannelMap]:
@@ -175,7 +174,7 @@ def lacks_values(model: nn.Module) -> bool:
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that no random values can stand for, such as indices and masks."""
-    norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {name for name, module in model.named_modules() if is_norm(module)}
     return {name: b for name, b in model.named_buffers() if name.rpartition(".")[0] not in norms}
 
 
@@ -233,8 +232,8 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
     if isinstance(module, (_ConvNd, nn.Linear)):
         by_column = isinstance(module, _ConvTransposeNd) and module.groups == 1
         return [("weight", 1 if by_column else 0), ("bias", 0)]
-    if isinstance(module, _BatchNorm):
-        return [("weight", 0), ("bias", 0)] if module.affine else [("running_mean", 0)]
+    if is_norm(module):
+        return [("weight", 0), ("bias", 0)] if module.weight is not None else [("running_mean", 0)]
     if isinstance(module, nn.MultiheadAttention):
         return [("in_proj_weight", 0), ("in_proj_bias", 0)]
     return []
@@ -255,10 +254,10 @@ def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
             set_tensor(full, name, torch.empty_like(tensor, device="cpu"))
             unknown |= {name} if tensor.numel() else set()
     full = full.to("cpu").double()
-    norms = {id(m) for m in full.modules() if isinstance(m, _BatchNorm)}
+    disable_dropout(full)
+    norms = {id(m) for m in full.modules() if is_norm(m)}
     with torch.no_grad():
         for path, module in full.named_modules():
-            _disable_dropout(module)
             for leaf, parameter in module.named_parameters(recurse=False):
                 _randomise(parameter, leaf, generator)
             for leaf, tensor in module.named_buffers(recurse=False):
@@ -286,29 +285,15 @@ def _randomise(tensor: Tensor, leaf: str, generator: torch.Generator) -> None:
         tensor.normal_(0, 0.2, generator=generator)
 
 
-def _disable_dropout(module: nn.Module) -> None:
-    """Dropout and stochastic depth draw other numbers for other widths, so they cannot take part."""
-    for attribute in _RATES:
-        ours = (
-            attribute != "p" or isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth"
-        )
-        if ours and type(getattr(module, attribute, None)) in (int, float):
-            setattr(module, attribute, 0.0)
+def _random_inputs(example_inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """Random values where inputs are floating; tokens, masks and lengths keep those of the example."""
 
-
-def _random_inputs(example_inputs: tuple[Tensor, ...], generator: torch.Generator) -> list[Tensor]:
-    batch = {x.shape[0] for x in example_inputs if x.dim()}
-    enlarge = len(batch) == 1 and min(batch) < _MIN_BATCH
-    inputs = []
-    for x in example_inputs:
-        shape = (_MIN_BATCH, *x.shape[1:]) if enlarge else tuple(x.shape)
+    def value(x: Tensor) -> Tensor:
         if x.is_floating_point():
-            inputs.append(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_())
-        elif x.is_meta:
-            inputs.append(torch.zeros(shape, dtype=x.dtype))
-        else:
-            inputs.append(x.cpu()[torch.arange(shape[0]) % x.shape[0]] if x.dim() else x.cpu())
-    return inputs
+            return torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_()
+        return torch.zeros_like(x, device="cpu") if x.is_meta else x.cpu()
+
+    return pytree.tree_map_only(Tensor, value, enlarge_inputs(example_inputs, _MIN_BATCH))
 
 
 def _narrow(full: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
@@ -322,7 +307,7 @@ def _narrow(full: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module
 
 
 def _compare_once(
-    network: nn.Module, example_inputs: tuple[Tensor, ...], channel_map: ChannelMap, rho: float, seed: int
+    network: nn.Module, example_inputs: Inputs, channel_map: ChannelMap, rho: float, seed: int
 ) -> tuple[dict[_Key, float], Tensor]:
     """Errors of one random mask, with its own random parameters and inputs, and the mask."""
     generator = torch.Generator().manual_seed(seed)
@@ -338,7 +323,7 @@ def _compare_once(
 
 
 def _compare(
-    full: nn.Module, narrow: nn.Module, inputs: list[Tensor], selection: Selection, train: bool, seed: int
+    full: nn.Module, narrow: nn.Module, inputs: Inputs, selection: Selection, train: bool, seed: int
 ) -> dict[_Key, float]:
     """Relative error of every output, gradient and (in training mode) running statistic."""
     mode = "train" if train else "eval"
@@ -346,7 +331,7 @@ def _compare(
         expected, by_input = _run(full.train(train), inputs, seed)
     except (RuntimeError, TypeError, IndexError) as error:
         raise ValueError(
-            f"the network does not run in float64 on inputs of {[list(x.shape) for x in inputs]} "
+            f"the network does not run in float64 on inputs of {_shapes(inputs)} "
             f"({_first_line(error)}); give example inputs that it accepts or, if it is the narrow twin of a "
             "large network, write a channel map by hand"
         ) from error
@@ -376,17 +361,21 @@ def _compare(
     return errors
 
 
+def _shapes(values: Any) -> list[list[int]]:
+    return [list(x.shape) for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def _run(
-    network: nn.Module, inputs: list[Tensor], seed: int, expected: list[Tensor] | None = None
+    network: nn.Module, inputs: Inputs, seed: int, expected: list[Tensor] | None = None
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Outputs, and gradients by the inputs; gradients by parameters are left in ``grad``."""
     network.zero_grad(set_to_none=True)
-    arguments = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    arguments = pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
     outputs = [
         t for t in pytree.tree_leaves(network(*arguments)) if isinstance(t, Tensor) and t.is_floating_point()
     ]
@@ -396,7 +385,8 @@ def _run(
     generator = torch.Generator().manual_seed(seed + 1)
     functional = [(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs]
     torch.stack(functional).sum().backward()
-    return [t.detach() for t in outputs], {i: x.grad for i, x in enumerate(arguments) if x.grad is not None}
+    tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
+    return [t.detach() for t in outputs], {i: x.grad for i, x in enumerate(tensors) if x.grad is not None}
 
 
 def _refuse_other_shapes(outputs: list[Tensor], expected: list[Tensor] | None) -> None:

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,12 +30,14 @@ import torch
 import torch_pruning
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch_pruning._helpers import _HybridIndex
 
+from offload_sparse.channels.forward import Inputs, disable_dropout, enlarge_inputs, modes_differ, move_inputs
 from offload_sparse.channels.stream_add import additions, expose_additions
-from offload_sparse.channels.subnet import meta_copy
+from offload_sparse.channels.subnet import is_norm, meta_copy
 
 State = tuple[Any, Callable[..., Any]]
 """One side of one module or operation: a node of Torch-Pruning's graph and the function that prunes this
@@ -95,18 +97,20 @@ class Closures:
 class TracedNetwork(nn.Module):
     """The network behind a layer per input, so that channels of the inputs have a node of their own."""
 
-    def __init__(self, network: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.network = network
         self.sums: dict[str, SeparatedAdd] = {}
-        self.stubs = nn.ModuleList([_input_stub(x) for x in inputs])
+        self.stubs = nn.ModuleList([_input_stub(x) for x in pytree.tree_leaves(inputs)])
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.network(*[stub(x) for stub, x in zip(self.stubs, inputs, strict=True)])
+    def forward(self, *inputs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(inputs)
+        behind = [stub(x) for stub, x in zip(self.stubs, leaves, strict=True)]
+        return self.network(*pytree.tree_unflatten(behind, structure))
 
 
-def _input_stub(x: Tensor) -> nn.Module:
-    if not x.is_floating_point():
+def _input_stub(x: Any) -> nn.Module:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
         return nn.Identity()
     if x.ndim == 2:
         return nn.Linear(x.shape[1], x.shape[1], device=x.device, dtype=x.dtype)
@@ -127,7 +131,7 @@ class SeparatedAdd(nn.Module):
         return self.out(self.left(left) * self.right(right))
 
 
-def _separate_additions(network: nn.Module, inputs: list[Tensor]) -> dict[str, SeparatedAdd]:
+def _separate_additions(network: nn.Module, inputs: Inputs) -> dict[str, SeparatedAdd]:
     """Put a ``SeparatedAdd`` in place of each addition of two tensors of one shape that is used once.
 
     Returns:
@@ -159,23 +163,25 @@ def _same_form(left: Any, right: Any) -> bool:
 
 
 def trace(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], separate: bool = False
-) -> tuple[TracedNetwork, Any]:
+    model: nn.Module, example_inputs: Inputs, separate: bool = False
+) -> tuple[TracedNetwork, list[Any]]:
     """Torch-Pruning's graph of a copy on meta, or on the CPU for models that look at values.
+
+    There is a second graph, of training mode, if that computes something else.
 
     Args:
         separate: leave the operands of additions untied; the additions are then in ``TracedNetwork.sums``.
     """
     try:
-        return _build_graph(meta_copy(model), [x.detach().to("meta") for x in example_inputs], separate)
+        return _build_graphs(meta_copy(model), move_inputs(example_inputs, "meta"), separate)
     except TimeLimitError:
         raise
     except Exception as error:
-        if any(t.is_meta for t in [*model.parameters(), *model.buffers(), *example_inputs]):
+        tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(example_inputs)]
+        if any(isinstance(t, Tensor) and t.is_meta for t in tensors):
             raise _not_traceable(model, error) from error
     try:
-        inputs = [x.detach().to("cpu") for x in example_inputs]
-        return _build_graph(copy.deepcopy(model).to("cpu"), inputs, separate)
+        return _build_graphs(copy.deepcopy(model).to("cpu"), move_inputs(example_inputs, "cpu"), separate)
     except TimeLimitError:
         raise
     except Exception as error:
@@ -190,24 +196,57 @@ def _not_traceable(model: nn.Module, error: Exception) -> ValueError:
     )
 
 
-def _build_graph(network: nn.Module, inputs: list[Tensor], separate: bool) -> tuple[TracedNetwork, Any]:
+def _build_graphs(network: nn.Module, inputs: Inputs, separate: bool) -> tuple[TracedNetwork, list[Any]]:
+    inputs = enlarge_inputs(inputs, 2)  # in training mode, a batch norm wants two values
+    modes = (False, True) if _trains_differently(network, inputs) else (False,)
     sums = _separate_additions(network, inputs) if separate else {}
     wrapper = TracedNetwork(network, inputs)
     wrapper.sums = sums
     for parameter in network.parameters():
         # The graph follows autograd, also through frozen layers.
         parameter.requires_grad_(parameter.is_floating_point())
+    return wrapper, [_build_graph(wrapper, inputs, training) for training in modes]
+
+
+def _trains_differently(network: nn.Module, inputs: Inputs) -> bool:
+    try:
+        return modes_differ(copy.deepcopy(network), inputs)
+    except Exception:  # a network that cannot be called like this in training mode fails in the self-test
+        return False
+
+
+def _build_graph(wrapper: TracedNetwork, inputs: Inputs, training: bool) -> Any:
+    disable_dropout(wrapper)
     with torch.enable_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        graph = torch_pruning.DependencyGraph().build_dependency(
+        return torch_pruning.DependencyGraph().build_dependency(
             wrapper,
             example_inputs=inputs,
             # Without it, any exception of the model is swallowed once.
-            forward_fn=lambda module, args: module(*args),
+            forward_fn=lambda module, args: module.train(training)(*args),
             output_transform=_as_output_operations,
+            customized_pruners={type(m): _FrozenNormPruner() for m in wrapper.modules() if _is_frozen(m)},
             verbose=False,
         )
-    return wrapper, graph
+
+
+class _FrozenNormPruner(torch_pruning.BasePruningFunc):
+    """Tells Torch-Pruning that a norm of buffers works channel by channel; it never prunes one."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+        del idxs
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return int(layer.get_buffer("running_mean").numel())
+
+    get_in_channels = get_out_channels
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return is_norm(module) and not isinstance(module, _BatchNorm)
 
 
 def _as_output_operations(output: Any) -> list[Tensor]:
@@ -241,21 +280,23 @@ def alarm(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(remaining - (time.monotonic() - start), 1e-6), interval)
 
 
-def channel_closures(graph: Any, deadline: float = float("inf")) -> Closures:
+def channel_closures(*graphs: Any, deadline: float = float("inf")) -> Closures:
     """Follow Torch-Pruning's dependencies from every output channel of every convolution and linear layer at
     once.
 
     Equal to the union of ``graph.get_pruning_group(layer, prune_out_channels, [i])`` over all layers and
     channels i, since index mappings act on each index by itself; each (dependency, index) is visited once
     instead of once per channel. Added are the ties within each group of a grouped convolution, which
-    Torch-Pruning leaves to its pruners.
+    Torch-Pruning leaves to its pruners, and those of one layer in several graphs of the same network.
     """
     walk = _Walk()
-    for node in list(graph.module2node.values()):
-        if is_producer(node.module):
-            pruner = graph.get_pruner_of_module(node.module)
-            width = pruner.get_out_channels(node.module)
-            walk.visit((node, pruner.prune_out_channels), np.arange(width, dtype=np.int64))
+    pruner_of = graphs[0].get_pruner_of_module
+    for graph in graphs:
+        for node in list(graph.module2node.values()):
+            if is_producer(node.module):
+                pruner = graph.get_pruner_of_module(node.module)
+                width = pruner.get_out_channels(node.module)
+                walk.visit((node, pruner.prune_out_channels), np.arange(width, dtype=np.int64))
     while walk.pending:
         if time.monotonic() > deadline:
             raise TimeLimitError
@@ -264,8 +305,13 @@ def channel_closures(graph: Any, deadline: float = float("inf")) -> Closures:
             if dependency.is_triggered_by(function):
                 roots, mapped = _map_positions(dependency, positions)
                 walk.tie(index, roots, (dependency.target, dependency.handler), mapped)
+        for graph in graphs if len(graphs) > 1 else ():
+            twin = graph.module2node.get(node.module)
+            if twin is not None and twin is not node:
+                pruner = graph.get_pruner_of_module(node.module)
+                walk.tie(index, positions, (twin, getattr(pruner, function.__name__)), positions)
         if is_grouped(node.module):
-            pruner = graph.get_pruner_of_module(node.module)
+            pruner = pruner_of(node.module)
             for side in (pruner.prune_in_channels, pruner.prune_out_channels):
                 roots, mapped = _group_members(node.module, function, side, positions)
                 walk.tie(index, roots, (node, side), mapped)

@@ -34,13 +34,15 @@ from offload_sparse.channels.closures import (
     is_producer,
     trace,
 )
+from offload_sparse.channels.forward import Inputs
+from offload_sparse.channels.subnet import is_norm
 from offload_sparse.channels.unions import follow_additions
 
 _LAYERS = (_ConvNd, nn.Linear)
 
 _CHANNEL_PRESERVING = re.compile(
     r"(Relu|Relu6|LeakyRelu|RreluWithNoise|Elu|Celu|Selu|Gelu|Silu|Mish|Hardtanh|Hardswish|Hardsigmoid|Sigmoid|LogSigmoid|"
-    r"Tanh|Softplus|Threshold|Clamp\w*|Minimum|Maximum|Add|Sub|Rsub|Mul|Div|Neg|Pow|Square|Sqrt|Rsqrt|Exp|Abs|Erf|Addcmul|"
+    r"Tanh|Softplus|Threshold|Clamp\w*|Minimum|Maximum|Add|Sub|Rsub|Mul|Div|Neg|Pow|Square|Sqrt|Rsqrt|Exp|Abs|Erf|Addcmul|MaskedFill|Where|"
     r"Mean|Sum|\w*Pool\w*|Upsample\w*|\w*BatchNorm|NativeDropout|Clone|Copy|ToCopy|Alias|AsStrided|Contiguous|"
     r"Squeeze|Unsqueeze|Permute|Transpose|T|ConstantPadNd|ReflectionPad\w*|ReplicationPad\w*|\w*Convolution\w*|Addmm)"
 )
@@ -52,7 +54,7 @@ _ADVICE = "use residual=internal if it sits on a residual stream, or write a cha
 
 def discover(
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Inputs,
     residual: Literal["coupled", "internal", "filter"] = "coupled",
     time_limit: float = 60.0,
 ) -> ChannelMap:
@@ -61,7 +63,7 @@ def discover(
 
     Args:
         model: the network, on any device (``meta`` included).
-        example_inputs: positional inputs; only shapes and types matter.
+        example_inputs: positional inputs, nested as the network likes; only its own values may matter to it.
         residual: ``coupled`` gives each residual stream one group of atoms; ``internal`` keeps streams dense;
             ``filter`` gives every layer on a stream a group of its own (the map then names the additions).
         time_limit: seconds.
@@ -79,8 +81,8 @@ def discover(
     deadline = time.monotonic() + time_limit
     try:
         with alarm(time_limit):
-            wrapper, graph = trace(model, example_inputs, residual == "filter")
-            closures = channel_closures(graph, deadline)
+            wrapper, graphs = trace(model, example_inputs, residual == "filter")
+            closures = channel_closures(*graphs, deadline=deadline)
     except TimeLimitError as error:
         raise ValueError(
             f"discovery of {type(model).__name__} did not finish in {time_limit:g} s; raise the time limit, "
@@ -218,7 +220,7 @@ def _neighbour(node: Any, names: Mapping[Any, str]) -> str:
 
 def _refuse_module(module: nn.Module, name: str) -> None:
     title = f"{name} ({type(module).__name__})"
-    if not isinstance(module, (*_LAYERS, _BatchNorm, nn.PReLU)):
+    if not (isinstance(module, (*_LAYERS, nn.PReLU)) or is_norm(module)):
         raise ValueError(f"{title} works on sampled channels and cannot be narrowed with them; {_ADVICE}")
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         raise ValueError(f"{title} works on sampled channels and cannot be narrowed with them; {_ADVICE}")
@@ -246,8 +248,8 @@ def _width(module: nn.Module, output: bool) -> int:
         return module.out_features if output else module.in_features
     if isinstance(module, nn.PReLU):
         return module.num_parameters if module.num_parameters > 1 else STRIDE
-    assert isinstance(module, _BatchNorm)
-    return module.num_features
+    assert is_norm(module)
+    return module.num_features if isinstance(module, _BatchNorm) else module.get_buffer("weight").numel()
 
 
 def _axes(
@@ -287,7 +289,7 @@ def _share_equal(axes: Mapping[str, list[Axis]]) -> dict[str, tuple[Axis, ...]]:
 def _sides(module: nn.Module, name: str, output: bool) -> list[tuple[str, int]]:
     """(tensor, dimension) pairs that hold the channels of one side of a module."""
     prefix = f"{name}." if name else ""
-    if isinstance(module, _BatchNorm):
+    if is_norm(module):
         return [(prefix + key, 0) for key in ("weight", "bias", "running_mean", "running_var")]
     if isinstance(module, nn.PReLU):
         return [(prefix + "weight", 0)] if module.num_parameters > 1 else []

@@ -157,6 +157,12 @@ def fit_attributes(module: nn.Module) -> None:
             fit_attention(layer)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a batch norm, also one whose tensors are all buffers, as torchvision's frozen one's."""
+    own = {name for name, buffer in module.named_buffers(recurse=False) if buffer.dim() == 1}
+    return isinstance(module, _BatchNorm) or own >= {"weight", "bias", "running_mean", "running_var"}
+
+
 def _fit_convolution(layer: _ConvNd) -> None:
     first, second = layer.weight.shape[:2]
     transposed = isinstance(layer, _ConvTransposeNd)

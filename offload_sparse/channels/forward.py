@@ -1,0 +1,84 @@
+"""One forward pass: its inputs, its mode, and what it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Inputs = tuple[Any, ...]
+"""Positional arguments of a network: tensors, or tuples, lists and dicts that hold some and other values."""
+
+_RATES = ("p", "drop_prob", "drop_rate", "dropout_rate", "dropout", "attn_drop_rate", "drop_path_rate")
+
+
+def move_inputs(inputs: Inputs, device: str | torch.device) -> Inputs:
+    """The inputs with every tensor on ``device``, apart from any graph."""
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device), inputs)
+
+
+def enlarge_inputs(inputs: Inputs, least: int) -> Inputs:
+    """The inputs with at least ``least`` samples: those of a smaller batch are repeated, in order.
+
+    The batch is dimension 0 of every tensor; where tensors differ in it, all stay as they are.
+    """
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    batch = {x.shape[0] for x in tensors}
+    if len(batch) != 1 or not 0 < min(batch) < least:
+        return inputs
+    rows = torch.arange(least) % min(batch)
+
+    def enlarged(x: Tensor) -> Tensor:
+        return x[rows.to(x.device)] if x.dim() else x
+
+    return pytree.tree_map_only(Tensor, enlarged, inputs)
+
+
+def disable_dropout(network: nn.Module) -> None:
+    """Set the rates of dropout and stochastic depth to 0: they draw other numbers for other widths."""
+    for module in network.modules():
+        for rate in _RATES:
+            ours = rate != "p" or isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth"
+            if ours and type(getattr(module, rate, None)) in (int, float):
+                setattr(module, rate, 0.0)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        counts_batches = name == "add_" and not args[0].is_floating_point() and not args[0].dim()
+        if "dropout" not in name and not counts_batches:
+            self.names.append("batch_norm" if "batch_norm" in name else name)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(network: nn.Module, inputs: Inputs, training: bool) -> list[str]:
+    """Names of the operations of one forward pass, in order, dropout aside. The mode is set, and stays.
+
+    How a batch norm computes is no difference between the modes; what its layer's own ``train`` keeps counts.
+    """
+    with _Recorder() as recorder, torch.enable_grad():
+        network.train(training)(*inputs)
+    return recorder.names
+
+
+def modes_differ(network: nn.Module, inputs: Inputs) -> bool:
+    """Whether training computes something else than evaluation, such as an auxiliary head.
+
+    Args:
+        network: a copy that nobody needs, on one device with ``inputs``; its dropout is switched off, its
+            running statistics move.
+        inputs: two samples or more, as batch norms want them.
+    """
+    disable_dropout(network)
+    return operations(network, inputs, False) != operations(network, inputs, True)
