@@ -24,7 +24,7 @@ from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.engine.state import IN_PLACE, MethodState
 from offload_sparse.methods.method import Method
 from offload_sparse.run.checkpoint import Checkpointer, Loaded
-from offload_sparse.run.checkpoint_folder import CHECKPOINT_FOLDER
+from offload_sparse.run.checkpoint import CHECKPOINT_FOLDER
 from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.resume import run_values, source_of

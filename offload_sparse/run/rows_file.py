@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,6 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
-
-FILE_NAME = re.compile(r"rank_\d{1,6}\.safetensors")
-"""What a file may be called; nothing that could leave its folder."""
 
 _BLOCK = 16 << 20
 _CACHED = 128 << 20  # bytes that are written before they are waited for
@@ -57,21 +53,44 @@ def write(path: Path, tensors: Mapping[str, Tensor], on_read: Callable[[], None]
 
     Args:
         on_read: called when ``tensors`` may change again, before that wait.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
     """
+    size, crc, waiting = 0, 0, 0
     with path.open("wb") as file:
-        size, crc = 0, 0
-        kept = 0
         for block in _blocks(tensors):
             crc = zlib.crc32(block, crc)
-            written = _write_all(file, block)
-            size, kept = size + written, kept + written
-            if kept >= _CACHED:
+            file.write(block)
+            size, waiting = size + len(block), waiting + len(block)
+            if waiting >= _CACHED:
                 _leave_cache(file)
-                kept = 0
+                waiting = 0
         file.flush()
         on_read()
         os.fsync(file.fileno())
     return FileRecord(size, crc)
+
+
+def check(path: Path, record: FileRecord) -> None:
+    """Read a file through.
+
+    Raises:
+        ValueError: it is not what ``record`` says.
+    """
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path.name} is missing")
+        if path.stat().st_size != record.size:
+            raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {record.size}")
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from None
+    if crc != record.crc32:
+        raise ValueError(f"{path.name} is damaged (its checksum does not fit)")
 
 
 def _leave_cache(file: BinaryIO) -> None:
@@ -82,27 +101,6 @@ def _leave_cache(file: BinaryIO) -> None:
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def check(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, or None."""
-    try:
-        if path.is_symlink() or not path.is_file():
-            return f"{path.name} is missing"
-        if path.stat().st_size != record.size:
-            return f"{path.name} has {path.stat().st_size} bytes instead of {record.size}"
-        with path.open("rb") as file:
-            crc = 0
-            while block := file.read(_BLOCK):
-                crc = zlib.crc32(block, crc)
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    return None if crc == record.crc32 else f"{path.name} is damaged (its checksum does not fit)"
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """``tensor`` with a first dimension: a scalar becomes [1]."""
-    return tensor if tensor.dim() else tensor.view(1)
 
 
 def _blocks(tensors: Mapping[str, Tensor]) -> Iterable[memoryview]:
@@ -117,19 +115,13 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterable[memoryview]:
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
     entries, offset = {}, 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+        end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {
             "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
+            "data_offsets": [offset, end],
         }
-        offset += size
+        offset = end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(file: BinaryIO, block: memoryview) -> int:
-    written = file.write(block)
-    assert written == len(block), "a buffered file takes everything or raises"
-    return written

@@ -22,7 +22,7 @@ from offload_sparse.engine.state import MethodState, Shard
 from offload_sparse.run import manifest as manifests
 from offload_sparse.run import rows_file as shard_file
 from offload_sparse.run.checkpoint import Checkpointer
-from offload_sparse.run.checkpoint_folder import CheckpointFolder
+from offload_sparse.run.checkpoint import CheckpointFolder
 
 VALUES = {"optim.lr": 0.1, "model.name": "net"}
 
