@@ -30,12 +30,12 @@ from torch import Tensor
 
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.faults import fault_point
-from offload_sparse.engine.state import MethodState, Shard
+from offload_sparse.engine.state import MethodState
 from offload_sparse.run import manifest as manifests
 from offload_sparse.run import rows_file
 from offload_sparse.run.launch import own_group, rank_and_world_size
 from offload_sparse.run.manifest import Chunk, Manifest, StoredTensor
-from offload_sparse.store.files import make_folder, remove, replacing, write_file
+from offload_sparse.store.files import remove, replacing, sync_folder, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class CheckpointFolder:
     def prepare(self, step: int) -> None:
         """Make an empty folder to write into."""
         remove(self.partial(step))
-        make_folder(self.partial(step))
+        self.partial(step).mkdir(parents=True)
 
     def commit(self, step: int, manifest: str) -> None:
         """Turn what was written for ``step`` into a checkpoint."""
@@ -102,6 +102,7 @@ class CheckpointFolder:
             self.discard(self.of_step(step))
         with replacing(self.of_step(step)) as partial:
             write_file(partial / manifests.MANIFEST_FILE, manifest)
+        sync_folder(self.path.parent)  # where this one may be new
         self.point(LATEST, step)
 
     def point(self, name: str, step: int) -> None:
@@ -262,14 +263,14 @@ class Checkpointer:
             path = self.folder.partial(step) / rows_file.file_name(self._rank)
             return rows_file.write(path, tensors, self._read.set)
 
-        own = {name: (s.first_row, len(as_rows(s.own)) if s.own.numel() else 0) for name, s in state.sharded.items()}
+        own = {name: (s.first_row, len(as_rows(s.own))) for name, s in state.sharded.items() if s.own.numel()}
         of_ranks = self._all((self._agree(write), own))
         files = [rows_file.file_name(rank) for rank in range(self._world_size)]
         manifest.files.update((file, record) for file, (record, _) in zip(files, of_ranks, strict=True))
         for name, shard in state.sharded.items():
-            chunks = [Chunk(*rows[name], file) for file, (_, rows) in zip(files, of_ranks, strict=True)]
-            held = tuple(sorted((c for c in chunks if c.rows), key=lambda chunk: chunk.first_row))
-            manifest.tensors[name] = StoredTensor(str(shard.own.dtype), tuple(shard.global_shape), held)
+            held = [Chunk(*rows[name], files[i]) for i, (_, rows) in enumerate(of_ranks) if name in rows]
+            chunks = tuple(sorted(held, key=lambda chunk: chunk.first_row))
+            manifest.tensors[name] = StoredTensor(str(shard.own.dtype), tuple(shard.global_shape), chunks)
         self._agree(lambda: self._commit(manifest, best) if first else None)
 
     def _commit(self, manifest: Manifest, best: bool) -> None:

@@ -112,10 +112,10 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     if set(files) != {file_name(rank) for rank in range(min(world_size, len(files) + 1))}:
         raise ValueError(f"its files are not those of {world_size} ranks")
     tensors = {name: _parse_tensor(name, entry, files) for name, entry in body["tensors"].items()}
-    parts = [body[key] for key in ("config", "run", "method")]
-    if not all(isinstance(part, dict) for part in parts):
+    config, run, method = body["config"], body["run"], body["method"]
+    if not all(isinstance(part, dict) for part in (config, run, method)):
         raise ValueError("config, run and method must be mappings")
-    return Manifest(step, world_size, *parts, files, tensors)
+    return Manifest(step, world_size, config, run, method, files, tensors)
 
 
 def _parse_tensor(name: str, entry: Mapping[str, Any], files: Mapping[str, FileRecord]) -> StoredTensor:

@@ -23,8 +23,7 @@ from offload_sparse.engine.random_state import random_state, set_random_state
 from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.engine.state import IN_PLACE, MethodState
 from offload_sparse.methods.method import Method
-from offload_sparse.run.checkpoint import Checkpointer, Loaded
-from offload_sparse.run.checkpoint import CHECKPOINT_FOLDER
+from offload_sparse.run.checkpoint import CHECKPOINT_FOLDER, Checkpointer, Loaded
 from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.resume import run_values, source_of

@@ -1,38 +1,20 @@
-"""One rank's tensors in one file, in the safetensors format, written straight out of the memory they are in.
-
-    8 bytes: length of the header | header: JSON, {name: dtype, shape, byte range} | the tensors' bytes
-
-``safetensors.torch.save_file`` refuses tensors that share memory, as the views of a store do, and wants every
-byte copied first; so files are written here, and read with the safetensors library.
-"""
+"""One rank's tensors in one file, with a record by which damage is noticed."""
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
-_BLOCK = 16 << 20
+from offload_sparse.store.tensor_file import blocks_of
+
+_BLOCK = 16 << 20  # bytes of a read
 _CACHED = 128 << 20  # bytes that are written before they are waited for
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], on_read: Callable[[], None]
     """
     size, crc, waiting = 0, 0, 0
     with path.open("wb") as file:
-        for block in _blocks(tensors):
+        for block in blocks_of(tensors):
             crc = zlib.crc32(block, crc)
             file.write(block)
             size, waiting = size + len(block), waiting + len(block)
@@ -101,27 +83,3 @@ def _leave_cache(file: BinaryIO) -> None:
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _blocks(tensors: Mapping[str, Tensor]) -> Iterable[memoryview]:
-    yield memoryview(_header(tensors))
-    for tensor in tensors.values():
-        assert tensor.is_contiguous()
-        flat = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        for start in range(0, len(flat), _BLOCK):
-            yield flat[start : start + _BLOCK]
-
-
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries, offset = {}, 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

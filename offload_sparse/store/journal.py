@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,21 +25,10 @@ from torch import Tensor
 
 from offload_sparse.channels.selection import Selection
 from offload_sparse.store.files import make_folder, sync_folder, write_file
+from offload_sparse.store.tensor_file import blocks_of
 from offload_sparse.store.weight_store import WeightStore
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
-_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-}
-_WRITE = 16 << 20
-"""Bytes per write, so that no second copy of a subnet is made."""
-
 Piece = tuple[Selection, Mapping[str, Tensor]]
 """A selection and, by kind, the whole narrow flat buffers that are about to be scattered; on any device."""
 
@@ -101,7 +89,7 @@ class Journal:
                 content[f"{index}.values.{kind}"] = values[low:high]
         metadata = {"round": str(round), "state": json.dumps(state)}
         try:
-            write_file(self._path(round), lambda file: _write_safetensors(file.write, content, metadata))
+            write_file(self._path(round), lambda file: file.writelines(blocks_of(content, metadata)))
         except OSError as error:
             raise ValueError(
                 f"the journal in {self.folder} cannot be written ({error.strerror}); free space on its disk"
@@ -209,31 +197,3 @@ def _scatter(store: WeightStore, selection: Selection, kind: str, values: Tensor
 
 def _narrow_size(store: WeightStore, selection: Selection, kind: str) -> int:
     return selection.layout(store.partitions[kind].layout.shapes).size
-
-
-def _write_safetensors(
-    write: Callable[[Any], int | None], content: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """The safetensors format, a few megabytes at a time (the library would copy everything first)."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, tensor in content.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    _write_all(write, struct.pack("<Q", len(text)) + text)
-    for tensor in content.values():
-        for chunk in tensor.detach().reshape(-1).split(_WRITE // 8):
-            _write_all(write, chunk.cpu().contiguous().view(torch.uint8).numpy())
-
-
-def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
-    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-    while view:
-        view = view[write(view) or 0 :]

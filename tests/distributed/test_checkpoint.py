@@ -17,7 +17,7 @@ from offload_sparse.engine.rounds import Forward
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run import rows_file as shard_file
+from offload_sparse.run import rows_file
 from offload_sparse.run.checkpoint import Checkpointer
 from offload_sparse.run.signals import Agreement
 from tests.distributed.test_ranks_agree import own_part, whole
@@ -110,17 +110,17 @@ def fails_on_rank_one(folder: str) -> tuple[bool, int]:
     state = session_state(session)
     assert state is not None
     saver.save(1, state, {})
-    original = shard_file.write
+    original = rows_file.write
 
     def write(path: Path, tensors: Any, on_read: Any) -> Any:
         if dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
         return original(path, tensors, on_read)
 
-    shard_file.write = write
+    rows_file.write = write
     saver.save(2, state, {}, wait=False)
     written = saver.join()
-    shard_file.write = original
+    rows_file.write = original
     loaded = saver.load(state)
     assert loaded is not None
     return written, loaded.step

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.state import MethodState, Shard
 from offload_sparse.run import manifest as manifests
-from offload_sparse.run import rows_file as shard_file
-from offload_sparse.run.checkpoint import Checkpointer
-from offload_sparse.run.checkpoint import CheckpointFolder
+from offload_sparse.run import rows_file
+from offload_sparse.run.checkpoint import Checkpointer, CheckpointFolder
+from offload_sparse.store import tensor_file
 
 VALUES = {"optim.lr": 0.1, "model.name": "net"}
 
@@ -131,7 +131,7 @@ def test_a_full_disk_is_a_warning_and_the_older_checkpoint_stays(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shard_file, "write", full)
+    monkeypatch.setattr(rows_file, "write", full)
     saver.save(7, state(3.0), {}, wait=wait)
     assert saver.join() is wait, "the failure is told once"
     assert "step 7 was not written (rank 0: [Errno 28] No space left on device)" in caplog.text
@@ -175,11 +175,11 @@ def test_the_store_may_change_as_soon_as_it_is_read_though_the_disk_is_still_at_
 def test_a_file_that_is_longer_than_what_may_wait_in_memory_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_file, "_BLOCK", 64)
-    monkeypatch.setattr(shard_file, "_CACHED", 100)
+    monkeypatch.setattr(tensor_file, "_BLOCK", 64)
+    monkeypatch.setattr(rows_file, "_CACHED", 100)
     tensors = {"a": torch.randn(33, 5), "b": torch.arange(70)}
-    record = shard_file.write(tmp_path / "rank_0.safetensors", tensors, lambda: None)
-    assert shard_file.check(tmp_path / "rank_0.safetensors", record) is None
+    record = rows_file.write(tmp_path / "rank_0.safetensors", tensors, lambda: None)
+    rows_file.check(tmp_path / "rank_0.safetensors", record)
     found = load_file(tmp_path / "rank_0.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -206,11 +206,11 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "manifest.json"
     body = json.loads(path.read_text())["body"]
     change(body)
-    path.write_text(json.dumps({"digest": manifests._digest(body), "body": body}))
+    path.write_text(json.dumps({"digest": manifests.digest(body), "body": body}))
 
 
 def weight(body: dict[str, Any]) -> dict[str, Any]:
-    return body["tensors"]["sharded/weights/a"]
+    return body["tensors"]["weights/a"]
 
 
 def move_file(body: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     ),
     "another format": lambda f: rewrite(f, lambda b: b.update(format=99)),
     "a path leaves the folder": lambda f: rewrite(f, move_file),
-    "tensors are missing": lambda f: rewrite(f, lambda b: b["tensors"].pop("sharded/weights/a")),
+    "tensors are missing": lambda f: rewrite(f, lambda b: b["tensors"].pop("weights/a")),
     "another shape": lambda f: rewrite(f, lambda b: weight(b).update(shape=[4, 2])),
     "rows are missing": lambda f: rewrite(f, lambda b: weight(b)["chunks"][0].update(rows=3)),
     "rows overlap": lambda f: rewrite(f, lambda b: weight(b)["chunks"].append(weight(b)["chunks"][0])),
@@ -253,7 +253,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         f, lambda b: weight(b)["chunks"][0].update(file="rank_7.safetensors")
     ),
     "more than a file can hold": lambda f: rewrite(
-        f, lambda b: b["tensors"]["replicated/s"].update(shape=[1 << 40], chunks=[big()])
+        f, lambda b: weight(b).update(shape=[1 << 40, 3], chunks=[big()])
     ),
     "keys are missing": lambda f: rewrite(f, lambda b: b.pop("run")),
     "a negative step": lambda f: rewrite(f, lambda b: b.update(step=-1)),

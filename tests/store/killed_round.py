@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Selection
 from offload_sparse.store import journal as journal_module
 from offload_sparse.store.journal import Journal
+from offload_sparse.store.tensor_file import blocks_of
 from offload_sparse.store.tiers import FileTier, Identity, Mode
 from offload_sparse.store.weight_store import Ranks, WeightStore
 
@@ -105,7 +107,7 @@ def _append(
 ) -> None:
     state, tensors = {"next": round + 1}, {"s": torch.full((3,), float(round))}
     if stage == "half_written":
-        journal_module._write_all = _half_written
+        journal_module.blocks_of = _half_written
     if stage in ("written", "renamed"):
         replace = os.replace
 
@@ -120,6 +122,7 @@ def _append(
         die()
 
 
-def _half_written(write: object, data: object) -> None:
-    write(bytes(memoryview(data).cast("B"))[: len(memoryview(data).cast("B")) // 2])  # type: ignore
+def _half_written(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    content = b"".join(blocks_of(tensors, metadata))
+    yield content[: len(content) // 2]
     die()
