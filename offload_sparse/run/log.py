@@ -32,7 +32,7 @@ from tqdm import tqdm
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
 from offload_sparse.export.json_values import json_value
-from offload_sparse.run.checkpoint import CHECKPOINT_FOLDER
+from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.trackers import TRACKERS_FOLDER
 
 CONFIG_FILE = "config.yaml"

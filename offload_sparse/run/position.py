@@ -23,7 +23,8 @@ from offload_sparse.engine.random_state import random_state, set_random_state
 from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.engine.state import IN_PLACE, MethodState
 from offload_sparse.methods.method import Method
-from offload_sparse.run.checkpoint import CHECKPOINT_FOLDER, Checkpointer, Loaded
+from offload_sparse.run.checkpoint import Checkpointer, Loaded
+from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.resume import run_values, source_of
@@ -106,7 +107,7 @@ class Progress:
             self._take(loaded)
         if in_place:
             self._take_up(in_place)
-        seconds = loaded.run["seconds"] if loaded else 0.0
+        seconds = loaded.manifest.run["seconds"] if loaded else 0.0
         self._recorder.begin(total_steps, steps_per_epoch, self.step, seconds)
         if self.step and self._rank == 0:
             where = "its own store" if loaded is None or in_place else str(loaded.folder)
@@ -229,11 +230,11 @@ class Progress:
             logger.warning("%s; went back to step %d and left out the batches since", error, self.step)
 
     def _take(self, loaded: Loaded) -> None:
-        state, run = loaded.state, loaded.run
+        state, run = loaded.state, loaded.manifest.run
         generators = {n.removeprefix(_RNG): t for n, t in state.local.items() if n.startswith(_RNG)}
         state.local = {n: t for n, t in state.local.items() if not n.startswith(_RNG)}
         self._method.restore(state)
-        self.step = loaded.step
+        self.step = loaded.manifest.step
         self.rollbacks, self._skipped_batches = int(run["rollbacks"]), int(run["skipped_batches"])
         self._best, self._improved = run["best"], False
         self._unlogged = [StepRecord(*values) for values in run["unlogged"]]

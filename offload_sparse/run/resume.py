@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
-from offload_sparse.run.checkpoint import differences
 from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import CONFIG_FILE, SUMMARY_FILE
 
@@ -32,6 +31,13 @@ def run_values(config: RunConfig) -> dict[str, Any]:
     """The settings that a run's weights depend on, by dotted name."""
     flat = arguments.flat_tree(config)
     return {k: v for k, v in flat.items() if k not in _FREE and k.split(".")[0] not in _FREE_SECTIONS}
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How two configurations by dotted name differ, in words; empty if they do not."""
+    keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    words = [f"{key} {saved.get(key)} instead of {wanted.get(key)}" for key in keys]
+    return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 
 def restarted() -> bool:

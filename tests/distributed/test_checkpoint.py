@@ -17,7 +17,7 @@ from offload_sparse.engine.rounds import Forward
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run import rows_file
+from offload_sparse.run import checkpoint_files
 from offload_sparse.run.checkpoint import Checkpointer
 from offload_sparse.run.signals import Agreement
 from tests.distributed.test_ranks_agree import own_part, whole
@@ -68,7 +68,7 @@ def resumed(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[int
     local = [int(t) for t in loaded.state.local.values()]
     restore_session(session, loaded.state)
     found = everything(session)
-    train(session, loaded.step, FIRST + SECOND)
+    train(session, loaded.manifest.step, FIRST + SECOND)
     return found, everything(session), local
 
 
@@ -110,20 +110,20 @@ def fails_on_rank_one(folder: str) -> tuple[bool, int]:
     state = session_state(session)
     assert state is not None
     saver.save(1, state, {})
-    original = rows_file.write
+    original = checkpoint_files.write_rows
 
-    def write(path: Path, tensors: Any, on_read: Any) -> Any:
+    def write(path: Path, *more: Any) -> Any:
         if dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
-        return original(path, tensors, on_read)
+        return original(path, *more)
 
-    rows_file.write = write
+    checkpoint_files.write_rows = write
     saver.save(2, state, {}, wait=False)
     written = saver.join()
-    rows_file.write = original
+    checkpoint_files.write_rows = original
     loaded = saver.load(state)
     assert loaded is not None
-    return written, loaded.step
+    return written, loaded.manifest.step
 
 
 def damaged_on_rank_one(folder: str) -> int:
@@ -140,7 +140,7 @@ def damaged_on_rank_one(folder: str) -> int:
     dist.barrier()
     loaded = saver.load(state)
     assert loaded is not None
-    return loaded.step
+    return loaded.manifest.step
 
 
 def ask_on_rank_one() -> list[tuple[bool, ...]]:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.state import MethodState, Shard
-from offload_sparse.run import manifest as manifests
-from offload_sparse.run import rows_file
-from offload_sparse.run.checkpoint import Checkpointer, CheckpointFolder
+from offload_sparse.export.json_values import digest
+from offload_sparse.run import checkpoint_files
+from offload_sparse.run.checkpoint import Checkpointer
+from offload_sparse.run.checkpoint_files import CheckpointFolder
 from offload_sparse.store import tensor_file
 
 VALUES = {"optim.lr": 0.1, "model.name": "net"}
@@ -82,7 +84,7 @@ def test_what_was_saved_is_loaded_into_the_memory_of_the_fresh_state(tmp_path: P
     fresh = blank()
     loaded = checkpointer(tmp_path).load(fresh)
     assert loaded is not None
-    assert (loaded.step, loaded.run) == (3, {"unlogged": [[0.1, None, {"accuracy": 0.5}]]})
+    assert (loaded.manifest.step, loaded.manifest.run) == (3, {"unlogged": [[0.1, None, {"accuracy": 0.5}]]})
     assert_equal(loaded.state, state(1.0))
     assert torch.equal(fresh.sharded["weights/a"].own, state(1.0).sharded["weights/a"].own)
 
@@ -117,7 +119,7 @@ def test_half_written_checkpoints_are_neither_read_nor_left(tmp_path: Path) -> N
     (folder / "step_00000009.tmp" / "rank_0.safetensors").write_bytes(b"half")
     loaded = checkpointer(tmp_path).load(blank())
     assert loaded is not None
-    assert loaded.step == 5
+    assert loaded.manifest.step == 5
     assert not (folder / "step_00000009.tmp").exists()
 
 
@@ -127,18 +129,18 @@ def test_a_full_disk_is_a_warning_and_the_older_checkpoint_stays(
 ) -> None:
     saver = two_checkpoints(tmp_path)
 
-    def full(path: Path, tensors: Any, on_read: Any) -> Any:
+    def full(path: Path, *_: Any) -> Any:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(rows_file, "write", full)
+    monkeypatch.setattr(checkpoint_files, "write_rows", full)
     saver.save(7, state(3.0), {}, wait=wait)
     assert saver.join() is wait, "the failure is told once"
     assert "step 7 was not written (rank 0: [Errno 28] No space left on device)" in caplog.text
     monkeypatch.undo()
     loaded = saver.load(blank())
     assert loaded is not None
-    assert loaded.step == 5
+    assert loaded.manifest.step == 5
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
         "step_00000003",
@@ -176,10 +178,10 @@ def test_a_file_that_is_longer_than_what_may_wait_in_memory_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensor_file, "_BLOCK", 64)
-    monkeypatch.setattr(rows_file, "_CACHED", 100)
+    monkeypatch.setattr(checkpoint_files, "_CACHED", 100)
     tensors = {"a": torch.randn(33, 5), "b": torch.arange(70)}
-    record = rows_file.write(tmp_path / "rank_0.safetensors", tensors, lambda: None)
-    rows_file.check(tmp_path / "rank_0.safetensors", record)
+    record = checkpoint_files.write_rows(tmp_path / "rank_0.safetensors", tensors, {}, lambda: None)
+    checkpoint_files.check_file(tmp_path / "rank_0.safetensors", record)
     found = load_file(tmp_path / "rank_0.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -195,29 +197,41 @@ def test_a_folder_that_is_deleted_under_the_run_is_made_again(tmp_path: Path) ->
     saver.save(7, state(3.0), {})
     loaded = saver.load(blank())
     assert loaded is not None
-    assert loaded.step == 7
+    assert loaded.manifest.step == 7
 
 
 # --- damage ------------------------------------------------------------------------------------------
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the body of a manifest and give it the right digest: what a forger would do."""
+    """Change a manifest and give it the right digest: what a forger would do."""
     path = folder / "manifest.json"
-    body = json.loads(path.read_text())["body"]
+    body = json.loads(path.read_text())
+    del body["digest"]
     change(body)
-    path.write_text(json.dumps({"digest": manifests.digest(body), "body": body}))
+    path.write_text(json.dumps(body | {"digest": digest(body)}))
 
 
-def weight(body: dict[str, Any]) -> dict[str, Any]:
-    return body["tensors"]["weights/a"]
+def rewrite_rows(
+    folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any], name: str = "rank_0"
+) -> None:
+    """Change the tensors of a file and what it says of their rows; size and checksum are made to fit."""
+    path = folder / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        rows = json.loads(file.metadata()["rows"])
+    change(tensors, rows)
+    save_file(tensors, path, {"rows": json.dumps(rows)})
+    content = path.read_bytes()
+    record = {"size": len(content), "crc32": zlib.crc32(content)}
+    rewrite(folder, lambda body: body["files"].update({path.name: record}))
+
+
+A = "sharded/weights/a"
 
 
 def move_file(body: dict[str, Any]) -> None:
     body["files"]["../rank_0.safetensors"] = body["files"].pop("rank_0.safetensors")
-    for tensor in body["tensors"].values():
-        for chunk in tensor["chunks"]:
-            chunk["file"] = "../rank_0.safetensors"
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
@@ -242,29 +256,26 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     ),
     "another format": lambda f: rewrite(f, lambda b: b.update(format=99)),
     "a path leaves the folder": lambda f: rewrite(f, move_file),
-    "tensors are missing": lambda f: rewrite(f, lambda b: b["tensors"].pop("weights/a")),
-    "another shape": lambda f: rewrite(f, lambda b: weight(b).update(shape=[4, 2])),
-    "rows are missing": lambda f: rewrite(f, lambda b: weight(b)["chunks"][0].update(rows=3)),
-    "rows overlap": lambda f: rewrite(f, lambda b: weight(b)["chunks"].append(weight(b)["chunks"][0])),
-    "rows are text": lambda f: rewrite(f, lambda b: weight(b)["chunks"][0].update(rows="4")),
-    "an unknown type": lambda f: rewrite(f, lambda b: weight(b).update(dtype="object")),
-    "another type": lambda f: rewrite(f, lambda b: weight(b).update(dtype="int64")),
+    "tensors are missing": lambda f: rewrite_rows(f, lambda t, r: [t.pop(A), r.pop(A)]),
+    "more tensors": lambda f: rewrite_rows(f, lambda t, r: [t.update(x=t[A].clone()), r.update(x=r[A])]),
+    "another shape": lambda f: rewrite_rows(f, lambda t, r: r.update({A: [0, 4, 2]})),
+    "another shape inside": lambda f: rewrite_rows(f, lambda t, r: t.update({A: t[A][:, :2].clone()})),
+    "rows are missing": lambda f: rewrite_rows(f, lambda t, r: t.update({A: t[A][:3].clone()})),
+    "rows are elsewhere": lambda f: rewrite_rows(f, lambda t, r: r.update({A: [1, 4, 3]})),
+    "rows are text": lambda f: rewrite_rows(f, lambda t, r: r.update({A: ["0", 4, 3]})),
+    "rows are nowhere": lambda f: rewrite_rows(f, lambda t, r: r.update({A: []})),
+    "another type": lambda f: rewrite_rows(f, lambda t, r: t.update({A: t[A].long()})),
     "a file of nobody": lambda f: rewrite(
-        f, lambda b: weight(b)["chunks"][0].update(file="rank_7.safetensors")
+        f, lambda b: b["files"].update({"rank_7.safetensors": b["files"]["rank_0.safetensors"]})
     ),
-    "more than a file can hold": lambda f: rewrite(
-        f, lambda b: weight(b).update(shape=[1 << 40, 3], chunks=[big()])
-    ),
+    "more ranks than files": lambda f: rewrite(f, lambda b: b.update(world_size=1 << 60)),
+    "more than there is": lambda f: rewrite_rows(f, lambda t, r: r.update({A: [0, 1 << 40, 3]})),
     "keys are missing": lambda f: rewrite(f, lambda b: b.pop("run")),
     "a negative step": lambda f: rewrite(f, lambda b: b.update(step=-1)),
-    "tensors are a list": lambda f: rewrite(f, lambda b: b.update(tensors=[])),
+    "files are a list": lambda f: rewrite(f, lambda b: b.update(files=[])),
     "another configuration": lambda f: rewrite(f, lambda b: b["config"].update({"optim.lr": 0.2})),
     "other channels": lambda f: rewrite(f, lambda b: b["method"].update(channel_map={})),
 }
-
-
-def big() -> dict[str, Any]:
-    return {"first_row": 0, "rows": 1 << 40, "file": "rank_0.safetensors"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -275,7 +286,7 @@ def test_a_damaged_checkpoint_is_told_and_the_older_one_used(
     DAMAGES[damage](tmp_path / "checkpoints" / "step_00000005")
     loaded = checkpointer(tmp_path).load(blank())
     assert loaded is not None
-    assert loaded.step == 3
+    assert loaded.manifest.step == 3
     assert_equal(loaded.state, state(1.0))
     assert "step_00000005 cannot be used" in caplog.text
     assert (tmp_path / "checkpoints" / "step_00000005").exists(), "nothing is removed"
@@ -311,7 +322,7 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path, name: str, where: float, bit
         return
     assert name == "manifest.json"
     assert loaded is not None
-    assert (loaded.step, loaded.run) == (5, {"note": "newer"})
+    assert (loaded.manifest.step, loaded.manifest.run) == (5, {"note": "newer"})
     assert_equal(loaded.state, state(2.0))
 
 
@@ -334,7 +345,7 @@ def test_a_run_or_one_of_its_checkpoints_can_be_named(below: str, tmp_path: Path
     two_checkpoints(tmp_path / "run")
     loaded = checkpointer(tmp_path / "other").load(blank(), tmp_path / "run" / below)
     assert loaded is not None
-    assert loaded.step == (3 if "step" in below else 5)
+    assert loaded.manifest.step == (3 if "step" in below else 5)
     assert not (tmp_path / "other").exists()
 
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
-from offload_sparse.run.checkpoint import CheckpointFolder
+from offload_sparse.run.checkpoint_files import CheckpointFolder
 from offload_sparse.run.trainer import Run
 from tests.run.test_trainer import images, options
 
