@@ -103,9 +103,9 @@ def saved_bytes(session: SparseOffload, images: Tensor) -> int:
 
 def warm_up() -> None:
     """Load what a training process needs however small its model is, so that it counts as idle."""
-    from offload_sparse.store.copy import kernels
+    from offload_sparse.store.copy import host_copy
 
-    kernels.load()
+    host_copy.load()
     small = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9, fused=True)
     small(torch.randn(2, 8)).sum().backward()

@@ -15,9 +15,11 @@ from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Layout, Selection
-from offload_sparse.store.copy import kernels
-from offload_sparse.store.copy.copy import BlockPlan, copy_blocks
-from offload_sparse.store.copy.plans import Narrow, arrival
+from offload_sparse.store.copy import host_copy
+from offload_sparse.store.copy.blocks import BlockPlan
+from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.plans import Narrow, fetch_plan
+from offload_sparse.store.copy.tables import Tables
 from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.partition import Partition
 from offload_sparse.workloads.models import build_model
@@ -42,7 +44,7 @@ def run(quick: bool) -> BenchResult:
     store = host_zeros(layout.size, torch.float32, "off").normal_(generator=torch.Generator().manual_seed(0))
     raw: dict[str, Any] = {
         "threads": torch.get_num_threads(),
-        "native_kernel": kernels.load() is not None,
+        "native_kernel": host_copy.load() is not None,
         "store_bytes": layout.size * 4,
     }
     ratios: dict[str, float] = {}
@@ -104,9 +106,9 @@ def measure(
     selection = Selection(channel_map, random_mask(channel_map, rho))
     narrow = selection.layout(layout.shapes)
     start = time.process_time()
-    plan = arrival(Partition(layout, 1), 0, Narrow(selection, layout.shapes)).fetched
+    plan = fetch_plan(Partition(layout, 1), 0, Narrow(selection, layout.shapes)).fetched
     assert plan is not None
-    assert plan.packed.addresses  # the tables of the kernel are made when they are first read
+    assert plan.derived(Tables).addresses  # the tables of the kernel are made when they are first read
     planning = time.process_time() - start
     taken, copied = (host_zeros(narrow.size, torch.float32, "off") for _ in range(2))
     passes: dict[str, Callable[[], object]] = {

@@ -17,9 +17,10 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet
 from offload_sparse.engine.config import OptimConfig
 from offload_sparse.engine.optimizer import FlatOptimizer
-from offload_sparse.store.copy.copy import BlockPlan, copy_blocks
-from offload_sparse.store.copy.plans import Narrow, regions_of, shared
-from offload_sparse.store.copy.regions import Places
+from offload_sparse.store.copy.blocks import BlockPlan
+from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.plans import Narrow, shared_plan
+from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
 
 TAIL = 8
@@ -60,9 +61,8 @@ class Side:
     def select(self, selection: Selection, kinds: tuple[str, ...]) -> None:
         """Make room for ``kinds`` of ``selection``; what the arrays hold is not defined."""
         layouts = {kind: p.layout for kind, p in self._store.partitions.items()}
-        places = Places(selection)
-        self.weights = Narrow(places, layouts[WEIGHTS].shapes)
-        self.buffers = Narrow(places, layouts[BUFFERS].shapes)
+        self.weights = Narrow(selection, layouts[WEIGHTS].shapes)
+        self.buffers = Narrow(selection, layouts[BUFFERS].shapes)
         self.arrays = {}
         self.arrays = {kind: self._reserve(kind, self.narrow(kind).layout.size) for kind in kinds}
 
@@ -191,9 +191,9 @@ class SubnetPair:
         """Overwrite the twins, in the other side, of the entries that ``side`` has just trained."""
         a, b = self.sides
         if not self._twins:
-            regions = regions_of(b.weights, [a.weights])
+            regions = Regions(b.selection, [a.selection])
             for kind in (WEIGHTS, BUFFERS):
-                self._twins[kind] = shared(b.narrow(kind), a.narrow(kind), regions)
+                self._twins[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
         for like, plan in self._twins.items():
             kinds = [kind for kind in b.arrays if (kind == BUFFERS) == (like == BUFFERS)]
             copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)

@@ -30,7 +30,7 @@ from offload_sparse.engine.side_stream import SideStream
 from offload_sparse.engine.subnet_pair import TAIL, Side, SubnetPair
 from offload_sparse.engine.timeline import Timeline
 from offload_sparse.store.copy.copy import copy_blocks
-from offload_sparse.store.copy.plans import Arrival, Narrow, arrival, arrival_per_rank, regions_of, returned
+from offload_sparse.store.copy.plans import Narrow, TransferPlan, fetch_plan, fetch_plan_per_rank, return_plan
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
 
@@ -71,7 +71,7 @@ class _Load:
     side: Side
     kinds: list[str]
     holders: tuple[Side, ...]
-    plan: Arrival
+    plan: TransferPlan
 
 
 @dataclass
@@ -291,7 +291,7 @@ class Relay:
                     holders = tuple(h for h in holders if h in [pair.sides[0] for pair in self._pairs])
                 own = handover.masks.per_rank if side is handover.target.sides[1] else ()
                 if not own and holders not in known:
-                    known[holders] = regions_of(side.weights, [holder.weights for holder in holders])
+                    known[holders] = Regions(side.selection, [holder.selection for holder in holders])
                 yield self._load(side, kinds, holders, own, known.get(holders))
             before.append(side)
 
@@ -306,9 +306,9 @@ class Relay:
         partition, rank = self.store.partitions[kinds[0]], self.store.ranks.rank
         target, places = side.narrow(kinds[0]), [holder.narrow(kinds[0]) for holder in holders]
         if not per_rank:
-            return _Load(side, kinds, holders, arrival(partition, rank, target, places, regions))
+            return _Load(side, kinds, holders, fetch_plan(partition, rank, target, places, regions))
         targets = [Narrow(selection, target.names) for selection in per_rank]
-        return _Load(side, kinds, holders, arrival_per_rank(partition, rank, targets, places))
+        return _Load(side, kinds, holders, fetch_plan_per_rank(partition, rank, targets, places))
 
     def _return(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
         """Write this rank's entries of what ``left`` has trained and no side of ``keepers`` carries on."""
@@ -319,11 +319,11 @@ class Relay:
     def _put_back(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
         known = list(keepers)
         for side in left.trained:
-            regions = regions_of(side.weights, [keeper.weights for keeper in known])
+            regions = Regions(side.selection, [keeper.selection for keeper in known])
             for kinds in ([k for k in side.arrays if k != BUFFERS], [BUFFERS]):
                 partition, rank = self.store.partitions[kinds[0]], self.store.ranks.rank
                 places = [keeper.narrow(kinds[0]) for keeper in known]
-                plan = returned(partition, rank, side.narrow(kinds[0]), places, regions)
+                plan = return_plan(partition, rank, side.narrow(kinds[0]), places, regions)
                 self.bytes_returned += self.store.put_back(plan, [(k, side.arrays[k]) for k in kinds])
                 fault_point("scatter", self.steps_done)
             known.append(side)

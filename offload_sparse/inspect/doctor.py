@@ -90,9 +90,9 @@ def _required(requirement: Requirement) -> Finding:
 
 def check_kernels() -> Finding:
     """Move a small slice by the native kernel and compare it with torch's indexing."""
-    from offload_sparse.store.copy.blocks import Block, Grid
-    from offload_sparse.store.copy.copy import BlockPlan, copy_blocks
-    from offload_sparse.store.copy.kernels import load
+    from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+    from offload_sparse.store.copy.copy import copy_blocks
+    from offload_sparse.store.copy.host_copy import load
 
     if load() is None:
         fix = "reinstall numba, or set NUMBA_CACHE_DIR to a folder that can be written"
@@ -147,14 +147,15 @@ def _device(device: torch.device, name: str) -> Finding:
 
 def _bus(device: torch.device, name: str) -> Finding:
     """Page-lock memory as the store does, and time copies to and from the device."""
-    from offload_sparse.store.copy.probe import zero_copy_is_faster
+    from offload_sparse.store.copy.device_copy import WIDE, zero_copy_is_faster
     from offload_sparse.store.host_memory import host_zeros
 
     host = host_zeros(_PROBE_BYTES // 4, torch.float32, "on")
     there = torch.empty_like(host, device=device)
     to_device = _rate(lambda: there.copy_(host, non_blocking=True), device)
     back = _rate(lambda: host.copy_(there, non_blocking=True), device)
-    way = "kernels read host memory directly" if zero_copy_is_faster(device) else "copies are staged"
+    direct = zero_copy_is_faster(device, False, WIDE)
+    way = "kernels read host memory directly" if direct else "copies are staged"
     found = f"{to_device / 1e9:.1f} GB/s to the device, {back / 1e9:.1f} GB/s back; {way}"
     fix = "look at the link width (nvidia-smi -q -d PCIE) and at the NUMA node of the process"
     return _judged(name, found, fix if min(to_device, back) < _SLOW else "")

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, Grid
-from offload_sparse.store.copy.copy import BlockPlan, copy_blocks
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.copy import copy_blocks
 
 THREADS = 4
 """Threads that share a read or a write."""

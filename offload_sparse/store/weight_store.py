@@ -1,12 +1,11 @@
 """The full weights, in host memory, sharded over the data-parallel ranks.
 
               tensor A            tensor B        tensor C
-    weights   [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]      one flat array per kind, rows of rank r
-    only on rank r slot 1    [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]      optimizer state, same rows
-    as the weights buffers   [r0 r1][r1 r2]                                        BatchNorm statistics, a
-    layout of their own
+    weights   [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]   one flat array per kind; r0: on rank 0 only
+    slot 1    [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]   optimizer state, same rows as the weights
+    buffers   [r0 r1][r1 r2]                                     BatchNorm statistics, their own layout
 
-    fetch:     own rows --> own segment of a wire buffer --broadcasts--> every rank --> narrow buffer
+    fetch:     own rows --> wire buffer --broadcast, or sent to whom it is for--> every rank's narrow buffer
     put_back:  narrow buffer --> own rows; no network
 
 Rank memory is (1 + slots) * bytes(full weights) / world_size. Integer buffers are not sliced; every rank
@@ -25,8 +24,10 @@ from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Layout, Selection
-from offload_sparse.store.copy.copy import BlockPlan, copy_blocks, prepare
-from offload_sparse.store.copy.plans import Arrival, Dispatch, Narrow, arrival, returned
+from offload_sparse.store.copy.blocks import BlockPlan
+from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.host_copy import prepare
+from offload_sparse.store.copy.plans import Exchange, Narrow, TransferPlan, fetch_plan, return_plan
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.tiers import MemoryTier, Tier
 
@@ -190,17 +191,17 @@ class WeightStore:
             out: flat narrow buffer in the store's dtype, on the device; every entry is written.
         """
         partition = self.partitions[kind]
-        whole = arrival(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
+        whole = fetch_plan(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
         self.fetch(whole, [(kind, out)])
 
     def scatter(self, selection: Selection, kind: str, values: Tensor) -> None:
         """Write this rank's entries of a flat narrow buffer back into its rows. Uses no network."""
         partition = self.partitions[kind]
-        whole = returned(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
+        whole = return_plan(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
         self.put_back(whole, [(kind, values)])
 
-    def fetch(self, plan: Arrival, arrays: Sequence[tuple[str, Tensor]]) -> int:
-        """Carry out the part of an arrival that comes from the store.
+    def fetch(self, plan: TransferPlan, arrays: Sequence[tuple[str, Tensor]]) -> int:
+        """Carry out the part of a transfer that comes from the store.
 
         Args:
             plan: the moves, for all of ``arrays``.
@@ -211,15 +212,11 @@ class WeightStore:
         """
         if plan.fetched is not None:
             self._copy(plan.fetched, arrays)
-        for parcel in plan.parcels:
+        for exchange in plan.exchanges:
             for kind, out in arrays:
-                wire = torch.empty(parcel.segments[-1][1], dtype=self.dtype, device=out.device)
-                self._copy(parcel.pack, [(kind, wire)])
-                self._exchange(wire, parcel.segments)
-                copy_blocks(parcel.unpack, [(wire, out)])
-        if plan.dispatch is not None:
-            for kind, out in arrays:
-                copy_blocks(plan.dispatch.unpack, [(self._dispatch(plan.dispatch, kind, out.device), out)])
+                wire = torch.empty(sum(exchange.received), dtype=self.dtype, device=out.device)
+                self._exchange(exchange, kind, wire.split(exchange.received))
+                copy_blocks(exchange.unpack, [(wire, out)])
         return plan.own_entries * len(arrays) * self.dtype.itemsize
 
     def put_back(self, plan: BlockPlan, arrays: Sequence[tuple[str, Tensor]]) -> int:
@@ -242,33 +239,27 @@ class WeightStore:
         else:
             copy_blocks(plan, [(self.arrays[kind], array) for kind, array in pairs], reverse)
 
-    def _dispatch(self, plan: Dispatch, kind: str, device: torch.device) -> Tensor:
-        """Send every rank what it wants of this rank's rows; what this rank gets, owners in order."""
-        arriving = torch.empty(sum(plan.received), dtype=self.dtype, device=device)
-        leaving = [torch.empty(pack.entries, dtype=self.dtype, device=device) for pack in plan.packs]
-        for pack, wire in zip(plan.packs, leaving, strict=True):
-            self._copy(pack, [(kind, wire)])
-        exchanges = []
-        for other, part in enumerate(arriving.split(plan.received)):
-            if other == self.ranks.rank:
-                part.copy_(leaving[other])
-                continue
-            peer, group = self.ranks.global_rank(other), self.ranks.transfer_group
-            if leaving[other].numel():
-                exchanges.append(dist.P2POp(dist.isend, leaving[other], peer, group))
-            if part.numel():
-                exchanges.append(dist.P2POp(dist.irecv, part, peer, group))
-        for work in dist.batch_isend_irecv(exchanges) if exchanges else []:
-            work.wait()
-        return arriving
-
-    def _exchange(self, wire: Tensor, segments: Sequence[tuple[int, int]]) -> None:
-        group = self.ranks.transfer_group
-        pending = [
-            dist.broadcast(wire[low:high], src=self.ranks.global_rank(owner), group=group, async_op=True)
-            for owner, (low, high) in enumerate(segments)
-            if high > low
-        ]
+    def _exchange(self, exchange: Exchange, kind: str, parts: Sequence[Tensor]) -> None:
+        """Send own rows to the ranks that want them, and receive from each owner its part."""
+        rank, group = self.ranks.rank, self.ranks.transfer_group
+        if len(exchange.packs) == 1:  # all ranks want the same
+            self._copy(exchange.packs[0], [(kind, parts[rank])])
+            pending: Sequence[dist.Work | None] = [
+                dist.broadcast(part, src=self.ranks.global_rank(owner), group=group, async_op=True)
+                for owner, part in enumerate(parts)
+                if part.numel()
+            ]
+        else:
+            transfers = []
+            for other, (pack, part) in enumerate(zip(exchange.packs, parts, strict=True)):
+                leaving = part if other == rank else part.new_empty(pack.entries)
+                self._copy(pack, [(kind, leaving)])
+                peer = self.ranks.global_rank(other)
+                if other != rank and leaving.numel():
+                    transfers.append(dist.P2POp(dist.isend, leaving, peer, group))
+                if other != rank and part.numel():
+                    transfers.append(dist.P2POp(dist.irecv, part, peer, group))
+            pending = dist.batch_isend_irecv(transfers) if transfers else []
         for work in pending:
             assert work is not None
             work.wait()

@@ -8,7 +8,7 @@ import torch
 from offload_sparse.bench.transfer import RATIOS, lines_bound, measure, random_mask
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Layout
-from offload_sparse.store.copy.copy import Block, BlockPlan, Grid
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
 
 
 def small_map() -> ChannelMap:

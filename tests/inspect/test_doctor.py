@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from offload_sparse.cli.main import main
 from offload_sparse.inspect import doctor
 from offload_sparse.inspect.doctor import Finding
-from offload_sparse.store.copy import kernels
+from offload_sparse.store.copy import host_copy
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -92,7 +92,7 @@ def test_a_package_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 def test_kernels_that_cannot_be_compiled_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(host_copy, "load", lambda: None)
     assert doctor.check_kernels().state == "warning"
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from offload_sparse.store.copy import device_copy
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.device_copy import copy_staged
-from tests.store.test_transfer import DTYPES, Case, bits, cases, random_bits, wide_case
+from tests.support.blocks import DTYPES, Case, bits, cases, random_bits, wide_case
 
 
 @settings(max_examples=40, deadline=None)
@@ -36,9 +36,9 @@ def test_staged_copies_equal_direct_ones(case: Case, dtype: torch.dtype, reverse
 _INTERPRETED = """
 import torch
 from hypothesis import given, settings, strategies as st
-from offload_sparse.store.copy import triton_kernels
+from offload_sparse.store.copy import device_copy
 from offload_sparse.store.copy.copy import copy_blocks
-from tests.store.test_transfer import DTYPES, Case, bits, cases, random_bits
+from tests.support.blocks import DTYPES, bits, cases, random_bits
 
 @settings(max_examples=8, deadline=None, database=None)
 @given(cases(), st.sampled_from(DTYPES), st.booleans())
@@ -48,12 +48,11 @@ def agree(case, dtype, reverse):
     source, target = (random_bits(size, dtype, seed) for seed, size in enumerate(case.sizes))
     expected = source.clone(), target.clone()
     copy_blocks(case.plan, [expected], reverse)
-    tables = triton_kernels.DeviceTables(case.plan.blocks, torch.device("cpu"))
-    triton_kernels.launch(tables, source, target, reverse)
+    device_copy.launch(case.plan, source, target, reverse, torch.device("cpu"))
     assert torch.equal(bits(source), bits(expected[0]))
     assert torch.equal(bits(target), bits(expected[1]))
 
-triton_kernels.PROGRAM, triton_kernels.STEP = 64, 32
+device_copy.PROGRAM, device_copy.STEP = 64, 32
 agree()
 print("agreed")
 """
@@ -73,7 +72,6 @@ def test_the_triton_kernel_in_its_interpreter_copies_bit_for_bit() -> None:
 @pytest.mark.parametrize("pin", ["on", "off"])
 def test_the_device_copies_as_the_host_does(way: str, pin: str) -> None:
     """Written without a GPU at hand: not yet run on one."""
-    from offload_sparse.store.copy import probe
     from offload_sparse.store.host_memory import host_zeros
 
     plan, source, target = wide_case()
@@ -83,7 +81,7 @@ def test_the_device_copies_as_the_host_does(way: str, pin: str) -> None:
     given_array = host.cuda() if way == "device" else host
     out = torch.empty_like(target, device="cuda")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "zero_copy_is_faster", lambda device: way == "direct")
+        patch.setattr(device_copy, "zero_copy_is_faster", lambda *asked: way == "direct")
         copy_blocks(plan, [(given_array, out)])
         assert torch.equal(out.cpu(), target)
         given_array.zero_()

@@ -16,7 +16,8 @@ from torch import Tensor
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Selection
 from offload_sparse.store import nvme
-from offload_sparse.store.copy.copy import Block, BlockPlan, Grid, copy_blocks
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, windows
 from offload_sparse.store.tiers import FileTier, Identity, MemoryTier
 from offload_sparse.store.weight_store import WeightStore

@@ -12,7 +12,7 @@ from torch import Tensor
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Layout, Selection, open_grid
 from offload_sparse.store.copy.copy import copy_blocks
-from offload_sparse.store.copy.plans import Narrow, arrival, returned, shared
+from offload_sparse.store.copy.plans import Narrow, fetch_plan, return_plan, shared_plan
 from offload_sparse.store.partition import Partition, row_shape
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from tests.support.channel_maps import channel_maps, masks
@@ -60,23 +60,20 @@ def filled(channel_map: ChannelMap, world: int, target: Narrow, holders: list[Na
     """The narrow buffer of ``target`` as all ranks together make it, their exchange done by hand."""
     found = torch.full((target.layout.size,), torch.nan)
     group = stores(channel_map, world)
-    plans = [arrival(s.partitions[WEIGHTS], s.ranks.rank, target, holders) for s in group]
+    plans = [fetch_plan(s.partitions[WEIGHTS], s.ranks.rank, target, holders) for s in group]
     for holder, plan in plans[0].carried.items():
         copy_blocks(plan, [(narrow(channel_map, holders[holder].selection), found)])
     if world == 1:
         group[0].fetch(plans[0], [(WEIGHTS, found)])
         return found
-    for parcels in zip(*(plan.parcels for plan in plans), strict=True):
-        wire = torch.full((parcels[0].segments[-1][1],), torch.nan)
-        for store, parcel in zip(group, parcels, strict=True):
-            own = torch.full_like(wire, torch.nan)
-            copy_blocks(parcel.pack, [(store.arrays[WEIGHTS], own)])
-            low, high = parcel.segments[store.ranks.rank]
-            assert parcel.segments == parcels[0].segments, "every rank divides the wire alike"
-            assert bool(own[:low].isnan().all())
-            assert bool(own[high:].isnan().all())
-            wire[low:high] = own[low:high]
-        copy_blocks(parcels[0].unpack, [(wire, found)])
+    for exchanges in zip(*(plan.exchanges for plan in plans), strict=True):
+        wire = []
+        for store, exchange in zip(group, exchanges, strict=True):
+            assert exchange.received == exchanges[0].received, "every rank divides the wire alike"
+            own = torch.full((exchange.received[store.ranks.rank],), torch.nan)
+            copy_blocks(exchange.packs[0], [(store.arrays[WEIGHTS], own)])
+            wire.append(own)
+        copy_blocks(exchanges[0].unpack, [(torch.cat(wire), found)])
     return found
 
 
@@ -105,12 +102,12 @@ def test_an_entry_is_fetched_only_if_no_subnet_holds_it(
         {int(i) for n in names for i in s.selection.take(n, numbers[n]).flatten()} for s in (target, a, b)
     )
     partition = Partition(full, world)
-    plans = [arrival(partition, rank, target, [a, b]) for rank in range(world)]
+    plans = [fetch_plan(partition, rank, target, [a, b]) for rank in range(world)]
     assert sum(plan.own_entries for plan in plans) == len(kept_t - kept_a - kept_b)
     carried = plans[0].carried
     assert sum(plan.entries for plan in carried.values()) == len(kept_t & (kept_a | kept_b))
-    assert shared(target, a).entries == len(kept_t & kept_a)
-    leaving = [returned(partition, rank, target, [a]).entries for rank in range(world)]
+    assert shared_plan(target, a).entries == len(kept_t & kept_a)
+    leaving = [return_plan(partition, rank, target, [a]).entries for rank in range(world)]
     assert sum(leaving) == len(kept_t - kept_a)
 
 

@@ -20,7 +20,7 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.subnet_pair import TAIL
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.store.copy.regions import Places, Regions, geometry
+from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
 
 
@@ -141,14 +141,7 @@ class FirstRounds:
         return total
 
     def _missing(self, side: Side, kind: str, holders: Sequence[Selection]) -> int:
-        shapes = geometry(self._map)
-        regions = Regions(Places(side.selection), [Places(holder) for holder in holders])
-        return sum(
-            len(region.rows) * len(region.units) * shapes[name].unit
-            for name in self._names[kind]
-            for region in regions.of(name)
-            if region.holder is None
-        )
+        return Regions(side.selection, holders).fetched(self._names[kind])
 
 
 def _entries(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> int:

@@ -13,11 +13,14 @@ is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Block:
         return one_row and grid.units is None
 
 
-class BlockList:
-    """Blocks, and how much of either array they need.
+class BlockPlan:
+    """Blocks of all tensors, ready to be copied any number of times, for weights and every optimizer slot.
 
     Args:
         blocks: the blocks.
@@ -95,11 +98,15 @@ class BlockList:
         blocks: those that hold any entries.
         entries: entries that are copied.
         source_size, target_size: least number of entries of the arrays (or ``sizes``).
+
+    Raises:
+        ValueError: a block begins before the array.
     """
 
     def __init__(self, blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> None:
         self.blocks = tuple([block for block in blocks if block.entries])
         self.entries = sum([block.entries for block in self.blocks])
+        self._derived: dict[tuple[object, ...], Any] = {}
         if sizes is not None:
             self.source_size, self.target_size = sizes
             return
@@ -109,15 +116,22 @@ class BlockList:
         if min(lows, default=0) < 0:
             raise ValueError(f"a block begins at entry {min(lows)}; give starts and numbers of 0 or more")
 
-    @cached_property
-    def target_run(self) -> tuple[int, int] | None:
-        """(first, last + 1) entry of the target if the blocks fill one run of it in order, else None."""
-        return _run([(b, b.target) for b in self.blocks])
+    def derived(self, make: Callable[..., T], *arguments: object) -> T:
+        """``make(blocks, *arguments)``, worked out when it is first asked for: tables of a kernel, say."""
+        key = make, *arguments
+        if key not in self._derived:
+            self._derived[key] = make(self.blocks, *arguments)
+        return self._derived[key]
 
     @cached_property
     def source_run(self) -> tuple[int, int] | None:
-        """The same of the source."""
+        """(first, last + 1) entry of the source if the blocks fill one run of it in order, else None."""
         return _run([(b, b.source) for b in self.blocks])
+
+    @cached_property
+    def target_run(self) -> tuple[int, int] | None:
+        """The same of the target."""
+        return _run([(b, b.target) for b in self.blocks])
 
 
 def _run(grids: Sequence[tuple[Block, Grid]]) -> tuple[int, int] | None:

@@ -16,47 +16,12 @@ All ways move bytes unchanged, so they agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy import kernels
-from offload_sparse.store.copy.blocks import Block, BlockList, Grid
-from offload_sparse.store.copy.tables import Packed
-from offload_sparse.store.copy.team import run_on_team
-from offload_sparse.store.copy.torch_copy import copy_by_torch
-
-__all__ = ["Block", "BlockPlan", "Grid", "copy_blocks", "prepare"]
-
-NATIVE_FROM = 1 << 18
-"""Entries from which a transfer is worth loading the native kernel (half a second)."""
-
-THREADS_FROM = 1 << 17
-"""Entries from which a transfer is worth waking other threads."""
-
-STREAM_FROM = 32 << 20
-"""Bytes from which a narrow array is written past the caches, which could not hold it anyway."""
-
-
-class BlockPlan(BlockList):
-    """Blocks of all tensors, ready to be copied any number of times, for weights and every optimizer slot.
-
-    Attributes (beside those of ``BlockList``):
-        packed: tables for the native kernel, made when they are first needed.
-    """
-
-    @cached_property
-    def packed(self) -> Packed:
-        return Packed(self.blocks)
-
-
-def prepare(entries: int) -> None:
-    """Load the native kernel now if transfers of so many entries will want it, rather than in the first
-    round.
-    """
-    if entries >= NATIVE_FROM:
-        kernels.load()
+from offload_sparse.store.copy.blocks import BlockPlan
+from offload_sparse.store.copy.host_copy import copy_in_host_memory
 
 
 @torch.no_grad()
@@ -79,7 +44,7 @@ def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse
     if not plan.entries:
         return
     if all(array.device.type == "cpu" for pair in pairs for array in pair):
-        _copy_in_host_memory(plan, pairs, reverse)
+        copy_in_host_memory(plan, pairs, reverse)
     else:
         from offload_sparse.store.copy.device_copy import copy_with_device
 
@@ -95,23 +60,3 @@ def _check(plan: BlockPlan, source: Tensor, target: Tensor) -> None:
             raise ValueError(f"the {name} array must be flat and contiguous, not {list(array.shape)}")
         if array.numel() < size:
             raise ValueError(f"the {name} array has {array.numel()} entries, the blocks need {size}")
-
-
-def _copy_in_host_memory(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
-    wanted = kernels.loaded() or plan.entries * len(pairs) >= NATIVE_FROM
-    kernel = kernels.load() if wanted else None
-    if kernel is None:
-        for source, target in pairs:
-            copy_by_torch(plan.blocks, source, target, reverse)
-    else:
-        _copy_natively(kernel, plan, pairs, reverse)
-
-
-def _copy_natively(
-    kernel: kernels.Kernel, plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool
-) -> None:
-    threads = torch.get_num_threads() if plan.entries * len(pairs) >= THREADS_FROM else 1
-    for source, target in pairs:
-        size = plan.entries * source.element_size()
-        call = plan.packed.call(source, target, reverse, stream=size >= STREAM_FROM)
-        run_on_team(kernel, call.ctypes.data, threads)

@@ -1,53 +1,74 @@
-"""Copies of blocks in which a CUDA device takes part. Not yet run on a GPU."""
+"""Copies of blocks in which a CUDA device takes part: a Triton kernel, staging, and a probe that chooses.
+
+The kernel runs one program per piece of a block, in either direction. Both arrays may be device memory, or
+one of them page-locked host memory that the device reads or writes directly (zero-copy), so that only kept
+entries cross the bus and nothing is staged. Run in Triton's interpreter and compiled ahead of time only so
+far, not yet on a GPU.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy import probe
-from offload_sparse.store.copy.blocks import Block, BlockList, Grid
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.host_copy import copy_in_host_memory
+from offload_sparse.store.copy.tables import DeviceTables
 from offload_sparse.store.copy.torch_copy import copy_by_torch
+from offload_sparse.store.host_memory import host_zeros
 
-if TYPE_CHECKING:
-    from offload_sparse.store.copy.copy import BlockPlan
-    from offload_sparse.store.copy.triton_kernels import DeviceTables
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except Exception:  # none, or one that cannot be imported: ``triton_works`` says so, and torch copies
+
+    def jit(function: Any) -> Any:
+        return function
+
 
 STAGE = 1 << 23
 """Entries staged at a time: while one part crosses the bus, the next is gathered."""
 
-_tables: weakref.WeakKeyDictionary[BlockList, dict[torch.device, DeviceTables]] = weakref.WeakKeyDictionary()
-_stages: weakref.WeakKeyDictionary[BlockList, list[Stage]] = weakref.WeakKeyDictionary()
+PROGRAM = 1 << 13
+"""Entries per program."""
 
+STEP = 1 << 10
+"""Entries that a program copies at a time."""
 
-@dataclass(frozen=True)
-class Stage:
-    """Some blocks of a plan, moved through memory in which they lie packed, one after the other.
+PROBED = 1024
+"""Rows and units per row of the array that is probed, of which every other is kept: 4 or 36 MiB."""
 
-    Attributes:
-        source: source array -> packed.
-        target: packed -> target array.
-    """
+NARROW, WIDE = 1, 9
+"""Entries per unit for which ways are compared: a matrix, and a 3x3 convolution."""
 
-    source: BlockPlan
-    target: BlockPlan
+_REPETITIONS = 5
+_SOURCE, _TARGET = 2, 6  # columns of the tables' blocks
+
+logger = logging.getLogger(__name__)
 
 
 def copy_with_device(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:
-    """``transfer.copy_blocks`` for one pair of arrays of which at least one is on a CUDA device."""
+    """``copy_blocks`` for one pair of arrays of which at least one is on a CUDA device."""
     device = source.device if source.device.type == "cuda" else target.device
+    triton_works(device)  # found out by the first transfer of a run, not inside a step
     host = [array for array in (source, target) if array.device.type == "cpu"]
     if not host:
-        _on_device(plan, source, target, reverse)
+        _copy_on_device(plan, source, target, reverse)
         return
-    if host[0].is_pinned() and probe.zero_copy_is_faster(device):
-        _by_triton(plan, source, target, reverse, device)
-        if (source if reverse else target) is host[0]:
+    to_host = (source if reverse else target) is host[0]
+    if host[0].is_pinned() and zero_copy_is_faster(device, to_host, plan.derived(_unit)):
+        launch(plan, source, target, reverse, device)
+        if to_host:
             torch.cuda.current_stream(device).synchronize()
         return
     copy_staged(plan, source, target, reverse)
@@ -55,26 +76,30 @@ def copy_with_device(plan: BlockPlan, source: Tensor, target: Tensor, reverse: b
 
 def copy_staged(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:
     """Copy through packed memory: blocks are moved by the processor that holds them, runs cross the bus."""
-    for stage in _stages_of(plan):
-        first, second = (stage.target, stage.source) if reverse else (stage.source, stage.target)
-        arrays = (target, source) if reverse else (source, target)
-        _send(first, second, *arrays, reverse)
+    for into, out_of in plan.derived(_stages, STAGE):
+        if reverse:
+            _send(out_of, into, target, source, reverse)
+        else:
+            _send(into, out_of, source, target, reverse)
 
 
 def _send(first: BlockPlan, second: BlockPlan, giver: Tensor, taker: Tensor, reverse: bool) -> None:
     """Pack at the giver, cross, unpack at the taker; runs need neither packing nor unpacking."""
     packed = _run_of(first, giver, reverse)
     if packed is None:
-        # Page-locked memory comes from torch's cache, which does not reuse it before the copy has ended.
-        packed = torch.empty(first.entries, dtype=giver.dtype, device=giver.device, pin_memory=_pins(giver))
+        packed = _empty_near(giver, first.entries)
         _copy(first, giver, packed, reverse)
     run = _run_of(second, taker, not reverse)
-    if run is not None:
-        run.copy_(packed, non_blocking=taker.device.type == "cuda")
-        return
-    arrived = torch.empty(second.entries, dtype=taker.dtype, device=taker.device, pin_memory=_pins(taker))
+    arrived = _empty_near(taker, second.entries) if run is None else run
     arrived.copy_(packed, non_blocking=taker.device.type == "cuda")
-    _copy(second, arrived, taker, reverse)
+    if run is None:
+        _copy(second, arrived, taker, reverse)
+
+
+def _empty_near(array: Tensor, entries: int) -> Tensor:
+    """Staging memory; of the page-locked kind torch's cache reuses none before its copy has ended."""
+    pin = array.device.type == "cpu" and torch.cuda.is_available()
+    return torch.empty(entries, dtype=array.dtype, device=array.device, pin_memory=pin)
 
 
 def _run_of(plan: BlockPlan, array: Tensor, target_side: bool) -> Tensor | None:
@@ -83,46 +108,28 @@ def _run_of(plan: BlockPlan, array: Tensor, target_side: bool) -> Tensor | None:
 
 
 def _copy(plan: BlockPlan, giver: Tensor, taker: Tensor, reverse: bool) -> None:
-    from offload_sparse.store.copy.copy import copy_blocks
-
-    copy_blocks(plan, [(taker, giver) if reverse else (giver, taker)], reverse)
-
-
-def _pins(array: Tensor) -> bool:
-    return array.device.type == "cpu" and torch.cuda.is_available()
-
-
-def _on_device(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:
-    if probe.has_triton():
-        _by_triton(plan, source, target, reverse, source.device)
+    source, target = (taker, giver) if reverse else (giver, taker)
+    if source.device.type == "cpu":
+        copy_in_host_memory(plan, [(source, target)], reverse)
     else:
-        copy_by_torch(plan.blocks, source, target, reverse)
+        _copy_on_device(plan, source, target, reverse)
 
 
-def _by_triton(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool, device: torch.device) -> None:
-    from offload_sparse.store.copy.triton_kernels import DeviceTables, launch
-
-    known = _tables.setdefault(plan, {})
-    if device not in known:
-        known[device] = DeviceTables(plan.blocks, device)
-    with torch.cuda.device(device):
-        launch(known[device], source, target, reverse)
+def _copy_on_device(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:
+    if triton_works(source.device):
+        launch(plan, source, target, reverse, source.device)
+    else:
+        copy_by_torch(plan, source, target, reverse)
 
 
-def _stages_of(plan: BlockPlan) -> list[Stage]:
-    from offload_sparse.store.copy.copy import BlockPlan
-
-    if plan not in _stages:
-        stages, part, entries = [], list[Block](), 0
-        for block in plan.blocks:
-            if part and entries + block.entries > STAGE:
-                stages.append(part)
-                part, entries = [], 0
-            part.append(block)
-            entries += block.entries
-        groups = [*stages, part] if part else stages
-        _stages[plan] = [Stage(*(BlockPlan(side) for side in _halves(group))) for group in groups]
-    return _stages[plan]
+def _stages(blocks: Sequence[Block], size: int) -> list[tuple[BlockPlan, BlockPlan]]:
+    """Groups of at most ``size`` entries (or one block): source array -> packed, packed -> target array."""
+    groups: list[list[Block]] = [[]]
+    for block in blocks:
+        if groups[-1] and sum(b.entries for b in groups[-1]) + block.entries > size:
+            groups.append([])
+        groups[-1].append(block)
+    return [(BlockPlan(into), BlockPlan(out_of)) for into, out_of in map(_halves, groups)]
 
 
 def _halves(blocks: Sequence[Block]) -> tuple[list[Block], list[Block]]:
@@ -133,3 +140,145 @@ def _halves(blocks: Sequence[Block]) -> tuple[list[Block], list[Block]]:
         out_of.append(replace(block, source=packed))
         at += block.entries
     return into, out_of
+
+
+# --- the kernel ---
+
+
+@jit
+def _locate(blocks, indices, base, row, unit_number, rest, unit, used):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Entries of an array: start + row * row length + unit number * unit + rest."""
+    start = tl.load(blocks + base)
+    row_length = tl.load(blocks + base + 1)
+    rows = indices + tl.load(blocks + base + 2)
+    units = indices + tl.load(blocks + base + 3)
+    row = tl.load(rows + row, mask=used, other=0)
+    unit_number = tl.load(units + unit_number, mask=used, other=0)
+    return start + row * row_length + unit_number * unit + rest
+
+
+@jit
+def copy_programs(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    programs,  # noqa: ANN001
+    blocks,  # noqa: ANN001
+    indices,  # noqa: ANN001
+    source,  # noqa: ANN001
+    target,  # noqa: ANN001
+    from_grid: tl.constexpr,
+    to_grid: tl.constexpr,
+    step: tl.constexpr,
+):
+    program = tl.program_id(0)
+    base = tl.load(programs + program * 3) * 10
+    first = tl.load(programs + program * 3 + 1)
+    last = tl.load(programs + program * 3 + 2)
+    unit = tl.load(blocks + base)
+    n_units = tl.load(blocks + base + 1)
+    for offset in range(first, last, step):
+        entry = offset + tl.arange(0, step)
+        used = entry < last
+        number = entry // unit
+        row = number // n_units
+        rest = entry - number * unit
+        unit_number = number - row * n_units
+        here = _locate(blocks, indices, base + from_grid, row, unit_number, rest, unit, used)
+        there = _locate(blocks, indices, base + to_grid, row, unit_number, rest, unit, used)
+        tl.store(target + there, tl.load(source + here, mask=used), mask=used)
+
+
+def launch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool, device: torch.device) -> None:
+    """Copy all blocks from ``source`` to ``target`` (back if ``reverse``) on the current stream.
+
+    Args:
+        plan: the blocks; its tables are sent to the device by the first launch.
+        source, target: flat arrays of one dtype, each on the device or in page-locked host memory.
+        reverse: copy from ``target`` to ``source``.
+        device: where the kernel runs.
+    """
+    tables = plan.derived(DeviceTables, device, PROGRAM)
+    words: Any = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
+    arrays, grids = [source.view(words), target.view(words)], [_SOURCE, _TARGET]
+    if reverse:
+        arrays.reverse()
+        grids.reverse()
+    grid = (tables.programs.shape[0],)
+    if device.type != "cuda":  # Triton's interpreter
+        copy_programs[grid](tables.programs, tables.blocks, tables.indices, *arrays, *grids, STEP)
+        return
+    # Maybe another stream than that on which they were sent.
+    tables.programs.record_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device):
+        copy_programs[grid](tables.programs, tables.blocks, tables.indices, *arrays, *grids, STEP)
+
+
+# --- which way ---
+
+
+@functools.cache
+def triton_works(device: torch.device) -> bool:
+    """Whether the kernel copies right on a device; False, with one warning, where Triton is missing or
+    fails.
+    """
+    plan, host, out = _probe(NARROW, device, 4, pin=False)
+    source = host.to(device)
+    try:
+        launch(plan, source, out, False, device)
+        wrong = "" if torch.equal(out.cpu(), host.view(4, 4)[::2, ::2].flatten()) else "its copy is wrong"
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if wrong:
+        logger.warning("copies on %s go through torch, which is slower: no Triton (%s)", device, wrong)
+    return not wrong
+
+
+@functools.cache
+def zero_copy_is_faster(device: torch.device, to_host: bool, unit: int) -> bool:
+    """Whether kernels that read or write page-locked memory directly beat staging and a copy, measured;
+    False if they fail.
+
+    Args:
+        device: a CUDA device.
+        to_host: the direction.
+        unit: ``NARROW`` or ``WIDE``.
+    """
+    if not triton_works(device):
+        return False
+    try:
+        plan, host, out = _probe(unit, device, PROBED, pin=True)
+        direct = _seconds(lambda: launch(plan, host, out, to_host, device))
+        staged = _seconds(lambda: copy_staged(plan, host, out, to_host))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("host transfers are staged: zero-copy failed (%s: %s)", type(error).__name__, reason)
+        return False
+    way = f"{'to' if to_host else 'from'} host memory in units of {unit}"
+    logger.info("transfers %s: direct %.2f ms, staged %.2f ms", way, 1e3 * direct, 1e3 * staged)
+    return direct < staged
+
+
+def _probe(unit: int, device: torch.device, size: int, pin: bool) -> tuple[BlockPlan, Tensor, Tensor]:
+    """Every other row and unit of a host array [size, size, unit]; the array; room on the device."""
+    kept = torch.arange(0, size, 2)
+    block = Block(len(kept), len(kept), unit, Grid(0, size * unit, kept, kept), Grid(0, len(kept) * unit))
+    plan = BlockPlan([block])
+    host = host_zeros(size * size * unit, torch.float32, "on" if pin else "off")
+    torch.arange(len(host), out=host)
+    return plan, host, torch.empty(plan.entries, device=device)
+
+
+def _unit(blocks: Sequence[Block]) -> int:
+    """``NARROW`` or ``WIDE``, whichever is nearer to the blocks' units."""
+    units = sum(block.n_rows * block.n_units for block in blocks)
+    return WIDE if sum(block.entries for block in blocks) > 3 * units else NARROW
+
+
+def _seconds(transfer: Callable[[], None]) -> float:
+    """Median after a run that is not counted."""
+    seconds = []
+    for _ in range(_REPETITIONS + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        transfer()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])

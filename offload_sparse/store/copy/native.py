@@ -1,44 +1,26 @@
-"""What ``kernels`` compiles; imports numba, whose intrinsics name arguments that they do not use."""
+"""The native copy kernel for host memory: one loop over work items, on raw addresses, without temporaries.
+
+Kept entries are a few cache lines here and there, which no hardware prefetcher foresees. While it copies a
+row the kernel therefore asks for the lines of the next one, which pays most where little is kept. Imports
+numba, whose intrinsics name arguments that they do not use.
+"""
 
 # ruff: noqa: ARG001
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import numba
 import numba.extending
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from offload_sparse.store.copy.kernels import (
-    BLOCK_LENGTHS,
-    BLOCK_UNIT,
-    BLOCK_WIDTH,
-    CALL_BLOCKS,
-    CALL_COUNT,
-    CALL_FROM,
-    CALL_FROM_GRID,
-    CALL_INDICES,
-    CALL_ITEMS,
-    CALL_NEXT,
-    CALL_SIZE,
-    CALL_STREAM,
-    CALL_TO,
-    CALL_TO_GRID,
-    GRID_AHEAD,
-    GRID_DENSE,
-    GRID_ROW_LENGTH,
-    GRID_ROWS,
-    GRID_START,
-    GRID_UNITS,
-    ITEM_BLOCK,
-    ITEM_ROW,
-    ITEM_ROW_END,
-    ITEM_UNIT,
-    ITEM_UNIT_END,
-    ITEM_WIDTH,
-)
+from offload_sparse.store.copy import tables as t
 
 _BYTE = ir.IntType(8).as_pointer()
 _WORD = ir.IntType(64)
@@ -134,11 +116,11 @@ stream_word, stream_long = _streaming(32), _streaming(64)
 
 @njit(nogil=True, inline="always")
 def row_address(blocks: int, indices: int, block: int, grid: int, row: int, array: int, size: int) -> int:
-    base = block * BLOCK_WIDTH + grid
-    rows = load(blocks, base + GRID_ROWS)
+    base = block * t.BLOCK_WIDTH + grid
+    rows = load(blocks, base + t.GRID_ROWS)
     if rows >= 0:
         row = load(indices, rows + row)
-    return array + (load(blocks, base + GRID_START) + row * load(blocks, base + GRID_ROW_LENGTH)) * size
+    return array + (load(blocks, base + t.GRID_START) + row * load(blocks, base + t.GRID_ROW_LENGTH)) * size
 
 
 @njit(nogil=True, inline="always")
@@ -188,21 +170,21 @@ def copy_item(
     to_grid: int,
     stream: bool,
 ) -> None:
-    entry = item * ITEM_WIDTH
-    block = load(items, entry + ITEM_BLOCK)
-    row_end = load(items, entry + ITEM_ROW_END)
-    unit = load(items, entry + ITEM_UNIT)
-    n = load(items, entry + ITEM_UNIT_END) - unit
-    base = block * BLOCK_WIDTH
-    from_units = indices + 8 * (load(blocks, base + from_grid + GRID_UNITS) + unit)
-    to_units = indices + 8 * (load(blocks, base + to_grid + GRID_UNITS) + unit)
-    lengths = load(blocks, base + BLOCK_LENGTHS)
-    width = load(blocks, base + BLOCK_UNIT) * size
-    ahead_in_source = load(blocks, base + from_grid + GRID_AHEAD) != 0
+    entry = item * t.ITEM_WIDTH
+    block = load(items, entry + t.ITEM_BLOCK)
+    row_end = load(items, entry + t.ITEM_ROW_END)
+    unit = load(items, entry + t.ITEM_UNIT)
+    n = load(items, entry + t.ITEM_UNIT_END) - unit
+    base = block * t.BLOCK_WIDTH
+    from_units = indices + 8 * (load(blocks, base + from_grid + t.GRID_UNITS) + unit)
+    to_units = indices + 8 * (load(blocks, base + to_grid + t.GRID_UNITS) + unit)
+    lengths = load(blocks, base + t.BLOCK_LENGTHS)
+    width = load(blocks, base + t.BLOCK_UNIT) * size
+    ahead_in_source = load(blocks, base + from_grid + t.GRID_AHEAD) != 0
     ahead_units = from_units if ahead_in_source else to_units
-    dense = load(blocks, base + to_grid + GRID_DENSE) != 0
+    dense = load(blocks, base + to_grid + t.GRID_DENSE) != 0
     first = load(to_units, 0) * size
-    for row in range(load(items, entry + ITEM_ROW), row_end):
+    for row in range(load(items, entry + t.ITEM_ROW), row_end):
         from_row = row_address(blocks, indices, block, from_grid, row, source, size)
         to_row = row_address(blocks, indices, block, to_grid, row, target, size)
         following = min(row + 1, row_end - 1)
@@ -247,14 +229,24 @@ def copy_item(
 
 
 def copy_call(call: int) -> None:
-    """Copy items of the call at this address until none is left; see ``kernels.Kernel``."""
-    items, blocks, indices = load(call, CALL_ITEMS), load(call, CALL_BLOCKS), load(call, CALL_INDICES)
-    source, target, size = load(call, CALL_FROM), load(call, CALL_TO), load(call, CALL_SIZE)
-    from_grid, to_grid = load(call, CALL_FROM_GRID), load(call, CALL_TO_GRID)
-    stream = load(call, CALL_STREAM) != 0
+    """Copy items of the call at this address until none is left; see ``Tables.call``."""
+    items, blocks, indices = load(call, t.CALL_ITEMS), load(call, t.CALL_BLOCKS), load(call, t.CALL_INDICES)
+    source, target, size = load(call, t.CALL_FROM), load(call, t.CALL_TO), load(call, t.CALL_SIZE)
+    from_grid, to_grid = load(call, t.CALL_FROM_GRID), load(call, t.CALL_TO_GRID)
+    stream = load(call, t.CALL_STREAM) != 0
     while True:
-        item = take(call + 8 * CALL_NEXT)
-        if item >= load(call, CALL_COUNT):
+        item = take(call + 8 * t.CALL_NEXT)
+        if item >= load(call, t.CALL_COUNT):
             break
         copy_item(item, items, blocks, indices, source, target, size, from_grid, to_grid, stream)
     drain()
+
+
+@cache  # the code goes when the compiled function does
+def _compiled() -> Any:
+    return numba.cfunc(types.void(types.intp), cache=True)(copy_call)
+
+
+def compiled() -> Callable[[int], None]:
+    """``copy_call`` as a function that releases the interpreter lock."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_compiled().address)

@@ -5,8 +5,9 @@
     subnet of the next round         └─▶ target ◀── fetched: from the rows of every rank
     subnets of the last round   a, b ─▶ returned: entries that no subnet of the next round trains ─▶ own rows
 
-Fetching over several ranks: every rank packs its own entries into its segment of a wire buffer, the segments
-are broadcast, and each rank unpacks all of them. Tensors go in batches, which bounds the wire buffer.
+Over several ranks entries pass through a wire buffer, owners one after the other: every rank packs its own
+rows for whoever wants them, and unpacks what all owners have sent. Where all ranks want the same, tensors go
+in batches, which bounds the wire buffer.
 """
 
 from __future__ import annotations
@@ -14,40 +15,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Protocol
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from offload_sparse.channels.selection import Layout, Selection
-from offload_sparse.store.copy.copy import Block, BlockPlan, Grid
-from offload_sparse.store.copy.regions import Places, Positions, Region, Regions
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.regions import Regions, places_of
 from offload_sparse.store.partition import Partition
 
 WIRE = 1 << 24
 """Entries per wire buffer, unless a single tensor needs more."""
 
-
-@dataclass
-class Parcel:
-    """A batch of tensors on the way from their owners.
-
-    Attributes:
-        pack: own rows to the wire buffer.
-        unpack: wire buffer to the narrow buffer.
-        segments: half-open range of the wire buffer per rank.
-    """
-
-    pack: BlockPlan
-    unpack: BlockPlan
-    segments: list[tuple[int, int]]
+Piece = tuple[str, Tensor, Tensor]
+"""Part of a tensor: its name, and int64 numbers of rows and of units in the full one."""
 
 
 @dataclass
-class Dispatch:
-    """Entries on the way to ranks of which each fills a subnet of its own.
+class Exchange:
+    """Entries on the way from the ranks that own them.
 
     Attributes:
-        packs: per destination, own rows to the wire buffer for it.
+        packs: own rows to the wire: one plan for all ranks, or one per rank, each for a subnet of its own.
         unpack: what this rank receives, owners one after the other, to its narrow buffer.
         received: entries that it receives from each owner.
     """
@@ -58,80 +48,121 @@ class Dispatch:
 
 
 @dataclass
-class Arrival:
+class TransferPlan:
     """How the entries of one subnet come about, for arrays of one layout.
 
     Attributes:
         carried: per holder, from its narrow buffer to the target's.
         fetched: own rows to the narrow buffer; a single rank needs nothing else.
-        parcels: the same over several ranks.
-        dispatch: the same over several ranks with targets of their own.
-        own_entries: entries that leave this rank's rows.
+        exchanges: the same over several ranks.
     """
 
-    carried: dict[int, BlockPlan] = field(default_factory=dict)
+    carried: dict[int, BlockPlan]
     fetched: BlockPlan | None = None
-    parcels: list[Parcel] = field(default_factory=list)
-    dispatch: Dispatch | None = None
-    own_entries: int = 0
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def own_entries(self) -> int:
+        """Entries that leave this rank's rows."""
+        packs = [pack for exchange in self.exchanges for pack in exchange.packs]
+        return sum(plan.entries for plan in (*packs, self.fetched) if plan is not None)
+
+
+class _Array(Protocol):
+    """A flat array that holds pieces of tensors."""
+
+    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
+        """Where it holds these rows and units of the full tensor ``name``."""
 
 
 class Narrow:
     """A selection together with the layout of some of its tensors in one flat buffer.
 
     Args:
-        selection: what is kept, or the places of a selection (several buffers of one subnet share them).
+        selection: what is kept.
         names: the tensors, in buffer order.
     """
 
-    def __init__(self, selection: Selection | Places, names: Iterable[str]) -> None:
-        self.places = selection if isinstance(selection, Places) else Places(selection)
-        self.selection = self.places.selection
+    def __init__(self, selection: Selection, names: Iterable[str]) -> None:
+        self.selection = selection
         self.names = tuple(names)
-        self.layout: Layout = self.selection.layout(self.names)
-        shapes = self.layout.shapes
-        self._row_lengths = {name: prod(shapes[name][1:]) for name in self.names}
+        self.layout: Layout = selection.layout(self.names)
+        self._places = places_of(selection)
+        self.shapes = self._places.geometry.shapes
+        self._row_lengths = {name: prod(self.layout.shapes[name][1:]) for name in self.names}
 
-    def grid(self, name: str, rows: Positions, units: Positions) -> Grid:
-        """Full ``rows`` and ``units`` of tensor ``name``, as places in the narrow buffer."""
-        places, shape = self.places, self.places.geometry[name]
+    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
+        shape, places = self.shapes[name], self._places
+        numbers = places.of(shape.rows, rows), places.of(shape.units, units)
+        return Grid(self.layout.offsets[name], self._row_lengths[name], *numbers)
+
+    def blocks(self, source: _Array, target: _Array, pieces: Iterable[Piece]) -> list[Block]:
+        """``pieces`` from one array that holds them to another."""
+        blocks = []
+        for name, rows, units in pieces:
+            grids = source.grid(name, rows, units), target.grid(name, rows, units)
+            blocks.append(Block(len(rows), len(units), self.shapes[name].unit, *grids))
+        return blocks
+
+
+class _Shard:
+    """The rows of the store that a rank owns."""
+
+    def __init__(self, partition: Partition, rank: int, subnet: Narrow) -> None:
+        self._partition, self._rank, self._shapes = partition, rank, subnet.shapes
+        self.layout = partition.shard(rank)
+
+    def own(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """What the rank owns of ``pieces``; numbers are the same object where that is all of them."""
+        for name, rows, units in pieces:
+            if self._partition.world_size > 1:
+                first, last = np.searchsorted(rows.numpy(), self._partition.rows(name, self._rank))
+                rows = rows if last - first == len(rows) else rows[first:last]
+            if len(rows):
+                yield name, rows, units
+
+    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
+        low = self._partition.rows(name, self._rank)[0]
         return Grid(
-            self.layout.offsets[name],
-            self._row_lengths[name],
-            places.of(shape.rows, rows),
-            places.of(shape.units, units),
+            self.layout.offsets[name], self._shapes[name].row_length, rows - low if low else rows, units
         )
 
 
-def regions_of(target: Narrow, holders: Sequence[Narrow] = ()) -> Regions:
-    """What ``target`` keeps, by the first of ``holders`` that has it; any buffers of the same selections."""
-    return Regions(target.places, [holder.places for holder in holders])
+class _Wire:
+    """Pieces one after the other, each without gaps.
+
+    Attributes:
+        size: entries so far.
+    """
+
+    def __init__(self, subnet: Narrow) -> None:
+        self._shapes = subnet.shapes
+        self.size = 0
+
+    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
+        grid = Grid(self.size, len(units) * self._shapes[name].unit)
+        self.size += len(rows) * grid.row_length
+        return grid
 
 
-def shared(target: Narrow, holder: Narrow, regions: Regions | None = None) -> BlockPlan:
+def shared_plan(target: Narrow, holder: Narrow, regions: Regions | None = None) -> BlockPlan:
     """From ``holder`` to ``target``: the entries that both keep.
 
     Args:
         target, holder: the buffers.
-        regions: ``regions_of(target, [holder])``, if it is known already.
+        regions: those of their selections, if they are known already.
     """
-    regions = regions or regions_of(target, [holder])
-    blocks = [
-        _block(holder, target, name, region)
-        for name in target.names
-        for region in regions.of(name)
-        if region.holder is not None
-    ]
-    return BlockPlan(blocks, (holder.layout.size, target.layout.size))
+    pieces = _divided(target, [holder], regions)[1].get(0, [])
+    return BlockPlan(target.blocks(holder, target, pieces), (holder.layout.size, target.layout.size))
 
 
-def arrival(
+def fetch_plan(
     partition: Partition,
     rank: int,
     target: Narrow,
     holders: Sequence[Narrow] = (),
     regions: Regions | None = None,
-) -> Arrival:
+) -> TransferPlan:
     """Plan how ``target`` is filled.
 
     Args:
@@ -139,22 +170,22 @@ def arrival(
         rank: this rank.
         target: the subnet to be filled.
         holders: subnets whose buffers hold valid entries, in order of preference.
-        regions: ``regions_of(target, holders)``, if it is known already.
+        regions: those of the selections of ``target`` and ``holders``, if they are known already.
     """
     fetched, carried = _divided(target, holders, regions)
-    result = Arrival(carried)
+    plan = TransferPlan(_carried(target, holders, carried))
     if partition.world_size == 1:
-        result.fetched = _store_plan(partition, rank, target, fetched)
-        result.own_entries = result.fetched.entries
-    else:
-        result.parcels = [_parcel(partition, rank, target, batch) for batch in _batches(target, fetched)]
-        result.own_entries = sum(parcel.pack.entries for parcel in result.parcels)
-    return result
+        plan.fetched = _from_shard(partition, rank, target, fetched)
+        return plan
+    shard = _Shard(partition, rank, target)
+    for batch in _batches(target, fetched):
+        plan.exchanges.append(Exchange([_packed(shard, target, batch)], *_unpacked(partition, target, batch)))
+    return plan
 
 
-def arrival_per_rank(
+def fetch_plan_per_rank(
     partition: Partition, rank: int, targets: Sequence[Narrow], holders: Sequence[Narrow] = ()
-) -> Arrival:
+) -> TransferPlan:
     """Plan how every rank fills the target of its own.
 
     Args:
@@ -163,26 +194,19 @@ def arrival_per_rank(
         targets: the subnet of each rank.
         holders: subnets that all ranks have in common, with valid entries, in order of preference.
     """
-    carried: dict[int, BlockPlan] = {}
-    packs: list[BlockPlan] = []
-    unpack: list[Block] = []
-    received: list[int] = []
-    for destination, target in enumerate(targets):
-        wanted, plans = _divided(target, holders)
-        packs.append(BlockPlan(_packed(partition, rank, target, wanted)))
-        if destination == rank:
-            carried = plans
-            end = 0
-            for owner in range(partition.world_size):
-                parts = _unpacked(partition, owner, target, wanted, end)
-                received.append(sum(b.n_rows * b.n_units * b.unit for b in parts))
-                end += received[-1]
-                unpack += parts
-    own = sum(plan.entries for plan in packs)
-    return Arrival(carried, dispatch=Dispatch(packs, BlockPlan(unpack), received), own_entries=own)
+    if partition.world_size == 1:
+        return fetch_plan(partition, rank, targets[0], holders)
+    divided = [_divided(target, holders) for target in targets]
+    packs = [
+        _packed(_Shard(partition, rank, target), target, fetched)
+        for target, (fetched, _) in zip(targets, divided, strict=True)
+    ]
+    target, (fetched, carried) = targets[rank], divided[rank]
+    exchange = Exchange(packs, *_unpacked(partition, target, fetched))
+    return TransferPlan(_carried(target, holders, carried), exchanges=[exchange])
 
 
-def returned(
+def return_plan(
     partition: Partition,
     rank: int,
     subnet: Narrow,
@@ -192,137 +216,70 @@ def returned(
     """Own rows from (reversed: to) ``subnet``, for the entries that none of ``keepers`` has.
 
     Args:
-        partition, rank: as in ``arrival``.
+        partition, rank: as in ``fetch_plan``.
         subnet: what has been trained.
-        keepers: subnets that carry on.
-        regions: ``regions_of(subnet, keepers)``, if it is known already.
+        keepers: subnets of the next round that train on.
+        regions: those of the selections of ``subnet`` and ``keepers``, if they are known already.
     """
-    regions = regions or regions_of(subnet, keepers)
-    leaving = [(n, region) for n in subnet.names for region in regions.of(n) if region.holder is None]
-    return _store_plan(partition, rank, subnet, leaving)
+    return _from_shard(partition, rank, subnet, _divided(subnet, keepers, regions)[0])
 
 
 def _divided(
     target: Narrow, holders: Sequence[Narrow], regions: Regions | None = None
-) -> tuple[list[tuple[str, Region]], dict[int, BlockPlan]]:
-    """What only the store has, and per holder what is carried over from it."""
-    regions = regions or regions_of(target, holders)
-    carried: dict[int, list[Block]] = {}
-    fetched: list[tuple[str, Region]] = []
+) -> tuple[list[Piece], dict[int, list[Piece]]]:
+    """What only the store has, and what each holder has."""
+    regions = regions or Regions(target.selection, [holder.selection for holder in holders])
+    fetched: list[Piece] = []
+    carried: dict[int, list[Piece]] = {}
     for name in target.names:
-        for region in regions.of(name):
-            if region.holder is None:
-                fetched.append((name, region))
-            else:
-                block = _block(holders[region.holder], target, name, region)
-                carried.setdefault(region.holder, []).append(block)
+        for holder, rows, units in regions.of(name):
+            pieces = fetched if holder is None else carried.setdefault(holder, [])
+            pieces.append((name, rows, units))
+    return fetched, carried
+
+
+def _carried(
+    target: Narrow, holders: Sequence[Narrow], carried: dict[int, list[Piece]]
+) -> dict[int, BlockPlan]:
     size = target.layout.size
-    return fetched, {h: BlockPlan(found, (holders[h].layout.size, size)) for h, found in carried.items()}
+    return {
+        number: BlockPlan(target.blocks(holders[number], target, found), (holders[number].layout.size, size))
+        for number, found in carried.items()
+    }
 
 
-def _block(source: Narrow, target: Narrow, name: str, region: Region) -> Block:
-    rows, units = region.rows, region.units
-    unit = source.places.geometry[name].unit
-    return Block(len(rows), len(units), unit, source.grid(name, rows, units), target.grid(name, rows, units))
-
-
-def _store_plan(
-    partition: Partition, rank: int, target: Narrow, regions: Sequence[tuple[str, Region]]
-) -> BlockPlan:
+def _from_shard(partition: Partition, rank: int, target: Narrow, pieces: Iterable[Piece]) -> BlockPlan:
     """From the rows that ``rank`` owns to the narrow buffer."""
-    shard = partition.shard(rank)
-    blocks = []
-    for name, region in regions:
-        rows = _own(partition, rank, name, region.rows)
-        if len(rows):
-            source = _store_grid(partition, shard, rank, target, name, rows, region.units)
-            unit = target.places.geometry[name].unit
-            there = target.grid(name, rows, region.units)
-            blocks.append(Block(len(rows), len(region.units), unit, source, there))
-    return BlockPlan(blocks, (shard.size, target.layout.size))
+    shard = _Shard(partition, rank, target)
+    blocks = target.blocks(shard, target, shard.own(pieces))
+    return BlockPlan(blocks, (shard.layout.size, target.layout.size))
 
 
-def _parcel(partition: Partition, rank: int, target: Narrow, regions: Sequence[tuple[str, Region]]) -> Parcel:
-    unpack: list[Block] = []
-    segments: list[tuple[int, int]] = []
-    end = 0
+def _packed(shard: _Shard, target: Narrow, pieces: Iterable[Piece]) -> BlockPlan:
+    """Own rows to the wire buffer."""
+    wire = _Wire(target)
+    return BlockPlan(target.blocks(shard, wire, shard.own(pieces)), (shard.layout.size, wire.size))
+
+
+def _unpacked(partition: Partition, target: Narrow, pieces: Sequence[Piece]) -> tuple[BlockPlan, list[int]]:
+    """From the wire buffer, owners one after the other, to the narrow buffer; entries of each owner."""
+    wire, blocks, ends = _Wire(target), list[Block](), [0]
     for owner in range(partition.world_size):
-        parts = _unpacked(partition, owner, target, regions, end)
-        size = sum(b.n_rows * b.n_units * b.unit for b in parts)
-        segments.append((end, end + size))
-        end += size
-        unpack += parts
-    pack = _packed(partition, rank, target, regions, segments[rank][0])
-    return Parcel(BlockPlan(pack), BlockPlan(unpack), segments)
+        blocks += target.blocks(wire, target, _Shard(partition, owner, target).own(pieces))
+        ends.append(wire.size)
+    return BlockPlan(blocks, (wire.size, target.layout.size)), np.diff(ends).tolist()
 
 
-def _packed(
-    partition: Partition, rank: int, target: Narrow, regions: Sequence[tuple[str, Region]], first: int = 0
-) -> list[Block]:
-    """Own rows to the wire buffer, from entry ``first`` on."""
-    shard, blocks = partition.shard(rank), []
-    for (name, region), rows, wire in _on_the_wire(partition, rank, target, regions, first):
-        own = _store_grid(partition, shard, rank, target, name, rows, region.units)
-        unit = target.places.geometry[name].unit
-        blocks.append(Block(len(rows), len(region.units), unit, own, wire))
-    return blocks
-
-
-def _unpacked(
-    partition: Partition, owner: int, target: Narrow, regions: Sequence[tuple[str, Region]], first: int
-) -> list[Block]:
-    """The owner's part of the wire buffer, from entry ``first`` on, to the narrow buffer."""
-    blocks = []
-    for (name, region), rows, wire in _on_the_wire(partition, owner, target, regions, first):
-        unit = target.places.geometry[name].unit
-        there = target.grid(name, rows, region.units)
-        blocks.append(Block(len(rows), len(region.units), unit, wire, there))
-    return blocks
-
-
-def _on_the_wire(
-    partition: Partition, owner: int, target: Narrow, regions: Sequence[tuple[str, Region]], first: int
-) -> Iterator[tuple[tuple[str, Region], Positions, Grid]]:
-    """(tensor and region, the owner's rows of it, their place on the wire), one after the other."""
-    for name, region in regions:
-        rows = _own(partition, owner, name, region.rows)
-        if len(rows):
-            length = len(region.units) * target.places.geometry[name].unit
-            yield (name, region), rows, Grid(first, length, None, None)
-            first += len(rows) * length
-
-
-def _batches(target: Narrow, regions: Sequence[tuple[str, Region]]) -> Iterator[list[tuple[str, Region]]]:
-    """Regions in runs of at most ``WIRE`` entries (or one region)."""
-    batch: list[tuple[str, Region]] = []
+def _batches(target: Narrow, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in runs of at most ``WIRE`` entries (or one piece)."""
+    batch: list[Piece] = []
     held = 0
-    for name, region in regions:
-        entries = len(region.rows) * len(region.units) * target.places.geometry[name].unit
+    for name, rows, units in pieces:
+        entries = len(rows) * len(units) * target.shapes[name].unit
         if batch and held + entries > WIRE:
             yield batch
             batch, held = [], 0
-        batch.append((name, region))
+        batch.append((name, rows, units))
         held += entries
     if batch:
         yield batch
-
-
-def _own(partition: Partition, rank: int, name: str, rows: Positions) -> Positions:
-    """Those of ``rows`` that belong to ``rank``; the same object where that is all of them."""
-    low, high = partition.rows(name, rank)
-    first, last = np.searchsorted(rows.numbers, (low, high)) if partition.world_size > 1 else (0, len(rows))
-    return rows if last - first == len(rows) else Positions(rows.numbers[first:last])
-
-
-def _store_grid(
-    partition: Partition,
-    shard: Layout,
-    rank: int,
-    target: Narrow,
-    name: str,
-    rows: Positions,
-    units: Positions,
-) -> Grid:
-    low = partition.rows(name, rank)[0]
-    own = torch.from_numpy(rows.numbers - low) if low else rows.tensor
-    return Grid(shard.offsets[name], target.places.geometry[name].row_length, own, units.tensor)

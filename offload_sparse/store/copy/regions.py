@@ -7,16 +7,15 @@ row, likewise for units. An entry is kept by exactly the selections whose bits a
     row code     0b011  ─┐
     unit code    0b110  ─┴─ and ─▶ 0b010: only selection 1 keeps this entry
 
-Rows with the same code therefore form one rectangle per answer, and every question about shared, new and
-leaving entries is a look-up per row code instead of a set operation on entries. Rows whose codes differ but
+Rows with the same code therefore form one rectangle per answer, and every question about shared, fetched and
+evicted entries is a look-up per row code instead of a set operation on entries. Rows whose codes differ but
 give the same answer for every unit that there is are taken together.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -29,22 +28,15 @@ from offload_sparse.channels.channel_map import Axis, ChannelMap
 from offload_sparse.channels.selection import Selection
 
 Codes = NDArray[np.uint8]
-Numbers = NDArray[np.int64]
+
+Dimensions = tuple[int, ...]
+"""Some dimensions of a tensor, seen as one: their axes by identity, or -size where every position is always
+kept; equal for tensors that name the same atoms there. The axes of a map live as long as the map.
+"""
 
 _TARGET = 1
 MOST_HOLDERS = 7
 """Bits of a code beside the target's own."""
-
-
-class Dimensions(NamedTuple):
-    """Some dimensions of a tensor, seen as one; equal for tensors that name the same atoms there.
-
-    Attributes:
-        axes: their axes by identity, or -size where every position is always kept. The axes of a map live as
-            long as the map.
-    """
-
-    axes: tuple[int, ...]
 
 
 class UnitShape(NamedTuple):
@@ -63,19 +55,16 @@ class UnitShape(NamedTuple):
 
 
 class Geometry:
-    """The unit shapes of all tensors of a map, and their axes by identity."""
+    """The unit shapes of all tensors of a map by name, and their axes by identity."""
 
     def __init__(self, channel_map: ChannelMap) -> None:
         self.axes: dict[int, Tensor] = {}
-        self._shapes = {name: self._of(channel_map, name) for name in channel_map.shapes}
-
-    def __getitem__(self, name: str) -> UnitShape:
-        return self._shapes[name]
+        self.shapes = {name: self._of(channel_map, name) for name in channel_map.shapes}
 
     def _of(self, channel_map: ChannelMap, name: str) -> UnitShape:
         shape, axes = channel_map.shapes[name], channel_map.axes[name]
         if not shape:
-            return UnitShape(Dimensions((-1,)), Dimensions(()), 1, 1)
+            return UnitShape((-1,), (), 1, 1)
         last = max((dim for dim, axis in enumerate(axes) if dim and axis is not None), default=0)
         rows = self._dimensions(axes[:1], shape[:1])
         units = self._dimensions(axes[1 : last + 1], shape[1 : last + 1])
@@ -83,37 +72,7 @@ class Geometry:
 
     def _dimensions(self, axes: Sequence[Axis], shape: Sequence[int]) -> Dimensions:
         self.axes |= {id(axis): axis for axis in axes if axis is not None}
-        keys = (-size if axis is None else id(axis) for axis, size in zip(axes, shape, strict=True))
-        return Dimensions(tuple(keys))
-
-
-_geometries: weakref.WeakKeyDictionary[ChannelMap, Geometry] = weakref.WeakKeyDictionary()
-
-
-def geometry(channel_map: ChannelMap) -> Geometry:
-    """The geometry of a map, worked out once."""
-    if channel_map not in _geometries:
-        _geometries[channel_map] = Geometry(channel_map)
-    return _geometries[channel_map]
-
-
-class Positions:
-    """Sorted numbers of rows or units of a full tensor, shared by all tensors that they hold for.
-
-    Attributes:
-        numbers: int64, in the full tensor.
-    """
-
-    def __init__(self, numbers: Numbers) -> None:
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @cached_property
-    def tensor(self) -> Tensor:
-        """The numbers as an int64 tensor."""
-        return torch.from_numpy(self.numbers)
+        return tuple(-size if axis is None else id(axis) for axis, size in zip(axes, shape, strict=True))
 
 
 class Region(NamedTuple):
@@ -121,51 +80,63 @@ class Region(NamedTuple):
 
     Attributes:
         holder: number of the selection that holds them, or None: the store alone does.
-        rows: row numbers of the full tensor.
-        units: unit numbers within a full row.
+        rows: int64, sorted row numbers of the full tensor; tensors that they hold for share them.
+        units: int64, sorted unit numbers within a full row, likewise.
     """
 
     holder: int | None
-    rows: Positions
-    units: Positions
+    rows: Tensor
+    units: Tensor
 
 
 class Places:
     """What a selection keeps of every row and unit, and where that lies in its narrow tensors."""
 
     def __init__(self, selection: Selection) -> None:
-        self.selection = selection
-        self.geometry = geometry(selection.channel_map)
+        channel_map = selection.channel_map
+        if channel_map not in _geometries:
+            _geometries[channel_map] = Geometry(channel_map)
+        self.geometry = _geometries[channel_map]
         self._alive = selection.alive.numpy()
         self._kept: dict[Dimensions, Codes] = {}
-        self._ranks: dict[Dimensions, Numbers] = {}
-        # The positions are kept, too, so that their id stays theirs.
-        self._known: dict[tuple[Dimensions, int], tuple[Positions, Tensor]] = {}
+        self._before: dict[Dimensions, NDArray[np.int64]] = {}
+        # The positions are held, too, so that their id stays theirs.
+        self._known: dict[tuple[Dimensions, int], tuple[Tensor, Tensor]] = {}
 
     def kept(self, dimensions: Dimensions) -> Codes:
         """uint8[positions]: 1 where a position is kept."""
         if dimensions not in self._kept:
             kept = np.ones(1, np.uint8)
-            for key in dimensions.axes:
+            for key in dimensions:
                 kept = (kept[:, None] & self._axis(key)[None, :]).reshape(-1)
             self._kept[dimensions] = kept
         return self._kept[dimensions]
 
-    def of(self, dimensions: Dimensions, positions: Positions) -> Tensor:
+    def of(self, dimensions: Dimensions, positions: Tensor) -> Tensor:
         """int64: the numbers of kept ``positions`` in the narrow tensors."""
-        asked = (dimensions, id(positions))
-        known = self._known.get(asked)
+        known = self._known.get((dimensions, id(positions)))
         if known is None:
-            if dimensions not in self._ranks:
-                self._ranks[dimensions] = np.cumsum(self.kept(dimensions), dtype=np.int64) - 1
-            known = positions, torch.from_numpy(self._ranks[dimensions][positions.numbers])
-            self._known[asked] = known
+            if dimensions not in self._before:
+                self._before[dimensions] = np.cumsum(self.kept(dimensions), dtype=np.int64) - 1
+            numbers = torch.from_numpy(self._before[dimensions][positions.numpy()])
+            known = self._known[dimensions, id(positions)] = positions, numbers
         return known[1]
 
     def _axis(self, key: int) -> Codes:
         if key <= 0:
             return np.ones(-key, np.uint8)
         return self._alive[self.geometry.axes[key].numpy()].view(np.uint8)
+
+
+_geometries: weakref.WeakKeyDictionary[ChannelMap, Geometry] = weakref.WeakKeyDictionary()
+_places: weakref.WeakKeyDictionary[Selection, Places] = weakref.WeakKeyDictionary()
+
+
+def places_of(selection: Selection) -> Places:
+    """The places of a selection, worked out once."""
+    if selection not in _places:
+        _places[selection] = Places(selection)
+    return _places[selection]
 
 
 class Regions:
@@ -176,21 +147,30 @@ class Regions:
         holders: selections of the same map, in order of preference; at most ``MOST_HOLDERS``.
     """
 
-    def __init__(self, target: Places, holders: Sequence[Places] = ()) -> None:
+    def __init__(self, target: Selection, holders: Sequence[Selection] = ()) -> None:
         assert len(holders) <= MOST_HOLDERS
-        self._geometry = target.geometry
-        self._places = (target, *holders)
+        self._places = [places_of(selection) for selection in (target, *holders)]
+        self._shapes = self._places[0].geometry.shapes
         self._classes: dict[Dimensions, _Classes] = {}
         self._found: dict[tuple[Dimensions, Dimensions], list[Region]] = {}
         self._first = _first_holder(len(holders))
 
     def of(self, name: str) -> list[Region]:
         """The regions of tensor ``name``, without empty ones."""
-        shape = self._geometry[name]
+        shape = self._shapes[name]
         key = shape.rows, shape.units
         if key not in self._found:  # tensors with the same axes (all four of a norm, say) share theirs
             self._found[key] = list(self._divide(self._class(shape.rows), self._class(shape.units)))
         return self._found[key]
+
+    def fetched(self, names: Iterable[str]) -> int:
+        """How many entries of these tensors no holder has."""
+        return sum(
+            len(region.rows) * len(region.units) * self._shapes[name].unit
+            for name in names
+            for region in self.of(name)
+            if region.holder is None
+        )
 
     def _divide(self, rows: _Classes, units: _Classes) -> Iterator[Region]:
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -223,14 +203,14 @@ class _Classes:
         self._codes = codes
         counts = np.bincount(codes, minlength=256)[_TARGET::2]
         self.present: list[int] = (2 * np.flatnonzero(counts) + _TARGET).tolist()
-        self._known: dict[tuple[int, ...], Positions] = {}
+        self._known: dict[tuple[int, ...], Tensor] = {}
 
-    def where(self, codes: tuple[int, ...]) -> Positions:
-        """The positions whose code is one of ``codes``."""
+    def where(self, codes: tuple[int, ...]) -> Tensor:
+        """int64, sorted: the positions whose code is one of ``codes``."""
         if codes not in self._known:
             wanted = np.zeros(256, bool)
             wanted[list(codes)] = True
-            self._known[codes] = Positions(np.flatnonzero(wanted[self._codes]))
+            self._known[codes] = torch.from_numpy(np.flatnonzero(wanted[self._codes]))
         return self._known[codes]
 
 

@@ -1,10 +1,18 @@
-"""Blocks as the native kernel reads them: tables of numbers, adjacent units merged, work cut into items.
+"""Blocks as kernels read them: tables of numbers.
 
-items    block, rows [from, to), units [from, to)      about ITEM entries each: what threads share out
-blocks   unit, position of run lengths, and for each array: start, row length, positions of rows and of
-         units, whether to look ahead in this array, and whether it is the other one and its units
-         leave no gaps; positions are those in
-indices  one int64 array: row numbers, offsets of units within a row (in entries), run lengths
+The native kernel's, adjacent units merged, work cut into items:
+
+    items     block, rows [from, to), units [from, to)      about ITEM entries each: what threads share out
+    blocks    unit, position of run lengths, and for each array: start, row length, positions of rows and of
+              units, whether to look ahead in this array, and whether it is the other one and its units
+              leave no gaps; positions are those in
+    indices   one int64 array: row numbers, offsets of units within a row (in entries), run lengths
+
+A device's, in its own memory, so that a copy sends nothing there:
+
+    programs  block and its range of entries
+    blocks    unit, units per row, and for each array: start, row length, positions of rows and of units in
+    indices   one int64 array of row and unit numbers
 """
 
 from __future__ import annotations
@@ -13,10 +21,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from offload_sparse.store.copy.blocks import Block, Grid
-from offload_sparse.store.copy.kernels import BLOCK_WIDTH, ITEM_WIDTH, SOURCE, TARGET
+
+# Columns of the native kernel's tables, all int64. numba keeps what it compiled until native.py changes:
+# whoever moves a column changes a line there too.
+ITEM_BLOCK, ITEM_ROW, ITEM_ROW_END, ITEM_UNIT, ITEM_UNIT_END, ITEM_WIDTH = 0, 1, 2, 3, 4, 5
+BLOCK_UNIT, BLOCK_LENGTHS, SOURCE, TARGET, BLOCK_WIDTH = 0, 1, 2, 8, 14
+GRID_START, GRID_ROW_LENGTH, GRID_ROWS, GRID_UNITS, GRID_AHEAD, GRID_DENSE = 0, 1, 2, 3, 4, 5
+CALL_ITEMS, CALL_BLOCKS, CALL_INDICES = 0, 1, 2  # addresses of the tables
+CALL_FROM, CALL_TO, CALL_SIZE = 3, 4, 5  # addresses of the arrays, bytes per entry
+CALL_FROM_GRID, CALL_TO_GRID = 6, 7  # SOURCE and TARGET, or the other way round
+CALL_COUNT, CALL_NEXT = 8, 9  # items, and the next that nobody has taken
+CALL_STREAM, CALL_WIDTH = 10, 11  # whether to write past the caches
 
 Numbers = npt.NDArray[np.int64]
 
@@ -30,8 +49,8 @@ RUN_FROM = 64
 """Mean entries of a run from which runs of their own lengths are faster than units of one length."""
 
 
-class Packed:
-    """Tables of a list of blocks.
+class Tables:
+    """Blocks for the native kernel.
 
     Attributes:
         items: int64[items, ITEM_WIDTH].
@@ -53,7 +72,7 @@ class Packed:
         del self._chunks, self._known, self._items
 
     def call(self, source: Tensor, target: Tensor, reverse: bool, stream: bool) -> Numbers:
-        """What ``kernels.Kernel`` takes to copy all items once, int64[CALL_WIDTH].
+        """What the kernel takes to copy all items once, int64[CALL_WIDTH].
 
         Args:
             source: flat array.
@@ -136,6 +155,55 @@ class Packed:
         self._chunks.append(numbers)
         self._size += len(numbers)
         return self._size - len(numbers)
+
+
+class DeviceTables:
+    """Blocks for a kernel on a device.
+
+    Args:
+        blocks: at least one.
+        device: where the tables are.
+        program: entries per program.
+
+    Attributes:
+        programs: int64[programs, 3].
+        blocks: int64[blocks, 10].
+        indices: int64[*].
+    """
+
+    def __init__(self, blocks: Sequence[Block], device: torch.device, program: int) -> None:
+        size = max(max(block.n_rows, block.n_units) for block in blocks)
+        chunks = [torch.arange(size)]  # serves rows and units that are 0, 1, 2, …
+        at = {id(None): 0}
+
+        def place(numbers: Tensor | None) -> int:
+            nonlocal size
+            if id(numbers) not in at:
+                assert numbers is not None
+                at[id(numbers)] = size
+                chunks.append(numbers)
+                size += numbers.numel()
+            return at[id(numbers)]
+
+        def columns(grid: Grid) -> tuple[int, ...]:
+            return grid.start, grid.row_length, place(grid.rows), place(grid.units)
+
+        table = [(b.unit, b.n_units, *columns(b.source), *columns(b.target)) for b in blocks]
+        counts = np.array([-(-block.entries // program) for block in blocks])
+        number = np.repeat(np.arange(len(blocks)), counts)
+        first = (np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)) * program
+        last = np.minimum(first + program, np.array([block.entries for block in blocks])[number])
+        parts = [torch.from_numpy(np.stack([number, first, last], 1)), torch.tensor(table), torch.cat(chunks)]
+        sent = to_device(torch.cat([part.flatten() for part in parts]), device)
+        split = sent.split([part.numel() for part in parts])
+        self.programs, self.blocks, self.indices = split[0].view(-1, 3), split[1].view(-1, 10), split[2]
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers in a device's memory, sent without waiting for what the device does."""
+    if device.type == "cpu":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _address(table: Numbers) -> int:

@@ -1,67 +1,71 @@
-"""Blocks copied by torch's own indexing, on any device.
+"""Blocks copied by torch's own indexing, on any device: what is done where no kernel works.
 
-A block is a flat ``index_select`` or ``index_copy_`` over units, in chunks that bound the index memory; where
-one of the arrays holds the block as one run, no intermediate tensor is made.
+The numbers of the entries of a plan that fits in one chunk are worked out once and kept with it. Those of a
+larger one are worked out chunk by chunk on the device, from row and unit numbers that are there already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import gcd
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, Grid
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.tables import to_device
 
-CHUNK = 1 << 18
-"""Units moved per call: 2 MiB of index."""
+CHUNK = 1 << 20
+"""Entries copied per call, or one row: 16 MiB of numbers."""
+
+_Numbers = tuple[Tensor, Tensor]
+"""int64: the numbers of some entries in the source and in the target."""
 
 
 @torch.no_grad()
-def copy_by_torch(blocks: Sequence[Block], source: Tensor, target: Tensor, reverse: bool) -> None:
+def copy_by_torch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:
     """Copy every block from ``source`` to ``target``, flat arrays on one device; ``reverse`` copies back."""
-    for block in blocks:
-        there, here = (block.target, block.source) if reverse else (block.source, block.target)
-        arrays = (target, source) if reverse else (source, target)
-        unit = gcd(block.unit, there.row_length, here.row_length)
-        step = max(1, CHUNK // (block.n_units * (block.unit // unit)))
-        for first in range(0, block.n_rows, step):
-            last = min(block.n_rows, first + step)
-            _copy_rows(block, there, here, arrays, unit, first, last)
+    giver, taker = (target, source) if reverse else (source, target)
+    for numbers in _chunks(plan, source.device):
+        here, there = reversed(numbers) if reverse else numbers
+        taker.index_copy_(0, there, giver.index_select(0, here))
 
 
-def _copy_rows(
-    block: Block, there: Grid, here: Grid, arrays: tuple[Tensor, Tensor], unit: int, first: int, last: int
-) -> None:
-    source, target = arrays
-    length = block.n_units * block.unit
-    size = (last - first) * length
-    if block.is_run(here):
-        out = target[here.start + first * length :][:size].view(-1, unit)
-        units = _units(block, there, source, unit)
-        torch.index_select(units, 0, _index(block, there, source, unit, first, last), out=out)
+def _chunks(plan: BlockPlan, device: torch.device) -> Iterator[_Numbers]:
+    if not plan.entries:
         return
-    if block.is_run(there):
-        values = source[there.start + first * length :][:size].view(-1, unit)
-    else:
-        index = _index(block, there, source, unit, first, last)
-        values = _units(block, there, source, unit).index_select(0, index)
-    _units(block, here, target, unit).index_copy_(0, _index(block, here, target, unit, first, last), values)
+    if plan.entries <= CHUNK:
+        yield plan.derived(_whole, device)
+        return
+    there = plan.derived(_sent, device)
+    for block in plan.blocks:
+        step = max(1, CHUNK // (block.n_units * block.unit))
+        for first in range(0, block.n_rows, step):
+            rows = torch.arange(first, min(block.n_rows, first + step), device=device)
+            yield _numbers(block, block.source, rows, there), _numbers(block, block.target, rows, there)
 
 
-def _units(block: Block, grid: Grid, array: Tensor, unit: int) -> Tensor:
-    """The part of ``array`` that holds the block, as [units, unit]."""
-    return array[grid.start : block.end(grid)].view(-1, unit)
+def _whole(blocks: Sequence[Block], device: torch.device) -> _Numbers:
+    """All at once, worked out on the host and sent in one piece."""
+    there = _sent(blocks, torch.device("cpu"))
+    source = [_numbers(block, block.source, torch.arange(block.n_rows), there) for block in blocks]
+    target = [_numbers(block, block.target, torch.arange(block.n_rows), there) for block in blocks]
+    pair = torch.stack([torch.cat(source), torch.cat(target)])
+    here, to = to_device(pair, device)
+    return here, to
 
 
-def _index(block: Block, grid: Grid, array: Tensor, unit: int, first: int, last: int) -> Tensor:
-    """int64[units of rows first … last - 1], their numbers in ``_units``."""
-    device = array.device
-    rows = torch.arange(first, last) if grid.rows is None else grid.rows[first:last]
-    units = torch.arange(block.n_units) if grid.units is None else grid.units
-    split = block.unit // unit
-    if split > 1:
-        units = (units[:, None] * split + torch.arange(split)).flatten()
-    rows, units = rows.to(device), units.to(device)
-    return (rows[:, None] * (grid.row_length // unit) + units).flatten()
+def _sent(blocks: Sequence[Block], device: torch.device) -> dict[int, Tensor]:
+    """Row and unit numbers on the device, by the identity of those of the blocks."""
+    numbers = [n for b in blocks for g in (b.source, b.target) for n in (g.rows, g.units) if n is not None]
+    distinct = {id(n): n for n in numbers}
+    sent = to_device(torch.cat([torch.empty(0, dtype=torch.int64), *distinct.values()]), device)
+    return dict(zip(distinct, sent.split([len(n) for n in distinct.values()]), strict=True))
+
+
+def _numbers(block: Block, grid: Grid, rows: Tensor, there: dict[int, Tensor]) -> Tensor:
+    """int64: the numbers of the entries of some rows of a block, which are numbered 0 … n_rows - 1."""
+    if grid.rows is not None:
+        rows = there[id(grid.rows)][rows]
+    units = torch.arange(block.n_units, device=rows.device) if grid.units is None else there[id(grid.units)]
+    within = units[:, None] * block.unit + torch.arange(block.unit, device=rows.device)
+    return (grid.start + rows[:, None] * grid.row_length + within.flatten()).flatten()
