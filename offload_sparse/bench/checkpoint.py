@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.round import loss_of
+from offload_sparse.bench.measure import loss_of
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from offload_sparse.bench.measure import Batch, loss_of
 from offload_sparse.bench.options import PeersConfig
 from offload_sparse.channels.subnet import build_on_meta, narrow_module
 from offload_sparse.engine.config import OptimConfig, RoundConfig
@@ -41,8 +41,6 @@ _UNIT = 1 << 18
 """Layers of at least so many weights are units of their own under ``fsdp2``; the rest is one unit."""
 
 _BOTTLENECKS = tuple(f"torchvision/resnet{depth}" for depth in (50, 101, 152))
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -86,10 +84,6 @@ def build_network(config: PeersConfig) -> nn.Module:
         else:
             raise ValueError(f"{config.model} takes no width; give --width 1")
     return build_model(config.model, CLASSES, 3, config.image_size, **arguments)
-
-
-def loss_of(module: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
 
 
 def dense(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
@@ -220,13 +214,8 @@ def moved_bytes(session: SparseOffload) -> tuple[float, float]:
 
 
 def _sgd(module: nn.Module, fused: bool = True) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        module.parameters(),
-        lr=OPTIM.lr,
-        momentum=OPTIM.momentum,
-        weight_decay=OPTIM.weight_decay,
-        fused=fused,
-    )
+    options: Any = {"lr": OPTIM.lr, "momentum": OPTIM.momentum, "weight_decay": OPTIM.weight_decay}
+    return torch.optim.SGD(module.parameters(), **options, fused=fused)
 
 
 def _parameter_bytes(module: nn.Module) -> int:

@@ -40,7 +40,7 @@ class BenchResult:
     ratios: dict[str, float]
     raw: Any
     header: Sequence[str] = ()
-    table: Sequence[Sequence[Any]] = field(default_factory=list)
+    table: list[Any] = field(default_factory=list)
 
 
 def available() -> dict[str, str]:

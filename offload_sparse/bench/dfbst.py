@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images, spread
 from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.measure import default_device, take_turns
 from offload_sparse.bench.options import DFBSTBenchConfig
-from offload_sparse.bench.step import take_turns
 from offload_sparse.config.methods import DFBSTConfig, DSTConfig
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.config import FinalConfig, OptimConfig
@@ -78,7 +78,7 @@ def run(quick: bool, config: DFBSTBenchConfig) -> BenchResult:
     per_epoch = steps_per_epoch(len(images.train.labels), _BATCH)
     steps = 150 if quick and not config.epochs else (config.epochs or 20) * per_epoch
     seeds = config.seeds or (1 if quick else 5)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     raw: dict[str, Any] = {"device": str(device), "threads": torch.get_num_threads(), "steps": steps}
     raw["batch_size"], raw["images"] = _BATCH, len(images.train.labels)
     ratios: dict[str, float] = {}

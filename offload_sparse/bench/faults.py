@@ -1,12 +1,10 @@
 """Random ``kill -9``: restarted by ``accelerate launch``, two ranks must end with the undisturbed weights.
 
 Every run is killed three times, at a random step, rank and phase, with transfers overlapping the steps in
-every second one; the launcher (``--max_restarts 3``) starts it again, and it carries on from its last
-checkpoint. Launcher, restarts and ranks are real. Only the import of torch is done once, by a server that
-the ranks are forked from (see ``bench.fork_server``), since it takes longer than the run.
-``steps_repeated`` counts from the step at which a rank died to the one that the next attempt carries on
-from; the mean is half of the steps between checkpoints, and one or two for the checkpoint that was being
-written.
+every second one; the launcher (``--max_restarts 3``) starts it again, and it resumes from its last
+checkpoint. ``steps_repeated`` counts from the step at which a rank died to the one that the next attempt
+resumes from; the mean is half of the steps between checkpoints, and one or two for the checkpoint that was
+being written.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -26,9 +25,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from offload_sparse.bench import fork_server
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.fork_server import ForkServer
+from offload_sparse.bench.larger import RESUMED
 from offload_sparse.engine.faults import PHASES, VARIABLE, Fault
 
 KILLS, QUICK_KILLS = 100, 3
@@ -36,35 +34,15 @@ RESTARTS = 3
 STEPS, LAST_KILL = 60, 45
 SEED = 0
 _LIMIT_SECONDS = 400.0
-_MODULES = (
-    *("offload_sparse.run.trainer", "offload_sparse.methods.sparse_offload", "offload_sparse.cli"),
-    *("accelerate", "torch_pruning", "safetensors.torch", "torch.distributed.checkpoint"),
-)
-_OPTIONS = (
-    *(
-        "train",
-        "--model.name",
-        "offload_sparse/mlp",
-        "--model.arguments",
-        "{stream: 12, hidden: 24, depth: 1}",
-    ),
-    *("--data.train_limit", "320", "--data.test_limit", "32", "--data.batch_size", "16"),
-    *("--train.max_steps", str(STEPS), "--train.verify", "false", "--train.check_plan", "false"),
-    *(
-        "--train.progress",
-        "false",
-        "--train.eval_every",
-        "0",
-        "--train.log_every",
-        "5",
-        "--train.timeout",
-        "60",
-    ),
-    *("--round.k", "4", "--round.freeze_at", "0.9", "--final.candidates", "2", "--final.bn_batches", "1"),
-    *("--checkpoint.every_steps", "5", "--checkpoint.best", "false", "--optim.lr", "0.02"),
+_OPTIONS = shlex.split(
+    "train --model.name offload_sparse/mlp --model.arguments '{stream: 12, hidden: 24, depth: 1}' "
+    "--data.train_limit 320 --data.test_limit 32 --data.batch_size 16 "
+    f"--train.max_steps {STEPS} --train.verify false --train.check_plan false --train.progress false "
+    "--train.eval_every 0 --train.log_every 5 --train.timeout 60 "
+    "--round.k 4 --round.freeze_at 0.9 --final.candidates 2 --final.bn_batches 1 "
+    "--checkpoint.every_steps 5 --checkpoint.best false --optim.lr 0.02"
 )
 _DEATH = re.compile(r"fault: rank (\d+) dies at step (\d+) in (\S+) of attempt (\d+)")
-_RETURN = re.compile(r"carrying on at step (\d+)")
 
 
 @dataclass(frozen=True)
@@ -96,14 +74,14 @@ def run(quick: bool) -> BenchResult:
     """100 kills, ``quick`` 3."""
     wanted = QUICK_KILLS if quick else KILLS
     outcomes: list[Outcome] = []
-    with ForkServer(_MODULES) as server, tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        code, log, straight_seconds = launch(server, folder / "straight", [], "off")
+        code, log, straight_seconds = launch(folder / "straight", [], "off")
         if code:
             raise RuntimeError(f"the undisturbed run failed\n{log}")
         for number, faults in enumerate(plans(wanted)):
-            outcomes.append(_disturbed(server, folder, number, faults))
-            _tell(outcomes)
+            outcomes.append(_disturbed(folder, number, faults))
+            print(f"run {number}: {outcomes[-1]}", file=sys.stderr, flush=True)
     return _result(outcomes, straight_seconds)
 
 
@@ -123,15 +101,14 @@ def plans(kills: int, seed: int = SEED) -> Iterator[list[Fault]]:
         yield faults
 
 
-def launch(server: ForkServer, run_dir: Path, faults: list[Fault], overlap: str) -> tuple[int, str, float]:
+def launch(run_dir: Path, faults: list[Fault], overlap: str) -> tuple[int, str, float]:
     """Exit code, output and seconds of ``accelerate launch`` on two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--max_restarts", str(RESTARTS), "--main_process_port", port, fork_server.__file__]
-    command += [server.address, "offload_sparse.cli.main:main", *_OPTIONS]
-    command += ["--round.overlap", overlap, "--run_dir", str(run_dir)]
+    command += ["--max_restarts", str(RESTARTS), "--main_process_port", port, "-m", "offload_sparse.cli"]
+    command += [*_OPTIONS, "--round.overlap", overlap, "--run_dir", str(run_dir)]
     text = ",".join(f"kill:rank={f.rank}:step={f.step}:phase={f.phase}:restart={f.restart}" for f in faults)
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in ranks}
@@ -154,7 +131,7 @@ def kills_of(log: str) -> tuple[Kill, ...]:
     kills = []
     for number, death in enumerate(deaths):
         until = deaths[number + 1].start() if number + 1 < len(deaths) else len(log)
-        back = _RETURN.search(log, death.end(), until)
+        back = RESUMED.search(log, death.end(), until)
         rank, step, phase, attempt = death.groups()
         kills.append(Kill(int(rank), int(step), phase, int(attempt), int(back[1]) if back else 0))
     return tuple(kills)
@@ -166,19 +143,13 @@ def same_weights(run_dir: Path, straight: Path) -> bool:
     return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
 
 
-def _disturbed(server: ForkServer, folder: Path, number: int, faults: list[Fault]) -> Outcome:
+def _disturbed(folder: Path, number: int, faults: list[Fault]) -> Outcome:
     run_dir = folder / f"run{number}"
-    code, log, seconds = launch(server, run_dir, faults, "on" if number % 2 else "off")
+    code, log, seconds = launch(run_dir, faults, "on" if number % 2 else "off")
     intact = code == 0 and same_weights(run_dir, folder / "straight")
     if not intact:
         print(log, file=sys.stderr, flush=True)
     return Outcome(kills_of(log), intact, seconds)
-
-
-def _tell(outcomes: list[Outcome]) -> None:
-    kills = sum(len(outcome.kills) for outcome in outcomes)
-    intact = sum(outcome.intact for outcome in outcomes)
-    print(f"{len(outcomes)} runs, {intact} intact, {kills} kills", file=sys.stderr, flush=True)
 
 
 def _result(outcomes: list[Outcome], straight_seconds: float) -> BenchResult:
@@ -186,7 +157,7 @@ def _result(outcomes: list[Outcome], straight_seconds: float) -> BenchResult:
     survived = sum(len(outcome.kills) for outcome in outcomes if outcome.intact)
     ratios = {
         "faults.survived": survived / len(kills),
-        "faults.steps_repeated": fmean(kill.step - kill.resumed for kill in kills),
+        "faults.steps_repeated": _repeated(kills),
     }
     by_phase = Counter(kill.phase for kill in kills)
     rows: list[list[Any]] = [
@@ -195,13 +166,8 @@ def _result(outcomes: list[Outcome], straight_seconds: float) -> BenchResult:
         if by_phase[phase]
     ]
     intact = sum(outcome.intact for outcome in outcomes)
-    rows.append(
-        [
-            f"survived {survived} of {len(kills)} in {len(outcomes)} runs ({intact} intact)",
-            len(kills),
-            _repeated(kills),
-        ]
-    )
+    title = f"survived {survived} of {len(kills)} in {len(outcomes)} runs ({intact} intact)"
+    rows.append([title, len(kills), _repeated(kills)])
     raw = {
         "runs": [asdict(outcome) for outcome in outcomes],
         "straight_seconds": straight_seconds,

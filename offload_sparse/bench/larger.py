@@ -24,16 +24,12 @@ ROUNDS = 3
 LIMIT = 3 * 3600.0
 """Seconds until a process that hangs is stopped."""
 
+RESUMED = re.compile(r"(?:resuming|resumed|carrying on) at step (\d+)")
+
 
 @dataclass(frozen=True)
 class Size:
-    """How large the demonstration is.
-
-    Attributes:
-        stream, hidden, depth: widths and blocks of the network.
-        k: steps per round.
-        rho: remaining ratio.
-    """
+    """How large the demonstration is: widths and blocks of the network, steps per round, remaining ratio."""
 
     stream: int
     hidden: int
@@ -41,19 +37,12 @@ class Size:
     k: int
     rho: float
 
-    @property
-    def killed_at(self) -> int:
-        """The step after which the run is killed: in the middle of the second round."""
-        return self.k + self.k // 2
-
     def command(self, run_dir: Path) -> list[str]:
         """What a user would type."""
         options = {
             "run_dir": run_dir,
             "model.name": "offload_sparse/mlp",
-            "model.arguments.stream": self.stream,
-            "model.arguments.hidden": self.hidden,
-            "model.arguments.depth": self.depth,
+            "model.arguments": f"{{stream: {self.stream}, hidden: {self.hidden}, depth: {self.depth}}}",
             "data.name": "fashion_mnist_small",
             "data.batch_size": 64,
             "store.tier": "file",
@@ -75,13 +64,8 @@ FULL = Size(4096, 65536, 10, 20, 0.1)
 
 @dataclass
 class Part:
-    """One process.
-
-    Attributes:
-        exit_code: of the process; -9 when it was killed.
-        seconds: from its start to its end.
-        anonymous_peak: largest memory of the process that no file stands behind, in bytes.
-        messages: what it printed on stderr.
+    """One process: how it ended, its seconds, the most memory that no file stands behind in bytes, and what
+    it printed on stderr.
     """
 
     exit_code: int
@@ -90,9 +74,9 @@ class Part:
     messages: str
 
     @property
-    def carried_on_at(self) -> int:
+    def resumed_at(self) -> int:
         """The step that it began at."""
-        found = re.search(r"carrying on at step (\d+)", self.messages)
+        found = RESUMED.search(self.messages)
         return int(found[1]) if found else 0
 
 
@@ -105,35 +89,21 @@ def run(quick: bool) -> BenchResult:
     size = QUICK if quick else FULL
     with tempfile.TemporaryDirectory(prefix="offload-sparse-larger-") as folder:
         run_dir, whole = Path(folder) / "run", Path(folder) / "whole"
-        first = watch(size.command(run_dir), lambda: size.killed_at in losses(run_dir))
-        killed_at = max(losses(run_dir), default=0)
+        first = watch(size.command(run_dir), lambda: size.k + size.k // 2 in losses(run_dir))
+        killed_after = max(losses(run_dir), default=0)
         second = watch(size.command(run_dir))
         for part in (first, second):
             if part.exit_code not in (0, -signal.SIGKILL):
                 raise RuntimeError(f"training ended with exit code {part.exit_code}: {part.messages}")
+        found = losses(run_dir)
         survived = first.exit_code == -signal.SIGKILL and second.exit_code == 0
-        survived &= 0 < second.carried_on_at <= killed_at
-        survived &= sorted(losses(run_dir)) == list(range(1, ROUNDS * size.k + 1))
+        survived &= 0 < second.resumed_at <= killed_after
+        survived &= sorted(found) == list(range(1, ROUNDS * size.k + 1))
         if quick:
             survived &= watch(size.command(whole)).exit_code == 0
-            survived &= digest(whole) == digest(run_dir) and losses(whole) == losses(run_dir)
+            survived &= digest(whole) == digest(run_dir) and losses(whole) == found
         summary = json.loads((run_dir / "summary.json").read_text())
-        return summarise(size, first, second, killed_at, survived, losses(run_dir), summary)
-
-
-def summarise(
-    size: Size,
-    first: Part,
-    second: Part,
-    killed_at: int,
-    survived: bool,
-    by_step: dict[int, float],
-    summary: dict[str, Any],
-) -> BenchResult:
-    """The figures of a run that was killed and carried on."""
-    rounds = [
-        fmean(by_step[step] for step in range(i * size.k + 1, (i + 1) * size.k + 1)) for i in range(ROUNDS)
-    ]
+    rounds = [fmean(found[i * size.k + step] for step in range(1, size.k + 1)) for i in range(ROUNDS)]
     ratios = {
         "larger.store_gb": summary["store_bytes"] / 1e9,
         "larger.rss_anon_gb": max(first.anonymous_peak, second.anonymous_peak) / 1e9,
@@ -141,19 +111,12 @@ def summarise(
         "larger.loss_last": rounds[-1],
         "larger.survived_kill": float(survived),
     }
-    raw = {
-        "first": vars(first),
-        "second": vars(second),
-        "killed_after_step": killed_at,
-        "carried_on_at_step": second.carried_on_at,
-        "loss_by_step": by_step,
-        "mean_loss_by_round": rounds,
-        "summary": summary,
-    }
+    steps = {"killed_after_step": killed_after, "resumed_at_step": second.resumed_at}
+    raw = {"first": vars(first), "second": vars(second), "loss_by_step": found, "summary": summary} | steps
     rows: list[list[Any]] = [[f"mean loss of round {i}", loss] for i, loss in enumerate(rounds)]
     rows += [["accuracy on test images", summary["test_accuracy"]]]
     rows += [["seconds until the kill", first.seconds], ["seconds from then on", second.seconds]]
-    rows += [["killed after step", killed_at], ["carried on at step", second.carried_on_at]]
+    rows += [list(item) for item in steps.items()]
     return BenchResult(ratios, raw, ["", ""], rows)
 
 
@@ -171,9 +134,8 @@ def watch(command: list[str], enough: Callable[[], bool] = lambda: False) -> Par
             while process.poll() is None:
                 peak = max(peak, anonymous_bytes(process.pid))
                 if enough():
-                    process.kill()
-                    process.wait()
-                elif time.monotonic() - started > LIMIT:
+                    break
+                if time.monotonic() - started > LIMIT:
                     raise RuntimeError(f"training did not end within {LIMIT:g} s")
                 time.sleep(0.02)
         finally:
@@ -195,6 +157,5 @@ def digest(run_dir: Path) -> str:
     """Of all weights, slots and statistics that a finished run has left in its store."""
     found = hashlib.blake2b(digest_size=16)
     for path in sorted((run_dir / "store").glob("rank*/*.bin")):
-        found.update(path.name.encode())
-        found.update(path.read_bytes())
+        found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()

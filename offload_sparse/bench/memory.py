@@ -1,25 +1,27 @@
-"""Peak host memory of a rank against its shard, its two subnets and its activations."""
+"""Peak host memory of a rank against its shard, its two subnets and its activations.
+
+``predicted`` is the shard of weights and momentum, both pairs of subnets, and what a backward pass keeps;
+``peak`` is what the kernel counts above the idle process.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.ranks import run_ranks
+from offload_sparse.bench.measure import loss_of, on_ranks, peak_resident, random_batch, reset_peak, warm_up
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
 
-BATCH = 16
-RHO = 0.25
-STEPS = 4
+BATCH, RHO, STEPS = 16, 0.25, 4
+
+_COLUMNS = ("full_model", "shard", "subnets", "activations", "predicted", "peak")
 
 
 def run(quick: bool) -> BenchResult:
@@ -28,34 +30,22 @@ def run(quick: bool) -> BenchResult:
     raw: dict[str, Any] = {}
     rows, ratios = [], {}
     for world_size in (2,) if quick else (1, 2):
-        for rank, figures in enumerate(run_ranks(world_size, measure, width, limit=600.0)):
+        found = on_ranks(world_size, measure, width)
+        for rank, figures in enumerate(found):
             raw[f"world{world_size}.rank{rank}"] = figures
             rows.append([world_size, rank, *(f"{figures[key] / 2**20:.0f} MiB" for key in _COLUMNS)])
-        peaks = [f for name, f in raw.items() if name.startswith(f"world{world_size}.")]
-        ratios[f"memory.world{world_size}.peak_vs_predicted"] = max(f["peak"] / f["predicted"] for f in peaks)
-        ratios[f"memory.world{world_size}.peak_vs_full_model"] = max(
-            f["peak"] / f["full_model"] for f in peaks
-        )
+        for against in ("predicted", "full_model"):
+            ratios[f"memory.world{world_size}.peak_vs_{against}"] = max(f["peak"] / f[against] for f in found)
     return BenchResult(ratios, raw, ["ranks", "rank", *_COLUMNS], rows)
 
 
-_COLUMNS = ("full_model", "shard", "subnets", "activations", "predicted", "peak")
-
-
 def measure(width: float) -> dict[str, int]:
-    """Train ``STEPS`` steps on this rank.
-
-    Returns:
-        bytes: the full weights and momentum, this rank's shard, both subnets, the activations that a backward
-            pass keeps, their sum
-        (``predicted``, without the full model), and the peak above the idle process.
-    """
+    """Bytes of ``_COLUMNS`` on this rank, by training ``STEPS`` steps."""
     warm_up()
     reset_peak()
     idle = peak_resident()
-    factory = partial(build_model, "offload_sparse/vgg19_cifar", num_classes=10, in_channels=3, width=width)
     session = SparseOffload(
-        factory,
+        partial(build_model, "offload_sparse/vgg19_cifar", num_classes=10, in_channels=3, width=width),
         (torch.empty(1, 3, 32, 32, device="meta"),),
         total_steps=10 * STEPS,
         policy=PolicyConfig.paper(rho=RHO),
@@ -63,24 +53,13 @@ def measure(width: float) -> dict[str, int]:
     )
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
-        images = torch.randn(BATCH, 3, 32, 32, generator=generator)
-        session.step((images, torch.randint(10, (BATCH,), generator=generator)), loss_fn)
+        session.step(random_batch(BATCH, 32, 10, session.device, generator), loss_of)
     peak = peak_resident() - idle
     shard, subnets = session.store.nbytes, session.relay.bytes_peak
     activations = saved_bytes(session, torch.randn(BATCH, 3, 32, 32))
     full_model = 2 * 4 * session.cost.parameters(session.channel_map.full_mask())
-    return {
-        "full_model": full_model,
-        "shard": shard,
-        "subnets": subnets,
-        "activations": activations,
-        "predicted": shard + subnets + activations,
-        "peak": peak,
-    }
-
-
-def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
+    figures = (full_model, shard, subnets, activations, shard + subnets + activations, peak)
+    return dict(zip(_COLUMNS, figures, strict=True))
 
 
 def saved_bytes(session: SparseOffload, images: Tensor) -> int:
@@ -99,36 +78,3 @@ def saved_bytes(session: SparseOffload, images: Tensor) -> int:
             graph = module(images)
         del graph
     return sum(size for address, size in saved.items() if address not in own)
-
-
-def warm_up() -> None:
-    """Load what a training process needs however small its model is, so that it counts as idle."""
-    from offload_sparse.store.copy import host_copy
-
-    host_copy.load()
-    small = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9, fused=True)
-    small(torch.randn(2, 8)).sum().backward()
-    optimizer.step()
-
-
-def reset_peak() -> None:
-    """Make the kernel forget this process's peak (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    """Largest resident memory of this process since ``reset_peak``, in bytes."""
-    return _status("VmHWM")
-
-
-def resident() -> int:
-    """Resident memory of this process now, in bytes."""
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this bench needs Linux")

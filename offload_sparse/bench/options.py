@@ -27,9 +27,6 @@ class PeersConfig(BenchConfig):
     """Compare ways to train a network that is larger than the device: same model, data and batch.
 
     Attributes:
-        name: ``peers``.
-        quick: a narrower network, one repetition.
-        json: file to write the record to: command, hardware, versions, ratios and everything measured.
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         width: multiplier of the channels of an ``offload_sparse/vgg…`` network, or of the inner channels of
             ``torchvision/resnet50`` and its kin; 0 takes 2, with ``quick`` 0.5.
@@ -68,9 +65,6 @@ class ScaleConfig(BenchConfig):
     """One and two processes measured, and a model of 8 to 512 GPUs.
 
     Attributes:
-        name: ``scale``.
-        quick: a narrower network and fewer rounds.
-        json: file to write the record to: command, hardware, versions, ratios and everything measured.
         rho: remaining ratio of channels.
         k: steps per round.
         gpu_batch: modelled images per GPU and step.
@@ -105,9 +99,6 @@ class DFBSTBenchConfig(BenchConfig):
     """Accuracy and remaining weights of the LeNets trained dense, by DST and by DFBST.
 
     Attributes:
-        name: ``dfbst``.
-        quick: one seed and 150 steps of each run.
-        json: file to write the record to: command, hardware, versions, ratios and everything measured.
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         seeds: runs of each kind; 0 takes 5, with ``quick`` 1.
         epochs: passes over the images; 0 takes 20, with ``quick`` 150 steps.
@@ -130,9 +121,6 @@ class StudyConfig(BenchConfig):
     """Learned structure against its controls: accuracy, train cost and time of every method, over seeds.
 
     Attributes:
-        name: ``study``.
-        quick: one seed and 60 steps of each run.
-        json: file to write the record to: command, hardware, versions, ratios and everything measured.
         set: ``fashion_mnist`` (a small VGG, images of 14×14) or ``cifar10`` (ResNet-20).
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         rhos: remaining ratios of channels.
@@ -163,9 +151,6 @@ class VarianceConfig(BenchConfig):
     """Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
 
     Attributes:
-        name: ``variance``.
-        quick: one checkpoint, 20 pairs of masks.
-        json: file to write the record to: command, hardware, versions, ratios and everything measured.
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         rho: remaining ratio of channels.

@@ -14,9 +14,9 @@ device's part too.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -25,9 +25,8 @@ import torch
 from offload_sparse.bench.contenders import CLASSES, CONTENDERS, Contender
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.device_memory import touched_peak
-from offload_sparse.bench.memory import peak_resident, reset_peak, warm_up
+from offload_sparse.bench.measure import on_ranks, peak_resident, random_batch, reset_peak, timed, warm_up
 from offload_sparse.bench.options import PeersConfig
-from offload_sparse.bench.ranks import run_ranks
 
 Figures = dict[str, float]
 
@@ -73,14 +72,14 @@ def resolve(config: PeersConfig, quick: bool) -> PeersConfig:
     )
 
 
-def measure(name: str, config: PeersConfig, limit: float = 900.0) -> list[Figures]:
+def measure(name: str, config: PeersConfig) -> list[Figures]:
     """The figures of one peer on every rank.
 
     Raises:
         RuntimeError: it failed; the last line says why.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    return run_ranks(config.processes, measure_here, name, config, limit=limit, backend=backend)
+    return on_ranks(config.processes, measure_here, name, config, backend=backend)
 
 
 def measure_here(name: str, config: PeersConfig) -> Figures:
@@ -94,13 +93,12 @@ def measure_here(name: str, config: PeersConfig) -> Figures:
     torch.manual_seed(0)
     warm_up()
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    side = config.image_size
-    images = torch.randn(config.batch, 3, side, side, generator=generator).to(device)
-    batch = (images, torch.randint(CLASSES, (config.batch,), generator=generator).to(device))
+    batch = random_batch(config.batch, config.image_size, CLASSES, device, generator)
     reset_peak()
     idle = peak_resident()
     contender = CONTENDERS[name](config, device, batch)
-    seconds = timed_units(contender, units=2 if contender.unit > 1 else config.steps)
+    units = 2 if contender.unit > 1 else config.steps
+    seconds = [timed(partial(_unit, contender)) / contender.unit for _ in range(units + 1)][1:]
     host = peak_resident() - idle
     return {
         "step_seconds": median(seconds),
@@ -110,18 +108,9 @@ def measure_here(name: str, config: PeersConfig) -> Figures:
     }
 
 
-def timed_units(contender: Contender, units: int) -> list[float]:
-    """Seconds per step of ``units`` units, after one that does not count."""
-    seconds = []
-    for number in range(units + 1):
-        _wait()
-        start = time.perf_counter()
-        for _ in range(contender.unit):
-            contender.step()
-        _wait()
-        if number:
-            seconds.append((time.perf_counter() - start) / contender.unit)
-    return seconds
+def _unit(contender: Contender) -> None:
+    for _ in range(contender.unit):
+        contender.step()
 
 
 def device_peak(contender: Contender, device: torch.device) -> int:
@@ -143,11 +132,6 @@ def _device() -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(torch.distributed.get_rank())
     return torch.device("cuda", torch.distributed.get_rank())
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def worst_rank(ranks: list[Figures]) -> Figures:

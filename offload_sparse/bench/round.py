@@ -11,7 +11,6 @@ the kernels of these shapes compiled: the price of new shapes is ours alone.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,27 +18,18 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.step import NETWORKS
+from offload_sparse.bench.measure import Batch, batch_of, default_device, loss_of, network_of, timed
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.optimizer import build_optimizer
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.workloads.models import build_model
 
 RHO = 0.25
 
-Batch = tuple[Tensor, Tensor]
-
-_PLAN: tuple[tuple[str, int, int], ...] = (
-    ("vgg19", 10, 5),
-    ("vgg19", 50, 3),
-    ("resnet50", 10, 5),
-    ("resnet50", 50, 3),
-)
+_PLAN = (("vgg19", 10, 5), ("vgg19", 50, 3), ("resnet50", 10, 5), ("resnet50", 50, 3))
 """Network, steps per round, rounds that count."""
 
 _QUICK = (("vgg19", 10, 3),)
@@ -47,17 +37,17 @@ _QUICK = (("vgg19", 10, 3),)
 
 def run(quick: bool) -> BenchResult:
     """VGG-19 and ResNet-50 at K = 10 and 50; ``quick`` takes VGG-19 at K = 10."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = BenchResult({}, {"device": str(device), "threads": torch.get_num_threads()}, _HEADER)
-    rows = []
+    device = default_device()
+    result = BenchResult({}, {"device": str(device), "threads": torch.get_num_threads()}, _HEADER, [])
     for network, k, rounds in _QUICK if quick else _PLAN:
         times = measure(network, k, rounds, device)
         key = f"round.{network}.k{k}"
         result.ratios[f"{key}.vs_narrow"] = times.ratio
         result.raw[key] = {"ours_seconds": times.ours, "narrow_seconds": times.narrow}
         milliseconds = (times.round, times.narrow_round, times.first, times.last, times.between)
-        rows.append([network, k, *(f"{1000 * t:.0f}" for t in milliseconds), f"{times.ratio:.3f}"])
-    result.table = rows
+        result.table.append(
+            [network, k, *(f"{1000 * t:.0f}" for t in milliseconds), f"{times.ratio:.3f}"]
+        )
     return result
 
 
@@ -108,11 +98,7 @@ class RoundTimes:
 
 def measure(network: str, k: int, rounds: int, device: torch.device) -> RoundTimes:
     """Rounds of both sides in turns, after one of each that does not count."""
-    name, size, batch, classes = NETWORKS[network]
-    factory = partial(build_model, name, classes, 3, size)
-    images = torch.randn(batch, 3, size, size, device=device)
-    data = (images, torch.randint(classes, (batch,)).to(device))
-    return measure_model(factory, data, k, rounds, device)
+    return measure_model(partial(network_of, network), batch_of(network, device), k, rounds, device)
 
 
 def measure_model(
@@ -172,26 +158,8 @@ def narrow_round(networks: Sequence[nn.Module], batch: Batch, k: int, optim: Opt
     return [timed(partial(step, number)) for number in range(k)]
 
 
-def loss_of(module: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
-
-
 def independent_copy(module: nn.Module) -> nn.Module:
     """A copy with ordinary parameters of its own memory, whatever those of ``module`` are views of."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone()) for p in module.parameters()}
     memo |= {id(b): b.detach().clone() for b in module.buffers()}
     return copy.deepcopy(module, memo).train()
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, the device's work included."""
-    _wait()
-    start = time.perf_counter()
-    function()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

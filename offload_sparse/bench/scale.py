@@ -14,7 +14,6 @@ beyond one node the gradients are first reduced within nodes, then 1/node of the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,10 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from offload_sparse.bench.contenders import Batch, loss_of, moved_bytes
+from offload_sparse.bench.contenders import moved_bytes
 from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.measure import Batch, loss_of, on_ranks, random_batch, timed
 from offload_sparse.bench.options import ScaleConfig
-from offload_sparse.bench.ranks import run_ranks
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
@@ -88,7 +87,7 @@ _HEADER = ("", "ranks", "steps/s", "all-reduce MiB/step", "gather MiB/round", "e
 
 def measure(world_size: int, width: float, rho: float, k: int, rounds: int) -> dict[str, float]:
     """Ours on this many processes of one thread, the same number of images on each."""
-    per_rank = run_ranks(world_size, measure_here, width, rho, k, rounds, limit=900.0)
+    per_rank = on_ranks(world_size, measure_here, width, rho, k, rounds)
     slowest = min(per_rank, key=lambda figures: figures["steps_per_second"])
     return slowest | {"images_per_second": slowest["steps_per_second"] * _BATCH * world_size}
 
@@ -104,10 +103,8 @@ def measure_here(width: float, rho: float, k: int, rounds: int) -> dict[str, flo
         verify=False,
     )
     rank = dist.get_rank() if dist.is_initialized() else 0
-    generator = torch.Generator().manual_seed(rank)
-    images = torch.randn(_BATCH, 3, 32, 32, generator=generator).to(session.device)
-    batch = (images, torch.randint(10, (_BATCH,), generator=generator).to(session.device))
-    seconds = [_round(session, batch, k) for _ in range(rounds + 1)][1:]
+    batch = random_batch(_BATCH, 32, 10, session.device, torch.Generator().manual_seed(rank))
+    seconds = [timed(partial(_round, session, batch, k)) for _ in range(rounds + 1)][1:]
     gathered, _ = moved_bytes(session)
     world_size = session.ranks.world_size
     gradients = sum(side.arrays["weights"].nbytes for side in session.relay.pair.active) / 2
@@ -118,12 +115,10 @@ def measure_here(width: float, rho: float, k: int, rounds: int) -> dict[str, flo
     }
 
 
-def _round(session: SparseOffload, batch: Batch, k: int) -> float:
-    start = time.perf_counter()
+def _round(session: SparseOffload, batch: Batch, k: int) -> None:
     for _ in range(k):
         session.step(batch, loss_of)
     session.records()
-    return time.perf_counter() - start
 
 
 def modelled_constants(config: ScaleConfig) -> Constants:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.measure import take_turns
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.discovery import discover
@@ -73,14 +75,9 @@ slots; it is not part of the other times."""
 def _row(rho: float, block: int, figures: Mapping[str, float]) -> list[str]:
     speeds = (figures["bytes"] / figures[side] / 1e9 for side in SIDES)
     shares = ("gather_vs_memcpy", "scatter_vs_memcpy", "lines_bound", "gather_vs_chained")
-    return [
-        f"{rho:g}",
-        str(block),
-        f"{figures['bytes'] / 2**20:.0f}",
-        *(f"{speed:.2f}" for speed in speeds),
-        *(f"{figures[share]:.2f}" for share in shares),
-        f"{1000 * figures['plan_seconds']:.1f}",
-    ]
+    moved, planned = f"{figures['bytes'] / 2**20:.0f}", f"{1000 * figures['plan_seconds']:.1f}"
+    numbers = (*speeds, *(figures[share] for share in shares))
+    return [f"{rho:g}", str(block), moved, *(f"{number:.2f}" for number in numbers), planned]
 
 
 SIDES = ("memcpy", "gather", "scatter", "chained")
@@ -117,7 +114,8 @@ def measure(
         "scatter": lambda: copy_blocks(plan, [(store, taken)], reverse=True),
         "chained": lambda: chained(layout, selection, narrow, store, copied),
     }
-    seconds = _take_turns(passes, repetitions)
+    other = torch.zeros(CACHES // 4)  # between the transfers of a run lie the training steps
+    seconds = take_turns(passes, repetitions, between=partial(other.add_, 1))
     assert torch.equal(taken, copied), "our gather and chained indexing must agree"
 
     def against(side: str, ours: str) -> float:
@@ -172,20 +170,3 @@ def lines_bound(plan: BlockPlan) -> float:
         lines += block.n_rows * per_row
     size = plan.entries * 4
     return 2 * size / (size + lines * LINE)
-
-
-def _take_turns(passes: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every pass, in turns, after one round that is not counted.
-
-    Caches are emptied before each: between the transfers of a run lie the training steps.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    other = torch.zeros(CACHES // 4)
-    for repetition in range(repetitions + 1):
-        for name, run_once in passes.items():
-            other.add_(1)
-            start = time.perf_counter()
-            run_once()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds

@@ -24,7 +24,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def figures_of(name: str) -> dict[str, float]:
-    (figures,) = measure(name, TINY, limit=240.0)
+    (figures,) = measure(name, TINY)
     assert set(figures) == FIGURES
     assert figures["step_seconds"] > 0
     return figures

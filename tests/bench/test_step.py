@@ -17,9 +17,9 @@ def test_our_subnet_and_the_hand_made_network_have_equal_outputs_and_gradients()
     mask = channel_map.uniform_mask(0.25)
     narrow = narrow_module(dense, channel_map, mask)
     ours = flat_subnet(dense, channel_map, mask, torch.device("cpu"))
-    images, labels = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+    batch = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     for kind, network in (("narrow", narrow), ("subnet", ours)):
-        pass_of(network, images, labels, kind)()
+        pass_of(network, batch, kind)()
     for (name, a), (_, b) in zip(ours.named_parameters(), narrow.named_parameters(), strict=True):
         assert torch.equal(a, b), name
         torch.testing.assert_close(a.grad, b.grad)

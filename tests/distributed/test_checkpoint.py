@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.bench.ranks import run_ranks
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.rounds import Forward
@@ -22,6 +21,7 @@ from offload_sparse.run.checkpoint import Checkpointer
 from offload_sparse.run.signals import Agreement
 from tests.distributed.test_ranks_agree import own_part, whole
 from tests.engine.test_session import batches, loss_fn, make_session, small_net
+from tests.support.ranks import run_ranks
 
 FIRST, SECOND = 8, 4
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.bench.ranks import run_ranks
 from offload_sparse.config.methods import DFBSTConfig, DSTConfig, RigLConfig
 from offload_sparse.config.run import RunConfig
 from tests.methods.tasks import batches, make_method
+from tests.support.ranks import run_ranks
 
 METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
 

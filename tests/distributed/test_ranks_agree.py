@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_sparse.bench.ranks import run_ranks
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.engine.config import RoundConfig
@@ -25,6 +24,7 @@ from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightSto
 from tests.engine.reference import entry_masks
 from tests.engine.test_session import batches, loss_fn, make_session, small_net
 from tests.support.channel_maps import small_map
+from tests.support.ranks import run_ranks
 
 POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_sparse.bench.ranks import run_ranks
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import recall, restore_session, session_state
@@ -17,6 +16,7 @@ from offload_sparse.engine.state import MethodState, Shard
 from offload_sparse.policy.config import PolicyConfig
 from tests.distributed.test_ranks_agree import own_part
 from tests.engine.test_session import POLICIES, arrays, batches, loss_fn, make_session, small_net
+from tests.support.ranks import run_ranks
 
 STEPS = 14
 ADAMW = OptimConfig(name="adamw", lr=1e-2)

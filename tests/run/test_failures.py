@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from offload_sparse.bench.fork_server import ForkServer
 from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
 from tests.run import killed_run
 from tests.run.test_resume import _one_accelerator_per_test, poison
+from tests.support.fork_server import ForkServer
 
 __all__ = ["_one_accelerator_per_test"]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from offload_sparse import load_pruned
-from offload_sparse.bench.larger import digest, losses
 from offload_sparse.engine.faults import VARIABLE
 from tests.distributed.test_launch import SMALL, two_ranks
+from tests.support.run_folder import digest, losses
 
 OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1", "--store.tier", "file"]
 OPTIONS += ["--round.freeze_at", "0.67"]  # rounds end at steps 3, 6 and 9

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from offload_sparse.bench.fork_server import ForkServer
 from offload_sparse.engine.faults import PHASES
 from tests.run import killed_run
+from tests.support.fork_server import ForkServer
 
 CONFIGURATIONS = {
     "no_prefetch": ["--round.prefetch", "false"],

@@ -5,7 +5,7 @@ counter.
 from __future__ import annotations
 
 from offload_sparse.bench.memory import measure
-from offload_sparse.bench.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def test_peak_of_each_of_two_ranks_stays_below_its_shard_two_subnets_and_activations() -> None:

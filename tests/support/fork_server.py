@@ -46,7 +46,7 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ForkServer:
-        command = [sys.executable, "-m", "offload_sparse.bench.fork_server", "--serve", self.address]
+        command = [sys.executable, "-m", "tests.support.fork_server", "--serve", self.address]
         self._process = subprocess.Popen([*command, *self._modules], stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)

@@ -1,0 +1,81 @@
+"""Small runs on random images, as the plan sees them and as a session trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.config import DataConfig, ModelConfig
+from offload_sparse.workloads.models import build_model
+
+ROUNDS, STEPS = 2, 2
+
+
+def case(
+    name: str, size: int, batch: int, rho: float, optimizer: OptimConfig | None = None, **arguments: Any
+) -> RunConfig:
+    """A run on random images of ten classes."""
+    return RunConfig(
+        model=ModelConfig(name, arguments=arguments),
+        data=DataConfig(
+            "random", batch_size=batch, image_size=size, num_classes=10, channels=3, train_images=10_000
+        ),
+        policy=PolicyConfig.paper(rho=rho),
+        round=RoundConfig(k=STEPS, freeze_at=1),
+        optim=optimizer or OptimConfig(lr=0.01),
+    )
+
+
+SMALL = case("offload_sparse/vgg_small", 16, 64, 0.25, width=2.0)
+ADAMW = OptimConfig("adamw", lr=1e-3)
+CASES = {
+    "vgg": SMALL,
+    "resnet": case("offload_sparse/resnet20_cifar", 16, 16, 0.5, ADAMW),
+    "mlp": case("offload_sparse/mlp", 8, 64, 0.2, stream=256, hidden=2048, depth=2),
+    "every_step": replace(SMALL, round=RoundConfig(k=2, reference="every_step", freeze_at=1)),
+    "one_pair": replace(SMALL, round=RoundConfig(k=2, delta=False, freeze_at=1)),
+    "depthwise": case("timm/mobilenetv1_100", 32, 16, 0.5, ADAMW),
+}
+
+
+def build_session(config: RunConfig) -> SparseOffload:
+    """A session of ``ROUNDS`` rounds."""
+    data = config.data
+    return SparseOffload(
+        partial(
+            build_model, config.model.name, data.num_classes, 3, data.image_size, **config.model.arguments
+        ),
+        (torch.empty(1, 3, data.image_size, data.image_size, device="meta"),),
+        total_steps=ROUNDS * STEPS,
+        policy=config.policy,
+        rounds=config.round,
+        optimizer=config.optim,
+        final=config.final,
+        residual=config.model.residual,
+        seed=config.train.seed,
+    )
+
+
+def train(session: SparseOffload, config: RunConfig, after_step: Callable[[], object]) -> None:
+    """``ROUNDS`` rounds of ``STEPS`` steps."""
+    data, generator = config.data, torch.Generator().manual_seed(0)
+    for _ in range(ROUNDS * STEPS):
+        images = torch.randn(data.batch_size, 3, data.image_size, data.image_size, generator=generator)
+        labels = torch.randint(data.num_classes, (data.batch_size,), generator=generator)
+        session.step((images, labels), loss_fn)
+        after_step()
+
+
+def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross entropy."""
+    return F.cross_entropy(module(batch[0]), batch[1])
