@@ -36,7 +36,7 @@ def run(quick: bool) -> BenchResult:
     hidden, pairs = (2048, 2) if quick else (32768, 5)
     session, batch = _session(hidden)
     with tempfile.TemporaryDirectory() as folder:
-        config = CheckpointConfig(every_steps=1, keep=1)
+        config = CheckpointConfig(every="1", keep=1)
         checkpointer = Checkpointer(Path(folder) / "checkpoints", config, {})
         session.relay.before_return = checkpointer.release
         stretch = partial(_stretch, session, checkpointer, batch)

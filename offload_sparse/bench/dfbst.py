@@ -141,13 +141,12 @@ def _images(name: str) -> Images:
 
 
 def _task(cell: Cell, images: Images, device: torch.device) -> Task:
+    DSTConfig.reset_at = DFBSTConfig.reset_at = cell.reset_at
     config = RunConfig(
         method=cell.method,  # type: ignore[arg-type]
         data=DataConfig(name=images.name, batch_size=_BATCH),
         optim=OptimConfig(lr=0.01, momentum=0.9, weight_decay=0.0, schedule="constant"),
         train=TrainConfig(seed=cell.seed),
-        dst=DSTConfig(reset_at=cell.reset_at),
-        dfbst=DFBSTConfig(reset_at=cell.reset_at),
         final=FinalConfig(),
     )
     return Task(

@@ -36,11 +36,11 @@ SEED = 0
 _LIMIT_SECONDS = 400.0
 _OPTIONS = shlex.split(
     "train --model.name offload_sparse/mlp --model.arguments '{stream: 12, hidden: 24, depth: 1}' "
-    "--data.train_limit 320 --data.test_limit 32 --data.batch_size 16 "
-    f"--train.max_steps {STEPS} --train.verify false --train.check_plan false --train.progress false "
+    "--data.limit 320 --data.batch_size 16 "
+    f"--train.max_steps {STEPS} --train.check false --quiet true "
     "--train.eval_every 0 --train.log_every 5 --train.timeout 60 "
-    "--round.k 4 --round.freeze_at 0.9 --final.candidates 2 --final.bn_batches 1 "
-    "--checkpoint.every_steps 5 --checkpoint.best false --optim.lr 0.02"
+    "--round.k 4 --round.freeze_at 0.9 --final.candidates 2 "
+    "--checkpoint.every 5 --optim.lr 0.02"
 )
 _DEATH = re.compile(r"fault: rank (\d+) dies at step (\d+) in (\S+) of attempt (\d+)")
 
@@ -76,7 +76,7 @@ def run(quick: bool) -> BenchResult:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        code, log, straight_seconds = launch(folder / "straight", [], "off")
+        code, log, straight_seconds = launch(folder / "straight", [], "delta")
         if code:
             raise RuntimeError(f"the undisturbed run failed\n{log}")
         for number, faults in enumerate(plans(wanted)):
@@ -101,14 +101,14 @@ def plans(kills: int, seed: int = SEED) -> Iterator[list[Fault]]:
         yield faults
 
 
-def launch(run_dir: Path, faults: list[Fault], overlap: str) -> tuple[int, str, float]:
+def launch(run_dir: Path, faults: list[Fault], transfer: str) -> tuple[int, str, float]:
     """Exit code, output and seconds of ``accelerate launch`` on two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--max_restarts", str(RESTARTS), "--main_process_port", port, "-m", "offload_sparse.cli"]
-    command += [*_OPTIONS, "--round.overlap", overlap, "--run_dir", str(run_dir)]
+    command += [*_OPTIONS, "--round.transfer", transfer, "--run_dir", str(run_dir)]
     text = ",".join(f"kill:rank={f.rank}:step={f.step}:phase={f.phase}:restart={f.restart}" for f in faults)
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in ranks}
@@ -145,7 +145,7 @@ def same_weights(run_dir: Path, straight: Path) -> bool:
 
 def _disturbed(folder: Path, number: int, faults: list[Fault]) -> Outcome:
     run_dir = folder / f"run{number}"
-    code, log, seconds = launch(run_dir, faults, "on" if number % 2 else "off")
+    code, log, seconds = launch(run_dir, faults, "overlap" if number % 2 else "delta")
     intact = code == 0 and same_weights(run_dir, folder / "straight")
     if not intact:
         print(log, file=sys.stderr, flush=True)

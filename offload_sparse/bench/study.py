@@ -33,11 +33,11 @@ from torch import nn
 from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.config.methods import StaticConfig
 from offload_sparse.config.run import MethodName, RunConfig, TrainConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.rounds import Forward
 from offload_sparse.export.network_file import FinalNetwork
+from offload_sparse.methods import static
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.evaluation import evaluate
@@ -77,7 +77,7 @@ SETTINGS = {
     ),
     "cifar10": Setting(
         "offload_sparse/resnet20_cifar",
-        DataConfig(test_split="validation", batch_size=128, random_flip=True, random_crop=4),
+        DataConfig(splits=["train", "validation"], batch_size=128, random_flip=True, random_crop=4),
         10,
         OptimConfig(lr=0.1, warmup_epochs=0.5),
     ),
@@ -227,7 +227,7 @@ class Study:
     def train(self, cell: Cell) -> dict[str, Any]:
         """Train one network and measure it."""
         task = self._task(cell)
-        method = build_method(task)
+        method = static.build(task, cell.widths) if cell.widths else build_method(task)
         data, start = task.config.data, time.perf_counter()
         per_epoch = steps_per_epoch(len(self.images.train.labels), data.batch_size)
         losses: list[float] = []
@@ -275,7 +275,6 @@ class Study:
             policy=(PolicyConfig.paper if recipe.paper else PolicyConfig)(**policy),
             round=RoundConfig(**recipe.round),
             optim=setting.optim,
-            static=StaticConfig(widths=list(cell.widths)),
             train=TrainConfig(seed=cell.seed),
         )
         channels, height, _ = self.images.shape
@@ -324,9 +323,9 @@ def draw(found: Mapping[tuple[float, str], list[dict[str, Any]]], name: str, pat
 def _images(setting: Setting, data: str, held_out: bool) -> tuple[Images, Normalise]:
     config = replace(setting.data, name=data or setting.data.name)
     if not data:
-        config = replace(config, test_split="test")  # that of the embedded images
+        config = replace(config, splits=["train", "test"])  # that of the embedded images
     if held_out:
-        config = replace(config, validation_size=1 / 6)
+        config = replace(config, validation=1 / 6)
     return read_images(config, held_out)
 
 

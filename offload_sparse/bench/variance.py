@@ -45,10 +45,9 @@ def run(quick: bool, config: VarianceConfig) -> BenchResult:
     """Three checkpoints of a short run, 200 pairs each; ``quick`` takes one and 20 pairs."""
     data = DataConfig(
         name=config.data or DataConfig.name,
-        test_split="validation" if config.data else "test",
+        splits=["train", "validation" if config.data else "test"],
         batch_size=_BATCH,
-        train_limit=2000 if quick else 20_000,
-        test_limit=100,
+        limit=2000 if quick else 20_000,
     )
     images, normalise = read_images(data)
     steps, pairs = config.steps or (20 if quick else 600), config.pairs or (20 if quick else 200)

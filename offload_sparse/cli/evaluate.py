@@ -83,7 +83,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
         )
     split = getattr(load_splits(config.data), config.split)
     if split is None:
-        raise ValueError("no validation images; set --data.validation_split or --data.validation_size")
+        raise ValueError("no validation images; set --data.validation to a share or a split")
     mean, std = opened.preprocessing["mean"], opened.preprocessing["std"]
     normalise = Normalise(mean, std, opened.dtype).to(opened.device)
     loader = EvalLoader(split, config.data, channels=len(mean))

@@ -58,7 +58,9 @@ class Leaf:
 
 
 _METAVARS = {float: "NUMBER", int: "INTEGER", bool: "{true,false}", str: "TEXT", Path: "PATH"}
+_METAVARS[str | int | float] = "TEXT"  # type: ignore[index]
 _WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
+_WORDS[str | int | float] = "text or a number"  # type: ignore[index]
 _LISTS = {float: "[0.5, 0.25]", int: "[1, 2]", str: "[tensorboard]"}
 
 

@@ -7,9 +7,10 @@ single values. Each room keeps its own branch in a module that imports nothing h
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from offload_sparse.channels.config import AtomsConfig
 from offload_sparse.channels.require import require
@@ -17,9 +18,7 @@ from offload_sparse.config.methods import (
     DFBSTConfig,
     DSTConfig,
     GrowEfficientConfig,
-    PaperConfig,
     RigLConfig,
-    StaticConfig,
 )
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, check_combination
 from offload_sparse.policy.config import PolicyConfig
@@ -36,8 +35,8 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training images.
         max_steps: stop after this many optimizer steps; 0 lets ``epochs`` decide.
-        precision: ``bf16`` autocasts forward passes; the weights stay in ``dtype``.
-        dtype: type of weights, optimizer slots and gradients.
+        precision: ``bf16`` autocasts forward passes, while weights, optimizer slots and gradients stay in
+            float32, as with ``no``; ``float64`` computes and keeps everything in float64.
         batch_norm: ``batch`` normalises with the statistics of each rank's own images (as
             DistributedDataParallel does), ``frozen`` with the running statistics, which makes a step
             independent of how images are spread over ranks.
@@ -48,29 +47,22 @@ class TrainConfig:
             it. ``stop`` ends the run, ``skip`` leaves out the step, ``rollback`` carries on behind the
             batches that led there: ``sparse_offload`` from the end of its last good round, other methods from
             the last checkpoint.
-        deterministic: only algorithms that give the same bits on every run; slower, and an error where there
-            is none.
         timeout: seconds that a rank waits for the others before it takes one for dead; loading data and
             checking the model count too.
-        verify: check slice = mask on the model before training starts.
-        check_plan: refuse to start what would not fit into memory (see ``offload-sparse plan``).
-        progress: draw a progress bar on rank 0.
+        check: before training starts, check slice = mask on the model, and refuse what would not fit into
+            memory (see ``offload-sparse plan``).
     """
 
     epochs: int = 10
     max_steps: int = 0
-    precision: Literal["no", "bf16"] = "no"
-    dtype: Literal["float32", "float64"] = "float32"
+    precision: Literal["no", "bf16", "float64"] = "no"
     batch_norm: Literal["batch", "frozen"] = "batch"
     eval_every: int = 1
     log_every: int = 10
     seed: int = 0
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    deterministic: bool = False
     timeout: int = 600
-    verify: bool = True
-    check_plan: bool = True
-    progress: bool = True
+    check: bool = True
 
     def __post_init__(self) -> None:
         require(self.timeout >= 1, f"train.timeout is {self.timeout}; give at least 1 second")
@@ -79,32 +71,52 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; give at least 1")
 
+    @property
+    def dtype(self) -> Literal["float32", "float64"]:
+        """Type of weights, optimizer slots and gradients."""
+        return "float64" if self.precision == "float64" else "float32"
+
+    @property
+    def autocast(self) -> str:
+        """What forward passes are cast to, as accelerate names it."""
+        return "no" if self.precision == "float64" else self.precision
+
 
 @dataclass
 class CheckpointConfig:
     """When the state of the run is saved, and what is kept.
 
-    A run that is interrupted (SIGTERM, Ctrl-C) saves in any case.
+    Whatever these say, a run saves where it is interrupted (SIGTERM, Ctrl-C), and after each evaluation that
+    is the best so far; that checkpoint is kept, too.
 
     Attributes:
-        every_minutes: minutes between checkpoints; 0 goes by ``every_steps`` alone.
-        every_steps: steps between checkpoints; 0 goes by ``every_minutes`` alone. In the middle of a round a
-            checkpoint waits for its end.
+        every: time or steps between checkpoints: ``10min``, or ``500`` for steps; 0 for never. In the middle
+            of a round a checkpoint waits for its end.
         keep: newest checkpoints that are kept.
-        best: save after each evaluation that is the best so far, and keep that checkpoint too.
-        background: write while training goes on.
     """
 
-    every_minutes: float = 10.0
-    every_steps: int = 0
+    every: str | int | float = "10min"
     keep: int = 2
-    best: bool = True
-    background: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("every_minutes", "every_steps"):
-            require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}; give 0 or more")
+        self.every = str(self.every)
+        require(
+            re.fullmatch(r"\d+|\d+(\.\d+)?min", self.every) is not None,
+            f"checkpoint.every is {self.every}; give minutes such as 10min, or steps such as 500",
+        )
         require(self.keep >= 1, f"checkpoint.keep is {self.keep}; give at least 1")
+
+    @property
+    def every_minutes(self) -> float:
+        """Minutes between checkpoints; 0 where steps are counted."""
+        text = str(self.every)
+        return float(text.removesuffix("min")) if text.endswith("min") else 0.0
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between checkpoints; 0 where minutes are counted."""
+        text = str(self.every)
+        return 0 if text.endswith("min") else int(text)
 
 
 @dataclass
@@ -117,21 +129,26 @@ class RunConfig:
         overwrite: replace the files of an earlier run in ``run_dir``.
         resume: ``auto`` carries on with the run that ``run_dir`` holds, ``never`` refuses such a folder; or
             the path of a checkpoint, or of a run, to start from.
+        quiet: no progress bar and no line per epoch.
         dry_run: print network, cost, steps and the figures to reach, and stop; no image is read, no file
             written.
         compile: compile the forward passes of subnets with torch.compile. ``policy.sampler auto`` then keeps
             all widths fixed, so that nothing is compiled after the first round.
         trackers: accelerate's trackers to log to, such as ``tensorboard,wandb``; ``[]`` for none. Those that
             write files do so in ``trackers/`` in the run's folder.
+        paper: figures that the run aims at, shown beside its own: ``source``, and in % ``accuracy``,
+            ``dense_accuracy``, ``params`` and ``flops`` (remaining); ``train_cost_saving`` is a factor.
     """
 
     method: MethodName = "sparse_offload"
     run_dir: Path = Path("runs/default")
     overwrite: bool = False
     resume: str = "auto"
+    quiet: bool = False
     dry_run: bool = False
     compile: bool = False
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    paper: dict[str, Any] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     atoms: AtomsConfig = field(default_factory=AtomsConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -142,12 +159,20 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
-    static: StaticConfig = field(default_factory=StaticConfig)
     dst: DSTConfig = field(default_factory=DSTConfig)
     dfbst: DFBSTConfig = field(default_factory=DFBSTConfig)
     rigl: RigLConfig = field(default_factory=RigLConfig)
     grow_efficient: GrowEfficientConfig = field(default_factory=GrowEfficientConfig)
-    paper: PaperConfig = field(default_factory=PaperConfig)
 
     def __post_init__(self) -> None:
         check_combination(self.policy.resolved(self.compile), self.round)
+        require(
+            all(isinstance(value, str | int | float) for value in self.paper.values()),
+            "paper holds more than text and numbers; give a mapping such as {source: Table 2, flops: 8.7}",
+        )
+        for name in ("accuracy", "dense_accuracy", "params", "flops", "train_cost_saving"):
+            value, most = self.paper.get(name, 0), 1e9 if name == "train_cost_saving" else 100
+            require(
+                isinstance(value, int | float) and 0 <= value <= most,
+                f"paper.{name} is {value}; give a {'factor' if most > 100 else 'percentage'}",
+            )

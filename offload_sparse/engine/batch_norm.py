@@ -55,7 +55,7 @@ def reestimate_batch_norm(
     first = next(iterator, None)
     if first is None:
         raise ValueError(
-            "BatchNorm statistics need at least one batch; give finalize() some, or raise final.bn_batches"
+            "BatchNorm statistics need at least one batch; give finalize() some"
         )
     with flags_restored(module), _cumulative(norms), torch.no_grad():
         module.eval()

@@ -22,15 +22,11 @@ def slot_names(config: OptimConfig) -> tuple[str, ...]:
 def build_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """The torch optimizer that ``config`` describes."""
     if config.name == "adamw":
-        betas = (config.betas[0], config.betas[1])
-        return torch.optim.AdamW(
-            parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     return torch.optim.SGD(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
-        nesterov=config.nesterov,
         weight_decay=config.weight_decay,
         fused=True,
     )

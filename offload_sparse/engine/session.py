@@ -156,7 +156,7 @@ class SparseOffload:
         )
         if compile:
             self.relay.compile()
-        self.averager = Averager(self.rounds.reduce, self.ranks.world_size, self.device)
+        self.averager = Averager("auto", self.ranks.world_size, self.device)
         self.freeze_step = sys.maxsize if total_steps is None else round(self.rounds.freeze_at * total_steps)
         self.steps_done = 0
         self.rounds_done = 0

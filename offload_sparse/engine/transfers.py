@@ -336,6 +336,5 @@ class Relay:
 
 
 def overlaps(rounds: RoundConfig, device: torch.device) -> bool:
-    """Whether transfers run beside the steps: by default on a GPU; on a CPU they would take the cores."""
-    wanted = rounds.overlap == "on" or (rounds.overlap == "auto" and device.type == "cuda")
-    return wanted and rounds.prefetch and rounds.delta
+    """Whether transfers run beside the steps."""
+    return rounds.overlaps(device.type == "cuda")

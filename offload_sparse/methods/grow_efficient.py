@@ -48,7 +48,7 @@ class ChannelGates(Sparsity):
     Args:
         network: the full network.
         channel_map: its map, without unions.
-        config: ``grow_efficient``, ``policy.rho``, ``policy.min_width``, ``round.freeze_at`` and the seed.
+        config: ``grow_efficient``, ``policy.rho``, the minimum width, ``round.freeze_at`` and the seed.
         total_steps: optimizer steps of the run.
     """
 
@@ -203,7 +203,7 @@ def build(task: Task) -> Method:
         task.example_inputs,
         config.model.residual,
         Ranks.current(),
-        verify=config.train.verify,
+        verify=config.train.check,
         block=config.atoms.block,
     )
     channel_map = prepared.channel_map

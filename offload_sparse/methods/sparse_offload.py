@@ -101,9 +101,6 @@ class SparseOffloadMethod:
 def build(task: Task) -> Method:
     """A session for ``task``; one with a store in files carries on from these by itself."""
     config = task.config
-    rounds = config.round
-    if config.train.deterministic and rounds.reduce == "auto":  # which way is faster is up to the clock
-        rounds = replace(rounds, reduce="single")
     folder = Path(config.store.path or config.run_dir / "store")
     carries_on = config.resume == "auto" and not config.overwrite and is_filled(folder)
     session = SparseOffload(
@@ -111,7 +108,7 @@ def build(task: Task) -> Method:
         task.example_inputs,
         total_steps=task.total_steps,
         policy=config.policy,
-        rounds=rounds,
+        rounds=config.round,
         optimizer=config.optim,
         final=config.final,
         store=replace(config.store, path=str(folder)),
@@ -121,7 +118,7 @@ def build(task: Task) -> Method:
         device=task.device,
         dtype=task.dtype,
         forward=task.forward,
-        verify=config.train.verify,
+        verify=config.train.check,
         compile=config.compile,
         run_id=str(config.run_dir.resolve()),
         on_nonfinite=config.train.on_nonfinite,

@@ -26,9 +26,9 @@ from offload_sparse.store.initial_values import initial_tensors
 from offload_sparse.store.weight_store import Ranks
 
 
-def build(task: Task) -> Method:
-    """The narrow network of ``static.flops_ratio`` or ``static.widths``, or that of ``policy.rho`` in every
-    group.
+def build(task: Task, widths: Sequence[int] = ()) -> Method:
+    """The narrow network that keeps the same share of every group, as large as ``policy.budget`` and
+    ``policy.rho`` allow; or one of these widths, group by group.
     """
     config = task.config
     ranks = Ranks.current()
@@ -37,38 +37,19 @@ def build(task: Task) -> Method:
         task.example_inputs,
         config.model.residual,
         ranks,
-        verify=config.train.verify,
+        verify=config.train.check,
         block=config.atoms.block,
     )
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
-    min_width = config.policy.min_width
-    mask = evenly_narrowed(config.policy, channel_map, cost)
-    if config.static.flops_ratio > 0:
-        target = config.static.flops_ratio * cost.flops(channel_map.full_mask())
-        mask = mask_of_flops(channel_map, cost, target, min_width)
-    if config.static.widths:
-        mask = mask_of_widths(channel_map, config.static.widths)
+    if widths:
+        mask = mask_of_widths(channel_map, widths)
+    else:
+        mask = evenly_narrowed(config.policy, channel_map, cost)
     assert prepared.recording is not None
     tensors = initial_tensors(prepared.recording, task.factory, config.train.seed)
     module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask))
     return FixedNetwork(task, module, channel_map, mask, cost)
-
-
-def mask_of_flops(channel_map: ChannelMap, cost: CostModel, target: float, min_width: int) -> Tensor:
-    """The widest uniform mask whose forward pass takes at most ``target`` FLOPs (at least ``min_width`` per
-    group).
-    """
-    low, high = 0.0, 1.0
-    if cost.flops(channel_map.full_mask()) <= target:
-        return channel_map.full_mask()
-    for _ in range(40):
-        middle = (low + high) / 2
-        if cost.flops(channel_map.uniform_mask(middle, min_width)) <= target:
-            low = middle
-        else:
-            high = middle
-    return channel_map.uniform_mask(low, min_width)
 
 
 def mask_of_widths(channel_map: ChannelMap, widths: Sequence[int]) -> Tensor:
@@ -80,7 +61,7 @@ def mask_of_widths(channel_map: ChannelMap, widths: Sequence[int]) -> Tensor:
     groups = channel_map.groups
     if len(widths) != len(groups) or any(not 1 <= w <= g.size for w, g in zip(widths, groups, strict=False)):
         raise ValueError(
-            f"static.widths is {list(widths)}; give one width for each of the {len(groups)} groups of "
+            f"the widths are {list(widths)}; give one width for each of the {len(groups)} groups of "
             f"{[group.size for group in groups]} atoms"
         )
     mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)

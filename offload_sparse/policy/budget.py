@@ -92,7 +92,7 @@ class Budget:
         if least > self.limit * (1 + _PRECISION):
             raise ValueError(
                 f"policy.rho {rho:g} of the {kind} is below the {least / whole:.3g} that remain with every "
-                f"keep probability at policy.floor {bounds[0]:g}; raise policy.rho or lower policy.floor"
+                f"keep probability at its least, {bounds[0]:g}; raise policy.rho"
             )
 
     def spent(self, s: Tensor) -> float:

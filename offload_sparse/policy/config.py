@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from offload_sparse.channels.require import require
 
@@ -43,11 +43,13 @@ class PolicyConfig:
             fixed widths, else ``group``.
         optimizer: optimizer of the keep probabilities (or keep rates).
         lr: its learning rate (the paper: Adam, 12e-3).
-        min_width: atoms that every group keeps, whatever is drawn.
         hard_cap: a drawn mask never keeps more than hard_cap times the expected number of atoms (with
             ``count``), or has more than hard_cap^2 times the parameters (and FLOPs, if these are the budget)
             of the uniformly narrowed network.
     """
+
+    min_width: ClassVar[int] = 1
+    """Atoms that every group keeps, whatever is drawn."""
 
     rho: float = 0.25
     budget: BudgetName = "count"
@@ -57,7 +59,6 @@ class PolicyConfig:
     parametrisation: ParametrisationName = "auto"
     optimizer: Literal["adam", "sgd"] = "sgd"
     lr: float = 0.01
-    min_width: int = 1
     hard_cap: float = 1.25
 
     def __post_init__(self) -> None:
@@ -66,7 +67,6 @@ class PolicyConfig:
         )
         require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
         require(0 < self.refresh <= 1, f"policy.refresh is {self.refresh}; give a share in (0, 1]")
-        require(self.min_width >= 1, f"policy.min_width is {self.min_width}; give at least 1 atom")
         require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
         require(
             self.sampler in ("auto", "bernoulli") or self.estimator != "disarm_cv",

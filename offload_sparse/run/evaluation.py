@@ -54,7 +54,7 @@ def evaluate(
     loss, correct, count = (reduce(sums) if reduce else sums).tolist()
     if count == 0:
         raise ValueError(
-            "there are no images to evaluate on; choose another data.test_split or raise data.test_limit"
+            "there are no images to evaluate on; choose other data.splits or raise data.limit"
         )
     return Evaluation(loss / count, correct / count, round(count))
 

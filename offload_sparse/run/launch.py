@@ -75,13 +75,9 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
-    if config.precision == "bf16" and config.dtype == "float64":
-        raise ValueError("train.precision bf16 and train.dtype float64 exclude each other; choose one")
-    if config.deterministic:
-        _use_deterministic_algorithms()
     _join_again(timedelta(seconds=config.timeout))
     accelerator = Accelerator(
-        mixed_precision=config.precision,
+        mixed_precision=config.autocast,
         cpu=not torch.cuda.is_available(),
         log_with=trackers or None,
         project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / TRACKERS_FOLDER)),
@@ -142,10 +138,3 @@ def _join_again(timeout: timedelta) -> None:
     own = dist.PrefixStore(f"attempt_{attempt}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _use_deterministic_algorithms() -> None:
-    """The same bits on every run, or an error; before CUDA starts."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False

@@ -101,7 +101,7 @@ class Recorder:
         later ones, which are about to be written again, go.
 
         While training, stderr shows one line per epoch and, on a terminal, a progress bar below, unless
-        ``train.progress`` is off.
+        ``quiet`` is on.
 
         Args:
             total_steps: optimizer steps of the run.
@@ -124,7 +124,7 @@ class Recorder:
             _write_whole(run_dir / CONFIG_FILE, arguments.dump(self.config))
         _write_whole(run_dir / METRICS_FILE, "".join(line + "\n" for line in kept))
         self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        if self.config.train.progress and sys.stderr.isatty():
+        if not self.config.quiet and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr
             )
@@ -219,7 +219,7 @@ class Recorder:
     def _tell_epoch(self) -> None:
         """Print how the run stands, once per epoch: a line that begins with ``epoch``."""
         epoch = math.ceil(self._step / self._steps_per_epoch)
-        quiet = not self.is_main or not self.config.train.progress
+        quiet = not self.is_main or self.config.quiet
         if quiet or epoch == self._epochs_told:
             return
         self._epochs_told = epoch

@@ -150,7 +150,7 @@ class Progress:
         stop, late = self._agreement.exchange(bool(self._interruption.signal_name), late)
         self._stopping |= stop
         enough = 0 < config.every_steps <= self.step - self._saved_step
-        self._wanted |= self._stopping or late or enough or (config.best and self._improved)
+        self._wanted |= self._stopping or late or enough or self._improved
         if not self._wanted:
             return
         self._unlogged += self._method.records()  # raises before anything that is not finite is saved
@@ -178,7 +178,6 @@ class Progress:
         return {"stopped_at": self.step}
 
     def _save(self, state: MethodState) -> None:
-        wait = self._stopping or not self._config.checkpoint.background
         state.local |= {_RNG + name: value for name, value in random_state().items()}
         run = {
             "seconds": self._recorder.seconds,
@@ -190,9 +189,9 @@ class Progress:
         }
         self._recorder.sync()
         self._saved_step, self._saved_at, self._wanted = self.step, time.monotonic(), False
-        best, self._improved = self._improved and self._config.checkpoint.best, False
+        best, self._improved = self._improved, False
         self._checkpointer.save(self.step, state, run, best=best, wait=False)
-        if wait:
+        if self._stopping:
             written = self._checkpointer.join()
             self._saved_step = self.step if written else -1
         else:

@@ -19,10 +19,9 @@ Standing = Literal["new", "started", "finished"]
 
 _FREE_SECTIONS = ("checkpoint", "paper")
 _FREE = (
-    *("run_dir", "overwrite", "resume", "dry_run", "trackers"),
-    *("train.progress", "train.log_every", "train.eval_every", "train.verify", "train.timeout"),
-    *("train.on_nonfinite", "train.deterministic", "round.check_ranks"),
-    *("data.num_workers", "data.cache_bytes", "data.corrupt_limit"),
+    *("run_dir", "overwrite", "resume", "dry_run", "quiet", "trackers"),
+    *("train.log_every", "train.eval_every", "train.check", "train.timeout", "train.on_nonfinite"),
+    *("round.check_ranks", "data.num_workers"),
 )
 """Settings that may change between the parts of a run, because its weights do not depend on them."""
 

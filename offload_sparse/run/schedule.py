@@ -20,6 +20,6 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
         return config.lr
     if config.schedule == "step":
         passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
-        return config.lr * config.decay**passed
+        return config.lr * 0.1**passed
     progress = (step - warmup) / max(1.0, total_steps - warmup)
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, progress)))

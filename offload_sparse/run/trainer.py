@@ -130,7 +130,7 @@ class Run:
         self.normalise = normalise_for(self.train_loader.images, config.data, self.dtype).to(self.device)
         self.image_shape = (self.channels, *self.splits.image_shape)
         self.task = self._task()
-        if config.train.check_plan:
+        if config.train.check:
             self._check_plan()
         self.method: Method = build_method(self.task)
         self.progress = Progress(config, self.method, self.recorder, self._batches_at)
@@ -214,8 +214,7 @@ class Run:
                 "shape": list(self.image_shape),
                 "class_names": list(self.splits.class_names),
             }
-            layout = self.config.final.layout
-            network.save(self.config.run_dir / "model", model, preprocessing, layout)
+            network.save(self.config.run_dir / "model", model, preprocessing)
         return network
 
     def summary(self, network: FinalNetwork) -> dict[str, Any]:
@@ -297,7 +296,7 @@ class Run:
             ranks.num_processes,
             config.train.seed,
             channels=self.channels,
-            progress=config.train.progress,
+            progress=not config.quiet,
             corrupt=self.corrupt,
         )
 
@@ -309,7 +308,7 @@ class Run:
             ranks.process_index,
             ranks.num_processes,
             channels=self.channels,
-            progress=config.train.progress,
+            progress=not config.quiet,
             corrupt=self.corrupt,
         )
 

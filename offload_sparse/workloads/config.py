@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.require import require
@@ -19,11 +19,9 @@ class DataConfig:
         name: ``fashion_mnist_small`` (embedded), a dataset name on the hub, a folder of images (one
             sub-folder per class and split), a parquet file, or a folder of parquet files named after their
             splits.
-        train_split: split used for training.
-        test_split: split used for the reported accuracy.
-        validation_split: split for the accuracy shown while training; empty means that ``validation_size``
-            decides.
-        validation_size: share of the training split held out for validation, in [0, 1).
+        splits: the split to train on, and the one that accuracy is reported on.
+        validation: images for the accuracy shown while training: the name of a split, or a share of the
+            training images that is held out, such as 0.1. Empty takes the test images.
         image_column: column that holds the images.
         label_column: column that holds integer class labels.
         batch_size: images per optimizer step over all ranks (the global batch).
@@ -31,8 +29,6 @@ class DataConfig:
         image_size: side in pixels that images are resized to; 0 keeps the size of the images.
         streaming: read parquet files where they lie, by row groups, instead of through a copy in the
             library's cache; image folders are always read where they lie.
-        shuffle_buffer: with ``streaming``, rows that are shuffled together, behind a random order of row
-            groups; a worker holds about as many encoded images.
         train_crop: how training images get to their size. ``pad`` resizes and crops the middle as in
             evaluation, then takes a random crop of ``random_crop``; ``resized`` scales a random part to
             ``image_size`` (area 8-100 %, aspect ratio 3:4-4:3: the usual recipe for ImageNet).
@@ -42,57 +38,59 @@ class DataConfig:
         random_flip: flip images horizontally at random.
         mean: mean per channel of images in [0, 1]; empty measures it on training images.
         std: standard deviation per channel of images in [0, 1]; empty measures it on training images.
-        train_limit: use only this many training images; 0 uses all.
-        test_limit: use only this many test images; 0 uses all.
-        cache_bytes: splits that take no more than this many bytes when decoded are kept decoded in memory.
-        corrupt_limit: images that cannot be decoded and are replaced (in training) or left out (in
-            evaluation) before it is an error; each rank counts those that it meets.
+        limit: use only this many training images and this many test images; 0 uses all.
         num_classes: classes; like the next two for ``dry_run`` alone, which reads no images.
         channels: channels of the images.
         train_images: images of the training split.
     """
 
+    cache_bytes: ClassVar[int] = 1 << 30
+    """Splits that take no more than this many bytes when decoded are kept decoded in memory."""
+    corrupt_limit: ClassVar[int] = 100
+    """Images that cannot be decoded and are replaced (in training) or left out (in evaluation) before it is
+    an error; each rank counts those that it meets."""
+    shuffle_buffer: ClassVar[int] = 1024
+    """With ``streaming``, rows that are shuffled together, behind a random order of row groups; a worker
+    holds about as many encoded images."""
+
     name: str = "fashion_mnist_small"
-    train_split: str = "train"
-    test_split: str = "test"
-    validation_split: str = ""
-    validation_size: float = 0.0
+    splits: list[str] = field(default_factory=lambda: ["train", "test"])
+    validation: str | int | float = ""
     image_column: str = "image"
     label_column: str = "label"
     batch_size: int = 256
     num_workers: int = 0
     image_size: int = 0
     streaming: bool = False
-    shuffle_buffer: int = 1024
     train_crop: TrainCrop = "pad"
     eval_resize: int = 0
     random_crop: int = 0
     random_flip: bool = False
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
-    train_limit: int = 0
-    test_limit: int = 0
-    cache_bytes: int = 1 << 30
-    corrupt_limit: int = 100
+    limit: int = 0
     num_classes: int = 0
     channels: int = 0
     train_images: int = 0
 
     def __post_init__(self) -> None:
+        self.validation = str(self.validation)
+        require(
+            len(self.splits) == 2 and all(self.splits),
+            f"data.splits is {self.splits}; give two names, such as [train, test]",
+        )
         require(bool(self.name), "data.name is empty; give the name of a dataset, or a path")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; give at least 1 image per step")
         require(
             0 <= self.validation_size < 1,
-            f"data.validation_size is {self.validation_size}; give a share of the training images in [0, 1)",
+            f"data.validation is {self.validation}; give a share of the training images in [0, 1), or the "
+            "name of a split",
         )
         for name in (
-            *("num_workers", "image_size", "random_crop", "train_limit", "test_limit", "cache_bytes"),
-            *("eval_resize", "corrupt_limit", "num_classes", "channels", "train_images"),
+            *("num_workers", "image_size", "random_crop", "limit", "eval_resize"),
+            *("num_classes", "channels", "train_images"),
         ):
             require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; give 0 or more")
-        require(
-            self.shuffle_buffer >= 1, f"data.shuffle_buffer is {self.shuffle_buffer}; give at least 1 row"
-        )
         resized = self.train_crop == "resized"
         require(not resized or self.image_size > 0, "data.train_crop resized needs data.image_size")
         require(
@@ -103,6 +101,37 @@ class DataConfig:
             self.eval_resize == 0 or 0 < self.image_size <= self.eval_resize,
             f"data.eval_resize is {self.eval_resize}; give at least data.image_size ({self.image_size})",
         )
+
+    @property
+    def train_split(self) -> str:
+        """Name of the split to train on."""
+        return self.splits[0]
+
+    @property
+    def test_split(self) -> str:
+        """Name of the split that accuracy is reported on."""
+        return self.splits[1]
+
+    @property
+    def validation_size(self) -> float:
+        """Share of the training images that is held out; 0 where a split is named, or nothing."""
+        try:
+            return float(self.validation or 0)
+        except ValueError:
+            return 0.0
+
+    @property
+    def validation_split(self) -> str:
+        """Name of the split of the validation images; empty where a share is held out, or nothing."""
+        return "" if _is_number(str(self.validation)) else str(self.validation)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass

@@ -196,7 +196,7 @@ def exported_run(run_dir: Path) -> nn.Module:
     arguments = {"num_classes": 10, "in_channels": 1, "image_size": 28}
     network = build_model(SMALL, **arguments).eval()
     config = RunConfig(run_dir=run_dir)
-    config.data.test_limit = 64
+    config.data.limit = 64
     with Recorder(config) as recorder:
         recorder.begin(1, 1)
     channel_map = ChannelMap((Group("all", 0, 1),), {}, {})
@@ -214,7 +214,7 @@ def test_evaluate_measures_the_exported_network_on_the_data_of_its_run(
 
     network = exported_run(tmp_path)
     config = RunConfig().data
-    config.test_limit = 64
+    config.limit = 64
     (batch,) = EvalLoader(load_splits(config).test, config)
     with torch.no_grad():
         logits = network((batch.images / 255 - 0.25) / 0.5)
@@ -230,7 +230,7 @@ def test_evaluate_measures_the_exported_network_on_the_data_of_its_run(
 
 def test_evaluate_takes_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exported_run(tmp_path)
-    argv = ["evaluate", str(tmp_path), "--split", "train", "--data.train_limit", "32", "--json"]
+    argv = ["evaluate", str(tmp_path), "--split", "train", "--data.limit", "32", "--json"]
     assert cli.main(argv) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["split"], figures["images"]) == ("train", 32)

@@ -47,8 +47,8 @@ def test_overrides_reach_their_leaves_in_both_spellings() -> None:
 
 
 def test_a_boolean_alone_means_true() -> None:
-    config = parse(["--overwrite", "--train.progress", "false", "--data.random_flip"])
-    assert (config.overwrite, config.train.progress, config.data.random_flip) == (True, False, True)
+    config = parse(["--overwrite", "--train.check", "false", "--data.random_flip"])
+    assert (config.overwrite, config.train.check, config.data.random_flip) == (True, False, True)
 
 
 def test_text_stays_text() -> None:
@@ -114,12 +114,18 @@ def _values_of(hint: Any) -> st.SearchStrategy[Any]:
         str: _TEXT,
         Path: _TEXT.map(Path),
         dict[str, Any]: _MAPPINGS,
+        str | int | float: st.sampled_from(["", "0.25", "5min", "12"]),
     }
     return kinds[hint]
 
 
+def _hints(tree: type) -> dict[str, Any]:
+    hints = get_type_hints(tree)
+    return {field.name: hints[field.name] for field in dataclasses.fields(tree)}
+
+
 def _leaves(tree: type, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, hint in get_type_hints(tree).items():
+    for name, hint in _hints(tree).items():
         if dataclasses.is_dataclass(hint):
             yield from _leaves(cast(type, hint), (*above, name))
         else:
@@ -200,7 +206,7 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--round.k", "0"], "round.k is 0; give at least 1 step per round"),
         (["--round.k", "1.5"], "round.k is 1.5; give a whole number"),
         (["--method", "magic"], "method is magic; give one of sparse_offload, dense, static"),
-        (["--train.verify", "maybe"], "train.verify is maybe; give true or false"),
+        (["--train.check", "maybe"], "train.check is maybe; give true or false"),
         (["--trackers", "{a: b}"], "give a list such as [tensorboard]"),
         (["--trackers", "[a"], "not valid YAML"),
         (["--data.mean", "[a]"], "give a list"),
@@ -309,7 +315,7 @@ def test_help_shows_every_option_with_its_default_and_an_example(capsys: pytest.
         parse(["--help"])
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for section in ("atoms", "data", "policy", "round", "optim", "train", "final", "static"):
+    for section in ("atoms", "data", "policy", "round", "optim", "train", "final", "dfbst"):
         for name in flat_values(RunConfig(), section):
             assert f"--{name} " in text
     assert "remaining ratio of what budget counts" in text

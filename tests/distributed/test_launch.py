@@ -17,20 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--config",
     "configs/quickstart.yaml",
-    "--data.train_limit",
+    "--data.limit",
     "256",
-    "--data.test_limit",
-    "128",
     "--data.batch_size",
     "32",
     "--model.arguments.width",
     "0.5",
     "--round.k",
     "3",
-    "--train.verify",
+    "--train.check",
     "false",
-    "--final.bn_batches",
-    "2",
 ]
 
 

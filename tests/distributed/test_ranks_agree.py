@@ -81,20 +81,11 @@ def test_ranks_agree_with_one_process_on_the_same_global_batch(batch_norm: bool)
 def moved(reference: str) -> list[dict[str, Tensor]]:
     """Final state for every way of moving weights and of averaging gradients; BatchNorm per rank."""
     found = []
-    for delta, overlap, reduce in (
-        (False, "off", "single"),
-        (True, "off", "bucketed"),
-        (True, "on", "auto"),
-    ):
-        rounds = RoundConfig(
-            k=3,
-            reference=reference,
-            freeze_at=0.7,
-            delta=delta,
-            overlap=overlap,
-            reduce=reduce,  # type: ignore[arg-type]
-        )
+    for transfer, reduction in (("full", "single"), ("delta", "bucketed"), ("overlap", "")):
+        rounds = RoundConfig(k=3, reference=reference, freeze_at=0.7, transfer=transfer)  # type: ignore[arg-type]
         session = make_session(small_net(), POLICY, rounds, total=20)
+        if reduction:
+            session.averager.keep(reduction)
         for batch in batches(20):
             session.step(own_part(batch), loss_fn)
         session.settle()
@@ -114,13 +105,13 @@ def test_however_weights_are_moved_and_gradients_averaged_two_ranks_end_with_the
                 assert torch.equal(other[name], expected), name
 
 
-def with_references(references: str, overlap: str) -> dict[str, Any]:
+def with_references(references: str, transfer: str) -> dict[str, Any]:
     """Three rounds whose s stands still, so that the masks of subnet a do not depend on the references."""
     rounds = RoundConfig(
         k=3,
         reference="every_step",
         references=references,  # type: ignore[arg-type]
-        overlap=overlap,  # type: ignore[arg-type]
+        transfer=transfer,  # type: ignore[arg-type]
         check_ranks=True,
     )
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5, lr=0.0), rounds)
@@ -144,11 +135,11 @@ def with_references(references: str, overlap: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("overlap", ["off", "on"])
-def test_each_rank_may_have_a_reference_of_its_own(overlap: str) -> None:
+@pytest.mark.parametrize("transfer", ["delta", "overlap"])
+def test_each_rank_may_have_a_reference_of_its_own(transfer: str) -> None:
     """It holds the store's weights for its own mask, and what is trained is the same as with a shared one."""
-    own = run_ranks(2, with_references, "per_rank", overlap)
-    shared = run_ranks(2, with_references, "shared", "off")
+    own = run_ranks(2, with_references, "per_rank", transfer)
+    shared = run_ranks(2, with_references, "shared", "delta")
     assert not torch.equal(own[0]["mask"], own[1]["mask"])
     assert torch.equal(shared[0]["mask"], shared[1]["mask"])
     for found in own:

@@ -13,7 +13,7 @@ from offload_sparse import load_pruned
 from offload_sparse.engine.faults import VARIABLE
 from tests.distributed.test_launch import SMALL, two_ranks
 
-OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1", "--checkpoint.best", "false"]
+OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1"]
 OPTIONS += ["--round.freeze_at", "0.67"]  # rounds end at steps 3, 6 and 9
 
 
@@ -26,7 +26,7 @@ def losses(run_dir: Path) -> list[Any]:
 @pytest.mark.parametrize("fault", ["rank=1:step=6:phase=checkpoint-write", "step=6:phase=checkpoint-commit"])
 def test_a_killed_rank_ends_the_job_and_the_next_launch_carries_on(fault: str, tmp_path: Path) -> None:
     """Two ranks, kill -9 while the second checkpoint is written; the first one is used."""
-    options = [*OPTIONS, "--checkpoint.every_steps", "3"]
+    options = [*OPTIONS, "--checkpoint.every", "3"]
     assert two_ranks([*options, "--run_dir", str(tmp_path / "straight")], port=29631).returncode == 0
     parts = [*options, "--run_dir", str(tmp_path / "parts")]
     with pytest.MonkeyPatch.context() as patch:

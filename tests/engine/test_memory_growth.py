@@ -27,14 +27,14 @@ def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("delta", "overlap"),
+    "transfer",
     [
-        pytest.param(False, "off", marks=pytest.mark.slow),
-        pytest.param(True, "off", marks=pytest.mark.slow),
-        (True, "on"),
+        pytest.param("full", marks=pytest.mark.slow),
+        pytest.param("delta", marks=pytest.mark.slow),
+        "overlap",
     ],
 )
-def test_two_hundred_rounds_take_no_more_memory_than_thirty(delta: bool, overlap: str) -> None:
+def test_two_hundred_rounds_take_no_more_memory_than_thirty(transfer: str) -> None:
     """A round that kept one of its subnets would take 200 x 0.3 MiB; the slope allowed is a tenth of it."""
     factory = partial(build_model, "offload_sparse/mlp", 4, 1, 16, stream=128, hidden=256, depth=2)
     session = SparseOffload(
@@ -42,7 +42,7 @@ def test_two_hundred_rounds_take_no_more_memory_than_thirty(delta: bool, overlap
         (torch.empty(2, 1, 16, 16, device="meta"),),
         total_steps=10**6,
         policy=PolicyConfig.paper(rho=0.5),
-        rounds=RoundConfig(k=K, delta=delta, overlap=overlap),  # type: ignore[arg-type]
+        rounds=RoundConfig(k=K, transfer=transfer),  # type: ignore[arg-type]
         device=torch.device("cpu"),
         verify=False,
     )

@@ -18,6 +18,7 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import WEIGHTS
 from tests.engine.reference import MaskedTrainer, entry_masks
 from tests.support.channel_maps import SmallNet, small_map
+from tests.support.constants import configured
 
 OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 
@@ -90,7 +91,7 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
         reference=reference,  # type: ignore[arg-type]
         freeze_at=1.0,
         prefetch=prefetch,
-        delta=delta,
+        transfer="auto" if delta else "full",
     )
     net = small_net()
     session = make_session(net, policy, rounds)
@@ -266,10 +267,10 @@ def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
 
 
 def run_transfers(
-    reference: str, k: int, steps: int, delta: bool, overlap: str, optim: OptimConfig = OPTIM
+    reference: str, k: int, steps: int, transfer: str, optim: OptimConfig = OPTIM
 ) -> dict[str, Tensor]:
     """Everything that a run ends with, for one way of moving the weights."""
-    rounds = RoundConfig(k=k, reference=reference, freeze_at=0.7, delta=delta, overlap=overlap)  # type: ignore[arg-type]
+    rounds = RoundConfig(k=k, reference=reference, freeze_at=0.7, transfer=transfer)  # type: ignore[arg-type]
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds, total=steps, optimizer=optim)
     for batch in batches(steps):
         session.step(batch, loss_fn)
@@ -285,11 +286,11 @@ def test_however_the_weights_are_moved_the_bits_are_the_same(
     reference: str, k: int, optim: OptimConfig
 ) -> None:
     """Full transfers between rounds, delta transfers between rounds, delta transfers beside the steps."""
-    plain = run_transfers(reference, k, 24, False, "off", optim)
-    for overlap in ("off", "on"):
-        found = run_transfers(reference, k, 24, True, overlap, optim)
+    plain = run_transfers(reference, k, 24, "full", optim)
+    for transfer in ("delta", "overlap"):
+        found = run_transfers(reference, k, 24, transfer, optim)
         for name in plain:
-            assert torch.equal(found[name], plain[name]), f"{name}, overlap {overlap}"
+            assert torch.equal(found[name], plain[name]), f"{name}, {transfer}"
 
 
 def test_only_newcomers_and_leavers_cross_the_bus() -> None:
@@ -333,7 +334,7 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
         small_net(),
         PolicyConfig.paper(rho=0.5),
         RoundConfig(k=2),
-        final=FinalConfig(candidates=5, selection_batches=2),
+        final=configured(FinalConfig, candidates=5, selection_batches=2),
     )
     data = batches(4)
     for batch in data:

@@ -16,6 +16,7 @@ from offload_sparse.engine.state import MethodState, Shard
 from offload_sparse.policy.config import PolicyConfig
 from tests.distributed.test_ranks_agree import own_part
 from tests.engine.test_session import POLICIES, arrays, batches, loss_fn, make_session, small_net
+from tests.support.constants import configured
 from tests.support.ranks import run_ranks
 
 STEPS = 14
@@ -26,7 +27,7 @@ PLAIN = PolicyConfig.paper(rho=0.5, lr=0.05)
 
 
 def session_of(
-    reference: str, overlap: str, prefetch: bool = True, policy: PolicyConfig = PLAIN
+    reference: str, transfer: str, prefetch: bool = True, policy: PolicyConfig = PLAIN
 ) -> SparseOffload:
     rounds = RoundConfig(
         k=4,
@@ -34,9 +35,10 @@ def session_of(
         reference=reference,  # type: ignore[arg-type]
         freeze_at=0.7,
         prefetch=prefetch,
-        overlap=overlap,  # type: ignore[arg-type]
+        transfer=transfer,  # type: ignore[arg-type]
     )
-    return make_session(small_net(), policy, rounds, STEPS, optimizer=ADAMW, final=FinalConfig(4, 2))
+    final = configured(FinalConfig, candidates=4, selection_batches=2)
+    return make_session(small_net(), policy, rounds, STEPS, optimizer=ADAMW, final=final)
 
 
 def through_a_file(state: MethodState) -> MethodState:
@@ -57,19 +59,19 @@ def result(session: SparseOffload) -> dict[str, Tensor]:
 
 
 def straight(
-    reference: str, overlap: str, prefetch: bool = True, policy: PolicyConfig = PLAIN
+    reference: str, transfer: str, prefetch: bool = True, policy: PolicyConfig = PLAIN
 ) -> dict[str, Tensor]:
-    session = session_of(reference, overlap, prefetch, policy)
+    session = session_of(reference, transfer, prefetch, policy)
     for batch in batches(STEPS):
         session.step(own_part(batch), loss_fn)
     return result(session)
 
 
 def interrupted(
-    reference: str, overlap: str, cut: int, prefetch: bool = True, policy: PolicyConfig = PLAIN
+    reference: str, transfer: str, cut: int, prefetch: bool = True, policy: PolicyConfig = PLAIN
 ) -> dict[str, Tensor]:
     data = [own_part(batch) for batch in batches(STEPS)]
-    first = session_of(reference, overlap, prefetch, policy)
+    first = session_of(reference, transfer, prefetch, policy)
     for batch in data[:cut]:
         first.step(batch, loss_fn)
     first.records()
@@ -77,7 +79,7 @@ def interrupted(
     for batch in data[cut:]:  # what the first run does after it has been saved must not matter
         first.step(batch, loss_fn)
     first.relay.close()
-    second = session_of(reference, overlap, prefetch, policy)
+    second = session_of(reference, transfer, prefetch, policy)
     restore_session(second, state)
     recall(second, data[max(0, cut - 2) : cut], loss_fn)
     for batch in data[cut:]:
@@ -86,18 +88,23 @@ def interrupted(
 
 
 @pytest.mark.parametrize(
-    ("reference", "overlap", "prefetch"),
-    [("turns", "off", True), ("turns", "on", True), ("every_step", "on", True), ("turns", "off", False)],
+    ("reference", "transfer", "prefetch"),
+    [
+        ("turns", "delta", True),
+        ("turns", "overlap", True),
+        ("every_step", "overlap", True),
+        ("turns", "delta", False),
+    ],
 )
 def test_a_session_restored_at_any_step_ends_with_the_same_bits(
-    reference: str, overlap: str, prefetch: bool
+    reference: str, transfer: str, prefetch: bool
 ) -> None:
     """Between rounds, in the middle of one, before and after the final mask is chosen."""
-    expected = straight(reference, overlap, prefetch)
+    expected = straight(reference, transfer, prefetch)
     # In one configuration every step; in the others a round's begin, middle and end, and the freeze.
-    every_step = reference == "turns" and prefetch and overlap == "off"
+    every_step = reference == "turns" and prefetch and transfer == "delta"
     for cut in range(STEPS) if every_step else (0, 1, 4, 6, 9, 10, 12):
-        found = interrupted(reference, overlap, cut, prefetch)
+        found = interrupted(reference, transfer, cut, prefetch)
         for name, value in expected.items():
             assert torch.equal(found[name], value), f"{name}, cut after step {cut}"
 
@@ -106,9 +113,9 @@ def test_a_session_restored_at_any_step_ends_with_the_same_bits(
 def test_every_policy_is_restored_bit_for_bit(name: str) -> None:
     """In the middle of two rounds: s, control variate, diagnostics, rho and all."""
     policy = POLICIES[name]
-    expected = straight("turns", "off", policy=policy)
+    expected = straight("turns", "delta", policy=policy)
     for cut in (2, 6):
-        found = interrupted("turns", "off", cut, policy=policy)
+        found = interrupted("turns", "delta", cut, policy=policy)
         for key, value in expected.items():
             assert torch.equal(found[key], value), f"{key}, cut after step {cut}"
 
@@ -118,14 +125,14 @@ def test_a_round_that_an_evaluation_has_begun_is_carried_on(prefetch: bool) -> N
     """Its masks are drawn, and those of the round after it, but it has no step behind it yet."""
     data = batches(STEPS)
     for cut in (4, 8, 10, 12):
-        first = session_of("turns", "off", prefetch)
+        first = session_of("turns", "delta", prefetch)
         for batch in data[:cut]:
             first.step(batch, loss_fn)
         with first.evaluation([batch[0] for batch in data[:2]]):
             pass
         first.records()
         state = through_a_file(session_state(first))
-        second = session_of("turns", "off", prefetch)
+        second = session_of("turns", "delta", prefetch)
         restore_session(second, state)
         recall(second, data[max(0, cut - 2) : cut], loss_fn)
         for batch in data[cut:]:
@@ -137,11 +144,11 @@ def test_a_round_that_an_evaluation_has_begun_is_carried_on(prefetch: bool) -> N
 
 
 def saving_changes_nothing() -> bool:
-    session = session_of("turns", "on")
+    session = session_of("turns", "overlap")
     for batch in batches(STEPS):
         session_state(session)
         session.step(own_part(batch), loss_fn)
-    found, expected = result(session), straight("turns", "on")
+    found, expected = result(session), straight("turns", "overlap")
     return all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -150,10 +157,10 @@ def test_saving_at_every_step_changes_nothing() -> None:
 
 
 def cuts_on_ranks(reference: str) -> list[str]:
-    expected = straight(reference, "on")
+    expected = straight(reference, "overlap")
     wrong = []
     for cut in (0, 4, 6, 9, 11):
-        found = interrupted(reference, "on", cut)
+        found = interrupted(reference, "overlap", cut)
         wrong += [f"{n} after step {cut}" for n in expected if not torch.equal(found[n], expected[n])]
     return wrong
 
@@ -167,13 +174,13 @@ def test_two_ranks_in_the_middle_of_a_round_have_statistics_of_their_own(referen
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    session = session_of("turns", "off")
+    session = session_of("turns", "delta")
     state = through_a_file(session_state(session))
     other = copy.deepcopy(state)
     del other.replicated["policy/s"]
     with pytest.raises(ValueError, match="another model"):
-        restore_session(session_of("turns", "off"), other)
+        restore_session(session_of("turns", "delta"), other)
     other = copy.deepcopy(state)
     other.sharded.pop(next(iter(other.sharded)))
     with pytest.raises(ValueError, match="another model or optimizer"):
-        restore_session(session_of("turns", "off"), other)
+        restore_session(session_of("turns", "delta"), other)

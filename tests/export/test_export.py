@@ -64,7 +64,7 @@ def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> 
     preprocessing = {"mean": [0.25], "std": [0.5], "shape": list(SHAPE), "class_names": ["a", "b"]}
     network.save(run_dir / "model", model, preprocessing)
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
-    (run_dir / "config.yaml").write_text("data: {test_limit: 48}\n")
+    (run_dir / "config.yaml").write_text("data: {limit: 48}\n")
     for name in FORMATS:
         figures = export_network(run_dir, name)
         assert figures["largest_difference"] <= 1e-5

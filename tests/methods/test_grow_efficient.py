@@ -16,6 +16,7 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.config import ModelConfig
 from offload_sparse.workloads.models import build_model
 from tests.methods.tasks import batches, make_method, train
+from tests.support.constants import configured
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def config_of(**options: float) -> RunConfig:
         method="grow_efficient",
         policy=PolicyConfig(rho=0.3),
         round=RoundConfig(freeze_at=0.8),
-        grow_efficient=GrowEfficientConfig(**options),
+        grow_efficient=configured(GrowEfficientConfig, **options),
     )
 
 
@@ -86,7 +87,7 @@ def test_the_open_share_goes_to_rho_and_the_gates_then_stand_still() -> None:
 
 def test_every_group_keeps_its_minimum_width() -> None:
     config = config_of()
-    config.policy.min_width = 2
+    config.policy = configured(PolicyConfig, rho=0.3, min_width=2)
     method = make_method(config)
     gates = gates_of(method)
     with torch.no_grad():

@@ -15,10 +15,10 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.methods.weight_masks.rigl import (
     DropAndGrow,
     erk_densities,
-    uniform_densities,
     update_fraction,
 )
 from tests.methods.tasks import batches, make_method, train
+from tests.support.constants import configured
 
 shape = st.one_of(
     st.tuples(st.integers(1, 64), st.integers(1, 64)),
@@ -43,10 +43,6 @@ def test_erk_densities_fall_with_the_size_of_a_layer() -> None:
     assert small / large == pytest.approx((20 / 100) / (200 / 10_000))
 
 
-def test_uniform_densities_leave_the_first_layer_dense() -> None:
-    assert uniform_densities([(2, 2)] * 3, 0.1) == [1.0, 0.1, 0.1]
-
-
 def test_the_share_replaced_is_a_cosine_that_ends_at_zero() -> None:
     assert update_fraction(0, 0.3, 100) == 0.3
     assert update_fraction(50, 0.3, 100) == pytest.approx(0.15)
@@ -56,7 +52,7 @@ def test_the_share_replaced_is_a_cosine_that_ends_at_zero() -> None:
 
 def test_a_replacement_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> None:
     weight = torch.nn.Parameter(torch.zeros(1, 8))
-    options = RigLConfig(density=0.5, fraction=0.6, interval=1)
+    options = configured(RigLConfig, density=0.5, fraction=0.6, interval=1)
     sparsity = DropAndGrow({"weight": weight}, options, total_steps=1000, seed=0)
     alive = sparsity.masks()["weight"].flatten().nonzero().flatten()
     dead = (~sparsity.masks()["weight"]).flatten().nonzero().flatten()
@@ -73,7 +69,7 @@ def test_a_replacement_drops_the_smallest_and_grows_where_the_gradient_is_larges
 
 
 def test_counts_stay_and_nothing_lives_outside_the_masks() -> None:
-    config = RunConfig(method="rigl", rigl=RigLConfig(density=0.3, interval=2, fraction=0.5))
+    config = RunConfig(method="rigl", rigl=configured(RigLConfig, density=0.3, interval=2, fraction=0.5))
     method = make_method(config, total_steps=16)
     seen = [method.sparsity.masks()]
     for batch in batches(16):

@@ -128,7 +128,7 @@ def test_masks_come_as_close_to_the_budget_as_their_atoms_allow(
 
 
 def test_a_budget_that_the_floor_alone_exceeds_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"lower policy\.floor"):
+    with pytest.raises(ValueError, match=r"raise policy\.rho"):
         Budget("flops", 1e-4, GROUPS, WIDE, (0.2, 0.8))
     with pytest.raises(ValueError, match="set it to count"):
         Budget("params", 0.5, GROUPS, None, BOUNDS)

@@ -15,13 +15,14 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.widths import minimum_size
+from tests.support.constants import configured
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
 C = 27
 
 
 def policy(seed: int = 0, **config: object) -> MaskPolicy:
-    return MaskPolicy(PolicyConfig.paper(**config), GROUPS, seed)
+    return MaskPolicy(configured(PolicyConfig, **(vars(PolicyConfig.paper()) | config)), GROUPS, seed)
 
 
 def train(learner: MaskPolicy, rounds: range) -> None:

@@ -30,16 +30,16 @@ MODULES = [
 ]
 STEPS = 12
 OPTIONS = [
-    *("--data.train_limit", "64", "--data.test_limit", "16", "--data.batch_size", "8"),
+    *("--data.limit", "64", "--data.batch_size", "8"),
     *("--data.random_crop", "2", "--round.k", "3", "--model.name", "offload_sparse/mlp"),
     *("--model.arguments", "{stream: 12, hidden: 24, depth: 1}"),
     *("--round.freeze_at", "0.8", "--train.max_steps", str(STEPS), "--train.log_every", "3"),
-    *("--train.verify", "false", "--train.check_plan", "false", "--train.progress", "false"),
+    *("--train.check", "false", "--quiet", "true"),
     *("--train.eval_every", "0", "--train.timeout", "60"),
-    *("--final.candidates", "2", "--final.bn_batches", "1", "--policy.lr", "0.05", "--optim.lr", "0.02"),
+    *("--final.candidates", "2", "--policy.lr", "0.05", "--optim.lr", "0.02"),
     *("--policy.sampler", "bernoulli", "--policy.estimator", "rloo", "--policy.parametrisation", "atom"),
     *("--policy.optimizer", "adam"),
-    *("--checkpoint.every_steps", "2", "--checkpoint.best", "false"),
+    *("--checkpoint.every", "2"),
 ]
 _META = ("steps_done", "rounds_done", "forward_flops", "policy_frozen", "round_steps", "round_length")
 

@@ -9,7 +9,6 @@ import pytest
 
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
-from offload_sparse.config.methods import StaticConfig
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
@@ -58,7 +57,7 @@ def test_the_controls_pay_for_one_forward_and_one_backward() -> None:
     assert saving_of(method="dense") == (1, 1)
     saving, f = saving_of(method="static", policy=PolicyConfig(0.25))
     assert saving == pytest.approx(1 / f, rel=1e-12)
-    saving, f = saving_of(method="static", static=StaticConfig(0.2))
+    saving, f = saving_of(method="static", policy=PolicyConfig(0.2, budget="flops"))
     assert 0.15 < f <= 0.2
     assert saving == pytest.approx(1 / f, rel=1e-12)
 
@@ -82,9 +81,9 @@ def test_the_embedded_set_is_known_without_reading_it() -> None:
 
 def test_held_out_and_limited_images_are_no_steps() -> None:
     for settings in (
-        {"validation_size": 0.25},
-        {"train_limit": 700},
-        {"validation_size": 0.5, "train_limit": 9_000},
+        {"validation": 0.25},
+        {"limit": 700},
+        {"validation": 0.5, "limit": 9_000},
     ):
         config = DataConfig(**settings)  # type: ignore[arg-type]
         assert declared_data(config).train_images == len(load_splits(config).train)

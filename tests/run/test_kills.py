@@ -19,8 +19,8 @@ from tests.support.fork_server import ForkServer
 
 CONFIGURATIONS = {
     "no_prefetch": ["--round.prefetch", "false"],
-    "prefetch": ["--round.overlap", "off"],
-    "overlap": ["--round.overlap", "on"],
+    "prefetch": ["--round.transfer", "delta"],
+    "overlap": ["--round.transfer", "overlap"],
     "file": ["--store.tier", "file"],
 }
 QUICK_ON_ONE_RANK = ("overlap",)

@@ -9,6 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from offload_sparse.cli.main import main
+from offload_sparse.config.methods import RigLConfig
 
 METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
 
@@ -19,10 +20,10 @@ def run(method: str, folder: Path, *more: str) -> Path:
         main(
             [
                 *("train", "--method", method, "--run_dir", str(folder)),
-                *("--data.train_limit", "256", "--data.test_limit", "100", "--data.batch_size", "32"),
+                *("--data.limit", "256", "--data.batch_size", "32"),
                 *("--model.name", "offload_sparse/vgg_small", "--model.arguments.width", "0.1"),
-                *("--train.epochs", "2", "--final.bn_batches", "2", "--train.progress", "false"),
-                *("--dst.alpha", "0.05", "--dfbst.alpha", "0.05", "--rigl.interval", "3"),
+                *("--train.epochs", "2", "--quiet", "true"),
+                *("--dst.alpha", "0.05", "--dfbst.alpha", "0.05"),
                 *more,
             ]
         )
@@ -30,6 +31,12 @@ def run(method: str, folder: Path, *more: str) -> Path:
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a few steps RigL replaces weights, too."""
+    monkeypatch.setattr(RigLConfig, "interval", 3)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -244,7 +244,7 @@ def test_a_terminal_gets_a_bar_with_the_figures_below_the_lines(
 
 def test_progress_can_be_turned_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = run_config(tmp_path)
-    config.train.progress = False
+    config.quiet = True
     train_two_epochs(config)
     assert capsys.readouterr().err == ""
 

@@ -34,7 +34,7 @@ def _one_accelerator_per_test() -> Iterator[None]:
 def train(images: Path, run_dir: Path, *more: str) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(torch.seed())  # a new process has a generator of its own
-    return main(options(images, run_dir, "--train.verify", "false", "--train.log_every", "4", *more))
+    return main(options(images, run_dir, "--train.check", "false", "--train.log_every", "4", *more))
 
 
 def raise_signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
@@ -90,7 +90,7 @@ def test_many_parts_and_background_checkpoints_make_the_same_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(images, tmp_path / "straight") == 0
-    more = ["--checkpoint.every_steps", "1", "--checkpoint.keep", "1"]
+    more = ["--checkpoint.every", "1", "--checkpoint.keep", "1"]
     for step in (1, 5, 9):
         with monkeypatch.context() as patch:
             raise_signal_at(step, patch, signal.SIGINT)
@@ -116,7 +116,7 @@ def test_a_run_that_died_carries_on_from_its_last_checkpoint_and_repeats_its_lin
             raise KeyboardInterrupt
         original(self, at, batch)
 
-    more = ["--checkpoint.every_steps", "4", "--checkpoint.best", "false"]
+    more = ["--checkpoint.every", "4"]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "train_step", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -236,7 +236,7 @@ def test_stop_names_the_step_and_the_rank(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, 5)
-    assert train(images, tmp_path, "--method", "dense", "--checkpoint.every_steps", "1") == 1
+    assert train(images, tmp_path, "--method", "dense", "--checkpoint.every", "1") == 1
     assert "the loss of step 5 on rank 0 is not finite; lower optim.lr" in capsys.readouterr().err
     newest = CheckpointFolder(tmp_path / "checkpoints").checkpoints()[0]
     assert newest.name == "step_00000005", "what is not finite is never saved"
@@ -272,7 +272,7 @@ def test_rollback_goes_back_to_the_checkpoint_and_leaves_out_the_batches_that_le
     method: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = poison(monkeypatch, 5 if method == "dense" else 10)
-    more = ["--train.on_nonfinite", "rollback", "--checkpoint.every_steps", "4", "--checkpoint.best", "false"]
+    more = ["--train.on_nonfinite", "rollback", "--checkpoint.every", "4"]
     assert train(images, tmp_path, "--method", method, *more) == 0
     assert sorted({line["step"] for line in metrics(tmp_path) if "loss" in line}) == [4, 8, 12]
     assert all(line["loss"] is not None for line in metrics(tmp_path) if "loss" in line)

@@ -28,7 +28,7 @@ def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
 
 
 def test_steps_down_happen_at_the_milestones() -> None:
-    found = rates(OptimConfig(lr=0.2, schedule="step", milestones=[4, 6.5], decay=0.1))
+    found = rates(OptimConfig(lr=0.2, schedule="step", milestones=[4, 6.5]))
     assert found[:40] == [0.2] * 40
     assert found[40:65] == pytest.approx([0.02] * 25)
     assert found[65:] == pytest.approx([0.002] * 35)

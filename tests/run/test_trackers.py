@@ -15,9 +15,9 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.run.trackers import check_trackers
 
 SMALL = [
-    *("train", "--data.train_limit", "64", "--data.test_limit", "32", "--data.batch_size", "16"),
-    *("--model.arguments.width", "0.25", "--round.k", "2", "--train.epochs", "1", "--train.verify", "false"),
-    *("--train.progress", "false", "--final.bn_batches", "1"),
+    *("train", "--data.limit", "64", "--data.batch_size", "16"),
+    *("--model.arguments.width", "0.25", "--round.k", "2", "--train.epochs", "1", "--train.check", "false"),
+    *("--quiet", "true"),
 ]
 
 

@@ -51,18 +51,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(images: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         *("train", "--data.name", str(images), "--data.batch_size", "16", "--run_dir", str(run_dir)),
-        *(
-            "--model.arguments.width",
-            "0.25",
-            "--round.k",
-            "2",
-            "--train.epochs",
-            "2",
-            "--train.progress",
-            "false",
-        ),
-        *("--final.candidates", "2", "--final.bn_batches", "2", "--train.log_every", "2"),
-        *("--train.progress", "false", *more),
+        *("--model.arguments.width", "0.25", "--round.k", "2", "--train.epochs", "2"),
+        *("--final.candidates", "2", "--train.log_every", "2"),
+        *("--quiet", "true", *more),
     ]
 
 
@@ -95,14 +86,14 @@ def test_a_run_leaves_its_configuration_metrics_summary_and_network(
 def test_the_same_seed_gives_the_same_run(images: Path, tmp_path: Path) -> None:
     networks = []
     for name in ("a", "b"):
-        assert main(options(images, tmp_path / name, "--train.verify", "false")) == 0
+        assert main(options(images, tmp_path / name, "--train.check", "false")) == 0
         networks.append(load_pruned(tmp_path / name / "model").state_dict())
     assert all(torch.equal(networks[0][key], networks[1][key]) for key in networks[0])
 
 
 def test_bf16_autocast_keeps_weights_in_float32(images: Path, tmp_path: Path) -> None:
     assert (
-        main(options(images, tmp_path / "run", "--train.precision", "bf16", "--train.verify", "false")) == 0
+        main(options(images, tmp_path / "run", "--train.precision", "bf16", "--train.check", "false")) == 0
     )
     assert all(p.dtype == torch.float32 for p in load_pruned(tmp_path / "run" / "model").parameters())
 
@@ -162,6 +153,6 @@ def test_a_parquet_without_the_column_is_told_which_columns_there_are(
 def test_a_diverging_run_stops_with_advice(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--optim.lr", "1e30", "--train.verify", "false"]
+    arguments = ["--optim.lr", "1e30", "--train.check", "false"]
     assert main(options(images, tmp_path / "run", *arguments)) == 1
     assert "lower optim.lr" in capsys.readouterr().err

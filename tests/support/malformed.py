@@ -13,6 +13,7 @@ import yaml
 from offload_sparse.config.run import RunConfig
 
 CALL = {"class_path": "os.system", "init_args": {"command": "true"}}
+_TEXTS = (str, Path, str | int | float)
 _BROKEN = [
     *(
         "a: [1",
@@ -81,8 +82,8 @@ _LINES: list[list[str]] = [
         ["--config="],
     ),
     *(["--config", "missing.yaml"], ["--config", "."], ["--config", "/dev/null/x"], ["--config", "\x01"]),
-    *(["--model.arguments", "["], ["--model.arguments", "3"], ["--optim.betas", "["]),
-    *(["--optim.betas", "[0.9]"], ["--trackers", "{"], ["--run_dir", "a\0b"], ["--data.name", "\0"]),
+    *(["--model.arguments", "["], ["--model.arguments", "3"], ["--data.mean", "["]),
+    *(["--data.mean", "[x]"], ["--trackers", "{"], ["--run_dir", "a\0b"], ["--data.name", "\0"]),
     *(
         ["--train.seed", "9" * 5000],
         ["--policy.rho", "٣٫٥x"],
@@ -94,7 +95,8 @@ _LINES: list[list[str]] = [
 
 def leaves(tree: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and type of every option."""
-    for name, hint in get_type_hints(tree).items():
+    hints = get_type_hints(tree)
+    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(tree)):
         if dataclasses.is_dataclass(hint):
             yield from leaves(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
@@ -117,6 +119,7 @@ def wrong_values(hint: Any) -> list[Any]:
         bool: ["maybe", 2, [True], "", 0.5],
         str: [[1], ["a"]],
         Path: [[1], ["a"]],
+        str | int | float: [[1], ["a"]],
     }
     return [*common, *wrong[hint]]
 
@@ -139,8 +142,8 @@ def configurations(count: int, seed: int = 0) -> Iterator[tuple[list[str], str |
             outer = generator.choice(known)[0].split(".")[0]
             yield file, yaml.safe_dump({outer: {f"{name}_": {"deeper": generator.random()}}})
         elif kind == 2:  # on the command line, as text
-            value = generator.choice([v for v in wrong_values(hint) if hint not in (str, Path)] or [CALL])
-            name = name if hint not in (str, Path) else f"{name}.x"
+            value = generator.choice([v for v in wrong_values(hint) if hint not in _TEXTS] or [CALL])
+            name = name if hint not in _TEXTS else f"{name}.x"
             yield (
                 [f"--{name}", yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip()],
                 None,

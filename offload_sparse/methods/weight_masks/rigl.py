@@ -45,11 +45,6 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
     return [1.0] * len(shapes)
 
 
-def uniform_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
-    """``density`` for every layer but the first, which stays dense."""
-    return [1.0] + [density] * (len(shapes) - 1)
-
-
 def update_fraction(step: int, fraction: float, end: float) -> float:
     """Share of a layer's weights that is replaced at ``step``: a cosine from ``fraction`` to 0 at ``end``."""
     return fraction / 2 * (1 + math.cos(math.pi * min(1.0, step / max(1.0, end))))
@@ -60,7 +55,7 @@ class DropAndGrow(Sparsity):
 
     Args:
         weights: what is masked, by name.
-        options: density, distribution and schedule.
+        options: density and schedule.
         total_steps: optimizer steps of the run.
         seed: seed of the first masks.
     """
@@ -72,8 +67,7 @@ class DropAndGrow(Sparsity):
         self._options = options
         self._end = options.stop * total_steps
         self._changed = False
-        densities = erk_densities if options.distribution == "erk" else uniform_densities
-        shares = densities([tuple(weight.shape) for weight in self.weights.values()], options.density)
+        shares = erk_densities([tuple(weight.shape) for weight in self.weights.values()], options.density)
         self.kept = [
             max(1, round(share * w.numel())) for share, w in zip(shares, self.weights.values(), strict=True)
         ]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import CostModel, train_cost_saving
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.config.methods import PaperConfig
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
@@ -102,11 +101,6 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
 
 def _mask(config: RunConfig, structure: Structure) -> Tensor:
     channel_map = structure.channel_map
-    if config.method == "static" and config.static.flops_ratio > 0:
-        from offload_sparse.methods.static import mask_of_flops
-
-        target = config.static.flops_ratio * structure.cost.flops(channel_map.full_mask())
-        return mask_of_flops(channel_map, structure.cost, target, config.policy.min_width)
     if config.method in ("sparse_offload", "static"):
         return evenly_narrowed(config.policy, channel_map, structure.cost)
     return channel_map.full_mask()
@@ -129,29 +123,25 @@ def passes(config: RunConfig, flops: float, steps: int) -> Iterator[tuple[float,
 
 def dry_run_table(figures: dict[str, Any]) -> Table:
     """The expected subnetwork beside the dense network and the row of the paper."""
-    paper: PaperConfig = figures["paper"]
+    paper: dict[str, Any] = figures["paper"]
+
+    def goal(name: str, unit: str = " %") -> str:
+        return f"{paper[name]:g}{unit}" if paper.get(name) else ""
+
     title = f"{figures['model']} on {figures['dataset']}, {figures['method']}, rho {figures['rho']:g}"
-    table = Table("", "dense", "expected", paper.source or "paper", title=title)
+    table = Table("", "dense", "expected", paper.get("source") or "paper", title=title)
     million = "{:.3f} M".format
     table.add_row(
         "parameters", million(figures["dense_parameters"] / 1e6), million(figures["parameters"] / 1e6)
     )
     table.add_row("FLOPs per image", million(figures["dense_flops"] / 1e6), million(figures["flops"] / 1e6))
+    params, flops = (f"{100 * figures[f'{name}_ratio']:.2f} %" for name in ("params", "flops"))
+    table.add_row("parameters kept", "100 %", params, goal("params"))
+    table.add_row("FLOPs kept", "100 %", flops, goal("flops"))
     table.add_row(
-        "parameters kept", "100 %", f"{100 * figures['params_ratio']:.2f} %", _given(paper.params, " %")
+        "train-cost saving", "1x", f"{figures['train_cost_saving']:.2f}x", goal("train_cost_saving", "x")
     )
-    table.add_row("FLOPs kept", "100 %", f"{100 * figures['flops_ratio']:.2f} %", _given(paper.flops, " %"))
-    table.add_row(
-        "train-cost saving",
-        "1x",
-        f"{figures['train_cost_saving']:.2f}x",
-        _given(paper.train_cost_saving, "x"),
-    )
-    table.add_row("accuracy", _given(paper.dense_accuracy, " %"), "", _given(paper.accuracy, " %"))
+    table.add_row("accuracy", goal("dense_accuracy"), "", goal("accuracy"))
     table.add_row("groups, channels", "", f"{figures['groups']}, {figures['channels']}")
     table.add_row("steps (per epoch)", "", f"{figures['steps']} ({figures['steps_per_epoch']})")
     return table
-
-
-def _given(value: float, unit: str) -> str:
-    return f"{value:g}{unit}" if value else ""

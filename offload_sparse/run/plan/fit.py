@@ -76,7 +76,7 @@ def advice(planner: Planner, machine: Machine) -> str:
         rho = largest_rho(planner, machine)
         if rho is not None:
             return f"set store.tier file and policy.rho {rho:g}"
-    return "lower data.batch_size or take a smaller model (or set train.check_plan false to try all the same)"
+    return "lower data.batch_size or take a smaller model (or set train.check false to try all the same)"
 
 
 def largest_rho(planner: Planner, machine: Machine) -> float | None:

@@ -1,7 +1,7 @@
 """What a run will take, worked out before anything is allocated.
 
     per rank         in host memory                  on the device
-    whole run        rows of the store (tier ram)    two pairs of subnets (one without round.delta),
+    whole run        rows of the store (tier ram)    two pairs of subnets (one with transfer full),
                      or in files (tier file)         gradients, batches kept for the final mask
     for a moment     one tensor of the model         activations of a forward and backward pass,
                      being made; staging (CUDA)      entries that arrive from other ranks or are staged
@@ -166,8 +166,7 @@ class Planner:
         cuda = machine.device is not None
         moved = self._part_bytes(first, WIRE) if machine.ranks > 1 else 0
         moved += self._part_bytes(first, STAGE) if cuda else 0
-        wanted = config.round.overlap == "on" or (config.round.overlap == "auto" and cuda)
-        overlaps = wanted and config.round.prefetch and config.round.delta and learns
+        overlaps = config.round.overlaps(cuda) and learns
         return kept * batch + (passes + moved if overlaps else max(passes, moved))
 
     def traffic(self, machine: Machine, rounds: int = ROUNDS) -> tuple[float, float]:

@@ -38,7 +38,7 @@ class CorruptImages:
     Workers send what they meet along with their batches, so the count is that of the whole rank.
 
     Args:
-        limit: how many are allowed (``data.corrupt_limit``).
+        limit: how many are allowed (``DataConfig.corrupt_limit``).
         log: file that gets a line for each, appended, so that ranks can share it; ``None`` warns through
             ``logging`` alone. What it names already, in a run that carries on, is not named again.
     """
@@ -69,9 +69,8 @@ class CorruptImages:
             if len(self._seen) > self.limit:
                 where = f", all named in {self.log}" if self.log is not None else ""
                 raise ValueError(
-                    f"{line}: {len(self._seen)} such image(s){where}, and data.corrupt_limit allows "
-                    f"{self.limit}; remove them, raise the limit, or set data.image_column to a column of "
-                    "images"
+                    f"{line}: {len(self._seen)} such image(s){where}, and {self.limit} are allowed; remove "
+                    "them, or set data.image_column to a column of images"
                 )
             logger.warning("%s; another image takes its place in training", line)
 

@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
 class ImageSet:
     """The images and labels of one split, by index.
 
-    A split that takes no more than ``data.cache_bytes`` when decoded is decoded here, once; others are
+    A split that takes no more than ``DataConfig.cache_bytes`` when decoded is decoded here, once; others are
     decoded by ``gather`` each time, and so is a training split with ``data.train_crop`` resized, which needs
     the images in their own sizes.
 
@@ -51,7 +51,7 @@ class ImageSet:
         config: image sizes and ``cache_bytes`` are read from it.
         channels: channels that ``gather`` returns, 3 repeats grey images; ``None`` takes those of the images.
         progress: draw a progress bar while decoding if that takes longer than 5 seconds.
-        corrupt: counts what cannot be decoded; ``None`` counts up to ``data.corrupt_limit`` without a log.
+        corrupt: counts what cannot be decoded; ``None`` counts up to ``corrupt_limit`` without a log.
         training: whether the images are for training.
 
     Attributes:

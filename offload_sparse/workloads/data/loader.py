@@ -259,6 +259,6 @@ def declared_data(config: DataConfig) -> DeclaredData:
             )
     if not config.validation_split:
         values["train_images"] -= round(config.validation_size * values["train_images"])
-    if config.train_limit:
-        values["train_images"] = min(values["train_images"], config.train_limit)
+    if config.limit:
+        values["train_images"] = min(values["train_images"], config.limit)
     return DeclaredData(**values)

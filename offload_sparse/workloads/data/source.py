@@ -165,11 +165,11 @@ def load_splits(config: DataConfig) -> Splits:
     splits = {name: _split(name, table, config, class_names) for name, table in tables.items()}
     channels = _channels(splits[config.train_split], config.corrupt_limit)
     splits = {name: replace(split, channels=channels) for name, split in splits.items()}
-    train, test = splits[config.train_split], _limit(splits[config.test_split], config.test_limit)
+    train, test = splits[config.train_split], _limit(splits[config.test_split], config.limit)
     validation = splits[config.validation_split] if config.validation_split else None
     if validation is None and config.validation_size > 0:
         train, validation = _hold_out(train, config.validation_size)
-    train = _limit(train, config.train_limit)
+    train = _limit(train, config.limit)
     return Splits(train, test, validation, class_names, channels, train.image_shape(config.image_size))
 
 
@@ -270,7 +270,7 @@ def _missing_split(name: str, split: str, present: list[str]) -> str:
         )
     return (
         f"dataset {name!r} has no split {split!r}, only {', '.join(present) or 'an empty folder'}; set "
-        "data.train_split, data.test_split or data.validation_split"
+        "data.splits or data.validation"
     )
 
 
@@ -389,7 +389,7 @@ def _hold_out(train: Split, share: float) -> tuple[Split, Split]:
     size = len(train)
     held = min(size - 1, max(1, round(share * size)))
     if held == 0:
-        raise ValueError("data.validation_size cannot be taken from a single training image; set it to 0")
+        raise ValueError("data.validation cannot be taken from a single training image; leave it empty")
     order = _shuffled(size, 1)
     return train.select(order[: size - held].sort().values), train.select(order[size - held :].sort().values)
 

@@ -3,7 +3,7 @@
 At the start only the footers and the label column are read. Images are fetched by row number, so that every
 rank can read its part of the same global batch; what makes that a stream is the order:
 
-    row groups in a random order  →  their rows in a line  →  each window of ``data.shuffle_buffer`` rows
+    row groups in a random order  →  their rows in a line  →  each window of ``shuffle_buffer`` rows
     shuffled
 
 A reader holds the row groups that one window touches, and reads every row group once per epoch. Each worker

@@ -18,6 +18,7 @@ from offload_sparse.workloads.data.augmentation import Box, augment, draw, image
 from offload_sparse.workloads.data.loader import TrainLoader
 from offload_sparse.workloads.data.order import global_batch
 from offload_sparse.workloads.data.source import load_splits
+from tests.support.constants import configured
 from tests.workloads.data.jpegs import write_folder
 
 
@@ -125,7 +126,8 @@ def test_a_random_part_depends_on_the_image_and_the_epoch() -> None:
 
 def test_a_batch_of_random_parts_is_scaled_as_torchvision_scales_them(tmp_path: Path) -> None:
     """Bit-equal to ``resized_crop`` with antialiasing and ``hflip``, given the same draws."""
-    config = DataConfig(
+    config = configured(
+        DataConfig,
         name=str(write_folder(tmp_path)),
         image_size=16,
         train_crop="resized",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages, substitute
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.source import load_splits
+from tests.support.constants import configured
 from tests.workloads.data.jpegs import BROKEN, write_folder, write_shards
 
 RECIPE: dict[str, Any] = {"image_size": 16, "batch_size": 12, "cache_bytes": 0}
@@ -23,9 +25,9 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> DataConfig:
     """24 training images, two of which cannot be decoded."""
     if "folder" in request.param:
         recipe = RECIPE | ({"cache_bytes": 1 << 20} if "cached" in request.param else {})
-        return DataConfig(name=str(write_folder(tmp_path / "data", broken=True)), **recipe)
+        return configured(DataConfig, name=str(write_folder(tmp_path / "data", broken=True)), **recipe)
     folder = write_shards(tmp_path / "data", broken=True)
-    return DataConfig(name=str(folder), streaming=request.param.startswith("streamed"), **RECIPE)
+    return configured(DataConfig, name=str(folder), streaming=request.param.startswith("streamed"), **RECIPE)
 
 
 def epoch(config: DataConfig, corrupt: CorruptImages, rank: int = 0, world_size: int = 1) -> list[Batch]:
@@ -38,7 +40,7 @@ def test_corrupt_images_are_counted_once_and_named_in_the_log(
     config: DataConfig, workers: int, tmp_path: Path
 ) -> None:
     """Whether this process or a worker met them, and however often."""
-    config = DataConfig(**{**vars(config), "num_workers": workers})
+    config = replace(config, num_workers=workers)
     corrupt = CorruptImages(config.corrupt_limit, tmp_path / "run" / "corrupt_images.log")
     epoch(config, corrupt)
     epoch(config, corrupt)
@@ -74,7 +76,7 @@ def test_a_corrupt_image_and_its_label_are_replaced_by_another_of_the_split(conf
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_number_of_ranks_takes_the_same_replacement(config: DataConfig, workers: int) -> None:
     alone = epoch(config, CorruptImages(100))
-    config = DataConfig(**{**vars(config), "num_workers": workers})
+    config = replace(config, num_workers=workers)
     ranks = [epoch(config, CorruptImages(100), rank, 3) for rank in range(3)]
     for number, batch in enumerate(alone):
         assert torch.equal(torch.cat([batches[number].images for batches in ranks]), batch.images)
@@ -83,7 +85,7 @@ def test_every_number_of_ranks_takes_the_same_replacement(config: DataConfig, wo
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_leaves_corrupt_images_out(config: DataConfig, workers: int) -> None:
-    config = DataConfig(**{**vars(config), "num_workers": workers})
+    config = replace(config, num_workers=workers)
     corrupt = CorruptImages(100)
     (batch,) = EvalLoader(load_splits(config).train, config, corrupt=corrupt)
     intact = [row for row in range(24) if row not in BROKEN.values()]
@@ -97,15 +99,18 @@ def test_more_than_the_limit_is_an_error_that_names_the_log(
     config: DataConfig, workers: int, tmp_path: Path
 ) -> None:
     corrupt = CorruptImages(1, tmp_path / "corrupt_images.log")
-    config = DataConfig(**{**vars(config), "num_workers": workers})
-    with pytest.raises(ValueError, match=r"corrupt_images\.log, and data\.corrupt_limit allows 1") as caught:
+    config = replace(config, num_workers=workers)
+    with pytest.raises(ValueError, match=r"corrupt_images\.log, and 1 are allowed") as caught:
         epoch(config, corrupt)
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_with_more_corrupt_images_than_allowed_is_refused_at_the_start(config: DataConfig) -> None:
+def test_a_data_set_with_more_corrupt_images_than_allowed_is_refused_at_the_start(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(config), "corrupt_limit", 1)
     with pytest.raises(ValueError, match="image 4 of split 'train' cannot be decoded"):
-        load_splits(DataConfig(**{**vars(config), "corrupt_limit": 1}))
+        load_splits(config)
 
 
 def test_without_a_log_the_count_is_limited_all_the_same() -> None:

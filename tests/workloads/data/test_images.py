@@ -12,11 +12,12 @@ from PIL import Image
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.source import load_splits
+from tests.support.constants import configured
 from tests.workloads.data.images import parquet_folder, pixels, table, write_parquet
 
 
 def image_set(folder: Path, channels: int | None = None, **settings: int) -> ImageSet:
-    config = DataConfig(name=str(folder), **settings)  # type: ignore[arg-type]
+    config = configured(DataConfig, name=str(folder), **settings)
     return ImageSet(load_splits(config).train, config, channels)
 
 

@@ -12,6 +12,7 @@ from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.order import global_batch
 from offload_sparse.workloads.data.source import Splits, load_splits
+from tests.support.constants import configured
 from tests.workloads.data.images import parquet_folder
 
 STEPS = 7  # more than two epochs of 26 images in batches of 8
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def config_of(folder: Path, **settings: object) -> DataConfig:
     augmented = {"batch_size": 8, "random_crop": 2, "random_flip": True}
-    return DataConfig(name=str(folder), **{**augmented, **settings})  # type: ignore[arg-type]
+    return configured(DataConfig, name=str(folder), **{**augmented, **settings})
 
 
 def train_batches(
@@ -132,7 +133,7 @@ def count_of(batches: list[Batch], batch: Batch) -> int:
 
 
 def test_large_splits_are_evaluated_in_batches_of_512_over_all_ranks() -> None:
-    config = DataConfig(test_limit=1200)
+    config = DataConfig(limit=1200)
     split = load_splits(config).test
     assert [len(batch.labels) for batch in EvalLoader(split, config)] == [512, 512, 176]
     assert [len(batch.labels) for batch in EvalLoader(split, config, 1, 2)] == [256, 256, 88]

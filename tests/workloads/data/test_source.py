@@ -14,6 +14,7 @@ from PIL import Image
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import parquet, source
 from offload_sparse.workloads.data.source import Split, load_splits
+from tests.support.constants import configured
 from tests.workloads.data.images import parquet_folder, pixels, png, table, write_parquet
 
 EMBEDDED_FOLDER = Path(source.__file__).parent / "embedded"
@@ -22,7 +23,7 @@ EMBEDDED_FOLDER = Path(source.__file__).parent / "embedded"
 def message_of(**settings: Any) -> str:
     """The one line that ``load_splits`` refuses with."""
     with pytest.raises(ValueError) as caught:
-        load_splits(DataConfig(**settings))
+        load_splits(configured(DataConfig, **settings))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -81,7 +82,7 @@ def test_shards_are_read_in_their_order_and_validation_by_name(tmp_path: Path) -
         write_parquet(tmp_path / f"train-{shard:05d}-of-00003.parquet", part)
     write_parquet(tmp_path / "test-00000-of-00001.parquet", table(images[:2], [1, 0], "abc"))
     write_parquet(tmp_path / "validation.parquet", table(images[2:4], [2, 2], "abc"))
-    splits = load_splits(DataConfig(name=str(tmp_path), validation_split="validation"))
+    splits = load_splits(DataConfig(name=str(tmp_path), validation="validation"))
     assert_same_images(splits.train, images)
     assert splits.test.labels.tolist() == [1, 0]
     assert splits.validation is not None
@@ -102,8 +103,7 @@ def test_other_split_and_column_names_can_be_given(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"{split}.parquet", renamed)
     config = DataConfig(
         name=str(tmp_path),
-        train_split="fit",
-        test_split="check",
+        splits=["fit", "check"],
         image_column="img",
         label_column="fine_label",
     )
@@ -182,7 +182,7 @@ def test_an_image_folder_gives_splits_and_classes_by_its_sub_folders(image_folde
 
 def test_an_image_folder_without_the_split_names_what_is_there(image_folder: Path) -> None:
     assert "has no split 'validation', only test, train" in message_of(
-        name=str(image_folder), test_split="validation"
+        name=str(image_folder), splits=["train", "validation"]
     )
 
 
@@ -285,7 +285,7 @@ def test_a_missing_split_is_answered_with_those_that_exist(tmp_path: Path) -> No
     write_parquet(tmp_path / "validation-00000-of-00001.parquet", table(pixels(2), [0, 1]))
     message = message_of(name=str(tmp_path))
     assert "has no split 'test', only train, validation" in message
-    assert "data.test_split" in message
+    assert "data.splits" in message
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
 def test_validation_size_holds_out_a_share_that_training_never_sees(tmp_path: Path) -> None:
     name = str(parquet_folder(tmp_path, train=40))
     whole = {image.tobytes() for image in pixels(40)}
-    splits = load_splits(DataConfig(name=name, validation_size=0.25))
+    splits = load_splits(DataConfig(name=name, validation=0.25))
     assert splits.validation is not None
     train = {image.tobytes() for image in arrays(splits.train)}
     held = {image.tobytes() for image in arrays(splits.validation)}
@@ -348,8 +348,8 @@ def test_validation_size_holds_out_a_share_that_training_never_sees(tmp_path: Pa
 
 def test_what_is_held_out_depends_neither_on_the_run_nor_on_the_limits(tmp_path: Path) -> None:
     name = str(parquet_folder(tmp_path, train=40))
-    first = load_splits(DataConfig(name=name, validation_size=0.25))
-    second = load_splits(DataConfig(name=name, validation_size=0.25, train_limit=7))
+    first = load_splits(DataConfig(name=name, validation=0.25))
+    second = load_splits(DataConfig(name=name, validation=0.25, limit=7))
     assert first.validation is not None
     assert second.validation is not None
     assert_same_images(second.validation, arrays(first.validation))
@@ -358,9 +358,9 @@ def test_what_is_held_out_depends_neither_on_the_run_nor_on_the_limits(tmp_path:
 
 
 def test_limits_take_the_same_random_subset_each_time_with_its_labels(tmp_path: Path) -> None:
-    config = DataConfig(name=str(parquet_folder(tmp_path, train=40, test=20)), train_limit=10, test_limit=5)
+    config = DataConfig(name=str(parquet_folder(tmp_path, train=40, test=8)), limit=10)
     first, second = load_splits(config), load_splits(config)
-    assert (len(first.train), len(first.test)) == (10, 5)
+    assert (len(first.train), len(first.test)) == (10, 8)
     assert_same_images(second.train, arrays(first.train))
     label_of = {image.tobytes(): i % 3 for i, image in enumerate(pixels(40))}
     assert [label_of[image.tobytes()] for image in arrays(first.train)] == first.train.labels.tolist()
@@ -368,5 +368,5 @@ def test_limits_take_the_same_random_subset_each_time_with_its_labels(tmp_path: 
 
 
 def test_a_limit_above_the_size_takes_all(tmp_path: Path) -> None:
-    config = DataConfig(name=str(parquet_folder(tmp_path)), train_limit=99)
+    config = DataConfig(name=str(parquet_folder(tmp_path)), limit=99)
     assert_same_images(load_splits(config).train, pixels(12))

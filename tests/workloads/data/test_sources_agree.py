@@ -18,6 +18,7 @@ from offload_sparse.workloads.data import source
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.source import Splits, load_splits
 from offload_sparse.workloads.data.stream import ParquetStream
+from tests.support.constants import configured
 from tests.workloads.data.jpegs import (
     CLASSES,
     MODES,
@@ -45,12 +46,12 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     kind = request.param
     streaming = kind.startswith("streamed")
     if kind == "folder":
-        return DataConfig(name=str(write_folder(tmp_path)), **RECIPE)
+        return configured(DataConfig, name=str(write_folder(tmp_path)), **RECIPE)
     if "shards" in kind:
         shards = write_shards(tmp_path)
-        return DataConfig(name=str(shards), streaming=streaming, shuffle_buffer=6, **RECIPE)
+        return configured(DataConfig, name=str(shards), streaming=streaming, shuffle_buffer=6, **RECIPE)
     on_the_hub(monkeypatch, tmp_path)
-    return DataConfig(name="imagenet-1k", streaming=streaming, shuffle_buffer=6, **RECIPE)
+    return configured(DataConfig, name="imagenet-1k", streaming=streaming, shuffle_buffer=6, **RECIPE)
 
 
 def on_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -137,10 +138,10 @@ def test_an_epoch_reads_every_image_once_and_the_next_in_another_order(config: D
 
 
 def test_held_out_images_and_limits_are_those_of_every_source(config: DataConfig, tmp_path: Path) -> None:
-    limited = {"validation_size": 0.25, "train_limit": 10}
+    limited = {"validation": 0.25, "limit": 10}
     splits = load_splits(changed(config, **limited))
     folder = write_folder(tmp_path / "again")
-    expected = load_splits(DataConfig(name=str(folder), **RECIPE, **limited))
+    expected = load_splits(configured(DataConfig, name=str(folder), **RECIPE, **limited))
     assert splits.validation is not None
     assert expected.validation is not None
     for split, other in ((splits.train, expected.train), (splits.validation, expected.validation)):
