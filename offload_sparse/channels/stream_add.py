@@ -10,9 +10,11 @@ the same object with the same parameters under the same names; only its ``forwar
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -137,7 +139,37 @@ def _expose_in(module: nn.Module, wanted: Collection[str] | None) -> None:
     if any(isinstance(child, StreamAdd) for child in module.children()):
         forward = type(fx.GraphModule(module, graph)).forward
         kind = type(module)
-        module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+        body = {"forward": forward, "__module__": kind.__module__, "__reduce_ex__": _reduce}
+        if not hasattr(kind, "__deepcopy__"):
+            body["__deepcopy__"] = _deepcopy
+        module.__class__ = type(kind.__name__, (kind,), body)
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """How a block with exposed additions is pickled: as the block that it was, whose reader exposes again."""
+    del protocol
+    return _unpickled, (type(module).__mro__[1],), module.__dict__, None, None, _set_state
+
+
+def _unpickled(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
+    module.__dict__.update(state)
+    adds = {name: child for name, child in module.named_children() if isinstance(child, StreamAdd)}
+    for name in adds:
+        del module._modules[name]
+    _expose_in(module, adds)
+    module._modules.update(adds)
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copies are not traced anew, which takes milliseconds a block."""
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return twin
 
 
 class _OwnForward(fx.Tracer):

@@ -11,11 +11,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from offload_sparse.channels.attention import fit_attention
 from offload_sparse.channels.channel_map import ChannelMap
@@ -87,15 +91,61 @@ class Subnet:
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """The network that ``build`` makes, on the meta device.
+    """The network that ``build`` makes: parameters and buffers on the meta device, all else as it is made.
 
-    One whose constructor reads the values of tensors is built for real first.
+    Whoever trains, reads or exports a network builds it here, with the same random numbers (seed 0; the
+    caller's random state stays as it is), so that what a constructor keeps outside of its parameters and
+    buffers is the same for all of them. Three ways are tried:
+
+        all on meta          for most networks; costs nothing
+        parameters on meta   where a plain tensor would be left without values, or the value of one is read
+        all for real         where the value of a parameter is read
     """
+    ways = (_all_on_meta, _parameters_on_meta, lambda build: build())
+    with torch.random.fork_rng(devices=[]):
+        for number, way in enumerate(ways):
+            torch.manual_seed(0)
+            try:
+                model = way(build)
+            except Exception:  # a tensor without values may fail anywhere; a real fault fails again for real
+                if number + 1 == len(ways):
+                    raise
+                continue
+            if not any(value.is_meta for value in other_tensors(model)):
+                break
+    return meta_copy(model)
+
+
+def other_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that the modules of ``model`` hold as plain attributes, alone or in lists and mappings."""
+    own = ("_parameters", "_buffers", "_modules")
+    for module in model.modules():
+        rest = {name: value for name, value in vars(module).items() if name not in own}
+        yield from (leaf for leaf in tree_leaves(rest) if isinstance(leaf, Tensor))
+
+
+def _all_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def _parameters_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    moved = WeakTensorKeyDictionary()  # what is registered twice stays one parameter
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        del module, name
+        if parameter is None or parameter.is_meta:
+            return parameter
+        if parameter not in moved:
+            empty = torch.empty_like(parameter, device="meta")
+            moved[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        return moved[parameter]
+
+    handle = register_module_parameter_registration_hook(move)
     try:
-        with torch.device("meta"):
-            return build()
-    except RuntimeError:  # a meta tensor has no values
-        return meta_copy(build())
+        return build()
+    finally:
+        handle.remove()
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -106,6 +156,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for tensor in other_tensors(model):
+        if not tensor.is_leaf:  # computed from parameters; deepcopy refuses such
+            memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(model, memo)
 
 
