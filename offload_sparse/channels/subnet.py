@@ -90,7 +90,7 @@ class Subnet:
         owner._buffers[leaf] = value
 
 
-def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def build_on_meta(build: Callable[[], nn.Module], whole: bool = True) -> nn.Module:
     """The network that ``build`` makes: parameters and buffers on the meta device, all else as it is made.
 
     Whoever trains, reads or exports a network builds it here, with the same random numbers (seed 0; the
@@ -99,9 +99,9 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
         all on meta          for most networks; costs nothing
         parameters on meta   where a plain tensor would be left without values, or the value of one is read
-        all for real         where the value of a parameter is read
+        all for real         where the value of a parameter is read; not where ``whole`` is False
     """
-    ways = (_all_on_meta, _parameters_on_meta, lambda build: build())
+    ways = (_all_on_meta, _parameters_on_meta, lambda build: build())[: 3 if whole else 2]
     with torch.random.fork_rng(devices=[]):
         for number, way in enumerate(ways):
             torch.manual_seed(0)

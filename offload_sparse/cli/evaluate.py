@@ -24,12 +24,14 @@ class EvaluateConfig:
         path: run folder, the folder ``model/`` of a run, or what ``offload-sparse export`` has written.
         split: which images to measure on, as the run's configuration names them.
         json: print one JSON object instead of a table.
+        trust: open a torch.export program (model.pt2) too; reading one can run any code.
         data: which images are read; values that are not given are those of the run.
     """
 
     path: Path
     split: Literal["test", "train", "validation"] = "test"
     json: bool = False
+    trust: bool = False
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -76,15 +78,15 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     from offload_sparse.workloads.data.normalise import Normalise
     from offload_sparse.workloads.data.source import load_splits
 
-    opened = open_artefact(config.path)
-    if not {"mean", "std"} <= set(opened.preprocessing):
+    opened = open_artefact(config.path, config.trust)
+    mean, std = opened.preprocessing.mean, opened.preprocessing.std
+    if not mean:
         raise ValueError(
             f"{config.path} does not say how its images are normalised; evaluate it in your own loop"
         )
     split = getattr(load_splits(config.data), config.split)
     if split is None:
         raise ValueError("no validation images; set --data.validation to a share or a split")
-    mean, std = opened.preprocessing["mean"], opened.preprocessing["std"]
     normalise = Normalise(mean, std, opened.dtype).to(opened.device)
     loader = EvalLoader(split, config.data, channels=len(mean))
     return evaluation.evaluate(opened.network, loader, normalise, opened.device)

@@ -13,7 +13,7 @@ from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.stream_add import expose_additions
-from offload_sparse.channels.subnet import meta_copy
+from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tensors
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.primitive_cache import bound_primitive_cache
 from offload_sparse.store.host_memory import bound_kept_memory
@@ -90,8 +90,14 @@ def prepare(
         ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
     """
     bound_kept_memory()
-    recording = None if isinstance(source, nn.Module) else record(source)
-    meta_model = meta_copy(source) if recording is None else recording.model  # type: ignore[arg-type]
+    if isinstance(source, nn.Module):
+        recording, meta_model = None, meta_copy(source)
+    else:
+        recording = record(source)
+        # As readers build it: a constructor may keep values outside of its parameters and buffers.
+        meta_model = recording.model if recording.replayable else build_on_meta(source)
+        if any(value.is_meta for value in other_tensors(meta_model)):
+            meta_model = build_on_meta(source)
     bound_primitive_cache(meta_model)  # before the self-test, which may be the first to run a convolution
     if channel_map is None:
         # Loaded here because Torch-Pruning takes seconds to import, and a map made by hand does not need it.

@@ -8,6 +8,7 @@ network = session.finalize().module       # an ordinary narrow nn.Module
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import sys
@@ -127,6 +128,8 @@ class SparseOffload:
         shard = Ranks.current(per_node=True) if storage.shard == "node" else self.ranks
         prepared = prepare(model, example_inputs, residual, self.ranks, channel_map, verify, block)
         self.meta_model, self.channel_map = prepared.meta_model, prepared.channel_map
+        self._example_inputs = example_inputs
+        self._factory = partial(copy.deepcopy, self.meta_model) if isinstance(model, nn.Module) else model
         pin = pin_mode(storage.pin, self.device)
         slots = slot_names(self.optim)
         identity = Identity.of(run_id, self.channel_map, dtype, self.ranks.world_size, self.ranks.rank)
@@ -283,7 +286,7 @@ class SparseOffload:
             self._reestimate(module, self._recent, lambda network, recent: recent[1](network, recent[0]))
         else:
             self._reestimate(module, batches)
-        return FinalNetwork(module, self.final_mask, self.channel_map)
+        return FinalNetwork(module, self.final_mask, self.channel_map, self._factory, self._example_inputs)
 
     # --- what a state is made of ---
 

@@ -1,21 +1,20 @@
-"""``network.json``: what stands beside a program or an ONNX file, so that it can be fed and checked.
-
-kind            torch_export or onnx
-files           name of each file of the network, with its digest
-model           name and arguments of the full network that it was pruned from
-preprocessing   mean, std, shape and class names of its images
-dtype           type of images and logits
+"""What stands beside the tensors of a network: how its images are prepared, and ``network.json``, which a
+program or an ONNX file needs to be fed and checked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-ExportLayout = Literal["auto", "dense", "coo", "csr"]
+from offload_sparse.export import json_values
+from offload_sparse.export.json_values import Count
+from offload_sparse.store.files import write_file
+
 Kind = Literal["torch_export", "onnx"]
 
 DESCRIPTION_FILE = "network.json"
@@ -26,27 +25,67 @@ FILES: dict[Kind, tuple[str, ...]] = {
 """The names that the files of a network may have; the first is the network, further ones hold its weights."""
 
 _FORMAT = 1
+_MAX_PIXELS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an image goes through before the network sees it; what is not known is empty.
+
+    Attributes:
+        mean, std: per channel, of pixels scaled to [0, 1].
+        shape: channels, height and width of an image.
+        class_names: of the outputs.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    shape: tuple[Count, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ValueError("mean and std are not one value per channel, with std above 0")
+        if self.shape and (len(self.shape) != 3 or not 0 < prod(self.shape) <= _MAX_PIXELS):
+            raise ValueError("shape is not channels, height and width of an image")
+        if self.mean and self.shape and len(self.mean) != self.shape[0]:
+            raise ValueError("mean and shape have different numbers of channels")
 
 
 @dataclass(frozen=True)
 class Description:
-    """The contents of ``network.json``; see above."""
+    """The contents of ``network.json``.
 
+    Attributes:
+        format: of this file.
+        kind: what the network is stored as.
+        files: name of each file of the network, with its digest.
+        model: name and arguments of the full network that it was pruned from.
+        preprocessing: of its images.
+        dtype: type of images and logits.
+    """
+
+    format: Count
     kind: Kind
     files: dict[str, str]
-    model: dict[str, Any]
-    preprocessing: dict[str, Any]
-    dtype: str
+    model: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.format != _FORMAT:
+            raise ValueError(f"it is of format {self.format}, this version reads {_FORMAT}")
+        if not {FILES[self.kind][0]} <= self.files.keys() <= set(FILES[self.kind]):
+            raise ValueError(f"its files are not those of {self.kind}")
 
 
 def describe(
-    folder: Path, kind: Kind, model: dict[str, Any], preprocessing: dict[str, Any], dtype: str
+    folder: Path, kind: Kind, model: dict[str, Any], preprocessing: Preprocessing, dtype: Any
 ) -> Description:
     """Write ``network.json`` for the files of ``kind`` that ``folder`` holds."""
     files = {name: file_digest(folder / name) for name in FILES[kind] if (folder / name).is_file()}
-    description = Description(kind, files, model, preprocessing, dtype)
-    text = json.dumps({"format": _FORMAT} | asdict(description), indent=1)
-    (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+    description = Description(Count(_FORMAT), kind, files, model, preprocessing, dtype)
+    write_file(folder / DESCRIPTION_FILE, json.dumps(asdict(description), indent=1) + "\n")
     return description
 
 
@@ -54,27 +93,15 @@ def read_description(folder: Path) -> Description:
     """The checked contents of ``network.json``; the files that it names are there and whole.
 
     Raises:
-        ValueError: it is missing or damaged, or a file is.
+        FileNotFoundError: there is no ``network.json``.
+        ValueError: it is damaged, or a file is missing or damaged.
     """
-    path = folder / DESCRIPTION_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # of UTF-8 and JSON, too
-        raise ValueError(f"{path} cannot be read: {error}; export the network again") from None
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-        raise ValueError(f"{path} is no description of format {_FORMAT}; export the network again")
-    kind, files = content.get("kind"), content.get("files")
-    if kind not in FILES or not isinstance(files, dict) or not files.keys() <= set(FILES[kind]):
-        raise ValueError(f"{path} names no kind of network, or files that are none; export the network again")
-    expected = {"model": dict, "preprocessing": dict, "dtype": str}
-    for key, kind_of_value in expected.items():
-        if not isinstance(content.get(key), kind_of_value):
-            raise ValueError(f"{path} lacks {key!r}; export the network again")
-    for name in (FILES[kind][0], *files):
-        file = folder / name  # names come from the table above and cannot leave the folder
-        if not file.is_file() or files.get(name) != file_digest(file):
+    description = json_values.read(folder / DESCRIPTION_FILE, Description)
+    for name, digest in description.files.items():  # known names, which cannot leave the folder
+        file = folder / name
+        if not file.is_file() or digest != file_digest(file):
             raise ValueError(f"{file} is missing, damaged, or of another export; export the network again")
-    return Description(kind, files, content["model"], content["preprocessing"], content["dtype"])
+    return description
 
 
 def file_digest(path: Path) -> str:

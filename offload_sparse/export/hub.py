@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from offload_sparse.config import yaml_text
-from offload_sparse.export.network_file import copy_network, read_structure
+import yaml
+
+from offload_sparse.export.network_file import Structure, copy_network, read_structure
+from offload_sparse.store.files import write_file
 
 CARD_FILE = "README.md"
 
@@ -37,15 +40,15 @@ def write_hub_folder(source: Path, target: Path, summary: dict[str, Any]) -> Non
         ValueError: the network is missing or damaged.
     """
     copy_network(source, target)
-    (target / CARD_FILE).write_text(model_card(read_structure(target), summary), encoding="utf-8")
+    write_file(target / CARD_FILE, model_card(read_structure(target), summary))
 
 
-def model_card(structure: dict[str, Any], summary: dict[str, Any]) -> str:
+def model_card(structure: Structure, summary: dict[str, Any]) -> str:
     """The card: metadata as the Hub reads it, then what a reader wants to know."""
-    name = str(structure["model"].get("name", "a network"))
+    name = str(structure.model.get("name", "a network"))
     short = f"{name.rpartition('/')[2]}-pruned"
-    shape = structure["preprocessing"].get("shape", [])
-    metadata = yaml_text.dump(_metadata(short, summary)).strip()
+    facts = structure.preprocessing
+    metadata = yaml.safe_dump(_metadata(short, summary), sort_keys=False).strip()
     lines = [
         f"---\n{metadata}\n---",
         f"# {short}",
@@ -64,16 +67,15 @@ def model_card(structure: dict[str, Any], summary: dict[str, Any]) -> str:
         'network = load_pruned(snapshot_download("<user>/<repository>"))  # nn.Module in evaluation mode\n```'
     )
     lines += ["## Use", usage]
-    if shape:
-        facts = structure["preprocessing"]
+    if facts.shape:
         lines.append(
-            f"Images: {' x '.join(map(str, shape))} (channels, height, width), pixels scaled to [0, 1], then "
-            f"normalised with mean {_numbers(facts.get('mean', []))} and standard deviation "
-            f"{_numbers(facts.get('std', []))}."
+            f"Images: {' x '.join(map(str, facts.shape))} (channels, height, width), pixels scaled to "
+            f"[0, 1], then normalised with mean {_numbers(facts.mean)} and standard deviation "
+            f"{_numbers(facts.std)}."
         )
-        if facts.get("class_names"):
-            lines.append("Classes: " + ", ".join(map(str, facts["class_names"])) + ".")
-    widths = [(group, f"{len(g['kept'])} of {g['size']}") for group, g in structure["groups"].items()]
+        if facts.class_names:
+            lines.append("Classes: " + ", ".join(facts.class_names) + ".")
+    widths = [(name, f"{len(group.kept)} of {group.size}") for name, group in structure.groups.items()]
     if widths:
         lines += ["## Widths", _table(("group", "channels kept"), widths)]
     lines.append(
@@ -129,5 +131,5 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     return "\n".join([*lines, *(f"| {left} | {right} |" for left, right in rows)])
 
 
-def _numbers(values: list[float]) -> str:
+def _numbers(values: Iterable[float]) -> str:
     return json.dumps([round(value, 4) for value in values])

@@ -40,6 +40,8 @@ _hints = functools.cache(get_type_hints)
 def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES) -> _T:
     """The contents of a JSON file as a dataclass.
 
+    Where the file has a key ``digest`` and the dataclass does not, it must be that of all the other keys.
+
     Args:
         path: the file.
         kind: the dataclass; a key that it lacks is an error, as is one without default that is missing.
@@ -51,7 +53,15 @@ def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES) -> _T:
             place in the file and never shows a whole value.
     """
     try:
-        return convert(parse(_contents(path, max_bytes)), kind)
+        value = parse(_contents(path, max_bytes))
+        own = getattr(kind, "__dataclass_fields__", {"digest": None})
+        if (
+            isinstance(value, dict)
+            and "digest" in value.keys() - own
+            and value.pop("digest") != digest(value)
+        ):
+            raise ValueError("its digest does not fit")
+        return convert(value, kind)
     except FileNotFoundError:
         raise
     except OSError as error:

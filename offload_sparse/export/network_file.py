@@ -8,27 +8,96 @@ model/
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
-from offload_sparse.channels.subnet import fit_attributes, set_tensor
-from offload_sparse.export.description import ExportLayout
+from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, set_tensor
+from offload_sparse.export import json_values
+from offload_sparse.export.description import Preprocessing, file_digest
+from offload_sparse.export.json_values import Count
+from offload_sparse.export.read_back import compare
 from offload_sparse.export.sparse_tensors import decode, encode
+from offload_sparse.store.files import make_folder, replacing, write_file
 
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
 STRUCTURE_FILE = "structure.json"
-_DIGEST, _WEIGHTS_DIGEST = "digest", "weights_digest"  # which an export written by hand may leave out
+
+_MAX_ELEMENTS = 1 << 40  # of one tensor
+_MAX_ARGUMENTS = 1 << 22  # the numbers among the arguments of a model add up to less
+
+_Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Channels of a layer, and which of them are kept."""
+
+    size: Count
+    kept: tuple[Count, ...]
+
+    def __post_init__(self) -> None:
+        if max(self.kept, default=-1) >= self.size:
+            raise ValueError("a group keeps a channel that it does not have")
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Width of a sum, and the positions in it of the channels of each operand."""
+
+    width: Count
+    left: tuple[Count, ...]
+    right: tuple[Count, ...]
+
+    def __post_init__(self) -> None:
+        ordered = all(list(side) == sorted(set(side)) for side in (self.left, self.right))
+        covered = {*self.left, *self.right}
+        if not ordered or len(covered) != self.width or max(covered, default=-1) != self.width - 1:
+            raise ValueError("the operands of an addition do not cover it in order")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The contents of ``structure.json``.
+
+    Attributes:
+        format: of this file.
+        model: ``name`` and ``arguments`` of the full network; anything else when readers bring the model.
+        preprocessing: of its images.
+        groups: the kept channels of every group.
+        tensors: shape of every parameter, buffer and other tensor.
+        additions: the sums whose operands hold different channels.
+        sparse: tensors that are stored without their zeros.
+        weights_digest: of the other file; an export that was written by hand may leave it out.
+    """
+
+    format: Count
+    model: dict[str, Any]
+    preprocessing: Preprocessing
+    groups: dict[str, Kept]
+    tensors: dict[str, tuple[Count, ...]]
+    additions: dict[str, Addition] = field(default_factory=dict)
+    sparse: tuple[str, ...] = ()
+    weights_digest: str = ""
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"it is of format {self.format}, this version reads {FORMAT}")
+        if any(prod(shape) > _MAX_ELEMENTS for shape in self.tensors.values()):
+            raise ValueError(f"a tensor has more than {_MAX_ELEMENTS:,} elements")
 
 
 @dataclass(frozen=True)
@@ -36,23 +105,27 @@ class FinalNetwork:
     """A network that training ends with.
 
     Attributes:
-        module: an ordinary module with memory of its own.
+        module: an ordinary module with memory of its own, in evaluation mode.
         mask: bool[C], the atoms that it keeps of the full network.
         channel_map: the map of the full network.
+        factory: builds the full network, for reading back what is written; None if that is not known.
+        example_inputs: what the network can be called with.
     """
 
     module: nn.Module
     mask: Tensor
     channel_map: ChannelMap
+    factory: _Build | None = None
+    example_inputs: tuple[Tensor, ...] = ()
 
-    def kept_channels(self) -> dict[str, dict[str, Any]]:
+    def kept_channels(self) -> dict[str, Kept]:
         """Per group the channels of the layer that it is named after, and which of them are kept."""
         kept_or_always = torch.cat([self.mask, torch.ones(1, dtype=torch.bool)])  # -1 means always
         kept = {}
         for group in self.channel_map.groups:
             channels = self.channel_map.channels_of(group)
             positions = kept_or_always[channels].nonzero().flatten().tolist()
-            kept[group.name] = {"size": len(channels), "kept": positions}
+            kept[group.name] = Kept(Count(len(channels)), tuple(positions))
         return kept
 
     def save(
@@ -60,195 +133,256 @@ class FinalNetwork:
         path: str | os.PathLike[str],
         model: dict[str, Any] | None = None,
         preprocessing: dict[str, Any] | None = None,
-        layout: ExportLayout = "auto",
     ) -> None:
-        """Write ``weights.safetensors`` and ``structure.json``, each complete or not at all.
+        """Write ``weights.safetensors`` and ``structure.json``, each complete or not at all, then read them
+        in a fresh process and compare the outputs of both networks.
 
         Args:
             path: a folder, created when missing.
             model: how the full network is built: ``name`` and ``arguments`` of
                 ``offload_sparse.workloads.models.build_model``; None when ``load_pruned`` will be given the
                 model.
-            preprocessing: what an input image goes through (mean, std, shape), for the reader.
-            layout: how tensors are written; see ``export.sparse_tensors``.
+            preprocessing: fields of ``export.description.Preprocessing``, for the reader.
+
+        Raises:
+            ValueError: what is read back is not this network (and is made unreadable), or ``preprocessing``
+                has other fields.
         """
         # Safetensors refuses views of one storage, and a module may have been extracted as such.
-        state = self.module.state_dict()
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        structure: dict[str, Any] = {
-            "format": FORMAT,
-            "model": model or {},
-            "preprocessing": preprocessing or {},
-            "groups": self.kept_channels(),
-            "additions": {name: _held(add) for name, add in additions(self.module) if add.width},
-            "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        }
-        _write(Path(path), tensors, structure, layout)
+        own = tensors_of(self.module)
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in own.items()}
+        folder = Path(path)
+        images = json_values.convert(json_values.json_value(preprocessing or {}), Preprocessing)
+        structure = Structure(
+            Count(FORMAT),
+            json_values.json_value(model or {}),
+            images,
+            self.kept_channels(),
+            {name: _counts(tensor.shape) for name, tensor in tensors.items()},
+            {name: _held(add) for name, add in additions(self.module) if add.width},
+        )
+        _write(folder, structure, *encode(tensors))
+        self._read_back(folder, images, by_name=bool(model and "name" in model))
+
+    def _read_back(self, folder: Path, images: Preprocessing, by_name: bool) -> None:
+        dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
+        batch = (torch.empty(3, *images.shape, dtype=dtype, device="meta"),)
+        inputs = self.example_inputs or (batch if images.shape else ())
+        read = functools.partial(load_pruned, folder, None if by_name else self.factory)
+        try:
+            if not (by_name or self.factory):
+                _read(folder)
+            elif inputs:
+                compare(read, self.module, inputs, folder)
+            else:
+                read()
+        except ValueError:
+            (folder / STRUCTURE_FILE).unlink(missing_ok=True)
+            raise
 
 
 def copy_network(source: Path, target: Path) -> None:
-    """Write an exported network once more, with every tensor whole, whatever its layout was.
+    """Write an exported network once more, with every tensor whole.
 
     Raises:
         ValueError: a file is missing or damaged, or the files do not belong together.
     """
     structure, tensors = _read(source)
-    own = {key: structure[key] for key in structure if key not in ("layouts", _DIGEST, _WEIGHTS_DIGEST)}
-    _write(target, tensors, own, "dense")
+    _write(target, structure, tensors, [])
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], structure: dict[str, Any], layout: ExportLayout) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, layouts = encode(tensors, layout)
-    if layouts:
-        structure["layouts"] = layouts
-    temporary = folder / (WEIGHTS_FILE + ".tmp")
-    save_file(tensors, temporary)
-    structure[_WEIGHTS_DIGEST] = _file_digest(temporary)
-    structure[_DIGEST] = _digest(structure)
-    os.replace(temporary, folder / WEIGHTS_FILE)
-    temporary = folder / (STRUCTURE_FILE + ".tmp")
-    temporary.write_text(json.dumps(structure, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / STRUCTURE_FILE)
-
-
-def read_structure(folder: Path) -> dict[str, Any]:
+def read_structure(folder: Path) -> Structure:
     """The checked contents of ``structure.json``.
 
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    path = folder / STRUCTURE_FILE
     try:
-        structure = json.loads(path.read_text(encoding="utf-8"))
+        return json_values.read(folder / STRUCTURE_FILE, Structure)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} holds no {STRUCTURE_FILE}; give the folder `model/` of a finished run"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:  # of UTF-8 and JSON, too
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(structure, dict) or structure.get("format") != FORMAT:
-        raise ValueError(f"{path} is not an exported network of format {FORMAT}; export it again")
-    signed = _DIGEST in structure or _WEIGHTS_DIGEST in structure
-    if signed and structure.get(_DIGEST) != _digest(structure):
-        raise ValueError(f"{path} is damaged: its digest does not fit; export it again")
-    for key in ("model", "groups", "tensors", "preprocessing"):
-        if not isinstance(structure.get(key), dict):
-            raise ValueError(f"{path} lacks {key!r}; export it again")
-    return structure
 
 
-def load_pruned(path: str | os.PathLike[str], model: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """Read an exported network.
+def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn.Module:
+    """Read an exported network. No code of the files is run.
 
     Args:
         path: folder with ``weights.safetensors`` and ``structure.json``.
         model: builds the full network, for a model that the package cannot build by name.
 
     Returns:
-        the narrow network in evaluation mode, on the CPU.
+        the narrow network in evaluation mode, on the CPU, with a value for every tensor.
 
     Raises:
         ValueError: a file is missing or damaged, or the files do not belong together.
     """
     folder = Path(path)
     structure, tensors = _read(folder)
-    module = _empty_model(structure["model"], model)
-    _restore_additions(module, structure.get("additions", {}), folder)
-    own = dict(module.state_dict())
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(
-            f"{folder}: the network has no place for, or lacks, {odd[0]!r}; was it another model?"
-        )
-    for name, tensor in tensors.items():
-        if own[name].dim() != tensor.dim():
-            raise ValueError(
-                f"{folder}: {name!r} has {tensor.dim()} dimensions, the network {own[name].dim()}"
-            )
-        set_tensor(module, name, tensor)
+    module = build_on_meta(model) if model is not None else _build_named(structure)
+    try:
+        _restore_additions(module, structure.additions)
+        own = tensors_of(module)
+        for name in [*own, *tensors]:  # a network that lacks one comes first
+            _place(module, name, own.get(name), tensors.get(name))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; was it exported from another model?") from None
     fit_attributes(module)
+    left = next((value for value in other_tensors(module) if value.is_meta), None)
+    if left is not None:
+        raise ValueError(
+            f"{folder}: {type(module).__name__} keeps a tensor of shape {tuple(left.shape)} without values; "
+            "let its constructor register it as a buffer"
+        )
     return module.eval()
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """All that a network's values are in: parameters, buffers, those that ``state_dict`` leaves out too, and
+    tensors that are plain attributes of a module. The positions of exposed additions are not among them.
+    """
+    found: dict[str, Tensor] = {}
+    for path, part in module.named_modules():
+        own = {} if isinstance(part, StreamAdd) else {**part._parameters, **part._buffers, **vars(part)}
+        prefix = f"{path}." if path else ""
+        found |= {f"{prefix}{name}": value for name, value in own.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _place(module: nn.Module, name: str, own: Tensor | None, value: Tensor | None) -> None:
+    """Give a tensor its value; one that the constructor leaves out, and training has made, too."""
+    path, _, leaf = name.rpartition(".")
+    if value is None:
+        raise ValueError(f"the network has {name!r}, the file does not")
+    if own is None:
+        owner = dict(module.named_modules()).get(path)
+        if owner is None or leaf in owner._parameters or getattr(owner, leaf, None) is not None:
+            raise ValueError(f"the network has no place for {name!r}")
+        setattr(owner, leaf, value)
+        return
+    fits = own.dim() == value.dim() and own.is_floating_point() == value.is_floating_point()
+    if isinstance(own, nn.Parameter):
+        fits = fits and all(n <= full for n, full in zip(value.shape, own.shape, strict=True))
+    if not fits or (own.dtype != value.dtype and not own.is_floating_point()):
+        raise ValueError(f"{name!r} is {_form(value)}, in the network {_form(own)}")
+    if isinstance(own, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=own.requires_grad)
+    owner = module.get_submodule(path)
+    set_tensor(module, name, value) if leaf not in vars(owner) else setattr(owner, leaf, value)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _held(add: StreamAdd) -> Addition:
+    left, right = add.left_index.tolist(), add.right_index.tolist()
+    return Addition(Count(add.width), _counts(left), _counts(right))
+
+
+def _counts(numbers: Iterable[int]) -> tuple[Count, ...]:
+    return tuple(Count(number) for number in numbers)
+
+
+def _restore_additions(module: nn.Module, held: dict[str, Addition]) -> None:
+    expose_additions(module, held)
+    for name, add in additions(module):
+        sides = torch.zeros(2, held[name].width, dtype=torch.bool)
+        sides[0, list(held[name].left)] = True
+        sides[1, list(held[name].right)] = True
+        add.hold(sides[0], sides[1], torch.device("cpu"))
+
+
+def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor], sparse: list[str]) -> None:
+    """Both files; ``tensors`` are as they are stored."""
+    from safetensors.torch import save_file
+
+    make_folder(folder)
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # which follows the umask; safetensors' own does not
+        save_file(tensors, temporary)
+        temporary.chmod(mode)
+        digest = file_digest(temporary)
+    body = asdict(replace(structure, sparse=tuple(sparse), weights_digest=digest))
+    text = json.dumps(body | {"digest": json_values.digest(body)}, indent=1)
+    write_file(folder / STRUCTURE_FILE, text + "\n")
+
+
+def _read(folder: Path) -> tuple[Structure, dict[str, Tensor]]:
     """The structure, and every tensor as it is declared there."""
     structure = read_structure(folder)
-    tensors = _decoded(_read_weights(folder / WEIGHTS_FILE), structure, folder)
-    if structure.get(_WEIGHTS_DIGEST, "") not in ("", _file_digest(folder / WEIGHTS_FILE)):
-        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: its digest does not fit; export it again")
-    declared = {name: list(shape) for name, shape in structure["tensors"].items()}
-    found = {name: list(t.shape) for name, t in tensors.items()}
-    if declared != found:
-        odd = sorted(name for name in declared.keys() | found.keys() if declared.get(name) != found.get(name))
-        raise ValueError(
-            f"{folder}: {WEIGHTS_FILE} and {STRUCTURE_FILE} disagree about {odd[0]!r}; export it again"
-        )
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder `model/` of a finished run")
+    try:
+        if structure.weights_digest not in ("", file_digest(path)):
+            raise ValueError("its digest does not fit")
+        tensors = decode(_stored(path), structure.sparse, structure.tensors)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != structure.tensors:
+            odd = next(n for n in (*found, *structure.tensors) if found.get(n) != structure.tensors.get(n))
+            raise ValueError(f"it disagrees with {STRUCTURE_FILE} about {json_values.shown(odd)}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; export it again") from None
     return structure, tensors
 
 
-def _digest(structure: dict[str, Any]) -> str:
-    body = {key: value for key, value in structure.items() if key != _DIGEST}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _held(add: StreamAdd) -> dict[str, Any]:
-    """Width of a sum, and the positions in it of the channels of each operand."""
-    return {"width": add.width, "left": add.left_index.tolist(), "right": add.right_index.tolist()}
-
-
-def _restore_additions(module: nn.Module, held: dict[str, Any], folder: Path) -> None:
-    try:
-        expose_additions(module, held)
-        for name, add in additions(module):
-            width = int(held[name]["width"])
-            sides = torch.zeros(2, width, dtype=torch.bool)
-            for side, key in zip(sides, ("left", "right"), strict=True):
-                side[held[name][key]] = True
-            add.hold(sides[0], sides[1], torch.device("cpu"))
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder}: {STRUCTURE_FILE} does not fit the additions of this model ({error}); export it again"
-        ) from None
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _stored(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give the folder `model/` of a finished run") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}; export it again") from None
+    except Exception as error:  # of the library, or of torch about shapes and types that it does not know
+        raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
-def _decoded(stored: dict[str, Tensor], structure: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    try:
-        return decode(stored, structure.get("layouts", {}), structure["tensors"])
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}; export it again") from None
+@dataclass(frozen=True)
+class _Named:
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def _empty_model(spec: dict[str, Any], model: Callable[[], nn.Module] | None) -> nn.Module:
-    if model is not None:
-        with torch.device("meta"):
-            return model()
+def _build_named(structure: Structure) -> nn.Module:
+    """The full network on meta, by the name in the file; a constructor that gets out of hand is stopped."""
     from offload_sparse.workloads.models import build_model
 
-    name, arguments = spec.get("name"), spec.get("arguments", {})
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    if "name" not in structure.model:
         raise ValueError(
             f"{STRUCTURE_FILE} names no model; pass `model`, a function that builds the full network"
         )
-    with torch.device("meta"):
-        return build_model(name, **arguments)
+    try:
+        named = json_values.convert(structure.model, _Named)
+        if _total(named.arguments) > _MAX_ARGUMENTS:
+            raise ValueError("its arguments are too large")
+        with _bounded(modules=1000 + 50 * len(structure.tensors)):
+            return build_on_meta(lambda: build_model(named.name, **named.arguments), whole=False)
+    except Exception as error:  # whatever a constructor raises about arguments of a file
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the model in {STRUCTURE_FILE} cannot be built: {reason}") from None
+
+
+def _total(value: Any) -> float:
+    """The sum of the absolute values of all numbers in a JSON value."""
+    if isinstance(value, dict | list):
+        return sum(_total(entry) for entry in (value.values() if isinstance(value, dict) else value))
+    return abs(value) if isinstance(value, int | float) else 0.0
+
+
+@contextmanager
+def _bounded(modules: int) -> Iterator[None]:
+    """Inside, no more than so many modules can be put into others."""
+    left = modules
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"it has more than {modules:,} layers, far more than tensors in the file")
+
+    handle = torch_module.register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.export.description import DESCRIPTION_FILE, FILES, read_description
+from offload_sparse.export.description import DESCRIPTION_FILE, FILES, Preprocessing, read_description
 from offload_sparse.export.network_file import STRUCTURE_FILE, load_pruned, read_structure
 from offload_sparse.export.onnx import read_onnx
 from offload_sparse.export.torch_export import read_program
@@ -22,13 +21,13 @@ class Artefact:
 
     Attributes:
         network: images [batch, C, H, W] of ``dtype`` on ``device`` to logits.
-        preprocessing: mean, std, shape and class names of its images, as far as they are known.
+        preprocessing: of its images, as far as it is known.
         dtype: type of the images.
         device: where it computes.
     """
 
     network: nn.Module
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     dtype: torch.dtype
     device: torch.device
 
@@ -53,28 +52,28 @@ def folder_of(path: Path) -> Path:
     return inner if inner.is_dir() and not has_own else path
 
 
-def open_artefact(path: Path) -> Artefact:
+def open_artefact(path: Path, trust: bool = False) -> Artefact:
     """Open a run folder, a folder that ``offload-sparse export`` wrote, or a file in one.
 
     Modules go to the CUDA device where there is one; programs and ONNX files run on the CPU.
 
+    Args:
+        path: see above.
+        trust: open a program of torch.export too, which can run any code.
+
     Raises:
-        ValueError: there is no network, or it is damaged; one line.
+        ValueError: there is no network, it is damaged, or it is a program and not trusted; one line.
     """
     folder = folder_of(path)
-    if (folder / DESCRIPTION_FILE).is_file():
-        return _described(folder)
-    preprocessing = read_structure(folder)["preprocessing"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_pruned(folder).to(device)
-    return Artefact(network, preprocessing, next(network.parameters()).dtype, device)
-
-
-def _described(folder: Path) -> Artefact:
+    if not (folder / DESCRIPTION_FILE).is_file():
+        preprocessing = read_structure(folder).preprocessing
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = load_pruned(folder).to(device)
+        return Artefact(network, preprocessing, next(network.parameters()).dtype, device)
     description = read_description(folder)
-    readers = {"torch_export": read_program, "onnx": read_onnx}
-    run = readers[description.kind](folder / FILES[description.kind][0])
-    dtypes = {"float32": torch.float32, "float64": torch.float64}
-    if description.dtype not in dtypes:
-        raise ValueError(f"{folder}: dtype is {description.dtype!r}; export the network again")
-    return Artefact(_Function(run), description.preprocessing, dtypes[description.dtype], torch.device("cpu"))
+    file = folder / FILES[description.kind][0]
+    if description.kind == "torch_export" and not trust:
+        raise ValueError(f"{file} is a program and can run any code; add --trust true if you know its origin")
+    run = read_program(file) if description.kind == "torch_export" else read_onnx(file)
+    dtype = getattr(torch, description.dtype)
+    return Artefact(_Function(run), description.preprocessing, dtype, torch.device("cpu"))

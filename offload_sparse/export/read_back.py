@@ -1,0 +1,204 @@
+"""Is what was written what will be read? Every export is read in a fresh process and compared on a batch.
+
+    this process                        reader (started once, ends with this process or after a minute idle)
+    outputs of the network
+    request/question ── socket ──▶      fork ──▶ unpickles the question, reads the files, computes
+    compares       ◀── request/answer                          └─ ends
+
+A fresh interpreter takes seconds to import torch; the reader has done so, and a fork of it takes milliseconds
+and has seen nothing of this process. A network whose constructor no other process can import (from a script's
+``__main__``, or inside a function) is built anew and read in this process instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import io
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+TOLERANCE = 1e-4
+"""Largest difference between the outputs, relative to the largest output."""
+
+Reader = Callable[[], Callable[..., Any]]
+"""Reads a network; called in another process, if it can be pickled."""
+
+_IDLE_SECONDS = 60.0
+_QUESTION, _ANSWER = "question", "answer"
+_READY = b"ready\n"
+_server: tuple[subprocess.Popen[bytes], str] | None = None
+
+
+def compare(read: Reader, module: nn.Module, inputs: Sequence[Tensor], place: Path) -> float:
+    """The largest relative difference between the outputs of a network and of what is read of it.
+
+    Args:
+        read: reads the network.
+        module: the network.
+        inputs: of the network; shapes and types of those that have no values.
+        place: where it was written, for messages.
+
+    Raises:
+        ValueError: it cannot be read, or the difference is above ``TOLERANCE``.
+    """
+    inputs = [_with_values(x) for x in inputs]
+    expected = outputs(_on_cpu(module), inputs)
+    question = _pickled((read, inputs, torch.get_num_threads()))
+    try:
+        found = outputs(read(), inputs) if question is None else _ask(question)
+    except Exception as error:  # whatever the reader or the network raises is the reason
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"what was written to {place} cannot be read back: {reason}") from error
+    worst = _difference(expected, found)
+    epsilon = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
+    if not worst <= max(TOLERANCE, 16 * epsilon):
+        raise ValueError(f"what was read back from {place} differs by {worst:.1e}; do not use it")
+    return worst
+
+
+@torch.no_grad()
+def outputs(network: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Every tensor that a network in evaluation mode gives, whatever holds them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for a network that draws numbers
+        return [leaf.detach() for leaf in tree_leaves(network(*inputs)) if isinstance(leaf, Tensor)]
+
+
+def serve(address: str) -> None:
+    """The reader: answer every question in a child that has seen no other, until nobody is left to ask."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children end unattended
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        os.write(1, _READY)
+        while listener.fileno() in select.select([listener.fileno(), 0], [], [], _IDLE_SECONDS)[0]:
+            connection, _ = listener.accept()
+            folder, *modules = connection.makefile().readline().split()
+            for name in modules:
+                __import__(name)  # which children then need not do
+            if os.fork() == 0:
+                _answer(Path(folder))
+                os._exit(0)
+            connection.close()
+
+
+def _answer(folder: Path) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        read, inputs, threads = pickle.loads((folder / _QUESTION).read_bytes())
+        torch.set_num_threads(threads)
+        answer: list[Tensor] | str = outputs(read(), inputs)
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    (folder / _ANSWER).write_bytes(pickle.dumps(answer))
+
+
+def _ask(question: bytes) -> list[Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _QUESTION).write_bytes(question)
+        heavy = [name for name in ("torchvision", "timm", "onnxruntime") if name in sys.modules]
+        with _connection() as connection:
+            connection.sendall(f"{' '.join([folder, *heavy])}\n".encode())
+            while connection.recv(1):  # ends when the child does
+                pass
+        path = Path(folder) / _ANSWER
+        answer = pickle.loads(path.read_bytes()) if path.exists() else "the reading process died"
+    if isinstance(answer, str):
+        raise ValueError(answer)
+    return answer
+
+
+def _connection() -> socket.socket:
+    """To the reader, which is started where there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(_server[1] if _server else "")
+    except OSError:
+        connection.connect(_start())
+    return connection
+
+
+def _start() -> str:
+    global _server
+    folder = tempfile.TemporaryDirectory()
+    address = f"{folder.name}/socket"
+    code = "import sys, offload_sparse.export.open as _; from offload_sparse.export.read_back import serve"
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", f"{code}; serve(sys.argv[1])", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != _READY:
+        raise ValueError(f"no process could be started to read it back (exit code {process.wait()})")
+    _server = process, address
+    atexit.register(_end, process, os.getpid(), folder)
+    return address
+
+
+def _end(process: subprocess.Popen[bytes], owner: int, folder: Any) -> None:
+    if os.getpid() == owner:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        folder.cleanup()
+
+
+def _pickled(question: Any) -> bytes | None:
+    """None where another process could not import what the question names."""
+    buffer = io.BytesIO()
+    try:
+        pickle.Pickler(buffer).dump(question)
+    except Exception:  # pickle raises errors of many kinds
+        return None
+    data = buffer.getvalue()
+    return None if b"__main__" in data or b"__mp_main__" in data else data
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    tensors = (*module.parameters(), *module.buffers())
+    if module.training or any(tensor.device.type != "cpu" for tensor in tensors):
+        return copy.deepcopy(module).cpu().eval()
+    return module
+
+
+def _with_values(example: Tensor) -> Tensor:
+    """A tensor like an example: its values, unless it has none, or floating ones that are all the same."""
+    example = example.detach()
+    if not example.is_floating_point():
+        return torch.zeros_like(example, device="cpu") if example.is_meta else example.cpu()
+    if example.is_meta or not example.numel() or bool(example.min() == example.max()):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(example.shape, generator=generator).to(example.dtype)
+    return example.cpu()
+
+
+def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(expected, found, strict=True):
+        one, other = one.to(torch.float64), other.to(torch.float64)
+        scale = one.abs().nan_to_num(0.0, posinf=0.0).amax().clamp_min(1e-30) if one.numel() else 1.0
+        same = (one == other) | (one.isnan() & other.isnan())
+        error = ((one - other).abs() / scale).masked_fill(same, 0.0).nan_to_num(float("inf"))
+        worst = max(worst, float(error.amax()) if error.numel() else 0.0)
+    return worst
