@@ -32,7 +32,7 @@ def count_flops(module: nn.Module, example_inputs: Inputs) -> int:
 
 def flops_by_module(module: nn.Module, example_inputs: Inputs) -> dict[str, int]:
     """FLOPs spent inside each module, by qualified name; the empty name is the whole network."""
-    network = meta_copy(module).eval()
+    network = meta_copy(module, other=True).eval()
     inputs = move_inputs(example_inputs, "meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*inputs)

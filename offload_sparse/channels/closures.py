@@ -173,7 +173,7 @@ def trace(
         separate: leave the operands of additions untied; the additions are then in ``TracedNetwork.sums``.
     """
     try:
-        return _build_graphs(meta_copy(model), move_inputs(example_inputs, "meta"), separate)
+        return _build_graphs(meta_copy(model, other=True), move_inputs(example_inputs, "meta"), separate)
     except TimeLimitError:
         raise
     except Exception as error:

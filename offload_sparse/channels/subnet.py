@@ -148,8 +148,13 @@ def _parameters_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         handle.remove()
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` on the meta device, made without copying any weights."""
+def meta_copy(model: nn.Module, other: bool = False) -> nn.Module:
+    """A copy of ``model`` on the meta device, made without copying any weights.
+
+    Args:
+        model: on any device.
+        other: move the tensors that modules hold as plain attributes too, for a forward pass on meta.
+    """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -157,8 +162,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for tensor in other_tensors(model):
-        if not tensor.is_leaf:  # computed from parameters; deepcopy refuses such
-            memo[id(tensor)] = tensor.detach().clone()
+        if other or not tensor.is_leaf:  # computed from parameters; deepcopy refuses such
+            memo[id(tensor)] = torch.empty_like(tensor, device="meta") if other else tensor.detach().clone()
     return copy.deepcopy(model, memo)
 
 

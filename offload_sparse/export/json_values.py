@@ -55,11 +55,8 @@ def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES) -> _T:
     try:
         value = parse(_contents(path, max_bytes))
         own = getattr(kind, "__dataclass_fields__", {"digest": None})
-        if (
-            isinstance(value, dict)
-            and "digest" in value.keys() - own
-            and value.pop("digest") != digest(value)
-        ):
+        signed = isinstance(value, dict) and "digest" in value and "digest" not in own
+        if signed and value.pop("digest") != digest(value):
             raise ValueError("its digest does not fit")
         return convert(value, kind)
     except FileNotFoundError:

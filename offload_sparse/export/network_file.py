@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.forward import Inputs
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
 from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, set_tensor
 from offload_sparse.export import json_values
@@ -116,7 +117,7 @@ class FinalNetwork:
     mask: Tensor
     channel_map: ChannelMap
     factory: _Build | None = None
-    example_inputs: tuple[Tensor, ...] = ()
+    example_inputs: Inputs = ()
 
     def kept_channels(self) -> dict[str, Kept]:
         """Per group the channels of the layer that it is named after, and which of them are kept."""
@@ -167,7 +168,7 @@ class FinalNetwork:
     def _read_back(self, folder: Path, images: Preprocessing, by_name: bool) -> None:
         dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
         batch = (torch.empty(3, *images.shape, dtype=dtype, device="meta"),)
-        inputs = self.example_inputs or (batch if images.shape else ())
+        inputs: Inputs = self.example_inputs or (batch if images.shape else ())
         read = functools.partial(load_pruned, folder, None if by_name else self.factory)
         try:
             if not (by_name or self.factory):
@@ -306,7 +307,7 @@ def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor], spars
         temporary.chmod(mode)
         digest = file_digest(temporary)
     body = asdict(replace(structure, sparse=tuple(sparse), weights_digest=digest))
-    text = json.dumps(body | {"digest": json_values.digest(body)}, indent=1)
+    text = json.dumps(body | {"digest": json_values.digest(body)})
     write_file(folder / STRUCTURE_FILE, text + "\n")
 
 

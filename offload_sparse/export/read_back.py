@@ -29,7 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from offload_sparse.channels.forward import Inputs
 
 TOLERANCE = 1e-4
 """Largest difference between the outputs, relative to the largest output."""
@@ -43,7 +45,7 @@ _READY = b"ready\n"
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 
-def compare(read: Reader, module: nn.Module, inputs: Sequence[Tensor], place: Path) -> float:
+def compare(read: Reader, module: nn.Module, inputs: Inputs, place: Path) -> float:
     """The largest relative difference between the outputs of a network and of what is read of it.
 
     Args:
@@ -55,7 +57,7 @@ def compare(read: Reader, module: nn.Module, inputs: Sequence[Tensor], place: Pa
     Raises:
         ValueError: it cannot be read, or the difference is above ``TOLERANCE``.
     """
-    inputs = [_with_values(x) for x in inputs]
+    inputs = tree_map_only(Tensor, _with_values, inputs)
     expected = outputs(_on_cpu(module), inputs)
     question = _pickled((read, inputs, torch.get_num_threads()))
     try:
@@ -71,7 +73,7 @@ def compare(read: Reader, module: nn.Module, inputs: Sequence[Tensor], place: Pa
 
 
 @torch.no_grad()
-def outputs(network: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+def outputs(network: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """Every tensor that a network in evaluation mode gives, whatever holds them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for a network that draws numbers
