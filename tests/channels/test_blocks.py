@@ -12,7 +12,8 @@ from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import check, self_test
 from offload_sparse.channels.discovery import discover
-from offload_sparse.export.network_file import FinalNetwork
+from offload_sparse.export.json_values import Count
+from offload_sparse.export.network_file import FinalNetwork, Kept
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, channel_maps, small_map
 
@@ -84,8 +85,8 @@ def test_the_export_lists_channels_whatever_an_atom_is() -> None:
     blocked = block_atoms(small_map(net), 4)
     mask = torch.tensor([False, True, True, False])
     assert FinalNetwork(net, mask, blocked).kept_channels() == {
-        "conv1": {"size": 6, "kept": [4, 5]},
-        "conv2": {"size": 8, "kept": [0, 1, 2, 3]},
+        "conv1": Kept(Count(6), tuple(map(Count, (4, 5)))),
+        "conv2": Kept(Count(8), tuple(map(Count, range(4)))),
     }
 
 

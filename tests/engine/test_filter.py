@@ -104,7 +104,7 @@ def test_an_export_whose_additions_are_damaged_is_refused(tmp_path: Path) -> Non
     structure["additions"]["blocks.0.stream_add_0"]["left"] = [99]
     del structure["digest"], structure["weights_digest"]  # a damage that the digests do not tell
     (tmp_path / "structure.json").write_text(json.dumps(structure))
-    with pytest.raises(ValueError, match="additions of this model"):
+    with pytest.raises(ValueError, match="operands of an addition do not cover it"):
         load_pruned(tmp_path, model=ResidualNet)
 
 

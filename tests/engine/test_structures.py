@@ -76,7 +76,7 @@ def test_a_session_trains_and_exports_a_network_that_can_be_read_back(
     read = load_pruned(tmp_path, factory)
     x = batches[0][0]
     assert torch.equal(read(x), network.module(x))
-    sizes = {name: entry["size"] for name, entry in read_structure(tmp_path)["groups"].items()}
+    sizes = {name: entry.size for name, entry in read_structure(tmp_path).groups.items()}
     full = factory().state_dict()
     assert sizes == {name: len(full[f"{name}.weight"]) for name in sizes}, "channels, whatever an atom is"
 
