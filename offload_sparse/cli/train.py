@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
+from offload_sparse.store.lock import lock_folder
 
 
 def train(argv: Sequence[str]) -> int:
@@ -14,9 +16,12 @@ def train(argv: Sequence[str]) -> int:
     config = arguments.parse(argv)
     if config.dry_run:
         return _dry_run(config)
-    from offload_sparse.run.trainer import train as run
+    # Before anything slow is imported: a folder that is in use is known at once.
+    first = os.environ.get("RANK", "0") == "0"
+    with lock_folder(config.run_dir) if first else nullcontext():
+        from offload_sparse.run.trainer import train as run
 
-    run(config)
+        run(config)
     return 0
 
 

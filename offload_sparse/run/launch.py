@@ -4,8 +4,13 @@ at the start.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 from offload_sparse.config.run import TrainConfig
+from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.run.trackers import TRACKERS_FOLDER, check_trackers
+from offload_sparse.store.lock import FolderLock, lock_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +29,8 @@ if TYPE_CHECKING:
 TWO_CPU_RANKS = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 launch/train.py --config …"
 )
+
+_PR_SET_PDEATHSIG = 1
 
 _LOST_RANK = (
     "gloo",
@@ -71,6 +80,7 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
         ValueError: ranks do not find each other, or the device cannot do what is asked.
     """
     check_environment()
+    end_with_launcher()
     check_trackers(trackers)
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
@@ -92,6 +102,39 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
     if not accelerator.is_main_process:
         _be_quiet()
     return accelerator
+
+
+@contextmanager
+def sole_job(run_dir: Path) -> Iterator[None]:
+    """Inside, every rank of this job holds the lock of ``run_dir``, and no other job can.
+
+    Raises:
+        ValueError: another job does (on every rank).
+    """
+    rank, world_size = rank_and_world_size()
+    locks: list[FolderLock] = []
+
+    def first() -> None:
+        locks.append(lock_folder(run_dir))
+        if world_size > 1:
+            locks[0].share()
+
+    try:
+        on_first_rank(first, rank, world_size)
+        if rank:
+            locks.append(lock_folder(run_dir, shared=True))
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def end_with_launcher() -> None:
+    """A rank is asked to stop when its launcher is gone: it saves and ends, as on any SIGTERM, and does not
+    train on beside the next job.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
-from offload_sparse.run.launch import is_lost_rank, start
+from offload_sparse.run.launch import is_lost_rank, sole_job, start
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.plan.fit import check, out_of_memory
 from offload_sparse.run.plan.machine import process_bytes, this_machine
@@ -54,10 +54,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     accelerator = start(config.train, config.run_dir, config.trackers)
     try:
-        stands = standing(config)
-        if stands == "finished":
-            return _tell_finished(config, accelerator)
-        return _train(Run(config, accelerator, stands))
+        with sole_job(config.run_dir):
+            stands = standing(config)
+            if stands == "finished":
+                return _tell_finished(config, accelerator)
+            return _train(Run(config, accelerator, stands))
     except torch.OutOfMemoryError as error:
         raise RunError(
             "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"

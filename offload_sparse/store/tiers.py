@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from offload_sparse.store.config import Switch, TierName
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle
 from offload_sparse.store.files import TEMPORARY, make_folder, remove, sync, write_file
 from offload_sparse.store.host_memory import host_zeros
+from offload_sparse.store.lock import lock_folder
 from offload_sparse.store.nvme import open_handle
 
 FORMAT = 1
@@ -135,9 +137,14 @@ class FileTier:
         open_direct: Callable[[Path], Handle | None] | None = None,
     ) -> None:
         self.folder = folder / f"rank{identity.rank}"
+        unlock = weakref.finalize(self, lock_folder(folder, name=f"rank{identity.rank}.lock").release)
         self._identity, self._dtype = identity, dtype
-        found = self._read()
-        self._refuse(found, mode)
+        try:
+            found = self._read()
+            self._refuse(found, mode)
+        except ValueError:
+            unlock()
+            raise
         self.filled = mode == "resume"
         self._sizes: dict[str, int] = dict(found["sizes"]) if self.filled and found else {}
         self._maps: list[np.memmap[Any, Any]] = []

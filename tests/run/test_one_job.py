@@ -1,0 +1,99 @@
+"""A run folder serves one job: a second one is told so at once, and the first does not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_sparse.engine.faults import VARIABLE
+
+SMALL = [
+    *("train", "--model.name", "offload_sparse/mlp"),
+    *("--model.arguments", "{stream: 12, hidden: 24, depth: 1}"),
+    *("--data.train_limit", "64", "--data.test_limit", "16", "--data.batch_size", "8", "--trackers", "[]"),
+    *("--train.max_steps", "12", "--train.log_every", "1"),
+]
+LIMIT = 240
+
+
+def start(run_dir: Path, *more: str, fault: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "offload_sparse.cli", *SMALL, "--run_dir", str(run_dir), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", VARIABLE: fault}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, env=environment)
+
+
+@contextlib.contextmanager
+def stopped_in_step(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A job that stands still (SIGSTOP) in its third step; it goes on afterwards."""
+    first = start(run_dir, fault="hang:step=3:phase=step")
+    begun = time.monotonic()
+    while "State:\tT" not in Path(f"/proc/{first.pid}/status").read_text():
+        assert time.monotonic() - begun < LIMIT
+        assert first.poll() is None
+        time.sleep(0.05)
+    try:
+        yield first
+    finally:
+        if first.poll() is None:
+            first.kill()
+        first.communicate()
+
+
+def steps(run_dir: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def test_a_second_start_on_a_live_run_exits_with_2_and_the_first_is_undisturbed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with stopped_in_step(run_dir) as first:
+        before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+        seconds = []
+        for more in ((), ("--overwrite", "true"), ("--train.epochs", "9")):
+            begun = time.monotonic()
+            second = start(run_dir, *more)
+            error = second.communicate(timeout=LIMIT)[1]
+            assert second.returncode == 2
+            assert f"{run_dir} is in use by process {first.pid} on {os.uname().nodename}" in error
+            assert error.count("\n") == 1
+            seconds.append(time.monotonic() - begun)
+        assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+        while first.poll() is None:  # it stops again at each of its steps
+            os.kill(first.pid, signal.SIGCONT)
+            time.sleep(0.05)
+        assert first.returncode == 0
+    assert steps(run_dir) == list(range(1, 13))
+    assert min(seconds) < 1, "torch is not imported for it"
+
+
+def test_the_folder_of_a_killed_job_is_free_at_once(tmp_path: Path) -> None:
+    first = start(tmp_path / "run", "--checkpoint.every_steps", "1", fault="kill:step=5:phase=step")
+    first.communicate(timeout=LIMIT)
+    assert first.returncode == -signal.SIGKILL
+    again = start(tmp_path / "run", "--checkpoint.every_steps", "1")
+    error = again.communicate(timeout=LIMIT)[1]
+    assert again.returncode == 0, error
+    assert steps(tmp_path / "run") == list(range(1, 13))
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_of_two_starts_at_once_exactly_one_trains(times: int, tmp_path: Path) -> None:
+    for number in range(times):
+        run_dir = tmp_path / str(number)
+        jobs: list[Any] = [start(run_dir) for _ in range(2)]
+        outputs = [job.communicate(timeout=LIMIT) for job in jobs]
+        assert sorted(job.returncode for job in jobs) == [0, 2], outputs
+        refused = outputs[0 if jobs[0].returncode else 1][1]
+        assert "is in use by" in refused
+        assert steps(run_dir) == list(range(1, 13))
