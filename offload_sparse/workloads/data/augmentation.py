@@ -107,11 +107,11 @@ def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
     Returns:
         uint8[b, C, H, W]; the images themselves where there is nothing to do.
     """
-    if not padding and not flip:
-        return images
+    if not padding:
+        return torch.where(draws.flip[:, None, None, None], images.flip(3), images) if flip else images
     batch, channels, height, width = images.shape
-    rows = draws.top[:, None] + torch.arange(height)
-    columns = draws.left[:, None] + torch.arange(width)
+    rows = draws.top[:, None] + torch.arange(height, device=images.device)
+    columns = draws.left[:, None] + torch.arange(width, device=images.device)
     if flip:
         columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
     padded = F.pad(images, [padding])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
@@ -14,9 +14,9 @@ from tqdm import tqdm
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.augmentation import Box
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages, substitute
+from offload_sparse.workloads.data.decode import Stored, UndecodableError, decode_part
 from offload_sparse.workloads.data.source import Split
 
-_PIL_MODES = {1: "L", 3: "RGB"}
 _BAR_DELAY_SECONDS = 5.0
 _CHUNK = 256
 _MOST_SUBSTITUTES = 100
@@ -84,6 +84,7 @@ class ImageSet:
         self.corrupt = CorruptImages(config.corrupt_limit) if corrupt is None else corrupt
         self._split = split
         self._image_size = config.image_size
+        self._scaled = config.decode == "scaled"
         self._shorter_side = config.image_size if training else config.eval_resize or config.image_size
         self.height, self.width = split.image_shape(config.image_size)
         decoded_bytes = len(split) * split.channels * self.height * self.width
@@ -128,15 +129,14 @@ class ImageSet:
         corrupt: list[Corrupt] = []
         missing = list(range(len(indices)))
         for attempt in range(_MOST_SUBSTITUTES):
-            images = self._split.decode(shown[missing].tolist())
             failed = []
-            for position, image in zip(missing, images, strict=True):
-                if isinstance(image, str):
-                    corrupt.append(Corrupt(self._split.name, int(shown[position]), image))
+            for position, stored in zip(missing, self._split.stored(shown[missing].tolist()), strict=True):
+                try:
+                    pixels[position] = self._pixels_of(stored, position, crop)
+                except UndecodableError as error:
+                    corrupt.append(Corrupt(self._split.name, int(shown[position]), str(error)))
                     shown[position] = substitute(int(indices[position]), attempt, len(self))
                     failed.append(position)
-                else:
-                    pixels[position] = self._pixels_of(image, position, crop)
             if not failed:
                 return Decoded(torch.stack(pixels), shown, tuple(corrupt))
             missing = failed
@@ -158,15 +158,14 @@ class ImageSet:
                 bar.update(len(rows))
         return pixels
 
-    def _pixels_of(self, image: Image.Image, position: int, crop: Crop | None) -> Tensor:
-        mode = _PIL_MODES[self._split.channels]
+    def _pixels_of(self, stored: Stored, position: int, crop: Crop | None) -> Tensor:
+        channels, size = self._split.channels, self._image_size
         if crop is not None:
-            top, left, height, width = crop(position, image.height, image.width)
-            pixels = F.pil_to_tensor(image.crop((left, top, left + width, top + height)).convert(mode))
-            return F.resize(pixels, [self._image_size] * 2, antialias=True)
-        pixels = F.pil_to_tensor(image.convert(mode))
-        if self._image_size:
-            pixels = resize(pixels, self._image_size, self._shorter_side)
+            part = decode_part(stored, channels, partial(crop, position), self._scaled * size)
+            return F.resize(part, [size, size], antialias=True)
+        pixels = decode_part(stored, channels, None, self._scaled * self._shorter_side)
+        if size:
+            pixels = resize(pixels, size, self._shorter_side)
         if pixels.shape[1:] != (self.height, self.width):
             raise ValueError(
                 f"the images of split {self._split.name!r} differ in size ({self.height}×{self.width} and "

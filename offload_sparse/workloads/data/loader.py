@@ -16,8 +16,8 @@ from offload_sparse.workloads.data.augmentation import Box, augment, draw, image
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages
 from offload_sparse.workloads.data.images import Crop, ImageSet
 from offload_sparse.workloads.data.order import check_batch, global_batch, rank_part, steps_per_epoch
+from offload_sparse.workloads.data.parquet import ParquetStream
 from offload_sparse.workloads.data.source import Split
-from offload_sparse.workloads.data.stream import ParquetStream
 
 _EVALUATION_BATCH = 512
 _EMBEDDED = {"num_classes": 10, "channels": 1, "image_size": 28, "train_images": 12_000}

@@ -1,52 +1,71 @@
-"""A dataset's name resolved to its splits, through Hugging Face ``datasets``.
+"""A data set's name resolved to its splits, through Hugging Face ``datasets``.
 
-A name is, in this order: the embedded ``fashion_mnist_small``, a parquet file, a folder of parquet files
-named after their splits, a folder of images (``<split>/<class>/<image>``), a dataset on the hub.
+A name is, in this order: the embedded ``fashion_mnist_small``; a parquet file, a tar shard or a listing (CSV,
+JSON lines); a folder of such files named after their splits; a folder of images (``<split>/<class>/<image>``
+or ``<class>/<image>``); a data set on the hub.
 """
 
 from __future__ import annotations
 
 import socket
-import struct
-import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import datasets
 import huggingface_hub.constants
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.folder import read_image_folder
+from offload_sparse.workloads.data.decode import GREY_MODES, Stored, UndecodableError, decode, stored_image
+from offload_sparse.workloads.data.folder import (
+    LISTINGS,
+    class_folders,
+    halves,
+    read_image_folder,
+    read_listing,
+    read_tar,
+)
+from offload_sparse.workloads.data.labels import (
+    Labels,
+    class_names,
+    class_numbers,
+    read_class_map,
+    read_labels,
+)
 from offload_sparse.workloads.data.order import seed_of
-from offload_sparse.workloads.data.parquet import read_parquet, split_files, split_names
-from offload_sparse.workloads.data.stream import ParquetStream, hub_files
+from offload_sparse.workloads.data.parquet import (
+    ParquetStream,
+    hub_files,
+    read_parquet,
+    split_files,
+    split_names,
+)
 
 EMBEDDED = "fashion_mnist_small"
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-_EMBEDDED_SPLITS = ("train", "test")
-_GREY_MODES = ("1", "L", "LA", "I;16", "I;16B")
 _SAMPLE = 256
-_DECODER = datasets.Image()
+_LONGEST_LIST = 60
 _STORED_TYPES = ("binary", "large_binary", "string", "large_string")
 
+_ALSO_CALLED = {
+    "train": ("training",),
+    "test": ("testing", "val", "valid"),
+    "validation": ("val", "valid"),
+    "valid": ("val", "validation"),
+    "val": ("valid", "validation"),
+}
 
 Table: TypeAlias = datasets.Dataset | ParquetStream
-
-# What broken files make the decoders of Pillow raise.
-_DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
+_Source: TypeAlias = tuple[list[str], Callable[[str], Table]]
+"""The names of the splits that are there, and a function that reads one of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +74,7 @@ class Split:
 
     Attributes:
         name: the split's name, for messages.
-        table: dataset whose one column ``image`` is decoded by ``decode``, or parquet files to stream.
+        table: its images, in the column ``image``, or parquet files to stream.
         labels: int64[N], class numbers.
         channels: channels to decode the images to: 1 if those of the training split are grey, else 3.
     """
@@ -68,13 +87,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def stored(self, indices: Sequence[int]) -> list[Stored]:
+        """The images at ``indices``, encoded."""
+        if isinstance(self.table, ParquetStream):
+            return self.table.images(indices)
+        return [stored_image(value) for value in self.table[list(indices)]["image"]]
+
     def decode(self, indices: Sequence[int]) -> list[Image.Image | str]:
         """The images at ``indices``, decoded; in the place of one that cannot be, the reason in one line."""
-        if isinstance(self.table, ParquetStream):
-            stored = self.table.images(indices)
-        else:
-            stored = self.table[list(indices)]["image"]
-        return [_decoded(image) for image in stored]
+        return [_or_reason(stored) for stored in self.stored(indices)]
 
     def read(self, indices: Sequence[int]) -> list[Image.Image]:
         """The images at ``indices``, decoded.
@@ -135,6 +156,7 @@ class Splits:
         class_names: names of the classes, by number.
         in_channels: channels of the images, 1 or 3.
         image_shape: their height and width in pixels (after ``data.image_size``).
+        stored_as: modes and sizes of a sample of the training images as they are stored, for people.
     """
 
     train: Split
@@ -143,10 +165,25 @@ class Splits:
     class_names: tuple[str, ...]
     in_channels: int
     image_shape: tuple[int, int]
+    stored_as: str = ""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def describe(self) -> list[str]:
+        """What there is to train on, in lines of at most 100 columns."""
+        names = ", ".join(self.class_names)
+        if len(names) > _LONGEST_LIST:
+            names = f"{names[:_LONGEST_LIST].rpartition(', ')[0]}, … {self.class_names[-1][:20]}"
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        counted = [f"{name} {_counted(part, self.num_classes)}" for name, part in parts.items() if part]
+        height, width = self.image_shape
+        return [
+            f"{self.num_classes} classes: {names}",
+            f"images (of a class): {', '.join(counted)}",
+            f"read as {height}×{width} pixels, {self.in_channels} channel(s); stored as {self.stored_as}",
+        ]
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -161,16 +198,22 @@ def load_splits(config: DataConfig) -> Splits:
         [config.validation_split] if config.validation_split else []
     )
     tables = _load_tables(config, list(dict.fromkeys(names)))
-    class_names = _class_names(tables[config.train_split], config.train_split, config.label_column)
-    splits = {name: _split(name, table, config, class_names) for name, table in tables.items()}
-    channels = _channels(splits[config.train_split], config.corrupt_limit)
+    class_map = read_class_map(config.class_map) if config.class_map else {}
+    labels = {name: _labels(table, name, config.label_column) for name, table in tables.items()}
+    classes = class_names(labels[config.train_split], class_map)
+    numbers = {name: class_numbers(found, name, classes, class_map) for name, found in labels.items()}
+    images = {name: _image_column(table, config.image_column) for name, table in tables.items()}
+    splits = {name: Split(name, images[name], numbers[name]) for name in tables}
+    sample = splits[config.train_split].sample(config.corrupt_limit)
+    channels = 1 if {image.mode for image in sample} <= set(GREY_MODES) else 3
     splits = {name: replace(split, channels=channels) for name, split in splits.items()}
     train, test = splits[config.train_split], _limit(splits[config.test_split], config.limit)
     validation = splits[config.validation_split] if config.validation_split else None
     if validation is None and config.validation_size > 0:
         train, validation = _hold_out(train, config.validation_size)
     train = _limit(train, config.limit)
-    return Splits(train, test, validation, class_names, channels, train.image_shape(config.image_size))
+    shape = train.image_shape(config.image_size)
+    return Splits(train, test, validation, classes, channels, shape, _stored_as(sample))
 
 
 def _load_tables(config: DataConfig, names: list[str]) -> dict[str, Table]:
@@ -179,35 +222,37 @@ def _load_tables(config: DataConfig, names: list[str]) -> dict[str, Table]:
     tables: dict[str, Table] = {}
     for name in names:
         # A file on its own has no split name; it serves as the first one asked for, the training images.
-        if present == [""] and name == names[0]:
-            tables[name] = read("")
-        elif name in present:
-            tables[name] = read(name)
-        else:
+        found = "" if present == [""] and name == names[0] else _called(name, present, names)
+        if found is None:
             raise ValueError(_missing_split(config.name, name, present))
+        tables[name] = read(found)
         _check_columns(tables[name], config)
     return tables
 
 
-def _resolve(config: DataConfig) -> tuple[list[str], Callable[[str], Table]]:
-    """The names of the splits that are there, and a function that reads one of them."""
+def _called(name: str, present: Sequence[str], wanted: Sequence[str] = ()) -> str | None:
+    """The split that is meant by ``name``, and is not meant by another name."""
+    others = [other for other in wanted if other != name]
+    usual = [also for also in _ALSO_CALLED.get(name, ()) if also not in others]
+    return next((called for called in (name, *usual) if called in present), None)
+
+
+def _resolve(config: DataConfig) -> _Source:
     name, path = config.name, Path(config.name).expanduser()
     if name == EMBEDDED:
-        return list(_EMBEDDED_SPLITS), lambda split: _read_parquet(
+        return ["test", "train"], lambda split: _read_files(
             [_EMBEDDED_FOLDER / f"{EMBEDDED}-{split}.parquet"], config
         )
-    if path.is_file() and path.suffix == ".parquet":
-        return [""], lambda _: _read_parquet([path], config)
-    if path.is_dir() and any(path.glob("*.parquet")):
-        return split_names(path), lambda split: _read_parquet(split_files(path, split), config)
+    if path.is_file() and path.suffix in LISTINGS:
+        return _in_parts(_named(read_listing(path), config), config)
+    if path.is_file() and path.suffix in (".parquet", ".tar"):
+        return [""], lambda _: _read_files([path], config)
     if path.is_dir():
-        present = sorted(
-            entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-        )
-        return present, lambda split: read_image_folder(path / split)
-    if path.is_file():
+        return _resolve_folder(path, config)
+    if path.exists():
         raise ValueError(
-            f"data.name {name!r} is a file, but not a parquet file; give a .parquet file or a folder"
+            f"data.name {name!r} is a file, but not a parquet file, a tar shard or a listing; give one of "
+            "these, or a folder"
         )
     if _looks_like_path(name):
         raise ValueError(
@@ -216,14 +261,48 @@ def _resolve(config: DataConfig) -> tuple[list[str], Callable[[str], Table]]:
     return _resolve_hub(config)
 
 
-def _read_parquet(files: list[Path], config: DataConfig) -> Table:
+def _resolve_folder(path: Path, config: DataConfig) -> _Source:
+    for suffix in (".parquet", ".tar", *LISTINGS):
+        present = split_names(path, suffix)
+        if present and (suffix not in LISTINGS or _called(config.train_split, present)):
+            return present, lambda split, suffix=suffix: _read_files(split_files(path, split, suffix), config)
+    present = class_folders(path)
+    usual = {config.train_split, config.test_split, *_ALSO_CALLED, *sum(_ALSO_CALLED.values(), ())}
+    if len(set(present) - usual) > 1 and not any(
+        class_folders(path / name) for name in present if name in usual
+    ):
+        return _in_parts(_named(read_image_folder(path), config), config)
+    return present, lambda split: _named(read_image_folder(path / split), config)
+
+
+def _in_parts(table: datasets.Dataset, config: DataConfig) -> _Source:
+    """A table for all splits: as its column ``split`` says, else one in five of each class is for testing."""
+    parts = halves(table)
+    if "split" in table.column_names:
+        of = np.asarray(table["split"]).astype(str)
+        parts = {str(name): table.select(np.flatnonzero(of == name)) for name in np.unique(of)}
+    return sorted(parts), lambda split: _named(parts[split], config)
+
+
+def _named(table: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """Columns ``image`` and ``label`` called as the configuration calls them."""
+    return table.rename_columns({"image": config.image_column, "label": config.label_column})
+
+
+def _read_files(files: list[Path], config: DataConfig) -> Table:
+    """The rows of the files of one split, one after the other."""
+    if files[0].suffix == ".tar":
+        return _named(read_tar(files), config)
+    if files[0].suffix in LISTINGS:
+        return _named(datasets.concatenate_datasets([read_listing(file) for file in files]), config)
     if config.streaming:
         return ParquetStream([str(file) for file in files], config.shuffle_buffer)
     return read_parquet(files)
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith((".parquet", "/")) or name.count("/") > 1
+    endings = (".parquet", ".tar", "/", *LISTINGS)
+    return name.startswith((".", "/", "~")) or name.endswith(endings) or name.count("/") > 1
 
 
 def _resolve_hub(config: DataConfig) -> tuple[list[str], Callable[[str], Table]]:
@@ -285,99 +364,55 @@ def _check_columns(table: Table, config: DataConfig) -> None:
         raise ValueError(f"dataset {config.name!r} has a split without rows; give one with images")
 
 
-def _values(table: Table, column: str) -> pa.ChunkedArray:
+def _labels(table: Table, split: str, column: str) -> Labels:
     if isinstance(table, ParquetStream):
         values = table.column(column)
     else:
         values = table.select_columns([column]).with_format("arrow")[:].column(column)
-    if values.null_count:
-        raise ValueError(f"column {column!r} has {values.null_count} rows without a label; remove them")
-    return values
-
-
-def _class_names(table: Table, split: str, column: str) -> tuple[str, ...]:
-    """The names of the classes by number, from the training split."""
-    feature = table.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
-    values = _values(table, column)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return tuple(sorted(values.unique().to_pylist()))
-    if pa.types.is_integer(values.type):
-        return tuple(str(number) for number in range(int(values.to_numpy().max()) + 1))
-    raise ValueError(
-        f"column {column!r} of split {split!r} holds {values.type}, not class labels; set data.label_column "
-        "to a column of integers or names"
-    )
-
-
-def _labels(table: Table, split: str, column: str, class_names: tuple[str, ...]) -> Tensor:
-    """int64[N]: the number of each row's class."""
-    feature = table.features[column]
-    values = _values(table, column)
-    if pa.types.is_integer(values.type):
-        numbers = torch.from_numpy(values.to_numpy().astype(np.int64))
-    else:
-        numbers = _positions(values, class_names)
-    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != class_names:
-        # Each split of an image folder numbers the classes that it holds.
-        renumbered = _positions(pa.chunked_array([pa.array(feature.names)]), class_names)
-        numbers = torch.where(numbers >= 0, renumbered[numbers.clamp_min(0)], -1)
-    if int(numbers.min()) < 0 or int(numbers.max()) >= len(class_names):
-        raise ValueError(
-            f"split {split!r} has labels outside the {len(class_names)} classes of the training split; "
-            "choose another split or data.label_column"
-        )
-    return numbers
-
-
-def _positions(values: pa.ChunkedArray, class_names: tuple[str, ...]) -> Tensor:
-    """int64[N]: where each value stands among the class names, -1 for others."""
-    found = pc.index_in(values, value_set=pa.array(class_names, type=values.type))
-    return torch.from_numpy(pc.fill_null(found, -1).to_numpy().astype(np.int64))
+    return read_labels(values, table.features[column], split, column)
 
 
 def _image_column(table: Table, column: str) -> Table:
-    """The one column ``image``, decoded by PIL on access, whatever form the bytes are stored in."""
+    """The one column ``image``, encoded, whatever form the bytes are stored in."""
     feature = table.features[column]
+    known = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    if not known and getattr(feature, "dtype", None) not in _STORED_TYPES:
+        raise ValueError(
+            f"column {column!r} holds {feature}, not images; set data.image_column to a column of images or "
+            "their bytes"
+        )
     if isinstance(table, ParquetStream):
-        if isinstance(feature, datasets.Image | dict) or feature.dtype in _STORED_TYPES:
-            return table.with_image_column(column)
-        raise ValueError(_no_images(column, feature))
+        return table.with_image_column(column)
     table = table.select_columns([column])
     if column != "image":
         table = table.rename_column(column, "image")
+    if isinstance(feature, datasets.Image):
+        table = table.cast_column("image", datasets.Image(decode=False))
+    return table
+
+
+
+def _or_reason(stored: Stored) -> Image.Image | str:
     try:
-        return table.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError, KeyError, pa.ArrowException) as error:
-        raise ValueError(_no_images(column, feature)) from error
+        return decode(stored)
+    except UndecodableError as error:
+        return str(error)
 
 
-def _no_images(column: str, feature: Any) -> str:
-    return (
-        f"column {column!r} holds {feature}, not images; set data.image_column to a column of images or "
-        "their bytes"
-    )
+def _stored_as(sample: Sequence[Image.Image]) -> str:
+    """Modes and sizes, the most frequent first."""
+    modes = Counter(str(image.info.get("mode", image.mode)) for image in sample)
+    sizes = sorted({image.size for image in sample}, key=lambda size: size[0] * size[1])
+    (width, height), (widest, highest) = sizes[0], sizes[-1]
+    pixels = f"{height}×{width}" + (f" to {highest}×{widest}" if len(sizes) > 1 else "")
+    return f"{', '.join(mode for mode, _ in modes.most_common())}, {pixels}"
 
 
-def _decoded(stored: dict[str, Any] | None) -> Image.Image | str:
-    """A stored image decoded, or why it cannot be."""
-    if stored is None:
-        return "the row has no image"
-    try:
-        return _DECODER.decode_example(stored)
-    except _DECODING_ERRORS as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _channels(split: Split, corrupt_limit: int) -> int:
-    """1 if evenly spaced images are all grey, else 3."""
-    return 1 if {image.mode for image in split.sample(corrupt_limit)} <= set(_GREY_MODES) else 3
-
-
-def _split(name: str, table: Table, config: DataConfig, class_names: tuple[str, ...]) -> Split:
-    labels = _labels(table, name, config.label_column, class_names)
-    return Split(name, _image_column(table, config.image_column), labels)
+def _counted(split: Split, classes: int) -> str:
+    """How many images there are, and how many of a class."""
+    counts = split.labels.bincount(minlength=classes)
+    least, most = int(counts.min()), int(counts.max())
+    return f"{len(split):,} ({least:,}{'' if least == most else f'-{most:,}'})"
 
 
 def _shuffled(size: int, purpose: int) -> Tensor:

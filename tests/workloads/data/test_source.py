@@ -296,7 +296,7 @@ def test_a_missing_split_is_answered_with_those_that_exist(tmp_path: Path) -> No
         ([0, 1], [0, 2], "outside the 2 classes"),
         ([0, 1], [0, -1], "outside the 2 classes"),
         (["a", "b"], ["a", "z"], "outside the 2 classes"),
-        ([0, -1], [0, 0], "outside the 1 classes"),
+        ([0, -1], [0, 1], "outside the 2 classes"),
     ],
 )
 def test_unusable_labels_are_refused(

@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import source
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
+from offload_sparse.workloads.data.parquet import ParquetStream
 from offload_sparse.workloads.data.source import Splits, load_splits
-from offload_sparse.workloads.data.stream import ParquetStream
 from tests.support.constants import configured
 from tests.workloads.data.jpegs import (
     CLASSES,

@@ -1,0 +1,214 @@
+"""From the bytes of a file to 8-bit pixels, whatever the file says it holds.
+
+Read are the usual formats of photographs and drawings; no other decoder of the library is ever started, so a
+file cannot reach Ghostscript. Deeper images are scaled to 8 bits where their range is known and refused where
+it is not; photographs are turned as their EXIF orientation says; transparency is laid over white; of an
+animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+from offload_sparse.workloads.data.augmentation import Box
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are read; MPO, which cameras write, is a JPEG with more images behind it."""
+
+GREY_MODES = ("1", "L", "LA")
+MOST_PIXELS = 1 << 26
+"""An image above this is refused before it is decoded (Pillow's own bound for bombs is 2.7 times as much)."""
+
+_MOST_BYTES = 1 << 30
+_PIL_MODES = {1: "L", 3: "RGB"}
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+
+Choose = Callable[[int, int], Box]
+"""(height, width) of an image -> the part of it that is wanted."""
+
+Stored: TypeAlias = dict[str, Any] | None
+"""A stored image: its ``bytes``, or the ``path`` (text, or bytes as the file system has them) of its file."""
+
+# What broken files make the decoders of Pillow raise.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class UndecodableError(ValueError):
+    """An image cannot be decoded; says why in one line."""
+
+
+def decode(stored: Stored) -> Image.Image:
+    """The image, upright, in its own mode or, where that is deeper than 8 bits, as ``L``.
+
+    ``info["mode"]`` is the mode that is stored.
+
+    Raises:
+        UndecodableError: it is none, it is broken, or its range is not known.
+    """
+    return _guarded(stored, lambda content: _decode(open_image(content)))
+
+
+def stored_image(value: Any) -> Stored:
+    """An image as {bytes, path}, whatever form it is stored in."""
+    if isinstance(value, bytes):
+        return {"bytes": value}
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _guarded(stored: Stored, read: Callable[[bytes], Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the library, about EXIF data and sizes
+            return read(_content(stored))
+    except _DECODING_ERRORS as error:
+        kind = "" if isinstance(error, UndecodableError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())[:200]
+        raise UndecodableError(reason + _place(stored)) from error
+
+
+def _place(stored: Stored) -> str:
+    path = stored.get("path") if stored else None
+    return f"; {text_of(path)}" if path else ""
+
+
+def text_of(name: str | bytes) -> str:
+    """A file name for a message: what is no UTF-8 in it is written as ``\\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _content(stored: Stored) -> bytes:
+    content = stored.get("bytes") if stored else None
+    if content is None and stored and stored.get("path"):
+        content = _file(stored["path"])
+    if content is None:
+        raise UndecodableError("the row has no image")
+    if not content:
+        raise UndecodableError("there are no bytes in it")
+    return content
+
+
+def _file(path: str | bytes) -> bytes:
+    """The bytes of a regular file; a pipe or a device could be read for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            raise UndecodableError(f"no regular file of at most {_MOST_BYTES >> 20} MiB")
+        return file.read()
+
+
+def open_image(content: bytes) -> Image.Image:
+    """The header of an image whose format and size are acceptable."""
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise UndecodableError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS}")
+    return image
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    mode = image.mode
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation) is not None:
+        image = ImageOps.exif_transpose(image)
+    if mode.startswith(("I", "F")):
+        image = _in_8_bits(image)
+    elif mode == "LAB":
+        raise UndecodableError("mode LAB is not read; convert the image to RGB")
+    image.info["mode"] = mode
+    return image
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of at most 16 bits scaled so that its full range is 0 … 255."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    largest = (1 << min(tags.get(_BITS_PER_SAMPLE, (16,)))) - 1
+    scaled_already = image.format in ("PNG", "PPM")  # whose reader scales any depth up to 16 bits
+    if image.mode == "F" or (image.mode == "I" and not scaled_already) or largest > 65535:
+        kind = "32-bit floats" if image.mode == "F" else "signed or 32-bit integers"
+        raise UndecodableError(f"mode {image.mode} ({kind}) has no known range; convert it to 8 or 16 bits")
+    values: NDArray[np.uint32] = np.asarray(image).astype(np.uint32)
+    values = np.minimum((values * 255 + largest // 2) // largest, 255).astype(np.uint8)
+    return Image.fromarray(255 - values if tags.get(_PHOTOMETRIC) == 0 else values)  # 0: white is zero
+
+
+def pixels_of(image: Image.Image, channels: int) -> Tensor:
+    """A decoded image as uint8[channels, H, W]; what is transparent shows white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return F.pil_to_tensor(image.convert(_PIL_MODES[channels]))
+
+
+def decode_part(stored: Stored, channels: int, choose: Choose | None = None, least: int = 0) -> Tensor:
+    """A part of an image, uint8[channels, h, w].
+
+    Args:
+        choose: which part; ``None`` takes all.
+        least: a JPEG may be decoded at a half, a quarter or an eighth of its size as long as the part's
+            shorter side keeps this many pixels; 0 decodes it whole.
+
+    Raises:
+        UndecodableError: as ``decode``.
+    """
+    return _guarded(stored, lambda content: _part(content, channels, choose, least))
+
+
+def _part(content: bytes, channels: int, choose: Choose | None, least: int) -> Tensor:
+    image = open_image(content)
+    plain = image.format == "JPEG" and image.mode == "RGB" and channels == 3
+    if plain and image.getexif().get(ExifTags.Base.Orientation) is None:
+        box = choose(image.height, image.width) if choose else Box(0, 0, image.height, image.width)
+        shrink = _shrink(box, least)
+        if shrink == 1 and (pixels := _whole_jpeg(content)) is not None:
+            return pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
+        image.draft("RGB", (image.width // shrink, image.height // shrink))
+        image.load()
+        return pixels_of(_cut(image, Box(*(side // shrink for side in box))), channels)
+    image = _decode(image)
+    return pixels_of(_cut(image, choose(image.height, image.width)) if choose else image, channels)
+
+
+def _cut(image: Image.Image, box: Box) -> Image.Image:
+    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+
+
+def _shrink(box: Box, least: int) -> int:
+    side = min(box.height, box.width)
+    return next((shrink for shrink in (8, 4, 2) if least and side // shrink >= least), 1)
+
+
+def _whole_jpeg(content: bytes) -> Tensor | None:
+    """The pixels that Pillow would give, by the same library with fewer copies; None if it refuses."""
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None
