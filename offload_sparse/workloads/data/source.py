@@ -391,7 +391,6 @@ def _image_column(table: Table, column: str) -> Table:
     return table
 
 
-
 def _or_reason(stored: Stored) -> Image.Image | str:
     try:
         return decode(stored)
