@@ -27,7 +27,7 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
-from offload_sparse.store.host_memory import return_freed_memory
+from offload_sparse.run.process import return_freed_memory
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import declared_data
 from offload_sparse.workloads.models import build_model

@@ -18,9 +18,9 @@ from offload_sparse.engine.random_state import random_state, set_random_state
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.session_state import SmallState, restore_small, small_state
 from offload_sparse.engine.subnet_pair import Side
-from offload_sparse.store.journal import Journal
 from offload_sparse.store.tiers import FileTier
 from offload_sparse.store.weight_store import WeightStore
+from offload_sparse.store.write_ahead_log import WriteAheadLog
 
 _LOCAL, _RANDOM = "local/", "random/"
 
@@ -47,7 +47,7 @@ class DurableRounds:
         self._session = session
         self._tier = session.tier
         self._settle_every = settle_every
-        self.journal = Journal(session.tier.folder / "journal")
+        self.journal = WriteAheadLog(session.tier.folder / "journal")
         self._random: dict[str, Tensor] = {}
         session.after_round = self._log
 

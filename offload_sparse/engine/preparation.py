@@ -15,10 +15,7 @@ from offload_sparse.channels.config import Residual
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tensors
 from offload_sparse.engine.distributed import on_first_rank
-from offload_sparse.engine.primitive_cache import bound_primitive_cache
-from offload_sparse.store.host_memory import bound_kept_memory
-from offload_sparse.store.initial_values import build_seeded, named_tensors
-from offload_sparse.store.initialisation import Recording, record
+from offload_sparse.store.initialisation import Recording, build_seeded, named_tensors, record
 from offload_sparse.store.weight_store import Ranks, WeightStore
 
 logger = logging.getLogger(__name__)
@@ -89,7 +86,6 @@ def prepare(
     Raises:
         ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
     """
-    bound_kept_memory()
     if isinstance(source, nn.Module):
         recording, meta_model = None, meta_copy(source)
     else:
@@ -98,7 +94,6 @@ def prepare(
         meta_model = recording.model if recording.replayable else build_on_meta(source)
         if any(value.is_meta for value in other_tensors(meta_model)):
             meta_model = build_on_meta(source)
-    bound_primitive_cache(meta_model)  # before the self-test, which may be the first to run a convolution
     if channel_map is None:
         # Loaded here because Torch-Pruning takes seconds to import, and a map made by hand does not need it.
         from offload_sparse.channels.discovery import discover

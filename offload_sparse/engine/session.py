@@ -49,7 +49,7 @@ from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.config import StoreConfig
-from offload_sparse.store.host_memory import pin_mode, return_freed_memory
+from offload_sparse.store.host_memory import pin_mode
 from offload_sparse.store.tiers import Identity, Mode, open_tier
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 
@@ -140,7 +140,6 @@ class SparseOffload:
         else:
             prepared.fill(self.store, seed)
             self.tier.complete(self.store.integer_buffers)
-        return_freed_memory()
         self.cost = CostModel(self.meta_model, self.channel_map, example_inputs)
         probabilities = policy or PolicyConfig()
         if rho is not None:

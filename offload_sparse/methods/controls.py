@@ -9,7 +9,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import meta_copy
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.network_method import FixedNetwork
-from offload_sparse.store.initial_values import build_seeded, named_tensors
+from offload_sparse.store.initialisation import build_seeded, named_tensors
 
 
 def build(task: Task) -> Method:

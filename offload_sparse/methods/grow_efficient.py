@@ -36,7 +36,7 @@ from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.masked import MaskedTraining
 from offload_sparse.methods.weight_masks.sparsity import Sparsity, by_column, maskable_weights
 from offload_sparse.policy.samplers import mask_generator
-from offload_sparse.store.initial_values import build_seeded
+from offload_sparse.store.initialisation import build_seeded
 from offload_sparse.store.weight_store import Ranks
 
 NOTE = "Shut channels are multiplied by zero, so a step takes as long as a dense one; FLOPs leave them out."

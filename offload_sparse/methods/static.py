@@ -22,7 +22,7 @@ from offload_sparse.engine.preparation import prepare
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.policy.budget import evenly_narrowed
-from offload_sparse.store.initial_values import initial_tensors
+from offload_sparse.store.initialisation import initial_tensors
 from offload_sparse.store.weight_store import Ranks
 
 

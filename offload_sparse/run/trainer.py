@@ -28,6 +28,7 @@ from offload_sparse.run.log import Recorder
 from offload_sparse.run.plan.fit import check, out_of_memory
 from offload_sparse.run.plan.machine import process_bytes, this_machine
 from offload_sparse.run.position import Progress
+from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Standing, finished_summary, standing
 from offload_sparse.run.schedule import learning_rate
 from offload_sparse.run.trackers import start_trackers
@@ -133,7 +134,9 @@ class Run:
         self.task = self._task()
         if config.train.check:
             self._check_plan()
+        bound_memory(self.task.factory)
         self.method: Method = build_method(self.task)
+        return_freed_memory()
         self.progress = Progress(config, self.method, self.recorder, self._batches_at)
 
     # --- the loop ---

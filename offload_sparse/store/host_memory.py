@@ -2,16 +2,16 @@
 
 torch's pinned allocator rounds every request up to a power of two, which would nearly double a store of the
 wrong size. Here anonymous memory is mapped, offered to the kernel for huge pages, written once by several
-threads, and registered with the driver in chunks, so that not a byte more is held.
+threads, and registered with the driver in chunks, so that not a byte more is held. Forked processes (workers
+that load data) do not get it: their copies of page-locked pages would cost as much again.
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import mmap
-import sys
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -31,11 +31,6 @@ TOUCH_CHUNK = 64 << 20
 
 HUGE_FROM = 4 << 20
 """Smaller tensors come from torch's allocator: huge pages would not help them."""
-
-MAPPED_FROM = 16 << 20
-"""Bytes from which freed memory always goes back to the system at once."""
-
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 logger = logging.getLogger(__name__)
 
@@ -81,33 +76,35 @@ def host_zeros(numel: int, dtype: torch.dtype, pin: Switch | bool) -> Tensor:
     return tensor
 
 
+def threads() -> int:
+    """Threads that share work on host memory: this rank's part of the cores that its node lets it use.
+
+    OMP_NUM_THREADS, which accelerate launch sets to 1, says nothing about it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _map(size: int) -> mmap.mmap:
     """``size`` bytes of zeroed anonymous memory, in huge pages where the kernel offers them."""
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise RuntimeError(f"{size / 2**30:.1f} GiB of host memory cannot be had: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    for name in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel built without them
-            logger.debug("the kernel offers no huge pages")
+            memory.madvise(getattr(mmap, name))
+        except (AttributeError, OSError):  # not Linux, or a kernel built without it
+            logger.debug("host memory without %s", name)
     return memory
 
 
 def _touch(tensor: Tensor) -> None:
     """Write every page, several threads side by side: each page lands near the thread that wrote it."""
-    pieces = tensor.split(max(1, TOUCH_CHUNK // tensor.element_size()))
-    if len(pieces) == 1 or torch.get_num_threads() == 1:
-        tensor.zero_()
-        return
-    address, item = tensor.data_ptr(), tensor.element_size()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(
-            pool.map(
-                lambda p: ctypes.memset(address + p.storage_offset() * item, 0, p.numel() * item), pieces
-            )
-        )
+    address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    with ThreadPoolExecutor(threads()) as pool:
+        for start in range(0, size, TOUCH_CHUNK):
+            pool.submit(ctypes.memset, address + start, 0, min(TOUCH_CHUNK, size - start))
 
 
 @dataclass(eq=False)
@@ -154,10 +151,20 @@ def _register(tensor: Tensor, memory: mmap.mmap, required: bool) -> bool:
         f"CUDA could not page-lock {size / 2**30:.1f} GiB of host memory (error {error}); "
         "raise the limit `ulimit -l`, free memory, or set store.pin to off"
     )
+    _clear_cuda_error()
     if required:
         raise RuntimeError(message)
     logger.warning("%s. Transfers go on through ordinary memory, which is slower.", message)
     return False
+
+
+def _clear_cuda_error() -> None:
+    """Take the error that a refusal has left with the CUDA runtime, which would fail the next kernel."""
+    try:
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+    except RuntimeError:
+        logger.debug("the refused registration has been taken off CUDA's error state")
 
 
 def keep_registered(tensor: Tensor, registration: Registration, memory: object) -> None:
@@ -170,28 +177,3 @@ def keep_registered(tensor: Tensor, registration: Registration, memory: object) 
 def _release(registration: Registration, memory: object) -> None:
     del memory
     registration.undo()
-
-
-def bound_kept_memory() -> None:
-    """Have allocations of ``MAPPED_FROM`` bytes and more go back to the system as soon as they are freed.
-
-    glibc starts like this and then raises the bound to 32 MiB as such memory is freed, after which holes of
-    that size stay with the process: a tenth of a run's memory in a measured case.
-    """
-    if sys.platform == "linux":
-        options = getattr(ctypes.CDLL(None), "mallopt", None)
-        if options is not None:
-            options(_M_MMAP_THRESHOLD, MAPPED_FROM)
-
-
-def return_freed_memory() -> None:
-    """Hand memory that the process has freed back to the system (glibc keeps it otherwise).
-
-    Setting up a run frees many temporaries of a few megabytes each, which would count as the run's memory to
-    its end.
-    """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

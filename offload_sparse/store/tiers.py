@@ -31,11 +31,10 @@ from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.store.config import Switch, TierName
-from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle
+from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle, open_handle
 from offload_sparse.store.files import TEMPORARY, make_folder, remove, sync, write_file
 from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.lock import lock_folder
-from offload_sparse.store.nvme import open_handle
 
 FORMAT = 1
 Mode = Literal["new", "resume", "replace"]

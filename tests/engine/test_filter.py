@@ -19,7 +19,7 @@ from offload_sparse.engine.session import SparseOffload
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.static import narrow_initialised
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.store.initial_values import named_tensors
+from offload_sparse.store.initialisation import named_tensors
 from offload_sparse.store.weight_store import WEIGHTS
 from tests.engine.reference import MaskedTrainer
 from tests.engine.test_session import OPTIM, batches, loss_fn

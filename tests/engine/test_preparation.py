@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from offload_sparse.engine.preparation import prepare
-from offload_sparse.store.initial_values import build_seeded, named_tensors
+from offload_sparse.store.initialisation import build_seeded, named_tensors
 from offload_sparse.store.weight_store import Ranks, WeightStore
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Selection
-from offload_sparse.store import nvme
 from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
 from offload_sparse.store.copy.copy import copy_blocks
-from offload_sparse.store.direct_files import ALIGN, DirectFiles, windows
+from offload_sparse.store.direct_files import ALIGN, DirectFiles, open_handle, windows
 from offload_sparse.store.tiers import FileTier, Identity, MemoryTier
 from offload_sparse.store.weight_store import WeightStore
 
@@ -165,7 +164,7 @@ MAP = ChannelMap(
 @pytest.mark.slow
 def test_deepnvme_moves_the_bits_that_memory_does(tmp_path: Path) -> None:
     """The real one: a store past the page cache, rounds of gather and scatter, and its file opened again."""
-    handle = nvme.open_handle(tmp_path)
+    handle = open_handle(tmp_path)
     if handle is None:
         pytest.skip("DeepNVMe is not to be had here")
     identity = Identity.of("run", MAP, torch.float32, 1, 0)

@@ -12,7 +12,7 @@ import torch
 
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Selection
-from offload_sparse.store import nvme, tiers
+from offload_sparse.store import direct_files, tiers
 from offload_sparse.store.tiers import FileTier, Identity, MemoryTier, Mode, digest, open_tier
 from offload_sparse.store.weight_store import Ranks, WeightStore
 
@@ -180,7 +180,7 @@ def test_memory_cannot_be_resumed(tmp_path: Path) -> None:
 def test_without_deepspeed_the_nvme_tier_is_the_file_tier_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvme, "_missing", lambda: "libaio is missing")
+    monkeypatch.setattr(direct_files, "_missing", lambda: "libaio is missing")
     tier = open_tier("nvme", tmp_path, IDENTITY, torch.float32, False)
     assert isinstance(tier, FileTier)
     assert tier.direct is None

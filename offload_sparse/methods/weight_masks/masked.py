@@ -20,7 +20,7 @@ from offload_sparse.methods.controls import undivided_map
 from offload_sparse.methods.method import Costs, Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork, Sparsity, maskable_weights
-from offload_sparse.store.initial_values import build_seeded
+from offload_sparse.store.initialisation import build_seeded
 
 NOTE = (
     "Masks per element leave every matrix its size: on a GPU (and here) a step takes as long as a dense one "

@@ -2,9 +2,7 @@
 
 The kernel moves bytes, not numbers, so one compiled function serves every dtype and copies are exact. numba
 compiles it once per machine and keeps it in its cache; without numba, or without a cache that can be written,
-transfers by torch are right, too. The threads are our own: on the thread that transfers beside the
-computation the OpenMP threads of torch are no use, and OMP_NUM_THREADS, which accelerate launch sets to 1,
-says nothing about copies.
+transfers by torch are right, too. The threads are our own: OpenMP's belong to the thread that computes.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from torch import Tensor
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.tables import Tables
 from offload_sparse.store.copy.torch_copy import copy_by_torch
+from offload_sparse.store.host_memory import threads
 
 NATIVE_FROM = 1 << 18
 """Entries from which a transfer is worth loading the native kernel (half a second)."""
@@ -95,12 +94,6 @@ def copy_natively(
         kernel(call.ctypes.data)
         for helper in pending:
             helper.result()
-
-
-def threads() -> int:
-    """Threads of a copy: this rank's share of the cores that its node lets it use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A process killed at any moment of a round leaves a store that the redo log makes whole, bit for bit."""
+"""A process killed at any moment of a round leaves a store that its write-ahead log makes whole."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from offload_sparse.channels.selection import Selection
-from offload_sparse.store.journal import Journal
 from offload_sparse.store.tiers import FileTier
-from tests.store import killed_round
-from tests.store.killed_round import ROUNDS, STAGES, open_store, pieces_of
+from offload_sparse.store.weight_store import WeightStore
+from offload_sparse.store.write_ahead_log import WriteAheadLog, own_segment
+from tests.support import killed_rounds
+from tests.support.killed_rounds import ROUNDS, STAGES, open_store, pieces_of
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    killed_round.rounds(folder, "", 0)
+    killed_rounds.rounds(folder, "", 0)
     return arrays_of(folder)
 
 
@@ -28,35 +29,46 @@ def arrays_of(folder: Path) -> dict[str, torch.Tensor]:
     return {kind: array.clone() for kind, array in store.arrays.items()}
 
 
+def holds(store: WeightStore, log: WriteAheadLog, round: int) -> bool:
+    """Whether the store holds what the log of ``round`` wrote, bit for bit."""
+    equal = True
+    for selection, kind, values in log.pieces(round, store):
+        narrow = torch.empty(selection.layout(store.partitions[kind].layout.shapes).size)
+        store.gather(selection, kind, narrow)
+        low, high = own_segment(store, selection, kind)
+        equal &= torch.equal(narrow[low:high].view(torch.uint8), values.view(torch.uint8))
+    return equal
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("round", [0, 2])
 def test_killed_at_any_stage_the_run_goes_on_to_the_undisturbed_result(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], stage: str, round: int
 ) -> None:
     context = mp.get_context("forkserver")  # real processes that need not import torch one by one
-    context.set_forkserver_preload(["tests.store.killed_round"])
-    killed = context.Process(target=killed_round.rounds, args=(tmp_path, stage, round))
+    context.set_forkserver_preload(["tests.support.killed_rounds"])
+    killed = context.Process(target=killed_rounds.rounds, args=(tmp_path, stage, round))
     killed.start()
     killed.join(120)
     assert killed.exitcode == -signal.SIGKILL
     store, _ = open_store(tmp_path, "resume")
-    journal = Journal(tmp_path / "journal")
-    entry = journal.replay(store)
+    log = WriteAheadLog(tmp_path / "log")
+    entry = log.replay(store)
     logged = round if STAGES.index(stage) < STAGES.index("renamed") else round + 1
     assert (entry.state["next"] if entry else 0) == logged
     if entry:
-        assert journal.holds(store, entry.round)
+        assert holds(store, log, entry.round)
         assert torch.equal(entry.tensors["s"], torch.full((3,), float(entry.round)))
-    killed_round.rounds(tmp_path, "", 0, first=logged)
+    killed_rounds.rounds(tmp_path, "", 0, first=logged)
     for kind, array in arrays_of(tmp_path).items():
         assert torch.equal(array, undisturbed[kind]), kind
 
 
 def test_replaying_twice_changes_nothing_more(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
-    killed_round.rounds(tmp_path, "", 0)
+    killed_rounds.rounds(tmp_path, "", 0)
     store, _ = open_store(tmp_path, "resume")
     for _ in range(2):
-        Journal(tmp_path / "journal").replay(store)
+        WriteAheadLog(tmp_path / "log").replay(store)
         assert all(torch.equal(array, undisturbed[kind]) for kind, array in store.arrays.items())
 
 
@@ -64,62 +76,62 @@ def test_only_the_kept_entries_of_a_log_are_written(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path, "new")
     selection, values = pieces_of(store, 0)[0]
     before = store.arrays["weights"].clone()
-    journal = Journal(tmp_path / "journal")
-    journal.append(0, store, [(selection, {"weights": values["weights"]})], {})
+    log = WriteAheadLog(tmp_path / "log")
+    log.append(0, store, [(selection, {"weights": values["weights"]})], {})
     assert torch.equal(store.arrays["weights"], before)
-    assert not journal.holds(store, 0)
-    journal.replay(store)
+    assert not holds(store, log, 0)
+    log.replay(store)
     assert (store.arrays["weights"] != before).sum() == values["weights"].numel()
 
 
 def test_logs_go_when_the_store_has_reached_the_disk_and_never_before(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path, "new")
-    journal = Journal(tmp_path / "journal")
+    log = WriteAheadLog(tmp_path / "log")
     for round in (3, 4, 12):
-        journal.append(round, store, pieces_of(store, 0), {"round": round})
+        log.append(round, store, pieces_of(store, 0), {"round": round})
     synced: list[list[int]] = []
-    journal.settle(lambda: synced.append(journal.rounds()))
+    log.settle(lambda: synced.append(log.rounds()))
     assert synced == [[3, 4, 12]]
-    assert journal.rounds() == [12]
-    journal.settle(lambda: synced.append([]))
+    assert log.rounds() == [12]
+    log.settle(lambda: synced.append([]))
     assert len(synced) == 1
-    latest = journal.latest()
+    latest = log.latest()
     assert latest is not None
     assert latest.state == {"round": 12}
 
 
 def test_rounds_that_not_every_rank_logged_are_dropped(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path, "new")
-    journal = Journal(tmp_path / "journal")
+    log = WriteAheadLog(tmp_path / "log")
     for round in range(3):
-        journal.append(round, store, pieces_of(store, round), {})
-    journal.drop_after(1)
-    assert journal.rounds() == [0, 1]
-    journal.drop_after(-1)
-    assert journal.latest() is None
+        log.append(round, store, pieces_of(store, round), {})
+    log.drop_after(1)
+    assert log.rounds() == [0, 1]
+    log.drop_after(-1)
+    assert log.latest() is None
 
 
 def test_a_damaged_log_is_told_and_not_applied(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path, "new")
-    journal = Journal(tmp_path / "journal")
-    journal.append(0, store, pieces_of(store, 0), {})
-    path = tmp_path / "journal" / "round-0.safetensors"
+    log = WriteAheadLog(tmp_path / "log")
+    log.append(0, store, pieces_of(store, 0), {})
+    path = tmp_path / "log" / "round-0.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     before = {kind: array.clone() for kind, array in store.arrays.items()}
     with pytest.raises(ValueError, match="is damaged"):
-        journal.replay(store)
+        log.replay(store)
     assert all(torch.equal(array, before[kind]) for kind, array in store.arrays.items())
 
 
 def test_a_log_of_another_partition_is_refused(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path, "new")
-    journal = Journal(tmp_path / "journal")
+    log = WriteAheadLog(tmp_path / "log")
     selection, values = pieces_of(store, 0)[0]
-    journal.append(0, store, [(selection, {"buffers": values["weights"]})], {})
+    log.append(0, store, [(selection, {"buffers": values["weights"]})], {})
     other = Selection(store.channel_map, store.channel_map.full_mask())
-    journal.append(1, store, [(other, {"weights": torch.zeros(3)})], {})
+    log.append(1, store, [(other, {"weights": torch.zeros(3)})], {})
     with pytest.raises(ValueError, match="belongs to another run"):
-        journal.replay(store)
+        log.replay(store)
 
 
 def test_the_logs_take_the_store_of_their_rank_only(tmp_path: Path) -> None:
@@ -131,9 +143,9 @@ def test_the_logs_take_the_store_of_their_rank_only(tmp_path: Path) -> None:
         for kind, narrow in values.items():
             whole.scatter(selection, kind, narrow)
     for rank, store in enumerate(stores):
-        journal = Journal(tmp_path / f"journal{rank}")
-        journal.append(0, store, pieces, {})
-        journal.replay(store)
+        log = WriteAheadLog(tmp_path / f"log{rank}")
+        log.append(0, store, pieces, {})
+        log.replay(store)
     for name in whole.channel_map.shapes:
         rows = torch.cat([store.own_rows(name) for store in stores])
         assert torch.equal(rows, whole.own_rows(name))

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Selection
-from offload_sparse.store import journal as journal_module
-from offload_sparse.store.journal import Journal
+from offload_sparse.store import write_ahead_log
 from offload_sparse.store.tensor_file import blocks_of
 from offload_sparse.store.tiers import FileTier, Identity, Mode
 from offload_sparse.store.weight_store import Ranks, WeightStore
+from offload_sparse.store.write_ahead_log import WriteAheadLog
 
 ROUNDS = 4
 STAGES = (
@@ -73,11 +73,11 @@ def die() -> None:
 def rounds(folder: Path, stage: str, fatal: int, first: int = 0) -> None:
     """Run the rounds from ``first`` on; die at ``stage`` of round ``fatal``."""
     store, tier = open_store(folder, "resume" if (folder / "rank0").exists() else "new")
-    journal = Journal(folder / "journal")
+    log = WriteAheadLog(folder / "log")
     for round in range(first, ROUNDS):
         dying = stage if round == fatal else ""
         pieces = pieces_of(store, round)
-        _append(journal, store, round, pieces, dying)
+        _append(log, store, round, pieces, dying)
         for number, (selection, arrays) in enumerate(pieces):
             for kind, values in arrays.items():
                 if number == 1 and kind == "weights" and dying == "half_scattered":
@@ -93,13 +93,13 @@ def rounds(folder: Path, stage: str, fatal: int, first: int = 0) -> None:
         if dying == "scattered":
             die()
         if round % 2:
-            journal.settle(tier.sync)
+            log.settle(tier.sync)
         if dying == "settled":
             die()
 
 
 def _append(
-    journal: Journal,
+    log: WriteAheadLog,
     store: WeightStore,
     round: int,
     pieces: list[tuple[Selection, dict[str, Tensor]]],
@@ -107,7 +107,7 @@ def _append(
 ) -> None:
     state, tensors = {"next": round + 1}, {"s": torch.full((3,), float(round))}
     if stage == "half_written":
-        journal_module.blocks_of = _half_written
+        write_ahead_log.blocks_of = _half_written
     if stage in ("written", "renamed"):
         replace = os.replace
 
@@ -117,7 +117,7 @@ def _append(
             die()
 
         os.replace = fatal  # type: ignore[assignment]
-    journal.append(round, store, pieces, state, tensors)
+    log.append(round, store, pieces, state, tensors)
     if stage == "logged":
         die()
 

@@ -1,4 +1,4 @@
-"""A redo log beside a store in files: a crash in the middle of a scatter never leaves a torn store.
+"""The write-ahead log of a store in files: a crash in the middle of a scatter never leaves a torn store.
 
     append   round-12.safetensors.tmp ─ fsync ─ rename ─ fsync of the folder   the store has not changed yet
     scatter  the same values go to their places in the mapped files            torn if the process dies here
@@ -29,6 +29,7 @@ from offload_sparse.store.tensor_file import blocks_of
 from offload_sparse.store.weight_store import WeightStore
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
+
 Piece = tuple[Selection, Mapping[str, Tensor]]
 """A selection and, by kind, the whole narrow flat buffers that are about to be scattered; on any device."""
 
@@ -48,8 +49,8 @@ class Entry:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Journal:
-    """The redo log of one rank.
+class WriteAheadLog:
+    """The log of one rank: a file per round.
 
     Args:
         folder: folder of the logs; made if it is not there.
@@ -91,9 +92,8 @@ class Journal:
         try:
             write_file(self._path(round), lambda file: file.writelines(blocks_of(content, metadata)))
         except OSError as error:
-            raise ValueError(
-                f"the journal in {self.folder} cannot be written ({error.strerror}); free space on its disk"
-            ) from error
+            reason = f"the write-ahead log in {self.folder} cannot be written ({error.strerror})"
+            raise ValueError(f"{reason}; free space on its disk") from error
 
     def rounds(self) -> list[int]:
         """The rounds whose logs are there, oldest first."""
@@ -106,8 +106,12 @@ class Journal:
         Raises:
             ValueError: the log cannot be read.
         """
-        rounds = self.rounds()
-        return self._entry(rounds[-1]) if rounds else None
+        if not (rounds := self.rounds()):
+            return None
+        with self._open(rounds[-1]) as log:
+            names = [name for name in log.keys() if name.startswith("state.")]  # noqa: SIM118 - no mapping
+            tensors = {name.removeprefix("state."): log.get_tensor(name).clone() for name in names}
+            return Entry(rounds[-1], json.loads(log.metadata()["state"]), tensors)
 
     def replay(self, store: WeightStore) -> Entry | None:
         """Apply every log that is left, oldest first, and hand back what came with the newest.
@@ -116,19 +120,9 @@ class Journal:
             ValueError: a log cannot be read, or is of another network.
         """
         for round in self.rounds():
-            for selection, kind, values in self._pieces(round, store):
-                _scatter(store, selection, kind, values)
+            for selection, kind, values in self.pieces(round, store):
+                self._scatter(store, selection, kind, values)
         return self.latest()
-
-    def holds(self, store: WeightStore, round: int) -> bool:
-        """Whether the store holds what the log of ``round`` wrote, bit for bit."""
-        equal = True
-        for selection, kind, values in self._pieces(round, store):
-            narrow = torch.empty(_narrow_size(store, selection, kind), dtype=store.dtype)
-            store.gather(selection, kind, narrow)
-            low, high = own_segment(store, selection, kind)
-            equal &= torch.equal(narrow[low:high].view(torch.uint8), values.view(torch.uint8))
-        return equal
 
     def drop_after(self, round: int) -> None:
         """Delete the logs of rounds after ``round``: another rank never logged them, so nobody scattered."""
@@ -151,13 +145,7 @@ class Journal:
     def _path(self, round: int) -> Path:
         return self.folder / f"round-{round}.safetensors"
 
-    def _entry(self, round: int) -> Entry:
-        with self._open(round) as log:
-            names = [name for name in log.keys() if name.startswith("state.")]  # noqa: SIM118 - no mapping
-            tensors = {name.removeprefix("state."): log.get_tensor(name).clone() for name in names}
-            return Entry(round, json.loads(log.metadata()["state"]), tensors)
-
-    def _pieces(self, round: int, store: WeightStore) -> Iterator[tuple[Selection, str, Tensor]]:
+    def pieces(self, round: int, store: WeightStore) -> Iterator[tuple[Selection, str, Tensor]]:
         """(selection, kind, this rank's values) of everything in a log."""
         with self._open(round) as log:
             names = list(log.keys())
@@ -166,6 +154,19 @@ class Journal:
                 prefix = mask.removesuffix("mask") + "values."
                 for name in (n for n in names if n.startswith(prefix)):
                     yield selection, name.removeprefix(prefix), log.get_tensor(name)
+
+    def _scatter(self, store: WeightStore, selection: Selection, kind: str, values: Tensor) -> None:
+        low, high = own_segment(store, selection, kind)
+        if values.numel() != high - low:
+            raise ValueError(
+                f"a log in {self.folder} holds {values.numel()} values of {kind} where this rank has "
+                f"{high - low}; it belongs to another run, delete the store"
+            )
+        # Entries of other ranks are never read, and memory that is never written is never taken.
+        size = selection.layout(store.partitions[kind].layout.shapes).size
+        narrow = torch.empty(size, dtype=store.dtype)
+        narrow[low:high] = values
+        store.scatter(selection, kind, narrow)
 
     def _open(self, round: int) -> Any:
         try:
@@ -180,20 +181,3 @@ def own_segment(store: WeightStore, selection: Selection, kind: str) -> tuple[in
     """Half-open range of the narrow flat buffer of ``kind`` that this rank's rows take."""
     partition = store.partitions[kind]
     return partition.segment(selection, selection.layout(partition.layout.shapes), store.ranks.rank)
-
-
-def _scatter(store: WeightStore, selection: Selection, kind: str, values: Tensor) -> None:
-    low, high = own_segment(store, selection, kind)
-    if values.numel() != high - low:
-        raise ValueError(
-            f"a log holds {values.numel()} values of {kind} where this rank has {high - low}; "
-            "it belongs to another run, delete the store"
-        )
-    # Entries of other ranks are never read, and memory that is never written is never taken.
-    narrow = torch.empty(_narrow_size(store, selection, kind), dtype=store.dtype)
-    narrow[low:high] = values
-    store.scatter(selection, kind, narrow)
-
-
-def _narrow_size(store: WeightStore, selection: Selection, kind: str) -> int:
-    return selection.layout(store.partitions[kind].layout.shapes).size

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from offload_sparse.store import host_memory as pinned
+from offload_sparse.store import host_memory
 from offload_sparse.store.host_memory import HUGE_FROM, Registration, host_zeros, keep_registered, pin_mode
 
 
@@ -26,10 +26,10 @@ def test_memory_is_zeroed_and_of_exact_size(dtype: torch.dtype, numel: int) -> N
 
 
 def test_threads_that_touch_side_by_side_leave_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "TOUCH_CHUNK", 1000)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(host_memory, "TOUCH_CHUNK", 1000)
+    monkeypatch.setattr(host_memory, "threads", lambda: 3)
     tensor = torch.ones(12345)
-    pinned._touch(tensor)
+    host_memory._touch(tensor)
     assert not tensor.count_nonzero()
 
 
@@ -114,8 +114,69 @@ def test_auto_goes_on_without_page_locks_and_on_does_not(
         cudaHostRegister = staticmethod(lambda address, size, flags: 2)
         cudaHostUnregister = staticmethod(lambda address: 0)
 
+    taken: list[str] = []
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    monkeypatch.setattr(host_memory, "_clear_cuda_error", lambda: taken.append("error"))
     assert host_zeros(10, torch.float32, "auto").shape == (10,)
     assert "ulimit" in caplog.text
     with pytest.raises(RuntimeError, match=r"store\.pin"):
         host_zeros(10, torch.float32, "on")
+    assert taken == ["error"] * 2, "a refusal leaves CUDA's error state set: the next kernel would raise it"
+
+
+def test_the_error_of_a_refusal_is_taken_by_a_kernel_that_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime raises it at the first launch after the refusal, and then goes on."""
+    pending = ["invalid argument"]
+
+    def launch(*args: object, **kwargs: object) -> None:
+        if pending:
+            raise RuntimeError(f"CUDA error: {pending.pop()}")
+
+    monkeypatch.setattr(torch, "zeros", launch)
+    monkeypatch.setattr(torch.cuda, "synchronize", launch)
+    host_memory._clear_cuda_error()
+    assert not pending
+
+
+@pytest.mark.parametrize(
+    ("cores", "local", "expected"), [(16, None, 16), (16, "4", 4), (2, "8", 1), (16, "1", 16)]
+)
+def test_copies_use_this_ranks_share_of_the_cores_whatever_openmp_is_told(
+    monkeypatch: pytest.MonkeyPatch, cores: int, local: str | None, expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert host_memory.threads() == expected
+
+
+_FORKED = """
+import os, signal, torch
+from offload_sparse.store.host_memory import host_zeros
+
+def resident(processes):  # proportional: a page that processes share counts once
+    lines = [line for p in processes for line in open(f"/proc/{p}/smaps_rollup") if line.startswith("Pss:")]
+    return sum(int(line.split()[1]) for line in lines)
+
+store = host_zeros(64 << 20, torch.float32, "off")
+before = resident([os.getpid()])
+workers = []
+for _ in range(2):
+    if (pid := os.fork()) == 0:
+        signal.pause()
+    workers.append(pid)
+store.fill_(1.0)
+after = resident([os.getpid(), *workers])
+for pid in workers:
+    os.kill(pid, signal.SIGKILL)
+print(after / before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of other processes is read from /proc")
+def test_forked_workers_get_no_copy_of_the_store() -> None:
+    """256 MiB that are written after two forks; a copy would be 1.5 times the memory."""
+    done = subprocess.run([sys.executable, "-c", _FORKED], capture_output=True, text=True, timeout=120)
+    assert float(done.stdout) <= 1.05, done.stderr

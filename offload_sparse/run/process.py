@@ -1,0 +1,58 @@
+"""What a run sets in its own process; a library constructor sets nothing.
+
+Subnets bring new shapes in every round, and with them new temporaries and new kernels. What the system's
+allocator and oneDNN would keep of them counts as the run's memory to its end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+MAPPED_FROM = 16 << 20
+"""Bytes from which freed memory always goes back to the system at once."""
+
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+_KERNELS_PER_LAYER = 8
+"""Two subnets, each with a forward pass for training, one for evaluation, and two products of the backward
+pass.
+"""
+
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+def bound_memory(factory: Callable[[], nn.Module]) -> None:
+    """Have allocations of ``MAPPED_FROM`` bytes and more go back to the system as soon as they are freed, and
+    oneDNN keep the CPU kernels of one round of the network and no more.
+
+    glibc starts like this and then raises the bound to 32 MiB as such memory is freed, after which holes of
+    that size stay with the process: a tenth of a run's memory in a measured case. oneDNN compiles a kernel
+    for every new shape and keeps the last 1024 of them, some megabytes per round; it reads the bound once,
+    when the first convolution runs. A value that the user has set stays.
+    """
+    _glibc("mallopt", _M_MMAP_THRESHOLD, MAPPED_FROM)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        layers = sum(isinstance(m, (_ConvNd, nn.Linear)) for m in factory().modules())
+    os.environ.setdefault(KERNELS, str(max(64, _KERNELS_PER_LAYER * layers)))
+
+
+def return_freed_memory() -> None:
+    """Hand memory that the process has freed back to the system (glibc keeps it otherwise): setting up a run
+    frees many temporaries of a few megabytes each.
+    """
+    gc.collect()
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
