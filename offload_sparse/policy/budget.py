@@ -99,6 +99,12 @@ class Budget:
         """Expected cost of a draw from ``s`` (float64[C]), in the unit of the limit."""
         return float(self._expected(s))
 
+    def slopes(self, s: Tensor) -> Tensor:
+        """∂cost/∂log width of each group at the keep probabilities ``s`` (float64[C]): float64[G]."""
+        leaf = s.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self._expected(leaf), leaf)
+        return torch.stack([(slope * s)[g.start : g.stop].sum() for g in self._groups])
+
     def of_mask(self, mask: Tensor) -> int:
         """Cost of a mask bool[C]."""
         if self._costs is None or self._kind == "count":

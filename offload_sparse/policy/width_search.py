@@ -1,0 +1,239 @@
+"""``WidthSearch``: one mask at a time, and cycles of training, probing and moving its widths.
+
+    | train, lr down to 0 | probe, move | train … | probe, move | … | train what was found, to the end |
+    0                   cycle 1                 cycle 2        freeze_step
+
+Without cycles it is one even mask for the whole run. To the engine it is a policy like ``MaskPolicy``: the
+two masks of a round are the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_sparse.channels.channel_map import Group
+from offload_sparse.policy.budget import Budget, Costs
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.probe import (
+    Comparisons,
+    Worth,
+    move,
+    present_widths,
+    probe_pair,
+    probe_rates,
+    stages,
+    survivor_scales,
+)
+from offload_sparse.policy.widths import respect_size
+
+CYCLES = 4
+_HISTORY = ("widths", "loss_per_cost", "error", "advantage", "moved_to")
+PAIRS_PER_GROUP, LEAST_PAIRS_PER_GROUP = 18, 4
+"""Pairs of a probe, and the fewest that a cycle is worth having for."""
+
+PROBE_SHARE = 0.1
+"""Most that all probes may cost, relative to training: a pair is two forward passes, a step is three."""
+
+
+class WidthSearch:
+    """A mask whose widths move between cycles of training, at a constant cost.
+
+    Args:
+        config: rho, budget, min_width and hard_cap.
+        groups: the groups of the atoms.
+        seed: of the probes' masks; equal on all ranks.
+        costs: of the network.
+        freeze_step: step at which the last cycle begins.
+        total_steps: of the run; 0 searches nothing.
+
+    Attributes:
+        mask: bool[C], of the subnet that is trained.
+        trained: bool[C], atoms that have been in a mask.
+        size_cap: most parameters that a mask of the run has.
+        boundaries: steps at which the widths move.
+        pairs: of each probe, over all ranks.
+        history: float64[probes, 5, G]: of each probe the widths before, the loss per share of the cost, its
+            standard error, the shrunk advantage over the mean, and the widths after.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        groups: Sequence[Group],
+        seed: int,
+        costs: Costs,
+        freeze_step: int = 0,
+        total_steps: int = 0,
+    ) -> None:
+        self.config, self.groups, self.seed = config, tuple(groups), seed
+        self.num_atoms = self.groups[-1].stop
+        self.trivial, self.frozen = config.rho == 1, False
+        self._sizes = torch.tensor([g.size for g in self.groups], dtype=torch.float64)
+        self._per_atom = torch.repeat_interleave(torch.arange(len(self.groups)), self._sizes.long())
+        self._budget = Budget(
+            config.budget, config.rho, self.groups, costs, (config.floor, 1 - config.floor)
+        )
+        start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
+        self.mask = self._budget.mask(start, 1 - start, config.min_width)
+        self.trained = self.mask.clone()
+        self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
+        self._worth = Worth(stages(self.groups, self._budget.slopes(torch.ones_like(start))))
+        affordable = 0.0 if self.trivial else 1.5 * PROBE_SHARE * total_steps / len(self.groups)
+        cycles = min(CYCLES, int(affordable / LEAST_PAIRS_PER_GROUP))
+        self.boundaries = [freeze_step * number // cycles for number in range(1, cycles + 1)]
+        self.pairs = int(len(self.groups) * min(PAIRS_PER_GROUP, affordable / max(1, cycles)))
+        self._history = torch.full((max(0, cycles), len(_HISTORY), len(self.groups)), torch.nan).double()
+        self._costs = costs
+        self.size_cap = self._largest()
+
+    # --- what the engine asks of a policy ---
+
+    @property
+    def s(self) -> Tensor:
+        """The mask as keep probabilities, float64[C]."""
+        return self.mask.to(torch.float64)
+
+    @property
+    def cap(self) -> int:
+        return self.num_atoms
+
+    @property
+    def expected_size(self) -> float:
+        return float(self.mask.sum())
+
+    @property
+    def entropy(self) -> float:
+        return 0.0
+
+    def sample(self, round: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """The present mask, twice."""
+        return self.mask, self.mask
+
+    def sample_for_ranks(self, round: int, ranks: int) -> tuple[Tensor, ...]:  # noqa: ARG002
+        return (self.mask,) * (1 + ranks)
+
+    def candidates(self, count: int, round: int = 0) -> list[Tensor]:  # noqa: ARG002
+        return [self.mask]
+
+    def freeze(self) -> None:
+        """Nothing moves any more."""
+        self.frozen = True
+
+    def report(self) -> dict[str, Any]:
+        """Keep ratio per group, and the probes so far."""
+        ratios = (present_widths(self.mask, self.groups) / self._sizes).tolist()
+        kept = {g.name: ratio for g, ratio in zip(self.groups, ratios, strict=True)}
+        probes = [dict(zip(_HISTORY, probe.tolist(), strict=True)) for probe in self.history]
+        return {"group_keep": kept} | ({"probes": probes} if probes else {})
+
+    @property
+    def history(self) -> Tensor:
+        return self._history[~self._history[:, 0, 0].isnan()]
+
+    # --- probing and moving ---
+
+    def cycle(self, step: int, total_steps: int) -> tuple[int, int]:
+        """First step of the cycle that ``step`` is in, and of the next one."""
+        edges = [0, *self.boundaries, total_steps]
+        return max(e for e in edges[:-1] if e <= step), min(e for e in edges[1:] if e > step)
+
+    def rates(self) -> Tensor:
+        """δ float64[G] of the present widths."""
+        return probe_rates(self._slopes())
+
+    def pair(self, number: int) -> tuple[Tensor, Tensor]:
+        """m and m' of a pair of the next probe, bool[C]."""
+        number += self.pairs * len(self.history)
+        return probe_pair(self.mask, self.groups, self.rates(), self.seed, number)
+
+    def scales(self) -> Tensor:
+        """float64[C]: what surviving atoms are multiplied by in a probe."""
+        return survivor_scales(self.groups, self.rates())
+
+    def comparisons(self) -> Comparisons:
+        """Of the next probe, none yet."""
+        return Comparisons(self.groups)
+
+    def move(self, found: Comparisons, importance: Tensor) -> None:
+        """Take in a probe, and move the widths.
+
+        Of a group that shrinks, the least important atoms leave; one that grows gets back atoms that were
+        trained before, then new ones.
+
+        Args:
+            found: comparisons of all ranks.
+            importance: float64[C], of the present atoms.
+        """
+        slopes, cost = self._slopes(), self._budget.spent(self._rates_of(self._log_widths))
+        values, errors = found.regressed()
+        self._worth.observe(values, errors, slopes, cost)
+        advantage, spread = self._worth.advantage()
+        before = present_widths(self.mask, self.groups)
+        self._log_widths = self._affordable(self._log_widths + move(advantage, spread, slopes, cost))
+        order = torch.where(self.mask, importance / importance.max().clamp_min(1e-30), -1.0)
+        margin = -torch.where(~self.mask & self.trained, -0.5, order)
+        least = self.config.min_width
+        mask = self._budget.mask(self._rates_of(self._log_widths), margin, least)
+        self.mask = respect_size(mask, margin, self.groups, least, self._costs.parameters, self.size_cap)
+        self.trained |= self.mask
+        per_cost, after = cost / slopes, present_widths(self.mask, self.groups)
+        row = torch.stack([before, values * per_cost, errors * per_cost, advantage, after])
+        self._history[len(self.history)] = row
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all that has been found; configuration and seed are the caller's."""
+        tensors = {"s": self.s, "trained": self.trained, "log_widths": self._log_widths}
+        tensors |= {"precision": self._worth.precision, "weighted": self._worth.weighted}
+        tensors |= {"history": self._history}
+        return {"tensors": {n: t.clone() for n, t in tensors.items()}, "frozen": self.frozen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from ``state_dict()`` bit for bit.
+
+        Raises:
+            ValueError: the state belongs to another model.
+        """
+        tensors: Mapping[str, Tensor] = state["tensors"]
+        if tensors["s"].shape != (self.num_atoms,) or "log_widths" not in tensors:
+            raise ValueError(
+                "the saved masks are not those of a width search of this model; load a checkpoint of the "
+                "same model with policy.search probe"
+            )
+        self.mask, self.trained = tensors["s"] > 0, tensors["trained"].clone()
+        self._log_widths = tensors["log_widths"].clone()
+        self._worth.precision = tensors["precision"].clone()
+        self._worth.weighted = tensors["weighted"].clone()
+        self._history, self.frozen = tensors["history"].clone(), bool(state["frozen"])
+
+    # --- parts ---
+
+    def _rates_of(self, log_widths: Tensor) -> Tensor:
+        """Keep rate of every atom, float64[C]."""
+        least = self._sizes.clamp_max(self.config.min_width) / self._sizes
+        return torch.maximum(log_widths.exp() / self._sizes, least).clamp_max(1.0)[self._per_atom]
+
+    def _slopes(self) -> Tensor:
+        return self._budget.slopes(self._rates_of(self._log_widths))
+
+    def _affordable(self, log_widths: Tensor) -> Tensor:
+        """The same widths times the one factor that spends the budget."""
+        low, high = -10.0, 10.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            fits = self._budget.spent(self._rates_of(log_widths + middle)) <= self._budget.limit
+            low, high = (middle, high) if fits else (low, middle)
+        return log_widths + low
+
+    def _largest(self) -> int:
+        """Parameters of the first mask, with room for moves, within the whole network."""
+        first = self._costs.parameters(self.mask)
+        if self.trivial or not self.boundaries:
+            return first
+        room = 1.05 if self.config.budget == "params" else self.config.hard_cap**4
+        return min(self._costs.dense_parameters, int(room * first))

@@ -1,0 +1,148 @@
+"""A search in cycles keeps its budget, resumes bit for bit, and finds the widths that a known loss wants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.probe import Comparisons, present_widths
+from offload_sparse.policy.width_search import CYCLES, PROBE_SHARE, WidthSearch
+from tests.support.channel_maps import SmallNet, small_map
+
+NET = SmallNet(widths=(96, 128))  # type: ignore[arg-type]
+MAP = small_map(NET)
+COSTS = CostModel(NET, MAP, (torch.empty(1, 2, 6, 6, device="meta"),))
+GROUPS = MAP.groups
+STEPS = 2000
+
+
+def search(budget: str = "flops", total: int = STEPS, **config: object) -> WidthSearch:
+    policy = PolicyConfig(rho=0.2, budget=budget, **config)  # type: ignore[arg-type]
+    return WidthSearch(policy, GROUPS, 5, COSTS, int(0.4 * total), total)
+
+
+def loss_of(mask: Tensor, wanted: Tensor) -> float:
+    """Least, at any one cost, where widths are in a ratio that ``wanted`` decides."""
+    return float((wanted / present_widths(mask, GROUPS)).sum())
+
+
+def cycle(found: WidthSearch, wanted: Tensor, noise: float, seed: int = 0) -> None:
+    generator, comparisons = torch.Generator().manual_seed(seed), found.comparisons()
+    for number in range(found.pairs):
+        m, m_ref = found.pair(number)
+        error = noise * float(torch.randn((), generator=generator))
+        comparisons.add(loss_of(m, wanted) - loss_of(m_ref, wanted) + error, found.mask, m, m_ref)
+    found.move(comparisons, torch.rand(MAP.num_atoms, dtype=torch.float64, generator=generator))
+
+
+def spent(found: WidthSearch, budget: str) -> float:
+    mask = found.mask
+    return {
+        "count": int(mask.sum()) / len(mask),
+        "params": COSTS.parameters(mask) / COSTS.dense_parameters,
+        "flops": COSTS.flops(mask) / COSTS.dense_flops,
+    }[budget]
+
+
+@pytest.mark.parametrize("budget", ["count", "params", "flops"])
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_widths_follow_the_loss_at_the_same_cost(budget: str, group: int) -> None:
+    found = search(budget)
+    wanted = torch.ones(len(GROUPS), dtype=torch.float64)
+    wanted[group] = 30.0
+    before = loss_of(found.mask, wanted)
+    start = present_widths(found.mask, GROUPS)
+    for number in range(CYCLES):
+        cycle(found, wanted, noise=0.01, seed=number)
+        assert spent(found, budget) <= 0.2 * (1 + 1e-9)
+        assert spent(found, budget) >= 0.2 * 0.95
+    assert float(present_widths(found.mask, GROUPS)[group]) > float(start[group])
+    assert loss_of(found.mask, wanted) < before
+    assert COSTS.parameters(found.mask) <= found.size_cap
+
+
+def test_noise_moves_little() -> None:
+    found = search()
+    start = present_widths(found.mask, GROUPS)
+    cycle(found, torch.zeros(len(GROUPS), dtype=torch.float64), noise=1.0)
+    ratio = (present_widths(found.mask, GROUPS) / start).log().abs()
+    assert float(ratio.max()) < 0.15
+
+
+def test_the_least_important_leave_and_those_that_were_trained_come_first() -> None:
+    found = search()
+    found.trained[:] = False
+    found.trained |= found.mask
+    old = GROUPS[0].start + GROUPS[0].size - 1
+    found.trained[old] = True
+    importance = torch.arange(MAP.num_atoms, 0, -1, dtype=torch.float64)
+    before = found.mask.clone()
+    comparisons = found.comparisons()
+    slope = torch.full((len(GROUPS),), -1.0, dtype=torch.float64)
+    slope[0] = 5.0
+    for number in range(found.pairs):
+        m, m_ref = found.pair(number)
+        share = (present_widths(m_ref, GROUPS) - present_widths(m, GROUPS)) / present_widths(before, GROUPS)
+        comparisons.add(float(slope @ share), before, m, m_ref)
+    found.move(comparisons, importance)
+    first, second = GROUPS[0], GROUPS[1]
+    assert int(found.mask[: first.size].sum()) > int(before[: first.size].sum())
+    assert bool(found.mask[old]), "trained before, so it comes before new ones"
+    kept, was = found.mask[second.start : second.stop], before[second.start : second.stop]
+    assert int(kept.sum()) < int(was.sum())
+    assert float(importance[second.start : second.stop][was & ~kept].max()) < float(
+        importance[second.start : second.stop][kept].min()
+    )
+
+
+def test_cycles_share_the_search_and_probes_cost_at_most_a_tenth() -> None:
+    found = search(total=4000)
+    assert found.boundaries == [400, 800, 1200, 1600]
+    assert found.cycle(0, 4000) == (0, 400)
+    assert found.cycle(400, 4000) == (400, 800)
+    assert found.cycle(3999, 4000) == (1600, 4000)
+    for total in (30, 100, 300, 1000, 10_000):
+        few = search(total=total)
+        forwards = 2 * few.pairs * len(few.boundaries)
+        assert forwards <= PROBE_SHARE * 3 * total
+        assert not few.boundaries or few.pairs > len(GROUPS) + 1
+    assert search(total=10).boundaries == []
+
+
+def test_without_steps_to_search_in_it_is_one_even_mask() -> None:
+    fixed = WidthSearch(PolicyConfig(rho=0.2), GROUPS, 0, COSTS)
+    assert fixed.boundaries == []
+    assert all(torch.equal(mask, fixed.mask) for mask in (*fixed.sample(3), *fixed.candidates(4)))
+    assert fixed.size_cap == COSTS.parameters(fixed.mask)
+    assert "probes" not in fixed.report()
+
+
+def test_a_resumed_search_goes_on_bit_for_bit() -> None:
+    wanted = torch.linspace(1, 9, len(GROUPS), dtype=torch.float64)
+    straight, first, resumed = search(), search(), search()
+    for number in range(3):
+        cycle(straight, wanted, 0.05, number)
+    cycle(first, wanted, 0.05, 0)
+    state = first.state_dict()
+    cycle(first, wanted, 0.05, 9)
+    resumed.load_state_dict(state)
+    for number in (1, 2):
+        cycle(resumed, wanted, 0.05, number)
+    assert torch.equal(straight.mask, resumed.mask)
+    assert straight.report() == resumed.report()
+    assert len(straight.report()["probes"]) == 3
+    shapes = {name: tensor.shape for name, tensor in state["tensors"].items()}
+    assert shapes == {name: tensor.shape for name, tensor in straight.state_dict()["tensors"].items()}
+
+
+def test_a_state_of_another_search_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"policy\.search probe"):
+        search().load_state_dict({"tensors": {"s": torch.zeros(3)}, "frozen": False})
+
+
+def test_comparisons_are_those_of_the_groups() -> None:
+    assert isinstance(search().comparisons(), Comparisons)
+    assert search().comparisons().sums.shape == (len(GROUPS) + 1, len(GROUPS) + 1)
