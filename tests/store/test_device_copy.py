@@ -6,13 +6,16 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from offload_sparse.store.copy import device_copy
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.device_copy import copy_staged
 from tests.support.blocks import DTYPES, Case, bits, cases, random_bits, wide_case
@@ -64,6 +67,92 @@ def test_the_triton_kernel_in_its_interpreter_copies_bit_for_bit() -> None:
     command = [sys.executable, "-c", _INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.stdout == "agreed\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("words", ["*i8", "*i16", "*i32", "*i64"])
+@pytest.mark.parametrize(
+    ("backend", "arch", "warp", "binary"),
+    [
+        ("cuda", 80, 32, "cubin"),
+        ("cuda", 90, 32, "cubin"),
+        ("cuda", 100, 32, "cubin"),
+        ("hip", "gfx942", 64, "hsaco"),
+    ],
+)
+@pytest.mark.parametrize("grids", [(2, 6), (6, 2)])
+def test_the_triton_kernel_compiles_for_devices_that_are_not_here(
+    words: str, backend: str, arch: int | str, warp: int, binary: str, grids: tuple[int, int]
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tables = dict.fromkeys(("programs", "blocks", "indices"), "*i64")
+    constants = {"from_grid": grids[0], "to_grid": grids[1], "step": device_copy.STEP}
+    signature = tables | {"source": words, "target": words} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(device_copy.copy_programs, signature, constants)
+    assert len(triton.compile(source, target=GPUTarget(backend, arch, warp)).asm[binary]) > 1000
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_out() -> Iterator[None]:
+    """What was found out about a device holds for one test."""
+    yield
+    device_copy.triton_works.cache_clear()
+    device_copy.zero_copy_is_faster.cache_clear()
+
+
+def fail(*arguments: object) -> None:
+    raise RuntimeError("PTX was compiled with an unsupported toolchain")
+
+
+@pytest.mark.parametrize("way", ["it raises", "it copies nothing"])
+def test_a_triton_that_does_not_work_is_found_out_once_and_torch_copies(
+    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device_copy, "launch", fail if way == "it raises" else lambda *arguments: None)
+    plan, source, target = wide_case()
+    expected = torch.empty_like(target)
+    copy_blocks(plan, [(source, expected)])
+    for _ in range(2):
+        device_copy._copy_on_device(plan, source, target, False)
+    assert torch.equal(target, expected)
+    assert len(caplog.records) == 1
+    assert "go through torch" in caplog.text
+    assert not device_copy.zero_copy_is_faster(torch.device("cpu"), True, device_copy.NARROW)
+
+
+@pytest.mark.parametrize("direct_wins", [("to", 1), ("from", 9)])
+def test_ways_are_compared_per_direction_and_unit_and_only_once(
+    direct_wins: tuple[str, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def probe(unit: int, device: torch.device, size: int, pin: bool) -> tuple[int, Tensor, Tensor]:
+        asked.append((unit, pin))
+        return unit, torch.empty(0), torch.empty(0)
+
+    def launch(unit: int, host: Tensor, out: Tensor, to_host: bool, device: torch.device) -> float:
+        return 1.0 if ("to" if to_host else "from", unit) == direct_wins else 3.0
+
+    monkeypatch.setattr(device_copy, "triton_works", lambda device: True)
+    monkeypatch.setattr(device_copy, "_probe", probe)
+    monkeypatch.setattr(device_copy, "launch", launch)
+    monkeypatch.setattr(device_copy, "copy_staged", lambda *arguments: 2.0)
+    monkeypatch.setattr(device_copy, "_seconds", lambda transfer: transfer())
+    device = torch.device("cpu")
+    ways = [(way, unit) for way in ("to", "from") for unit in (device_copy.NARROW, device_copy.WIDE)]
+    for _ in range(2):
+        faster = [device_copy.zero_copy_is_faster(device, way == "to", unit) for way, unit in ways]
+        assert faster == [way == direct_wins for way in ways]
+    assert asked == [(1, True), (9, True), (1, True), (9, True)]
+
+
+@pytest.mark.parametrize(("unit", "kind"), [(1, "NARROW"), (2, "NARROW"), (4, "WIDE"), (9, "WIDE")])
+def test_a_plan_takes_the_way_of_the_unit_that_is_nearer(unit: int, kind: str) -> None:
+    block = Block(4, 5, unit, Grid(0, 10 * unit, None, torch.arange(0, 10, 2)), Grid(0, 5 * unit))
+    assert BlockPlan([block]).derived(device_copy._unit) == getattr(device_copy, kind)
 
 
 @pytest.mark.cuda
