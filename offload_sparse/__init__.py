@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offload_sparse.engine.rounds import Forward
+    from offload_sparse.engine.forward import Forward
     from offload_sparse.engine.session import SparseOffload
     from offload_sparse.export.network_file import FinalNetwork, load_pruned
 
@@ -14,7 +14,7 @@ __all__ = ["FinalNetwork", "Forward", "SparseOffload", "load_pruned"]
 
 _HOMES = {
     "FinalNetwork": "offload_sparse.export.network_file",
-    "Forward": "offload_sparse.engine.rounds",
+    "Forward": "offload_sparse.engine.forward",
     "SparseOffload": "offload_sparse.engine.session",
     "load_pruned": "offload_sparse.export.network_file",
 }

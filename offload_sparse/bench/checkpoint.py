@@ -22,7 +22,7 @@ from offload_sparse.bench.measure import loss_of
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.session_state import session_state
+from offload_sparse.engine.state import session_state
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.checkpoint import Checkpointer
 from offload_sparse.workloads.models import build_model
@@ -38,7 +38,7 @@ def run(quick: bool) -> BenchResult:
     with tempfile.TemporaryDirectory() as folder:
         config = CheckpointConfig(every="1", keep=1)
         checkpointer = Checkpointer(Path(folder) / "checkpoints", config, {})
-        session.relay.before_return = checkpointer.release
+        session.transfers.before_return = checkpointer.release
         stretch = partial(_stretch, session, checkpointer, batch)
         stretch(1, _K)  # first times are longer
         # As many steps as a checkpoint is written beside, by the time that it takes alone.
@@ -77,7 +77,7 @@ def _stretch(session: SparseOffload, checkpointer: Checkpointer, batch: Any, sav
     if save:
         checkpointer.save(save, session_state(session), {}, wait=False)
     for _ in range(steps):
-        session.step(batch, loss_of)
+        session.step(partial(loss_of, batch=batch))
     session.records()
     if save and not checkpointer.join():
         raise RuntimeError("the checkpoint could not be written; is the disk full?")

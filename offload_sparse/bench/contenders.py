@@ -203,14 +203,16 @@ def ours(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
         device=device,
     )
     return Contender(
-        lambda: session.step(batch, loss_of), lambda: sum(moved_bytes(session)) / config.k, unit=config.k
+        lambda: session.step(lambda network: loss_of(network, batch)),
+        lambda: sum(moved_bytes(session)) / config.k,
+        unit=config.k,
     )
 
 
 def moved_bytes(session: SparseOffload) -> tuple[float, float]:
     """Bytes per round that have left a rank's rows, and come back to them; the first round's are all new."""
     rounds = max(1, session.rounds_done)
-    return session.relay.bytes_fetched / rounds, session.relay.bytes_returned / rounds
+    return session.transfers.bytes_fetched / rounds, session.transfers.bytes_returned / rounds
 
 
 def _sgd(module: nn.Module, fused: bool = True) -> torch.optim.SGD:

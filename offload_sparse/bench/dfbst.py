@@ -30,7 +30,7 @@ from offload_sparse.bench.options import DFBSTBenchConfig
 from offload_sparse.config.methods import DFBSTConfig, DSTConfig
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.config import FinalConfig, OptimConfig
-from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.forward import Forward
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.run.evaluation import evaluate
 from offload_sparse.run.trainer import classification_loss

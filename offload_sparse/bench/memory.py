@@ -53,9 +53,10 @@ def measure(width: float) -> dict[str, int]:
     )
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
-        session.step(random_batch(BATCH, 32, 10, session.device, generator), loss_of)
+        batch = random_batch(BATCH, 32, 10, session.device, generator)
+        session.step(partial(loss_of, batch=batch))
     peak = peak_resident() - idle
-    shard, subnets = session.store.nbytes, session.relay.bytes_peak
+    shard, subnets = session.store.nbytes, session.transfers.bytes_peak
     activations = saved_bytes(session, torch.randn(BATCH, 3, 32, 32))
     full_model = 2 * 4 * session.cost.parameters(session.channel_map.full_mask())
     figures = (full_model, shard, subnets, activations, shard + subnets + activations, peak)

@@ -21,8 +21,8 @@ from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import loss_of, on_ranks, peak_resident, random_batch, reset_peak
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.subnet_pair import TAIL
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.machine import Machine
@@ -200,4 +200,4 @@ def train(config: RunConfig, session: SparseOffload) -> None:
     data, generator = config.data, torch.Generator().manual_seed(0)
     for _ in range(ROUNDS * STEPS):
         batch = random_batch(data.batch_size, data.image_size, data.num_classes, session.device, generator)
-        session.step(batch, loss_of)
+        session.step(partial(loss_of, batch=batch))

@@ -136,7 +136,7 @@ def our_round(session: SparseOffload, batch: Batch, k: int) -> tuple[list[float]
 
     seconds, copies = [], []
     for step in range(k):
-        seconds.append(timed(lambda: session.step(batch, loss_fn)))
+        seconds.append(timed(lambda: session.step(partial(loss_fn, batch=batch))))
         if step == 0:
             copies = [independent_copy(module) for module in reversed(seen.values())]
     session.records()  # a trainer reads them now and then; nothing may pile up

@@ -107,7 +107,7 @@ def measure_here(width: float, rho: float, k: int, rounds: int) -> dict[str, flo
     seconds = [timed(partial(_round, session, batch, k)) for _ in range(rounds + 1)][1:]
     gathered, _ = moved_bytes(session)
     world_size = session.ranks.world_size
-    gradients = sum(side.arrays["weights"].nbytes for side in session.relay.pair.active) / 2
+    gradients = sum(side.arrays["weights"].nbytes for side in session.transfers.pair.active) / 2
     return {
         "steps_per_second": k / median(seconds),
         "all_reduce_bytes": gradients if world_size > 1 else 0.0,
@@ -117,7 +117,7 @@ def measure_here(width: float, rho: float, k: int, rounds: int) -> dict[str, flo
 
 def _round(session: SparseOffload, batch: Batch, k: int) -> None:
     for _ in range(k):
-        session.step(batch, loss_of)
+        session.step(partial(loss_of, batch=batch))
     session.records()
 
 

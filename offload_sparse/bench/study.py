@@ -35,7 +35,7 @@ from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
 from offload_sparse.config.run import MethodName, RunConfig, TrainConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.forward import Forward
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods import static
 from offload_sparse.methods.method import Method, Task, build_method

@@ -60,7 +60,7 @@ def run(quick: bool, config: VarianceConfig) -> BenchResult:
     for number in range(1, count + 1):
         until = max(1, steps * number // count // _K) * _K
         for batch in islice(training, until - session.steps_done):
-            session.step(batch, classification_loss)
+            session.step(partial(classification_loss, batch=batch))
         measured_on = next(_batches(images, 1, normalise, seed=1))
         found = measure(session, measured_on, pairs)
         checkpoints.append({"step": session.steps_done, "entropy": session.policy.entropy} | found)
@@ -110,7 +110,7 @@ def draw_pairs(session: SparseOffload, batch: Batch, estimator: str, count: int)
     sampler.load_state_dict(state)
     masks = [sampler.sample(round) for round in range(count)]
     flat = [mask for pair in masks for mask in pair]
-    losses = session.losses_of(flat, [(batch, classification_loss)]).view(count, 2)
+    losses = session.losses_of(flat, [partial(classification_loss, batch=batch)]).view(count, 2)
     m, m_ref = (torch.stack(side) for side in zip(*masks, strict=True))
     return m, m_ref, losses[:, :1], losses[:, 1:]
 

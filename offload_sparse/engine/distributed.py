@@ -1,13 +1,161 @@
-"""Averaging over ranks: the gradients of a subnet, and the losses that ride along in the same buffer."""
+"""What ranks exchange beside weights: gradients, and the losses that ride behind them in the same buffer.
+
+    flat gradients   | p0 | p1 | p2 | p3 | p4 | p5 | losses |
+    buckets          |<-- 2 -->|<-- 1 -->|<-- 0 -->|            backward passes fill them from the right
+
+On a GPU a gradient that is larger than a bucket is sent bucket by bucket, each as soon as its gradients are
+there, while the backward pass computes those of earlier layers. Otherwise it goes in one piece behind the
+backward pass.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+BUCKET_BYTES = 8 << 20
+"""Size of a bucket; a gradient that is larger has one of its own."""
+
+
+class Reducer:
+    """Averages the gradients of a subnet, and the scalars behind them, over the ranks that had a batch.
+
+    Args:
+        world_size: number of ranks; with one there is nothing to do.
+        tail: scalars behind the gradients.
+        live: place among them of the number of ranks that had a batch.
+        gradient_sum: place of the sum of the gradients, by which values that are not finite are noticed.
+    """
+
+    def __init__(self, world_size: int, tail: int, live: int, gradient_sum: int) -> None:
+        self._world_size = world_size
+        self._tail, self._live, self._gradient_sum = tail, live, gradient_sum
+        self._buckets: dict[int, Buckets] = {}
+        self._present: Buckets | None = None
+
+    def new_round(self) -> None:
+        """The parameters of the round before are no more."""
+        self._buckets.clear()
+
+    def begin(self, side: int, module: nn.Module, buffer: Tensor, passes: int) -> None:
+        """The backward passes of a step, so many, are about to fill ``buffer``: gradients, then scalars.
+
+        Args:
+            side: which subnet of the pair.
+            module: the subnet; its gradients are views of ``buffer``.
+            buffer: [gradients + tail].
+            passes: backward passes that add to the gradients.
+        """
+        gradients = buffer[: -self._tail]
+        self._present = None
+        if not goes_in_buckets(gradients, self._world_size):
+            return
+        if side not in self._buckets:
+            self._buckets[side] = Buckets(list(module.parameters()), gradients)
+        self._present = self._buckets[side]
+        self._present.begin(passes)
+
+    def finish(self, buffer: Tensor) -> Tensor:
+        """Average ``buffer`` over the ranks that had a batch.
+
+        Returns:
+            the scalars of this rank, before (with the sum of its gradients, where that was known).
+        """
+        gradients, tail, buckets = buffer[: -self._tail], buffer[-self._tail :], self._present
+        if buckets is None:
+            tail[self._gradient_sum] = gradients.sum()
+        own = tail.clone()
+        if self._world_size == 1:
+            return own
+        if buckets is not None:
+            buckets.send_rest()  # before the scalars, so that the order is the same on every rank
+        dist.all_reduce(buffer if buckets is None else tail)
+        live = tail[self._live].clone()
+        if buckets is None:
+            buffer.div_(live)
+        else:
+            tail.div_(live)
+            buckets.finish(live)
+            tail[self._gradient_sum] = gradients.sum()
+        return own
+
+
+def goes_in_buckets(gradients: Tensor, world_size: int) -> bool:
+    """Whether a gradient is sent in buckets: on a GPU, if there is more than one bucket of it."""
+    return world_size > 1 and gradients.device.type == "cuda" and gradients.nbytes > BUCKET_BYTES
+
+
+class Buckets:
+    """The gradients of one subnet, sent piece by piece from hooks on its parameters.
+
+    Args:
+        parameters: in the order of the buffer, each with a gradient that is a view of it.
+        gradients: flat gradients.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], gradients: Tensor) -> None:
+        self._parts: list[Tensor] = []
+        self._count: list[int] = []
+        self._pending: list[dist.Work] = []
+        bucket_of = self._divide(parameters, gradients)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+            for parameter, bucket in zip(parameters, bucket_of, strict=True)
+            if parameter.requires_grad
+        ]
+        self.begin(1)
+
+    def begin(self, passes: int) -> None:
+        """Expect the gradients of so many backward passes."""
+        self._missing = [count * passes for count in self._count]
+        self._sent = 0
+
+    def send_rest(self) -> None:
+        """Send what has not been sent: gradients that the passes have not reached are zero."""
+        while self._sent < len(self._parts):
+            self._send()
+
+    def finish(self, live: Tensor) -> None:
+        """Wait for all and divide by ``live``, the number of ranks that had a batch."""
+        for work in self._pending:
+            work.wait()
+        self._pending.clear()
+        for part in self._parts:
+            part.div_(live)
+
+    def _arrived(self, bucket: int) -> None:
+        self._missing[bucket] -= 1
+        while self._sent < len(self._parts) and self._missing[self._sent] == 0:
+            self._send()
+
+    def _send(self) -> None:
+        work = dist.all_reduce(self._parts[self._sent], async_op=True)
+        assert work is not None
+        self._pending.append(work)
+        self._sent += 1
+
+    def _divide(self, parameters: Sequence[nn.Parameter], gradients: Tensor) -> list[int]:
+        """Cut the buffer from its end into buckets of at least ``BUCKET_BYTES``; each parameter's bucket."""
+        end = start = gradients.numel()
+        bucket_of: list[int] = []
+        count = 0
+        for parameter in reversed(parameters):
+            start -= parameter.numel()
+            bucket_of.append(len(self._parts))
+            count += parameter.requires_grad
+            if (end - start) * gradients.element_size() >= BUCKET_BYTES:
+                self._parts.append(gradients[start:end])
+                self._count.append(count)
+                end, count = start, 0
+        assert start == 0, "the parameters fill the buffer"
+        if end > 0:
+            self._parts.append(gradients[:end])
+            self._count.append(count)
+        return bucket_of[::-1]
 
 
 def average(buffer: Tensor, world_size: int) -> None:

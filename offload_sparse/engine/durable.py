@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.engine.random_state import random_state, set_random_state
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.session_state import SmallState, restore_small, small_state
+from offload_sparse.engine.state import MethodState, restore_small, small_state
 from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.store.tiers import FileTier
 from offload_sparse.store.weight_store import WeightStore
@@ -67,7 +66,7 @@ class DurableRounds:
         if entry is None:
             return 0
         local = _with_prefix(entry.tensors, _LOCAL)
-        restore_small(self._session, SmallState(entry.tensors, local, entry.state))
+        restore_small(self._session, MethodState({}, entry.tensors, local, entry.state))
         self._random = _with_prefix(entry.tensors, _RANDOM)
         self.restore_random_state()
         return self._session.steps_done
@@ -80,8 +79,8 @@ class DurableRounds:
     def save(self) -> None:
         """Make the present step durable, in the middle of a round too."""
         session = self._session
-        if session.relay.ahead:
-            self._log(session.relay.pair.trained)
+        if session.transfers.ahead:
+            self._log(session.transfers.pair.trained)
 
     def _log(self, sides: tuple[Side, ...]) -> None:
         """Before any of what ``sides`` have learned goes back to the store.
@@ -92,10 +91,10 @@ class DurableRounds:
         session = self._session
         pieces = [(side.selection, side.arrays) for side in sides]
         if len(self.journal.rounds()) >= self._settle_every:
-            session.relay.finish_returns()
+            session.transfers.finish_returns()
             self.journal.settle(self._tier.sync)
         small = small_state(session)
-        tensors = small.tensors | {_LOCAL + name: t for name, t in small.local.items()}
+        tensors = small.replicated | {_LOCAL + name: t for name, t in small.local.items()}
         tensors |= {_RANDOM + name: t for name, t in random_state().items()}
         self.journal.append(session.steps_done, session.store, pieces, small.meta, tensors)
         if session.ranks.world_size > 1:
@@ -114,3 +113,19 @@ class DurableRounds:
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def random_state() -> dict[str, Tensor]:
+    """uint8 states of torch's global generators in this process (dropout draws from them), by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    """Go on from ``random_state()``; devices that are not there are left out."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

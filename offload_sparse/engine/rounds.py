@@ -1,76 +1,462 @@
-"""One round: K steps on a pair of subnets, and the loss differences that the keep probabilities learn from.
+"""Algorithm 1 and Appendix D of Zhou et al. (2021): one round, from top to bottom.
+
+A round is K steps on a pair of subnets, and the loss differences that the keep probabilities learn from:
 
     every_step    step 0: train a, evaluate b   step 1: train a, evaluate b   step 2: train a, evaluate b   …
     turns         step 0: train a, evaluate b   step 1: train b, evaluate a   step 2: train a, evaluate b   …
     round_start   step 0: train a, evaluate b   step 1: train a               step 2: train a               …
 
-``every_step`` with K = 1 is Algorithm 1 of Zhou et al. (2021). With K > 1 it compares a trained subnet with
-one that has stood still, so L(a) - L(b) falls below zero whatever the masks are; ``turns`` treats both alike
-and costs the same.
+``every_step`` with K = 1 is Algorithm 1. With K > 1 it compares a trained subnet with one that has stood
+still, so L(a) - L(b) falls below zero whatever the masks are; ``turns`` treats both alike and costs the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from enum import Enum
+from itertools import chain
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch.distributed as dist
+from torch import Tensor
 
-from offload_sparse.channels.subnet import batch_statistics
-from offload_sparse.engine.config import Reference
-from offload_sparse.engine.distributed import average, describe_fault, gathered, ranks_where
-from offload_sparse.engine.reduction import Averager, Buckets
-from offload_sparse.engine.subnet_pair import TAIL, SubnetPair
-from offload_sparse.store.weight_store import BUFFERS
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.engine.config import FinalConfig, OnNonFinite, Reference, RoundConfig
+from offload_sparse.engine.distributed import Reducer, assert_equal_on_ranks, average
+from offload_sparse.engine.faults import fault_point
+from offload_sparse.engine.forward import Closure, Forward, Metrics, bound
+from offload_sparse.engine.losses import (
+    GRADIENT_SUM,
+    LIVE,
+    LOSS_A,
+    TAIL,
+    Losses,
+    StepRecord,
+    put,
+    share,
+)
+from offload_sparse.engine.subnet_pair import Side, SubnetPair
+from offload_sparse.engine.transfers import Transfer, Transfers
+from offload_sparse.policy.estimators import paired_losses
+from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
-Metrics = dict[str, Tensor]
-LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Metrics]]
-"""(module, batch) -> mean loss of the batch, optionally with further scalars to be averaged over ranks."""
+logger = logging.getLogger(__name__)
 
-_FIXED = 4
-"""Tail entries before the metrics: trained loss, L(a), L(b), sum of the gradient."""
+Masks = tuple[Tensor, ...]
+"""bool[C] each: the mask of subnet a, then those of b (one for all ranks, or one for each)."""
+
+_CONSEQUENCES = {
+    "skip": "the batch has been skipped",
+    "rollback": "the run goes on from the end of the round before",
+}
 
 
-@dataclass
-class Forward:
-    """How a forward pass is run.
+class Ask(Enum):
+    """What the training is asked for beside a step."""
+
+    OPEN = "open the next round, if none is open"
+    FINISH = "end the round that is open, if one is"
+    JOIN = "take part in the steps of the other ranks until all of them have asked for this"
+
+
+Request = Sequence[Closure] | Ask
+
+
+class Rounds:
+    """The training of a network in rounds: the algorithm, and what it needs to know between two steps.
+
+    Args:
+        channel_map: the channels of the full network.
+        policy: the keep probabilities.
+        transfers: the way of the weights.
+        cost: what masks cost.
+        ranks: all ranks of the run.
+        forward: how forward passes are run.
+        rounds, final: settings.
+        on_nonfinite: what a loss or gradient that is not finite leads to.
+        freeze_step: optimizer steps after which the final mask is chosen.
 
     Attributes:
-        autocast: context of forward passes.
-        frozen_batch_norm: normalise with the running statistics.
+        pair: the subnets of the round that is open, if one is.
+        masks: the masks of that round, or of one that was restored in the middle.
+        round_step, round_length: steps of that round: made, and in all.
+        statistics: flat BatchNorm statistics of the subnets of a round that was restored in the middle.
+        next_masks: the masks of the round after it, drawn ahead.
+        final_mask: bool[C], the mask that training ends with, once it is chosen.
+        steps_done, rounds_done, forward_flops: optimizer steps, rounds, and FLOPs per image so far; a
+            backward pass counts as two forward passes.
+        round_bytes: bytes that have crossed the bus between the last two rounds.
+        after_round: called with the subnets that a round has trained, before any of it is scattered.
     """
 
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    frozen_batch_norm: bool = False
+    def __init__(
+        self,
+        channel_map: ChannelMap,
+        policy: MaskPolicy,
+        transfers: Transfers,
+        cost: CostModel,
+        ranks: Ranks,
+        forward: Forward,
+        rounds: RoundConfig,
+        final: FinalConfig,
+        on_nonfinite: OnNonFinite,
+        freeze_step: int,
+    ) -> None:
+        self.channel_map, self.policy, self.transfers, self.cost = channel_map, policy, transfers, cost
+        self.ranks, self.forward, self.rounds, self.final = ranks, forward, rounds, final
+        self.on_nonfinite, self.freeze_step = on_nonfinite, freeze_step
+        self.reducer = Reducer(ranks.world_size, TAIL, LIVE, GRADIENT_SUM)
+        self.losses = Losses(ranks.world_size)
+        self.steps_done, self.rounds_done, self.forward_flops = 0, 0, 0.0
+        self.pair: SubnetPair | None = None
+        self.masks: Masks | None = None
+        self.round_step, self.round_length = 0, 0
+        self.statistics: list[Tensor] = []
+        self.next_masks: Masks | None = None
+        self.final_mask: Tensor | None = channel_map.full_mask() if policy.trivial else None
+        self.round_bytes, self._bytes_before = 0, 0
+        self._mask_flops = 0, 0  # of subnets a and b of the open round
+        self.after_round: Callable[[tuple[Side, ...]], None] | None = None
+        self.lr = 0.0
+        self._training: Generator[Tensor | None, Request, None] | None = None
+        self._joined = False
+        self._s_before = policy.state_dict()
+        self._pending: list[StepRecord] = []
+        self._recent: deque[Sequence[Closure]] = deque(maxlen=final.selection_batches)
 
-    def train_mode(self, module: nn.Module) -> None:
-        module.train()
-        if self.frozen_batch_norm:
-            for layer in module.modules():
-                if isinstance(layer, _BatchNorm):
-                    layer.eval()
+    def training(self) -> Generator[Tensor | None, Request, None]:
+        """Train round by round: each request is the closures of a step, each answer its loss, averaged over
+        ranks (a scalar on the device; nothing waits for it).
+        """
+        transfers, forward, losses_read = self.transfers, self.forward, self.losses
+        request: Request | None = None
+        loss: Tensor | None = None
+        while True:
+            request = request or (yield loss)
+            if (pair := self.pair) is None:
+                if request is Ask.FINISH or self._all_joined(request):
+                    request = None
+                    continue
+                # Sample m1, m2 ~ p(m | s): a function of s, the seed and the round, the same on every rank.
+                self._sample()
+                # Gather both subnets from the rows of all ranks: only what the device lacks. What the round
+                # before has trained and this one does not is scattered into own rows, without any network.
+                pair = self._exchange()
+                request = None if request is Ask.OPEN else request
+            while self.round_step < self.round_length:
+                request = request or (yield loss)
+                if request is Ask.FINISH:
+                    break
+                closures = request if not isinstance(request, Ask) else ()
+                fault_point("step", self.steps_done)
+                with transfers.timeline.stepping():
+                    trained, reference = roles(self.rounds.reference, self.round_step, pair.same)
+                    side, buffer = pair.sides[trained], pair.reduce_buffer(trained).zero_()
+                    statistics, losses, metrics = side.arrays[BUFFERS], buffer[-TAIL:], Metrics()
+                    before = statistics.clone()
+                    self.reducer.begin(trained, side.module, buffer, len(closures))
+                    for closure in closures:
+                        # The reference: a second forward pass, and no backward.
+                        if reference is not None:
+                            other = forward.evaluated(pair.sides[reference].module, closure)
+                            losses[LOSS_A + reference] += share(other, len(closures))
+                        # Forward and backward of the subnet that is trained.
+                        mean, metrics = forward.trained(side.module, closure)
+                        put(losses, trained, mean, metrics, len(closures))
+                        share(mean, len(closures)).backward()
+                    losses[LIVE] = float(request is not Ask.JOIN)
+                    # One all-reduce over the ranks; the losses ride behind the gradients.
+                    own = self.reducer.finish(buffer)
+                    if request is Ask.JOIN and self._all_joined(request, losses):
+                        request = None
+                        continue
+                    # The optimizer moves the trained subnet, or nothing where a value is not finite.
+                    not_finite = (~losses[:LIVE].isfinite().all()).to(torch.float32)
+                    pair.optimizer_step(trained, self.lr, self.steps_done, not_finite)
+                    torch.where(not_finite > 0, before, statistics, out=statistics)
+                    # Shared entries: what both subnets keep is one weight with one momentum.
+                    if self._shared_entries_are_read(pair):
+                        pair.copy_shared(trained)
+                    loss = losses_read.add(losses, own, reference is not None, tuple(metrics))
+                self._count(trained, reference)
+                request = None
+            # Estimate: s <- project(s - eta * estimate(L(m1) - L(m2))). No mask of this round depends on it.
+            if not self._estimate():
+                continue
+            # Scatter: BatchNorm statistics as the mean over ranks, weights once the next masks are known.
+            for side in pair.trained:
+                average(side.arrays[BUFFERS], self.ranks.world_size)
+            self._end_round(pair)
+            request = None if request is Ask.FINISH else request
 
-    def trained(self, module: nn.Module, batch: Any, loss_fn: LossFunction) -> tuple[Tensor, Metrics]:
-        """Loss with its graph."""
-        self.train_mode(module)
-        with self.autocast():
-            return _split(loss_fn(module, batch))
+    # --- asking for it ---
 
-    @torch.no_grad()
-    def evaluated(self, module: nn.Module, batch: Any, loss_fn: LossFunction) -> Tensor:
-        """Loss under the same conditions as a trained pass, without a graph and without a trace."""
-        self.train_mode(module)
-        with self.autocast(), batch_statistics(module):
-            return _split(loss_fn(module, batch))[0]
+    def _ask(self, request: Request) -> Tensor | None:
+        """Send ``request`` to the training. After an error it can be asked again: nothing is lost but the
+        step.
+        """
+        if self._training is None:
+            self._training = self.training()
+            next(self._training)
+        try:
+            return self._training.send(request)
+        except BaseException:
+            self._training = None
+            raise
 
+    def _open(self) -> SubnetPair:
+        """The subnets of the round that is open, or of the next one."""
+        if self.pair is None:
+            self._ask(Ask.OPEN)
+        assert self.pair is not None
+        return self.pair
 
-def _split(result: Tensor | tuple[Tensor, Metrics]) -> tuple[Tensor, Metrics]:
-    return result if isinstance(result, tuple) else (result, {})
+    def _join(self) -> None:
+        """Wait until every rank is here, and take part in the steps that others make before; every rank calls
+        it, after any number of steps.
+        """
+        self._joined = self.ranks.world_size == 1
+        while not self._joined:
+            self._ask(Ask.JOIN)
+
+    def _all_joined(self, request: Request, losses: Tensor | None = None) -> bool:
+        """Whether every rank waits for the others.
+
+        Args:
+            request: of this rank, between two rounds; every rank asks.
+            losses: what rode behind the gradients, in a step of which this rank has no batch.
+        """
+        if losses is not None:
+            self._joined = math.isnan(float(losses[LIVE]))
+        elif self.ranks.world_size > 1:
+            waiting = torch.tensor(float(request is Ask.JOIN))
+            dist.all_reduce(waiting, dist.ReduceOp.MIN, group=self.ranks.host_group)
+            self._joined = bool(waiting)
+        return self._joined and request is Ask.JOIN
+
+    # --- sample and gather ---
+
+    def _sample(self) -> None:
+        """Sample the masks of the round that begins; one that was restored in the middle has them."""
+        restored = self.masks is not None
+        if not (restored or self.frozen) and self.steps_done >= self.freeze_step:
+            self._choose_final_mask()
+        fault_point("sample", self.steps_done)
+        if not restored:
+            self.masks, self.round_step = self._draw(), 0
+            self.round_length = self._length(self.steps_done)
+
+    def _draw(self) -> Masks:
+        """The masks of the round that begins: the final one, those drawn a round ago, or new ones."""
+        if self.final_mask is not None:
+            return self.final_mask, self.final_mask
+        drawn, self.next_masks = self.next_masks, None
+        return drawn or self._drawn(self.rounds_done)
+
+    def _drawn(self, number: int) -> Masks:
+        """The masks of round ``number``, with a reference for all ranks, or one for each."""
+        if self.rounds.references == "shared" or self.ranks.world_size == 1:
+            return self.policy.sample(number)
+        return self.policy.sample_for_ranks(number, self.ranks.world_size)
+
+    def _length(self, first_step: int) -> int:
+        stop = first_step + self.rounds.k
+        return (stop if self.frozen else min(stop, self.freeze_step)) - first_step
+
+    def _exchange(self) -> SubnetPair:
+        """The subnets of the round, in place of those of the round before; begins to fetch the next ones."""
+        assert self.masks is not None
+        of_a, of_b = self.masks[0], reference_of(self.masks, self.ranks.rank)
+        self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
+        with self.transfers.timeline.exchanging():
+            pair = self.transfers.open(self._transfer(self.masks, self.round_length))
+        for side, statistics in zip(pair.trained, self.statistics, strict=False):
+            side.arrays[BUFFERS].copy_(statistics)
+        self.statistics = []
+        moved = self.transfers.bytes_fetched + self.transfers.bytes_returned
+        self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
+        self._s_before = self.policy.state_dict()
+        self._look_ahead(self.steps_done - self.round_step + self.round_length)
+        if self.rounds.check_ranks:
+            self._check_ranks(pair)
+        self.reducer.new_round()
+        self.pair = pair
+        return pair
+
+    def _look_ahead(self, next_step: int) -> None:
+        """Draw the masks of the next round and begin to fetch them.
+
+        Their s is one round old. None are drawn when the next round begins with the choice of the final mask.
+        """
+        if not self.rounds.prefetch or self.frozen or next_step >= self.freeze_step:
+            return
+        if self.next_masks is None:  # a session that was restored has them
+            self.next_masks = self._drawn(self.rounds_done + 1)
+        self.transfers.prefetch(self._transfer(self.next_masks, self._length(next_step)))
+
+    def _transfer(self, masks: Masks, length: int) -> Transfer:
+        """The way to the subnets of ``masks`` on this rank."""
+        first = Selection(self.channel_map, masks[0])
+        if self.frozen:
+            return Transfer(first)
+        if self.rounds.references == "shared":
+            second = Selection(self.channel_map, masks[1])
+            return Transfer(first, second, self.rounds.reference == "turns" and length > 1)
+        ranks = self.transfers.store.ranks
+        everyone = range(ranks.first, ranks.first + ranks.world_size)
+        selections = tuple(Selection(self.channel_map, reference_of(masks, rank)) for rank in everyone)
+        return Transfer(first, selections[ranks.rank], per_rank=selections)
+
+    # --- between the steps of a round ---
+
+    def _shared_entries_are_read(self, pair: SubnetPair) -> bool:
+        """The other side is read again in this round, or was trained too and goes on after it."""
+        schedule = self.rounds.reference
+        if pair.same or schedule == "round_start" or self.round_length == 1:
+            return False
+        return schedule == "turns" or self.round_step + 1 < self.round_length
+
+    def _count(self, trained: int, reference: int | None) -> None:
+        """One more step of the run is done."""
+        self.forward_flops += 3 * self._mask_flops[trained]
+        if reference is not None:
+            self.forward_flops += self._mask_flops[reference]
+        self.round_step += 1
+        self.steps_done += 1
+        self.transfers.stepped(self.steps_done)
+
+    # --- estimate ---
+
+    def catch_up(self) -> None:
+        """Learn from the steps made so far. Waits for the device; every rank calls it at the same step."""
+        faults = []
+        per_rank = self.rounds.references == "per_rank" and not self.frozen
+        for entry in self.losses.read(self.steps_done, per_rank):
+            if entry.fault:
+                faults.append(entry.fault)
+            if entry.compared is not None and not self.frozen:
+                self._learn(entry)
+            self._pending.append(dataclasses.replace(entry, losses=None))
+        if faults:
+            self._handle(faults)
+
+    def _learn(self, entry: StepRecord) -> None:
+        """One step on s from the losses of one optimizer step."""
+        assert self.masks is not None
+        assert entry.compared is not None
+        if entry.losses is None:
+            self.policy.update(*entry.compared, self.masks[0], self.masks[1], self.rounds_done)
+            return
+        references = [reference_of(self.masks, rank) for rank in range(self.ranks.world_size)]
+        masks = torch.stack([self.masks[0], *references])
+        self.policy.update_from_ranks(paired_losses(*entry.losses), masks, self.rounds_done)
+
+    def _estimate(self) -> bool:
+        """Learn from the round that ends; False if it is rolled back instead."""
+        with self.transfers.timeline.stepping():
+            self.catch_up()
+        self.transfers.timeline.end_round()
+        if self.pair is not None:
+            fault_point("estimate", self.steps_done)
+        return self.pair is not None
+
+    def _handle(self, faults: list[str]) -> None:
+        """Losses or gradients were not finite; the steps themselves have moved nothing."""
+        if self.on_nonfinite == "stop":
+            raise FloatingPointError(faults[0])
+        if self.ranks.rank == 0:
+            for fault in faults:
+                logger.warning("%s; %s", fault, _CONSEQUENCES[self.on_nonfinite])
+        if self.on_nonfinite == "rollback":
+            self.transfers.forget()
+            self.policy.load_state_dict(self._s_before)
+            self._drop_round()
+            self.next_masks = None
+            self.rounds_done += 1  # new masks: those that led here are not drawn again
+
+    def _drop_round(self) -> None:
+        """No round is open any more; the next request begins one."""
+        self.pair, self.masks, self.statistics, self._training = None, None, [], None
+
+    # --- the end of a round, and of the search ---
+
+    def _end_round(self, pair: SubnetPair) -> None:
+        if self.rounds.check_ranks:
+            self._check_ranks(pair)
+        self.pair, self.masks = None, None
+        self.rounds_done += 1
+        if self.after_round is not None:
+            self.after_round(pair.trained)
+        if self.on_nonfinite == "rollback":
+            self.transfers.settle()
+
+    @property
+    def frozen(self) -> bool:
+        """The final mask is chosen; s no longer moves."""
+        return self.final_mask is not None
+
+    def losses_of(self, masks: Sequence[Tensor], closures: Sequence[Closure]) -> Tensor:
+        """float64[masks]: the loss of the subnet of every mask, averaged over ``closures`` and ranks; zeros
+        when there are no closures. Between rounds; every rank calls it.
+        """
+        assert self.pair is None, "the subnets are in use"
+        side = self.transfers.scratch()
+        losses = torch.zeros(len(masks), dtype=torch.float64, device=side.subnet.device)
+        for i, mask in enumerate(masks if closures else ()):
+            side.load(Selection(self.channel_map, mask), (WEIGHTS, BUFFERS))
+            side.bind(None)
+            for closure in closures:
+                losses[i] += self.forward.evaluated(side.module, closure) / len(closures)
+        average(losses, self.ranks.world_size)
+        return losses.cpu()
+
+    def _choose_final_mask(self) -> None:
+        """Draw masks from p(m|s), keep the best by training loss (Zhou et al. 2021, final sampling)."""
+        candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
+        self.forward_flops += len(self._recent) * sum(self.cost.flops(mask) for mask in candidates)
+        recent = list(chain.from_iterable(self._recent))
+        losses = self.losses_of(candidates, recent) if len(candidates) > 1 else torch.zeros(1)
+        self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
+        self.policy.freeze()
+        self.next_masks = None
+
+    def _check_ranks(self, pair: SubnetPair) -> None:
+        assert self.masks is not None
+        sides = pair.active if self.rounds.references == "shared" else pair.trained
+        named = {"keep probabilities": [self.policy.s], "masks": list(self.masks)}
+        named["subnet weights"] = [side.arrays[WEIGHTS] for side in sides]
+        assert_equal_on_ranks(named, self.ranks.world_size, sides[0].subnet.device)
+
+    # --- going on with a state ---
+
+    def reopen(self, masks: Masks | None, step: int, length: int, statistics: Sequence[Tensor]) -> None:
+        """Go on with the store as it is, in the middle of a round or (without masks) between two; a round
+        that is open is dropped.
+
+        Args:
+            masks: of the round.
+            step, length: steps of the round: made, and in all.
+            statistics: flat BatchNorm statistics of the subnets that it trains, on this rank.
+        """
+        self.transfers.forget()
+        self.transfers.steps_done = self.steps_done
+        self._drop_round()
+        self.masks, self.round_step, self.round_length = masks, step, length
+        self.statistics = list(statistics)
+        self.losses.clear()
+        self._pending.clear()
+        self._recent.clear()
+
+    def remember(self, closures: Iterable[Closure]) -> None:
+        """Take ``closures`` for the last ones that were trained on: the final mask is chosen on them."""
+        self._recent.extend([bound(closure)] for closure in closures)
 
 
 def roles(reference: Reference, step: int, same: bool) -> tuple[int, int | None]:
@@ -82,179 +468,6 @@ def roles(reference: Reference, step: int, same: bool) -> tuple[int, int | None]
     return 0, 1 if reference == "every_step" or step == 0 else None
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step measured, averaged over ranks.
-
-    Attributes:
-        loss: loss of the trained subnet.
-        compared: L(a) and L(b), or None when b was not evaluated.
-        metrics: further scalars of the loss function.
-        losses: float64[2, ranks], L(a) and L(b) of every rank, if they were asked for.
-        fault: what was not finite, with the step and the ranks; such a step has moved nothing. Empty
-            otherwise.
-    """
-
-    loss: float
-    compared: tuple[float, float] | None
-    metrics: dict[str, float]
-    fault: str = ""
-    losses: Tensor | None = None
-
-    @property
-    def difference(self) -> float | None:
-        """L(a) - L(b), or None when b was not evaluated."""
-        return None if self.compared is None else self.compared[0] - self.compared[1]
-
-
-class Round:
-    """K steps on a pair that is filled and bound.
-
-    Args:
-        pair: the subnets.
-        reference: the schedule of the reference loss.
-        length: steps of the round.
-        forward: how forward passes are run.
-        averager: how gradients are averaged over ranks.
-        first_step: optimizer steps of the run before this round.
-        steps: steps of this round that have been made already (by a run that this one continues).
-    """
-
-    def __init__(
-        self,
-        pair: SubnetPair,
-        reference: Reference,
-        length: int,
-        forward: Forward,
-        averager: Averager,
-        first_step: int,
-        steps: int = 0,
-    ) -> None:
-        self.pair = pair
-        self.reference = reference
-        self.length = length
-        self.steps = steps
-        self._forward = forward
-        self._averager = averager
-        self._first_step = first_step
-        self._tails: list[_Tail] = []
-        self._buckets: dict[int, Buckets] = {}
-
-    def step(self, batch: Any, loss_fn: LossFunction, lr: float) -> Tensor:
-        """One optimizer step of the subnet whose turn it is; nothing moves if a loss or gradient of any rank
-        is not finite.
-
-        Returns:
-            its loss averaged over ranks, a scalar on the device (nothing waits for it here).
-        """
-        trained, evaluated = roles(self.reference, self.steps, self.pair.same)
-        side = self.pair.sides[trained]
-        statistics = side.arrays[BUFFERS]
-        before = statistics.clone()
-        buffer = self.pair.reduce_buffer(trained)
-        buffer.zero_()
-        tail = buffer[-TAIL:]
-        if evaluated is not None:
-            module = self.pair.sides[evaluated].module
-            tail[1 + evaluated] = self._forward.evaluated(module, batch, loss_fn)
-        loss, metrics = self._forward.trained(side.module, batch, loss_fn)
-        _fill_tail(tail, trained, loss.detach(), metrics)
-        own = self._backward(trained, loss, buffer)
-        found_inf = (~tail[:_FIXED].isfinite().all()).to(torch.float32)
-        self.pair.optimizer_step(trained, lr, self._first_step + self.steps, found_inf)
-        torch.where(found_inf > 0, before, statistics, out=statistics)
-        if self._patch_needed():
-            self.pair.patch(trained)
-        self.steps += 1
-        self._tails.append(_Tail(tail.clone(), own, evaluated is not None, tuple(metrics)))
-        return self._tails[-1].averaged[0]
-
-    def flush(self, per_rank: bool = False) -> list[StepRecord]:
-        """The records of the steps since the last flush, in order. Waits for the device; every rank calls it
-        at the same step.
-
-        Args:
-            per_rank: with the losses of every rank.
-        """
-        if not self._tails:
-            return []
-        tails, self._tails = self._tails, []
-        first = self._first_step + self.steps - len(tails)
-        rows = torch.stack([tail.averaged for tail in tails]).tolist()
-        losses = None
-        if per_rank:
-            own = torch.stack([tail.own[1:3] for tail in tails])
-            losses = gathered(own, self._averager.world_size).to("cpu", torch.float64)
-        records = []
-        for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
-            metrics = dict(zip(tail.metrics, row[_FIXED:], strict=False))
-            if all(map(math.isfinite, row[:_FIXED])):
-                compared = (row[1], row[2]) if tail.paired else None
-                measured = None if losses is None else losses[:, i].T
-                records.append(StepRecord(row[0], compared, metrics, losses=measured))
-                continue
-            ranks = ranks_where(not bool(tail.own.isfinite().all()), self._averager.world_size)
-            records.append(StepRecord(row[0], None, metrics, describe_fault(first + i, ranks, row[0])))
-        return records
-
-    def _backward(self, trained: int, loss: Tensor, buffer: Tensor) -> Tensor:
-        """Gradients of ``loss``, averaged over ranks together with the losses behind them.
-
-        Returns:
-            this rank's own losses (and sum of the gradient, where that is known), before averaging.
-        """
-        averager, tail = self._averager, buffer[-TAIL:]
-        averager.start()
-        buckets = self._buckets_of(trained) if averager.bucketed else None
-        loss.backward()
-        gradients = buffer[:-TAIL]
-        if buckets is None:
-            tail[3] = gradients.sum()
-        own = tail.clone()
-        average(buffer if buckets is None else tail, averager.world_size)
-        if buckets is not None:
-            buckets.finish()
-            tail[3] = gradients.sum()
-        averager.finish()
-        return own
-
-    def _buckets_of(self, side: int) -> Buckets:
-        if side not in self._buckets:
-            parameters = list(self.pair.sides[side].module.parameters())
-            self._buckets[side] = Buckets(parameters, self.pair.gradients(side), self._averager)
-        self._buckets[side].begin()
-        return self._buckets[side]
-
-    def _patch_needed(self) -> bool:
-        """The other side is read again in this round or, when it was trained too, carried on after it."""
-        if self.pair.same or self.reference == "round_start" or self.length == 1:
-            return False
-        return self.reference == "turns" or self.steps + 1 < self.length
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """What rode behind the gradients of one step.
-
-    Attributes:
-        averaged: float[TAIL], over all ranks.
-        own: float[TAIL], of this rank.
-        paired: both subnets were run.
-        metrics: names of the scalars from entry ``_FIXED`` on.
-    """
-
-    averaged: Tensor
-    own: Tensor
-    paired: bool
-    metrics: tuple[str, ...]
-
-
-def _fill_tail(tail: Tensor, trained: int, loss: Tensor, metrics: Metrics) -> None:
-    if len(metrics) > TAIL - _FIXED:
-        raise ValueError(
-            f"the loss function returns {len(metrics)} metrics; at most {TAIL - _FIXED} are carried"
-        )
-    tail[0] = loss
-    tail[1 + trained] = loss
-    for i, value in enumerate(metrics.values()):
-        tail[_FIXED + i] = value.detach()
+def reference_of(masks: Masks, rank: int) -> Tensor:
+    """The mask of subnet b on ``rank``."""
+    return masks[1 + rank % (len(masks) - 1)]

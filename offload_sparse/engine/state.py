@@ -1,11 +1,22 @@
-"""What a method hands out to be saved, and takes back to carry on: the state between two steps."""
+"""The state of a session between two steps, to be saved and restored bit for bit; and the form in which every
+method hands out its own.
+
+The store holds every weight once it has been settled. Beside it there is little: s and its optimizer, the
+masks of the round that is open and of the one that has been drawn ahead, and, in the middle of a round, the
+BatchNorm statistics that each rank has gathered by itself.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from offload_sparse.engine.forward import Closure
+from offload_sparse.engine.rounds import Masks, Rounds
+from offload_sparse.store.weight_store import BUFFERS
 
 IN_PLACE = "steps_in_place"
 """In the meta of a method whose own files hold its state: the optimizer steps that they have seen."""
@@ -43,3 +54,124 @@ class MethodState:
     replicated: dict[str, Tensor] = field(default_factory=dict)
     local: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+def session_state(session: Rounds) -> MethodState:
+    """The state of ``session``; read its records first. The shards are views of the store."""
+    session.transfers.settle()
+    state = small_state(session)
+    state.sharded = _shards(session)
+    state.meta["channel_map"] = session.channel_map.to_json()
+    return state
+
+
+def restore_session(session: Rounds, state: MethodState) -> None:
+    """Resume from ``state``; a round that is open is dropped.
+
+    Raises:
+        ValueError: the state belongs to another model or policy.
+    """
+    shards = _shards(session)
+    if shards.keys() - state.sharded.keys():
+        missing = next(iter(shards.keys() - state.sharded.keys()))
+        raise ValueError(f"the state has no {missing}; it is of another model or optimizer")
+    session.transfers.forget()
+    for name, shard in shards.items():
+        own = state.sharded[name].own
+        if own.data_ptr() != shard.own.data_ptr():
+            shard.own.copy_(own)
+    restore_small(session, state)
+
+
+def small_state(session: Rounds) -> MethodState:
+    """Everything but the store."""
+    policy = session.policy.state_dict()
+    integers = session.transfers.store.integer_buffers
+    tensors = {f"integer_buffers/{name}": value.clone() for name, value in integers.items()}
+    tensors |= {f"policy/{name}": value for name, value in policy["tensors"].items()}
+    if session.final_mask is not None:
+        tensors["final_mask"] = session.final_mask.clone()
+    if session.next_masks is not None:
+        tensors |= {f"next/{i}": mask.clone() for i, mask in enumerate(session.next_masks)}
+    meta = {
+        "steps_done": session.steps_done,
+        "rounds_done": session.rounds_done,
+        "forward_flops": session.forward_flops,
+        "subnet_bytes_peak": session.transfers.bytes_peak,
+        "bytes_fetched": session.transfers.bytes_fetched,
+        "bytes_returned": session.transfers.bytes_returned,
+        "policy_frozen": policy["frozen"],
+    }
+    local = {}
+    if session.masks is not None:
+        tensors |= {f"open/{i}": mask.clone() for i, mask in enumerate(session.masks)}
+        meta |= {"round_steps": session.round_step, "round_length": session.round_length}
+        statistics = session.statistics
+        if session.pair is not None:
+            statistics = [side.arrays[BUFFERS] for side in session.pair.trained]
+        local = {f"statistics/{i}": value.clone() for i, value in enumerate(statistics)}
+    return MethodState({}, tensors, local, meta)
+
+
+def restore_small(session: Rounds, state: MethodState) -> None:
+    """Put everything but the store back.
+
+    Raises:
+        ValueError: the state belongs to another model or policy.
+    """
+    tensors, meta = state.replicated, state.meta
+    try:
+        learned = {n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")}
+        session.policy.load_state_dict({"tensors": learned, "frozen": meta["policy_frozen"]})
+        for name, own in session.transfers.store.integer_buffers.items():
+            own.copy_(tensors[f"integer_buffers/{name}"])
+        session.steps_done, session.rounds_done = int(meta["steps_done"]), int(meta["rounds_done"])
+        session.forward_flops = float(meta["forward_flops"])
+        transfers = session.transfers
+        transfers.bytes_peak = max(transfers.bytes_peak, int(meta["subnet_bytes_peak"]))
+        transfers.bytes_fetched = int(meta["bytes_fetched"])
+        transfers.bytes_returned = int(meta["bytes_returned"])
+        final = _masks(session, tensors, ["final_mask"])
+        if final is None and session.policy.trivial:
+            final = (session.channel_map.full_mask(),)
+        drawn = _masks(session, tensors, _numbered(tensors, "next"))
+        opened = _masks(session, tensors, _numbered(tensors, "open"))
+        step, length = int(meta.get("round_steps", 0)), int(meta.get("round_length", 0))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the state does not fit this session ({error}); is it of another model?") from None
+    statistics = [state.local[name] for name in ("statistics/0", "statistics/1") if name in state.local]
+    session.reopen(opened, step, length, statistics)
+    session.next_masks, session.final_mask = drawn, final[0] if final else None
+
+
+def recall(session: Rounds, closures: Iterable[Closure]) -> None:
+    """Give a restored session the last closures before its position: the final mask is chosen on them."""
+    if session.final_mask is None:
+        session.remember(closures)
+
+
+def _shards(session: Rounds) -> dict[str, Shard]:
+    store = session.transfers.store
+    return {
+        f"{kind}/{name}": Shard(
+            store.own_rows(name, kind), tuple(shape), partition.first_row(name, store.ranks.rank)
+        )
+        for kind, partition in store.partitions.items()
+        for name, shape in partition.layout.shapes.items()
+    }
+
+
+def _masks(
+    session: Rounds, tensors: Mapping[str, Tensor], names: list[str]
+) -> Masks | None:
+    if not names or names[0] not in tensors:
+        return None
+    found = tuple(tensors[name] for name in names)
+    if any(mask.shape != (session.channel_map.num_atoms,) for mask in found):
+        raise ValueError("a saved mask is of another model; start a run of this one")
+    return found
+
+
+def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[str]:
+    """The names ``name/0``, ``name/1``, … that there are."""
+    return [f"{name}/{i}" for i in range(sum(key.startswith(name + "/") for key in tensors))]

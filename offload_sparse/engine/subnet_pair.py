@@ -4,8 +4,8 @@
                  |                                                      ^
                  +---- shared entries: one block copy after each step --+
 
-An entry that both masks keep is one weight with one momentum. After a step on one subnet its twin in the
-other is overwritten, so the pair behaves as if both were views of the full weights.
+An entry that both masks keep is one weight with one momentum. After a step on one subnet the other gets its
+new value, so the pair behaves as if both were views of the full weights.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet
 from offload_sparse.engine.config import OptimConfig
+from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import FlatOptimizer
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.plans import Narrow, shared_plan
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
-
-TAIL = 8
-"""Scalars (losses, metrics) that ride behind the gradients in the all-reduce."""
 
 
 class Side:
@@ -117,7 +115,7 @@ class SubnetPair:
         self.sides = (Side(store, model, device, capacity), Side(store, model, device, capacity))
         self._reduce_memory = torch.empty(0, dtype=store.dtype, device=device)
         self._optimizers: list[FlatOptimizer | None] = [None, None]
-        self._twins: dict[str, BlockPlan] = {}
+        self._shared: dict[str, BlockPlan] = {}
         self.trained_kinds = (WEIGHTS, *store.slots, BUFFERS)
         self.loaded = False
         self.same = True
@@ -134,7 +132,7 @@ class SubnetPair:
         self.same = second is None or torch.equal(first.mask, second.mask)
         self.train_second = train_second and not self.same
         self._optimizers = [None, None]  # they hold the views of the last round
-        self._twins.clear()
+        self._shared.clear()
         a, b = self.sides
         a.select(first, self.trained_kinds)
         if not self.same:
@@ -187,14 +185,14 @@ class SubnetPair:
         assert optimizer is not None, "this side was loaded without its optimizer slots"
         optimizer.step(lr, steps_done, found_inf)
 
-    def patch(self, side: int) -> None:
-        """Overwrite the twins, in the other side, of the entries that ``side`` has just trained."""
+    def copy_shared(self, side: int) -> None:
+        """Copy the entries that ``side`` has just trained to the other side, where that keeps them too."""
         a, b = self.sides
-        if not self._twins:
+        if not self._shared:
             regions = Regions(b.selection, [a.selection])
             for kind in (WEIGHTS, BUFFERS):
-                self._twins[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
-        for like, plan in self._twins.items():
+                self._shared[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
+        for like, plan in self._shared.items():
             kinds = [kind for kind in b.arrays if (kind == BUFFERS) == (like == BUFFERS)]
             copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)
 

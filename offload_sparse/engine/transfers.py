@@ -1,13 +1,13 @@
 """From one round's subnets to the next: what stays on the device, what crosses the bus, and when.
 
-    round r     | steps on C ................................ |
-    transfers   | return leavers of B | fetch newcomers of D  |
-                                                              | carry C -> D (device to device)
-    round r + 1                                               | steps on D ...................
-    transfers                                                 | return leavers of C | fetch newcomers of E
+    round r     | steps on C ............................ |
+    transfers   | return evicted of B | prefetch for D    |
+                                                          | carry C -> D (device to device)
+    round r + 1                                           | steps on D ...................
+    transfers                                             | return evicted of C | prefetch for E
 
-Two pairs of subnets take turns. Newcomers are entries that the pair in training does not train, so the store
-is up to date about them as soon as the leavers of the round before are back, and fetching them while the
+Two pairs of subnets take turns. Entries are prefetched that the pair in training does not train, so the store
+is up to date about them as soon as what the round before has evicted is back, and fetching them while the
 steps go on reads nothing stale. What the pair in training does train is carried over after its last step.
 With overlap the transfers run on one thread (and one CUDA stream), in the order of the picture; without it,
 between the rounds. Without delta transfer there is one pair, which takes half the memory: all of it is
@@ -17,82 +17,59 @@ returned, then all of the next one fetched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.selection import Selection
-from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.config import OptimConfig
 from offload_sparse.engine.faults import fault_point
-from offload_sparse.engine.side_stream import SideStream
-from offload_sparse.engine.subnet_pair import TAIL, Side, SubnetPair
+from offload_sparse.engine.losses import TAIL
+from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.timeline import Timeline
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, fetch_plan, fetch_plan_per_rank, return_plan
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
 
+Load = tuple[Side, list[str], tuple[Side, ...], TransferPlan]
+"""A side to be filled, its arrays that come from the same places, the sides that hold some of their entries
+(in the order in which ``TransferPlan.carried`` numbers them), and the moves.
+"""
 
-@dataclass(frozen=True)
-class Masks:
-    """What a round is made of.
+
+@dataclass
+class Transfer:
+    """The transfer plan from one round's subnets to the next.
 
     Attributes:
         first: selection of subnet a, which is trained.
         second: selection of subnet b; None when there is nothing to compare.
         train_second: b takes turns in training.
         per_rank: the selections of b on every rank that shares the store, where they differ.
+        source: the pair of the round before; None when nothing on the device can be used.
+        target: the pair to fill.
+        loads: how the arrays of the target come about, side a first.
     """
 
     first: Selection
     second: Selection | None = None
     train_second: bool = False
     per_rank: tuple[Selection, ...] = ()
+    source: SubnetPair | None = None
+    target: SubnetPair | None = None
+    loads: list[Load] = field(default_factory=list)
 
-    def made_into(self, pair: SubnetPair) -> bool:
+    def leads_to(self, pair: SubnetPair) -> bool:
         """Whether ``pair`` consists of these subnets."""
         second = self.first if self.second is None else self.second
         return pair.holds(self.first.mask, second.mask, self.train_second)
 
 
-@dataclass
-class _Load:
-    """Arrays of one side that share a layout and come from the same places.
-
-    Attributes:
-        side: the side to fill.
-        kinds: its arrays.
-        holders: sides with valid entries, in the order that ``plan.carried`` numbers them.
-        plan: the moves.
-    """
-
-    side: Side
-    kinds: list[str]
-    holders: tuple[Side, ...]
-    plan: TransferPlan
-
-
-@dataclass
-class _Handover:
-    """The way from one pair to the next.
-
-    Attributes:
-        masks: what the next pair is made of.
-        source: the pair of the round before; None when nothing on the device can be used.
-        target: the pair to fill.
-        loads: how the arrays of the target come about, side a first.
-    """
-
-    masks: Masks
-    source: SubnetPair | None
-    target: SubnetPair
-    loads: list[_Load] = field(default_factory=list)
-
-
-class Relay:
-    """Hands the weights from round to round and keeps the store in step.
+class Transfers:
+    """Moves the weights from round to round and keeps the store in step.
 
     Args:
         store: the full weights.
@@ -127,7 +104,7 @@ class Relay:
         self._reduce_memory = torch.empty(capacity + TAIL, dtype=store.dtype, device=device)
         self._side_stream = SideStream(device) if overlap else None
         self._ahead = False  # the pair in training knows more than the store
-        self._prepared: tuple[_Handover, Future[None]] | None = None
+        self._prefetched: tuple[Transfer, Future[None]] | None = None
         self._returning: Future[None] | None = None
         self.bytes_fetched = 0
         self.bytes_returned = 0
@@ -153,23 +130,22 @@ class Relay:
         in_use = sum(pair.nbytes for pair in self._pairs if pair.loaded)
         return in_use + gradients * self._reduce_memory.element_size()
 
-    def open(self, masks: Masks) -> SubnetPair:
-        """The pair of ``masks``, filled and bound, ready to be trained."""
-        if not masks.made_into(self.pair):
+    def open(self, transfer: Transfer) -> SubnetPair:
+        """The pair that ``transfer`` leads to, filled and bound, ready to be trained."""
+        if not transfer.leads_to(self.pair):
             if len(self._pairs) == 1:
-                self._reload(masks)
+                self._reload(transfer)
             else:
-                self._hand_over(masks)
+                self._exchange(transfer)
         self.pair.bind(self._gradient_memory())
         self.bytes_peak = max(self.bytes_peak, self.nbytes)
         return self.pair
 
-    def prepare(self, masks: Masks) -> None:
+    def prefetch(self, transfer: Transfer) -> None:
         """Begin to fetch what the next round needs and the present one does not train."""
-        if self._side_stream is None:
-            return
-        handover = _Handover(masks, self._source, self._pairs[1 - self._current])
-        self._prepared = handover, self._side_stream.submit(lambda: self._fetch(handover))
+        if self._side_stream is not None:
+            transfer.source, transfer.target = self._source, self._pairs[1 - self._current]
+            self._prefetched = transfer, self._side_stream.submit(lambda: self._fetch(transfer))
 
     @property
     def ahead(self) -> bool:
@@ -182,22 +158,32 @@ class Relay:
         self.steps_done = steps_done
 
     def settle(self) -> None:
-        """Bring the store up to date: after this it holds every weight. The pair stays as it is."""
-        self.finish_returns()
+        """Bring the store up to date: after this it holds every weight, no transfer is under way, and any
+        rank may read and write it. The pair stays as it is.
+        """
+        self.join()
         if self._ahead:
             self._return(self.pair, ())
             self._ahead = False
 
+    def join(self) -> None:
+        """Wait for the transfers under way; what has been prefetched stays so."""
+        self.finish_returns()
+        if self._prefetched is not None:
+            assert self._side_stream is not None
+            self._side_stream.wait(self._prefetched[1])
+
     def scratch(self) -> Side:
         """A side for other uses than training; the next round starts afresh from the store."""
         self.settle()
-        self._take_prepared()
+        self._prefetched = None
         self.pair.loaded = False
         return self.pair.sides[0]
 
     def forget(self) -> None:
         """Drop what the pair in training has learned since the store was last settled."""
-        self._take_prepared()
+        self.join()
+        self._prefetched = None
         self._ahead = False
         self.pair.loaded = False
 
@@ -212,106 +198,102 @@ class Relay:
     def _source(self) -> SubnetPair | None:
         return self.pair if self.pair.loaded else None
 
-    def _reload(self, masks: Masks) -> None:
+    def _reload(self, transfer: Transfer) -> None:
         """With one pair: everything back, then everything anew."""
         self.settle()
-        handover = _Handover(masks, None, self.pair)
-        self._fetch(handover)
-        self._carry(handover)
+        transfer.target = self.pair
+        self._fetch(transfer)
+        self._carry(transfer)
 
-    def _hand_over(self, masks: Masks) -> None:
-        handover = self._take_prepared()
-        if handover is None or not masks.made_into(handover.target):
-            handover = _Handover(masks, self._source, self._pairs[1 - self._current])
-            self._fetch(handover)
-        self._carry(handover)
+    def _exchange(self, transfer: Transfer) -> None:
+        prefetched = self._take_prefetched()
+        if prefetched is not None and prefetched.target is not None and transfer.leads_to(prefetched.target):
+            transfer = prefetched
+        else:
+            transfer.source, transfer.target = self._source, self._pairs[1 - self._current]
+            self._fetch(transfer)
+        self._carry(transfer)
         left, self._current = self.pair, 1 - self._current
         current, self._ahead, was_ahead = self.pair, False, self._ahead
         if not was_ahead:
             return
-        # Until they are back, only the pair that has been left knows the last values of its leavers.
+        # Until they are back, only the pair that has been left knows the last values of what is evicted.
         if self._side_stream is None:
             self._return(left, current.trained)
         else:
             self._returning = self._side_stream.submit(lambda: self._return(left, current.trained))
         self._ahead = True  # what has been carried over is still newer than the store
 
-    def _take_prepared(self) -> _Handover | None:
-        """The handover that was prepared, its fetch done; leavers of the round before are back, too."""
-        self.finish_returns()
-        if self._prepared is None:
-            return None
-        handover, pending = self._prepared
-        self._prepared = None
-        assert self._side_stream is not None
-        self._side_stream.wait(pending)
-        return handover if handover.source is self._source else None
+    def _take_prefetched(self) -> Transfer | None:
+        """The transfer that was begun ahead, its fetch done; what the last round has evicted is back, too."""
+        self.join()
+        prefetched, self._prefetched = self._prefetched, None
+        return prefetched[0] if prefetched is not None and prefetched[0].source is self._source else None
 
     def finish_returns(self) -> None:
-        """Wait until the leavers of the last round are back."""
+        """Wait until what the last round has evicted is back."""
         if self._returning is not None:
             assert self._side_stream is not None
             self._side_stream.wait(self._returning)
             self._returning = None
 
-    def _fetch(self, handover: _Handover) -> None:
-        masks, target = handover.masks, handover.target
-        target.select(masks.first, masks.second, masks.train_second)
-        handover.loads = list(self._loads(handover))
+    def _fetch(self, transfer: Transfer) -> None:
+        assert transfer.target is not None
+        transfer.target.select(transfer.first, transfer.second, transfer.train_second)
+        transfer.loads = list(self._loads(transfer, transfer.target))
         with self.timeline.span("gather"):
-            for load in handover.loads:
-                arrays = [(kind, load.side.arrays[kind]) for kind in load.kinds]
-                self.bytes_fetched += self.store.fetch(load.plan, arrays)
+            for side, kinds, _, plan in transfer.loads:
+                self.bytes_fetched += self.store.fetch(plan, [(kind, side.arrays[kind]) for kind in kinds])
                 fault_point("gather", self.steps_done)
 
-    def _carry(self, handover: _Handover) -> None:
+    def _carry(self, transfer: Transfer) -> None:
         """Copy what the source, or an earlier side of the target, holds. The order of the loads matters."""
         with self.timeline.span("carry"):
-            for load in handover.loads:
-                for holder, plan in load.plan.carried.items():
-                    source = load.holders[holder]
-                    copy_blocks(plan, [(source.arrays[kind], load.side.arrays[kind]) for kind in load.kinds])
+            for side, kinds, holders, plan in transfer.loads:
+                for holder, blocks in plan.carried.items():
+                    source = holders[holder]
+                    copy_blocks(blocks, [(source.arrays[kind], side.arrays[kind]) for kind in kinds])
 
-    def _loads(self, handover: _Handover) -> Iterator[_Load]:
+    def _loads(self, transfer: Transfer, target: SubnetPair) -> Iterator[Load]:
         """How every array of the target comes about.
 
         Valid entries are held by the trained sides of the source; for kinds that the reference has, by the
         reference, whose own entries equal the store's; and by the sides of the target that come first.
         """
-        source = handover.source
+        source = transfer.source
         before = [] if source is None else [*source.trained, *source.active]
-        for side in handover.target.active:
+        for side in target.active:
             groups: dict[tuple[bool, tuple[Side, ...]], list[str]] = {}
             for kind in side.arrays:
                 holders = tuple(dict.fromkeys(holder for holder in before if kind in holder.arrays))
                 groups.setdefault((kind == BUFFERS, holders), []).append(kind)
             known: dict[tuple[Side, ...], Regions] = {}
             for (_, holders), kinds in groups.items():
-                if handover.masks.per_rank:  # every rank must know what the others lack
+                if transfer.per_rank:  # every rank must know what the others lack
                     holders = tuple(h for h in holders if h in [pair.sides[0] for pair in self._pairs])
-                own = handover.masks.per_rank if side is handover.target.sides[1] else ()
+                own = transfer.per_rank if side is target.sides[1] else ()
                 if not own and holders not in known:
                     known[holders] = Regions(side.selection, [holder.selection for holder in holders])
-                yield self._load(side, kinds, holders, own, known.get(holders))
+                yield side, kinds, holders, self._plan(side, kinds[0], holders, own, known.get(holders))
             before.append(side)
 
-    def _load(
+    def _plan(
         self,
         side: Side,
-        kinds: list[str],
+        kind: str,
         holders: tuple[Side, ...],
         per_rank: tuple[Selection, ...],
         regions: Regions | None,
-    ) -> _Load:
-        partition, rank = self.store.partitions[kinds[0]], self.store.ranks.rank
-        target, places = side.narrow(kinds[0]), [holder.narrow(kinds[0]) for holder in holders]
+    ) -> TransferPlan:
+        partition, rank = self.store.partitions[kind], self.store.ranks.rank
+        target, places = side.narrow(kind), [holder.narrow(kind) for holder in holders]
         if not per_rank:
-            return _Load(side, kinds, holders, fetch_plan(partition, rank, target, places, regions))
+            return fetch_plan(partition, rank, target, places, regions)
         targets = [Narrow(selection, target.names) for selection in per_rank]
-        return _Load(side, kinds, holders, fetch_plan_per_rank(partition, rank, targets, places))
+        return fetch_plan_per_rank(partition, rank, targets, places)
 
     def _return(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
-        """Write this rank's entries of what ``left`` has trained and no side of ``keepers`` carries on."""
+        """Write this rank's entries of what ``left`` has trained and no side of ``keepers`` still trains."""
         self.before_return()
         with self.timeline.span("scatter"):
             self._put_back(left, keepers)
@@ -335,6 +317,38 @@ class Relay:
         return self._reduce_memory
 
 
-def overlaps(rounds: RoundConfig, device: torch.device) -> bool:
-    """Whether transfers run beside the steps."""
-    return rounds.overlaps(device.type == "cuda")
+class SideStream:
+    """One background thread whose device work runs on a CUDA stream of its own; on a CPU, just the thread.
+
+    Work runs in order, each piece behind what the caller's stream had been given when it was submitted.
+
+    Args:
+        device: where the work computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._worker = ThreadPoolExecutor(1, "transfer")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        """Run ``work`` in the background."""
+        if self._stream is None:
+            return self._worker.submit(work)
+        ready = torch.cuda.current_stream(self._stream.device).record_event()
+        return self._worker.submit(self._on_stream, ready, work)
+
+    def wait(self, pending: Future[None]) -> None:
+        """Wait for the thread, make the caller's stream wait for the device; raises what the work raised."""
+        pending.result()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def close(self) -> None:
+        """Let the work end and the thread with it."""
+        self._worker.shutdown(wait=True)
+
+    def _on_stream(self, ready: torch.cuda.Event, work: Callable[[], None]) -> None:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            work()

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.rounds import Forward, LossFunction, StepRecord
+from offload_sparse.engine.forward import Forward, Metrics
+from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
+
+LossFunction = Callable[..., tuple[Tensor, Metrics]]
+"""(module, batch) -> mean loss of the batch, and further scalars to be averaged over ranks."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.distributed import average
+from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import build_optimizer, slot_names
-from offload_sparse.engine.rounds import StepRecord
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Task
@@ -66,7 +67,7 @@ class FixedNetwork:
     def train_step(self, batch: Any, lr: float) -> None:
         self._optimizer.zero_grad(set_to_none=False)
         statistics = [b.clone() for b in self.module.buffers()] if self._skips else []
-        loss, metrics = self._task.forward.trained(self._parallel, batch, self._task.loss_fn)
+        loss, metrics = self._task.forward.trained(self._parallel, partial(self._task.loss_fn, batch=batch))
         # A loss that is not finite makes every gradient NaN, so that the average tells all ranks.
         loss.backward(torch.ones_like(loss) + 0 * loss.detach())
         if self._task.config.optim.clip_norm > 0:

@@ -7,16 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from offload_sparse.engine.durable import DurableRounds
-from offload_sparse.engine.rounds import StepRecord
+from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.session_state import recall, restore_session, session_state
-from offload_sparse.engine.state import IN_PLACE, MethodState
+from offload_sparse.engine.state import IN_PLACE, MethodState, recall, restore_session, session_state
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Method, Task
 from offload_sparse.store.tiers import is_filled
@@ -31,7 +31,7 @@ class SparseOffloadMethod:
         self._loss_fn = task.loss_fn
 
     def train_step(self, batch: Any, lr: float) -> None:
-        self.session.step(batch, self._loss_fn, lr)
+        self.session.step(partial(self._loss_fn, batch=batch), lr)
 
     def records(self) -> list[StepRecord]:
         return [record for record in self.session.records() if not record.fault]
@@ -43,7 +43,7 @@ class SparseOffloadMethod:
             "entropy": policy.entropy,
             "frozen": float(self.session.frozen),
             "bus_bytes_per_round": float(self.session.round_bytes),
-            **self.session.relay.timeline.means(),
+            **self.session.transfers.timeline.means(),
         }
 
     def dynamics(self) -> dict[str, Any]:
@@ -52,8 +52,8 @@ class SparseOffloadMethod:
         figures = {
             "params_ratio": params_ratio,
             "flops_ratio": flops_ratio,
-            "subnet_bytes": self.session.relay.nbytes,
-            "round_timeline": self.session.relay.timeline.last_rounds(),
+            "subnet_bytes": self.session.transfers.nbytes,
+            "round_timeline": self.session.transfers.timeline.last_rounds(),
         }
         return figures | self.session.policy.report()
 
@@ -74,7 +74,7 @@ class SparseOffloadMethod:
             session.cost.flops(full),
             session.cost.parameters(full),
             session.store.nbytes,
-            session.relay.bytes_peak,
+            session.transfers.bytes_peak,
         )
 
     def state(self) -> MethodState | None:
@@ -92,10 +92,10 @@ class SparseOffloadMethod:
             self._durable.restore_random_state()
 
     def recall(self, batches: Iterable[Any]) -> None:
-        recall(self.session, batches, self._loss_fn)
+        recall(self.session, (partial(self._loss_fn, batch=batch) for batch in batches))
 
     def while_saving(self, release: Callable[[], object]) -> None:
-        self.session.relay.before_return = release
+        self.session.transfers.before_return = release
 
 
 def build(task: Task) -> Method:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.random_state import random_state, set_random_state
-from offload_sparse.engine.rounds import StepRecord
+from offload_sparse.engine.durable import random_state, set_random_state
+from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.state import IN_PLACE, MethodState
 from offload_sparse.methods.method import Method
 from offload_sparse.run.checkpoint import Checkpointer, Loaded

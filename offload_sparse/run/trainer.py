@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.distributed import on_first_rank
-from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.forward import Forward
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.run.errors import RunError

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.session_state import restore_session, session_state
+from offload_sparse.engine.state import restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run import checkpoint_files
 from offload_sparse.run.checkpoint import Checkpointer
 from offload_sparse.run.signals import Agreement
-from tests.distributed.test_ranks_agree import own_part, whole
-from tests.engine.test_session import batches, loss_fn, make_session, small_net
 from tests.support.ranks import run_ranks
+from tests.support.sessions import batches, loss_of, make_session, own_part, small_net, whole
 
 FIRST, SECOND = 8, 4
 
@@ -38,7 +37,7 @@ def everything(session: SparseOffload) -> dict[str, Tensor]:
 
 def train(session: SparseOffload, first: int, last: int) -> None:
     for batch in batches(FIRST + SECOND)[first:last]:
-        session.step(own_part(batch), loss_fn)
+        session.step(loss_of(own_part(batch)))
     session.records()
 
 
@@ -51,7 +50,7 @@ def straight(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     state.local["rank"] = torch.tensor(dist.get_rank() if dist.is_initialized() else 0)
     saved = everything(session)
     saver.save(FIRST, state, {}, wait=False)
-    session.relay.before_return = saver.join
+    session.transfers.before_return = saver.join
     train(session, FIRST, FIRST + SECOND)
     assert saver.join()
     return saved, everything(session)

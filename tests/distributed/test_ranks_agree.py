@@ -14,35 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
+from offload_sparse.engine import distributed
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.forward import Forward
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from tests.engine.reference import entry_masks
-from tests.engine.test_session import batches, loss_fn, make_session, small_net
 from tests.support.channel_maps import small_map
 from tests.support.ranks import run_ranks
+from tests.support.sessions import batches, loss_fn, loss_of, make_session, own_part, small_net, whole
 
 POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
-
-
-def own_part(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """This rank's contiguous part of a global batch."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = len(batch[0]) // world_size
-    part = slice(rank * size, (rank + 1) * size)
-    return batch[0][part], batch[1][part]
-
-
-def whole(store: WeightStore, kind: str) -> Tensor:
-    """The full flat array of ``kind``, assembled on every rank."""
-    selection = Selection(store.channel_map, store.channel_map.full_mask())
-    out = torch.empty(store.partitions[kind].layout.size, dtype=store.dtype)
-    store.gather(selection, kind, out)
-    return out
 
 
 def train_rounds(batch_norm: bool, reference: str) -> dict[str, Any]:
@@ -50,7 +35,7 @@ def train_rounds(batch_norm: bool, reference: str) -> dict[str, Any]:
     rounds = RoundConfig(k=4, reference=reference, check_ranks=True)  # type: ignore[arg-type]
     session = make_session(small_net(batch_norm), POLICY, rounds, forward=Forward(frozen_batch_norm=True))
     for batch in batches(12):
-        session.step(own_part(batch), loss_fn)
+        session.step(loss_of(own_part(batch)))
     session.settle()
     kinds = (WEIGHTS, "momentum_buffer", BUFFERS)
     return {
@@ -81,17 +66,16 @@ def test_ranks_agree_with_one_process_on_the_same_global_batch(batch_norm: bool)
 def moved(reference: str) -> list[dict[str, Tensor]]:
     """Final state for every way of moving weights and of averaging gradients; BatchNorm per rank."""
     found = []
-    for transfer, reduction in (("full", "single"), ("delta", "bucketed"), ("overlap", "")):
+    for transfer, bucketed in (("full", False), ("delta", True), ("overlap", False)):
+        distributed.goes_in_buckets = lambda gradients, world_size, use=bucketed: use
         rounds = RoundConfig(k=3, reference=reference, freeze_at=0.7, transfer=transfer)  # type: ignore[arg-type]
         session = make_session(small_net(), POLICY, rounds, total=20)
-        if reduction:
-            session.averager.keep(reduction)
         for batch in batches(20):
-            session.step(own_part(batch), loss_fn)
+            session.step(loss_of(own_part(batch)))
         session.settle()
         found.append({k: whole(session.store, k) for k in (WEIGHTS, "momentum_buffer", BUFFERS)})
         found[-1]["s"] = session.policy.s
-        session.relay.close()
+        session.transfers.close()
     return found
 
 
@@ -116,8 +100,8 @@ def with_references(references: str, transfer: str) -> dict[str, Any]:
     )
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5, lr=0.0), rounds)
     for batch in batches(8):
-        session.step(own_part(batch), loss_fn)
-    second = session.relay.pair.sides[1]
+        session.step(loss_of(own_part(batch)))
+    second = session.transfers.pair.sides[1]
     found = {"own": second.arrays[WEIGHTS].clone(), "mask": second.selection.mask}
     session.settle()
     expected = torch.empty_like(found["own"])
@@ -131,7 +115,7 @@ def with_references(references: str, transfer: str) -> dict[str, Any]:
             expected = out
     found["right"] = torch.equal(found["own"], expected)
     found |= {k: whole(session.store, k) for k in (WEIGHTS, "momentum_buffer", BUFFERS)}
-    session.relay.close()
+    session.transfers.close()
     return found
 
 
@@ -155,7 +139,7 @@ def learned_from_ranks() -> tuple[Tensor, Tensor]:
     session = make_session(net, PolicyConfig.paper(rho=0.5, lr=0.05), rounds)
     start = session.policy.s.clone()
     batch = own_part(batches(1)[0])
-    session.step(batch, loss_fn)
+    session.step(loss_of(batch))
     policy = MaskPolicy(PolicyConfig.paper(rho=0.5, lr=0.05), session.channel_map.groups, 3, session.cost)
     masks = policy.sample_for_ranks(0, 2)
     own = [masks[0], masks[1 + dist.get_rank()]]
@@ -194,7 +178,7 @@ def on_two_nodes(shard: str) -> dict[str, Any]:
     rounds = RoundConfig(k=3, check_ranks=True)
     session = make_session(small_net(), POLICY, rounds, store=store)
     for batch in batches(9):
-        session.step(own_part(batch), loss_fn)
+        session.step(loss_of(own_part(batch)))
     session.settle()
     return {
         "rows": session.store.nbytes,
@@ -231,7 +215,7 @@ def spoiled_on_rank_one() -> str:
             good = {kind: array.clone() for kind, array in session.store.arrays.items()}
             x = torch.full_like(x, torch.nan) if dist.get_rank() == 1 else x
         try:
-            session.step((x, y), loss_fn)
+            session.step(loss_of((x, y)))
         except FloatingPointError as error:
             message = str(error)
     session.settle()
@@ -250,7 +234,7 @@ def against_ddp() -> float:
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=3))
     for batch in batches(8):
-        session.step(own_part(batch), loss_fn)
+        session.step(loss_of(own_part(batch)))
         optimizer.zero_grad()
         loss_fn(parallel, own_part(batch)).backward()
         optimizer.step()
@@ -310,7 +294,7 @@ def tampered() -> str:
     if dist.get_rank() == 1:
         session.policy.s[0] += 1e-12
     try:
-        session.step(own_part(batches(1)[0]), loss_fn)
+        session.step(loss_of(own_part(batches(1)[0])))
     except RuntimeError as error:
         return str(error)
     return "nothing was noticed"
@@ -325,7 +309,7 @@ def test_a_rank_that_has_drifted_by_one_bit_is_noticed_and_named() -> None:
 def mean_of_buffers() -> list[Tensor]:
     session = make_session(small_net(), POLICY, RoundConfig(k=2))
     for batch in batches(2):
-        session.step(own_part(batch), loss_fn)
+        session.step(loss_of(own_part(batch)))
     session.settle()
     return [whole(session.store, BUFFERS), session.store.arrays[BUFFERS].clone()]
 

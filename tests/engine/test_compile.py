@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from offload_sparse.engine.config import FinalConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
-from tests.engine.test_session import arrays, batches, loss_fn, make_session, small_net
+from tests.support.sessions import arrays, batches, loss_of, make_session, small_net
 
 ROUNDS = RoundConfig(k=4, freeze_at=0.75)
 
@@ -35,7 +35,7 @@ def trained(compile: bool, policy: PolicyConfig, steps: int = 16) -> tuple[Spars
     )
     graphs = []
     for step, batch in enumerate(batches(steps)):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
         if step % ROUNDS.k == ROUNDS.k - 1:
             graphs.append(counters["stats"]["unique_graphs"])
     return session, graphs

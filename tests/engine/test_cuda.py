@@ -7,7 +7,7 @@ import torch
 
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
-from tests.engine.test_session import batches, loss_fn, make_session, small_net
+from tests.support.sessions import batches, loss_of, make_session, small_net
 
 pytestmark = [
     pytest.mark.cuda,
@@ -22,7 +22,7 @@ def test_rounds_on_the_gpu_equal_rounds_on_the_cpu() -> None:
     ]
     for x, y in batches(9):
         for session in sessions:
-            session.step((x.to(session.device), y.to(session.device)), loss_fn)
+            session.step(loss_of((x.to(session.device), y.to(session.device))))
     for session in sessions:
         session.settle()
     for kind, expected in sessions[0].store.arrays.items():

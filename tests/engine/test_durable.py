@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.durable import DurableRounds
+from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig
@@ -40,8 +41,8 @@ def session_of(folder: Path, mode: str = "new", tier: str = "file") -> SparseOff
     )
 
 
-def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
+def loss_of(batch: tuple[Tensor, Tensor]) -> Closure:
+    return lambda module: F.cross_entropy(module(batch[0]), batch[1])
 
 
 def train(session: SparseOffload, first: int, last: int) -> list[float]:
@@ -49,7 +50,7 @@ def train(session: SparseOffload, first: int, last: int) -> list[float]:
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
-        losses.append(float(session.step(batch, loss_fn)))
+        losses.append(float(session.step(loss_of(batch))))
     return losses
 
 

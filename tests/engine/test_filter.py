@@ -22,8 +22,8 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.initialisation import named_tensors
 from offload_sparse.store.weight_store import WEIGHTS
 from tests.engine.reference import MaskedTrainer
-from tests.engine.test_session import OPTIM, batches, loss_fn
 from tests.support.residual_nets import ResidualNet
+from tests.support.sessions import OPTIM, batches, loss_of
 
 IMAGES = (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),)
 
@@ -60,9 +60,9 @@ def test_training_equals_masked_training_of_the_full_weights(reference: str, k: 
     expected = MaskedTrainer(net, session.channel_map, policy, rounds, OPTIM, seed=3)
     data = batches(3 * k)
     for batch in data:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     expected.run(data)
-    assert any(add.width for _, add in additions(session.relay.pair.sides[0].module)), (
+    assert any(add.width for _, add in additions(session.transfers.pair.sides[0].module)), (
         "some operands must differ"
     )
     session.settle()
@@ -82,7 +82,7 @@ def test_the_final_network_is_exported_and_comes_back(tmp_path: Path) -> None:
     session = make_session(net, PolicyConfig.paper(rho=0.5), RoundConfig(k=2), total=8)
     data = batches(8)
     for batch in data:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     final = session.finalize([x for x, _ in data[:2]])
     assert final.module.state_dict().keys() == net.state_dict().keys()
     final.save(tmp_path)

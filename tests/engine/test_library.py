@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from offload_sparse import Forward, SparseOffload, load_pruned
 from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.forward import Closure
 from offload_sparse.policy.config import PolicyConfig
 
 Batch = tuple[Tensor, Tensor]
@@ -52,8 +54,8 @@ def signals() -> TensorDataset:
     return TensorDataset(waves + 0.3 * torch.randn(192, 2, 32, generator=generator), labels)
 
 
-def loss_fn(network: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(network(batch[0]), batch[1])
+def loss_of(batch: Batch) -> Closure:
+    return lambda network: F.cross_entropy(network(batch[0]), batch[1])
 
 
 def accuracy(network: nn.Module, data: TensorDataset) -> float:
@@ -78,7 +80,7 @@ def test_a_loop_of_ones_own_ends_with_a_narrow_network_that_has_learned(
     )
     for _ in range(epochs):
         for batch in loader:
-            loss = session.step(batch, loss_fn)
+            loss = session.step(loss_of(batch))
     final = session.finalize()
 
     assert loss.shape == ()
@@ -108,7 +110,8 @@ def test_a_session_works_inside_an_accelerator_that_the_user_has_made(signals: T
         kinds.add(logits.dtype)
         return F.cross_entropy(logits, batch[1])
 
-    losses = [float(session.step(batch, watched)) for _ in range(3) for batch in loader]
+    steps = (partial(watched, batch=batch) for _ in range(3) for batch in loader)
+    losses = [float(session.step(closure)) for closure in steps]
     assert kinds == {torch.bfloat16}, "the accelerator's precision is that of the session's passes"
     assert sum(losses[-3:]) < sum(losses[:3])
     network = accelerator.prepare(session.finalize().module)
@@ -119,12 +122,12 @@ def test_without_a_number_of_steps_the_user_says_when_the_mask_is_fixed(signals:
     session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), rho=0.5, rounds=RoundConfig(k=3))
     batches = [(signals.tensors[0][i::6], signals.tensors[1][i::6]) for i in range(6)]
     for batch in batches[:4]:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     session.freeze()
     assert not session.frozen, "the round that is open goes on"
     for batch in batches[4:]:
-        session.step(batch, loss_fn)
-    session.step(batches[0], loss_fn)
+        session.step(loss_of(batch))
+    session.step(loss_of(batches[0]))
     assert session.frozen
     chosen = session.final_mask
     assert chosen is not None
@@ -137,7 +140,7 @@ def test_finalize_takes_its_statistics_from_the_last_batches_or_from_those_it_is
     def trained() -> SparseOffload:
         session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), rho=1.0)
         for i in range(4):
-            session.step((signals.tensors[0][i::4], signals.tensors[1][i::4]), loss_fn)
+            session.step(loss_of((signals.tensors[0][i::4], signals.tensors[1][i::4])))
         return session
 
     own = trained().finalize().module

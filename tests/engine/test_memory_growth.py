@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
@@ -22,8 +23,8 @@ def resident_bytes() -> int:
     return int(pages) * 4096
 
 
-def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+def loss_of(batch: tuple[Tensor, Tensor]) -> Closure:
+    return lambda module: nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
 @pytest.mark.parametrize(
@@ -50,10 +51,10 @@ def test_two_hundred_rounds_take_no_more_memory_than_thirty(transfer: str) -> No
     sizes = []
     for _ in range(WARM_UP + ROUNDS):
         for _ in range(K):
-            session.step(batch, loss_fn)
+            session.step(loss_of(batch))
         session.records()
         sizes.append(resident_bytes())
-    session.relay.close()
+    session.transfers.close()
     y = torch.tensor(sizes[WARM_UP:], dtype=torch.float64)
     x = torch.arange(len(y), dtype=torch.float64)
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())

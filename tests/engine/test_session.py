@@ -12,67 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
-from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import WEIGHTS
 from tests.engine.reference import MaskedTrainer, entry_masks
 from tests.support.channel_maps import SmallNet, small_map
 from tests.support.constants import configured
-
-OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
-
-
-def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64),
-            torch.randint(4, (8,), generator=generator),
-        )
-        for _ in range(steps)
-    ]
-
-
-def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(module(batch[0]), batch[1])
-
-
-def small_net(batch_norm: bool = True) -> SmallNet:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return SmallNet(batch_norm=batch_norm).double()
-
-
-def make_session(
-    net: SmallNet, policy: PolicyConfig, rounds: RoundConfig, total: int = 10**6, **more: object
-) -> SparseOffload:
-    options: dict[str, object] = {
-        "optimizer": OPTIM,
-        "dtype": torch.float64,
-        "device": torch.device("cpu"),
-        "seed": 3,
-    }
-    return SparseOffload(
-        net,
-        (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),),
-        total_steps=total,
-        policy=policy,
-        rounds=rounds,
-        channel_map=small_map(net),
-        **(options | more),  # type: ignore[arg-type]
-    )
-
-
-def stored(session: SparseOffload, kind: str) -> dict[str, Tensor]:
-    session.settle()
-    store = session.store
-    return {n: store.own_rows(n, kind) for n in store.partitions[kind].layout.shapes}
-
-
-def arrays(session: SparseOffload) -> dict[str, Tensor]:
-    session.settle()
-    return {kind: array.clone() for kind, array in session.store.arrays.items()}
+from tests.support.sessions import (
+    OPTIM,
+    POLICIES,
+    arrays,
+    batches,
+    loss_fn,
+    loss_of,
+    make_session,
+    small_net,
+    stored,
+)
 
 
 @pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
@@ -98,7 +55,7 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
     reference_run = MaskedTrainer(net, small_map(net), policy, rounds, OPTIM, seed=3)
     data = batches(4 * k)
     for batch in data:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     reference_run.run(data)
     for kind, expected in [
         (WEIGHTS, reference_run.weights),
@@ -111,18 +68,6 @@ def test_every_schedule_equals_masked_training_of_the_full_weights(
     assert not torch.equal(session.policy.s, torch.full_like(session.policy.s, 0.5)), "s must have moved"
 
 
-POLICIES = {
-    "pge": PolicyConfig.paper(rho=0.5, estimator="pge", lr=0.05),
-    "disarm_cv": PolicyConfig.paper(rho=0.5, estimator="disarm_cv", lr=0.05),
-    "persistent": PolicyConfig.paper(rho=0.5, sampler="persistent", refresh=0.3, lr=0.05),
-    "fixed_width": PolicyConfig.paper(rho=0.5, sampler="fixed_width", estimator="vr_pge", lr=0.05),
-    "flops": PolicyConfig.paper(rho=0.4, budget="flops", lr=0.05),
-    "params": PolicyConfig.paper(rho=0.4, budget="params", lr=0.05),
-    "default": PolicyConfig(rho=0.5, refresh=0.5, lr=0.5),
-}
-"""One for every estimator, sampler, budget and parametrisation beyond the paper's."""
-
-
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_equals_masked_training_of_the_full_weights(name: str) -> None:
     rounds = RoundConfig(k=2, reference="turns", freeze_at=1.0)
@@ -132,7 +77,7 @@ def test_every_policy_equals_masked_training_of_the_full_weights(name: str) -> N
     data = batches(steps)
     start = session.policy.s.clone()
     for batch in data:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     reference_run.run(data)
     for name, value in stored(session, WEIGHTS).items():
         torch.testing.assert_close(value, reference_run.weights[name], rtol=1e-9, atol=1e-11, msg=name)
@@ -150,7 +95,7 @@ def test_the_network_that_training_ends_with_spends_the_budget(budget: str, samp
     session = make_session(net, policy, rounds, total=20)
     start = session.policy.s.clone()
     for batch in batches(20):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     mask = session.finalize([batches(1)[0][0]]).mask
     assert float((session.policy.s - start).abs().max()) > 0.1
     cost = session.cost
@@ -172,7 +117,7 @@ def test_rho_one_is_plain_training(clip_norm: float) -> None:
     session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=3), optimizer=optim)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     for batch in batches(7):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
         optimizer.zero_grad()
         loss_fn(plain, batch).backward()
         if clip_norm:
@@ -190,7 +135,7 @@ def test_adamw_at_rho_one_is_plain_adamw() -> None:
     session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=2), optimizer=optim)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
     for batch in batches(5):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
         optimizer.zero_grad()
         loss_fn(plain, batch).backward()
         optimizer.step()
@@ -205,7 +150,7 @@ def test_absent_channels_stand_still() -> None:
     before = {n: t.clone() for n, t in stored(session, WEIGHTS).items()}
     mask = session.policy.sample(0)[0]
     for batch in batches(4):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     dropped = ~mask[:6]
     assert bool(dropped.any())
     assert torch.equal(stored(session, WEIGHTS)["conv1.weight"][dropped], before["conv1.weight"][dropped])
@@ -229,19 +174,19 @@ def test_a_step_that_is_not_finite_is_named_and_moves_nothing(reference: str) ->
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds)
     data = Spoiled().batches
     for batch in data[:4]:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     good = arrays(session)
-    session.step(data[4], loss_fn)
+    session.step(loss_of(data[4]))
     for kind, array in arrays(session).items():
         assert torch.equal(array, good[kind]), kind
     with pytest.raises(FloatingPointError, match="step 4 is not finite on rank 0"):
-        session.step(data[5], loss_fn)
+        session.step(loss_of(data[5]))
 
 
 def test_skipping_goes_on_without_the_batch() -> None:
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=3), on_nonfinite="skip")
     for batch in Spoiled().batches:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     records = session.records()
     assert [bool(record.fault) for record in records] == [i == 4 for i in range(9)]
     assert records[4].difference is None
@@ -254,15 +199,15 @@ def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
     )
     data = Spoiled().batches
     for batch in data[:3]:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     good, s = arrays(session), session.policy.s.clone()
     for batch in data[3:6]:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     for kind, array in arrays(session).items():
         assert torch.equal(array, good[kind]), kind
     assert torch.equal(session.policy.s, s)
     for batch in data[6:]:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     assert not torch.equal(arrays(session)[WEIGHTS], good[WEIGHTS])
 
 
@@ -273,9 +218,9 @@ def run_transfers(
     rounds = RoundConfig(k=k, reference=reference, freeze_at=0.7, transfer=transfer)  # type: ignore[arg-type]
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds, total=steps, optimizer=optim)
     for batch in batches(steps):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     found = {**arrays(session), "s": session.policy.s}
-    session.relay.close()
+    session.transfers.close()
     return found
 
 
@@ -300,7 +245,7 @@ def test_only_newcomers_and_leavers_cross_the_bus() -> None:
     kept = []
     for i, batch in enumerate(batches(4)):
         kept.append(session.policy.sample(i))
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     entries = [[_kept_entries(session, mask) for mask in masks] for masks in kept]
     fetched = returned = 0
     for i, (a, b) in enumerate(entries):
@@ -312,8 +257,8 @@ def test_only_newcomers_and_leavers_cross_the_bus() -> None:
         leaving = old_a & ~a
         returned += int(leaving.sum() + leaving[:weights].sum())
         assert bool(known[buffers].any()) == bool(i)
-    assert session.relay.bytes_fetched == fetched * 8
-    assert session.relay.bytes_returned == returned * 8
+    assert session.transfers.bytes_fetched == fetched * 8
+    assert session.transfers.bytes_returned == returned * 8
 
 
 _BUFFERS = 2 * (6 + 8)
@@ -338,17 +283,17 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
     )
     data = batches(4)
     for batch in data:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     candidates = session.policy.candidates(5)
     network = session.finalize([data[0][0]])
     losses = []
     for mask in candidates:
-        side = session.relay.scratch()
+        side = session.transfers.scratch()
         from offload_sparse.channels.selection import Selection
 
         side.load(Selection(session.channel_map, mask), (WEIGHTS, "buffers"))
         side.bind(None)
-        losses.append(sum(float(session.forward.evaluated(side.module, b, loss_fn)) for b in data[-2:]))
+        losses.append(sum(float(session.forward.evaluated(side.module, loss_of(b))) for b in data[-2:]))
     assert torch.equal(network.mask, candidates[losses.index(min(losses))])
     assert len({round(value, 9) for value in losses}) > 1
 
@@ -359,13 +304,13 @@ def test_after_the_freeze_only_the_final_mask_is_trained_and_s_stands_still() ->
     )
     data = batches(12)
     for batch in data[:7]:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     s = session.policy.s.clone()
     weights = arrays(session)[WEIGHTS]
     mask = session.final_mask
     assert mask is not None
     for batch in data[7:]:
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     assert torch.equal(session.policy.s, s)
     changed = arrays(session)[WEIGHTS] != weights
     entries = session.store.partitions[WEIGHTS].layout.view(changed, "conv1.weight")
@@ -383,7 +328,7 @@ def test_evaluation_leaves_no_trace() -> None:
             if evaluate and i in (0, 2, 3):
                 with session.evaluation([batches(1, seed=9)[0][0]]) as module:
                     module.eval()(batch[0])
-            session.step(batch, loss_fn)
+            session.step(loss_of(batch))
         runs.append(arrays(session))
     for kind in runs[0]:
         assert torch.equal(runs[0][kind], runs[1][kind]), kind
@@ -395,7 +340,7 @@ def test_frozen_batch_norm_keeps_the_statistics() -> None:
     )
     before = session.store.arrays["buffers"].clone()
     for batch in batches(4):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     assert torch.equal(arrays(session)["buffers"], before)
 
 
@@ -406,7 +351,7 @@ def test_the_expected_cost_is_the_mean_over_masks_and_that_of_the_final_mask_in_
     flops = sum(session.cost.flops(m) for m in masks) / 6 / session.cost.flops(full)
     assert session.expected_cost(rounds=3)[1] == pytest.approx(flops)
     for batch in batches(6):
-        session.step(batch, loss_fn)
+        session.step(loss_of(batch))
     assert session.final_mask is not None
     kept = session.cost.parameters(session.final_mask) / session.cost.parameters(full)
     assert session.expected_cost()[0] == pytest.approx(kept)
@@ -420,6 +365,6 @@ def test_passes_are_counted_as_they_are_run() -> None:
         a, b = (session.cost.flops(m) for m in session.policy.sample(round_index))
         session_steps = batches(2, seed=round_index)
         for batch in session_steps:
-            session.step(batch, loss_fn)
+            session.step(loss_of(batch))
         expected += (3 * a + b) + (3 * b + a)
     assert session.forward_flops == expected

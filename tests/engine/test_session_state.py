@@ -11,13 +11,11 @@ from torch import Tensor
 
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.session_state import recall, restore_session, session_state
-from offload_sparse.engine.state import MethodState, Shard
+from offload_sparse.engine.state import MethodState, Shard, recall, restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
-from tests.distributed.test_ranks_agree import own_part
-from tests.engine.test_session import POLICIES, arrays, batches, loss_fn, make_session, small_net
 from tests.support.constants import configured
 from tests.support.ranks import run_ranks
+from tests.support.sessions import POLICIES, arrays, batches, loss_of, make_session, own_part, small_net
 
 STEPS = 14
 ADAMW = OptimConfig(name="adamw", lr=1e-2)
@@ -54,7 +52,7 @@ def result(session: SparseOffload) -> dict[str, Tensor]:
     found |= {"s": session.policy.s, "mask": session.final_mask}
     found |= {f"policy/{name}": value for name, value in session.policy.state_dict()["tensors"].items()}
     found["flops"] = torch.tensor([session.forward_flops, session.steps_done, session.rounds_done])
-    session.relay.close()
+    session.transfers.close()
     return found
 
 
@@ -63,7 +61,7 @@ def straight(
 ) -> dict[str, Tensor]:
     session = session_of(reference, transfer, prefetch, policy)
     for batch in batches(STEPS):
-        session.step(own_part(batch), loss_fn)
+        session.step(loss_of(own_part(batch)))
     return result(session)
 
 
@@ -73,17 +71,17 @@ def interrupted(
     data = [own_part(batch) for batch in batches(STEPS)]
     first = session_of(reference, transfer, prefetch, policy)
     for batch in data[:cut]:
-        first.step(batch, loss_fn)
+        first.step(loss_of(batch))
     first.records()
     state = through_a_file(session_state(first))
     for batch in data[cut:]:  # what the first run does after it has been saved must not matter
-        first.step(batch, loss_fn)
-    first.relay.close()
+        first.step(loss_of(batch))
+    first.transfers.close()
     second = session_of(reference, transfer, prefetch, policy)
     restore_session(second, state)
-    recall(second, data[max(0, cut - 2) : cut], loss_fn)
+    recall(second, map(loss_of, data[max(0, cut - 2) : cut]))
     for batch in data[cut:]:
-        second.step(batch, loss_fn)
+        second.step(loss_of(batch))
     return result(second)
 
 
@@ -127,17 +125,17 @@ def test_a_round_that_an_evaluation_has_begun_is_carried_on(prefetch: bool) -> N
     for cut in (4, 8, 10, 12):
         first = session_of("turns", "delta", prefetch)
         for batch in data[:cut]:
-            first.step(batch, loss_fn)
+            first.step(loss_of(batch))
         with first.evaluation([batch[0] for batch in data[:2]]):
             pass
         first.records()
         state = through_a_file(session_state(first))
         second = session_of("turns", "delta", prefetch)
         restore_session(second, state)
-        recall(second, data[max(0, cut - 2) : cut], loss_fn)
+        recall(second, map(loss_of, data[max(0, cut - 2) : cut]))
         for batch in data[cut:]:
-            first.step(batch, loss_fn)
-            second.step(batch, loss_fn)
+            first.step(loss_of(batch))
+            second.step(loss_of(batch))
         expected, found = result(first), result(second)
         wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
         assert not wrong, f"after step {cut}"
@@ -147,7 +145,7 @@ def saving_changes_nothing() -> bool:
     session = session_of("turns", "overlap")
     for batch in batches(STEPS):
         session_state(session)
-        session.step(own_part(batch), loss_fn)
+        session.step(loss_of(own_part(batch)))
     found, expected = result(session), straight("turns", "overlap")
     return all(torch.equal(found[name], expected[name]) for name in expected)
 

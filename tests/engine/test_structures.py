@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_a_session_trains_and_exports_a_network_that_can_be_read_back(
         for _ in range(6)
     ]
     for batch in batches:
-        assert torch.isfinite(session.step(batch, loss, lr=0.01))
+        assert torch.isfinite(session.step(partial(loss, batch=batch), lr=0.01))
     network = session.finalize([batches[0][0]])
     groups = network.channel_map.groups
     assert int(network.mask.sum()) <= max(session.policy.cap, len(groups))

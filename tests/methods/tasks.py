@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.rounds import Forward
+from offload_sparse.engine.forward import Forward
 from offload_sparse.methods.method import Task, build_method
 from offload_sparse.methods.weight_masks.masked import MaskedTraining
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -64,7 +66,7 @@ def gates_of(method: object) -> ChannelGates:
 def test_shut_gates_get_a_gradient_too() -> None:
     method = make_method(config_of(penalty=0.0))
     gates = gates_of(method)
-    loss, _ = method._task.forward.trained(method.module, batches(1)[0], method._task.loss_fn)
+    loss, _ = method._task.forward.trained(method.module, partial(method._task.loss_fn, batch=batches(1)[0]))
     loss.backward()
     first = gates.channel_map.groups[0]  # behind a BatchNorm, so no channel is dead by itself
     shut = (gates.gates() == 0)[first.start : first.stop]

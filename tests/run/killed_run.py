@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.cli.main import main as cli
+from offload_sparse.engine.durable import random_state
 from offload_sparse.engine.faults import VARIABLE
-from offload_sparse.engine.random_state import random_state
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.run import trainer
 from offload_sparse.workloads.data.loader import Batch

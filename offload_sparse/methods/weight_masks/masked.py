@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class MaskedTraining(FixedNetwork):
 
     def train_step(self, batch: Any, lr: float) -> None:
         self._zero_gradients()
-        loss, metrics = self._task.forward.trained(self._parallel, batch, self._task.loss_fn)
+        loss, metrics = self._task.forward.trained(self._parallel, partial(self._task.loss_fn, batch=batch))
         penalty = self.sparsity.penalty()
         objective = loss if penalty is None else loss + penalty
         # As in FixedNetwork: a loss that is not finite makes every gradient NaN, on every rank.

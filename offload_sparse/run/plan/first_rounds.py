@@ -17,8 +17,8 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import slot_names
-from offload_sparse.engine.subnet_pair import TAIL
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
@@ -40,7 +40,7 @@ class Side:
 
 
 class FirstRounds:
-    """What ``engine.relay`` will hold and move in the first rounds of a run.
+    """What ``engine.transfers`` will hold and move in the first rounds of a run.
 
     Args:
         config: the run.

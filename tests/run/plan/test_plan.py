@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.subnet_pair import TAIL
+from offload_sparse.engine.losses import TAIL
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan import fit
 from offload_sparse.run.plan.dry_run import structure_of
@@ -48,18 +48,18 @@ def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None
     written: dict[tuple[int, int, str], int] = {}
 
     def note() -> None:
-        for number, pair in enumerate(session.relay._pairs):
+        for number, pair in enumerate(session.transfers._pairs):
             for index, side in enumerate(pair.active if pair.loaded else ()):
                 for kind, array in side.arrays.items():
                     key = (number, index, kind)
                     written[key] = max(written.get(key, 0), array.numel())
 
     train(session, config, note)
-    memory = [m for pair in session.relay._pairs for side in pair.sides for m in side._memory.values()]
+    memory = [m for pair in session.transfers._pairs for side in pair.sides for m in side._memory.values()]
     gradients = max(
         size for (_, side, kind), size in written.items() if kind == WEIGHTS and side in (0, turns(config))
     )
-    assert first.reserved == sum(m.numel() for m in memory) + session.relay._reduce_memory.numel()
+    assert first.reserved == sum(m.numel() for m in memory) + session.transfers._reduce_memory.numel()
     assert first.touched == sum(written.values()) + gradients + TAIL
 
 

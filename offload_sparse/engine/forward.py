@@ -1,0 +1,105 @@
+"""A forward pass of a subnet: the closure that computes a loss, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from offload_sparse.channels.subnet import batch_statistics
+
+Metrics = dict[str, Tensor]
+Closure = Callable[[nn.Module], Any]
+"""network -> mean loss of a batch, a scalar tensor; or (mean loss, {name: scalar}), averaged over ranks."""
+
+MOST_METRICS = 11
+
+
+@dataclass
+class Forward:
+    """How a forward pass is run.
+
+    Attributes:
+        autocast: context of forward passes.
+        frozen_batch_norm: normalise with the running statistics.
+    """
+
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    frozen_batch_norm: bool = False
+
+    def train_mode(self, module: nn.Module) -> None:
+        module.train()
+        if self.frozen_batch_norm:
+            for layer in module.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
+
+    def trained(self, module: nn.Module, closure: Closure) -> tuple[Tensor, Metrics]:
+        """Loss with its graph."""
+        self.train_mode(module)
+        with self.autocast():
+            return _checked(closure(module))
+
+    @torch.no_grad()
+    def evaluated(self, module: nn.Module, closure: Closure) -> Tensor:
+        """Loss under the same conditions as a trained pass, without a graph and without a trace."""
+        self.train_mode(module)
+        with self.autocast(), batch_statistics(module):
+            return _checked(closure(module))[0]
+
+
+def _checked(result: Any) -> tuple[Tensor, Metrics]:
+    """What a closure has returned, if it is a loss.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"the closure returns {found}; return the mean loss, a scalar tensor, or (loss, {{name: scalar}})"
+        )
+    if not isinstance(metrics, dict):
+        raise ValueError(f"the metrics are {type(metrics).__name__}; return (loss, {{name: scalar}})")
+    if len(metrics) > MOST_METRICS:
+        raise ValueError(f"the closure returns {len(metrics)} metrics; at most {MOST_METRICS} are carried")
+    return loss.reshape(()), {
+        name: torch.as_tensor(value, device=loss.device).detach() for name, value in metrics.items()
+    }
+
+
+def bound(closure: Closure) -> Closure:
+    """``closure`` as it is now, to be called later: with the present values of the variables that it reads.
+
+    A lambda in a loop reads the loop's variables when it is called, and by then they belong to another batch.
+    """
+    if not isinstance(closure, FunctionType):
+        return closure
+    own = closure.__globals__
+    values = {name: own[name] for name in ("__builtins__", *_names(closure.__code__)) if name in own}
+    cells = tuple(_copied(cell) for cell in closure.__closure__ or ())
+    copy = FunctionType(closure.__code__, values, closure.__name__, closure.__defaults__, cells)
+    copy.__kwdefaults__ = closure.__kwdefaults__
+    return copy
+
+
+def _copied(cell: CellType) -> CellType:
+    try:
+        return CellType(cell.cell_contents)
+    except ValueError:  # a variable that has no value yet
+        return cell
+
+
+@lru_cache(maxsize=64)
+def _names(code: CodeType) -> frozenset[str]:
+    """Names that ``code``, or a function in it, may look up among the globals."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(code.co_names).union(*inner)

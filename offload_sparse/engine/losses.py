@@ -1,0 +1,108 @@
+"""What a step measures: the losses of both subnets and further scalars, which ride behind the gradients.
+
+    | gradients … | loss | L(a) | L(b) | sum of the gradients | ranks that had a batch | metrics … |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload_sparse.engine.distributed import describe_fault, gathered, ranks_where
+from offload_sparse.engine.forward import MOST_METRICS, Metrics
+
+LOSS, LOSS_A, GRADIENT_SUM, LIVE, METRICS = 0, 1, 3, 4, 5
+TAIL = METRICS + MOST_METRICS
+"""Scalars behind the gradients."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step measured, averaged over ranks.
+
+    Attributes:
+        loss: loss of the trained subnet.
+        compared: L(a) and L(b), or None when b was not evaluated.
+        metrics: further scalars of the closure.
+        losses: float64[2, ranks], L(a) and L(b) of every rank, if they were asked for.
+        fault: what was not finite, with the step and the ranks; such a step has moved nothing. Empty
+            otherwise.
+    """
+
+    loss: float
+    compared: tuple[float, float] | None
+    metrics: dict[str, float]
+    fault: str = ""
+    losses: Tensor | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """L(a) - L(b), or None when b was not evaluated."""
+        return None if self.compared is None else self.compared[0] - self.compared[1]
+
+
+class Losses:
+    """What rode behind the gradients of the last steps, on the device until it is read.
+
+    Args:
+        world_size: number of ranks.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._steps: list[tuple[Tensor, Tensor, bool, tuple[str, ...]]] = []
+
+    def add(self, averaged: Tensor, own: Tensor, compared: bool, metrics: tuple[str, ...]) -> Tensor:
+        """Keep float[TAIL] of a step, averaged over ranks and of this rank; returns the mean loss, a copy."""
+        averaged = averaged.clone()
+        self._steps.append((averaged, own, compared, metrics))
+        return averaged[LOSS]
+
+    def clear(self) -> None:
+        """Forget the steps that have not been read."""
+        self._steps.clear()
+
+    def read(self, steps_done: int, per_rank: bool = False) -> list[StepRecord]:
+        """The records of the steps since the last time, in order. Waits for the device; every rank calls it
+        at the same step.
+
+        Args:
+            steps_done: optimizer steps of the run so far.
+            per_rank: with the losses of every rank.
+        """
+        steps, self._steps = self._steps, []
+        if not steps:
+            return []
+        rows = torch.stack([step[0] for step in steps]).tolist()
+        ranks = None
+        if per_rank:
+            own = torch.stack([step[1][LOSS_A : LIVE + 1] for step in steps])
+            ranks = gathered(own, self._world_size).to("cpu", torch.float64)
+        records = []
+        for i, (row, (_, own, compared, names)) in enumerate(zip(rows, steps, strict=True)):
+            metrics = dict(zip(names, row[METRICS:], strict=False))
+            if not all(map(math.isfinite, row[:LIVE])):
+                where = ranks_where(not bool(own.isfinite().all()), self._world_size)
+                fault = describe_fault(steps_done - len(steps) + i, where, row[LOSS])
+                records.append(StepRecord(row[LOSS], None, metrics, fault))
+                continue
+            whole = ranks is None or bool(ranks[:, i, LIVE - LOSS_A].all())  # every rank had a batch
+            pair = (row[LOSS_A], row[LOSS_A + 1]) if compared and whole else None
+            of_ranks = None if ranks is None else ranks[:, i, :2].T
+            records.append(StepRecord(row[LOSS], pair, metrics, losses=of_ranks))
+        return records
+
+
+def put(losses: Tensor, trained: int, loss: Tensor, metrics: Metrics, passes: int) -> None:
+    """Add a share of the mean of ``passes`` micro-batches to what rides behind the gradients."""
+    for place, value in enumerate((loss.detach(), *metrics.values())):
+        losses[place + METRICS - 1 if place else LOSS] += share(value, passes)
+    losses[LOSS_A + trained] = losses[LOSS]
+
+
+def share(value: Tensor, passes: int) -> Tensor:
+    """What one of ``passes`` micro-batches adds to a mean."""
+    return value if passes == 1 else value / passes
