@@ -33,11 +33,11 @@ from torch import nn
 from offload_sparse.bench.cells import Images, batches, in_parts, kept, on_device, read_images, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
+from offload_sparse.config.methods import StaticConfig
 from offload_sparse.config.run import MethodName, RunConfig, TrainConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.forward import Forward
 from offload_sparse.export.network_file import FinalNetwork
-from offload_sparse.methods import static
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.evaluation import evaluate
@@ -227,7 +227,7 @@ class Study:
     def train(self, cell: Cell) -> dict[str, Any]:
         """Train one network and measure it."""
         task = self._task(cell)
-        method = static.build(task, cell.widths) if cell.widths else build_method(task)
+        method = build_method(task)
         data, start = task.config.data, time.perf_counter()
         per_epoch = steps_per_epoch(len(self.images.train.labels), data.batch_size)
         losses: list[float] = []
@@ -275,6 +275,7 @@ class Study:
             policy=(PolicyConfig.paper if recipe.paper else PolicyConfig)(**policy),
             round=RoundConfig(**recipe.round),
             optim=setting.optim,
+            static=StaticConfig(" ".join(map(str, cell.widths))),
             train=TrainConfig(seed=cell.seed),
         )
         channels, height, _ = self.images.shape

@@ -9,6 +9,19 @@ from offload_sparse.channels.require import require
 
 
 @dataclass
+class StaticConfig:
+    """The control ``static``: a narrow network, fixed from the start.
+
+    Attributes:
+        widths: atoms that each group keeps, such as ``8 8 16 16``; or the name of published widths, which are
+            scaled to ``policy.rho`` of ``policy.budget`` (``policy.published_widths`` lists them with their
+            sources). Empty keeps the same share of every group.
+    """
+
+    widths: str = ""
+
+
+@dataclass
 class DSTConfig:
     """The method ``dst`` (Liu et al. 2020): weights masked by trainable thresholds.
 

@@ -19,6 +19,7 @@ from offload_sparse.config.methods import (
     DSTConfig,
     GrowEfficientConfig,
     RigLConfig,
+    StaticConfig,
 )
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, check_combination
 from offload_sparse.policy.config import PolicyConfig
@@ -159,6 +160,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
+    static: StaticConfig = field(default_factory=StaticConfig)
     dst: DSTConfig = field(default_factory=DSTConfig)
     dfbst: DFBSTConfig = field(default_factory=DFBSTConfig)
     rigl: RigLConfig = field(default_factory=RigLConfig)

@@ -8,27 +8,26 @@ control.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.network_method import FixedNetwork
-from offload_sparse.policy.budget import evenly_narrowed
+from offload_sparse.policy.published_widths import static_mask
 from offload_sparse.store.initialisation import initial_tensors
 from offload_sparse.store.weight_store import Ranks
 
 
-def build(task: Task, widths: Sequence[int] = ()) -> Method:
+def build(task: Task) -> Method:
     """The narrow network that keeps the same share of every group, as large as ``policy.budget`` and
-    ``policy.rho`` allow; or one of these widths, group by group.
+    ``policy.rho`` allow, or that of ``static.widths``.
     """
     config = task.config
     ranks = Ranks.current()
@@ -42,32 +41,11 @@ def build(task: Task, widths: Sequence[int] = ()) -> Method:
     )
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
-    if widths:
-        mask = mask_of_widths(channel_map, widths)
-    else:
-        mask = evenly_narrowed(config.policy, channel_map, cost)
+    mask = static_mask(config.static.widths, config.policy, channel_map, cost)
     assert prepared.recording is not None
     tensors = initial_tensors(prepared.recording, task.factory, config.train.seed)
     module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask))
     return FixedNetwork(task, module, channel_map, mask, cost)
-
-
-def mask_of_widths(channel_map: ChannelMap, widths: Sequence[int]) -> Tensor:
-    """The mask bool[C] that keeps the first atoms of every group, as many as ``widths`` says.
-
-    Raises:
-        ValueError: the widths do not fit the groups.
-    """
-    groups = channel_map.groups
-    if len(widths) != len(groups) or any(not 1 <= w <= g.size for w, g in zip(widths, groups, strict=False)):
-        raise ValueError(
-            f"the widths are {list(widths)}; give one width for each of the {len(groups)} groups of "
-            f"{[group.size for group in groups]} atoms"
-        )
-    mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
-    for group, width in zip(groups, widths, strict=True):
-        mask[group.start : group.start + width] = True
-    return mask
 
 
 def narrow_initialised(

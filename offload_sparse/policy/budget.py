@@ -47,8 +47,7 @@ def evenly_narrowed(config: PolicyConfig, channel_map: ChannelMap, costs: Costs)
     """The mask bool[C] of the network whose groups all keep the same share, as large as ``config`` allows."""
     if config.budget == "count":
         return channel_map.uniform_mask(config.rho, config.min_width)
-    bounds = (config.floor, 1 - config.floor)
-    budget = Budget(config.budget, config.rho, channel_map.groups, costs, bounds)
+    budget = Budget.of(config, channel_map.groups, costs)
     start = budget.start()
     return budget.mask(start, 1 - start, config.min_width)
 
@@ -94,6 +93,11 @@ class Budget:
                 f"policy.rho {rho:g} of the {kind} is below the {least / whole:.3g} that remain with every "
                 f"keep probability at its least, {bounds[0]:g}; raise policy.rho"
             )
+
+    @classmethod
+    def of(cls, config: PolicyConfig, groups: Sequence[Group], costs: Costs | None) -> Budget:
+        """What ``config`` allows."""
+        return cls(config.budget, config.rho, groups, costs, (config.floor, 1 - config.floor))
 
     def spent(self, s: Tensor) -> float:
         """Expected cost of a draw from ``s`` (float64[C]), in the unit of the limit."""

@@ -95,7 +95,7 @@ class MaskPolicy:
         self._costs = costs
         self._frozen = False
         self._bounds = (config.floor, 1 - config.floor)
-        self._budget = Budget(config.budget, config.rho, self.groups, costs, self._bounds)
+        self._budget = Budget.of(config, self.groups, costs)
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
         self._uniform = self._budget.mask(start, 1 - start, config.min_width)
         self._caps = self._caps_of()

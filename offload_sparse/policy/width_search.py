@@ -74,9 +74,7 @@ class WidthSearch:
         self.trivial, self.frozen = config.rho == 1, False
         self._sizes = torch.tensor([g.size for g in self.groups], dtype=torch.float64)
         self._per_atom = torch.repeat_interleave(torch.arange(len(self.groups)), self._sizes.long())
-        self._budget = Budget(
-            config.budget, config.rho, self.groups, costs, (config.floor, 1 - config.floor)
-        )
+        self._budget = Budget.of(config, self.groups, costs)
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
         self.mask = self._budget.mask(start, 1 - start, config.min_width)
         self.trained = self.mask.clone()

@@ -15,6 +15,7 @@ from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
+from offload_sparse.policy.published_widths import static_mask
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from offload_sparse.workloads.data.order import steps_per_epoch
 from offload_sparse.workloads.models import build_model, input_channels
@@ -101,7 +102,9 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
 
 def _mask(config: RunConfig, structure: Structure) -> Tensor:
     channel_map = structure.channel_map
-    if config.method in ("sparse_offload", "static"):
+    if config.method == "static":
+        return static_mask(config.static.widths, config.policy, channel_map, structure.cost)
+    if config.method == "sparse_offload":
         return evenly_narrowed(config.policy, channel_map, structure.cost)
     return channel_map.full_mask()
 

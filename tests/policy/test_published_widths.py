@@ -1,0 +1,87 @@
+"""Published widths are of the networks that they name, and spend the budget in their own proportions."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.discovery import discover
+from offload_sparse.policy.budget import Budget
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.probe import present_widths
+from offload_sparse.policy.published_widths import SHAPES, mask_of_shape, static_mask
+from offload_sparse.workloads.models import build_model
+from tests.support.channel_maps import SmallNet, small_map
+
+MODELS = {
+    "vgg16_cifar_filters": ("offload_sparse/vgg16_cifar", 32),
+    "vgg19_cifar_slimming": ("offload_sparse/vgg19_cifar", 32),
+    "mobilenetv1_metapruning": ("timm/mobilenetv1_100", 64),
+    "resnet50_autoslim_570m": ("torchvision/resnet50", 64),
+    "resnet50_autoslim_1g": ("torchvision/resnet50", 64),
+    "resnet50_autoslim_2g": ("torchvision/resnet50", 64),
+}
+
+
+def mask_at(name: str, model: str, size: int, rho: float) -> tuple[Tensor, CostModel, list[int]]:
+    with torch.device("meta"):
+        network = build_model(model, 1000, 3, size)
+    image = (torch.empty(1, 3, size, size, device="meta"),)
+    channel_map = discover(network, image)
+    cost = CostModel(network, channel_map, image)
+    budget = Budget("flops", rho, channel_map.groups, cost, (0.001, 0.999))
+    mask = mask_of_shape(name, channel_map.groups, budget)
+    return mask, cost, present_widths(mask, channel_map.groups).int().tolist()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_fits_its_network_and_spends_the_budget(name: str) -> None:
+    mask, cost, widths = mask_at(name, *MODELS[name], rho=0.1)
+    assert len(SHAPES[name].widths) == len(SHAPES[name].full)
+    assert all(w <= f for w, f in zip(SHAPES[name].widths, SHAPES[name].full, strict=True))
+    assert 0.097 * cost.dense_flops <= cost.flops(mask) <= 0.1 * cost.dense_flops
+    shares = [w / p for w, p in zip(widths, SHAPES[name].widths, strict=True) if p >= 40]
+    assert max(shares) < 1.2 * min(shares), "their own proportions"
+
+
+def test_vgg19_at_the_paper_s_smallest_budget_is_the_shape_of_the_study() -> None:
+    """1.69 % of the FLOPs: late layers nearly gone."""
+    _, _, widths = mask_at("vgg19_cifar_slimming", "offload_sparse/vgg19_cifar", 32, 0.0169)
+    study = [9, 11, 23, 23, 45, 45, 41, 35, 20, 7, 4, 4, 4, 4, 4, 18]
+    assert all(abs(a - b) <= 1 for a, b in zip(widths, study, strict=True)), widths
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [("resnet50_autoslim_570m", 570e6), ("resnet50_autoslim_1g", 1e9), ("resnet50_autoslim_2g", 2.006e9)],
+)
+def test_autoslim_widths_have_the_multiplications_that_their_names_say(name: str, flops: float) -> None:
+    with torch.device("meta"):
+        network = build_model("torchvision/resnet50", 1000, 3, 224)
+    image = (torch.empty(1, 3, 224, 224, device="meta"),)
+    channel_map = discover(network, image)
+    mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
+    for group, width in zip(channel_map.groups, SHAPES[name].widths, strict=True):
+        mask[group.start : group.start + width] = True
+    found = CostModel(network, channel_map, image).flops(mask) / 2
+    assert found == pytest.approx(flops, rel=0.05)
+
+
+def test_widths_may_be_given_one_by_one_and_none_narrow_evenly() -> None:
+    net = SmallNet(widths=(12, 16))  # type: ignore[arg-type]
+    channel_map = small_map(net)
+    cost = CostModel(net, channel_map, (torch.empty(1, 2, 6, 6, device="meta"),))
+    config = PolicyConfig(rho=0.5)
+    found = present_widths(static_mask("3, 7", config, channel_map, cost), channel_map.groups)
+    assert found.tolist() == [3, 7]
+    assert present_widths(static_mask("", config, channel_map, cost), channel_map.groups).tolist() == [6, 8]
+    for widths in ("3", "3 17", "0 4"):
+        with pytest.raises(ValueError, match=r"give one width for each of the 2 groups of \[12, 16\]"):
+            static_mask(widths, config, channel_map, cost)
+
+
+def test_unknown_names_and_other_networks_are_refused() -> None:
+    with pytest.raises(ValueError, match="give one of vgg16_cifar_filters"):
+        mask_at("vgg", "offload_sparse/vgg16_cifar", 32, 0.1)
+    with pytest.raises(ValueError, match="take the model that they are made for"):
+        mask_at("vgg19_cifar_slimming", "offload_sparse/vgg16_cifar", 32, 0.1)
