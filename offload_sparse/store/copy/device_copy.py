@@ -174,7 +174,8 @@ def copy_programs(  # type: ignore[no-untyped-def]  # noqa: ANN201
     last = tl.load(programs + program * 3 + 2)
     unit = tl.load(blocks + base)
     n_units = tl.load(blocks + base + 1)
-    for offset in range(first, last, step):
+    offset = first
+    while offset < last:  # Triton 3.6 cannot interpret a range of numbers that were loaded
         entry = offset + tl.arange(0, step)
         used = entry < last
         number = entry // unit
@@ -184,6 +185,7 @@ def copy_programs(  # type: ignore[no-untyped-def]  # noqa: ANN201
         here = _locate(blocks, indices, base + from_grid, row, unit_number, rest, unit, used)
         there = _locate(blocks, indices, base + to_grid, row, unit_number, rest, unit, used)
         tl.store(target + there, tl.load(source + here, mask=used), mask=used)
+        offset += step
 
 
 def launch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool, device: torch.device) -> None:
