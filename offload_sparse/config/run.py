@@ -169,6 +169,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_combination(self.policy.resolved(self.compile), self.round)
         require(
+            self.policy.search != "probe" or self.optim.schedule == "cosine",
+            "policy.search probe compares networks whose learning rate has come down at the end of each "
+            "cycle; set optim.schedule to cosine",
+        )
+        require(
             all(isinstance(value, str | int | float) for value in self.paper.values()),
             "paper holds more than text and numbers; give a mapping such as {source: Table 2, flops: 8.7}",
         )

@@ -132,6 +132,9 @@ class FinalConfig:
         require(self.candidates >= 0, f"final.candidates is {self.candidates}; give 0 or more")
 
 
+_SHORTEST_SEARCH = 0.1
+
+
 def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:
     """What neither branch can see by itself.
 
@@ -142,4 +145,9 @@ def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:
         rounds.references == "shared" or policy.estimator == "rloo",
         f"round.references per_rank learns by leave-one-out, not by {policy.estimator}; set policy.estimator "
         "to rloo, or round.references to shared",
+    )
+    require(
+        policy.search != "probe" or rounds.freeze_at >= _SHORTEST_SEARCH,
+        f"policy.search probe goes in cycles of training, and round.freeze_at {rounds.freeze_at} leaves no "
+        "time for them; set it to 0.4",
     )

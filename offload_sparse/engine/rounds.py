@@ -41,10 +41,12 @@ from offload_sparse.engine.losses import (
     put,
     share,
 )
+from offload_sparse.engine.probing import run_probe
 from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.transfers import Transfer, Transfers
 from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
 logger = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ class Rounds:
     def __init__(
         self,
         channel_map: ChannelMap,
-        policy: MaskPolicy,
+        policy: MaskPolicy | WidthSearch,
         transfers: Transfers,
         cost: CostModel,
         ranks: Ranks,
@@ -246,6 +248,8 @@ class Rounds:
     def _sample(self) -> None:
         """Sample the masks of the round that begins; one that was restored in the middle has them."""
         restored = self.masks is not None
+        if not (restored or self.frozen) and self._cycle_ends(self.steps_done):
+            self._probe()
         if not (restored or self.frozen) and self.steps_done >= self.freeze_step:
             self._choose_final_mask()
         fault_point("sample", self.steps_done)
@@ -267,8 +271,11 @@ class Rounds:
         return self.policy.sample_for_ranks(number, self.ranks.world_size)
 
     def _length(self, first_step: int) -> int:
-        stop = first_step + self.rounds.k
-        return (stop if self.frozen else min(stop, self.freeze_step)) - first_step
+        length = self.rounds.k
+        if self.frozen:
+            return length
+        length = min(length, self.freeze_step - first_step)
+        return next((n for n in range(1, length) if self._cycle_ends(first_step + n)), length)
 
     def _exchange(self) -> SubnetPair:
         """The subnets of the round, in place of those of the round before; begins to fetch the next ones."""
@@ -296,6 +303,8 @@ class Rounds:
         Their s is one round old. None are drawn when the next round begins with the choice of the final mask.
         """
         if not self.rounds.prefetch or self.frozen or next_step >= self.freeze_step:
+            return
+        if self._cycle_ends(next_step):
             return
         if self.next_masks is None:  # a session that was restored has them
             self.next_masks = self._drawn(self.rounds_done + 1)
@@ -351,6 +360,7 @@ class Rounds:
         """One step on s from the losses of one optimizer step."""
         assert self.masks is not None
         assert entry.compared is not None
+        assert isinstance(self.policy, MaskPolicy), "one mask at a time has nothing to compare"
         if entry.losses is None:
             self.policy.update(*entry.compared, self.masks[0], self.masks[1], self.rounds_done)
             return
@@ -425,6 +435,25 @@ class Rounds:
         losses = self.losses_of(candidates, recent) if len(candidates) > 1 else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.policy.freeze()
+        self.next_masks = None
+
+    def _cycle_ends(self, step: int) -> bool:
+        """Whether the widths of a search by probes move before ``step``."""
+        return isinstance(self.policy, WidthSearch) and step in self.policy.boundaries
+
+    def _probe(self) -> None:
+        """Compare the present widths with thinner ones in pairs of forward passes, and move them."""
+        search = self.policy
+        assert isinstance(search, WidthSearch)
+        closures = list(chain.from_iterable(self._recent))
+        side, selection = self.transfers.scratch(), Selection(self.channel_map, search.mask)
+        side.load(selection, (WEIGHTS, BUFFERS))
+        side.bind(None)
+        found, importance = run_probe(
+            search, side.module, selection, self.channel_map, closures, self.forward, self.ranks
+        )
+        self.forward_flops += 2 * found.count / self.ranks.world_size * self.cost.flops(search.mask)
+        search.move(found, importance)
         self.next_masks = None
 
     def _check_ranks(self, pair: SubnetPair) -> None:

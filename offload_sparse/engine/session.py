@@ -45,7 +45,7 @@ from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.engine.transfers import Transfers
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.width_search import build_policy
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.host_memory import pin_mode
 from offload_sparse.store.tiers import Identity, Mode, open_tier
@@ -135,7 +135,8 @@ class SparseOffload(Rounds):
             probabilities = dataclasses.replace(probabilities, rho=rho)
         chosen = probabilities.resolved(compile)
         check_combination(chosen, rounds)
-        masks = MaskPolicy(chosen, prepared.channel_map.groups, seed, cost)
+        freeze_step = None if total_steps is None else round(rounds.freeze_at * total_steps)
+        masks = build_policy(chosen, prepared.channel_map.groups, seed, cost, freeze_step, total_steps)
         transfers = Transfers(
             self.store,
             self.meta_model,
@@ -157,7 +158,7 @@ class SparseOffload(Rounds):
             rounds,
             final or FinalConfig(),
             on_nonfinite,
-            sys.maxsize if total_steps is None else round(rounds.freeze_at * total_steps),
+            sys.maxsize if freeze_step is None else freeze_step,
         )
 
     # --- the loop ---

@@ -70,6 +70,11 @@ class Method(Protocol):
     def train_step(self, batch: Any, lr: float) -> None:
         """One optimizer step on this rank's part of the batch. Does not wait for the device."""
 
+    def span(self, step: int) -> tuple[int, int]:
+        """First and last step of what the learning rate's schedule spans at ``step``: the whole run, unless a
+        search goes in cycles.
+        """
+
     def records(self) -> list[StepRecord]:
         """Losses and metrics of the steps since the last call, averaged over ranks."""
 

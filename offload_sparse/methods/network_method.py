@@ -125,6 +125,9 @@ class FixedNetwork:
             reestimate_batch_norm(self.module, batches, self._averaged)
         return FinalNetwork(self.module.eval(), self._mask, self._channel_map)
 
+    def span(self, step: int) -> tuple[int, int]:  # noqa: ARG002
+        return 0, self._task.total_steps
+
     def costs(self) -> Costs:
         full = self._channel_map.full_mask()
         tensors = [*self.module.parameters(), *self.module.buffers()]

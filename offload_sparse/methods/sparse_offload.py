@@ -19,6 +19,7 @@ from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import IN_PLACE, MethodState, recall, restore_session, session_state
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Method, Task
+from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.tiers import is_filled
 
 
@@ -28,10 +29,14 @@ class SparseOffloadMethod:
     def __init__(self, session: SparseOffload, task: Task, durable: DurableRounds | None = None) -> None:
         self.session = session
         self._durable = durable
-        self._loss_fn = task.loss_fn
+        self._loss_fn, self._steps = task.loss_fn, task.total_steps
 
     def train_step(self, batch: Any, lr: float) -> None:
         self.session.step(partial(self._loss_fn, batch=batch), lr)
+
+    def span(self, step: int) -> tuple[int, int]:
+        policy = self.session.policy
+        return policy.cycle(step, self._steps) if isinstance(policy, WidthSearch) else (0, self._steps)
 
     def records(self) -> list[StepRecord]:
         return [record for record in self.session.records() if not record.fault]

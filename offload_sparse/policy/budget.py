@@ -106,7 +106,8 @@ class Budget:
     def slopes(self, s: Tensor) -> Tensor:
         """∂cost/∂log width of each group at the keep probabilities ``s`` (float64[C]): float64[G]."""
         leaf = s.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(self._expected(leaf), leaf)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self._expected(leaf), leaf)
         return torch.stack([(slope * s)[g.start : g.stop].sum() for g in self._groups])
 
     def of_mask(self, mask: Tensor) -> int:

@@ -11,6 +11,7 @@ EstimatorName = Literal["auto", "pge", "vr_pge", "rloo", "disarm_cv"]
 SamplerName = Literal["auto", "bernoulli", "persistent", "fixed_width"]
 ParametrisationName = Literal["auto", "atom", "group"]
 BudgetName = Literal["count", "params", "flops"]
+SearchName = Literal["sampled", "probe", "none"]
 
 ALPHA = 0.5
 """Exponent of the preconditioner H = diag(s(1-s))^α (the paper's)."""
@@ -30,6 +31,10 @@ class PolicyConfig:
             of s is at most rho times the atoms (an atom is one channel unless ``atoms.block`` is larger).
         budget: what rho is a share of: ``count`` (atoms), ``params`` (parameters of the network) or ``flops``
             (its forward FLOPs). The last two are products of widths and are linearised at every step of s.
+        search: how the structure is found. ``sampled`` draws masks from keep probabilities that it learns
+            (the paper); ``probe`` trains one mask in cycles and moves its widths after each by pairs of
+            forward passes (see ``policy.width_search``); ``none`` keeps one even mask. What follows, up to
+            ``lr``, is of ``sampled``.
         estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm_cv``
             draws pairs of antithetic masks. ``auto`` is that of the least variance that the sampler allows:
             ``disarm_cv`` for ``bernoulli``, else ``rloo``.
@@ -53,6 +58,7 @@ class PolicyConfig:
 
     rho: float = 0.25
     budget: BudgetName = "count"
+    search: SearchName = "sampled"
     estimator: EstimatorName = "auto"
     sampler: SamplerName = "auto"
     refresh: float = 0.02

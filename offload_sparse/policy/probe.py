@@ -59,7 +59,7 @@ def probe_rates(cost_slopes: Tensor) -> Tensor:
 
 
 def probe_pair(
-    mask: Tensor, groups: Sequence[Group], rates: Tensor, seed: int, pair: int
+    mask: Tensor, groups: Sequence[Group], rates: Tensor, seed: int, pair: int, probe: int = 0
 ) -> tuple[Tensor, Tensor]:
     """m and m', bool[C]: independent draws that drop each channel of ``mask`` with its group's rate.
 
@@ -69,7 +69,7 @@ def probe_pair(
     per_atom = torch.repeat_interleave(rates, torch.tensor([g.size for g in groups]))
     draws = []
     for stream in range(2):
-        u = torch.where(mask, uniforms(len(mask), mask_generator(seed, pair, stream)), -1.0)
+        u = torch.where(mask, uniforms(len(mask), mask_generator(seed, pair, 2 * probe + stream)), -1.0)
         kept = u >= per_atom
         for group in groups:
             inside = slice(group.start, group.stop)

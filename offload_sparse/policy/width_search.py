@@ -18,6 +18,7 @@ from torch import Tensor
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.budget import Budget, Costs
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.probe import (
     Comparisons,
     Worth,
@@ -26,7 +27,6 @@ from offload_sparse.policy.probe import (
     probe_pair,
     probe_rates,
     stages,
-    survivor_scales,
 )
 from offload_sparse.policy.widths import respect_size
 
@@ -37,6 +37,9 @@ PAIRS_PER_GROUP, LEAST_PAIRS_PER_GROUP = 18, 4
 
 PROBE_SHARE = 0.1
 """Most that all probes may cost, relative to training: a pair is two forward passes, a step is three."""
+
+SEARCH_SHARE = 0.4
+"""A good share of the steps to search in: what is found must still be trained."""
 
 
 class WidthSearch:
@@ -55,7 +58,7 @@ class WidthSearch:
         trained: bool[C], atoms that have been in a mask.
         size_cap: most parameters that a mask of the run has.
         boundaries: steps at which the widths move.
-        pairs: of each probe, over all ranks.
+        pairs: of each probe, on each rank.
         history: float64[probes, 5, G]: of each probe the widths before, the loss per share of the cost, its
             standard error, the shrunk advantage over the mean, and the widths after.
     """
@@ -143,21 +146,16 @@ class WidthSearch:
         """δ float64[G] of the present widths."""
         return probe_rates(self._slopes())
 
-    def pair(self, number: int) -> tuple[Tensor, Tensor]:
+    def pair(self, number: int, rates: Tensor) -> tuple[Tensor, Tensor]:
         """m and m' of a pair of the next probe, bool[C]."""
-        number += self.pairs * len(self.history)
-        return probe_pair(self.mask, self.groups, self.rates(), self.seed, number)
-
-    def scales(self) -> Tensor:
-        """float64[C]: what surviving atoms are multiplied by in a probe."""
-        return survivor_scales(self.groups, self.rates())
+        return probe_pair(self.mask, self.groups, rates, self.seed, number, len(self.history))
 
     def comparisons(self) -> Comparisons:
         """Of the next probe, none yet."""
         return Comparisons(self.groups)
 
     def move(self, found: Comparisons, importance: Tensor) -> None:
-        """Take in a probe, and move the widths.
+        """Take in a probe, and move the widths; too few comparisons (the losses were not finite) move none.
 
         Of a group that shrinks, the least important atoms leave; one that grows gets back atoms that were
         trained before, then new ones.
@@ -166,6 +164,8 @@ class WidthSearch:
             found: comparisons of all ranks.
             importance: float64[C], of the present atoms.
         """
+        if found.count <= len(self.groups) + 1:
+            return
         slopes, cost = self._slopes(), self._budget.spent(self._rates_of(self._log_widths))
         values, errors = found.regressed()
         self._worth.observe(values, errors, slopes, cost)
@@ -235,3 +235,29 @@ class WidthSearch:
             return first
         room = 1.05 if self.config.budget == "params" else self.config.hard_cap**4
         return min(self._costs.dense_parameters, int(room * first))
+
+
+def build_policy(
+    config: PolicyConfig,
+    groups: Sequence[Group],
+    seed: int,
+    costs: Costs,
+    freeze_step: int | None,
+    total_steps: int | None,
+) -> MaskPolicy | WidthSearch:
+    """The policy that ``config.search`` names.
+
+    Args:
+        freeze_step: step at which the final mask is chosen; None without an end of the run.
+        total_steps: of the run, if it is known.
+
+    Raises:
+        ValueError: a search in cycles must know the end of the run.
+    """
+    if config.search == "sampled":
+        return MaskPolicy(config, groups, seed, costs)
+    if config.search == "none":
+        return WidthSearch(config, groups, seed, costs)
+    if freeze_step is None or total_steps is None:
+        raise ValueError("policy.search probe goes in cycles up to the end of a run; give total_steps")
+    return WidthSearch(config, groups, seed, costs, freeze_step, total_steps)

@@ -154,10 +154,13 @@ class Run:
                     break
 
     def train_step(self, step: int, batch: Batch) -> None:
-        lr = learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch)
-        self.method.train_step(batch, lr)
+        self.method.train_step(batch, self.learning_rate(step))
         self.progress.advance()
         self.recorder.advance()
+
+    def learning_rate(self, step: int) -> float:
+        first, last = self.method.span(step)
+        return learning_rate(self.config.optim, step - first, last - first, self.steps_per_epoch)
 
     def log_due(self, step: int) -> bool:
         return (step + 1) % self.config.train.log_every == 0 or step + 1 == self.total_steps
@@ -176,7 +179,7 @@ class Run:
         values = {
             "loss": fmean(r.loss for r in records) if records else math.nan,  # every step was left out
             "accuracy": fmean(r.metrics["accuracy"] for r in records) if records else math.nan,
-            "lr": learning_rate(self.config.optim, step, self.total_steps, self.steps_per_epoch),
+            "lr": self.learning_rate(step),
             "train_cost_saving": self._saving(step + 1),
             "train_flops": self.method.costs().spent_flops * self.config.data.batch_size,
             **self.method.status(),

@@ -31,8 +31,9 @@ def loss_of(mask: Tensor, wanted: Tensor) -> float:
 
 def cycle(found: WidthSearch, wanted: Tensor, noise: float, seed: int = 0) -> None:
     generator, comparisons = torch.Generator().manual_seed(seed), found.comparisons()
+    rates = found.rates()
     for number in range(found.pairs):
-        m, m_ref = found.pair(number)
+        m, m_ref = found.pair(number, rates)
         error = noise * float(torch.randn((), generator=generator))
         comparisons.add(loss_of(m, wanted) - loss_of(m_ref, wanted) + error, found.mask, m, m_ref)
     found.move(comparisons, torch.rand(MAP.num_atoms, dtype=torch.float64, generator=generator))
@@ -83,8 +84,9 @@ def test_the_least_important_leave_and_those_that_were_trained_come_first() -> N
     comparisons = found.comparisons()
     slope = torch.full((len(GROUPS),), -1.0, dtype=torch.float64)
     slope[0] = 5.0
+    rates = found.rates()
     for number in range(found.pairs):
-        m, m_ref = found.pair(number)
+        m, m_ref = found.pair(number, rates)
         share = (present_widths(m_ref, GROUPS) - present_widths(m, GROUPS)) / present_widths(before, GROUPS)
         comparisons.add(float(slope @ share), before, m, m_ref)
     found.move(comparisons, importance)

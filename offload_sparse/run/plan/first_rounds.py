@@ -19,7 +19,7 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import slot_names
-from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.width_search import build_policy
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
 
@@ -61,7 +61,8 @@ class FirstRounds:
         self._map, self._names = channel_map, names
         self._whole = {kind: _entries(channel_map.shapes, tensors) for kind, tensors in names.items()}
         chosen = config.policy.resolved(config.compile)
-        policy = MaskPolicy(chosen, channel_map.groups, config.train.seed, cost)
+        # Steps do not matter for the first rounds: a search begins with even widths, and room for others.
+        policy = build_policy(chosen, channel_map.groups, config.train.seed, cost, 1 << 20, 1 << 21)
         self.capacity = policy.size_cap
         self._trivial = policy.trivial
         self._pairs = 1 + (config.round.delta and not policy.trivial)

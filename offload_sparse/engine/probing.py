@@ -1,0 +1,128 @@
+"""A probe of the present widths: forward passes of the subnet in training, a few of its channels left out.
+
+Nothing is gathered for a pair: the entries of dropped atoms are zero (which equals leaving them out), and the
+columns that read the survivors of a group are scaled by what makes up for the dropped ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.selection import Selection
+from offload_sparse.engine.batch_norm import flags_restored
+from offload_sparse.engine.forward import Closure, Forward
+from offload_sparse.policy.probe import Comparisons, survivor_scales
+from offload_sparse.policy.width_search import WidthSearch
+from offload_sparse.store.weight_store import Ranks
+
+
+@torch.no_grad()
+def run_probe(
+    search: WidthSearch,
+    module: nn.Module,
+    selection: Selection,
+    channel_map: ChannelMap,
+    closures: Sequence[Closure],
+    forward: Forward,
+    ranks: Ranks,
+) -> tuple[Comparisons, Tensor]:
+    """Compare ``search.pairs`` pairs on this rank, others on every other rank; every rank calls it.
+
+    Args:
+        search: whose pairs are compared.
+        module: the subnet of ``search.mask``, whose weights are put back at the end.
+        selection: of that subnet.
+        closures: losses of this rank's batches, in turns.
+
+    Returns:
+        the comparisons of all ranks, and the importance of every present atom, float64[C].
+    """
+    rates = search.rates()
+    thinned = _Thinned(module, selection, channel_map, survivor_scales(search.groups, rates))
+    found, pairs, differences = search.comparisons(), [], []
+    with flags_restored(module):
+        module.eval()  # also BatchNorm: a batch's statistics would make up for what is dropped
+        for number in range(search.pairs if closures else 0):
+            pair = search.pair(number * ranks.world_size + ranks.rank, rates)
+            closure = closures[number % len(closures)]
+            first, second = (thinned.loss(mask, closure, forward) for mask in pair)
+            pairs.append(pair)
+            differences.append(first - second)
+    thinned.restore()
+    if pairs:
+        for difference, pair in zip(torch.stack(differences).tolist(), pairs, strict=True):
+            found.add(difference, search.mask, *pair)
+    if ranks.world_size > 1:
+        summed = torch.cat([found.sums.flatten(), torch.tensor([found.count], dtype=torch.float64)])
+        dist.all_reduce(summed, group=ranks.host_group)
+        found.sums, found.count = summed[:-1].view_as(found.sums), int(summed[-1])
+    return found, thinned.importance()
+
+
+class _Thinned:
+    """A subnet of which atoms can be left out."""
+
+    def __init__(
+        self, module: nn.Module, selection: Selection, channel_map: ChannelMap, scales: Tensor
+    ) -> None:
+        self._module, self._map = module, channel_map
+        self._weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+        device = next(module.parameters()).device
+        always = torch.ones(channel_map.num_ids + 2 - channel_map.num_atoms, dtype=torch.float64)
+        self._scales = torch.cat([scales, always])
+        # By parameter: (dimension, what lies at each of its positions, whether it reads what others give).
+        self._axes: dict[str, list[tuple[int, Tensor, bool]]] = {}
+        for name in self._weights:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            reads = 0 if isinstance(owner, _ConvTransposeNd) else 1
+            self._axes[name] = []
+            for dim, axis in enumerate(channel_map.axes.get(name, ())):
+                if axis is not None:
+                    kept = selection.kept[name][dim]
+                    ids = axis if kept is None else axis[kept]
+                    several = self._weights[name].dim() > 1
+                    self._axes[name].append((dim, ids.to(device), several and dim == reads))
+
+    def loss(self, mask: Tensor, closure: Closure, forward: Forward) -> Tensor:
+        """Of the subnet without the atoms that ``mask`` drops: a scalar on the device."""
+        alive = self._map.alive(mask).to(torch.float64)
+        for name, parameter in self._module.named_parameters():
+            weight = self._weights[name]
+            for dim, ids, reads in self._axes[name]:
+                table = (alive * self._scales if reads else alive).to(weight)
+                shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+                weight = weight * table[ids].view(shape)
+            parameter.copy_(weight)
+        with forward.autocast():
+            result = closure(self._module)
+        loss: Tensor = result[0] if isinstance(result, tuple) else result
+        return loss.detach().double()
+
+    def restore(self) -> None:
+        """Put the weights back."""
+        for name, parameter in self._module.named_parameters():
+            parameter.copy_(self._weights[name])
+
+    def importance(self) -> Tensor:
+        """float64[C]: mean square of an atom's entries, relative to the mean of its layer, over all tensors
+        that it is in.
+        """
+        total = torch.zeros(self._map.num_ids + 2, dtype=torch.float64)
+        count = torch.zeros_like(total)
+        for name, axes in self._axes.items():
+            for dim, ids, _ in axes:
+                weight = self._weights[name].double().cpu()
+                others = [d for d in range(weight.dim()) if d != dim]
+                square = weight.square().mean(others) if others else weight.square()
+                where = ids.cpu() % len(total)
+                total.index_add_(0, where, square / square.mean().clamp_min(1e-30))
+                count.index_add_(0, where, torch.ones_like(square))
+        return (total / count.clamp_min(1))[: self._map.num_atoms]
+
+
