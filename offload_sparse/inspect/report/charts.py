@@ -1,20 +1,38 @@
-"""Which figures a page shows, and what each says in words."""
+"""Which figures a page shows, and what each says in words. What no run has recorded is not drawn, nor a curve
+that says the same number throughout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from offload_sparse.inspect.report import figures
+from offload_sparse.inspect.report.memory import planned_memory
 from offload_sparse.inspect.report.run_data import AXES, RunData, Series
 from offload_sparse.inspect.report.style import Theme
 
 EVALUATED = ("test_accuracy", "validation_accuracy")
 LANES = ("gather", "carry", "compute", "scatter")
 KINDS = (*LANES, "exchange")
+
+# Curves of the structure over the run: the quantity, its title, its unit, and what it is.
+_STRUCTURE = (
+    ("entropy", "Entropy of the keep probabilities", "bits per channel", "1 is undecided, 0 is decided."),
+    ("expected_size", "Expected size of the subnets", "share of channels", "Sum of s over the channels."),
+    ("deaths", "Deaths per epoch", "channels", "Channels whose keep probability fell to the floor."),
+    ("revivals", "Revivals per epoch", "channels", "Channels whose keep probability rose again."),
+    ("mask_overlap", "Overlap of successive masks", "share of channels", "Shared by two rounds' masks."),
+    ("flops_ratio", "Expected FLOPs of the subnets", "share of dense", "Over the masks of the next rounds."),
+    ("loss_difference_mean", "Loss difference of the subnets: mean", "cross entropy", "L(m1) − L(m2)."),
+    ("loss_difference_std", "Loss difference of the subnets: deviation", "cross entropy", "L(m1) − L(m2)."),
+)
+_EQUAL = 1e-3
+_SIGNED = "loss_difference_mean"
+_X_AXES = {"step": ("steps", ""), "train_flops": ("training", "FLOP"), "time": ("time", "seconds")}
 
 
 @dataclass(frozen=True)
@@ -36,156 +54,101 @@ class Chart:
     draw: Callable[[Theme], Figure]
 
 
-@dataclass(frozen=True)
-class Section:
-    """Figures that belong together; ``missing`` names what no run has recorded."""
-
-    title: str
-    charts: tuple[Chart, ...]
-    missing: tuple[str, ...]
-
-
-def sections(runs: Sequence[RunData]) -> list[Section]:
-    """All figures that the records of ``runs`` allow, in the order of the page."""
-    parts: list[tuple[str, Callable[[Sequence[RunData]], Iterator[Chart | str]]]] = [
-        ("Loss and accuracy", _learning),
-        ("Structure", _structure),
-        ("Memory and transfers", _memory),
-        ("Rounds", _rounds),
-    ]
-    found = []
-    for title, charts_of in parts:
-        entries = list(charts_of(runs))
-        charts = tuple(entry for entry in entries if isinstance(entry, Chart))
-        found.append(Section(title, charts, tuple(entry for entry in entries if isinstance(entry, str))))
-    return found
+def sections(runs: Sequence[RunData]) -> dict[str, list[Chart]]:
+    """All figures that the records of ``runs`` allow, by the title of their section, in the order of the
+    page."""
+    parts = {
+        "Loss and accuracy": _learning(runs),
+        "Structure": _structure(runs),
+        "Memory and transfers": _memory(runs),
+        "Rounds": _rounds(runs),
+    }
+    found = {title: [chart for chart in charts if chart is not None] for title, charts in parts.items()}
+    return {title: charts for title, charts in found.items() if charts}
 
 
-def _learning(runs: Sequence[RunData]) -> Iterator[Chart | str]:
+def _learning(runs: Sequence[RunData]) -> Iterator[Chart | None]:
     for axis, label in AXES.items():
-        yield _curves(
-            *(runs, ("loss",), f"loss_{axis}", f"Training loss against {label}", "cross entropy"),
-            caption="Mean over the steps between two lines of the log.",
-            axis=axis,
-        )
+        caption = "Mean over the steps between two lines of the log."
+        title = f"Training loss against {label}"
+        yield _curves(runs, ("loss",), f"loss_{axis}", title, "cross entropy", caption, axis=axis)
     for axis, label in AXES.items():
-        yield _curves(
-            *(runs, EVALUATED, f"accuracy_{axis}", f"Accuracy against {label}", "accuracy (%)"),
-            caption="On the validation images, or on the test images where there are none; the star is the "
-            "final network on the test images.",
-            axis=axis,
-            factor=100,
-            outcome="test_accuracy",
-        )
+        caption = "On the validation images, or else the test images; large: the final network on these."
+        title, accuracy = f"Accuracy against {label}", partial(_curves, factor=100, outcome="test_accuracy")
+        yield accuracy(runs, EVALUATED, f"accuracy_{axis}", title, "accuracy (%)", caption, axis=axis)
 
 
-def _structure(runs: Sequence[RunData]) -> Iterator[Chart | str]:
+def _structure(runs: Sequence[RunData]) -> Iterator[Chart | None]:
     for i, run in enumerate(runs):
         names, epochs, values = run.group_keep
-        if not names:
+        if not names or np.nanmax(values) - np.nanmin(values) < _EQUAL:
             continue
-        title = "Keep ratio per group" if len(runs) == 1 else f"Keep ratio per group: {run.name}"
+        title = _titled("Keep ratio per group", run, runs)
+        low, high = np.nanmin(values[:, -1]), np.nanmax(values[:, -1])
         yield Chart(
             f"group_keep_{i}",
             title,
             "Mean keep probability of the channels of each group, per epoch.",
-            f"{len(names)} groups over {len(epochs)} epochs, at the end from {np.nanmin(values[:, -1]):.2f} "
-            f"to {np.nanmax(values[:, -1]):.2f}.",
+            f"{len(names)} groups over {len(epochs)} epochs, at the end from {low:.2f} to {high:.2f}.",
             _heat_map(title, names, epochs, values),
         )
-    if not any(run.group_keep[0] for run in runs):
-        yield "keep ratio per group"
     yield _widths(runs)
-    curves = [
-        ("entropy", "Entropy of the keep probabilities", "bits per channel", "1 is undecided, 0 is decided."),
-        ("expected_size", "Expected size of the subnets", "share of channels", "Sum of s over the channels."),
-        ("deaths", "Deaths per epoch", "channels", "Channels whose keep probability fell to the floor."),
-        ("revivals", "Revivals per epoch", "channels", "Channels whose keep probability rose again."),
-        ("mask_overlap", "Overlap of successive masks", "share of channels", "Shared by two rounds' masks."),
-        (
-            "flops_ratio",
-            "Expected FLOPs of the subnets",
-            "share of dense",
-            "Over the masks of the rounds to come.",
-        ),
-    ]
-    for name, title, label, caption in curves:
-        yield _curves(runs, (name,), name, title, label, caption=caption, from_zero=True)
-    for name, title in (
-        ("loss_difference_mean", "Loss difference of the two subnets: mean"),
-        ("loss_difference_std", "Loss difference of the two subnets: deviation"),
-    ):
-        yield _curves(runs, (name,), name, title, "cross entropy", caption="L(m1) − L(m2), per epoch.")
+    for name, title, label, caption in _STRUCTURE:
+        yield _curves(runs, (name,), name, title, label, caption, from_zero=name != _SIGNED)
 
 
-def _memory(runs: Sequence[RunData]) -> Iterator[Chart | str]:
-    rows = {
-        "store (rank 0)": "store_bytes",
-        "subnets, peak": "subnet_bytes_peak",
-        "device, peak": "peak_device_bytes",
-        "process, peak": "peak_host_bytes",
-    }
-    finished = [run for run in runs if run.summary]
-    if finished:
-        values = {r.name: [float(r.summary.get(key) or np.nan) for key in rows.values()] for r in finished}
-        title = "Memory"
+def _memory(runs: Sequence[RunData]) -> Iterator[Chart | None]:
+    plans = {run.name: plan for run in runs if (plan := planned_memory(run))}
+    if plans:
+        values = {name: list(plan.ours.values()) for name, plan in plans.items()}
+        dense = [list(plan.dense.values()) for plan in plans.values()]
+        if all(row == dense[0] for row in dense):
+            values["dense, planned"] = dense[0]
+        title, rows = "Memory of a rank, as planned", list(next(iter(plans.values())).ours)
         yield Chart(
-            *("memory", title),
-            "Full weights and optimizer slots in host memory; weights, gradients and slots of the subnets; "
-            "what the device and the process held at most.",
-            _told({name: f"store {row[0] / 2**20:.1f} MiB" for name, row in values.items()}),
-            lambda theme: figures.bars(theme, title, list(rows), values, "bytes", _places(runs)),
+            "memory",
+            title,
+            "What the network takes, without the libraries: weights and optimizer slots in host memory, "
+            "subnets with their gradients and slots, activations of a step; beside them what training the "
+            "dense network on the device would take.",
+            _told({name: ", ".join(map(figures.in_bytes, row)) for name, row in values.items()}),
+            lambda theme: figures.bars(theme, title, rows, values, "bytes", _places(runs)),
         )
-    else:
-        yield "memory (written when a run is finished)"
-    yield _curves(
-        *(runs, ("host_bytes",), "host_bytes", "Memory of the process", ""),
-        caption="Anonymous memory of rank 0 at the end of each epoch.",
-        unit="bytes",
-        from_zero=True,
-    )
-    yield _curves(
-        *(runs, ("bus_bytes_per_round",), "bus_bytes", "Bytes over the bus per round", ""),
-        caption="Fetched from and returned to the rows of rank 0 in the round before.",
-        unit="bytes",
-        from_zero=True,
-    )
+    caption = "Anonymous memory of rank 0 at the end of each epoch, with the libraries."
+    unit = partial(_curves, unit="bytes", from_zero=True)
+    yield unit(runs, ("host_bytes",), "host_bytes", "Memory of the process", "", caption)
+    caption = "Fetched from and returned to the rows of rank 0 in the round before."
+    yield unit(runs, ("bus_bytes_per_round",), "bus_bytes", "Bytes over the bus per round", "", caption)
 
 
-def _rounds(runs: Sequence[RunData]) -> Iterator[Chart | str]:
-    drawn = 0
+def _rounds(runs: Sequence[RunData]) -> Iterator[Chart | None]:
     for i, run in enumerate(runs):
         spans = run.timeline()
         if not spans:
             continue
-        drawn += 1
-        title = "Timeline of rounds" if len(runs) == 1 else f"Timeline of rounds: {run.name}"
+        title = _titled("Timeline of rounds", run, runs)
         yield Chart(
-            *(f"timeline_{i}", title),
-            "Three successive rounds. Gather fetches newcomers from the store, carry copies what stays on "
-            "the device, compute is the steps with the reading of their batches, scatter returns leavers. "
-            "Gather and scatter beside compute are hidden behind it.",
+            f"timeline_{i}",
+            title,
+            "Three successive rounds. Gather fetches from the store, carry copies what stays on the device, "
+            "compute is the steps with the reading of their batches, scatter returns what is evicted. Gather "
+            "and scatter beside compute are hidden behind it.",
             f"{len(spans)} pieces of work in {max(end for _, _, end in spans):.3f} s.",
-            _timeline(title, spans),
+            partial(figures.spans, title=title, lanes=LANES, found=spans),
         )
     means = {run.name: [_mean(run.series(f"{kind}_seconds")[1]) for kind in KINDS] for run in runs}
     means = {name: row for name, row in means.items() if np.isfinite(row).any()}
-    if not drawn and not means:
-        yield "timeline of rounds"
-        return
-    title = "Seconds of a round"
-    yield Chart(
-        *("round_seconds", title),
-        "Means over the run. Exchange is the time between two rounds in which no step ran: where it is less "
-        "than gather, carry and scatter together, the rest of these was hidden behind the steps.",
-        _told(
-            {
-                name: ", ".join(f"{k} {v:.3g} s" for k, v in zip(KINDS, row, strict=True))
-                for name, row in means.items()
-            }
-        ),
-        lambda theme: figures.bars(theme, title, list(KINDS), means, "seconds", _places(runs)),
-    )
+    if means:
+        title = "Time of a round"
+        texts = {name: ", ".join(f"{value:.3g} s" for value in row) for name, row in means.items()}
+        yield Chart(
+            "round_seconds",
+            title,
+            "Means over the run. Exchange is the time between two rounds in which no step ran: what gather, "
+            "carry and scatter take beyond it was hidden behind the steps.",
+            _told(texts),
+            lambda theme: figures.bars(theme, title, list(KINDS), means, "seconds", _places(runs)),
+        )
 
 
 def _curves(
@@ -194,72 +157,54 @@ def _curves(
     file: str,
     title: str,
     label: str,
-    *,
     caption: str,
+    *,
     axis: str = "step",
     factor: float = 1,
     unit: str = "",
     outcome: str = "",
     from_zero: bool = False,
-) -> Chart | str:
-    """One curve per run that has recorded one of ``names``; what is missing, if none has."""
+) -> Chart | None:
+    """One curve per run that has recorded one of ``names``; None if none has, or all say one number."""
     found: dict[str, Series] = {}
     ends: dict[str, tuple[float, float]] = {}
     for run in runs:
         x, y = run.series(names, axis)
-        result = run.summary.get(outcome) if outcome else None
-        if result is not None and (end := _end_of(run, axis)) is not None:
-            ends[run.name] = (end, factor * result)
+        result, steps = run.summary.get(outcome), run.series("loss", axis)[0]
+        if result is not None and len(steps):
+            ends[run.name] = (float(steps[-1]), factor * result)
         if len(x) or run.name in ends:
             found[run.name] = (x, factor * y)
-    if not found:
-        return title[0].lower() + title[1:]
+    said = {float(f"{value:.6g}") for _, y in found.values() for value in y}
+    if not ends and (len(said) < 2 or all(len(y) < 2 for _, y in found.values())):
+        return None
     last = {name: ends[name][1] if name in ends else y[-1] for name, (_, y) in found.items()}
-    x_unit = {"train_flops": "FLOP", "time": "seconds"}.get(axis, "")
-    x_label = {"train_flops": "training", "time": "time"}.get(axis, "steps")
 
     def draw(theme: Theme) -> Figure:
-        return figures.curves(
-            *(theme, title, found, x_label, label),
-            x_unit=x_unit,
-            y_unit=unit,
-            ends=ends,
-            places=_places(runs),
-            from_zero=from_zero,
-        )
+        x_label, x_unit = _X_AXES[axis]
+        draw_in = partial(figures.curves, x_unit=x_unit, y_unit=unit, from_zero=from_zero)
+        return draw_in(theme, title, found, x_label, label, ends=ends, places=_places(runs))
 
-    return Chart(
-        file, title, caption, _told({name: f"{value:.4g} at the end" for name, value in last.items()}), draw
-    )
+    told = _told({name: f"{value:.4g} at the end" for name, value in last.items()})
+    return Chart(file, title, caption, told, draw)
 
 
-def _places(runs: Sequence[RunData]) -> dict[str, int]:
-    """A run has the same colour in every figure."""
-    return {run.name: i for i, run in enumerate(runs)}
-
-
-def _end_of(run: RunData, axis: str) -> float | None:
-    x, _ = run.series("loss", axis)
-    return float(x[-1]) if len(x) else None
-
-
-def _widths(runs: Sequence[RunData]) -> Chart | str:
-    """Shares of the channels that the final networks keep."""
-    finished = [run for run in runs if run.widths]
+def _widths(runs: Sequence[RunData]) -> Chart | None:
+    """Shares of the channels that the final networks keep; None where all keep everything."""
+    finished = [run for run in runs if any(kept < size for kept, size in run.widths.values())]
     if not finished:
-        return "widths of the final network"
+        return None
     groups = list(dict.fromkeys(group for run in finished for group in run.widths))
-    kept = {r.name: [_share(r.widths.get(group)) for group in groups] for r in finished}
+    kept = {run.name: [_share(run.widths.get(group)) for group in groups] for run in finished}
     rows = groups
     if len(finished) == 1:
         rows = [f"{group}  {kept_}/{size}" for group, (kept_, size) in finished[0].widths.items()]
     title = "Widths of the final network" if len(finished) == 1 else "Widths of the final networks"
     return Chart(
-        *("widths", title),
+        "widths",
+        title,
         "Share of the channels of each group that the exported network keeps.",
-        _told(
-            {name: f"{np.nanmin(row):.2f} to {np.nanmax(row):.2f} of a group" for name, row in kept.items()}
-        ),
+        _told({n: f"{np.nanmin(row):.2f} to {np.nanmax(row):.2f} of a group" for n, row in kept.items()}),
         lambda theme: figures.dots(theme, title, rows, kept, "share kept", _places(runs)),
     )
 
@@ -270,8 +215,14 @@ def _heat_map(
     return lambda theme: figures.heat_map(theme, title, names, epochs, values, "epoch", "keep probability")
 
 
-def _timeline(title: str, spans: Sequence[tuple[str, float, float]]) -> Callable[[Theme], Figure]:
-    return lambda theme: figures.spans(theme, title, LANES, spans)
+def _titled(title: str, run: RunData, runs: Sequence[RunData]) -> str:
+    return title if len(runs) == 1 else f"{title}: {run.name}"
+
+
+def _places(runs: Sequence[RunData]) -> dict[str, int]:
+    """A run has the same look in every figure; what is not a run has the next one."""
+    places = {run.name: i for i, run in enumerate(runs)}
+    return {"dense, planned": len(places)} | places
 
 
 def _share(width: tuple[int, int] | None) -> float:

@@ -39,7 +39,7 @@ def curves(
     Args:
         series: by the name of the run or kind.
         x_unit, y_unit: ``bytes``, ``seconds`` or a unit that takes prefixes; empty draws plain numbers.
-        ends: a further point (x, y) of some entries, drawn as a star: the outcome.
+        ends: a further point (x, y) of some entries, drawn as a large mark of theirs: the outcome.
         places: which colour each entry has, so that a run keeps its own in all figures.
         from_zero: begin the y axis at 0.
     """
@@ -54,15 +54,16 @@ def curves(
         axes.plot(x / x_scale, y / y_scale, label=_short(name), **style)
         if ends and name in ends:
             at, value = ends[name]
-            star = {"marker": "*", "markersize": 11, "color": style["color"], "zorder": 5}
-            axes.plot([at / x_scale], [value / y_scale], linestyle="", **star)
+            mark = style | {"marker": look(theme, (places or {}).get(name, i))["marker"], "linestyle": ""}
+            mark |= {"markersize": 9, "markeredgecolor": theme.text, "markeredgewidth": 0.9, "zorder": 5}
+            axes.plot([at / x_scale], [value / y_scale], **mark)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=not x_unit))
     axes.margins(x=0.02)
     if from_zero:
         highest = max((float(y.max()) for _, y in series.values() if len(y)), default=0.0)
         axes.set_ylim(0, 1.08 * highest / y_scale or 1.0)
-    _legend(figure, axes, len(places or series))
+    _legend(figure, axes)
     return figure
 
 
@@ -119,7 +120,7 @@ def dots(
     _name_rows(axes, rows, 0)
     axes.set(xlabel=x_label, xlim=(0, 1.02))
     axes.grid(axis="y", visible=len(series) > 1)
-    _legend(figure, axes, len(places or series))
+    _legend(figure, axes)
     return figure
 
 
@@ -145,7 +146,7 @@ def bars(
             hatch=HATCHES[(places or {}).get(name, i) % len(HATCHES)],
             linewidth=0,
         )
-        texts = [_written(value * scale, unit) for value in row]
+        texts = [f"{value:.3g}" if np.isfinite(value) else "" for value in row]
         axes.bar_label(drawn, texts, padding=4, fontsize=9, color=theme.text)
     axes.set_yticks(np.arange(len(rows)), rows)
     axes.tick_params(axis="y", length=0)
@@ -153,7 +154,7 @@ def bars(
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=label)
     axes.margins(x=0.18)
-    _legend(figure, axes, len(places or series))
+    _legend(figure, axes)
     return figure
 
 
@@ -186,11 +187,11 @@ def _panel(title: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, entries: int) -> None:
-    """Below the panel, where it hides nothing; none where the page has a single entry."""
-    if entries < 2:
-        return
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the panel, where it hides nothing; none for a single entry."""
     names = axes.get_legend_handles_labels()[1]
+    if len(names) < 2:
+        return
     columns = max(1, min(len(names), 52 // (max(map(len, names)) + 7)))
     figure.legend(loc="outside lower center", ncols=columns, handlelength=2.6)
 
@@ -204,11 +205,9 @@ def _scaled(label: str, unit: str, arrays: Sequence[NDArray[np.float64]]) -> tup
     return scale, f"{label} ({name})" if label else name
 
 
-def _written(value: float, unit: str) -> str:
-    """A value in the unit that suits it, whatever that of the axis is."""
-    if not np.isfinite(value):
-        return "none"
-    scale, name = scale_of(value, unit)
+def in_bytes(value: float) -> str:
+    """A number of bytes for a sentence."""
+    scale, name = scale_of(value, "bytes")
     return f"{value / scale:.3g} {name}"
 
 

@@ -6,18 +6,17 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from offload_sparse.inspect.report.charts import Chart, Section, sections
-from offload_sparse.inspect.report.run_data import RunData
+from offload_sparse.inspect.report.charts import Chart, sections
+from offload_sparse.inspect.report.run_data import PAGE_FILE, RunData
 from offload_sparse.inspect.report.style import THEMES, Theme, themed
 from offload_sparse.inspect.report.tables import Table, difference_table, paper_tables, summary_table
 
-PAGE_FILE = "report.html"
 PICTURES_FOLDER = "pictures"
 _PIXELS_PER_INCH = 160
 _FEW_COLUMNS = 5  # of a table that fits a telephone
@@ -30,7 +29,7 @@ main{max-width:76rem;margin:0 auto;padding:1.25rem 1rem 3rem}
 h1{font-size:1.6rem;line-height:1.25;margin:.25rem 0 .5rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2rem 0 .75rem;padding-bottom:.3rem;border-bottom:1px solid var(--line)}
 p{margin:.4rem 0}
-.muted{color:var(--muted);font-size:.9rem}
+.muted{color:var(--muted);font-size:.9rem;font-weight:400}
 .charts{display:grid;gap:1rem;align-items:start;
   grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr))}
 figure{margin:0;background:var(--panel);border:1px solid var(--line);border-radius:.5rem;padding:.6rem}
@@ -39,11 +38,14 @@ figcaption{color:var(--muted);font-size:.85rem;line-height:1.4;padding:.4rem .2r
 .table{overflow-x:auto;margin:.75rem 0;
   background:var(--panel);border:1px solid var(--line);border-radius:.5rem}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-weight:600;padding:.6rem .75rem .3rem}
+.title{position:sticky;left:0;font-weight:600;padding:.5rem .75rem 0}
+.best{font-weight:700}
+.best::before{content:"★ "}
 th,td{padding:.35rem .75rem;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
-th:first-child{text-align:left;font-weight:500}
+th:first-child{text-align:left;font-weight:500;position:sticky;left:0;background:var(--panel)}
 thead th{color:var(--muted);font-weight:600;border-top:0}
-@media(max-width:44rem){table{font-size:.78rem}
+@media(max-width:44rem){table{font-size:.78rem} th,td{padding:.3rem .4rem}
+  th:first-child{max-width:8rem;white-space:normal}
   .few{table-layout:fixed}.few th,.few td{padding:.3rem .4rem;white-space:normal;overflow-wrap:anywhere}}
 """
 
@@ -71,7 +73,7 @@ def write_report(runs: Sequence[RunData], folder: Path) -> Path:
     return folder / PAGE_FILE
 
 
-def _page(runs: Sequence[RunData], parts: Sequence[Section], pictures: Path) -> Iterator[str]:
+def _page(runs: Sequence[RunData], parts: Mapping[str, Sequence[Chart]], pictures: Path) -> Iterator[str]:
     title = "Run " + runs[0].name if len(runs) == 1 else "Runs " + ", ".join(run.name for run in runs)
     yield "<!doctype html>"
     yield '<html lang="en"><head><meta charset="utf-8">'
@@ -86,16 +88,11 @@ def _page(runs: Sequence[RunData], parts: Sequence[Section], pictures: Path) -> 
     differences = difference_table(runs)
     for table in (summary_table(runs), *paper_tables(runs), *([differences] if differences else [])):
         yield _table(table)
-    for part in parts:
-        yield f"<section><h2>{escape(part.title)}</h2>"
-        if part.charts:
-            yield '<div class="charts">'
-            for chart in part.charts:
-                yield _figure(chart, pictures)
-            yield "</div>"
-        if part.missing:
-            yield f'<p class="muted">Not recorded: {escape(", ".join(part.missing))}.</p>'
-        yield "</section>"
+    for name, charts in parts.items():
+        yield f'<section><h2>{escape(name)}</h2><div class="charts">'
+        for chart in charts:
+            yield _figure(chart, pictures)
+        yield "</div></section>"
     yield "</main></body></html>\n"
 
 
@@ -118,16 +115,19 @@ def _colours(theme: Theme) -> str:
 def _table(table: Table) -> str:
     few = ' class="few"' if len(table.header) <= _FEW_COLUMNS else ""
     header = "".join(f'<th scope="col">{_cell(cell)}</th>' for cell in table.header)
-    body = "".join(_row(row) for row in table.rows)
+    body = "".join(_row(table, number) for number in range(len(table.rows)))
     return (
-        f'<div class="table" tabindex="0"><table{few}><caption>{escape(table.title)}</caption>'
+        f'<div class="table" tabindex="0"><p class="title">{escape(table.title)} '
+        f'<span class="muted">{_cell(table.shared)}</span></p><table{few}>'
         f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _row(row: Sequence[str]) -> str:
-    cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])
-    return f'<tr><th scope="row">{_cell(row[0])}</th>{cells}</tr>'
+def _row(table: Table, number: int) -> str:
+    first, *others = table.rows[number]
+    best = [' class="best"' if (number, i) in table.best else "" for i in range(1, 1 + len(others))]
+    cells = "".join(f"<td{mark}>{_cell(cell)}</td>" for mark, cell in zip(best, others, strict=True))
+    return f'<tr><th scope="row">{_cell(first)}</th>{cells}</tr>'
 
 
 def _cell(text: str) -> str:

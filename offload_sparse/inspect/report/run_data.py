@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_sparse.config import yaml_text
+from offload_sparse.export.network_file import STRUCTURE_FILE, read_structure
 from offload_sparse.run.log import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 """x and y of a curve, both [points]."""
+
+PAGE_FILE = "report.html"
 
 AXES = {"step": "steps", "train_flops": "training FLOPs", "time": "seconds"}
 """What curves are drawn against, by its name in the metrics."""
@@ -33,6 +36,8 @@ class RunData:
         lines: the lines of metrics.jsonl, in order.
         summary: contents of summary.json; empty for a run that is not finished.
         widths: per group the channels kept and those there were; empty without an exported network.
+        image_shape: channels, height and width of its images; empty without an exported network.
+        classes: how many there are.
     """
 
     name: str
@@ -41,6 +46,12 @@ class RunData:
     lines: tuple[dict[str, Any], ...]
     summary: dict[str, Any]
     widths: dict[str, tuple[int, int]]
+    image_shape: tuple[int, ...] = ()
+    classes: int = 0
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / CONFIG_FILE
 
     def series(self, names: str | Iterable[str], axis: str = "step") -> Series:
         """The curve of the first of ``names`` that the run has recorded, against ``axis``; lines without it
@@ -85,17 +96,22 @@ class RunData:
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunData]:
-    """The runs in ``folders``, with names that tell them apart.
+    """The runs in ``folders``, with names that tell them apart; folders of earlier reports are passed over.
 
     Raises:
         ValueError: a folder holds no run, or a file in it cannot be read.
     """
     paths = [folder.expanduser() for folder in folders]
+    paths = [path for path in paths if not _is_report(path)] or paths
     resolved = [path.resolve() for path in paths]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
             raise ValueError(f"{paths[i]} is given twice; give each run once")
     return [_read(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
+
+
+def _is_report(folder: Path) -> bool:
+    return (folder / PAGE_FILE).is_file() and not (folder / METRICS_FILE).is_file()
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -116,9 +132,12 @@ def _read(folder: Path, name: str) -> RunData:
     if not lines:
         raise ValueError(f"{folder / METRICS_FILE} holds no lines yet; wait until the run has logged some")
     summary = _mapping(folder / SUMMARY_FILE)
-    groups = _mapping(folder / MODEL_FOLDER / "structure.json").get("groups", {})
-    widths = {name: (len(group["kept"]), int(group["size"])) for name, group in groups.items()}
-    return RunData(name, folder, config, lines, summary, widths)
+    if not (folder / MODEL_FOLDER / STRUCTURE_FILE).is_file():
+        return RunData(name, folder, config, lines, summary, {})
+    model = read_structure(folder / MODEL_FOLDER)
+    widths = {group: (len(channels.kept), int(channels.size)) for group, channels in model.groups.items()}
+    seen = model.preprocessing
+    return RunData(name, folder, config, lines, summary, widths, tuple(seen.shape), len(seen.class_names))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

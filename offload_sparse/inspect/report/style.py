@@ -17,7 +17,8 @@ class Theme:
     Attributes:
         background, panel: of the page, and of figures and tables on it.
         text, muted, line: of text, of secondary text, and of grids and borders.
-        colours: of runs or kinds, in order; after Okabe and Ito, with enough contrast to ``panel``.
+        colours: of runs or kinds, in order: apart for every kind of colour vision (Machado et al. 2009), and
+            with contrast to ``panel``.
     """
 
     background: str
@@ -28,28 +29,29 @@ class Theme:
     colours: tuple[str, ...]
 
 
+_LIGHT = "#0261b8 #d97a0d #08a962 #8e0568 #6d5002 #9b909d #0d0820 #4a0703"
+_DARK = "#94bbff #cc5d25 #5fefae #b263a7 #efce29 #8d887b #efe8ff #565de6"
 THEMES = {
-    "light": Theme(
-        *("#f4f5f7", "#ffffff", "#1f2328", "#59636e", "#d5dae0"),
-        ("#0072b2", "#d55e00", "#008a64", "#b0468c", "#8a6d00", "#56616d"),
-    ),
-    "dark": Theme(
-        *("#0e1116", "#171b22", "#e6e9ee", "#9aa4b0", "#343b45"),
-        ("#58b4f0", "#ff8f55", "#35d0a0", "#ea9dcf", "#edc54c", "#b8c0ca"),
-    ),
+    "light": Theme("#f4f5f7", "#ffffff", "#1f2328", "#59636e", "#d5dae0", tuple(_LIGHT.split())),
+    "dark": Theme("#0e1116", "#171b22", "#e6e9ee", "#9aa4b0", "#343b45", tuple(_DARK.split())),
 }
 
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2, 4, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
+_STYLES: tuple[Any, ...] = (
+    *("-", "--", "-.", ":"),
+    *((0, (5, 1, 1, 1, 1, 1)), (0, (1, 2, 4, 2)), (0, (8, 2)), (0, (3, 1, 3, 3))),
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "--")
+STYLES = len(_MARKERS)
+"""Runs that can be told apart without any colour."""
 
 
 def look(theme: Theme, index: int) -> dict[str, Any]:
-    """Colour, dashes and marker of the run number ``index``: no two of the first six share any."""
+    """Colour, dashes and marker of the run number ``index``: no two of the first eight share any."""
     return {
-        "color": theme.colours[index % len(theme.colours)],
-        "linestyle": _STYLES[index % len(_STYLES)],
-        "marker": _MARKERS[index % len(_MARKERS)],
+        "color": theme.colours[index % STYLES],
+        "linestyle": _STYLES[index % STYLES],
+        "marker": _MARKERS[index % STYLES],
     }
 
 

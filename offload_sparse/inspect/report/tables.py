@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from offload_sparse.inspect.report.run_data import RunData
-from offload_sparse.run.log import SUMMARY_ROWS
+from offload_sparse.inspect.report.style import scale_of
 
-_MORE: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("dataset", "data set", str),
-    ("steps", "steps", str),
-    ("world_size", "processes", str),
-    ("device", "device", str),
-    ("test_loss", "test loss", "{:.4g}".format),
-    ("store_bytes", "store per rank", lambda size: f"{size / 2**20:.1f} MiB"),
-    ("subnet_bytes_peak", "subnets, peak", lambda size: f"{size / 2**20:.1f} MiB"),
+# What each run came to: key, words, unit, and which end is better (1 the highest, -1 the lowest).
+_FIGURES: tuple[tuple[str, str, str, int], ...] = (
+    ("method", "method", "", 0),
+    ("model", "model", "", 0),
+    ("dataset", "data set", "", 0),
+    ("rho", "rho", "", 0),
+    ("test_accuracy", "test accuracy", "%", 1),
+    ("test_loss", "test loss", "", -1),
+    ("params_ratio", "parameters kept", "%", 0),
+    ("flops_ratio", "FLOPs kept", "%", 0),
+    ("train_cost_saving", "train-cost saving", "×", 1),
+    ("steps", "steps", "", 0),
+    ("seconds", "time", "seconds", -1),
+    ("step_seconds_median", "step, median", "seconds", -1),
+    ("world_size", "processes", "", 0),
+    ("device", "device", "", 0),
+    ("store_bytes", "store per rank", "bytes", 0),
+    ("subnet_bytes_peak", "subnets, peak", "bytes", -1),
+    ("peak_device_bytes", "device, peak", "bytes", -1),
+    ("peak_host_bytes", "process, peak", "bytes", -1),
 )
 
 _PAPER = (
@@ -37,26 +49,53 @@ class Table:
 
     Attributes:
         title: above it.
+        shared: what all columns have in common, said beside the title.
         header: titles of the columns.
         rows: cells, as many as there are titles.
+        best: (row, column) of the cells that are better than the others of their row.
     """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    best: frozenset[tuple[int, int]] = frozenset()
+    shared: str = ""
 
 
 def summary_table(runs: Sequence[RunData]) -> Table:
-    """What each run came to; of a run that is not finished, where it stands."""
-    rows = []
-    for key, label, text in (*SUMMARY_ROWS, *_MORE):
-        values = [run.summary.get(key) for run in runs]
-        if any(value is not None for value in values):
-            rows.append((label, *(NONE if value is None else text(value) for value in values)))
+    """What each run came to; of a run that is not finished, where it stands. Rows in which several runs are
+    equal are in ``shared``, those that repeat the names of the runs nowhere."""
+    rows: list[tuple[str, ...]] = []
+    best: set[tuple[int, int]] = set()
+    shared = []
     if any(not run.summary for run in runs):
         states = ["finished" if run.summary else f"at step {run.lines[-1]['step']}" for run in runs]
-        rows.insert(0, ("state", *states))
-    return Table("Figures", ("", *(run.name for run in runs)), tuple(rows))
+        rows.append(("state", *states))
+    for key, label, unit, better in _FIGURES:
+        values = [run.summary.get(key) for run in runs]
+        if not any(values):
+            continue
+        texts = _texts(values, unit)
+        if len(runs) > 1 and (len(set(texts)) == 1 or texts == [run.name for run in runs]):
+            shared += [f"{label} {texts[0]}"] if len(set(texts)) == 1 else []
+            continue
+        if better and len(runs) > 1:
+            end = max(better * v for v in values if v is not None)
+            best |= {(len(rows), i + 1) for i, v in enumerate(values) if v is not None and better * v == end}
+        rows.append((label, *texts))
+    header = ("", *(run.name for run in runs))
+    return Table("Figures", header, tuple(rows), frozenset(best), ", ".join(shared))
+
+
+def _texts(values: Sequence[Any], unit: str) -> list[str]:
+    """The cells of a row, all in the unit that suits its largest."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if unit in ("bytes", "seconds"):
+        scale, name = scale_of(max(numbers), unit)
+        return [NONE if value is None else f"{value / scale:.4g} {name}" for value in values]
+    forms = {"%": "{:.2%}", "×": "{:.2f}×"}
+    form = forms.get(unit, "{:.4g}" if any(isinstance(value, float) for value in values) else "{}")
+    return [NONE if value is None else form.format(value) for value in values]
 
 
 def paper_tables(runs: Sequence[RunData]) -> list[Table]:
@@ -71,7 +110,7 @@ def difference_table(runs: Sequence[RunData]) -> Table | None:
     rows = []
     for key in keys:
         values = [run.config.get(key, NONE) for run in runs]
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values) and values != [run.name for run in runs]:
             rows.append((key, *map(_text, values)))
     return Table("What differs", ("setting", *(run.name for run in runs)), tuple(rows)) if rows else None
 

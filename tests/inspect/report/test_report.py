@@ -12,7 +12,7 @@ import xml.etree.ElementTree
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,11 +20,15 @@ from PIL import Image
 
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
+from offload_sparse.config.run import MethodName
+from offload_sparse.export.network_file import FORMAT
 from offload_sparse.inspect.report.charts import sections
 from offload_sparse.inspect.report.figures import curves, heat_map
+from offload_sparse.inspect.report.memory import ROWS, planned_memory
 from offload_sparse.inspect.report.run_data import read_runs
-from offload_sparse.inspect.report.style import THEMES, look, scale_of, themed
+from offload_sparse.inspect.report.style import STYLES, THEMES, look, scale_of, themed
 from offload_sparse.inspect.report.tables import difference_table, paper_tables, summary_table
+from offload_sparse.workloads.models import build_model
 
 SUMMARY = {
     "method": "sparse_offload",
@@ -52,22 +56,26 @@ def write_run(folder: Path, finished: bool = True, everything: bool = True, **co
     for step in range(5, 41, 5):
         line = {"step": step, "epoch": step / 10, "time": step / 2, "loss": 2 / step, "accuracy": 0.5}
         if everything:
-            line |= {"train_flops": 1e9 * step, "entropy": 1 - step / 80, "expected_size": 0.25}
+            line |= {"train_flops": 1e9 * step, "entropy": 1 - step / 80, "expected_size": 0.25 + step / 100}
             line |= {"bus_bytes_per_round": 1000.0 * step, "gather_seconds": 0.1, "compute_seconds": 0.9}
         lines.append(line)
         if step % 10 == 0:
             line = {"step": step, "epoch": step / 10, "time": step / 2, "test_accuracy": step / 50}
             if everything:
-                line |= {"flops_ratio": 0.05, "host_bytes": 1 << 28, "round_timeline": TIMELINE}
-                line |= {"group_keep": {"conv1": step / 40, "conv2": 0.5}, "deaths": 3, "revivals": 1}
-                line |= {"mask_overlap": 0.5, "loss_difference_mean": -0.1, "loss_difference_std": 0.2}
+                line |= {"flops_ratio": step / 800, "host_bytes": step << 24, "round_timeline": TIMELINE}
+                line |= {"group_keep": {"conv1": step / 40, "conv2": 0.5}, "deaths": step, "revivals": step}
+                line |= dict.fromkeys(
+                    ("mask_overlap", "loss_difference_mean", "loss_difference_std"), step / 80
+                )
             lines.append(line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         (folder / "summary.json").write_text(json.dumps(SUMMARY))
         (folder / "model").mkdir()
         groups = {"conv1": {"size": 8, "kept": [0, 3]}, "conv2": {"size": 4, "kept": [1, 2, 3]}}
-        (folder / "model" / "structure.json").write_text(json.dumps({"groups": groups}))
+        seen = {"shape": [1, 28, 28], "class_names": list("abcdefghij")}
+        model = {"format": FORMAT, "model": {}, "preprocessing": seen, "groups": groups, "tensors": {}}
+        (folder / "model" / "structure.json").write_text(json.dumps(model))
     return folder
 
 
@@ -160,12 +168,35 @@ def test_all_that_runs_record_is_drawn(report: Path) -> None:
     }
 
 
-def test_what_no_run_has_recorded_is_said(tmp_path: Path) -> None:
+def test_what_no_run_has_recorded_is_not_drawn(tmp_path: Path) -> None:
     (run,) = read_runs([write_run(tmp_path / "run", everything=False, finished=False)])
-    missing = {part.title: set(part.missing) for part in sections([run])}
-    assert {"keep ratio per group", "widths of the final network"} <= missing["Structure"]
-    assert missing["Rounds"] == {"timeline of rounds"}
-    assert "training loss against training FLOPs" in missing["Loss and accuracy"]
+    drawn = {title: [chart.name for chart in charts] for title, charts in sections([run]).items()}
+    assert drawn == {"Loss and accuracy": ["loss_step", "loss_time", "accuracy_step", "accuracy_time"]}
+
+
+def test_a_curve_that_says_one_number_throughout_is_not_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"deaths": \d+', '"deaths": 0', text))
+    drawn = [chart.name for charts in sections(read_runs([folder])).values() for chart in charts]
+    assert "deaths" not in drawn
+    assert "revivals" in drawn
+
+
+def test_the_memory_of_a_run_stands_beside_that_of_the_dense_network(tmp_path: Path) -> None:
+    """On the plan's own figures, without the libraries: what the product saves is what is seen."""
+    (run,) = read_runs([write_run(tmp_path / "run", **{"policy.rho": 0.25, "data.batch_size": 16})])
+    plan = planned_memory(run)
+    assert plan is not None
+    assert list(plan.ours) == list(plan.dense) == list(ROWS)
+    parameters = sum(p.numel() for p in build_model("offload_sparse/vgg_small", in_channels=1).parameters())
+    assert plan.dense["weights, gradients, slots"] == 3 * 4 * parameters, "SGD with momentum"
+    assert plan.dense["host store"] == 0
+    assert plan.ours["host store"] > 2 * 4 * parameters, "weights, momentum, statistics"
+    assert plan.ours["weights, gradients, slots"] < plan.dense["weights, gradients, slots"] / 2
+    assert plan.ours["activations"] < plan.dense["activations"]
+    (dense,) = read_runs([write_run(tmp_path / "dense", method="dense")])
+    assert planned_memory(dense) is None
 
 
 # --- series and tables -------------------------------------------------------------------------------
@@ -221,6 +252,49 @@ def test_a_run_that_is_not_finished_says_where_it_stands(tmp_path: Path) -> None
     assert summary_table(runs).rows[0] == ("state", "finished", "at step 40")
 
 
+def test_rows_in_which_runs_are_equal_are_said_once_and_the_best_is_marked(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in "ab"]
+    better = SUMMARY | {"test_accuracy": 0.9, "store_bytes": 5 << 30, "seconds": 30.0}
+    (folders[1] / "summary.json").write_text(json.dumps(better))
+    table = summary_table(read_runs(folders))
+    assert table.rows == (
+        ("test accuracy", "87.50%", "90.00%"),
+        ("time", "40 seconds", "30 seconds"),
+        ("store per rank", "0.00293 GiB", "5 GiB"),  # one unit per quantity
+    )
+    assert table.best == {(0, 2), (1, 2)}
+    assert table.shared.startswith("method sparse_offload, model offload_sparse/vgg_small, rho 0.25")
+
+
+def test_a_single_run_has_all_its_rows_and_no_best(tmp_path: Path) -> None:
+    table = summary_table(read_runs([write_run(tmp_path / "a")]))
+    assert ("method", "sparse_offload") in table.rows
+    assert (table.best, table.shared) == (frozenset(), "")
+
+
+def test_a_report_of_all_folders_can_be_made_again(tmp_path: Path) -> None:
+    """``report runs/*`` meets the folder that it wrote itself."""
+    for name in "ab":
+        write_run(tmp_path / name, everything=False)
+    for _ in range(2):
+        assert main(["report", *map(str, sorted(tmp_path.glob("*")))]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["a", "b", "report"]
+
+
+def test_the_first_column_of_a_table_stays_on_a_telephone(report: Path) -> None:
+    style = (report / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"th:first-child\{[^}]*position:sticky;left:0", style)
+
+
+def test_a_final_point_has_the_mark_of_its_run() -> None:
+    ends = {"a": (3.0, 0.9), "b": (3.0, 0.8)}
+    series = {name: (np.arange(3.0), np.arange(3.0)) for name in ends}
+    with themed(THEMES["light"]):
+        figure = curves(THEMES["light"], "Title", series, "steps", "accuracy", ends=ends)
+    marks = [line.get_marker() for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    assert marks == [look(THEMES["light"], i)["marker"] for i in range(2)]
+
+
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")])
     assert [run.name for run in runs] == ["x/run", "y/run"]
@@ -243,9 +317,53 @@ def test_the_colours_of_runs_stand_out_from_the_panel_and_from_each_other(theme:
     assert all(contrast(colour, theme.panel) >= 3 for colour in theme.colours), "graphics, WCAG 1.4.11"
     assert contrast(theme.text, theme.panel) >= 7
     assert contrast(theme.muted, theme.panel) >= 4.5
-    looks = [look(theme, i) for i in range(6)]
+    looks = [look(theme, i) for i in range(STYLES)]
     for key in ("color", "linestyle", "marker"):
-        assert len({str(entry[key]) for entry in looks}) == 6, key
+        assert len({str(entry[key]) for entry in looks}) == STYLES, key
+
+
+VISION = {
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "tritanopia": (
+        (1.255528, -0.076749, -0.178779),
+        (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
+    "everybody": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+}
+"""Of linear RGB: Machado, Oliveira & Fernandes (2009), severity 1."""
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(colours: tuple[str, ...], vision: str) -> np.ndarray:
+    """CIE L*a*b* [n, 3] of colours as they are seen, for the white point D65."""
+    rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(VISION[vision]).T, 0, 1) @ XYZ.T / np.array([0.9505, 1, 1.089])
+    x, y, z = np.where(seen > 0.008856, np.cbrt(seen), 7.787 * seen + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("theme", THEMES.values(), ids=list(THEMES))
+def test_the_colours_of_runs_are_apart_for_every_kind_of_vision(theme: Any, vision: str) -> None:
+    """A difference of 2.3 is just noticeable; large ones are needed for thin lines."""
+    found = lab(theme.colours, vision)
+    apart = np.linalg.norm(found[:, None] - found[None], axis=2)[np.triu_indices(STYLES, 1)]
+    assert apart.min() > 20
+
+
+def test_there_are_as_many_styles_as_methods() -> None:
+    assert len(get_args(MethodName)) <= STYLES
 
 
 @pytest.mark.parametrize("rows", [1, 6, 60, 200])
