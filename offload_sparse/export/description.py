@@ -97,9 +97,12 @@ def read_description(folder: Path) -> Description:
         ValueError: it is damaged, or a file is missing or damaged.
     """
     description = json_values.read(folder / DESCRIPTION_FILE, Description)
-    for name, digest in description.files.items():  # known names, which cannot leave the folder
+    for name in FILES[description.kind]:  # which cannot leave the folder
+        if name not in description.files and (folder / name).exists():
+            raise ValueError(f"{folder / name} is of another export; remove it")
+    for name, digest in description.files.items():
         file = folder / name
-        if not file.is_file() or digest != file_digest(file):
+        if file.is_symlink() or not file.is_file() or digest != file_digest(file):
             raise ValueError(f"{file} is missing, damaged, or of another export; export the network again")
     return description
 

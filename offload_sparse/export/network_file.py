@@ -38,6 +38,7 @@ WEIGHTS_FILE = "weights.safetensors"
 STRUCTURE_FILE = "structure.json"
 
 _MAX_ELEMENTS = 1 << 40  # of one tensor
+_MAX_NAME = 200
 _MAX_ARGUMENTS = 1 << 22  # the numbers among the arguments of a model add up to less
 
 _Build = Callable[[], nn.Module]
@@ -355,8 +356,8 @@ def _build_named(structure: Structure) -> nn.Module:
         )
     try:
         named = json_values.convert(structure.model, _Named)
-        if _total(named.arguments) > _MAX_ARGUMENTS:
-            raise ValueError("its arguments are too large")
+        if len(named.name) > _MAX_NAME or _total(named.arguments) > _MAX_ARGUMENTS:
+            raise ValueError("its name or its arguments are too large")
         with _bounded(modules=1000 + 50 * len(structure.tensors)):
             return build_on_meta(lambda: build_model(named.name, **named.arguments), whole=False)
     except Exception as error:  # whatever a constructor raises about arguments of a file

@@ -1,16 +1,18 @@
 """ONNX files, written by torch's exporter and run by ONNX Runtime.
 
-ONNX Runtime knows operators by name and loads none from a file; a file may however refer to others that hold
-its weights, which is why ``read_onnx`` accepts no other name than the one that ``write_onnx`` uses.
+ONNX Runtime knows operators by name and loads none from a file, so that reading one runs no code. A file may
+refer to others that hold its weights, loop, or make tensors of any size: ``read_onnx`` accepts no other name
+than the one that ``write_onnx`` uses, no loops, and bounds the memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ OPSET = 23
 
 _INLINE_BYTES = 1 << 30
 """Weights beyond this go into a file of their own: a protocol buffer ends at 2 GiB."""
+
+MAX_BYTES = 8 << 30
+"""Of the tensors of a network that is run; ONNX Runtime takes no more."""
+
+_UNBOUNDED = ("If", "Loop", "Scan", "SequenceMap")
 
 
 def write_onnx(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
@@ -63,47 +70,62 @@ def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     """The network of a file: images float32[batch, C, H, W] on the CPU to logits.
 
     Raises:
-        ValueError: packages are missing, the file is damaged, or it refers to files of others.
+        ValueError: packages are missing, the file is damaged, refers to other files than its own, holds loops
+            or operators of others, or takes more than ``MAX_BYTES``.
     """
     _require("onnx", "onnxruntime")
     import onnx
     import onnxruntime
 
+    data = path.with_name(f"{path.name}.data")
     try:
-        graph = onnx.load(path, load_external_data=False).graph
-        _check_references(graph, path)
+        if path.is_symlink() or data.is_symlink():
+            raise ValueError("it is a link")
+        _check(onnx.load(path, load_external_data=False), data.name)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; warnings speak of optimisations
+        options.log_severity_level = 4  # what fails is raised
+        _limit_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except ValueError:
-        raise
+        (given,), (result,) = session.get_inputs(), session.get_outputs()
     except Exception as error:  # whatever a damaged file makes the libraries raise
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged: {reason}; export the network again") from error
-    name = session.get_inputs()[0].name
+        raise ValueError(f"{path} cannot be used: {reason}; export the network again") from error
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+        try:
+            return torch.from_numpy(session.run([result.name], {given.name: images.numpy()})[0])
+        except Exception as error:  # as above
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} cannot be run: {reason}; export the network again") from error
 
     return run
 
 
-def _check_references(graph: Any, path: Path) -> None:
-    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+@functools.cache
+def _limit_memory() -> None:
+    """What every session that asks for it shares, so that no file can make it take all there is."""
+    import onnxruntime as ort
 
-    for tensor in _tensors(graph):
-        if uses_external_data(tensor) and ExternalDataInfo(tensor).location != f"{path.name}.data":
-            raise ValueError(f"{path} refers to weights in another place; export the network again")
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    limits = ort.OrtArenaCfg({"max_mem": MAX_BYTES, "arena_extend_strategy": 1})  # 1: no more than asked for
+    ort.create_and_register_allocator(memory, limits)
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Every tensor of a graph, of the attributes of its nodes, and of the graphs inside these."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
+def _check(model: Any, data: str) -> None:
+    """Refuse what ``write_onnx`` never writes, wherever in the file it is."""
+    messages = [model]
+    while messages:
+        message = messages.pop()
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                messages += [value] if hasattr(value, "ListFields") else value
+        kind = type(message).__name__
+        if kind == "NodeProto" and (message.domain not in ("", "ai.onnx") or message.op_type in _UNBOUNDED):
+            raise ValueError("it holds loops, or operators that are not ONNX's own")
+        external = kind == "TensorProto" and (message.data_location or message.external_data)
+        if external and [e.value for e in message.external_data if e.key == "location"] != [data]:
+            raise ValueError("it refers to weights in another place")
 
 
 def _require(*packages: str) -> None:

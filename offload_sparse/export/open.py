@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.channels.subnet import meta_copy
 from offload_sparse.export.description import DESCRIPTION_FILE, FILES, Preprocessing, read_description
 from offload_sparse.export.network_file import STRUCTURE_FILE, load_pruned, read_structure
 from offload_sparse.export.onnx import read_onnx
 from offload_sparse.export.torch_export import read_program
+
+_SMALL = 3 * 256 * 256
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,11 @@ def open_artefact(path: Path, trust: bool = False) -> Artefact:
     folder = folder_of(path)
     if not (folder / DESCRIPTION_FILE).is_file():
         preprocessing = read_structure(folder).preprocessing
+        network = load_pruned(folder)
+        dtype = next((p.dtype for p in network.parameters()), torch.float32)
+        _probe(network, preprocessing.shape, dtype, folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = load_pruned(folder).to(device)
-        return Artefact(network, preprocessing, next(network.parameters()).dtype, device)
+        return Artefact(network.to(device), preprocessing, dtype, device)
     description = read_description(folder)
     file = folder / FILES[description.kind][0]
     if description.kind == "torch_export" and not trust:
@@ -77,3 +83,16 @@ def open_artefact(path: Path, trust: bool = False) -> Artefact:
     run = read_program(file) if description.kind == "torch_export" else read_onnx(file)
     dtype = getattr(torch, description.dtype)
     return Artefact(_Function(run), description.preprocessing, dtype, torch.device("cpu"))
+
+
+@torch.no_grad()
+def _probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> None:
+    """Refuse a network whose tensors do not fit each other, as those of a file may."""
+    try:
+        if shape:
+            meta_copy(network, other=True)(torch.empty(1, *shape, dtype=dtype, device="meta"))
+        if shape and prod(shape) <= _SMALL:  # meta does not look at types
+            network(torch.zeros(1, *shape, dtype=dtype))
+    except Exception as error:  # whatever an operation raises about shapes
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the network in {folder} cannot be run: {reason}; export it again") from None

@@ -221,21 +221,6 @@ def test_a_program_is_opened_only_where_it_is_trusted(
         assert "add --trust true" in capsys.readouterr().err
 
 
-def test_an_onnx_file_cannot_refer_to_files_elsewhere(copy: Callable[[Kind], Path]) -> None:
-    import onnx
-
-    folder = copy("onnx")
-    model = onnx.load(folder / "model.onnx")
-    tensor = next(t for t in model.graph.initializer if t.dims)
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    entry = tensor.external_data.add()
-    entry.key, entry.value = "location", "../../secret"
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    sign(folder, "onnx")
-    assert "refers to weights in another place" in refused(folder)
-
-
 @pytest.mark.parametrize("kind", ["torch_export", "onnx"])
 def test_damaged_files_are_refused_in_one_line(kind: Kind, copy: Callable[[Kind], Path]) -> None:
     folder = copy(kind)
@@ -246,7 +231,7 @@ def test_damaged_files_are_refused_in_one_line(kind: Kind, copy: Callable[[Kind]
     assert "is missing, damaged, or of another export" in refused(folder)
     file.write_bytes(content[: len(content) // 2])
     sign(folder, kind)
-    assert "is damaged" in refused(folder, trust=True)
+    assert "export the network again" in refused(folder, trust=True)
     file.unlink()
     assert "is missing, damaged, or of another export" in refused(folder)
 

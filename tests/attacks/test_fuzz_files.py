@@ -1,0 +1,167 @@
+"""Files of an exported network with random changes whose digests fit again: a clean refusal, or no harm.
+
+The default tests try a few of each kind; ``pytest -m slow tests/attacks`` tries all that are promised.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_sparse.cli.main import main
+from offload_sparse.export.convert import export_network
+from offload_sparse.export.open import open_artefact
+from tests.support.hostile_files import (
+    RAW,
+    attempt,
+    change_header,
+    mutated,
+    run_once,
+    save_networks,
+    sign_description,
+    sign_structure,
+)
+
+FEW = {"structure": 40, "description": 20, "summary": 20, "header": 20, "onnx": 10}
+ALL = {"structure": 600, "description": 600, "summary": 600, "header": 200, "onnx": 50}
+COUNTS = [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("networks")
+    for network in save_networks(folder):
+        export_network(network, "onnx", folder / f"{network.name}_onnx")
+    return folder
+
+
+def opened(folder: Path) -> None:
+    network = open_artefact(folder)
+    run_once(network.network, tuple(network.preprocessing.shape)[:3])
+
+
+def tried(
+    sources: list[Path],
+    count: int,
+    change: Callable[[Path, random.Random], None],
+    tmp_path: Path,
+    action: Callable[[Path], object] = opened,
+) -> int:
+    """Change and open ``count`` copies in turn; how many were refused. None may make trouble."""
+    refused = 0
+    for number in range(count):
+        folder = tmp_path / "place" / "network"
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.copytree(sources[number % len(sources)], folder)
+        change(folder, random.Random(number))
+        outcome = attempt(partial(action, folder), folder)
+        assert not outcome.trouble, (number, outcome)
+        refused += bool(outcome.said)
+    return refused
+
+
+def change_document(name: str, sign: Callable[[Path, Any], None]) -> Callable[[Path, random.Random], None]:
+    def change(folder: Path, generator: random.Random) -> None:
+        content = (folder / name).read_bytes()
+        if generator.random() < 0.05:  # no JSON, or none of a kind that a library writes
+            at = generator.randrange(len(content))
+            (folder / name).write_bytes(content[:at] + generator.choice(RAW) + content[at:])
+        else:
+            sign(folder, mutated(json.loads(content), generator))
+
+    return change
+
+
+def plain(networks: Path) -> list[Path]:
+    return [networks / name for name in ("vgg_small", "resnet20_cifar", "lenet_300_100")]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_structures(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+    change = change_document("structure.json", sign_structure)
+    assert tried(plain(networks), counts["structure"], change, tmp_path) > counts["structure"] / 2
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_descriptions(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+    sources = [networks / f"{path.name}_onnx" for path in plain(networks)]
+    change = change_document("network.json", sign_description)
+    assert tried(sources, counts["description"], change, tmp_path) > counts["description"] / 4
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_summaries_beside_a_network(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+    """A model card is written of what can be read of ``summary.json``."""
+    run = tmp_path / "run"
+    shutil.copytree(networks / "vgg_small", run / "model")
+    summary = {
+        "test_accuracy": 0.5,
+        "params_ratio": 0.25,
+        "steps": 7,
+        "dataset": "a/b",
+        "rho": 0.5,
+        "device": "cpu",
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+
+    def sign(folder: Path, document: Any) -> None:
+        (folder / "summary.json").write_text(json.dumps(document))
+
+    change = change_document("summary.json", sign)
+    tried([run], counts["summary"], change, tmp_path, card)
+
+
+def card(folder: Path) -> None:
+    from offload_sparse.export.convert import _summary
+    from offload_sparse.export.hub import model_card
+    from offload_sparse.export.network_file import read_structure
+
+    model_card(read_structure(folder / "model"), _summary(folder))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_safetensors_headers(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+    def change(folder: Path, generator: random.Random) -> None:
+        change_header(folder / "weights.safetensors", lambda header: mutated(header, generator))
+        sign_structure(folder, json.loads((folder / "structure.json").read_text()))
+
+    assert tried(plain(networks), counts["header"], change, tmp_path) > counts["header"] / 2
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_onnx_files(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+    def change(folder: Path, generator: random.Random) -> None:
+        content = bytearray((folder / "model.onnx").read_bytes())
+        for _ in range(generator.choice((1, 2, 8))):
+            at = generator.randrange(len(content))
+            if generator.random() < 0.5:
+                content[at] = generator.randrange(256)
+            else:
+                del content[at : at + generator.randrange(1, 5)]
+        (folder / "model.onnx").write_bytes(content)
+        sign_description(folder, json.loads((folder / "network.json").read_text()))
+
+    sources = [networks / f"{path.name}_onnx" for path in plain(networks)]
+    tried(sources, counts["onnx"], change, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["structure.json", "weights.safetensors"])
+def test_the_command_says_one_line(
+    name: str, networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(networks / "vgg_small", tmp_path / "network"))
+    (folder / name).write_bytes(b"\x1b[2J\n" * 1000)
+    assert main(["evaluate", str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
