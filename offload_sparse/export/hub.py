@@ -55,12 +55,9 @@ def model_card(structure: Structure, summary: dict[str, Any]) -> str:
         f"`{name}`, narrowed while it was trained: the channels that are left out below are no part of the "
         "network, and its tensors are small and dense. Trained by Offload-Sparse.",
     ]
-    if summary:
-        rows = [
-            (label, form.format(summary[key]))
-            for key, label, form in _FIGURES
-            if summary.get(key) is not None
-        ]
+    figures = {key: summary[key] for key, _, form in _FIGURES if _is_figure(summary.get(key), form)}
+    if figures:
+        rows = [(label, form.format(figures[key])) for key, label, form in _FIGURES if key in figures]
         lines += ["## Figures", _table(("", ""), rows)]
     usage = (
         "```python\nfrom huggingface_hub import snapshot_download\nfrom offload_sparse import load_pruned\n\n"
@@ -93,7 +90,7 @@ def _metadata(short: str, summary: dict[str, Any]) -> dict[str, Any]:
         "metrics": ["accuracy"],
     }
     accuracy = summary.get("test_accuracy")
-    if accuracy is not None:
+    if _is_figure(accuracy, "{:.2%}"):
         dataset = _dataset_name(str(summary.get("dataset", "")))
         if "/" in dataset:
             metadata["datasets"] = [dataset]
@@ -112,18 +109,20 @@ def _metadata(short: str, summary: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+def _is_figure(value: Any, form: str) -> bool:
+    """Whether a value of ``summary.json`` is what the card says of it: a text where there is no format."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number or (form == "{}" and isinstance(value, str) and len(value) <= 100 and value.isprintable())
+
+
 _OWN_IMAGES = "own-images"
 
 
 def _dataset_name(name: str) -> str:
     """A name of the Hub as it is; the path of a folder on this machine is nobody else's business."""
-    is_name = (
-        bool(name)
-        and not Path(name).exists()
-        and name.count("/") <= 1
-        and not name.startswith((".", "/", "~"))
-    )
-    return name if is_name and not name.endswith(".parquet") else _OWN_IMAGES
+    short = 0 < len(name) <= 100 and name.isprintable() and name.count("/") <= 1
+    local = name.startswith((".", "/", "~")) or name.endswith(".parquet") or (short and Path(name).exists())
+    return name if short and not local else _OWN_IMAGES
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
