@@ -118,32 +118,31 @@ class DFBSTBenchConfig(BenchConfig):
 
 @dataclass
 class StudyConfig(BenchConfig):
-    """Learned structure against its controls: accuracy, train cost and time of every method, over seeds.
+    """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
     Attributes:
-        set: ``fashion_mnist`` (a small VGG, images of 14×14) or ``cifar10`` (ResNet-20).
+        set: ``vgg19`` or ``resnet20`` (CIFAR-10, accuracy on validation images), or ``fashion_mnist`` (a
+            small VGG, images of 14×14).
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
-        rhos: remaining ratios of channels.
+        flops: shares of the dense network's FLOPs.
         methods: which methods, by name; empty runs all.
         seeds: runs of each kind; 0 takes 3, with ``quick`` 1.
-        epochs: passes over the images; 0 takes those of the set, with ``quick`` 60 steps.
-        cache: folder in which finished runs are kept, so that the study can be interrupted; empty keeps none.
-        plot: image file for accuracy over train cost; empty draws none.
+        epochs: passes over the images of ``even``; 0 takes those of the set, with ``quick`` 40 steps.
+        cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
     """
 
-    set: Literal["fashion_mnist", "cifar10"] = "fashion_mnist"
+    set: Literal["fashion_mnist", "resnet20", "vgg19"] = "fashion_mnist"
     data: str = ""
-    rhos: list[float] = field(default_factory=lambda: [0.25, 0.1])
+    flops: list[float] = field(default_factory=lambda: [0.064])
     methods: list[str] = field(default_factory=list)
     seeds: int = 0
     epochs: int = 0
     cache: str = ""
-    plot: str = ""
 
     def __post_init__(self) -> None:
         _check(self, {"seeds": 0, "epochs": 0})
-        for rho in self.rhos:
-            _check_rho(rho)
+        for share in self.flops:
+            _check_rho(share)
 
 
 @dataclass

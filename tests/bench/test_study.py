@@ -1,4 +1,4 @@
-"""The study: every method is trained on the same images, controls take over what the recipe has found."""
+"""The study: cells are runs in folders of their own, never run twice; rows have equal train FLOPs."""
 
 from __future__ import annotations
 
@@ -6,56 +6,71 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from offload_sparse.bench import study
-from offload_sparse.bench.cells import Images
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.workloads.data.loader import Batch
-from offload_sparse.workloads.data.normalise import Normalise
+from offload_sparse.bench.study import METHODS, SETTINGS, Cell, equal_steps
+from offload_sparse.policy.width_search import CYCLES
 
 
-@pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> Images:
-    generator = torch.Generator().manual_seed(0)
-
-    def part(count: int) -> Batch:
-        labels = torch.arange(count) % 10
-        pixels = torch.randint(0, 60, (count, 1, 14, 14), generator=generator)
-        pixels[torch.arange(count), 0, labels] += 180  # each class has a bright row of its own
-        return Batch(pixels.to(torch.uint8), labels)
-
-    made = Images("rows", part(256), part(100), 10)
-    monkeypatch.setattr(study, "_images", lambda *_, **__: (made, Normalise([0.3], [0.3])))
-    return made
+def finished(folder: Path, accuracy: float) -> None:
+    (folder / "model").mkdir(parents=True)
+    summary = {"test_accuracy": accuracy, "test_loss": 1.0, "params_ratio": 0.01, "flops_ratio": 0.0169}
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": 10, "seconds": 2.0}))
+    (folder / "metrics.jsonl").write_text('{"train_flops": 5.0}\n{"epoch": 1, "train_flops": 9.0}\n')
+    groups = {"a": {"kept": [0, 1, 2]}, "b": {"kept": [4]}}
+    (folder / "model" / "structure.json").write_text(json.dumps({"groups": groups}))
 
 
-def test_every_method_has_its_figures_and_is_not_run_twice(images: Images, tmp_path: Path) -> None:
-    config = StudyConfig(rhos=[0.25], seeds=1, epochs=4, cache=str(tmp_path))
+def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = StudyConfig(set="vgg19", data="cifar10", flops=[0.0169], seeds=2, cache=str(tmp_path))
+    steps = 40 * 351
+    for name in METHODS:
+        for seed in range(2):
+            finished(Cell(config, name, 0.0169, seed, steps, tmp_path).run_dir, 0.8 + 0.02 * seed)
+    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
     result = study.run(False, config)
-    for method in study.METHODS:
-        key = f"study.fashion_mnist.rho0.25.{method}"
-        assert {f"{key}.accuracy", f"{key}.spread"} <= result.ratios.keys()
-    runs = result.raw["runs"]
-    recipe, longer = runs["rho0.25.recipe"][0], runs["rho0.25.static_longer"][0]
-    assert runs["rho0.25.static_learned"][0]["widths"] == recipe["widths"]
-    assert longer["steps"] * longer["train_cost"] == pytest.approx(
-        recipe["steps"] * recipe["train_cost"], rel=0.2
-    )
-    static = runs["rho0.25.static"][0]
-    assert recipe["flops_ratio"] <= static["flops_ratio"] * (1 + 1e-9)
-    assert runs["rho0.25.dense"][0]["flops_ratio"] == 1
-    assert static["dynamics"][0].keys() < recipe["dynamics"][0].keys()
-    files = list(tmp_path.glob("*.json"))
-    assert len(files) == len(study.METHODS)
-    for file in files:
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"accuracy": 12.5}))
-    again = study.run(False, config)
-    assert {value for key, value in again.ratios.items() if key.endswith(".accuracy")} == {12.5}
+    for name in METHODS:
+        key = f"study.vgg19.flops0.0169.{name}"
+        assert result.ratios[f"{key}.accuracy"] == pytest.approx(81)
+        assert result.ratios[f"{key}.spread"] == pytest.approx(2**0.5)
+        assert result.ratios[f"{key}.train_cost_vs_even"] == 1
+    assert all(len(row) == len(result.header) for row in result.table)
 
 
-def test_a_plot_is_drawn_of_what_there_is(tmp_path: Path) -> None:
-    point = {"accuracy": 80.0, "train_cost": 0.1, "steps": 10}
-    found = {(0.25, "static"): [point, point | {"accuracy": 82.0}], (0.1, "recipe"): [point]}
-    study.draw(found, "rows", tmp_path / "plots" / "study.png")
-    assert (tmp_path / "plots" / "study.png").stat().st_size > 1000
+def test_found_takes_the_widths_that_the_probe_has_left(tmp_path: Path) -> None:
+    config = StudyConfig(set="vgg19", data="cifar10", flops=[0.0169])
+    finished(Cell(config, "probe", 0.0169, 0, 100, tmp_path).run_dir, 0.8)
+    command = Cell(config, "found", 0.0169, 0, 100, tmp_path).command()
+    assert command[command.index("--static.widths") + 1] == "3 1"
+
+
+def test_shapes_by_hand_are_for_vgg19_only(tmp_path: Path) -> None:
+    small = StudyConfig()
+    assert not Cell(small, "published", 0.1, 0, 10, tmp_path).possible()
+    assert Cell(small, "probe", 0.1, 0, 10, tmp_path).possible()
+    assert Cell(StudyConfig(set="vgg19"), "taper", 0.1, 0, 10, tmp_path).possible()
+    with pytest.raises(ValueError, match="--data"):
+        Cell(StudyConfig(set="vgg19"), "even", 0.1, 0, 10, tmp_path).command()
+
+
+def test_steps_of_a_row_take_the_same_train_flops() -> None:
+    steps, groups = 14_000, SETTINGS["vgg19"].groups
+    assert equal_steps("even", steps, groups) == steps
+    fewer = equal_steps("probe", steps, groups)
+    assert 3 * fewer + 2 * CYCLES * 18 * groups == pytest.approx(3 * steps, rel=1e-3)
+    assert 3.8 * equal_steps("sampled", steps, groups) == pytest.approx(3 * steps, rel=1e-3)
+    assert equal_steps("probe", 100, groups) == 90
+
+
+@pytest.mark.slow
+def test_small_cells_run_and_cost_the_same(tmp_path: Path) -> None:
+    config = StudyConfig(methods=["even", "probe", "sampled", "none"], seeds=1, epochs=1, cache=str(tmp_path))
+    result = study.run(False, config)
+    for name in ("even", "probe", "sampled", "none"):
+        key = f"study.fashion_mnist.flops0.064.{name}"
+        assert result.ratios[f"{key}.accuracy"] > 20
+        assert result.ratios[f"{key}.train_cost_vs_even"] == pytest.approx(1, abs=0.12)
+    assert (tmp_path / next(p.name for p in tmp_path.iterdir())).is_dir()
