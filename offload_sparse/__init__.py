@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offload_sparse.engine.forward import Forward
-    from offload_sparse.engine.session import SparseOffload
+    from offload_sparse.engine.session import Setup, SparseOffload
     from offload_sparse.export.network_file import FinalNetwork, load_pruned
 
-__all__ = ["FinalNetwork", "Forward", "SparseOffload", "load_pruned"]
+__all__ = ["FinalNetwork", "Forward", "Setup", "SparseOffload", "load_pruned"]
 
 _HOMES = {
     "FinalNetwork": "offload_sparse.export.network_file",
     "Forward": "offload_sparse.engine.forward",
+    "Setup": "offload_sparse.engine.session",
     "SparseOffload": "offload_sparse.engine.session",
     "load_pruned": "offload_sparse.export.network_file",
 }

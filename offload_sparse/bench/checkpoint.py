@@ -20,8 +20,9 @@ import torch
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import loss_of
 from offload_sparse.config.run import CheckpointConfig
-from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.engine.state import session_state
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.checkpoint import Checkpointer
@@ -62,10 +63,11 @@ def _session(hidden: int) -> tuple[SparseOffload, tuple[torch.Tensor, torch.Tens
     session = SparseOffload(
         factory,
         (torch.empty(1, 1, 28, 28, device="meta"),),
+        optimizer_factory(OptimConfig()),
         total_steps=10**9,
         policy=PolicyConfig.paper(rho=0.25),
         rounds=RoundConfig(k=_K),
-        verify=False,
+        setup=Setup(verify=False),
     )
     images = torch.randn(_BATCH, 1, 28, 28, device=session.device)
     return session, (images, torch.randint(10, (_BATCH,)).to(session.device))

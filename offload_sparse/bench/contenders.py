@@ -31,6 +31,7 @@ from offload_sparse.bench.measure import Batch, loss_of
 from offload_sparse.bench.options import PeersConfig
 from offload_sparse.channels.subnet import build_on_meta, narrow_module
 from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
@@ -196,10 +197,10 @@ def ours(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
     session = SparseOffload(
         partial(build_network, config),
         (batch[0][:1].to("meta"),),
+        optimizer_factory(OPTIM),
         total_steps=1000 * config.k,
         policy=PolicyConfig.paper(rho=config.rho),
         rounds=RoundConfig(k=config.k),
-        optimizer=OPTIM,
         device=device,
     )
     return Contender(

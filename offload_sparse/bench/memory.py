@@ -14,7 +14,8 @@ from torch import Tensor
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import loss_of, on_ranks, peak_resident, random_batch, reset_peak, warm_up
-from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
@@ -47,6 +48,7 @@ def measure(width: float) -> dict[str, int]:
     session = SparseOffload(
         partial(build_model, "offload_sparse/vgg19_cifar", num_classes=10, in_channels=3, width=width),
         (torch.empty(1, 3, 32, 32, device="meta"),),
+        optimizer_factory(OptimConfig()),
         total_steps=10 * STEPS,
         policy=PolicyConfig.paper(rho=RHO),
         rounds=RoundConfig(k=2, reference="turns", freeze_at=1.0),

@@ -22,7 +22,8 @@ from offload_sparse.bench.measure import loss_of, on_ranks, peak_resident, rando
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.losses import TAIL
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.machine import Machine
@@ -185,12 +186,11 @@ def build_session(config: RunConfig) -> SparseOffload:
             build_model, config.model.name, data.num_classes, 3, data.image_size, **config.model.arguments
         ),
         (torch.empty(1, 3, data.image_size, data.image_size, device="meta"),),
+        optimizer_factory(config.optim),
         total_steps=ROUNDS * STEPS,
         policy=config.policy,
         rounds=config.round,
-        optimizer=config.optim,
-        final=config.final,
-        residual=config.model.residual,
+        setup=Setup(residual=config.model.residual, final=config.final),
         seed=config.train.seed,
     )
 

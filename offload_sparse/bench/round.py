@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import Batch, batch_of, default_device, loss_of, network_of, timed
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.optimizer import build_optimizer
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 
 RHO = 0.25
@@ -109,12 +109,12 @@ def measure_model(
     session = SparseOffload(
         factory,
         (torch.empty(1, *batch[0].shape[1:], device="meta"),),
+        optimizer_factory(optim),
         total_steps=100 * k * (rounds + 1),
         policy=PolicyConfig.paper(rho=RHO),
         rounds=RoundConfig(k=k, reference="turns"),
-        optimizer=optim,
         device=device,
-        verify=False,
+        setup=Setup(verify=False),
     )
     times = RoundTimes()
     for number in range(rounds + 1):
@@ -145,7 +145,7 @@ def our_round(session: SparseOffload, batch: Batch, k: int) -> tuple[list[float]
 
 def narrow_round(networks: Sequence[nn.Module], batch: Batch, k: int, optim: OptimConfig) -> list[float]:
     """Seconds of every step of the narrow pair: train one, evaluate the other, in turns."""
-    optimizers = [build_optimizer(list(network.parameters()), optim) for network in networks]
+    optimizers = [optimizer_factory(optim)(list(network.parameters())) for network in networks]
 
     def step(number: int) -> None:
         trained, other = number % 2, 1 - number % 2

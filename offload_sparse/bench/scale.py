@@ -31,8 +31,9 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import build_on_meta
-from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
 
@@ -97,10 +98,11 @@ def measure_here(width: float, rho: float, k: int, rounds: int) -> dict[str, flo
     session = SparseOffload(
         partial(build_model, _MEASURED, 10, 3, 32, width=width),
         (torch.empty(1, 3, 32, 32, device="meta"),),
+        optimizer_factory(OptimConfig()),
         total_steps=1000 * k,
         policy=PolicyConfig.paper(rho=rho),
         rounds=RoundConfig(k=k),
-        verify=False,
+        setup=Setup(verify=False),
     )
     rank = dist.get_rank() if dist.is_initialized() else 0
     batch = random_batch(_BATCH, 32, 10, session.device, torch.Generator().manual_seed(rank))

@@ -23,7 +23,8 @@ from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import VarianceConfig
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import ALPHA, PolicyConfig
 from offload_sparse.policy.estimators import CONTROLLED, ESTIMATORS, Comparison, precondition, regressed
 from offload_sparse.policy.mask_policy import MaskPolicy
@@ -156,11 +157,11 @@ def _session(config: VarianceConfig, images: Images) -> SparseOffload:
             build_model, config.model, num_classes=images.classes, in_channels=channels, image_size=height
         ),
         (torch.empty(1, *images.shape, device="meta"),),
+        optimizer_factory(OptimConfig(lr=0.05)),
         total_steps=1 << 30,
         policy=PolicyConfig.paper(rho=config.rho),
         rounds=RoundConfig(k=_K, freeze_at=1.0, prefetch=False),
-        optimizer=OptimConfig(lr=0.05),
-        verify=False,
+        setup=Setup(verify=False),
     )
 
 

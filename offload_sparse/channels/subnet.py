@@ -34,7 +34,8 @@ class Subnet:
         model: the full model, on any device (the meta device serves), with the additions of its channel map
             exposed; it is not changed.
         device: where the subnet computes.
-        integer_buffers: real values of the buffers that are not sliced, by qualified name.
+        integer_buffers: real values of the buffers that are not sliced, by qualified name; not copied, so
+            that subnets on the same device share them.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Subnet:
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_floating_point():
                 value = values.get(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-                self._set_buffer(name, value.to(device, copy=True))
+                self._set_buffer(name, value.to(device))
 
     def bind(self, selection: Selection, weights: Tensor, gradients: Tensor | None, buffers: Tensor) -> None:
         """Make the skeleton the network of ``selection``.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from offload_sparse.engine.forward import train_mode
+
 Reduce = Callable[[Tensor], Tensor]
 """Combines a tensor over ranks; returns the result, which may be the tensor itself."""
 
@@ -31,8 +33,8 @@ def reestimate_batch_norm(
 
     Each batch weighs the same: running mean = (1/n) Σ_i mean_i and running variance = (1/n) Σ_i var_i, with
     the unbiased variance of each batch. The module runs with its BatchNorms normalising by batch, and
-    everything else (dropout) in evaluation mode. Momenta and training flags are put back. A module without
-    running statistics is left alone.
+    everything else (dropout) in evaluation mode. Momenta and training flags are put back. A BatchNorm that
+    the module's own training mode holds fixed is left alone.
 
     Args:
         module: the network; its running statistics may be views of a larger buffer.
@@ -44,11 +46,13 @@ def reestimate_batch_norm(
     Raises:
         ValueError: there are no batches.
     """
-    norms = [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
-    ]
+    with flags_restored(module):
+        train_mode(module)
+        norms = [
+            layer
+            for layer in module.modules()
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.training
+        ]
     if not norms:
         return
     iterator = iter(batches)

@@ -41,12 +41,14 @@ class Reducer:
         """The parameters of the round before are no more."""
         self._buckets.clear()
 
-    def begin(self, side: int, module: nn.Module, buffer: Tensor, passes: int) -> None:
+    def begin(
+        self, side: int, parameters: Callable[[], Sequence[nn.Parameter]], buffer: Tensor, passes: int
+    ) -> None:
         """The backward passes of a step, so many, are about to fill ``buffer``: gradients, then scalars.
 
         Args:
             side: which subnet of the pair.
-            module: the subnet; its gradients are views of ``buffer``.
+            parameters: gives its parameters, whose gradients are views of ``buffer``, in the order of that.
             buffer: [gradients + tail].
             passes: backward passes that add to the gradients.
         """
@@ -55,7 +57,7 @@ class Reducer:
         if not goes_in_buckets(gradients, self._world_size):
             return
         if side not in self._buckets:
-            self._buckets[side] = Buckets(list(module.parameters()), gradients)
+            self._buckets[side] = Buckets(parameters(), gradients)
         self._present = self._buckets[side]
         self._present.begin(passes)
 

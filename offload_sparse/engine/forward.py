@@ -21,21 +21,28 @@ Closure = Callable[[nn.Module], Any]
 
 MOST_METRICS = 11
 
+OWN_BACKWARD = (
+    "the closure calls backward by itself; return the loss, and give session.step a list of closures for a "
+    "batch in parts"
+)
+
 
 @dataclass
 class Forward:
     """How a forward pass is run.
 
     Attributes:
-        autocast: context of forward passes.
+        autocast: context of forward passes, such as ``accelerator.autocast``.
         frozen_batch_norm: normalise with the running statistics.
+        scaler: for fp16; its settings are those of the scale of the losses, which a session keeps by itself.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     frozen_batch_norm: bool = False
+    scaler: torch.amp.GradScaler | None = None
 
     def train_mode(self, module: nn.Module) -> None:
-        module.train()
+        train_mode(module)
         if self.frozen_batch_norm:
             for layer in module.modules():
                 if isinstance(layer, _BatchNorm):
@@ -51,8 +58,21 @@ class Forward:
     def evaluated(self, module: nn.Module, closure: Closure) -> Tensor:
         """Loss under the same conditions as a trained pass, without a graph and without a trace."""
         self.train_mode(module)
-        with self.autocast(), batch_statistics(module):
-            return _checked(closure(module))[0]
+        try:
+            with self.autocast(), batch_statistics(module):
+                return _checked(closure(module))[0]
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(OWN_BACKWARD) from error
+
+
+def train_mode(module: nn.Module) -> None:
+    """The module's own training mode; layers that are in evaluation mode while it is in training stay so."""
+    fixed = [layer for layer in module.modules() if not layer.training] if module.training else []
+    module.train()
+    for layer in fixed:
+        layer.training = False
 
 
 def _checked(result: Any) -> tuple[Tensor, Metrics]:

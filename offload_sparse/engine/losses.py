@@ -1,6 +1,6 @@
 """What a step measures: the losses of both subnets and further scalars, which ride behind the gradients.
 
-    | gradients … | loss | L(a) | L(b) | sum of the gradients | ranks that had a batch | metrics … |
+| gradients … | loss | L(a) | L(b) | sum of the gradients | ranks that had a batch | metrics … |
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ class Losses:
         """Forget the steps that have not been read."""
         self._steps.clear()
 
-    def read(self, steps_done: int, per_rank: bool = False) -> list[StepRecord]:
+    def read(self, steps_done: int, per_rank: bool = False, scaled: bool = False) -> list[StepRecord]:
         """The records of the steps since the last time, in order. Waits for the device; every rank calls it
         at the same step.
 
         Args:
             steps_done: optimizer steps of the run so far.
             per_rank: with the losses of every rank.
+            scaled: losses are scaled, so that a gradient that is not finite is no fault.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -84,7 +85,7 @@ class Losses:
         records = []
         for i, (row, (_, own, compared, names)) in enumerate(zip(rows, steps, strict=True)):
             metrics = dict(zip(names, row[METRICS:], strict=False))
-            if not all(map(math.isfinite, row[:LIVE])):
+            if not all(map(math.isfinite, row[: GRADIENT_SUM if scaled else LIVE])):
                 where = ranks_where(not bool(own.isfinite().all()), self._world_size)
                 fault = describe_fault(steps_done - len(steps) + i, where, row[LOSS])
                 records.append(StepRecord(row[LOSS], None, metrics, fault))

@@ -1,82 +1,412 @@
-"""torch's own optimizers over one flat parameter, with their state in buffers that the store gathers and
-scatters.
+"""torch's own optimizers over the flat weights of a subnet, with their state in the store.
+
+    store, subnet   weights | slots: state tensors with a value per weight, such as the momentum buffer
+    session         scalars: all other state, such as the number of steps that Adam corrects its bias by
+
+Which is which is found by stepping the optimizer on a tiny parameter. One whose step of a weight depends on
+other weights, or whose state has another form, is refused: a weight that is absent for a while could not go
+on where it stopped. Weights of one parameter group lie side by side in every flat buffer, frozen ones at its
+end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.channels.selection import Layout
 from offload_sparse.engine.config import OptimConfig
 
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+"""Parameters or parameter groups -> optimizer: ``functools.partial(torch.optim.SGD, lr=0.1,
+momentum=0.9)``.
+"""
 
-def slot_names(config: OptimConfig) -> tuple[str, ...]:
-    """State tensors that the optimizer keeps per weight, under torch's names."""
+Grouping = Callable[[str], Mapping[str, Any] | None]
+"""Name of a parameter -> settings of its group (``{"lr": 0.01}``), or None for those of the factory."""
+
+_ADVICE = "give one whose step of a weight depends on that weight alone, such as SGD, Adam, AdamW or RMSprop"
+_ENTRIES = 6
+
+
+def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
+    """The torch optimizer that ``config`` describes; its schedule is the caller's."""
     if config.name == "adamw":
-        return ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if config.momentum > 0 else ()
-
-
-def build_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """The torch optimizer that ``config`` describes."""
-    if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
+        return lambda parameters: torch.optim.AdamW(
+            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+    return lambda parameters: torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
 
 
-class FlatOptimizer:
-    """One optimizer step over the flat weights of a subnet; its state lives in the given slot buffers.
+def slot_names(config: OptimConfig) -> tuple[str, ...]:
+    """State tensors that the optimizer of ``config`` keeps per weight, under torch's names."""
+    return probe(optimizer_factory(config)).slots
 
-    A fresh zero momentum buffer makes torch's first step equal to its own first step, so absent channels that
-    come back simply carry on where they stopped. The bias correction of AdamW counts the steps of the whole
-    run, not of a channel.
+
+# --- what an optimizer keeps ---
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What an optimizer keeps.
+
+    Attributes:
+        name: its class.
+        slots: state tensors with a value per weight, under the optimizer's own names.
+        initial: the value that each begins with.
+        scalars: all other state of a parameter, before the first step.
+        group_scalars: settings of its groups that it changes by itself.
+        fused: whether it leaves out a step by itself where it is told to, without a wait.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    initial: Mapping[str, float]
+    scalars: Mapping[str, Any]
+    group_scalars: tuple[str, ...]
+    fused: bool
+
+
+class _FirstValues(dict[str, Any]):
+    """State of a parameter that remembers what every entry was first set to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if value is not None:
+            self.first.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
+        super().__setitem__(key, value)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+
+def probe(factory: OptimizerFactory, device: torch.device | None = None) -> OptimizerState:
+    """Find out what an optimizer keeps, by stepping it on a tiny parameter.
 
     Args:
-        config: which optimizer, and its constants.
-        weights: flat parameters of the subnet; updated in place.
-        gradients: flat gradients.
-        slots: flat state buffers by the names of ``slot_names``; updated in place.
+        factory: makes the optimizer.
+        device: where the weights will be.
+
+    Raises:
+        ValueError: it is no factory, or its optimizer cannot be used; names it.
+    """
+    parameter = nn.Parameter(torch.zeros(_ENTRIES, device=device))
+    optimizer = build_optimizer(factory, [parameter])
+    name, group = type(optimizer).__name__, optimizer.param_groups[0]
+    before = dict(group)
+    state = _FirstValues()
+    for key, value in optimizer.state.get(parameter, {}).items():
+        state[key] = value
+    optimizer.state[parameter] = state
+    # With weights and gradients of zero, whatever the first step makes of a slot is its initial value.
+    _step(optimizer, [parameter], [torch.zeros_like(parameter)])
+    slots = {k: v for k, v in state.first.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
+    scalars = {k: v for k, v in state.first.items() if k not in slots}
+    odd = [
+        k for k, v in scalars.items() if getattr(v, "shape", ()) or not isinstance(v, int | float | Tensor)
+    ]
+    odd += [k for k, v in slots.items() if v.dtype != parameter.dtype or not k.isidentifier()]
+    if odd:
+        raise ValueError(f"{name} keeps {odd[0]!r}, neither a value per weight nor a scalar; {_ADVICE}")
+    changed = tuple(k for k, v in group.items() if k != "params" and (k not in before or v != before[k]))
+    found = OptimizerState(
+        name,
+        tuple(slots),
+        {key: float(value[0]) for key, value in slots.items()},
+        scalars,
+        changed,
+        group.get("fused") is True,
+    )
+    _check_entries(factory, found, device)
+    return found
+
+
+def build_optimizer(factory: OptimizerFactory, parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer of ``factory``, in its fused form where it has one and no other was asked for.
+
+    Raises:
+        ValueError: the factory is none.
+    """
+    example = "give a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1)"
+    if isinstance(factory, torch.optim.Optimizer):
+        name = type(factory).__name__
+        raise ValueError(f"the optimizer is an instance of {name}, over other parameters; {example}")
+    if isinstance(factory, OptimConfig):
+        raise ValueError(f"the optimizer is the settings of a run, which have a schedule; {example}")
+    try:
+        optimizer = factory(parameters)
+    except (TypeError, ValueError) as error:
+        name = getattr(getattr(factory, "func", factory), "__name__", repr(factory))
+        raise ValueError(f"the optimizer {name} cannot be made ({error}); {example}") from None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"the optimizer function returns {type(optimizer).__name__}; {example}")
+    for group in optimizer.param_groups:
+        if "fused" in group and group["fused"] is None and not group.get("foreach"):
+            group["fused"] = not group.get("differentiable")
+    return optimizer
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever a third party's optimizer raises
+        name = type(optimizer).__name__
+        raise ValueError(f"{name} cannot step a flat parameter by itself ({error}); {_ADVICE}") from None
+
+
+def _check_entries(factory: OptimizerFactory, found: OptimizerState, device: torch.device | None) -> None:
+    """Three steps on a parameter equal those on its two halves, by optimizers that are given their state."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4, _ENTRIES, generator=generator).to(device)
+    whole = nn.Parameter(draws[0].clone())
+    optimizer = build_optimizer(factory, [whole])
+    halves = [half.clone() for half in draws[0].split(_ENTRIES // 3 * 2)]
+    keeps = [{name: torch.full_like(half, found.initial[name]) for name in found.slots} for half in halves]
+    groups = [Group((), {})]
+    given = [SubnetOptimizer(factory, groups, found, whole.device) for _ in halves]
+    for gradient in draws[1:]:
+        _step(optimizer, [whole], [gradient])
+        for half, keep, part, own in zip(
+            halves, keeps, gradient.split(_ENTRIES // 3 * 2), given, strict=True
+        ):
+            own.over([half], [part.clone()], [keep]).step(torch.zeros((), device=device))
+    if not torch.allclose(whole.detach(), torch.cat(halves), rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            f"the step that {found.name} makes of a weight depends on other weights, or on which step is its "
+            f"first (norms, dampening); {_ADVICE}"
+        )
+
+
+# --- groups ---
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with settings of their own.
+
+    Attributes:
+        names: in the order of the flat buffers.
+        settings: those that differ from the factory's.
+    """
+
+    names: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+def group_parameters(model: nn.Module, grouping: Grouping | None, no_decay: bool) -> list[Group]:
+    """The parameter groups of ``model`` (on any device): those with equal settings together, frozen ones left
+    out.
+
+    Args:
+        model: the network.
+        grouping: settings by the name of a parameter.
+        no_decay: no weight decay of vectors and scalars (biases, scales and shifts of norms).
+
+    Raises:
+        ValueError: no parameter is trained, or ``grouping`` returns something else.
+    """
+    groups: list[tuple[dict[str, Any], list[str]]] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        settings = {} if grouping is None else grouping(name)
+        if not isinstance(settings, Mapping | None):
+            raise ValueError(
+                f"groups({name!r}) is {settings!r}; return a dict such as {{'lr': 0.01}}, or None"
+            )
+        own = dict(settings or {})
+        if no_decay and parameter.dim() <= 1:
+            own.setdefault("weight_decay", 0.0)
+        names = next((names for known, names in groups if known == own), None)
+        if names is None:
+            groups.append((own, names := []))
+        names.append(name)
+    if not groups:
+        raise ValueError("no parameter of the model has requires_grad; there is nothing to train")
+    return [Group(tuple(names), settings) for settings, names in groups]
+
+
+# --- steps ---
+
+
+class SubnetOptimizer:
+    """The optimizer of a session: its settings, and the scalars of its state.
+
+    Args:
+        factory: makes the optimizer.
+        groups: the parameter groups.
+        kept: what it keeps.
+        device: where the weights are.
+        clip_norm: largest norm of the gradient of a subnet; 0 clips nothing.
+
+    Attributes:
+        shown: an optimizer with the same groups over stand-ins, for learning-rate schedulers and for whoever
+            sets ``param_groups``.
+        scalars: per group.
+
+    Raises:
+        ValueError: a setting of a group is unknown to the optimizer.
     """
 
     def __init__(
         self,
-        config: OptimConfig,
-        weights: Tensor,
-        gradients: Tensor,
-        slots: Mapping[str, Tensor],
+        factory: OptimizerFactory,
+        groups: Sequence[Group],
+        kept: OptimizerState,
+        device: torch.device,
+        clip_norm: float = 0.0,
     ) -> None:
-        self._clip_norm = config.clip_norm
-        self._flat = nn.Parameter(weights)
-        self._flat.grad = gradients
-        self._optimizer = build_optimizer([self._flat], config)
-        state: dict[str, Tensor] = dict(slots)
-        self._step = torch.zeros((), dtype=torch.float32, device=weights.device)
-        if config.name == "adamw":
-            state["step"] = self._step
-        self._optimizer.state[self._flat].update(state)
+        self._factory, self.groups, self.kept = factory, groups, kept
+        self._clip_norm = clip_norm
+        self.shown = build_optimizer(
+            factory, [{"params": [nn.Parameter(torch.zeros(1, device=device))], **g.settings} for g in groups]
+        )
+        for group in groups:
+            if unknown := group.settings.keys() - self.shown.defaults.keys():
+                known = ", ".join(sorted(self.shown.defaults))
+                raise ValueError(f"{kept.name} has no setting {min(unknown)!r} of a group; it has {known}")
+        self.scalars = [self._first_scalars(group, device) for group in self.shown.param_groups]
 
-    def step(self, lr: float, steps_done: int, found_inf: Tensor | None = None) -> None:
-        """Clip (if configured) and apply the gradients with learning rate ``lr``.
+    def _first_scalars(self, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        place = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        return {
+            name: value.to(place, copy=True) if isinstance(value, Tensor) else value
+            for name, value in self.kept.scalars.items()
+        }
+
+    def over(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        slots: Sequence[Mapping[str, Tensor]],
+    ) -> FlatOptimizer:
+        """An optimizer of the given flat weights of each group; its slots and weights are updated in
+        place.
+        """
+        return FlatOptimizer(self, self._factory, weights, gradients, slots, self._clip_norm)
+
+    def slices(self, layout: Layout) -> list[slice]:
+        """Where the weights of each group lie in a flat buffer of ``layout``, whose tensors are in the order
+        of the groups.
+        """
+        starts = [layout.offsets[group.names[0]] for group in self.groups]
+        last = self.groups[-1].names[-1]
+        end = layout.offsets[last] + prod(layout.shapes[last])
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+
+
+class FlatOptimizer:
+    """Steps of the flat weights of one subnet, until its buffers are those of another.
+
+    A slot that has its initial value makes the first step equal to the optimizer's own first step, so absent
+    channels that come back simply go on where they stopped. The bias correction of Adam counts the steps of
+    the whole run, not of a channel.
+    """
+
+    def __init__(
+        self,
+        session: SubnetOptimizer,
+        factory: OptimizerFactory,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        slots: Sequence[Mapping[str, Tensor]],
+        clip_norm: float,
+    ) -> None:
+        self._session, self._clip_norm = session, clip_norm
+        self._flat = [nn.Parameter(part) for part in weights]
+        for parameter, gradient in zip(self._flat, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer = build_optimizer(factory, [{"params": [p]} for p in self._flat])
+        for parameter, state in zip(self._flat, slots, strict=True):
+            self._optimizer.state[parameter] = dict(state)
+
+    def step(self, not_finite: Tensor, steps_done: int | None = None) -> None:
+        """Clip (if configured) and apply the gradients.
 
         Args:
-            lr: learning rate.
-            steps_done: optimizer steps of the run before this one, on whichever subnet.
-            found_inf: float32 scalar on the device; weights and slots stay as they are unless it is 0.
-                Nothing waits for its value.
+            not_finite: float32 scalar on the device; weights and slots stay as they are unless it is 0.
+                Nothing on a device waits for its value.
+            steps_done: optimizer steps of the run before this one, on whichever subnet; None: as the scalars
+                say.
         """
         if self._clip_norm > 0:
-            nn.utils.clip_grad_norm_([self._flat], self._clip_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._step.fill_(steps_done)
-        # torch's fused optimizers read this attribute, as they do for torch.amp.GradScaler.
-        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            nn.utils.clip_grad_norm_(self._flat, self._clip_norm)
+        self._take_settings(steps_done)
+        kept = self._session.kept
+        if kept.fused:
+            # torch's fused optimizers read this attribute, as they do for torch.amp.GradScaler.
+            self._optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+            self._optimizer.step()
+        elif not_finite.device.type == "cpu":
+            if not bool(not_finite):
+                self._optimizer.step()
+        else:
+            self._step_or_undo(not_finite)
+        for parameter, scalars in zip(self._flat, self._session.scalars, strict=True):
+            scalars.update({name: self._optimizer.state[parameter][name] for name in scalars})
+        for own, shown in zip(self._optimizer.param_groups, self._session.shown.param_groups, strict=True):
+            shown.update({name: own[name] for name in kept.group_scalars})
+
+    def _take_settings(self, steps_done: int | None) -> None:
+        for own, shown in zip(self._optimizer.param_groups, self._session.shown.param_groups, strict=True):
+            own.update({name: value for name, value in shown.items() if name != "params"})
+        for parameter, scalars in zip(self._flat, self._session.scalars, strict=True):
+            if steps_done is not None and "step" in scalars:
+                count = scalars["step"]
+                scalars["step"] = count.fill_(steps_done) if isinstance(count, Tensor) else steps_done
+            self._optimizer.state[parameter].update(scalars)
+
+    def _step_or_undo(self, not_finite: Tensor) -> None:
+        """For optimizers that are not fused: keep what was there, since nothing may wait for the device."""
+        tensors = [t for p in self._flat for t in (p.data, *self._optimizer.state[p].values())]
+        tensors = [t for t in tensors if isinstance(t, Tensor) and t.device == not_finite.device]
+        before = [tensor.clone() for tensor in tensors]
         self._optimizer.step()
+        for tensor, old in zip(tensors, before, strict=True):
+            torch.where(not_finite > 0, old, tensor, out=tensor)
+
+
+# --- fp16 ---
+
+
+class LossScale:
+    """The scale of fp16 losses: as that of ``torch.amp.GradScaler``, without a wait for the device.
+
+    Args:
+        scaler: whose settings are taken; its own state is not touched.
+        device: where the gradients are.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
+        self._growth, self._backoff = scaler.get_growth_factor(), scaler.get_backoff_factor()
+        self._interval = scaler.get_growth_interval()
+        self.state = torch.tensor([scaler.get_scale(), 0.0], device=device)  # scale, good steps in a row
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 scalar: losses are multiplied by it, gradients divided."""
+        return self.state[0].clone()
+
+    def update(self, not_finite: Tensor) -> None:
+        """Lower the scale after a step that was not finite, raise it after ``growth_interval`` good ones."""
+        scale, good = self.state
+        good = torch.where(not_finite > 0, 0.0, good + 1)
+        full = good >= self._interval
+        factor = torch.where(not_finite > 0, self._backoff, torch.where(full, self._growth, 1.0))
+        self.state.copy_(torch.stack([scale * factor, torch.where(full, 0.0, good)]))

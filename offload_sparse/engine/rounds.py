@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from enum import Enum
@@ -30,7 +31,7 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, Reference, RoundConfig
 from offload_sparse.engine.distributed import Reducer, assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
-from offload_sparse.engine.forward import Closure, Forward, Metrics, bound
+from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound
 from offload_sparse.engine.losses import (
     GRADIENT_SUM,
     LIVE,
@@ -41,6 +42,7 @@ from offload_sparse.engine.losses import (
     put,
     share,
 )
+from offload_sparse.engine.optimizer import LossScale
 from offload_sparse.engine.probing import run_probe
 from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.transfers import Transfer, Transfers
@@ -50,6 +52,14 @@ from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
 logger = logging.getLogger(__name__)
+
+EMA = "ema"
+"""The kind of arrays of the store that holds the moving average of the weights."""
+
+MOST_SKIPPED = 10
+"""As many steps that are not finite, one after the other, are no bad luck with a batch; nor are more than
+these that are one in a hundred.
+"""
 
 Masks = tuple[Tensor, ...]
 """bool[C] each: the mask of subnet a, then those of b (one for all ranks, or one for each)."""
@@ -84,6 +94,7 @@ class Rounds:
         rounds, final: settings.
         on_nonfinite: what a loss or gradient that is not finite leads to.
         freeze_step: optimizer steps after which the final mask is chosen.
+        ema: decay of the moving average of the weights that is kept once it is; 0 keeps none.
 
     Attributes:
         pair: the subnets of the round that is open, if one is.
@@ -108,8 +119,9 @@ class Rounds:
         forward: Forward,
         rounds: RoundConfig,
         final: FinalConfig,
-        on_nonfinite: OnNonFinite,
-        freeze_step: int,
+        on_nonfinite: OnNonFinite = "stop",
+        freeze_step: int = sys.maxsize,
+        ema: float = 0.0,
     ) -> None:
         self.channel_map, self.policy, self.transfers, self.cost = channel_map, policy, transfers, cost
         self.ranks, self.forward, self.rounds, self.final = ranks, forward, rounds, final
@@ -126,7 +138,11 @@ class Rounds:
         self.round_bytes, self._bytes_before = 0, 0
         self._mask_flops = 0, 0  # of subnets a and b of the open round
         self.after_round: Callable[[tuple[Side, ...]], None] | None = None
-        self.lr = 0.0
+        self.ema, self.ema_steps = ema, 0
+        scaler = forward.scaler if forward.scaler is not None and forward.scaler.is_enabled() else None
+        self.loss_scale = None if scaler is None else LossScale(scaler, transfers.device)
+        self._unproven = True  # that a closure leaves backward to the session
+        self._skipped, self._skipped_in_a_row = 0, 0
         self._training: Generator[Tensor | None, Request, None] | None = None
         self._joined = False
         self._s_before = policy.state_dict()
@@ -137,7 +153,7 @@ class Rounds:
         """Train round by round: each request is the closures of a step, each answer its loss, averaged over
         ranks (a scalar on the device; nothing waits for it).
         """
-        transfers, forward, losses_read = self.transfers, self.forward, self.losses
+        transfers = self.transfers
         request: Request | None = None
         loss: Tensor | None = None
         while True:
@@ -163,16 +179,16 @@ class Rounds:
                     side, buffer = pair.sides[trained], pair.reduce_buffer(trained).zero_()
                     statistics, losses, metrics = side.arrays[BUFFERS], buffer[-TAIL:], Metrics()
                     before = statistics.clone()
-                    self.reducer.begin(trained, side.module, buffer, len(closures))
+                    self.reducer.begin(trained, side.parameters, buffer, len(closures))
                     for closure in closures:
                         # The reference: a second forward pass, and no backward.
                         if reference is not None:
-                            other = forward.evaluated(pair.sides[reference].module, closure)
+                            other = self._evaluated(pair.sides[reference], closure)
                             losses[LOSS_A + reference] += share(other, len(closures))
                         # Forward and backward of the subnet that is trained.
-                        mean, metrics = forward.trained(side.module, closure)
+                        mean, metrics = self._trained(side, closure, buffer)
                         put(losses, trained, mean, metrics, len(closures))
-                        share(mean, len(closures)).backward()
+                        self._scaled(share(mean, len(closures))).backward()
                     losses[LIVE] = float(request is not Ask.JOIN)
                     # One all-reduce over the ranks; the losses ride behind the gradients.
                     own = self.reducer.finish(buffer)
@@ -181,13 +197,14 @@ class Rounds:
                         continue
                     # The optimizer moves the trained subnet, or nothing where a value is not finite.
                     not_finite = (~losses[:LIVE].isfinite().all()).to(torch.float32)
-                    pair.optimizer_step(trained, self.lr, self.steps_done, not_finite)
+                    self._unscale(pair.gradients(trained), not_finite)
+                    pair.optimizer_step(trained, not_finite, self.steps_done)
                     torch.where(not_finite > 0, before, statistics, out=statistics)
                     # Shared entries: what both subnets keep is one weight with one momentum.
                     if self._shared_entries_are_read(pair):
                         pair.copy_shared(trained)
-                    loss = losses_read.add(losses, own, reference is not None, tuple(metrics))
-                self._count(trained, reference)
+                    loss = self.losses.add(losses, own, reference is not None, tuple(metrics))
+                self._count(side, trained, reference)
                 request = None
             # Estimate: s <- project(s - eta * estimate(L(m1) - L(m2))). No mask of this round depends on it.
             if not self._estimate():
@@ -314,6 +331,8 @@ class Rounds:
         """The way to the subnets of ``masks`` on this rank."""
         first = Selection(self.channel_map, masks[0])
         if self.frozen:
+            if self.ema:
+                self.transfers.add_kind(EMA)
             return Transfer(first)
         if self.rounds.references == "shared":
             second = Selection(self.channel_map, masks[1])
@@ -332,8 +351,45 @@ class Rounds:
             return False
         return schedule == "turns" or self.round_step + 1 < self.round_length
 
-    def _count(self, trained: int, reference: int | None) -> None:
+    def _evaluated(self, side: Side, closure: Closure) -> Tensor:
+        """The loss of a subnet, without a graph and without a trace."""
+        with side.buffers_untouched():
+            return self.forward.evaluated(side.module, closure)
+
+    def _trained(self, side: Side, closure: Closure, gradients: Tensor) -> tuple[Tensor, Metrics]:
+        """The loss of a subnet, with its graph.
+
+        Raises:
+            ValueError: it has none, or the closure has run backward already; or a buffer has another shape.
+        """
+        loss, metrics = self.forward.trained(side.module, closure)
+        side.take_buffers()
+        if not loss.requires_grad:
+            raise ValueError(
+                "no gradient reaches the network: the loss that the closure returns does not depend on a "
+                "parameter with requires_grad; return the loss itself, neither detached nor as a number"
+            )
+        if self._unproven:  # once, since it waits for the device
+            self._unproven = False
+            if bool(gradients[:-TAIL].any()):
+                raise ValueError(OWN_BACKWARD)
+        return loss, metrics
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
+
+    def _unscale(self, gradients: Tensor, not_finite: Tensor) -> None:
+        """Undo the scale of the losses, and find that of the next step."""
+        if self.loss_scale is not None:
+            gradients.div_(self.loss_scale.scale)
+            self.loss_scale.update(not_finite)
+
+    def _count(self, side: Side, trained: int, reference: int | None) -> None:
         """One more step of the run is done."""
+        if self.ema and self.frozen:
+            average = side.arrays[EMA]
+            average.lerp_(side.arrays[WEIGHTS], 1 - self.ema if self.ema_steps else 1.0)
+            self.ema_steps += 1
         self.forward_flops += 3 * self._mask_flops[trained]
         if reference is not None:
             self.forward_flops += self._mask_flops[reference]
@@ -347,8 +403,10 @@ class Rounds:
         """Learn from the steps made so far. Waits for the device; every rank calls it at the same step."""
         faults = []
         per_rank = self.rounds.references == "per_rank" and not self.frozen
-        for entry in self.losses.read(self.steps_done, per_rank):
+        for entry in self.losses.read(self.steps_done, per_rank, self.loss_scale is not None):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if entry.fault else 0
             if entry.fault:
+                self._skipped += 1
                 faults.append(entry.fault)
             if entry.compared is not None and not self.frozen:
                 self._learn(entry)
@@ -381,6 +439,10 @@ class Rounds:
         """Losses or gradients were not finite; the steps themselves have moved nothing."""
         if self.on_nonfinite == "stop":
             raise FloatingPointError(faults[0])
+        most = max(MOST_SKIPPED, self.steps_done // 100)
+        if self._skipped_in_a_row >= MOST_SKIPPED or self._skipped > most:
+            many = f"{self._skipped_in_a_row} in a row, {self._skipped} of {self.steps_done} steps"
+            raise FloatingPointError(f"too many steps are not finite ({many}); the last one: {faults[-1]}")
         if self.ranks.rank == 0:
             for fault in faults:
                 logger.warning("%s; %s", fault, _CONSEQUENCES[self.on_nonfinite])
@@ -423,7 +485,7 @@ class Rounds:
             side.load(Selection(self.channel_map, mask), (WEIGHTS, BUFFERS))
             side.bind(None)
             for closure in closures:
-                losses[i] += self.forward.evaluated(side.module, closure) / len(closures)
+                losses[i] += self._evaluated(side, closure) / len(closures)
         average(losses, self.ranks.world_size)
         return losses.cpu()
 

@@ -1,6 +1,6 @@
 """``SparseOffload``: what a training loop holds.
 
-session = SparseOffload(model, (images,), optimizer=OptimConfig(lr=0.1), rho=0.25, total_steps=steps)
+session = SparseOffload(MyModel, (images,), partial(torch.optim.SGD, lr=0.1), rho=0.25, total_steps=10_000)
 for x, y in loader:  # sample, gather, K steps, estimate, scatter happen inside
     loss = session.step(lambda network: F.cross_entropy(network(x), y))
 network = session.finalize()  # network.module is an ordinary narrow nn.Module
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +31,20 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
 from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
-from offload_sparse.engine.config import (
-    FinalConfig,
-    OnNonFinite,
-    OptimConfig,
-    RoundConfig,
-    check_combination,
-)
+from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
 from offload_sparse.engine.distributed import averaged
 from offload_sparse.engine.forward import Closure, Forward, bound
 from offload_sparse.engine.losses import StepRecord
-from offload_sparse.engine.optimizer import slot_names
-from offload_sparse.engine.preparation import ModelSource, prepare
-from offload_sparse.engine.rounds import Ask, Rounds
+from offload_sparse.engine.optimizer import (
+    Grouping,
+    OptimizerFactory,
+    SubnetOptimizer,
+    group_parameters,
+    probe,
+)
+from offload_sparse.engine.preparation import ModelSource, PreparedModel, prepare
+from offload_sparse.engine.rounds import EMA, Ask, Rounds
+from offload_sparse.engine.state import load_state, whole_state
 from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.engine.transfers import Transfers
 from offload_sparse.export.network_file import FinalNetwork
@@ -52,101 +56,136 @@ from offload_sparse.store.tiers import Identity, Mode, open_tier
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 
 
+@dataclass
+class Setup:
+    """What is rarely set.
+
+    Attributes:
+        residual: residual policy of the discovery.
+        channel_map: a map made by hand, instead of the discovery.
+        block: channels per atom; budgets, caps and minimum widths count atoms.
+        verify: check slice = mask on the model before anything trains.
+        compile: compile the forward passes of the subnets; ``policy.sampler auto`` then keeps widths fixed.
+        final: how the final mask is chosen.
+        on_nonfinite: what a step whose loss or gradient is not finite leads to, beside moving nothing itself:
+            ``stop`` raises, ``skip`` goes on with the next batch, ``rollback`` goes on from the end of the
+            round before (which costs the bus a full subnet per round).
+        dtype: type of weights, slots and gradients.
+        store: where the weights are.
+        run_id: what a store in files is known by.
+        store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
+            ``replace`` initialises whatever files of this run there are.
+    """
+
+    residual: Residual = "coupled"
+    channel_map: ChannelMap | None = None
+    block: int = 1
+    verify: bool = True
+    compile: bool = False
+    final: FinalConfig = dataclasses.field(default_factory=FinalConfig)
+    on_nonfinite: OnNonFinite = "stop"
+    dtype: torch.dtype = torch.float32
+    store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+    run_id: str = ""
+    store_mode: Mode = "new"
+
+
 class SparseOffload(Rounds):
     """Trains a network whose full weights live in host memory through sampled channel subnetworks.
 
     Args:
         model: a function that builds the network (its initialisation is then replayed shard by shard, and no
             rank holds the whole network), or a network whose present weights are the start.
-        example_inputs: tensors that the network can be called with; only shapes and dtypes matter.
+        example_inputs: tensors that the network can be called with.
+        optimizer: parameters -> optimizer, such as ``partial(torch.optim.AdamW, lr=1e-3)``; any one whose
+            step of a weight depends on that weight alone.
+        rho: remaining ratio; shorthand for the one of ``policy``.
         total_steps: optimizer steps of the run; ``rounds.freeze_at`` is a share of it. Without it the final
             mask is chosen by ``freeze`` or, untrained, by ``finalize``.
-        rho: remaining ratio; shorthand for the one of ``policy``.
-        policy, rounds, optimizer, final, store: see ``offload_sparse.config.run``.
-        residual: residual policy of the discovery.
-        channel_map: a map made by hand, instead of the discovery.
-        block: channels per atom; budgets, caps and minimum widths count atoms.
+        groups: name of a parameter -> settings of its group, such as ``{"lr": 0.01}``; None for the
+            optimizer's.
+        no_decay: no weight decay of vectors (biases, scales and shifts of norms).
+        clip_norm: largest norm of the gradient of a subnet; 0 clips nothing.
+        ema: decay of a moving average of the weights, kept from the choice of the final mask on; evaluation
+            and the final network take it. 0 keeps none.
+        forward: autocast, scaler and BatchNorm mode of forward passes.
+        policy, rounds: how the keep probabilities are learned, and what happens between two draws of masks.
+        setup: what is rarely set.
         seed: seed of the initial weights and of the masks.
         device: where subnets compute; the CUDA device when there is one.
-        dtype: type of weights, slots and gradients.
-        forward: autocast and BatchNorm mode of forward passes.
-        on_nonfinite: what a step whose loss or gradient is not finite leads to, beside moving nothing itself:
-            ``stop`` raises, ``skip`` goes on with the next batch, ``rollback`` goes on from the end of the
-            round before (which costs the bus a full subnet per round).
-        verify: check slice = mask on the model before anything trains.
-        compile: compile the forward passes of the subnets; ``policy.sampler auto`` then keeps widths fixed.
-        run_id: what a store in files is known by.
-        store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
-            ``replace`` initialises whatever files of this run there are.
+
+    Attributes:
+        optimizer: shows the parameter groups, for schedulers of ``torch.optim.lr_scheduler``; its parameters
+            are stand-ins.
 
     Raises:
-        ValueError: the model cannot be narrowed, or an argument is out of range; says what to change.
+        ValueError: the model cannot be narrowed, the optimizer cannot be used, or an argument is out of
+            range; says what to change.
     """
 
     def __init__(
         self,
         model: ModelSource,
-        example_inputs: tuple[Tensor, ...],
+        example_inputs: Tensor | Sequence[Tensor],
+        optimizer: OptimizerFactory,
         *,
-        total_steps: int | None = None,
         rho: float | None = None,
+        total_steps: int | None = None,
+        groups: Grouping | None = None,
+        no_decay: bool = False,
+        clip_norm: float = 0.0,
+        ema: float = 0.0,
+        forward: Forward | None = None,
         policy: PolicyConfig | None = None,
         rounds: RoundConfig | None = None,
-        optimizer: OptimConfig | None = None,
-        final: FinalConfig | None = None,
-        store: StoreConfig | None = None,
-        residual: Residual = "coupled",
-        channel_map: ChannelMap | None = None,
-        block: int = 1,
+        setup: Setup | None = None,
         seed: int = 0,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-        forward: Forward | None = None,
-        on_nonfinite: OnNonFinite = "stop",
-        verify: bool = True,
-        compile: bool = False,
-        run_id: str = "",
-        store_mode: Mode = "new",
+        device: torch.device | str | None = None,
     ) -> None:
-        rounds = rounds or RoundConfig()
-        self.optim = optimizer or OptimConfig()
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not 0 <= ema < 1 or clip_norm < 0:
+            raise ValueError(f"ema is {ema}, clip_norm {clip_norm}; give a decay in [0, 1) and a norm >= 0")
+        setup, rounds, forward = setup or Setup(), rounds or RoundConfig(), forward or Forward()
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        bare = isinstance(example_inputs, Tensor)
+        self._example_inputs = (example_inputs,) if bare else tuple(example_inputs)
         ranks = Ranks.current()
-        storage = store or StoreConfig()
-        shard = Ranks.current(per_node=True) if storage.shard == "node" else ranks
-        prepared = prepare(model, example_inputs, residual, ranks, channel_map, verify, block)
+        shard = Ranks.current(per_node=True) if setup.store.shard == "node" else ranks
+        kept = probe(optimizer, self.device)
+        prepared = prepare(
+            model, self._example_inputs, setup.residual, ranks, setup.channel_map, setup.verify, setup.block
+        )
         self.meta_model = prepared.meta_model
-        self._example_inputs = example_inputs
         self._factory = partial(copy.deepcopy, self.meta_model) if isinstance(model, nn.Module) else model
-        pin = pin_mode(storage.pin, self.device)
-        slots = slot_names(self.optim)
-        identity = Identity.of(run_id, prepared.channel_map, dtype, ranks.world_size, ranks.rank)
-        self.tier = open_tier(storage.tier, Path(storage.path or "store"), identity, dtype, pin, store_mode)
-        names = prepared.tensor_names()
-        self.store = WeightStore(prepared.channel_map, *names, slots, dtype, shard, self.tier)
-        if self.tier.filled:
-            self.store.integer_buffers = self.tier.integers()
-        else:
+        parameter_groups = group_parameters(self.meta_model, groups, no_decay)
+        weights_optimizer = SubnetOptimizer(optimizer, parameter_groups, kept, self.device, clip_norm)
+        slots = (*kept.slots, *([EMA] if ema else []))
+        order = list(chain.from_iterable(group.names for group in parameter_groups))
+        self.store = _store(prepared, order, slots, setup, ranks, shard, self.device)
+        self.tier = self.store.tier
+        if not self.tier.filled:
             prepared.fill(self.store, seed)
+            for name, value in kept.initial.items():
+                if value:
+                    self.store.arrays[name].fill_(value)
             self.tier.complete(self.store.integer_buffers)
-        cost = CostModel(self.meta_model, prepared.channel_map, example_inputs)
+        cost = CostModel(self.meta_model, prepared.channel_map, self._example_inputs)
         probabilities = policy or PolicyConfig()
         if rho is not None:
             probabilities = dataclasses.replace(probabilities, rho=rho)
-        chosen = probabilities.resolved(compile)
+        chosen = probabilities.resolved(setup.compile)
         check_combination(chosen, rounds)
         freeze_step = None if total_steps is None else round(rounds.freeze_at * total_steps)
         masks = build_policy(chosen, prepared.channel_map.groups, seed, cost, freeze_step, total_steps)
         transfers = Transfers(
             self.store,
             self.meta_model,
-            self.optim,
+            weights_optimizer,
             self.device,
             masks.size_cap,
             delta=rounds.delta and not masks.trivial,
             overlap=not masks.trivial and rounds.overlaps(self.device.type == "cuda"),
         )
-        if compile:
+        if setup.compile:
             transfers.compile()
         super().__init__(
             prepared.channel_map,
@@ -154,37 +193,50 @@ class SparseOffload(Rounds):
             transfers,
             cost,
             ranks,
-            forward or Forward(),
+            forward,
             rounds,
-            final or FinalConfig(),
-            on_nonfinite,
+            setup.final,
+            setup.on_nonfinite,
             sys.maxsize if freeze_step is None else freeze_step,
+            ema,
         )
+        self._ended = False
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.transfers.optimizer.shown
 
     # --- the loop ---
 
-    def step(self, closure: Closure | Sequence[Closure], lr: float | None = None) -> Tensor:
+    def step(self, closure: Closure | Sequence[Closure]) -> Tensor:
         """One optimizer step; begins and ends rounds as needed.
 
         Args:
             closure: network -> mean loss of this rank's part of the batch, or (mean loss, {name: scalar}). It
                 is called twice, once for each subnet, and again when the final mask is chosen. A list of
                 closures is a batch in parts, whose gradients are averaged.
-            lr: learning rate of this step; the configured one if None.
 
         Returns:
             the loss averaged over ranks, a scalar on the device.
 
         Raises:
-            ValueError: a closure returns no loss, or none that depends on the network.
-            FloatingPointError: a loss or gradient was not finite, with ``on_nonfinite`` ``stop``. It is
-                noticed when records are read or the round ends; the step itself has moved nothing.
+            ValueError: a closure returns no loss, or none that depends on the network; a buffer changes its
+                shape; the session has ended.
+            FloatingPointError: a loss or gradient was not finite, with ``on_nonfinite`` ``stop``, or many
+                were. It is noticed when records are read or the round ends; the step itself has moved
+                nothing.
         """
         closures = [closure] if callable(closure) else list(closure)
+        if not closures or not all(map(callable, closures)):
+            raise ValueError(
+                "step takes a function of the network, or a list of them, such as session.step(lambda "
+                "network: F.cross_entropy(network(x), y))"
+            )
+        self._check_open()
         self._recent.append([bound(each) for each in closures])
-        self.lr = self.optim.lr if lr is None else lr
         loss = self._ask(closures)
         assert loss is not None
+        self.optimizer.step()  # moves nothing; a scheduler wants to have seen it
         return loss
 
     def freeze(self) -> None:
@@ -215,50 +267,111 @@ class SparseOffload(Rounds):
         return parameters / self.cost.dense_parameters, flops / self.cost.dense_flops
 
     @contextmanager
-    def evaluation(self, batches: Iterable[Any]) -> Iterator[nn.Module]:
-        """The subnet now in training, with BatchNorm statistics of ``batches``. Every rank calls it."""
+    def evaluation(self, batches: Iterable[Any] | None = None) -> Iterator[nn.Module]:
+        """The subnet now in training, in evaluation mode. Every rank enters it; one that has had fewer
+        batches waits here for the others.
+
+        Args:
+            batches: training batches for the BatchNorm statistics, such as a loader; of one with more parts
+                than the network has inputs, the first ones are its inputs. The last ones of the training if
+                None.
+        """
+        self._check_open()
         self._join()
         side = self._open().sides[0]
-        kept = side.arrays[BUFFERS].clone()
+        average = side.arrays.get(EMA) if self.ema_steps else None
+        kinds = (BUFFERS,) if average is None else (BUFFERS, WEIGHTS)
+        kept = {kind: side.arrays[kind].clone() for kind in kinds}
         try:
             # Other batch sizes and modes than those of training are not worth compiling for.
             with torch.compiler.set_stance("force_eager"):
+                if average is not None:
+                    side.arrays[WEIGHTS].copy_(average)
                 self._reestimate(side.module, batches)
-                yield side.module
+                self.forward.train_mode(side.module)
+                modes = [(layer, layer.training) for layer in side.module.modules()]
+                yield side.module.eval()
         finally:
-            side.arrays[BUFFERS].copy_(kept)
-            self.forward.train_mode(side.module)
+            for kind, values in kept.items():
+                side.arrays[kind].copy_(values)
+            for layer, training in modes:
+                layer.training = training
 
     def finalize(self, batches: Iterable[Any] | None = None) -> FinalNetwork:
         """End the training: choose the mask if that has not happened, re-estimate BatchNorm, take the network
         out. Every rank calls it; one that has had fewer batches waits here for the others.
 
         Args:
-            batches: training batches for the statistics, in the form that the module takes as input; the last
-                ``final.selection_batches`` of the training if None.
+            batches: training batches for the BatchNorm statistics, as in ``evaluation``.
 
         Returns:
             the narrow network, an ordinary ``nn.Module`` with its own memory, and its mask.
         """
+        self._check_open()
         self._join()
         self._ask(Ask.FINISH)
         if self.final_mask is None:
+            self._warn_of_untrained_mask()
             self._choose_final_mask()
         assert self.final_mask is not None
         side = self.transfers.scratch()
-        side.load(Selection(self.channel_map, self.final_mask), (WEIGHTS, BUFFERS))
+        selection = Selection(self.channel_map, self.final_mask)
+        side.load(selection, (WEIGHTS, BUFFERS))
+        if self.ema_steps:
+            self.store.gather(selection, EMA, side.arrays[WEIGHTS])
         side.bind(None)
         module = self._extract(side)
         self.transfers.close()
-        if batches is None:
-            recent = chain.from_iterable(self._recent)
-            self._reestimate(module, recent, lambda network, closure: closure(network))
-        else:
-            self._reestimate(module, batches)
-        return FinalNetwork(module, self.final_mask, self.channel_map, self._factory, self._example_inputs)
+        self._reestimate(module, batches)
+        self._ended = True
+        network = module.eval()
+        return FinalNetwork(network, self.final_mask, self.channel_map, self._factory, self._example_inputs)
+
+    # --- saving ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, in the middle of a round too; torch's own generators are
+        the loop's. Every rank calls it. Rank 0 returns the rows of all ranks (it then holds the whole state),
+        the others what is small: ``torch.save`` it on rank 0, register the session with
+        ``accelerator.register_for_checkpointing``, or give it to ``torch.distributed.checkpoint``.
+        """
+        self._check_open()
+        self._join()
+        self.catch_up()
+        return whole_state(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume bit for bit from what ``state_dict`` returned, on any number of ranks (in the middle of a
+        round
+        with BatchNorm statistics of each rank: on as many). Every rank calls it; rank 0 has the rows.
+
+        The final mask is chosen on the last batches: if fewer than ``final.selection_batches`` steps are left
+        to its choice, give those before to ``remember``, in order.
+
+        Raises:
+            ValueError: the state belongs to another model, policy or optimizer.
+        """
+        load_state(self, state)
+        self._ended = False
+
+    # --- parts ---
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise ValueError("finalize has ended this session; build a new one, or load a state into it")
+
+    def _warn_of_untrained_mask(self) -> None:
+        if self.steps_done < self.freeze_step:
+            known = self.freeze_step < sys.maxsize
+            search = f"which takes {self.freeze_step}" if known else "which total_steps or freeze() would end"
+            warnings.warn(
+                f"finalize after {self.steps_done} steps of the search, {search}: the mask is chosen now, "
+                "and nothing has trained the network that it gives",
+                stacklevel=3,
+            )
 
     def _extract(self, side: Side) -> nn.Module:
-        """The network that ``side`` holds, as a module with memory of its own, in evaluation mode."""
+        """The network that ``side`` holds, as a module with memory of its own."""
         module = meta_copy(self.meta_model)
         for name, own in list(side.module.named_parameters()):
             value = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
@@ -267,8 +380,43 @@ class SparseOffload(Rounds):
             set_tensor(module, name, buffer.detach().clone())
         fit_attributes(module)
         set_additions(module, side.selection, self.device)
-        return module.eval()
+        return module
 
-    def _reestimate(self, module: nn.Module, batches: Iterable[Any], run: Run = nn.Module.__call__) -> None:
-        if not self.forward.frozen_batch_norm:
-            reestimate_batch_norm(module, batches, partial(averaged, world_size=self.ranks.world_size), run)
+    def _reestimate(self, module: nn.Module, batches: Iterable[Any] | None) -> None:
+        """Replace the BatchNorm statistics by those of ``batches``, or of the last closures."""
+        if self.forward.frozen_batch_norm:
+            return
+        run: Run = self._run
+        if batches is None:
+            batches, run = chain.from_iterable(self._recent), lambda network, closure: closure(network)
+        mean = partial(averaged, world_size=self.ranks.world_size)
+        reestimate_batch_norm(module, islice(batches, self.final.bn_batches), mean, run)
+
+    def _run(self, network: nn.Module, batch: Any) -> object:
+        """Put a batch through the network: as many of its parts as that has inputs."""
+        parts = batch if isinstance(batch, tuple | list) else (batch,)
+        return network(*(part.to(self.device) for part in parts[: len(self._example_inputs)]))
+
+
+def _store(
+    prepared: PreparedModel,
+    order: Sequence[str],
+    slots: tuple[str, ...],
+    setup: Setup,
+    ranks: Ranks,
+    shard: Ranks,
+    device: torch.device,
+) -> WeightStore:
+    """The store, with the trained parameters in ``order`` and behind them those that are not."""
+    parameters, buffers = prepared.tensor_names()
+    names = (*order, *(name for name in parameters if name not in set(order)))
+    run_id = setup.run_id
+    if names != parameters:  # the files of a run with other groups do not fit
+        run_id += "#" + hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+    identity = Identity.of(run_id, prepared.channel_map, setup.dtype, ranks.world_size, ranks.rank)
+    pin, folder = pin_mode(setup.store.pin, device), Path(setup.store.path or "store")
+    tier = open_tier(setup.store.tier, folder, identity, setup.dtype, pin, setup.store_mode)
+    store = WeightStore(prepared.channel_map, names, buffers, slots, setup.dtype, shard, tier)
+    if tier.filled:
+        store.integer_buffers = tier.integers()
+    return store

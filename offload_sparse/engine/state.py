@@ -8,10 +8,14 @@ BatchNorm statistics that each rank has gathered by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.engine.forward import Closure
@@ -86,8 +90,9 @@ def restore_session(session: Rounds, state: MethodState) -> None:
 def small_state(session: Rounds) -> MethodState:
     """Everything but the store."""
     policy = session.policy.state_dict()
-    integers = session.transfers.store.integer_buffers
-    tensors = {f"integer_buffers/{name}": value.clone() for name, value in integers.items()}
+    integers = session.transfers.integer_buffers
+    tensors = {f"integer_buffers/{name}": value.cpu().clone() for name, value in integers.items()}
+    tensors |= {name: torch.as_tensor(value).cpu().clone() for name, value in _scalars(session).items()}
     tensors |= {f"policy/{name}": value for name, value in policy["tensors"].items()}
     if session.final_mask is not None:
         tensors["final_mask"] = session.final_mask.clone()
@@ -101,6 +106,7 @@ def small_state(session: Rounds) -> MethodState:
         "bytes_fetched": session.transfers.bytes_fetched,
         "bytes_returned": session.transfers.bytes_returned,
         "policy_frozen": policy["frozen"],
+        "ema_steps": session.ema_steps,
     }
     local = {}
     if session.masks is not None:
@@ -123,10 +129,13 @@ def restore_small(session: Rounds, state: MethodState) -> None:
     try:
         learned = {n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")}
         session.policy.load_state_dict({"tensors": learned, "frozen": meta["policy_frozen"]})
-        for name, own in session.transfers.store.integer_buffers.items():
+        for name, own in session.transfers.integer_buffers.items():
             own.copy_(tensors[f"integer_buffers/{name}"])
+        for name, scalar in _scalars(session).items():
+            _set_scalar(session, name, scalar, tensors[name])
         session.steps_done, session.rounds_done = int(meta["steps_done"]), int(meta["rounds_done"])
         session.forward_flops = float(meta["forward_flops"])
+        session.ema_steps = int(meta["ema_steps"])
         transfers = session.transfers
         transfers.bytes_peak = max(transfers.bytes_peak, int(meta["subnet_bytes_peak"]))
         transfers.bytes_fetched = int(meta["bytes_fetched"])
@@ -150,6 +159,90 @@ def recall(session: Rounds, closures: Iterable[Closure]) -> None:
         session.remember(closures)
 
 
+def whole_state(session: Rounds) -> dict[str, Any]:
+    """The state of ``session`` as a user saves it. Every rank calls it.
+
+    Returns:
+        ``rows``: every tensor of the store, whole, on the first of the ranks that share one, else empty;
+        ``small``: all else, the same bytes on every rank.
+    """
+    session.transfers.settle()
+    state, store = small_state(session), session.transfers.store
+    every: list[dict[str, Tensor]] = [state.local]
+    if session.ranks.world_size > 1:
+        every = [{} for _ in range(session.ranks.world_size)]
+        dist.all_gather_object(every, state.local, group=session.ranks.host_group)
+    groups = [_settings(group) for group in session.transfers.optimizer.shown.param_groups]
+    small = {"replicated": state.replicated, "meta": state.meta, "local": every, "groups": groups}
+    file = BytesIO()
+    torch.save(small, file)
+    rows = {
+        f"{kind}/{name}": store.to_first_rank(name, kind)
+        for kind, partition in store.partitions.items()
+        for name in partition.layout.shapes
+    }
+    return {"rows": {n: t for n, t in rows.items() if t is not None}, "small": file.getvalue()}
+
+
+def load_state(session: Rounds, state: Mapping[str, Any]) -> None:
+    """Resume from what ``whole_state`` returned, on any number of ranks. Every rank calls it.
+
+    BatchNorm statistics that each rank has gathered in a round are averaged on another number of ranks.
+
+    Raises:
+        ValueError: the state belongs to another session (on every rank).
+    """
+    store, ranks = session.transfers.store, session.ranks
+    problem, small = _problem(session, state)
+    problems = [problem]
+    if ranks.world_size > 1:
+        problems = [""] * ranks.world_size
+        dist.all_gather_object(problems, problem, group=ranks.host_group)
+    if any(problems):
+        raise ValueError(next(filter(None, problems)))
+    session.transfers.forget()
+    for kind, partition in store.partitions.items():
+        for name in partition.layout.shapes:
+            store.from_first_rank(name, kind, state["rows"].get(f"{kind}/{name}"))
+    every = small["local"]
+    local = every[ranks.rank] if len(every) == ranks.world_size else _mean(every)
+    restore_small(session, MethodState({}, small["replicated"], local, small["meta"]))
+    for group, settings in zip(session.transfers.optimizer.shown.param_groups, small["groups"], strict=True):
+        group.update(settings)
+
+
+def _problem(session: Rounds, state: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Why ``state`` does not fit, or "", and its small part."""
+    store = session.transfers.store
+    try:
+        small = torch.load(BytesIO(state["small"]), weights_only=True)
+        groups = len(small["groups"])
+    except (KeyError, TypeError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        return f"this is no state_dict of a session ({type(error).__name__}: {error})".split("\n")[0], {}
+    if groups != len(session.transfers.optimizer.groups):
+        own = len(session.transfers.optimizer.groups)
+        return f"the state has {groups} parameter groups, this session {own}; give it the same groups", {}
+    rows = state.get("rows", {})
+    wanted: dict[str, tuple[int, ...]] = {}
+    for kind, partition in store.partitions.items():
+        wanted |= {f"{kind}/{name}": tuple(shape) for name, shape in partition.layout.shapes.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in rows.items()}
+    if store.ranks.rank == 0 and found != wanted:
+        odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        return f"the state and this session differ in {odd[0]!r}; is it of another model or optimizer?", {}
+    return "", small
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of a parameter group: numbers, which schedulers change."""
+    plain = {name: value for name, value in group.items() if name != "params"}
+    return {n: v for n, v in plain.items() if isinstance(v, bool | int | float | tuple | Tensor)}
+
+
+def _mean(every: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([local[name] for local in every]).mean(0) for name in every[0]}
+
+
 def _shards(session: Rounds) -> dict[str, Shard]:
     store = session.transfers.store
     return {
@@ -161,9 +254,7 @@ def _shards(session: Rounds) -> dict[str, Shard]:
     }
 
 
-def _masks(
-    session: Rounds, tensors: Mapping[str, Tensor], names: list[str]
-) -> Masks | None:
+def _masks(session: Rounds, tensors: Mapping[str, Tensor], names: list[str]) -> Masks | None:
     if not names or names[0] not in tensors:
         return None
     found = tuple(tensors[name] for name in names)
@@ -175,3 +266,22 @@ def _masks(
 def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[str]:
     """The names ``name/0``, ``name/1``, … that there are."""
     return [f"{name}/{i}" for i in range(sum(key.startswith(name + "/") for key in tensors))]
+
+
+def _scalars(session: Rounds) -> dict[str, Any]:
+    """The state of the optimizer that is no value per weight, without the number of steps; the loss scale."""
+    scalars = {
+        f"optimizer/{i}/{name}": value
+        for i, group in enumerate(session.transfers.optimizer.scalars)
+        for name, value in group.items()
+        if name != "step"
+    }
+    return scalars if session.loss_scale is None else scalars | {"loss_scale": session.loss_scale.state}
+
+
+def _set_scalar(session: Rounds, name: str, present: Any, value: Tensor) -> None:
+    if isinstance(present, Tensor):
+        present.copy_(value)
+    else:
+        _, group, key = name.split("/", 2)
+        session.transfers.optimizer.scalars[int(group)][key] = type(present)(value.item())

@@ -10,14 +10,17 @@ new value, so the pair behaves as if both were views of the full weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet
-from offload_sparse.engine.config import OptimConfig
 from offload_sparse.engine.losses import TAIL
-from offload_sparse.engine.optimizer import FlatOptimizer
+from offload_sparse.engine.optimizer import FlatOptimizer, SubnetOptimizer
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.plans import Narrow, shared_plan
@@ -34,8 +37,19 @@ class Side:
         weights, buffers: the places of its entries in the two kinds of flat buffers.
     """
 
-    def __init__(self, store: WeightStore, model: nn.Module, device: torch.device, capacity: int) -> None:
-        self.subnet = Subnet(model, device, store.integer_buffers)
+    def __init__(
+        self,
+        store: WeightStore,
+        model: nn.Module,
+        device: torch.device,
+        capacity: int,
+        integer_buffers: Mapping[str, Tensor],
+    ) -> None:
+        self.subnet = Subnet(model, device, integer_buffers)
+        self.subnet.parameter_names = tuple(store.partitions[WEIGHTS].layout.shapes)
+        self._layers = list(self.subnet.module.modules())
+        self._slots = 0
+        self._held: list[tuple[nn.Module, str, Tensor]] = []  # every buffer, as it was bound
         self.arrays: dict[str, Tensor] = {}
         self.weights: Narrow
         self.buffers: Narrow
@@ -77,6 +91,56 @@ class Side:
     def bind(self, gradients: Tensor | None) -> None:
         """Point the module at the arrays."""
         self.subnet.bind(self.selection, self.arrays[WEIGHTS], gradients, self.arrays[BUFFERS])
+        self._slots = sum(len(layer._buffers) for layer in self._layers)
+        buffers = ((layer, *entry) for layer in self._layers for entry in layer._buffers.items())
+        self._held = [(layer, leaf, value) for layer, leaf, value in buffers if value is not None]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of the module, in the order of the flat buffers."""
+        return [self.module.get_parameter(name) for name in self.subnet.parameter_names]
+
+    def take_buffers(self) -> None:
+        """After a forward pass: what it has assigned to buffers goes to the places of these.
+
+        Raises:
+            ValueError: a buffer has another shape or type than before, or is new; names it.
+        """
+        for layer, leaf, own in self._held:
+            value = layer._buffers.get(leaf)
+            if value is own:
+                continue
+            layer._buffers[leaf] = own
+            if value is None or value.shape != own.shape or value.dtype != own.dtype:
+                self._refuse(layer, leaf, _described(own), _described(value))
+            else:
+                own.copy_(value.detach())
+        if sum(len(layer._buffers) for layer in self._layers) != self._slots:
+            known = {(id(layer), leaf) for layer, leaf, _ in self._held}
+            for layer in self._layers:
+                for leaf, value in list(layer._buffers.items()):
+                    if value is not None and (id(layer), leaf) not in known:
+                        del layer._buffers[leaf]
+                        self._refuse(layer, leaf, _described(None), _described(value))
+
+    @contextmanager
+    def buffers_untouched(self) -> Iterator[None]:
+        """Inside, forward passes leave no trace in the buffers. (BatchNorm sees to its own.)"""
+        kept = [(own, own.clone()) for layer, _, own in self._held if not isinstance(layer, _BatchNorm)]
+        try:
+            yield
+        finally:
+            for layer, leaf, own in self._held:
+                layer._buffers[leaf] = own
+            if kept:
+                torch._foreach_copy_([own for own, _ in kept], [value for _, value in kept])
+
+    def _refuse(self, layer: nn.Module, leaf: str, before: str, after: str) -> None:
+        name = next(name for name, module in self.module.named_modules() if module is layer)
+        buffer = f"{name}.{leaf}".lstrip(".")
+        raise ValueError(
+            f"the forward pass turns buffer {buffer!r} from {before} into {after}; a subnet keeps the "
+            "buffers that the network is built with: register it in the constructor, in its final shape"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -96,27 +160,42 @@ class Side:
         return self._memory[kind][:size]
 
 
+def _described(buffer: Tensor | None) -> str:
+    return "nothing" if buffer is None else f"{buffer.dtype}{list(buffer.shape)}"
+
+
 class SubnetPair:
     """The trained subnet and its reference.
 
     Args:
         store: the full weights.
         model: the full model on the meta device.
-        optim: the optimizer of the weights.
+        optimizer: that of the weights.
         device: where the subnets compute.
         capacity: entries that are set aside for the weights of a subnet, once.
+        integer_buffers: buffers that are not sliced, on the device; all subnets share them.
+
+    Attributes:
+        trained_kinds: the arrays of a side that is trained.
     """
 
     def __init__(
-        self, store: WeightStore, model: nn.Module, optim: OptimConfig, device: torch.device, capacity: int
+        self,
+        store: WeightStore,
+        model: nn.Module,
+        optimizer: SubnetOptimizer,
+        device: torch.device,
+        capacity: int,
+        integer_buffers: Mapping[str, Tensor],
     ) -> None:
         self._store = store
-        self._optim = optim
-        self.sides = (Side(store, model, device, capacity), Side(store, model, device, capacity))
+        self._optimizer = optimizer
+        a, b = (Side(store, model, device, capacity, integer_buffers) for _ in range(2))
+        self.sides = a, b
         self._reduce_memory = torch.empty(0, dtype=store.dtype, device=device)
         self._optimizers: list[FlatOptimizer | None] = [None, None]
         self._shared: dict[str, BlockPlan] = {}
-        self.trained_kinds = (WEIGHTS, *store.slots, BUFFERS)
+        self.trained_kinds = (WEIGHTS, *optimizer.kept.slots, BUFFERS)
         self.loaded = False
         self.same = True
         self.train_second = False
@@ -154,6 +233,8 @@ class SubnetPair:
         """Whether the pair is made of these masks already."""
         if not self.loaded or not torch.equal(self.sides[0].selection.mask, first):
             return False
+        if self.trained_kinds != tuple(self.sides[0].arrays):
+            return False
         if self.same:
             return torch.equal(first, second)
         return self.train_second == train_second and torch.equal(self.sides[1].selection.mask, second)
@@ -169,7 +250,7 @@ class SubnetPair:
         for index, side in enumerate(self.active):
             trained = side in self.trained
             side.bind(self.gradients(index) if trained else None)
-            self._optimizers[index] = self._optimizer(index) if trained else None
+            self._optimizers[index] = self._optimizer_of(index) if trained else None
 
     def gradients(self, side: int) -> Tensor:
         """Flat gradients of a side."""
@@ -179,11 +260,11 @@ class SubnetPair:
         """Gradients of a side and, behind them, ``TAIL`` scalars."""
         return self._reduce_memory[: self.sides[side].arrays[WEIGHTS].numel() + TAIL]
 
-    def optimizer_step(self, side: int, lr: float, steps_done: int, found_inf: Tensor | None = None) -> None:
-        """Step one side; nothing moves where ``found_inf`` (a scalar on the device) is not 0."""
+    def optimizer_step(self, side: int, not_finite: Tensor, steps_done: int) -> None:
+        """Step one side; nothing moves where ``not_finite`` (a scalar on the device) is not 0."""
         optimizer = self._optimizers[side]
         assert optimizer is not None, "this side was loaded without its optimizer slots"
-        optimizer.step(lr, steps_done, found_inf)
+        optimizer.step(not_finite, steps_done)
 
     def copy_shared(self, side: int) -> None:
         """Copy the entries that ``side`` has just trained to the other side, where that keeps them too."""
@@ -201,7 +282,11 @@ class SubnetPair:
         """Bytes of both subnets: weights, slots, statistics."""
         return sum(side.nbytes for side in self.active)
 
-    def _optimizer(self, side: int) -> FlatOptimizer:
-        arrays = self.sides[side].arrays
-        slots = {name: arrays[name] for name in self._store.slots}
-        return FlatOptimizer(self._optim, arrays[WEIGHTS], self.gradients(side), slots)
+    def _optimizer_of(self, side: int) -> FlatOptimizer:
+        arrays, gradients = self.sides[side].arrays, self.gradients(side)
+        groups = self._optimizer.slices(self.sides[side].weights.layout)
+        return self._optimizer.over(
+            [arrays[WEIGHTS][group] for group in groups],
+            [gradients[group] for group in groups],
+            [{name: arrays[name][group] for name in self._optimizer.kept.slots} for group in groups],
+        )

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.selection import Selection
-from offload_sparse.engine.config import OptimConfig
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.losses import TAIL
+from offload_sparse.engine.optimizer import SubnetOptimizer
 from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.timeline import Timeline
 from offload_sparse.store.copy.copy import copy_blocks
@@ -74,13 +74,14 @@ class Transfers:
     Args:
         store: the full weights.
         model: the full model on the meta device.
-        optim: the optimizer of the weights.
+        optimizer: that of the weights.
         device: where the subnets compute.
         capacity: most parameters that a subnet has; the buffers are allocated for them, once.
         delta: leave entries that stay on the device; needs room for two pairs.
         overlap: move entries while a round computes; needs ``delta``.
 
     Attributes:
+        integer_buffers: buffers that are not sliced, on the device, by name.
         bytes_fetched, bytes_returned: bytes that have left, and come back to, this rank's rows.
         bytes_peak: largest bytes of subnets and gradients so far.
         before_return: called before the store is written to.
@@ -92,14 +93,17 @@ class Transfers:
         self,
         store: WeightStore,
         model: nn.Module,
-        optim: OptimConfig,
+        optimizer: SubnetOptimizer,
         device: torch.device,
         capacity: int,
         delta: bool = True,
         overlap: bool = False,
     ) -> None:
         self.store = store
-        self._pairs = [SubnetPair(store, model, optim, device, capacity) for _ in range(1 + delta)]
+        self.optimizer, self.device = optimizer, device
+        self.integer_buffers = {name: value.to(device) for name, value in store.integer_buffers.items()}
+        parts = (store, model, optimizer, device, capacity, self.integer_buffers)
+        self._pairs = [SubnetPair(*parts) for _ in range(1 + delta)]
         self._current = 0
         self._reduce_memory = torch.empty(capacity + TAIL, dtype=store.dtype, device=device)
         self._side_stream = SideStream(device) if overlap else None
@@ -140,6 +144,12 @@ class Transfers:
         self.pair.bind(self._gradient_memory())
         self.bytes_peak = max(self.bytes_peak, self.nbytes)
         return self.pair
+
+    def add_kind(self, kind: str) -> None:
+        """From the next round on, trained subnets have an array of ``kind`` (of the store), too."""
+        for pair in self._pairs:
+            if kind not in pair.trained_kinds:
+                pair.trained_kinds = (*pair.trained_kinds[:-1], kind, BUFFERS)
 
     def prefetch(self, transfer: Transfer) -> None:
         """Begin to fetch what the next round needs and the present one does not train."""

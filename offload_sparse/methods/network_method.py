@@ -18,7 +18,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.distributed import average
 from offload_sparse.engine.losses import StepRecord
-from offload_sparse.engine.optimizer import build_optimizer, slot_names
+from offload_sparse.engine.optimizer import optimizer_factory, slot_names
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Task
@@ -56,7 +56,7 @@ class FixedNetwork:
             device_ids = [task.device] if task.device.type == "cuda" else None
             self._parallel = DistributedDataParallel(self.module, device_ids=device_ids)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._optimizer = build_optimizer(parameters, task.config.optim)
+        self._optimizer = optimizer_factory(task.config.optim)(parameters)
         self._fill_slots()
         self._skips = task.config.train.on_nonfinite == "skip"
         self._halted = torch.zeros((), device=task.device)

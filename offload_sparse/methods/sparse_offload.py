@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.losses import StepRecord
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.engine.state import IN_PLACE, MethodState, recall, restore_session, session_state
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Method, Task
@@ -32,7 +33,9 @@ class SparseOffloadMethod:
         self._loss_fn, self._steps = task.loss_fn, task.total_steps
 
     def train_step(self, batch: Any, lr: float) -> None:
-        self.session.step(partial(self._loss_fn, batch=batch), lr)
+        for group in self.session.optimizer.param_groups:
+            group["lr"] = lr
+        self.session.step(partial(self._loss_fn, batch=batch))
 
     def span(self, step: int) -> tuple[int, int]:
         policy = self.session.policy
@@ -108,26 +111,30 @@ def build(task: Task) -> Method:
     config = task.config
     folder = Path(config.store.path or config.run_dir / "store")
     carries_on = config.resume == "auto" and not config.overwrite and is_filled(folder)
+    setup = Setup(
+        residual=config.model.residual,
+        block=config.atoms.block,
+        verify=config.train.check,
+        compile=config.compile,
+        final=config.final,
+        on_nonfinite=config.train.on_nonfinite,
+        dtype=task.dtype,
+        store=replace(config.store, path=str(folder)),
+        run_id=str(config.run_dir.resolve()),
+        store_mode="replace" if config.overwrite else "resume" if carries_on else "new",
+    )
     session = SparseOffload(
         task.factory,
         task.example_inputs,
+        optimizer_factory(config.optim),
         total_steps=task.total_steps,
+        clip_norm=config.optim.clip_norm,
+        forward=task.forward,
         policy=config.policy,
         rounds=config.round,
-        optimizer=config.optim,
-        final=config.final,
-        store=replace(config.store, path=str(folder)),
-        residual=config.model.residual,
-        block=config.atoms.block,
+        setup=setup,
         seed=config.train.seed,
         device=task.device,
-        dtype=task.dtype,
-        forward=task.forward,
-        verify=config.train.check,
-        compile=config.compile,
-        run_id=str(config.run_dir.resolve()),
-        on_nonfinite=config.train.on_nonfinite,
-        store_mode="replace" if config.overwrite else "resume" if carries_on else "new",
     )
     if config.store.tier == "ram":
         return SparseOffloadMethod(session, task)

@@ -130,7 +130,7 @@ class WeightStore:
         buffers = Partition(Layout.of({n: tuple(shapes[n]) for n in buffer_names}), world_size)
         self.partitions = {WEIGHTS: weights, BUFFERS: buffers, **dict.fromkeys(slots, weights)}
         self._shards = {kind: p.shard(self.ranks.rank) for kind, p in self.partitions.items()}
-        place: Tier = tier or MemoryTier(dtype, pin=False)
+        place = self.tier = tier or MemoryTier(dtype, pin=False)
         self.arrays = {kind: place.allocate(kind, shard.size) for kind, shard in self._shards.items()}
         self._direct = place.direct
         prepare(self.arrays[WEIGHTS].numel())
@@ -166,21 +166,45 @@ class WeightStore:
             self.fill(tensors.items())
             return
         group, first = self.ranks.host_group, self.ranks.first
-        for name in (*self.partitions[WEIGHTS].layout.shapes, *self.partitions[BUFFERS].layout.shapes):
-            own = self.own_rows(name)
-            if tensors is None:
-                if own.numel():
-                    dist.recv(own, src=first, group=group)
-                continue
-            own.copy_(self._rows_of(name, 0, tensors[name]))
-            for rank in range(1, self.ranks.world_size):
-                rows = self._rows_of(name, rank, tensors[name])
-                if rows.numel():
-                    dist.send(rows.contiguous(), dst=first + rank, group=group)
+        for kind in (WEIGHTS, BUFFERS):
+            for name in self.partitions[kind].layout.shapes:
+                self.from_first_rank(name, kind, None if tensors is None else tensors[name])
         integers = {n: t for n, t in (tensors or {}).items() if not t.is_floating_point()}
         shared = [integers]
         dist.broadcast_object_list(shared, src=first, group=group)
         self.integer_buffers = shared[0]
+
+    def from_first_rank(self, name: str, kind: str, tensor: Tensor | None) -> None:
+        """Take this rank's rows of tensor ``name`` (of the slot ``kind``), which rank 0 alone has whole."""
+        own, group, first = self.own_rows(name, kind), self.ranks.host_group, self.ranks.first
+        if self.ranks.rank:
+            if own.numel():
+                dist.recv(own, src=first, group=group)
+            return
+        assert tensor is not None, "the first rank has the tensors"
+        own.copy_(self._rows_of(name, 0, tensor).reshape(own.shape))
+        for rank in range(1, self.ranks.world_size):
+            rows = self._rows_of(name, rank, tensor)
+            if rows.numel():
+                dist.send(rows.contiguous(), dst=first + rank, group=group)
+
+    def to_first_rank(self, name: str, kind: str) -> Tensor | None:
+        """A copy of the whole tensor ``name`` (of the slot ``kind``) on rank 0, None elsewhere."""
+        own, group, first = self.own_rows(name, kind), self.ranks.host_group, self.ranks.first
+        if self.ranks.rank:
+            if own.numel():
+                dist.send(own.contiguous(), dst=first, group=group)
+            return None
+        partition = self.partitions[kind]
+        whole = torch.empty(partition.layout.shapes[name], dtype=self.dtype)
+        rows = whole if whole.dim() else whole.view(1)
+        for rank in range(self.ranks.world_size):
+            low, high = partition.rows(name, rank)
+            if rank == 0:
+                rows[low:high].copy_(own.view(rows[low:high].shape))
+            elif rows[low:high].numel():
+                dist.recv(rows[low:high], src=first + rank, group=group)
+        return whole
 
     def gather(self, selection: Selection, kind: str, out: Tensor) -> None:
         """Assemble the kept entries of ``kind`` on every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.forward import Closure
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig
 
@@ -29,15 +30,17 @@ def session_of(folder: Path, mode: str = "new", tier: str = "file") -> SparseOff
     return SparseOffload(
         network,
         (torch.empty(2, 6),),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
         total_steps=K * ROUNDS,
         policy=PolicyConfig.paper(rho=0.5, lr=0.05),
         rounds=RoundConfig(k=K, freeze_at=1),
-        optimizer=OptimConfig(lr=0.1),
-        store=StoreConfig(tier, str(folder)),  # type: ignore[arg-type]
-        device=torch.device("cpu"),
-        run_id="test",
-        store_mode=mode,  # type: ignore[arg-type]
-        verify=False,
+        setup=Setup(
+            store=StoreConfig(tier, str(folder)),  # type: ignore[arg-type]
+            run_id="test",
+            store_mode=mode,  # type: ignore[arg-type]
+            verify=False,
+        ),
+        device="cpu",
     )
 
 

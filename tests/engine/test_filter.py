@@ -15,7 +15,8 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import additions, expose_additions
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.static import narrow_initialised
 from offload_sparse.policy.config import PolicyConfig
@@ -34,14 +35,13 @@ def make_session(
     return SparseOffload(
         net,
         IMAGES,
+        optimizer_factory(OPTIM),
         total_steps=total,
         policy=policy,
         rounds=rounds,
-        optimizer=OPTIM,
-        residual="filter",
+        setup=Setup(residual="filter", dtype=torch.float64),
         seed=3,
-        device=torch.device("cpu"),
-        dtype=torch.float64,
+        device="cpu",
     )
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from offload_sparse import Forward, SparseOffload, load_pruned
-from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.forward import Closure
 from offload_sparse.policy.config import PolicyConfig
 
 Batch = tuple[Tensor, Tensor]
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 class Spectrogram(nn.Module):
@@ -73,7 +74,7 @@ def test_a_loop_of_ones_own_ends_with_a_narrow_network_that_has_learned(
     session = SparseOffload(
         Spectrogram,
         (torch.empty(1, 2, 32),),
-        optimizer=OptimConfig(lr=0.05),
+        partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         rho=0.5,
         total_steps=epochs * len(loader),
         rounds=RoundConfig(k=4, freeze_at=0.25),
@@ -99,6 +100,7 @@ def test_a_session_works_inside_an_accelerator_that_the_user_has_made(signals: T
     session = SparseOffload(
         Spectrogram(),
         (torch.empty(1, 2, 32),),
+        SGD,
         rho=0.5,
         device=accelerator.device,
         forward=Forward(accelerator.autocast),
@@ -119,7 +121,7 @@ def test_a_session_works_inside_an_accelerator_that_the_user_has_made(signals: T
 
 
 def test_without_a_number_of_steps_the_user_says_when_the_mask_is_fixed(signals: TensorDataset) -> None:
-    session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), rho=0.5, rounds=RoundConfig(k=3))
+    session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), SGD, rho=0.5, rounds=RoundConfig(k=3))
     batches = [(signals.tensors[0][i::6], signals.tensors[1][i::6]) for i in range(6)]
     for batch in batches[:4]:
         session.step(loss_of(batch))
@@ -138,7 +140,7 @@ def test_finalize_takes_its_statistics_from_the_last_batches_or_from_those_it_is
     signals: TensorDataset,
 ) -> None:
     def trained() -> SparseOffload:
-        session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), rho=1.0)
+        session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), SGD, rho=1.0)
         for i in range(4):
             session.step(loss_of((signals.tensors[0][i::4], signals.tensors[1][i::4])))
         return session
@@ -152,15 +154,15 @@ def test_finalize_takes_its_statistics_from_the_last_batches_or_from_those_it_is
 
 
 def test_a_session_that_has_not_trained_needs_batches() -> None:
-    session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), rho=0.5)
+    session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), SGD, rho=0.5)
     with pytest.raises(ValueError, match=r"need at least one batch; give finalize\(\) some"):
         session.finalize()
 
 
 def test_rho_is_that_of_the_policy_if_both_are_given() -> None:
     session = SparseOffload(
-        Spectrogram, (torch.empty(1, 2, 32),), policy=PolicyConfig(rho=0.5, lr=0.1), rho=0.25
+        Spectrogram, (torch.empty(1, 2, 32),), SGD, policy=PolicyConfig(rho=0.5, lr=0.1), rho=0.25
     )
     assert (session.policy.config.rho, session.policy.config.lr) == (0.25, 0.1)
     with pytest.raises(ValueError, match="give a remaining ratio"):
-        SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), rho=1.5)
+        SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), SGD, rho=1.5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.forward import Closure
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
 
@@ -41,11 +41,12 @@ def test_two_hundred_rounds_take_no_more_memory_than_thirty(transfer: str) -> No
     session = SparseOffload(
         factory,
         (torch.empty(2, 1, 16, 16, device="meta"),),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
         total_steps=10**6,
         policy=PolicyConfig.paper(rho=0.5),
         rounds=RoundConfig(k=K, transfer=transfer),  # type: ignore[arg-type]
-        device=torch.device("cpu"),
-        verify=False,
+        setup=Setup(verify=False),
+        device="cpu",
     )
     batch = torch.randn(4, 1, 16, 16), torch.randint(4, (4,))
     sizes = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.export.network_file import load_pruned, read_structure
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
@@ -57,11 +57,12 @@ def test_a_session_trains_and_exports_a_network_that_can_be_read_back(
     session = SparseOffload(
         factory,
         IMAGES,
+        partial(torch.optim.SGD, lr=0.01, momentum=0.9),
         total_steps=6,
         policy=PolicyConfig.paper(rho=0.5, hard_cap=1.0),
         rounds=RoundConfig(k=2, freeze_at=0.7),
-        block=block,
-        device=torch.device("cpu"),
+        setup=Setup(block=block),
+        device="cpu",
     )
     generator = torch.Generator().manual_seed(0)
     batches: list[Any] = [
@@ -69,7 +70,7 @@ def test_a_session_trains_and_exports_a_network_that_can_be_read_back(
         for _ in range(6)
     ]
     for batch in batches:
-        assert torch.isfinite(session.step(partial(loss, batch=batch), lr=0.01))
+        assert torch.isfinite(session.step(partial(loss, batch=batch)))
     network = session.finalize([batches[0][0]])
     groups = network.channel_map.groups
     assert int(network.mask.sum()) <= max(session.policy.cap, len(groups))
@@ -83,7 +84,9 @@ def test_a_session_trains_and_exports_a_network_that_can_be_read_back(
 
 
 def test_widths_are_multiples_of_the_block() -> None:
-    session = SparseOffload(resnet, IMAGES, total_steps=1, block=8, device=torch.device("cpu"), verify=False)
+    session = SparseOffload(
+        resnet, IMAGES, torch.optim.SGD, total_steps=1, setup=Setup(block=8, verify=False), device="cpu"
+    )
     first, _ = session.policy.sample(0)
     network = session.finalize([torch.randn(2, 3, 32, 32)])
     assert len(first) == session.channel_map.num_atoms == 448 // 8

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from offload_sparse import FinalNetwork, SparseOffload, load_pruned
+from offload_sparse import FinalNetwork, Setup, SparseOffload, load_pruned
 from offload_sparse.channels.subnet import other_tensors
 from offload_sparse.export import network_file, read_back
 from offload_sparse.export.convert import export_network
@@ -36,9 +36,11 @@ def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def trained(model: Any, images: tuple[Tensor, ...] = IMAGES, steps: int = 3, **more: Any) -> FinalNetwork:
     torch.manual_seed(0)
-    session = SparseOffload(model, images, rho=0.5, total_steps=steps, **more)
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    session = SparseOffload(model, images, optimizer, rho=0.5, total_steps=steps, setup=Setup(**more))
     for _ in range(steps):
-        session.step((torch.randn(8, *images[0].shape[1:]), torch.randint(0, 4, (8,))), loss)
+        batch = torch.randn(8, *images[0].shape[1:]), torch.randint(0, 4, (8,))
+        session.step(partial(loss, batch=batch))
     return session.finalize()
 
 

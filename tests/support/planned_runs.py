@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.models import build_model
@@ -56,12 +57,11 @@ def build_session(config: RunConfig) -> SparseOffload:
             build_model, config.model.name, data.num_classes, 3, data.image_size, **config.model.arguments
         ),
         (torch.empty(1, 3, data.image_size, data.image_size, device="meta"),),
+        optimizer_factory(config.optim),
         total_steps=ROUNDS * STEPS,
         policy=config.policy,
         rounds=config.round,
-        optimizer=config.optim,
-        final=config.final,
-        residual=config.model.residual,
+        setup=Setup(final=config.final, residual=config.model.residual),
         seed=config.train.seed,
     )
 

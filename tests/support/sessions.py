@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.forward import Closure
-from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.forward import Closure, Forward
+from offload_sparse.engine.optimizer import Grouping, OptimizerFactory, optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import WeightStore
 from tests.support.channel_maps import SmallNet, small_map
@@ -46,22 +48,34 @@ def small_net(batch_norm: bool = True) -> SmallNet:
 
 
 def make_session(
-    net: SmallNet, policy: PolicyConfig, rounds: RoundConfig, total: int = 10**6, **more: object
+    net: nn.Module,
+    policy: PolicyConfig,
+    rounds: RoundConfig,
+    total: int = 10**6,
+    optimizer: OptimConfig | OptimizerFactory = OPTIM,
+    channel_map: ChannelMap | None = None,
+    forward: Forward | None = None,
+    groups: Grouping | None = None,
+    ema: float = 0.0,
+    **setup: object,
 ) -> SparseOffload:
-    options: dict[str, object] = {
-        "optimizer": OPTIM,
-        "dtype": torch.float64,
-        "device": torch.device("cpu"),
-        "seed": 3,
-    }
+    """A session in float64 on the CPU; ``setup`` as in ``Setup``."""
+    ours = isinstance(optimizer, OptimConfig)
+    found = small_map(net) if channel_map is None and isinstance(net, SmallNet) else channel_map
     return SparseOffload(
         net,
         (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),),
+        optimizer_factory(optimizer) if isinstance(optimizer, OptimConfig) else optimizer,
         total_steps=total,
+        groups=groups,
+        clip_norm=optimizer.clip_norm if ours else 0.0,  # type: ignore[union-attr]
+        ema=ema,
+        forward=forward,
         policy=policy,
         rounds=rounds,
-        channel_map=small_map(net),
-        **(options | more),  # type: ignore[arg-type]
+        setup=Setup(channel_map=found, dtype=torch.float64, **setup),  # type: ignore[arg-type]
+        seed=3,
+        device="cpu",
     )
 
 

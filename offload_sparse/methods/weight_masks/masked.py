@@ -15,7 +15,7 @@ from offload_sparse.channels.accounting import CostModel, flops_by_module
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import build_on_meta, meta_copy
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
-from offload_sparse.engine.optimizer import build_optimizer
+from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.controls import undivided_map
 from offload_sparse.methods.method import Costs, Task
@@ -55,7 +55,7 @@ class MaskedTraining(FixedNetwork):
             )
         self.network, self.sparsity = network, sparsity
         super().__init__(task, MaskedNetwork(network, sparsity), channel_map, channel_map.full_mask(), cost)
-        self._optimizer = build_optimizer(list(network.parameters()), task.config.optim)
+        self._optimizer = optimizer_factory(task.config.optim)(list(network.parameters()))
         own = [*sparsity.parameters(), *sparsity.own_parameters()]
         if own:
             self._optimizer.add_param_group({"params": own, "weight_decay": 0.0})
