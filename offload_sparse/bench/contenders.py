@@ -37,7 +37,7 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
 
 OPTIM = OptimConfig(lr=0.01)
-CLASSES = 100
+CLASSES, BATCH, RHO = 100, 8, 0.25
 _UNIT = 1 << 18
 """Layers of at least so many weights are units of their own under ``fsdp2``; the rest is one unit."""
 
@@ -70,6 +70,11 @@ class Contender:
             self.update()
 
 
+def image_size(config: PeersConfig) -> int:
+    """Side of the images in pixels."""
+    return 32 if config.model.startswith("offload_sparse/") else 64
+
+
 def build_network(config: PeersConfig) -> nn.Module:
     """The full network of ``config``.
 
@@ -84,7 +89,7 @@ def build_network(config: PeersConfig) -> nn.Module:
             arguments["width_per_group"] = round(64 * config.width)
         else:
             raise ValueError(f"{config.model} takes no width; give --width 1")
-    return build_model(config.model, CLASSES, 3, config.image_size, **arguments)
+    return build_model(config.model, CLASSES, 3, image_size(config), **arguments)
 
 
 def dense(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
@@ -97,7 +102,7 @@ def static(config: PeersConfig, device: torch.device, batch: Batch) -> Contender
 
     full = build_on_meta(partial(build_network, config))
     channel_map = discover(full, (batch[0][:1].to("meta"),))
-    module = narrow_module(full, channel_map, channel_map.uniform_mask(config.rho)).to_empty(device=device)
+    module = narrow_module(full, channel_map, channel_map.uniform_mask(RHO)).to_empty(device=device)
     for layer in module.modules():
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):
@@ -158,7 +163,7 @@ def zero(stage: int, config: PeersConfig, device: torch.device, batch: Batch) ->
         model=module,
         optimizer=_sgd(module),
         config={
-            "train_micro_batch_size_per_gpu": config.batch,
+            "train_micro_batch_size_per_gpu": BATCH,
             "zero_optimization": {"stage": stage, "offload_optimizer": host}
             | ({"offload_param": host} if stage == 3 else {})
             | buckets,
@@ -199,7 +204,7 @@ def ours(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
         (batch[0][:1].to("meta"),),
         optimizer_factory(OPTIM),
         total_steps=1000 * config.k,
-        policy=PolicyConfig.paper(rho=config.rho),
+        policy=PolicyConfig.paper(rho=RHO),
         rounds=RoundConfig(k=config.k),
         device=device,
     )

@@ -18,12 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.larger import RESUMED
@@ -51,7 +49,7 @@ class Kill:
 
     Attributes:
         step: optimizer steps done then.
-        resumed: the step that the next attempt carried on from.
+        resumed: the step that the next attempt resumed from.
     """
 
     rank: int
@@ -155,19 +153,13 @@ def _disturbed(folder: Path, number: int, faults: list[Fault]) -> Outcome:
 def _result(outcomes: list[Outcome], straight_seconds: float) -> BenchResult:
     kills = [kill for outcome in outcomes for kill in outcome.kills]
     survived = sum(len(outcome.kills) for outcome in outcomes if outcome.intact)
-    ratios = {
-        "faults.survived": survived / len(kills),
-        "faults.steps_repeated": _repeated(kills),
-    }
-    by_phase = Counter(kill.phase for kill in kills)
-    rows: list[list[Any]] = [
-        [phase, by_phase[phase], _repeated([k for k in kills if k.phase == phase])]
-        for phase in PHASES
-        if by_phase[phase]
-    ]
     intact = sum(outcome.intact for outcome in outcomes)
-    title = f"survived {survived} of {len(kills)} in {len(outcomes)} runs ({intact} intact)"
-    rows.append([title, len(kills), _repeated(kills)])
+    groups = {phase: [kill for kill in kills if kill.phase == phase] for phase in PHASES}
+    groups[f"survived {survived} of {len(kills)} in {len(outcomes)} runs ({intact} intact)"] = kills
+    repeated = {name: fmean(k.step - k.resumed for k in group) for name, group in groups.items() if group}
+    rows = [[name, len(groups[name]), steps] for name, steps in repeated.items()]
+    mean = fmean(kill.step - kill.resumed for kill in kills)
+    ratios = {"faults.survived": survived / len(kills), "faults.steps_repeated": mean}
     raw = {
         "runs": [asdict(outcome) for outcome in outcomes],
         "straight_seconds": straight_seconds,
@@ -175,7 +167,3 @@ def _result(outcomes: list[Outcome], straight_seconds: float) -> BenchResult:
         "seed": SEED,
     }
     return BenchResult(ratios, raw, ("phase", "kills", "steps repeated, mean"), rows)
-
-
-def _repeated(kills: list[Kill]) -> float:
-    return fmean(kill.step - kill.resumed for kill in kills)

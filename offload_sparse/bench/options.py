@@ -30,68 +30,23 @@ class PeersConfig(BenchConfig):
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         width: multiplier of the channels of an ``offload_sparse/vgg…`` network, or of the inner channels of
             ``torchvision/resnet50`` and its kin; 0 takes 2, with ``quick`` 0.5.
-        rho: remaining ratio of channels, for ours and for the static narrow network.
-        batch: images per step and process; 0 takes 8.
-        image_size: side of the images in pixels; 0 takes 32 for networks of this package and 64 for others.
         k: steps of a round of ours; 0 takes 50, with ``quick`` 10.
         processes: ranks, 1 or 2.
-        steps: steps that are timed of every other peer, in each repetition.
-        repetitions: fresh processes per peer, in turns; 0 takes 3, with ``quick`` 1.
         only: one peer to run beside ours (dense, fsdp2, zero2, zero3, static); empty runs all.
     """
 
     model: str = "offload_sparse/vgg19_cifar"
     width: float = 0.0
-    rho: float = 0.25
-    batch: int = 0
-    image_size: int = 0
     k: int = 0
     processes: int = 1
-    steps: int = 3
-    repetitions: int = 0
     only: str = ""
 
     def __post_init__(self) -> None:
-        _check(self, {"width": 0, "batch": 0, "image_size": 0, "k": 0, "steps": 1, "repetitions": 0})
+        _check(self, {"width": 0, "k": 0})
         if 0 < self.k < 4:
             raise ValueError(f"k is {self.k}; give at least 4 steps per round")
-        _check_rho(self.rho)
         if self.processes not in (1, 2):
             raise ValueError(f"processes is {self.processes}; give 1 or 2")
-
-
-@dataclass
-class ScaleConfig(BenchConfig):
-    """One and two processes measured, and a model of 8 to 512 GPUs.
-
-    Attributes:
-        rho: remaining ratio of channels.
-        k: steps per round.
-        gpu_batch: modelled images per GPU and step.
-        gpu_tflops: assumed sustained arithmetic of a GPU on the narrow network, in TFLOP/s.
-        bus_gbs: assumed copy rate between host and device, in GB/s per GPU.
-        link_gbs: assumed bandwidth between the GPUs of a node, in GB/s per GPU and direction.
-        network_gbs: assumed bandwidth between nodes, in GB/s per GPU and direction.
-        latency_us: assumed latency of one hop of a collective, in microseconds.
-        gpus_per_node: assumed GPUs of a node.
-    """
-
-    rho: float = 0.25
-    k: int = 50
-    gpu_batch: int = 32
-    gpu_tflops: float = 20.0
-    bus_gbs: float = 20.0
-    link_gbs: float = 150.0
-    network_gbs: float = 20.0
-    latency_us: float = 10.0
-    gpus_per_node: int = 8
-
-    def __post_init__(self) -> None:
-        _check_rho(self.rho)
-        _check(self, {"k": 1, "gpu_batch": 1, "gpus_per_node": 1, "latency_us": 0})
-        for rate in ("gpu_tflops", "bus_gbs", "link_gbs", "network_gbs"):
-            if getattr(self, rate) <= 0:
-                raise ValueError(f"{rate} is {getattr(self, rate)}; give a rate above 0")
 
 
 @dataclass
@@ -102,15 +57,13 @@ class DFBSTBenchConfig(BenchConfig):
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         seeds: runs of each kind; 0 takes 5, with ``quick`` 1.
         epochs: passes over the images; 0 takes 20, with ``quick`` 150 steps.
-        cache: folder in which finished runs are kept, so that the bench can be interrupted; empty keeps none.
-        reset_at: remaining share of a layer at which its thresholds start anew, as in DST; 0 for never.
+        cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
     """
 
     data: str = ""
     seeds: int = 0
     epochs: int = 0
     cache: str = ""
-    reset_at: float = 0.01
 
     def __post_init__(self) -> None:
         _check(self, {"seeds": 0, "epochs": 0})
@@ -173,7 +126,6 @@ class VarianceConfig(BenchConfig):
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
     "peers": PeersConfig,
-    "scale": ScaleConfig,
     "study": StudyConfig,
     "variance": VarianceConfig,
 }

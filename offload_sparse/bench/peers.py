@@ -22,13 +22,16 @@ from typing import Any
 
 import torch
 
-from offload_sparse.bench.contenders import CLASSES, CONTENDERS, Contender
+from offload_sparse.bench.contenders import BATCH, CLASSES, CONTENDERS, Contender, image_size
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.device_memory import touched_peak
 from offload_sparse.bench.measure import on_ranks, peak_resident, random_batch, reset_peak, timed, warm_up
 from offload_sparse.bench.options import PeersConfig
 
 Figures = dict[str, float]
+
+_STEPS = 3
+"""Steps that are timed of every other peer, in each repetition."""
 
 _RATIOS = {"step": "step_seconds", "device": "device_bytes", "host": "host_bytes"}
 
@@ -39,7 +42,7 @@ def run(quick: bool, config: PeersConfig | None = None) -> BenchResult:
     names = list(dict.fromkeys([config.only, "ours"])) if config.only else list(CONTENDERS)
     found: dict[str, list[Figures]] = {name: [] for name in names}
     reasons: dict[str, str] = {}
-    for _ in range(config.repetitions):
+    for _ in range(1 if quick else 3):
         for name in names:
             if name in reasons:
                 continue
@@ -61,14 +64,8 @@ def resolve(config: PeersConfig, quick: bool) -> PeersConfig:
     devices = torch.cuda.device_count()
     if torch.cuda.is_available() and config.processes > devices:
         raise ValueError(f"processes is {config.processes}, but there are {devices} CUDA devices; give fewer")
-    own = config.model.startswith("offload_sparse/")
     return replace(
-        config,
-        width=config.width or (0.5 if quick else 2.0),
-        batch=config.batch or 8,
-        image_size=config.image_size or (32 if own else 64),
-        k=config.k or (10 if quick else 50),
-        repetitions=config.repetitions or (1 if quick else 3),
+        config, width=config.width or (0.5 if quick else 2.0), k=config.k or (10 if quick else 50)
     )
 
 
@@ -93,11 +90,11 @@ def measure_here(name: str, config: PeersConfig) -> Figures:
     torch.manual_seed(0)
     warm_up()
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    batch = random_batch(config.batch, config.image_size, CLASSES, device, generator)
+    batch = random_batch(BATCH, image_size(config), CLASSES, device, generator)
     reset_peak()
     idle = peak_resident()
     contender = CONTENDERS[name](config, device, batch)
-    units = 2 if contender.unit > 1 else config.steps
+    units = 2 if contender.unit > 1 else _STEPS
     seconds = [timed(partial(_unit, contender)) / contender.unit for _ in range(units + 1)][1:]
     host = peak_resident() - idle
     return {

@@ -19,17 +19,14 @@ same share of the dense FLOPs, and as many steps as give a row the same train FL
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from offload_sparse.bench.cells import spread
+from offload_sparse.bench.cells import finished_run, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
 from offload_sparse.policy.width_search import CYCLES, PAIRS_PER_GROUP, PROBE_SHARE, SEARCH_SHARE
@@ -166,37 +163,43 @@ class Cell:
         """Whether the setting has what the method needs."""
         return bool({"published": self.setting.published, "taper": self.setting.taper}.get(self.name, True))
 
-    def command(self) -> list[str]:
-        """What is run; the widths of ``found`` are those that ``probe`` has left."""
+    def options(self) -> dict[str, Any]:
+        """Of the run; the widths of ``found`` are those that ``probe`` has left.
+
+        Raises:
+            ValueError: there are no images.
+        """
         widths = {"published": self.setting.published, "taper": self.setting.taper}.get(self.name, "")
         if self.name == "found":
-            probe = Cell(self.config, "probe", self.flops, self.seed, self.steps, self.folder)
-            widths = " ".join(map(str, probe.figures()["widths"]))
-        options = _COMMON | dict(self.setting.options) | METHODS[self.name] | {
-            "run_dir": self.run_dir,
+            widths = " ".join(map(str, replace(self, name="probe").figures()["widths"]))
+        if not self.config.data and self.config.set != "fashion_mnist":
+            raise ValueError(f"--set {self.config.set} needs images; give a folder of them with --data")
+        options = _COMMON | dict(self.setting.options) | METHODS[self.name]
+        options |= {"static.widths": widths} if widths else {}
+        options |= {"data.name": self.config.data} if self.config.data else {}
+        return options | {
             "policy.rho": self.flops,
             "train.seed": self.seed,
             "train.epochs": 1 + self.steps * _BATCH // self.setting.images,
             "train.max_steps": equal_steps(self.name, self.steps, self.setting.groups),
         }
-        if widths:
-            options["static.widths"] = widths
-        if self.config.data:
-            options["data.name"] = self.config.data
-        elif self.config.set != "fashion_mnist":
-            raise ValueError(f"--set {self.config.set} needs images; give --data a folder of them")
-        written = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "offload_sparse.cli", "train", *written]
 
     def figures(self) -> dict[str, Any]:
         """Of the finished run, which is started, or resumed, if it is not there."""
-        summary = self.run_dir / "summary.json"
-        if not summary.exists():
-            threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            done = subprocess.run(self.command(), env=os.environ | threads, stdout=subprocess.DEVNULL)
-            if done.returncode or not summary.exists():
-                raise RuntimeError(f"{self.run_dir.name} has not finished; the same command resumes it")
-        return figures_of(self.run_dir)
+        options = {} if (self.run_dir / "summary.json").exists() else self.options()
+        summary, lines = finished_run(self.run_dir, options)
+        structure = json.loads((self.run_dir / "model" / "structure.json").read_text())
+        return {
+            "accuracy": 100 * summary["test_accuracy"],
+            "test_loss": summary["test_loss"],
+            "params_ratio": summary["params_ratio"],
+            "flops_ratio": summary["flops_ratio"],
+            "train_flops": [line["train_flops"] for line in lines if "train_flops" in line][-1],
+            "steps": summary["steps"],
+            "seconds": summary["seconds"],
+            "widths": [len(group["kept"]) for group in structure["groups"].values()],
+            "probes": ([line["probes"] for line in lines if "probes" in line] or [[]])[-1],
+        }
 
 
 def equal_steps(name: str, steps: int, groups: int) -> int:
@@ -209,22 +212,3 @@ def equal_steps(name: str, steps: int, groups: int) -> int:
         return round(steps - 2 * pairs / 3)
     learned = {"sampled": 0.8, "algorithm1": 0.8, "default": 0.05}.get(name, 0.0)
     return round(steps * 3 / (3 + learned))
-
-
-def figures_of(run_dir: Path) -> dict[str, Any]:
-    """What a finished run has in its folder."""
-    summary = json.loads((run_dir / "summary.json").read_text())
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    structure = json.loads((run_dir / "model" / "structure.json").read_text())
-    probes: Sequence[Any] = [line["probes"] for line in lines if "probes" in line]
-    return {
-        "accuracy": 100 * summary["test_accuracy"],
-        "test_loss": summary["test_loss"],
-        "params_ratio": summary["params_ratio"],
-        "flops_ratio": summary["flops_ratio"],
-        "train_flops": [line["train_flops"] for line in lines if "train_flops" in line][-1],
-        "steps": summary["steps"],
-        "seconds": summary["seconds"],
-        "widths": [len(group["kept"]) for group in structure["groups"].values()],
-        "probes": probes[-1] if probes else [],
-    }

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.bench.cells import Images, batches, on_device, read_images
 from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.measure import default_device
 from offload_sparse.bench.options import VarianceConfig
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import OptimConfig, RoundConfig
@@ -30,8 +30,10 @@ from offload_sparse.policy.estimators import CONTROLLED, ESTIMATORS, Comparison,
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.run.trainer import classification_loss
 from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.loader import Batch
-from offload_sparse.workloads.data.normalise import Normalise
+from offload_sparse.workloads.data.normalise import Normalise, normalise_for
+from offload_sparse.workloads.data.source import load_splits
 from offload_sparse.workloads.models import build_model
 
 _BATCH, _K = 128, 10
@@ -50,19 +52,18 @@ def run(quick: bool, config: VarianceConfig) -> BenchResult:
         batch_size=_BATCH,
         limit=2000 if quick else 20_000,
     )
-    images, normalise = read_images(data)
+    splits = load_splits(data)
+    images = ImageSet(splits.train, data)
     steps, pairs = config.steps or (20 if quick else 600), config.pairs or (20 if quick else 200)
     count = 1 if quick else config.checkpoints
-    session = _session(config, images)
-    device = session.device
-    normalise = normalise.to(device)
+    drawn = _batches(images, normalise_for(images, data))
+    session = _session(config, next(drawn).images.shape[1:], splits.num_classes)
     checkpoints = []
-    training = _batches(images, steps, normalise)
     for number in range(1, count + 1):
         until = max(1, steps * number // count // _K) * _K
-        for batch in islice(training, until - session.steps_done):
+        for batch in islice(drawn, until - session.steps_done):
             session.step(partial(classification_loss, batch=batch))
-        measured_on = next(_batches(images, 1, normalise, seed=1))
+        measured_on = next(drawn)
         found = measure(session, measured_on, pairs)
         checkpoints.append({"step": session.steps_done, "entropy": session.policy.entropy} | found)
     last: dict[str, Any] = checkpoints[-1]
@@ -73,7 +74,7 @@ def run(quick: bool, config: VarianceConfig) -> BenchResult:
         ratios[f"variance.{name}.vs_vr_pge"] = value / variance["vr_pge"]
     ratios |= {f"variance.{name}": last[name] for name in ("V", "V_max", "mean_square_loss")}
     raw = {"checkpoints": checkpoints, "pairs": pairs, "atoms": session.channel_map.num_atoms}
-    raw |= {"model": config.model, "rho": config.rho, "images": len(images.train.labels), "batch": _BATCH}
+    raw |= {"model": config.model, "rho": config.rho, "images": len(images), "batch": _BATCH}
     rows = [
         [name, value, ratios[f"variance.{name}.vs_pge"], ratios[f"variance.{name}.vs_vr_pge"]]
         for name, value in variance.items()
@@ -150,13 +151,11 @@ def _estimates(name: str, pairs: tuple[Tensor, ...], s: Tensor, control: Tensor 
     return ESTIMATORS[name](Comparison(loss, reference, m, m_ref, s, control=control))
 
 
-def _session(config: VarianceConfig, images: Images) -> SparseOffload:
-    channels, height, _ = images.shape
+def _session(config: VarianceConfig, shape: torch.Size, classes: int) -> SparseOffload:
+    channels, height, _ = shape
     return SparseOffload(
-        partial(
-            build_model, config.model, num_classes=images.classes, in_channels=channels, image_size=height
-        ),
-        (torch.empty(1, *images.shape, device="meta"),),
+        partial(build_model, config.model, num_classes=classes, in_channels=channels, image_size=height),
+        (torch.empty(1, *shape, device="meta"),),
         optimizer_factory(OptimConfig(lr=0.05)),
         total_steps=1 << 30,
         policy=PolicyConfig.paper(rho=config.rho),
@@ -165,6 +164,10 @@ def _session(config: VarianceConfig, images: Images) -> SparseOffload:
     )
 
 
-def _batches(images: Images, steps: int, normalise: Normalise, seed: int = 0) -> Iterator[Batch]:
-    for batch in batches(images, _BATCH, seed, steps, flip=True):
-        yield on_device(batch, normalise)
+def _batches(images: ImageSet, normalise: Normalise) -> Iterator[Batch]:
+    """Random training images, where subnets compute."""
+    generator, device = torch.Generator().manual_seed(0), default_device()
+    normalise = normalise.to(device)
+    while True:
+        chosen = torch.randint(len(images), (_BATCH,), generator=generator)
+        yield Batch(normalise(images.gather(chosen)), images.labels[chosen].to(device))

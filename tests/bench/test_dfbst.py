@@ -1,4 +1,4 @@
-"""The bench of the LeNets: finished cells are kept, and the keys are those of the README."""
+"""The bench of the LeNets: finished runs are not run again, and the keys are those of the README."""
 
 from __future__ import annotations
 
@@ -6,48 +6,50 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from offload_sparse.bench import dfbst
-from offload_sparse.bench.dfbst import RESET_AT, Cell, Images
+from offload_sparse.bench import cells, dfbst
 from offload_sparse.bench.options import DFBSTBenchConfig
-from offload_sparse.workloads.data.loader import Batch
-
-CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> Images:
-    generator = torch.Generator().manual_seed(0)
+def test_every_method_has_its_figures_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(command: list[str], **_: object) -> None:
+        options = dict(zip(command[4::2], command[5::2], strict=True))
+        method, seed = options["--method"], int(options["--train.seed"])
+        folder = Path(options["--run_dir"])
+        folder.mkdir()
+        step = 0.01 if method == "dense" else 0.02
+        summary = {"test_accuracy": 0.9 + seed / 100, "seconds": 1.0, "step_seconds_median": step}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        left = {} if method == "dense" else {"forward_remaining": 0.1 + seed / 10, "backward_remaining": 0.5}
+        (folder / "metrics.jsonl").write_text("{}\n" + json.dumps(left) + "\n")
+        started.append(folder.name)
+        monkeypatch.setattr(Done, "returncode", 0)
+        return Done  # type: ignore[return-value]
 
-    def part(count: int) -> Batch:
-        labels = torch.arange(count) % 10
-        pixels = torch.randint(0, 60, (count, 1, 28, 28), generator=generator)
-        pixels[torch.arange(count), 0, 2 * labels] += 180  # each class has a bright row of its own
-        return Batch(pixels.to(torch.uint8), labels)
+    class Done:
+        returncode = 1
 
-    made = Images("rows", part(256), part(100), 10)
-    monkeypatch.setattr(dfbst, "_images", lambda name: made)
-    return made
-
-
-def test_a_finished_cell_is_not_run_again(images: Images, tmp_path: Path) -> None:
-    cell = Cell("lenet300", "dfbst", 0, 6, RESET_AT)
-    first = dfbst._kept(cell, images, CPU, str(tmp_path))
-    path = tmp_path / cell.file_name(images)
-    assert json.loads(path.read_text()) == first
-    assert first["layers"].keys() == {"fc1", "fc2", "fc3"}
-    path.write_text(json.dumps(first | {"accuracy": 12.5}))
-    assert dfbst._kept(cell, images, CPU, str(tmp_path))["accuracy"] == 12.5
-    other = Cell("lenet300", "dfbst", 1, 6, RESET_AT)
-    assert other.file_name(images) != cell.file_name(images)
-
-
-def test_every_method_has_its_figures(images: Images, tmp_path: Path) -> None:
-    result = dfbst.run(True, DFBSTBenchConfig(seeds=2, epochs=1, cache=str(tmp_path)))
+    started: list[str] = []
+    monkeypatch.setattr(cells.subprocess, "run", train)
+    config = DFBSTBenchConfig(seeds=2, cache=str(tmp_path))
+    result = dfbst.run(False, config)
+    assert len(started) == len(set(started)) == 12
     for model in ("lenet300", "lenet5"):
         for method in ("dense", "dst", "dfbst"):
             key = f"dfbst.{model}.{method}"
-            assert {f"{key}.accuracy", f"{key}.spread", f"{key}.remaining"} <= result.ratios.keys()
-            assert (result.ratios[f"{key}.remaining"] == 1) == (method == "dense")
-    assert len(list(tmp_path.glob("*.json"))) == 12
+            assert result.ratios[f"{key}.accuracy"] == pytest.approx(90.5)
+            assert result.ratios[f"{key}.remaining"] == pytest.approx(1.0 if method == "dense" else 0.15)
+            assert result.ratios[f"{key}.step_vs_dense"] == (1.0 if method == "dense" else 2.0)
+    again = dfbst.run(False, config)
+    assert again.ratios == result.ratios
+    assert len(started) == 12
+
+
+@pytest.mark.slow
+def test_a_short_run_of_each_method_has_all_figures(tmp_path: Path) -> None:
+    result = dfbst.run(True, DFBSTBenchConfig(cache=str(tmp_path)))
+    for key, value in result.ratios.items():
+        assert key.endswith((".spread", ".step_vs_dense")) or 0 < value <= 100, key
+    assert result.ratios["dfbst.lenet300.dfbst.remaining"] < 1

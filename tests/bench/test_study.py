@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_sparse.bench import study
+from offload_sparse.bench import cells, study
 from offload_sparse.bench.options import StudyConfig
 from offload_sparse.bench.study import METHODS, SETTINGS, Cell, equal_steps
 from offload_sparse.policy.width_search import CYCLES
@@ -30,7 +30,7 @@ def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
     for name in METHODS:
         for seed in range(2):
             finished(Cell(config, name, 0.0169, seed, steps, tmp_path).run_dir, 0.8 + 0.02 * seed)
-    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
     result = study.run(False, config)
     for name in METHODS:
         key = f"study.vgg19.flops0.0169.{name}"
@@ -43,8 +43,7 @@ def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
 def test_found_takes_the_widths_that_the_probe_has_left(tmp_path: Path) -> None:
     config = StudyConfig(set="vgg19", data="cifar10", flops=[0.0169])
     finished(Cell(config, "probe", 0.0169, 0, 100, tmp_path).run_dir, 0.8)
-    command = Cell(config, "found", 0.0169, 0, 100, tmp_path).command()
-    assert command[command.index("--static.widths") + 1] == "3 1"
+    assert Cell(config, "found", 0.0169, 0, 100, tmp_path).options()["static.widths"] == "3 1"
 
 
 def test_shapes_by_hand_are_for_vgg19_only(tmp_path: Path) -> None:
@@ -53,7 +52,7 @@ def test_shapes_by_hand_are_for_vgg19_only(tmp_path: Path) -> None:
     assert Cell(small, "probe", 0.1, 0, 10, tmp_path).possible()
     assert Cell(StudyConfig(set="vgg19"), "taper", 0.1, 0, 10, tmp_path).possible()
     with pytest.raises(ValueError, match="--data"):
-        Cell(StudyConfig(set="vgg19"), "even", 0.1, 0, 10, tmp_path).command()
+        Cell(StudyConfig(set="vgg19"), "even", 0.1, 0, 10, tmp_path).options()
 
 
 def test_steps_of_a_row_take_the_same_train_flops() -> None:
