@@ -33,6 +33,7 @@ class Task:
         device: where networks compute.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
+        resumes: the run has an earlier part, which weights in files belong to.
     """
 
     config: RunConfig
@@ -43,6 +44,7 @@ class Task:
     device: torch.device
     dtype: torch.dtype
     forward: Forward
+    resumes: bool = False
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ class SparseOffloadMethod:
             restore_session(self.session, state)
         elif IN_PLACE not in state.meta:
             raise ValueError("the checkpoint holds the weights of a run with store.tier ram; set it to ram")
+        elif int(state.meta[IN_PLACE]) > self.session.steps_done:
+            raise ValueError("the weights of the checkpoint are in the store of its own run; resume that one")
         else:
             self._durable.restore_random_state()
 
@@ -107,10 +109,11 @@ class SparseOffloadMethod:
 
 
 def build(task: Task) -> Method:
-    """A session for ``task``; one with a store in files carries on from these by itself."""
+    """A session for ``task``; one with a store in files resumes from these by itself."""
     config = task.config
     folder = Path(config.store.path or config.run_dir / "store")
-    carries_on = config.resume == "auto" and not config.overwrite and is_filled(folder)
+    resumes = task.resumes and is_filled(folder)
+    # In a run folder without a run whatever there is of this run's store was left by a start that died.
     setup = Setup(
         residual=config.model.residual,
         block=config.atoms.block,
@@ -121,7 +124,7 @@ def build(task: Task) -> Method:
         dtype=task.dtype,
         store=replace(config.store, path=str(folder)),
         run_id=str(config.run_dir.resolve()),
-        store_mode="replace" if config.overwrite else "resume" if carries_on else "new",
+        store_mode="resume" if resumes else "replace",
     )
     session = SparseOffload(
         task.factory,
@@ -139,6 +142,6 @@ def build(task: Task) -> Method:
     if config.store.tier == "ram":
         return SparseOffloadMethod(session, task)
     durable = DurableRounds(session)
-    if carries_on:
+    if resumes:
         durable.restore()
     return SparseOffloadMethod(session, task, durable)

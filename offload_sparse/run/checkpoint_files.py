@@ -147,6 +147,12 @@ class CheckpointFolder:
             if re.fullmatch(_PARTIAL, path.name):
                 remove(path)
 
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run goes on from this one."""
+        for folder in self.checkpoints():
+            if step_of(folder) > step:
+                self.discard(folder)
+
     def discard(self, folder: Path) -> None:
         """Remove a checkpoint; one that is half removed does not look like a checkpoint."""
         old = folder.with_name(folder.name + ".old")

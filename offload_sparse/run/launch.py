@@ -5,11 +5,12 @@ at the start.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from offload_sparse.config.run import TrainConfig
+from offload_sparse.config import parse as arguments
+from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.distributed import on_first_rank
-from offload_sparse.run.trackers import TRACKERS_FOLDER, check_trackers
+from offload_sparse.run.errors import RunError
+from offload_sparse.run.log import TRACKERS_FOLDER
 from offload_sparse.store.lock import FolderLock, lock_folder
 
 if TYPE_CHECKING:
@@ -32,6 +35,11 @@ TWO_CPU_RANKS = (
 
 _PR_SET_PDEATHSIG = 1
 
+_PROJECT = "offload_sparse"
+_PACKAGES = {"comet_ml": "comet-ml", "aim": "'aim<4'"}
+"""What is installed under another name than the tracker's."""
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _LOST_RANK = (
     "gloo",
     "Connection closed by peer",
@@ -73,6 +81,49 @@ def check_environment(environment: dict[str, str] | None = None) -> None:
             )
 
 
+@contextmanager
+def launched(config: RunConfig) -> Iterator[Accelerator]:
+    """The accelerator of this process; what may befall a run inside is one line.
+
+    Raises:
+        ValueError: ranks do not find each other, or the device cannot do what is asked.
+        RunError: memory or the disk is too small, or another process has died.
+    """
+    accelerator = start(config.train, config.run_dir, config.trackers)
+    try:
+        try:
+            yield accelerator
+        finally:
+            accelerator.end_training()  # which writes what trackers still hold
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
+        ) from error
+    except RuntimeError as error:
+        if (reason := _what_died(error, config.train.timeout)) is None:
+            raise
+        raise RunError(f"{reason}; the same command resumes from the last checkpoint") from error
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = error.filename or config.run_dir
+        raise RunError(
+            f"{where} cannot be written ({error.strerror}); free space, and the same command resumes"
+        ) from error
+
+
+def _what_died(error: RuntimeError, timeout: int) -> str | None:
+    """In words, which process an error is about; None if it is about none."""
+    if is_lost_rank(error):
+        return f"another rank has died, or has not answered within train.timeout ({timeout} s)"
+    if "DataLoader worker" in str(error):
+        return (
+            "a process that loads data was killed, most likely for want of memory (lower data.num_workers "
+            "or data.batch_size)"
+        )
+    return None
+
+
 def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerator:
     """The accelerator of this process.
 
@@ -102,6 +153,36 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
     if not accelerator.is_main_process:
         _be_quiet()
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Make sure that accelerate knows every tracker and that its package is installed (accelerate itself
+    passes over one that is not).
+
+    Raises:
+        ValueError: it does not, or it is not; says what to install.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ValueError(f"trackers names {name!r}, which accelerate does not know; give some of {known}")
+        if name not in available:
+            package = _PACKAGES.get(name, name)
+            raise ValueError(
+                f"trackers names {name}, which is not installed; run: pip install {package} "
+                "(or choose others with --trackers, none with --trackers [])"
+            )
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+    """Begin to track a run, with its settings."""
+    if config.trackers:
+        settings = arguments.flat_tree(config)
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+        accelerator.init_trackers(_PROJECT, config=plain)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""What a run leaves behind and what it shows while it runs.
+"""What a run leaves behind.
 
     run_dir/
-      config.yaml     the resolved configuration
+      config.yaml     the resolved configuration; written when the first step is about to be made
       metrics.jsonl   one JSON object per line: step, epoch, time, and whatever the trainer logs
       summary.json    the outcome, written when the run is complete
-      checkpoints/    the state of the run, to carry on from
+      checkpoints/    the state of the run, to resume from
+      store/          the weights of a store in files
       trackers/       files of trackers such as TensorBoard
-  model/          the exported network (written by the engine)
+      model/          the exported network
 
 Only the main process records; on the others every method does nothing.
 """
@@ -16,35 +17,33 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
-
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
 from offload_sparse.export.json_values import json_value
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
-from offload_sparse.run.trackers import TRACKERS_FOLDER
+from offload_sparse.run.terminal import Terminal, print_summary
+from offload_sparse.store.files import remove, sync_folder, write_file
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 MODEL_FOLDER = "model"
+TRACKERS_FOLDER = "trackers"
 
 Track = Callable[[dict[str, float], int], None]
 """Receives the finite numbers of a line of metrics, and the step."""
 
-_SHOWN = ("loss", "accuracy", "validation_accuracy", "test_accuracy", "expected_size", "entropy")
-_KNOWN = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MODEL_FOLDER, CHECKPOINT_FOLDER, TRACKERS_FOLDER)
+_OUTCOME = (SUMMARY_FILE, MODEL_FOLDER)
+_PARTS = (*_OUTCOME, CHECKPOINT_FOLDER, TRACKERS_FOLDER)
+_KNOWN = (CONFIG_FILE, METRICS_FILE, *_PARTS)
 
 
 class Recorder:
@@ -58,7 +57,7 @@ class Recorder:
         config: configuration of the run.
         is_main: whether this is the process that records.
         track: receives every line of metrics too, for accelerate's trackers.
-        carries_on: ``run_dir`` holds the earlier part of this run.
+        resumes: ``run_dir`` holds the earlier part of this run.
 
     Raises:
         ValueError: ``run_dir`` cannot be written, or holds a run already and ``overwrite`` is off.
@@ -69,24 +68,19 @@ class Recorder:
         config: RunConfig,
         is_main: bool = True,
         track: Track | None = None,
-        carries_on: bool = False,
+        resumes: bool = False,
     ) -> None:
         self.config = config
         self.is_main = is_main
         self.track = track
-        self._bar: tqdm[Any] | None = None
+        self.resumes = resumes
+        self.terminal = Terminal(config.quiet or not is_main)
         self._metrics: TextIO | None = None
-        self._total_steps = 0
         self._steps_per_epoch = 1
-        self._step = 0
-        self._epochs_told = 0
-        self._latest: dict[str, Any] = {}
-        self._begun = self._began_here = time.monotonic()
-        self._first_step = 0
-        self.carries_on = carries_on
+        self._begun = time.monotonic()
         if is_main:
             check_writable(config.run_dir)
-            if not carries_on:
+            if not resumes:
                 check_run_dir(config.run_dir, config.overwrite)
 
     @property
@@ -94,51 +88,46 @@ class Recorder:
         """Where the exported network belongs."""
         return self.config.run_dir / MODEL_FOLDER
 
-    def begin(self, total_steps: int, steps_per_epoch: int, step: int = 0, seconds: float = 0.0) -> None:
+    def begin(
+        self,
+        total_steps: int,
+        steps_per_epoch: int,
+        step: int = 0,
+        seconds: float = 0.0,
+        origin: str | None = None,
+    ) -> None:
         """Begin training: write config.yaml, start the clock behind ``time``.
 
-        An earlier run's files are removed. Where the run carries on, its lines up to ``step`` stay and the
-        later ones, which are about to be written again, go.
-
-        While training, stderr shows one line per epoch and, on a terminal, a progress bar below, unless
-        ``quiet`` is on.
+        An earlier run's files are removed. Where the run resumes, its lines up to ``step`` stay and the later
+        ones, which are about to be written again, go; as does its outcome, if it had one. A kill at any
+        moment leaves a folder that the same command takes for what it is.
 
         Args:
             total_steps: optimizer steps of the run.
             steps_per_epoch: optimizer steps of an epoch.
             step: steps that are done already.
             seconds: time that they took.
+            origin: what config.yaml says that the run was started from, in place of ``resume``.
         """
-        self._total_steps, self._steps_per_epoch = total_steps, max(1, steps_per_epoch)
+        self._steps_per_epoch = max(1, steps_per_epoch)
         self._begun = time.monotonic() - seconds
-        self._step = self._first_step = step
-        self._began_here = time.monotonic()
-        self._epochs_told = step // self._steps_per_epoch
-        if not self.is_main:
-            return
-        run_dir = self.config.run_dir
-        kept = kept_lines(run_dir / METRICS_FILE, step) if self.carries_on else []
-        for name in _KNOWN if not self.carries_on else (SUMMARY_FILE, MODEL_FOLDER):
-            _remove(run_dir / name)
-        if not (run_dir / CONFIG_FILE).is_file():
-            _write_whole(run_dir / CONFIG_FILE, arguments.dump(self.config))
-        _write_whole(run_dir / METRICS_FILE, "".join(line + "\n" for line in kept))
-        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        if not self.config.quiet and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr
-            )
+        if self.is_main:
+            run_dir = self.config.run_dir
+            kept = kept_lines(run_dir / METRICS_FILE, step) if self.resumes else []
+            for name in _OUTCOME if self.resumes else _PARTS:
+                remove(run_dir / name)
+            sync_folder(run_dir)
+            written = self.config if origin is None else replace(self.config, resume=origin)
+            write_file(run_dir / CONFIG_FILE, arguments.dump(written))
+            self._write_lines(kept)
+        self.terminal.begin(total_steps, self._steps_per_epoch, step, seconds)
 
     def go_back(self, step: int) -> None:
         """After a rollback to ``step``: later lines go, as if they had not been written."""
-        self._step = step
-        if self._bar is not None:
-            self._bar.n = step
+        self.terminal.go_to(step)
         if self._metrics is not None:
             self._metrics.close()
-            path = self.config.run_dir / METRICS_FILE
-            _write_whole(path, "".join(line + "\n" for line in kept_lines(path, step)))
-            self._metrics = path.open("a", encoding="utf-8")
+            self._write_lines(kept_lines(self.config.run_dir / METRICS_FILE, step))
 
     def sync(self) -> None:
         """Wait until the lines written so far are on the disk."""
@@ -152,17 +141,10 @@ class Recorder:
 
     def advance(self) -> None:
         """One more optimizer step is done."""
-        # An epoch is told when the next one starts, so that its evaluation is in the line.
-        if self._step and self._step % self._steps_per_epoch == 0:
-            self._tell_epoch()
-        self._step += 1
-        if self._bar is not None:
-            self._bar.update()
+        self.terminal.advance()
 
     def log(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl, in which NaN and infinities become null. Only after ``begin``.
-
-        Loss, accuracies, expected size and entropy of s are shown from then on, on the bar or with the epoch.
 
         Args:
             step: optimizer steps done.
@@ -171,36 +153,32 @@ class Recorder:
         if not self.is_main:
             return
         assert self._metrics is not None, "log() needs begin() before it"
-        line = {
-            "step": step,
-            "epoch": round(step / self._steps_per_epoch, 6),
-            "time": round(self.seconds, 6),
-            **values,
-        }
-        plain = json_value(line)
+        epoch, seconds = round(step / self._steps_per_epoch, 6), round(self.seconds, 6)
+        plain = json_value({"step": step, "epoch": epoch, "time": seconds, **values})
         self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
         self._metrics.flush()
-        self._latest |= {name: plain[name] for name in _SHOWN if name in plain}
-        if self._bar is not None:
-            self._bar.set_postfix_str(_words(self._latest, ", ", "="), refresh=False)
+        self.terminal.show(plain)
         if self.track is not None:
             numbers = {key: value for key, value in _flat(plain).items() if key != "step"}
             self.track(numbers, step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json, complete or not at all, and print the closing table on stdout."""
+        """Write summary.json, complete or not at all, and print the closing table on stdout.
+
+        The last epoch's line has the accuracy of the final network.
+        """
         if not self.is_main:
             return
-        self._tell_epoch()
-        self._close_bar()
-        text = json.dumps(json_value(summary), indent=2, allow_nan=False) + "\n"
-        _write_whole(self.config.run_dir / SUMMARY_FILE, text)
-        Console().print(closing_table(summary))
-        print(f"run folder: {self.config.run_dir}", flush=True)
+        plain = json_value(summary)
+        write_file(self.config.run_dir / SUMMARY_FILE, json.dumps(plain, indent=2, allow_nan=False) + "\n")
+        self.terminal.show({"test_accuracy": plain["test_accuracy"]} if "test_accuracy" in plain else {})
+        self.terminal.epoch()
+        self.terminal.close()
+        print_summary(summary, self.config)
 
     def close(self) -> None:
         """Close the files and the progress bar; may be called again."""
-        self._close_bar()
+        self.terminal.close()
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
@@ -209,33 +187,14 @@ class Recorder:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
-    def _tell_epoch(self) -> None:
-        """Print how the run stands, once per epoch: a line that begins with ``epoch``."""
-        epoch = math.ceil(self._step / self._steps_per_epoch)
-        quiet = not self.is_main or self.config.quiet
-        if quiet or epoch == self._epochs_told:
-            return
-        self._epochs_told = epoch
-        epochs = math.ceil(self._total_steps / self._steps_per_epoch)
-        shown = _words(self._latest, " ", " ")
-        per_step = (time.monotonic() - self._began_here) / max(1, self._step - self._first_step)
-        left = per_step * (self._total_steps - self._step)
-        line = f"epoch {epoch}/{epochs} step {self._step} {shown}".rstrip()
-        line += f" elapsed {tqdm.format_interval(self.seconds)} left {tqdm.format_interval(left)}"
-        tqdm.write(line, file=sys.stderr)  # which keeps a bar below
-        sys.stderr.flush()
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def _write_lines(self, lines: list[str]) -> None:
+        path = self.config.run_dir / METRICS_FILE
+        write_file(path, "".join(line + "\n" for line in lines))
+        self._metrics = path.open("a", encoding="utf-8")
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
@@ -244,14 +203,15 @@ def kept_lines(path: Path, step: int) -> list[str]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    return [line for line in lines if _step_of(line) <= step]
+    return [line for line in lines if step_of(line) <= step]
 
 
-def _step_of(line: str) -> float:
+def step_of(line: str) -> float:
+    """The step of a line of metrics; infinity for half a line: the process died while it wrote."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # half a line: the process died while it wrote
+        return math.inf
 
 
 def check_writable(run_dir: Path) -> None:
@@ -274,19 +234,16 @@ def check_run_dir(run_dir: Path, overwrite: bool) -> None:
     """Make sure that a new run can start in ``run_dir``; nothing in it changes.
 
     With ``overwrite`` the files of an earlier run may be replaced: config.yaml, metrics.jsonl, summary.json,
-    model/ and checkpoints/, and only in a folder with both of the first two, so that no other ``model`` is
-    ever lost.
+    model/, trackers/ and checkpoints/, and only in a folder whose config.yaml a run has written, so that no
+    other ``model`` is ever lost.
 
     Raises:
         ValueError: the folder holds files of these names that may not be replaced.
     """
     present = [name for name in _KNOWN if os.path.lexists(run_dir / name)]
-    if present:
-        _check_replaceable(run_dir, present, overwrite)
-
-
-def _check_replaceable(run_dir: Path, present: list[str], overwrite: bool) -> None:
-    if not (run_dir / CONFIG_FILE).is_file() or not (run_dir / METRICS_FILE).is_file():
+    if not present:
+        return
+    if not _is_of_a_run(run_dir):
         raise ValueError(
             f"run_dir {run_dir} holds {', '.join(present)}, which no complete run left there; "
             "give another folder with --run_dir"
@@ -298,21 +255,15 @@ def _check_replaceable(run_dir: Path, present: list[str], overwrite: bool) -> No
         )
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either complete or as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _is_of_a_run(run_dir: Path) -> bool:
+    """Whether a run has left its configuration: beside its metrics, or alone if it was killed in between."""
+    path = run_dir / CONFIG_FILE
+    if path.is_file() and (run_dir / METRICS_FILE).is_file():
+        return True
+    try:
+        return path.is_file() and arguments.dump(arguments.parse(["--config", str(path)])) == path.read_text()
+    except (ValueError, OSError):
+        return False
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, float]:
@@ -324,39 +275,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             numbers[key] = value
     return numbers
-
-
-def _words(values: Mapping[str, Any], between: str, equals: str) -> str:
-    return between.join(f"{name}{equals}{_short(json_value(value))}" for name, value in values.items())
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "nan"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("method", "method", str),
-    ("model", "model", str),
-    ("rho", "rho", "{:.4g}".format),
-    ("test_accuracy", "test accuracy", "{:.2%}".format),
-    ("params_ratio", "parameters kept", "{:.2%}".format),
-    ("flops_ratio", "FLOPs kept", "{:.2%}".format),
-    ("train_cost_saving", "train-cost saving", "{:.2f}x".format),
-    ("seconds", "seconds", "{:.1f}".format),
-    ("step_seconds_median", "step median", lambda seconds: f"{1000 * seconds:.2f} ms"),
-    ("peak_host_bytes", "peak host memory", lambda size: f"{size / 2**20:.1f} MiB"),
-    ("peak_device_bytes", "peak device memory", lambda size: f"{size / 2**20:.1f} MiB"),
-)
-
-
-def closing_table(summary: Mapping[str, Any]) -> Table:
-    """The table that closes a run; quantities that the summary lacks, or that are None, are left out."""
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    for key, label, text in SUMMARY_ROWS:
-        if summary.get(key) is not None:
-            table.add_row(label, text(summary[key]))
-    return table

@@ -6,7 +6,6 @@ Everything here is equal on all ranks at every step, since what it decides is a 
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +26,9 @@ from offload_sparse.run.checkpoint import Checkpointer, Loaded
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import Recorder
-from offload_sparse.run.resume import run_values, source_of
+from offload_sparse.run.resume import Start, run_values
 from offload_sparse.run.signals import Agreement, Interruption
+from offload_sparse.run.terminal import tell
 from offload_sparse.workloads.data.order import seed_of
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Progress:
         config: the run.
         method: what is trained.
         recorder: whose lines must agree with the position.
+        start: how the run begins in its folder.
         batches_at: the batches at given places in the order of the data.
 
     Attributes:
@@ -59,9 +60,11 @@ class Progress:
         config: RunConfig,
         method: Method,
         recorder: Recorder,
+        start: Start,
         batches_at: Callable[[list[int]], Iterable[Any]],
     ) -> None:
         self._config, self._method, self._recorder, self._batches_at = config, method, recorder, batches_at
+        self._start, self._total_steps = start, 0
         self._rank, world_size = rank_and_world_size()
         self._alone = world_size == 1
         folder = config.run_dir / CHECKPOINT_FOLDER
@@ -88,30 +91,44 @@ class Progress:
         return self.step + self._skipped_batches
 
     def begin(self, total_steps: int, steps_per_epoch: int) -> None:
-        """Start, or carry on from the newest checkpoint.
+        """Start, or resume from the newest checkpoint.
 
         Raises:
             ValueError: there are checkpoints, but none can be used.
         """
         self._seed()
-        source, loaded, in_place = source_of(self._config), None, 0
-        carries_on = self._recorder.carries_on or source is not None
-        if carries_on or self._config.train.on_nonfinite == "rollback":
+        self._total_steps = total_steps
+        start, loaded, in_place = self._start, None, 0
+        reads = start.status == "started" or start.source is not None
+        if reads or self._config.train.on_nonfinite == "rollback":
             state = self._method.state()
             assert state is not None, "before its first step a method has a state"
             self._blank = MethodState(state.sharded, meta=state.meta)
             in_place = int(state.meta.get(IN_PLACE, 0))
-        if carries_on:
-            loaded = self._checkpointer.load(self._blank, source)
+        if reads:
+            loaded = None if start.goes_back else self._checkpointer.load(self._blank)
+            if loaded is None and start.source is not None and not in_place:
+                loaded = self._checkpointer.load(self._blank, start.source)
         if loaded is not None:
             self._take(loaded)
         if in_place:
+            if start.goes_back and start.source != self._checkpointer.folder.of_step(in_place):
+                raise ValueError(
+                    f"a store in files goes on from where it is, step {in_place}, and not back to {start.source}; "
+                    "set resume auto, or start anew with --overwrite true"
+                )
             self._take_up(in_place)
-        seconds = loaded.manifest.run["seconds"] if loaded else 0.0
-        self._recorder.begin(total_steps, steps_per_epoch, self.step, seconds)
+        if start.goes_back and self._rank == 0:
+            self._checkpointer.folder.drop_after(self.step)
+        run = loaded.manifest.run if loaded else {}
+        origin = str(start.source) if start.source else None
+        self._recorder.begin(total_steps, steps_per_epoch, self.step, run.get("seconds", 0.0), origin)
         if self.step and self._rank == 0:
             where = "its own store" if loaded is None or in_place else str(loaded.folder)
-            print(f"carrying on at step {self.step} from {where}", file=sys.stderr, flush=True)
+            tell(f"resuming at step {self.step} from {where}")
+            if run.get("total_steps", total_steps) != total_steps:
+                before = run["total_steps"]
+                tell(f"the run grows from {before} to {total_steps} steps; its schedule is that of all of them")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self._mark = time.perf_counter()
 
@@ -160,6 +177,14 @@ class Progress:
             self.stopped = self._stopping
             self._mark = time.perf_counter()
 
+    def save_the_end(self) -> None:
+        """Save where the last step has led, so that a finished run can grow."""
+        state = self._method.state()
+        if state is not None and self._saved_step != self.step:
+            self._unlogged += self._method.records()
+            self._save(state)
+        self._checkpointer.join()
+
     def tell_stopped(self) -> dict[str, Any]:
         """Say that and where the run was stopped.
 
@@ -170,11 +195,7 @@ class Progress:
             raise ValueError(f"asked to stop at step {self.step}, but the checkpoint could not be written")
         if self._rank == 0:
             why = self._interruption.signal_name or "another rank was asked to"
-            print(
-                f"stopped at step {self.step} ({why}); the same command carries on",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(f"stopped at step {self.step} ({why}); the same command resumes")
         return {"stopped_at": self.step}
 
     def _save(self, state: MethodState) -> None:
@@ -186,6 +207,7 @@ class Progress:
             "recent": list(self._recent),
             "best": self._best,
             "unlogged": [astuple(record) for record in self._unlogged],
+            "total_steps": self._total_steps,
         }
         self._recorder.sync()
         self._saved_step, self._saved_at, self._wanted = self.step, time.monotonic(), False

@@ -1,10 +1,16 @@
-"""Whether a run begins, carries on, or is over: what its folder says."""
+"""Whether a run begins, resumes, or is over: what its folder says.
+
+The same command resumes, whatever way the run was started: ``config.yaml``, which is written when the first
+step is about to be made, remembers the checkpoint that the run was started from. A command that names it
+again goes on from where the folder is.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +18,10 @@ import torch.distributed as dist
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
+from offload_sparse.export.description import file_digest
+from offload_sparse.export.network_file import WEIGHTS_FILE, read_structure
 from offload_sparse.run.launch import rank_and_world_size
-from offload_sparse.run.log import CONFIG_FILE, SUMMARY_FILE
-
-Standing = Literal["new", "started", "finished"]
+from offload_sparse.run.log import CONFIG_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 _FREE_SECTIONS = ("checkpoint", "paper")
 _FREE = (
@@ -25,6 +31,24 @@ _FREE = (
 )
 """Settings that may change between the parts of a run, because its weights do not depend on them."""
 
+_LENGTH = ("train.epochs", "train.max_steps")
+"""Settings that may grow."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in its folder.
+
+    Attributes:
+        status: ``new``, ``started`` (there is an earlier part) or ``finished``.
+        source: the checkpoint or run to start from where the folder has no checkpoint of its own.
+        goes_back: ``source`` is a checkpoint of this run, and what came after it is dropped.
+    """
+
+    status: Literal["new", "started", "finished"]
+    source: Path | None = None
+    goes_back: bool = False
+
 
 def run_values(config: RunConfig) -> dict[str, Any]:
     """The settings that a run's weights depend on, by dotted name."""
@@ -33,40 +57,38 @@ def run_values(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """How two configurations by dotted name differ, in words; empty if they do not."""
+    """How the settings of a run differ from those that it was begun with, in words; empty if it can go on."""
     keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    (unit, before), (same_unit, now) = _length(saved), _length(wanted)
+    if unit == same_unit and now >= before:
+        keys = [key for key in keys if key not in _LENGTH]
     words = [f"{key} {saved.get(key)} instead of {wanted.get(key)}" for key in keys]
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 
 def restarted() -> bool:
-    """Whether the launcher started this process again after a failure; then the run always carries on."""
+    """Whether the launcher started this process again after a failure; then the run always resumes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def standing(config: RunConfig) -> Standing:
-    """How the run in ``config.run_dir`` stands; rank 0 looks, and all ranks hear.
+def start_of(config: RunConfig) -> Start:
+    """How the run in ``config.run_dir`` begins; rank 0 looks, and all ranks hear.
 
     Raises:
         ValueError: the folder holds a run of another configuration (on every rank).
     """
-    answer: list[Any] = ["", ""]
+    answer: list[Any] = [None, ""]
     rank, world_size = rank_and_world_size()
     if rank == 0:
         try:
-            answer = [_standing(config), ""]
+            answer = [_start_of(config), ""]
         except ValueError as error:
-            answer = ["", str(error)]
+            answer = [None, str(error)]
     if world_size > 1:
         dist.broadcast_object_list(answer, src=0)
     if answer[1]:
         raise ValueError(answer[1])
     return answer[0]
-
-
-def source_of(config: RunConfig) -> Path | None:
-    """The checkpoint or run that ``resume`` names; None for the run's own folder."""
-    return None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any]:
@@ -75,32 +97,59 @@ def finished_summary(config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _standing(config: RunConfig) -> Standing:
-    source, folder = source_of(config), config.run_dir
-    if source is not None and not source.exists():
-        raise ValueError(f"resume {source} does not exist; give a run folder, a checkpoint, auto or never")
-    if not restarted():
-        if config.overwrite or config.resume == "never":
-            return "new"
-        if source is not None:
-            inside = source.resolve().is_relative_to(folder.resolve())
-            return "started" if inside else "new"
+def _start_of(config: RunConfig) -> Start:
+    folder = config.run_dir
+    named = None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
     if not (folder / CONFIG_FILE).is_file():
-        return "new"
-    differing = differences(_saved_values(folder / CONFIG_FILE), run_values(config))
-    if differing:
+        if named is not None and not named.exists():
+            raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
+        return Start("new", named)
+    if config.resume == "never" or (config.overwrite and not restarted()):
+        return Start("new")
+    saved = _saved(folder / CONFIG_FILE)
+    source = None if saved.resume in ("auto", "never") else Path(saved.resume).expanduser()
+    before, now = run_values(saved), run_values(config)
+    differing = differences(before, now)
+    if config.overwrite and (differing or (folder / SUMMARY_FILE).is_file()):
+        return Start("new")  # the attempt that was restarted had not begun
+    begun_from_it = named is None or (source is not None and named.resolve() == source.resolve())
+    if not begun_from_it and not named.exists():  # type: ignore[union-attr]
+        raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
+    inside = named is not None and named.resolve().is_relative_to(folder.resolve())
+    if differing or (not begun_from_it and not inside):
+        what = f", with {differing}" if differing else f" that was not begun from {named}"
         raise ValueError(
-            f"run_dir {folder} holds a run already, with {differing}; give another folder with --run_dir, or "
+            f"run_dir {folder} holds a run already{what}; give another folder with --run_dir, or "
             "replace that run with --overwrite true"
         )
-    return "finished" if (folder / SUMMARY_FILE).is_file() else "started"
+    if not begun_from_it and named.resolve() != folder.resolve():  # type: ignore[union-attr]
+        return Start("started", named, goes_back=True)
+    if _length(now) == _length(before) and _is_whole(folder):
+        return Start("finished")
+    return Start("started", source)
 
 
-def _saved_values(path: Path) -> Mapping[str, Any]:
+def _is_whole(folder: Path) -> bool:
+    """Whether the summary is there, and the network that it is about, undamaged."""
+    model = folder / MODEL_FOLDER
     try:
-        return run_values(arguments.parse(["--config", str(path)]))
+        digest = read_structure(model).weights_digest
+        return (folder / SUMMARY_FILE).is_file() and digest in ("", file_digest(model / WEIGHTS_FILE))
+    except (OSError, ValueError):
+        return False
+
+
+def _length(values: Mapping[str, Any]) -> tuple[bool, int]:
+    """Of a run: whether it is counted in steps, and in these or in epochs."""
+    epochs, steps = (int(values.get(name) or 0) for name in _LENGTH)
+    return (steps > 0, steps or epochs)
+
+
+def _saved(path: Path) -> RunConfig:
+    try:
+        return arguments.parse(["--config", str(path)])
     except ValueError as error:
         raise ValueError(
-            f"{error}; run_dir holds a run already that this version cannot carry on: give another folder "
+            f"{error}; run_dir holds a run already that this version cannot resume: give another folder "
             "with --run_dir, or replace it with --overwrite true"
         ) from None

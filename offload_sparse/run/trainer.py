@@ -23,15 +23,14 @@ from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
-from offload_sparse.run.launch import is_lost_rank, sole_job, start
+from offload_sparse.run.launch import launched, sole_job, start_trackers
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.plan.fit import check, out_of_memory
 from offload_sparse.run.plan.machine import process_bytes, this_machine
 from offload_sparse.run.position import Progress
 from offload_sparse.run.process import bound_memory, return_freed_memory
-from offload_sparse.run.resume import Standing, finished_summary, standing
+from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
-from offload_sparse.run.trackers import start_trackers
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.normalise import normalise_for
@@ -51,35 +50,20 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: something in the configuration, the data or the launch has to be changed; says what.
         FloatingPointError: a loss or gradient was not finite.
-        RunError: the device's memory is too small, or another rank has died.
+        RunError: memory or the disk is too small, or another process has died.
     """
-    accelerator = start(config.train, config.run_dir, config.trackers)
-    try:
-        with sole_job(config.run_dir):
-            stands = standing(config)
-            if stands == "finished":
-                return _tell_finished(config, accelerator)
-            return _train(Run(config, accelerator, stands))
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
-        ) from error
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise RunError(
-            f"another rank has died, or has not answered within train.timeout ({config.train.timeout} s); "
-            "the launcher's --max_restarts, or the same command again, carries on from the last checkpoint"
-        ) from error
-    finally:
-        accelerator.end_training()
-
-
-def _train(run: Run) -> dict[str, Any]:
-    try:
-        return _loop(run)
-    except torch.OutOfMemoryError as error:
-        raise RunError(run.out_of_memory()) from error
+    with launched(config) as accelerator, sole_job(config.run_dir):
+        start = start_of(config)
+        if start.status == "finished":
+            if accelerator.is_main_process:
+                print(f"run folder: {config.run_dir} holds this run, finished; raise train.epochs to train it on, "
+                      "--overwrite true trains it anew")
+            return finished_summary(config)
+        run = Run(config, accelerator, start)
+        try:
+            return _loop(run)
+        except torch.OutOfMemoryError as error:
+            raise RunError(run.out_of_memory()) from error
 
 
 def _loop(run: Run) -> dict[str, Any]:
@@ -94,28 +78,23 @@ def _loop(run: Run) -> dict[str, Any]:
                 progress.save_when_due()
             if progress.stopped:
                 return progress.tell_stopped()
+        progress.save_the_end()
         network = run.finalize()
         summary = run.summary(network)
         recorder.finish(summary)
     return summary
 
 
-def _tell_finished(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
-    if accelerator.is_main_process:
-        print(f"run folder: {config.run_dir} holds this run, finished; --overwrite true trains it anew")
-    return finished_summary(config)
-
-
 class Run:
     """Everything that one run holds; the loop itself is ``train``."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, stands: Standing = "new") -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator, start: Start) -> None:
         self.config = config
         self.accelerator = accelerator
-        carries_on = stands == "started"
-        self.recorder = Recorder(config, accelerator.is_main_process, self._track, carries_on)
+        resumes = start.status == "started"
+        self.recorder = Recorder(config, accelerator.is_main_process, self._track, resumes)
         log = config.run_dir / CORRUPT_LOG
-        if not carries_on:  # an earlier run's
+        if not resumes:  # an earlier run's
             log.unlink(missing_ok=True)
         self.corrupt = CorruptImages(config.data.corrupt_limit, log)
         with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
@@ -131,13 +110,13 @@ class Run:
         self.device = self.accelerator.device
         self.normalise = normalise_for(self.train_loader.images, config.data, self.dtype).to(self.device)
         self.image_shape = (self.channels, *self.splits.image_shape)
-        self.task = self._task()
+        self.task = self._task(resumes)
         if config.train.check:
             self._check_plan()
         bound_memory(self.task.factory)
         self.method: Method = build_method(self.task)
         return_freed_memory()
-        self.progress = Progress(config, self.method, self.recorder, self._batches_at)
+        self.progress = Progress(config, self.method, self.recorder, start, self._batches_at)
 
     # --- the loop ---
 
@@ -253,7 +232,7 @@ class Run:
 
     # --- parts ---
 
-    def _task(self) -> Task:
+    def _task(self, resumes: bool) -> Task:
         config = self.config
         factory = partial(build_model, config.model.name, **self._model_arguments())
         forward = Forward(self.accelerator.autocast, config.train.batch_norm == "frozen")
@@ -266,6 +245,7 @@ class Run:
             self.device,
             self.dtype,
             forward,
+            resumes,
         )
 
     def _check_plan(self) -> None:

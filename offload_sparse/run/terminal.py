@@ -1,0 +1,164 @@
+"""What a person sees of a run: a bar of 80 columns, lines of at most 100, a table at the end; nothing splits
+a line.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from offload_sparse.config.run import RunConfig
+
+_COLUMNS = 80
+_WARM_UP = 3
+"""Steps whose seconds say nothing of those that follow."""
+
+_PERCENT = ("accuracy", "validation_accuracy", "test_accuracy")
+_SHOWN = ("loss", *_PERCENT)
+
+SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("method", "method", str),
+    ("model", "model", str),
+    ("knob", "set by", str),
+    ("test_accuracy", "test accuracy", "{:.2%}".format),
+    ("params_ratio", "parameters kept", "{:.2%}".format),
+    ("flops_ratio", "FLOPs kept", "{:.2%}".format),
+    ("train_cost_saving", "train-cost saving", "{:.2f}x".format),
+    ("seconds", "seconds", "{:.1f}".format),
+    ("step_seconds_median", "step median", lambda seconds: f"{1000 * seconds:.2f} ms"),
+    ("peak_host_bytes", "peak host memory", lambda size: f"{size / 2**20:.1f} MiB"),
+    ("peak_device_bytes", "peak device memory", lambda size: f"{size / 2**20:.1f} MiB"),
+)
+
+
+class Terminal:
+    """Shows how a run stands on stderr: one line per epoch and, on a terminal, a bar below.
+
+    Args:
+        quiet: show neither.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: tqdm[Any] | None = None
+        self._redirected = ExitStack()
+        self._values: dict[str, Any] = {}
+        self._total = self._step = self._first = self._epochs_told = 0
+        self._per_epoch = 1
+        self._began = self._warm = 0.0
+
+    def begin(self, total_steps: int, steps_per_epoch: int, step: int, seconds: float) -> None:
+        """The run is at ``step`` of ``total_steps``, which took ``seconds`` so far."""
+        self._total, self._per_epoch = total_steps, steps_per_epoch
+        self._step = self._first = step
+        self._warm = time.monotonic()
+        self._began = self._warm - seconds
+        self._epochs_told = step // steps_per_epoch
+        if not self._quiet and sys.stderr.isatty():
+            columns = min(_COLUMNS, shutil.get_terminal_size().columns)
+            form = "{bar} {n_fmt}/{total_fmt}{postfix}"
+            self._redirected.enter_context(logging_redirect_tqdm())
+            logging.captureWarnings(True)
+            self._redirected.callback(logging.captureWarnings, False)
+            self._bar = tqdm(
+                total=total_steps, initial=step, ncols=columns, bar_format=form, file=sys.stderr
+            )
+
+    def advance(self) -> None:
+        """One more optimizer step is done."""
+        self.epoch()
+        self._step += 1
+        if self._step == self._first + _WARM_UP:
+            self._warm = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._words(_short=True), refresh=False)
+            self._bar.update()
+
+    def go_to(self, step: int) -> None:
+        """The run is at another step."""
+        self._step = step
+        if self._bar is not None:
+            self._bar.n = step
+
+    def show(self, values: Mapping[str, Any]) -> None:
+        """These figures from now on, on the bar and with the epoch; None is a number that is not finite."""
+        self._values |= {name: values[name] for name in _SHOWN if name in values}
+
+    def epoch(self) -> None:
+        """Tell of the epoch that is over, once: a line that begins with ``epoch``.
+
+        An epoch is told when the next one starts, so that its evaluation is in the line; accuracies of an
+        evaluation are not told again.
+        """
+        number = math.ceil(self._step / self._per_epoch)
+        over = self._step % self._per_epoch == 0 or self._step == self._total
+        if self._quiet or not over or number <= self._epochs_told:
+            return
+        self._epochs_told = number
+        epochs = math.ceil(self._total / self._per_epoch)
+        elapsed = tqdm.format_interval(time.monotonic() - self._began)
+        line = f"epoch {number}/{epochs} step {self._step} {self._words()}".rstrip()
+        tqdm.write(f"{line} elapsed {elapsed} left {self._left()}", file=sys.stderr)
+        sys.stderr.flush()
+        for name in _PERCENT[1:]:
+            self._values.pop(name, None)
+
+    def close(self) -> None:
+        """Take the bar away; may be called again."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._redirected.close()
+
+    def _left(self) -> str:
+        """The time that the rest will take, by the steps of this process."""
+        first = self._first + (_WARM_UP if self._step > self._first + _WARM_UP else 0)
+        per_step = (time.monotonic() - self._warm) / max(1, self._step - first)
+        return tqdm.format_interval(per_step * (self._total - self._step))
+
+    def _words(self, _short: bool = False) -> str:
+        if not _short:
+            return " ".join(f"{name.removesuffix('_accuracy')} {_text(name, v)}" for name, v in self._values.items())
+        shown = [f"{name} {_text(name, self._values[name])}" for name in _SHOWN[:2] if name in self._values]
+        return ", ".join([*shown, f"{self._left()} left"])
+
+
+def tell(*lines: str) -> None:
+    """Print lines on stderr, above a bar if there is one."""
+    for line in lines:
+        tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def print_summary(summary: Mapping[str, Any], config: RunConfig) -> None:
+    """The table that closes a run, on stdout."""
+    Console().print(closing_table(summary))
+    print(f"run folder: {config.run_dir}", flush=True)
+
+
+def closing_table(summary: Mapping[str, Any]) -> Table:
+    """The table that closes a run; quantities that the summary lacks, or that are None, are left out."""
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for key, label, text in SUMMARY_ROWS:
+        if summary.get(key) is not None:
+            table.add_row(label, text(summary[key]))
+    return table
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "nan"
+    return f"{100 * value:.1f}%" if name in _PERCENT else f"{value:.4g}"
