@@ -176,17 +176,17 @@ class GrowEfficient(MaskedTraining):
     def report(self) -> dict[str, Any]:
         mask = self.sparsity.mask()
         return super().report() | {
-            "params_ratio": self._cost.parameters(mask) / self._cost.dense_parameters,
-            "flops_ratio": self._cost.flops(mask) / self._cost.dense_flops,
+            "params_ratio": self.cost.parameters(mask) / self.cost.dense_parameters,
+            "flops_ratio": self.cost.flops(mask) / self.cost.dense_flops,
             "note": NOTE,
         }
 
     def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
         mask = self.sparsity.mask()
-        network = narrow_module(self.network, self._channel_map, mask)
+        network = narrow_module(self.network, self.channel_map, mask)
         if not self._task.forward.frozen_batch_norm:
             reestimate_batch_norm(network, batches, self._averaged)
-        return FinalNetwork(network.eval(), mask, self._channel_map)
+        return FinalNetwork(network.eval(), mask, self.channel_map)
 
 
 def build(task: Task) -> Method:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.forward import Forward, Metrics
 from offload_sparse.engine.losses import StepRecord
@@ -67,7 +69,18 @@ class Costs:
 
 
 class Method(Protocol):
-    """A way to train. One instance serves one run."""
+    """A way to train. One instance serves one run.
+
+    Attributes:
+        channel_map: channels of the full network; without groups where none can be dropped.
+        cost: parameters and FLOPs of its subnetworks.
+    """
+
+    @property
+    def channel_map(self) -> ChannelMap: ...
+
+    @property
+    def cost(self) -> CostModel: ...
 
     def train_step(self, batch: Any, lr: float) -> None:
         """One optimizer step on this rank's part of the batch. Does not wait for the device."""

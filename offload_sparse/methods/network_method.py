@@ -48,7 +48,7 @@ class FixedNetwork:
         self, task: Task, module: nn.Module, channel_map: ChannelMap, mask: Tensor, cost: CostModel
     ) -> None:
         self._task = task
-        self._channel_map, self._mask, self._cost = channel_map, mask, cost
+        self.channel_map, self._mask, self.cost = channel_map, mask, cost
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.module = module.to(task.device, task.dtype)
         self._parallel: nn.Module = self.module
@@ -106,7 +106,7 @@ class FixedNetwork:
         return {"expected_size": size} | ({"skipped_steps": float(self._skipped)} if self._skipped else {})
 
     def dynamics(self) -> dict[str, Any]:
-        cost = self._cost
+        cost = self.cost
         return {
             "params_ratio": cost.parameters(self._mask) / cost.dense_parameters,
             "flops_ratio": cost.flops(self._mask) / cost.dense_flops,
@@ -123,20 +123,20 @@ class FixedNetwork:
     def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
         if not self._task.forward.frozen_batch_norm:
             reestimate_batch_norm(self.module, batches, self._averaged)
-        return FinalNetwork(self.module.eval(), self._mask, self._channel_map)
+        return FinalNetwork(self.module.eval(), self._mask, self.channel_map)
 
     def span(self, step: int) -> tuple[int, int]:  # noqa: ARG002
         return 0, self._task.total_steps
 
     def costs(self) -> Costs:
-        full = self._channel_map.full_mask()
+        full = self.channel_map.full_mask()
         tensors = [*self.module.parameters(), *self.module.buffers()]
         tensors += [p.grad for p in self.module.parameters() if p.grad is not None]
         tensors += [v for s in self._optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         return Costs(
-            3.0 * self._cost.flops(self._mask) * self._steps,
-            self._cost.flops(full),
-            self._cost.parameters(full),
+            3.0 * self.cost.flops(self._mask) * self._steps,
+            self.cost.flops(full),
+            self.cost.parameters(full),
             0,
             sum(t.numel() * t.element_size() for t in tensors),
         )
@@ -147,7 +147,7 @@ class FixedNetwork:
         meta = {
             "steps_done": self._steps,
             "skipped_steps": self._skipped,
-            "channel_map": self._channel_map.to_json(),
+            "channel_map": self.channel_map.to_json(),
             "mask": self._mask.tolist(),
         }
         # Each rank has running statistics of its own images; those of the first serve any other world size.

@@ -29,6 +29,7 @@ class SparseOffloadMethod:
 
     def __init__(self, session: SparseOffload, task: Task, durable: DurableRounds | None = None) -> None:
         self.session = session
+        self.channel_map, self.cost = session.channel_map, session.cost
         self._durable = durable
         self._loss_fn, self._steps = task.loss_fn, task.total_steps
 

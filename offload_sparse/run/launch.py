@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,37 +91,36 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
     """
     accelerator = start(config.train, config.run_dir, config.trackers)
     try:
-        try:
-            yield accelerator
-        finally:
-            accelerator.end_training()  # which writes what trackers still hold
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
-        ) from error
-    except RuntimeError as error:
-        if (reason := _what_died(error, config.train.timeout)) is None:
-            raise
-        raise RunError(f"{reason}; the same command resumes from the last checkpoint") from error
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
+        yield accelerator
+        accelerator.end_training()  # which writes what trackers still hold
+    except BaseException as error:
+        reason = _in_one_line(error, config)
+        with suppress(OSError):
+            accelerator.end_training()
+        if reason:
+            raise RunError(reason) from error
+        raise
+
+
+def _in_one_line(error: BaseException, config: RunConfig) -> str:
+    """What has befallen the run, and what to do; empty for an error that says so itself, or is a fault."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
+    again = "the same command resumes from the last checkpoint"
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         where = error.filename or config.run_dir
-        raise RunError(
-            f"{where} cannot be written ({error.strerror}); free space, and the same command resumes"
-        ) from error
-
-
-def _what_died(error: RuntimeError, timeout: int) -> str | None:
-    """In words, which process an error is about; None if it is about none."""
+        return f"{where} cannot be written ({error.strerror}); free space, and {again}"
+    if not isinstance(error, RuntimeError):
+        return ""
     if is_lost_rank(error):
-        return f"another rank has died, or has not answered within train.timeout ({timeout} s)"
+        seconds = config.train.timeout
+        return f"another rank has died, or has not answered within train.timeout ({seconds} s); {again}"
     if "DataLoader worker" in str(error):
         return (
-            "a process that loads data was killed, most likely for want of memory (lower data.num_workers "
-            "or data.batch_size)"
+            "a process that loads data was killed, most likely for want of memory; lower data.num_workers or "
+            f"data.batch_size, and {again}"
         )
-    return None
+    return ""
 
 
 def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerator:

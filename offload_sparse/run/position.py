@@ -114,8 +114,8 @@ class Progress:
         if in_place:
             if start.goes_back and start.source != self._checkpointer.folder.of_step(in_place):
                 raise ValueError(
-                    f"a store in files goes on from where it is, step {in_place}, and not back to {start.source}; "
-                    "set resume auto, or start anew with --overwrite true"
+                    f"a store in files goes on from where it is, step {in_place}, and not back to "
+                    f"{start.source}; set resume auto, or start anew with --overwrite true"
                 )
             self._take_up(in_place)
         if start.goes_back and self._rank == 0:
@@ -127,8 +127,7 @@ class Progress:
             where = "its own store" if loaded is None or in_place else str(loaded.folder)
             tell(f"resuming at step {self.step} from {where}")
             if run.get("total_steps", total_steps) != total_steps:
-                before = run["total_steps"]
-                tell(f"the run grows from {before} to {total_steps} steps; its schedule is that of all of them")
+                tell(f"the run grows from {run['total_steps']} to {total_steps} steps, as does its schedule")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self._mark = time.perf_counter()
 

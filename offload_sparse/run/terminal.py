@@ -56,13 +56,13 @@ class Terminal:
         self._values: dict[str, Any] = {}
         self._total = self._step = self._first = self._epochs_told = 0
         self._per_epoch = 1
-        self._began = self._warm = 0.0
+        self._began = self._warm = self._last = 0.0
 
     def begin(self, total_steps: int, steps_per_epoch: int, step: int, seconds: float) -> None:
         """The run is at ``step`` of ``total_steps``, which took ``seconds`` so far."""
         self._total, self._per_epoch = total_steps, steps_per_epoch
         self._step = self._first = step
-        self._warm = time.monotonic()
+        self._warm = self._last = time.monotonic()
         self._began = self._warm - seconds
         self._epochs_told = step // steps_per_epoch
         if not self._quiet and sys.stderr.isatty():
@@ -79,10 +79,11 @@ class Terminal:
         """One more optimizer step is done."""
         self.epoch()
         self._step += 1
+        self._last = time.monotonic()
         if self._step == self._first + _WARM_UP:
-            self._warm = time.monotonic()
+            self._warm = self._last
         if self._bar is not None:
-            self._bar.set_postfix_str(self._words(_short=True), refresh=False)
+            self._bar.set_postfix_str(self._words(on_bar=True), refresh=False)
             self._bar.update()
 
     def go_to(self, step: int) -> None:
@@ -124,14 +125,14 @@ class Terminal:
     def _left(self) -> str:
         """The time that the rest will take, by the steps of this process."""
         first = self._first + (_WARM_UP if self._step > self._first + _WARM_UP else 0)
-        per_step = (time.monotonic() - self._warm) / max(1, self._step - first)
+        per_step = (self._last - self._warm) / max(1, self._step - first)
         return tqdm.format_interval(per_step * (self._total - self._step))
 
-    def _words(self, _short: bool = False) -> str:
-        if not _short:
-            return " ".join(f"{name.removesuffix('_accuracy')} {_text(name, v)}" for name, v in self._values.items())
-        shown = [f"{name} {_text(name, self._values[name])}" for name in _SHOWN[:2] if name in self._values]
-        return ", ".join([*shown, f"{self._left()} left"])
+    def _words(self, on_bar: bool = False) -> str:
+        """The figures; on the bar those of the training alone, and the time left."""
+        names = [name for name in (_SHOWN[:2] if on_bar else _SHOWN) if name in self._values]
+        words = [f"{name.removesuffix('_accuracy')} {_text(name, self._values[name])}" for name in names]
+        return ", ".join([*words, f"{self._left()} left"]) if on_bar else " ".join(words)
 
 
 def tell(*lines: str) -> None:

@@ -25,12 +25,15 @@ from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
 from offload_sparse.run.launch import launched, sole_job, start_trackers
 from offload_sparse.run.log import Recorder
-from offload_sparse.run.plan.fit import check, out_of_memory
+from offload_sparse.run.plan.dry_run import Structure, knob, model_on_meta
+from offload_sparse.run.plan.fit import beside_dense, check, out_of_memory
 from offload_sparse.run.plan.machine import process_bytes, this_machine
+from offload_sparse.run.plan.plan import Planner
 from offload_sparse.run.position import Progress
 from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
+from offload_sparse.run.terminal import tell
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.normalise import normalise_for
@@ -56,8 +59,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         start = start_of(config)
         if start.status == "finished":
             if accelerator.is_main_process:
-                print(f"run folder: {config.run_dir} holds this run, finished; raise train.epochs to train it on, "
-                      "--overwrite true trains it anew")
+                more = "--overwrite true trains it anew, a larger train.epochs trains it on"
+                print(f"run folder: {config.run_dir} holds this run, finished; {more}")
             return finished_summary(config)
         run = Run(config, accelerator, start)
         try:
@@ -111,6 +114,7 @@ class Run:
         self.normalise = normalise_for(self.train_loader.images, config.data, self.dtype).to(self.device)
         self.image_shape = (self.channels, *self.splits.image_shape)
         self.task = self._task(resumes)
+        model_on_meta(config, self._declared())  # which says what does not fit together
         if config.train.check:
             self._check_plan()
         bound_memory(self.task.factory)
@@ -123,6 +127,8 @@ class Run:
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(step, this rank's part of the batch on the device) for every optimizer step that is left."""
         progress = self.progress
+        if self.accelerator.is_main_process and not self.config.quiet:
+            tell(*self.start_lines())
         progress.begin(self.total_steps, self.steps_per_epoch)
         start_trackers(self.accelerator, self.config)
         while progress.step < self.total_steps:
@@ -187,6 +193,32 @@ class Run:
         name = "validation" if self.splits.validation else "test"
         return {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
 
+    def start_lines(self) -> tuple[str, ...]:
+        """Device, model, data and method in four lines, with what the run is expected to take."""
+        config, splits, method = self.config, self.splits, self.method
+        cuda, ranks = self.device.type == "cuda", self.accelerator.num_processes
+        device = torch.cuda.get_device_name(self.device) if cuda else "cpu"
+        precision = config.train.dtype if config.train.autocast == "no" else config.train.autocast
+        groups = len(method.channel_map.groups)
+        channels = f", {method.channel_map.num_atoms:,} channels in {groups} groups" if groups else ""
+        counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        images = ", ".join(f"{len(split):,} {name}" for name, split in counts.items() if split is not None)
+        return (
+            f"device: {device}{f', {ranks} ranks' if ranks > 1 else ''}, {precision}",
+            f"model: {config.model.name}, {method.cost.dense_parameters:,} parameters{channels}",
+            f"data: {config.data.name}, {splits.num_classes} classes, {images}, "
+            f"{'x'.join(map(str, self.image_shape))}",
+            f"train: {config.method}, {knob(config)}, {self.total_steps:,} steps, {self._expected()}",
+        )
+
+    def _expected(self) -> str:
+        """FLOPs and memory beside those of dense training, by the plan."""
+        data = self._declared()
+        model, _ = model_on_meta(self.config, data)
+        structure = Structure(self.method.channel_map, self.method.cost, model, self.task.example_inputs)
+        machine = this_machine(self.device, self.accelerator.num_processes)
+        return beside_dense(Planner(self.config, data, structure), machine)
+
     # --- the end ---
 
     def finalize(self) -> FinalNetwork:
@@ -213,6 +245,7 @@ class Run:
             "model": self.config.model.name,
             "dataset": self.config.data.name,
             "rho": self.config.policy.rho,
+            "knob": knob(self.config),
             "steps": self.total_steps,
             "world_size": self.accelerator.num_processes,
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",

@@ -35,7 +35,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_launch_carries_on(fault: str, t
     assert not (tmp_path / "parts" / "summary.json").exists()
     again = two_ranks(parts, port=29633)
     assert again.returncode == 0, again.stderr
-    assert "carrying on at step 3" in again.stderr
+    assert "resuming at step 3" in again.stderr
     assert losses(tmp_path / "straight") == losses(tmp_path / "parts")
     networks = [load_pruned(tmp_path / name / "model").state_dict() for name in ("straight", "parts")]
     for name, value in networks[0].items():

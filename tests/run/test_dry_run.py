@@ -9,6 +9,7 @@ import pytest
 
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
+from offload_sparse.config.methods import RigLConfig
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
@@ -60,6 +61,13 @@ def test_the_controls_pay_for_one_forward_and_one_backward() -> None:
     saving, f = saving_of(method="static", policy=PolicyConfig(0.2, budget="flops"))
     assert 0.15 < f <= 0.2
     assert saving == pytest.approx(1 / f, rel=1e-12)
+
+
+def test_rigl_keeps_its_density_of_the_layers_that_it_masks() -> None:
+    figures = dry_run(RunConfig(method="rigl", rigl=RigLConfig(0.1)))
+    assert 0.1 < figures["params_ratio"] < 0.12, "biases and norms are not masked"
+    assert 0.1 < figures["flops_ratio"] < 0.6, "early layers are denser, and spend more"
+    assert figures["knob"] == "density 0.1"
 
 
 def test_the_passes_count_one_backward_per_step() -> None:

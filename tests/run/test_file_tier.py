@@ -54,7 +54,7 @@ def test_a_run_killed_in_a_scatter_ends_like_one_that_was_not(
     assert not (tmp_path / "parts" / "summary.json").exists()
     again = one_rank(parts)
     assert again.returncode == 0, again.stderr
-    assert f"carrying on at step {step} from its own store" in again.stderr
+    assert f"resuming at step {step} from its own store" in again.stderr
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
 
 
@@ -68,5 +68,5 @@ def test_a_rank_killed_in_a_scatter_stops_the_job_and_the_same_command_carries_o
         assert two_ranks(parts, port=29642).returncode != 0
     again = two_ranks(parts, port=29643)
     assert again.returncode == 0, again.stderr
-    assert "carrying on at step 6 from its own store" in again.stderr
+    assert "resuming at step 6 from its own store" in again.stderr
     assert_same_end(tmp_path / "straight", tmp_path / "parts")

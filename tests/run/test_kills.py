@@ -74,7 +74,7 @@ def test_killed_and_started_again_is_the_straight_run(
     assert 0 not in codes, "no rank takes a run for finished that has lost one"
     codes, log = killed_run.run(server, tmp_path, "run", ranks, more)
     assert codes == [0] * ranks, log
-    assert "carrying on at step" in log
+    assert "resuming at step" in log
     for expected, found in zip(
         straight(configuration, ranks), killed_run.left(tmp_path, "run", ranks), strict=True
     ):

@@ -96,7 +96,7 @@ def test_many_parts_and_background_checkpoints_make_the_same_run(
             raise_signal_at(step, patch, signal.SIGINT)
             assert train(images, tmp_path / "parts", *more) == 0
             assert (
-                f"stopped at step {step + 1} (SIGINT); the same command carries on" in capsys.readouterr().err
+                f"stopped at step {step + 1} (SIGINT); the same command resumes" in capsys.readouterr().err
             )
     assert train(images, tmp_path / "parts", *more) == 0
     assert_same_run(tmp_path / "straight", tmp_path / "parts")

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
-from offload_sparse.run.trackers import check_trackers
+from offload_sparse.run.launch import check_trackers
 
 SMALL = [
     *("train", "--data.limit", "64", "--data.batch_size", "16"),

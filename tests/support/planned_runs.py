@@ -72,7 +72,7 @@ def train(session: SparseOffload, config: RunConfig, after_step: Callable[[], ob
     for _ in range(ROUNDS * STEPS):
         images = torch.randn(data.batch_size, 3, data.image_size, data.image_size, generator=generator)
         labels = torch.randint(data.num_classes, (data.batch_size,), generator=generator)
-        session.step((images, labels), loss_fn)
+        session.step(partial(loss_fn, batch=(images, labels)))
         after_step()
 
 

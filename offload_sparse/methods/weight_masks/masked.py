@@ -111,7 +111,7 @@ class MaskedTraining(FixedNetwork):
         )
         total = sum(p.numel() for p in self.network.parameters())
         masked = sum(w.numel() for w in self.sparsity.weights.values())
-        dense = float(self._cost.dense_flops)
+        dense = float(self.cost.dense_flops)
         shares = (self._pass_flops() / dense).tolist()
         kept = float((self._layer_flops * self.sparsity.backward_kept).sum()) + self._other_flops
         return {
@@ -142,13 +142,13 @@ class MaskedTraining(FixedNetwork):
         with torch.no_grad():
             for name, weight in maskable_weights(network).items():
                 weight.mul_(masks[name])
-        return FinalNetwork(network.eval(), self._mask, self._channel_map)
+        return FinalNetwork(network.eval(), self._mask, self.channel_map)
 
     def costs(self) -> Costs:
         return Costs(
             float(self._spent.sum()),
-            self._cost.dense_flops,
-            self._cost.dense_parameters,
+            self.cost.dense_flops,
+            self.cost.dense_parameters,
             0,
             sum(t.numel() * t.element_size() for t in self._held()),
         )

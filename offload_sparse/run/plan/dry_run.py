@@ -10,9 +10,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from offload_sparse.channels.accounting import CostModel, train_cost_saving
+from offload_sparse.channels.accounting import CostModel, flops_by_module, train_cost_saving
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.policy.published_widths import static_mask
@@ -42,7 +43,7 @@ def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, 
     """The figures of a run that can be known beforehand; nothing is read or written.
 
     The subnetwork is the one whose groups all keep ``policy.rho`` of their channels: the expected widths at
-    the start, where every keep probability is rho.
+    the start, where every keep probability is rho. Of RigL's layers it is their densities that count.
 
     Args:
         structure: the network, if it is known already.
@@ -53,40 +54,70 @@ def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, 
     data = declared_data(config.data)
     structure = structure or structure_of(config, data)
     channel_map, cost = structure.channel_map, structure.cost
-    full, mask = channel_map.full_mask(), _mask(config, structure)
+    full = channel_map.full_mask()
     per_epoch = steps_per_epoch(data.train_images, config.data.batch_size)
     steps = config.train.max_steps or config.train.epochs * per_epoch
-    dense, narrow = cost.flops(full), cost.flops(mask)
+    dense, parameters = cost.flops(full), cost.parameters(full)
+    kept_parameters, kept_flops = _kept(config, structure)
     return {
         "method": config.method,
         "model": config.model.name,
         "dataset": config.data.name,
-        "rho": config.policy.rho,
+        "knob": knob(config),
         "groups": len(channel_map.groups),
         "channels": channel_map.num_atoms,
         "steps": steps,
         "steps_per_epoch": per_epoch,
-        "dense_parameters": cost.parameters(full),
+        "dense_parameters": parameters,
         "dense_flops": dense,
-        "parameters": cost.parameters(mask),
-        "flops": narrow,
-        "params_ratio": cost.parameters(mask) / cost.parameters(full),
-        "flops_ratio": narrow / dense,
-        "train_cost_saving": train_cost_saving(dense, passes(config, narrow, steps), steps),
+        "parameters": kept_parameters,
+        "flops": kept_flops,
+        "params_ratio": kept_parameters / parameters,
+        "flops_ratio": kept_flops / dense,
+        "train_cost_saving": train_cost_saving(dense, passes(config, kept_flops, steps), steps),
         "paper": config.paper,
     }
 
 
+def knob(config: RunConfig) -> str:
+    """The setting that decides how much a method keeps, as its users know it."""
+    knobs = {
+        "dense": "all weights",
+        "rigl": f"density {config.rigl.density:g}",
+        "dst": f"alpha {config.dst.alpha:g}",
+        "dfbst": f"alpha {config.dfbst.alpha:g}, beta {config.dfbst.beta:g}",
+        "grow_efficient": f"rho {config.policy.rho:g}, penalty {config.grow_efficient.penalty:g}",
+    }
+    budget = "" if config.policy.budget == "count" else f" of the {config.policy.budget}"
+    return knobs.get(config.method, f"rho {config.policy.rho:g}{budget}")
+
+
 def model_on_meta(config: RunConfig, data: DeclaredData) -> tuple[nn.Module, int]:
-    """The network of ``config`` on the meta device, and the channels of its images."""
-    channels = input_channels(config.model.name, data.channels)
+    """The network of ``config`` on the meta device, and the channels of its images.
+
+    Raises:
+        ValueError: it cannot be built, or takes no images of this size.
+    """
+    channels, size = input_channels(config.model.name, data.channels), data.image_size
     arguments: dict[str, Any] = {
         "num_classes": data.num_classes,
         "in_channels": channels,
-        "image_size": data.image_size,
+        "image_size": size,
     }
-    with torch.device("meta"):
-        return build_model(config.model.name, **(arguments | config.model.arguments)), channels
+    chosen = arguments | config.model.arguments
+    model = build_on_meta(lambda: build_model(config.model.name, **chosen))
+    try:
+        with torch.no_grad():
+            model(torch.empty(2, channels, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        if "meta" in str(error):  # it wants values, which the search for its channels will tell
+            return model, channels
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"{config.model.name} does not take {channels} x {size} x {size} images ({reason}); set "
+            "data.image_size, or the model's own argument for it"
+        ) from None
+    return model, channels
 
 
 def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
@@ -100,13 +131,38 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
     return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
 
 
-def _mask(config: RunConfig, structure: Structure) -> Tensor:
+def trained_mask(config: RunConfig, structure: Structure) -> Tensor:
+    """The channels of the network that is trained: of the full one unless its method narrows it."""
     channel_map = structure.channel_map
     if config.method == "static":
         return static_mask(config.static.widths, config.policy, channel_map, structure.cost)
     if config.method == "sparse_offload":
         return evenly_narrowed(config.policy, channel_map, structure.cost)
     return channel_map.full_mask()
+
+
+def _kept(config: RunConfig, structure: Structure) -> tuple[float, float]:
+    """Parameters and forward FLOPs of the network that is trained: of all weights where only training shows
+    how many are left.
+    """
+    if config.method == "rigl":
+        return _kept_by_rigl(config, structure)
+    mask = trained_mask(config, structure)
+    return structure.cost.parameters(mask), structure.cost.flops(mask)
+
+
+def _kept_by_rigl(config: RunConfig, structure: Structure) -> tuple[float, float]:
+    from offload_sparse.methods.weight_masks.rigl import erk_densities
+    from offload_sparse.methods.weight_masks.sparsity import maskable_weights
+
+    weights = maskable_weights(structure.model)
+    flops = flops_by_module(structure.model, structure.inputs)
+    densities = erk_densities([tuple(weight.shape) for weight in weights.values()], config.rigl.density)
+    parameters, left = float(structure.cost.dense_parameters), float(flops[""])
+    for (name, weight), density in zip(weights.items(), densities, strict=True):
+        parameters -= (1 - density) * weight.numel()
+        left -= (1 - density) * flops.get(name.removesuffix(".weight"), 0)
+    return parameters, left
 
 
 def passes(config: RunConfig, flops: float, steps: int) -> Iterator[tuple[float, int, int]]:
@@ -131,7 +187,7 @@ def dry_run_table(figures: dict[str, Any]) -> Table:
     def goal(name: str, unit: str = " %") -> str:
         return f"{paper[name]:g}{unit}" if paper.get(name) else ""
 
-    title = f"{figures['model']} on {figures['dataset']}, {figures['method']}, rho {figures['rho']:g}"
+    title = f"{figures['model']} on {figures['dataset']}, {figures['method']}, {figures['knob']}"
     table = Table("", "dense", "expected", paper.get("source") or "paper", title=title)
     million = "{:.3f} M".format
     table.add_row(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +11,14 @@ import torch
 from offload_sparse.config.run import RunConfig
 from offload_sparse.run.plan.dry_run import dry_run, model_on_meta, structure_of
 from offload_sparse.run.plan.machine import Machine
-from offload_sparse.run.plan.plan import Memory, Planner
+from offload_sparse.run.plan.plan import PLANNED, Memory, Planner
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
+
+Progress = Callable[[str], None]
 
 GIB = 2**30
 _MARGIN = 0.95
 """Share of the memory that a run may take: predictions are right within 5 %."""
-
-_CORRECTIONS = 8
-"""Plans, at most, that are made to correct the largest width."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def largest_rho(planner: Planner, machine: Machine) -> float | None:
     def fits(percent: int) -> bool:
         return shortage(planner.with_rho(percent / 100).memory(machine), machine) is None
 
-    found = _bisect(fits, 1, 100)
+    found = 100 if fits(100) else _bisect(fits, 1, 99)
     return None if found is None else found / 100
 
 
@@ -119,110 +117,84 @@ def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> st
     )
 
 
-def largest_width(config: RunConfig, machine: Machine, planner: Planner | None = None) -> float | None:
-    """The largest factor on the network's channels, in percent, at which the run fits.
-
-    Memory is nearly a polynomial of the second degree in the width, so three plans tell where to look, and
-    plans there, whose masks have widths of their own, correct it. None when the network has no option that
-    scales all its channels, or when no factor fits.
+def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """The plan of a run as one JSON object; sizes in bytes. ``beside`` has those of other methods.
 
     Args:
-        planner: that of ``config``, if it is there already: large networks take a while to be searched.
-    """
-    if widened(config, 1.0) is None:
-        return None
-    data = declared_data(config.data)
-
-    def memory(factor: float) -> Memory:
-        if factor == 1 and planner is not None:
-            return planner.memory(machine)
-        wide = widened(config, factor)
-        assert wide is not None
-        return Planner(wide, data, structure_of(wide, data)).memory(machine)
-
-    samples = [(w, memory(w)) for w in (0.25, 0.5, 1.0)]
-    host = _quadratic([(w, float(m.host)) for w, m in samples])
-    device = _quadratic([(w, float(m.device)) for w, m in samples])
-    limits = [(host, _MARGIN * machine.host / machine.local_ranks)]
-    if machine.device is not None:
-        limits.append((device, _MARGIN * machine.device))
-
-    def fits(percent: int) -> bool:
-        return all(polynomial(percent / 100) <= limit for polynomial, limit in limits)
-
-    percent = _bisect(fits, 1, 100_000) or 0
-    tried: dict[int, float] = {}
-    while percent >= 1 and percent not in tried and len(tried) < _CORRECTIONS:
-        used = tried[percent] = _share(memory(percent / 100), machine)
-        if 0.9 <= used <= 1:
-            break
-        percent = math.floor(percent * math.sqrt(0.98 / used))
-    fitting = [width for width, used in tried.items() if used <= 1]
-    return max(fitting) / 100 if fitting else None
-
-
-def _share(memory: Memory, machine: Machine) -> float:
-    """Of what a run may take, the largest share that it takes."""
-    host = machine.local_ranks * memory.host / machine.host
-    device = 0.0 if machine.device is None else memory.device / machine.device
-    return max(host, device) / _MARGIN
-
-
-def widened(config: RunConfig, factor: float) -> RunConfig | None:
-    """``config`` with all channel counts of its network multiplied; None where the network has no such
-    option.
-
-    The option is ``width`` for networks of this package and ``channels`` for those of timm that have it (its
-    stem keeps its width).
-    """
-    arguments = config.model.arguments
-    if config.model.name.startswith("offload_sparse/"):
-        wide: dict[str, Any] = {"width": factor * float(arguments.get("width", 1.0))}
-    elif "channels" in arguments:
-        wide = {"channels": [max(1, round(factor * n)) for n in arguments["channels"]]}
-    else:
-        return None
-    return replace(config, model=replace(config.model, arguments={**arguments, **wide}))
-
-
-def figures(config: RunConfig, machine: Machine, width: bool = True) -> dict[str, Any]:
-    """The plan of a run as one JSON object; sizes in bytes.
+        progress: hears what is being worked out.
 
     Raises:
-        ValueError: the network cannot be built or narrowed, or the data section leaves something open.
+        ValueError: the network cannot be built or narrowed, the data section leaves something open, or the
+            method is none that is planned.
     """
     data = declared_data(config.data)
+    progress(f"looking for the channels of {config.model.name}")
     structure = structure_of(config, data)
     planner = Planner(config, data, structure)
+    progress("the memory of a step")
+    memories = {method: planner.with_method(method).memory(machine) for method in PLANNED}
     memory = planner.memory(machine)
-    to_device, back = planner.traffic(machine)
     missing = shortage(memory, machine)
     run = dry_run(config, structure)
-    return {
+    found = {
+        "method": config.method,
         "model": config.model.name,
         "parameters": run["dense_parameters"],
-        "rho": config.policy.rho,
-        "tier": config.store.tier,
+        "rho": None if config.method == "dense" else config.policy.rho,
         "ranks": machine.ranks,
+        **memory_figures(memory),
+        "host_process_bytes": memory.process,
+        "train_cost_saving": run["train_cost_saving"],
+        "available_host_bytes": machine.host // machine.local_ranks,
+        "available_device_bytes": machine.device,
+        "fits": missing is None,
+    }
+    beside = {
+        method: memory_figures(other) | {"fits": shortage(other, machine) is None}
+        for method, other in memories.items()
+    }
+    if config.method != "sparse_offload":
+        return found | {"beside": beside}
+    progress("the largest rho that fits")
+    return found | {
+        "tier": config.store.tier,
+        "bus_bytes_per_round": sum(planner.traffic(machine)),
+        "advice": "" if missing is None else f"{missing}; {advice(planner, machine)}",
+        "largest_rho": largest_rho(planner, machine),
+        "beside": beside,
+    }
+
+
+def memory_figures(memory: Memory) -> dict[str, Any]:
+    """What one rank takes, by name."""
+    return {
         "host_bytes": memory.host,
         "host_store_bytes": memory.store,
         "host_initialising_bytes": memory.initialising,
         "host_staging_bytes": memory.staging,
-        "host_process_bytes": memory.process,
         "file_bytes": memory.files,
         "device_bytes": memory.device,
         "device_subnet_bytes": memory.subnets,
         "device_activation_bytes": memory.activations,
         "device_is_host": memory.on_host,
-        "bus_bytes_per_round": to_device + back,
-        "train_cost_saving": run["train_cost_saving"],
-        "available_host_bytes": machine.host // machine.local_ranks,
-        "available_device_bytes": machine.device,
-        "fits": missing is None,
-        "advice": "" if missing is None else f"{missing}; {advice(planner, machine)}",
-        "largest_rho": largest_rho(planner, machine),
-        "largest_width_factor": largest_width(config, machine, planner) if width else None,
     }
+
+
+def beside_dense(planner: Planner, machine: Machine) -> str:
+    """What the run is expected to take of FLOPs and memory, in words, beside dense training."""
+    config = planner.config
+    method = config.method if config.method in PLANNED else "dense"
+    own, dense = (planner.with_method(m).memory(machine, 1) for m in (method, "dense"))
+    run = dry_run(config, planner.structure)
+    words = [f"FLOPs 1/{run['train_cost_saving']:.2g} of dense"] if method == config.method != "dense" else []
+    kinds = ("host",) if machine.device is None else ("device", "host")
+    sizes = {kind: [readable(getattr(memory, kind)) for memory in (own, dense)] for kind in kinds}
+    return ", ".join([*words, *(f"{kind} {a} (dense {b})" for kind, (a, b) in sizes.items())])
+
+
+def readable(size: float) -> str:
+    """Bytes as GiB, or MiB where that is less than a tenth."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _surely_fits(config: RunConfig, data: DeclaredData, machine: Machine) -> bool:
@@ -261,19 +233,3 @@ def _bisect(fits: Callable[[int], bool], low: int, high: int) -> int | None:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _quadratic(points: list[tuple[float, float]]) -> Callable[[float], float]:
-    """The polynomial of the second degree through three points (Lagrange)."""
-
-    def value(x: float) -> float:
-        total = 0.0
-        for i, (xi, yi) in enumerate(points):
-            term = yi
-            for j, (xj, _) in enumerate(points):
-                if i != j:
-                    term *= (x - xj) / (xi - xj)
-            total += term
-        return total
-
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,25 +39,27 @@ def this_machine(device: torch.device, ranks: int) -> Machine:
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """A size such as ``24GiB``, ``24G``, ``24 GB`` (all binary) or a number of bytes.
+    """A size such as ``24GiB``, ``24G`` or ``24 GB`` (all binary).
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or has no unit.
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    try:
-        assert match is not None
-        return int(float(match[1]) * _UNITS[match[2].upper()])
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"{name} is {text!r}; give a size such as 24GiB") from error
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
+    if match is None or not (match[2] or match[3]):
+        number = text.strip() if match else "24"
+        raise ValueError(f"{name} is {text!r}; give a size with its unit, such as {number}GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that processes can take without swapping: of the machine, or of the tightest control group that
-    this process is in. Page cache counts as available.
+    """Bytes that processes can take without swapping: of the machine, of the tightest control group that this
+    process is in (of either version), or of its address space (``ulimit -v``). Page cache counts as free.
     """
     limits = [_meminfo(proc), *_group_rooms(proc, cgroup)]
-    return min(limit for limit in limits if limit is not None)
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        limits.append(max(0, space - _address_space(proc)))
+    return min(limits)
 
 
 def process_bytes() -> int:
@@ -86,18 +89,33 @@ def _meminfo(proc: Path) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _group_rooms(proc: Path, cgroup: Path) -> Iterator[int]:
-    """Room left in each control group (version 2) from this process's up to the root, its cache given up."""
+def _address_space(proc: Path) -> int:
+    """Bytes that this process has mapped."""
     try:
-        match = re.search(r"^0::(/.*)$", (proc / "self" / "cgroup").read_text(), re.MULTILINE)
+        return int((proc / "self" / "statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def _group_rooms(proc: Path, cgroup: Path) -> Iterator[int]:
+    """Room left in each control group from this process's up to the root, its cache given up."""
+    try:
+        groups = (proc / "self" / "cgroup").read_text()
     except OSError:
         return
-    here = cgroup / match[1].lstrip("/") if match else cgroup
-    for folder in (here, *here.parents):
-        try:
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            stat = re.search(r"^file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        yield max(0, limit - used + (int(stat[1]) if stat else 0))
+    second = re.search(r"^0::/(.*)$", groups, re.MULTILINE)
+    first = re.search(r"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:/(.*)$", groups, re.MULTILINE)
+    of_version = (
+        (cgroup, second, "memory.max", "memory.current", "file"),
+        (cgroup / "memory", first, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    )
+    for root, match, limit_file, used_file, cache in of_version:
+        here = root / match[1] if match else root
+        for folder in (here, *here.parents):
+            try:
+                limit = int((folder / limit_file).read_text())
+                used = int((folder / used_file).read_text())
+                stat = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+            yield max(0, limit - used + (int(stat[1]) if stat else 0))

@@ -6,6 +6,8 @@
     for a moment     one tensor of the model         activations of a forward and backward pass,
                      being made; staging (CUDA)      entries that arrive from other ranks or are staged
 
+A network that does not change (``dense``, ``static``) takes its weights, gradients, slots and statistics on
+the device, as DistributedDataParallel holds them: on several ranks the gradients once more, in buckets.
 On a CUDA device the arrays of subnets are allocated at ``policy.hard_cap``, and all of it counts. On a CPU
 the device's bytes are host memory too, of which only what is written takes any: that of the masks of the
 first rounds. Not counted: what libraries allocate by themselves (workspaces of kernels, a CUDA context).
@@ -20,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload_sparse.channels.selection import Layout
+from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.optimizer import slot_names
-from offload_sparse.run.plan.dry_run import Structure
+from offload_sparse.run.plan.dry_run import Structure, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
 from offload_sparse.run.plan.live_bytes import step_peak
 from offload_sparse.run.plan.machine import Machine, process_bytes
@@ -34,6 +36,9 @@ from offload_sparse.store.direct_files import WINDOW
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
 from offload_sparse.workloads.data.loader import DeclaredData
+
+PLANNED = ("dense", "static", "sparse_offload")
+"""Methods whose memory is known beforehand."""
 
 ROUNDS = 4
 """Rounds whose masks are drawn to find the largest."""
@@ -89,17 +94,12 @@ class Planner:
     """Memory and traffic of one network for any rho, tier and world size.
 
     Args:
-        config: the run; its method must be sparse_offload.
+        config: the run, of any method; what is said of rounds and of the store is about sparse_offload.
         data: its images.
         structure: its network.
-
-    Raises:
-        ValueError: the method is another.
     """
 
     def __init__(self, config: RunConfig, data: DeclaredData, structure: Structure) -> None:
-        if config.method != "sparse_offload":
-            raise ValueError(f"only sparse_offload runs are planned, not {config.method}; set method")
         self.config = config
         self.structure = structure
         self.channel_map = structure.channel_map
@@ -113,7 +113,16 @@ class Planner:
         self._item = getattr(torch, config.train.dtype).itemsize
 
     def memory(self, machine: Machine, rounds: int = ROUNDS) -> Memory:
-        """Bytes that a rank of ``machine`` takes over its first ``rounds`` rounds."""
+        """Bytes that a rank of ``machine`` takes, over its first ``rounds`` rounds where there are any.
+
+        Raises:
+            ValueError: the method is none whose memory is known.
+        """
+        method = self.config.method
+        if method in ("dense", "static"):
+            return self._network_memory(machine)
+        if method != "sparse_offload":
+            raise ValueError(f"only {', '.join(PLANNED)} runs are planned, not {method}; set method to one")
         first = self.first_rounds(rounds)
         rows, on_disk = self.store_bytes(machine.ranks), self.config.store.tier != "ram"
         cuda = machine.device is not None
@@ -128,6 +137,21 @@ class Planner:
             on_host=not cuda,
             process=process_bytes(),
         )
+
+    def _network_memory(self, machine: Machine) -> Memory:
+        """Bytes of a rank that trains the network of one mask from start to end."""
+        selection = Selection(self.channel_map, trained_mask(self.config, self.structure))
+        weights, buffers = (
+            sum(prod(selection.shapes[name]) for name in self._names[kind]) * self._item
+            for kind in (WEIGHTS, BUFFERS)
+        )
+        held = weights * (2 + len(self._slots) + (machine.ranks > 1)) + buffers
+        images = self._images(machine)
+        passes, _ = self._step_peak(selection, images[0])
+        whole = sum(prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS])
+        built = 4 * whole if self.config.method == "dense" else self.initialising_bytes()
+        activations, on_host = passes + self._batch_bytes(images), machine.device is None
+        return Memory(0, 0, built, 0, held, held, activations, on_host, process_bytes())
 
     def first_rounds(self, rounds: int) -> FirstRounds:
         """The subnets of the first rounds."""
@@ -155,14 +179,13 @@ class Planner:
         (which a CUDA device takes unless told otherwise) during them.
         """
         config = self.config
-        size = -(-config.data.batch_size // machine.ranks)
-        channels, side = self.structure.inputs[0].shape[1:3]
-        batch = size * (channels * side * side * self._item + torch.int64.itemsize)
+        images = self._images(machine)
+        batch = self._batch_bytes(images)
         # The session keeps the last batches to choose the final mask by; the newest is among them.
         learns = config.policy.rho < 1
         kept = max(1, config.final.selection_batches) if learns else 1
         largest = max(first.rounds, key=lambda sides: max(first.entries(s, WEIGHTS) for s in sides))
-        passes = self._passes(first, largest, size)
+        passes = self._passes(first, largest, images[0])
         cuda = machine.device is not None
         moved = self._part_bytes(first, WIRE) if machine.ranks > 1 else 0
         moved += self._part_bytes(first, STAGE) if cuda else 0
@@ -173,6 +196,10 @@ class Planner:
         """Bytes that a rank moves from one round to the next: (to the device, back), means over rounds."""
         to_device, back = self.first_rounds(rounds).traffic()
         return to_device * self._item / machine.ranks, back * self._item / machine.ranks
+
+    def with_method(self, method: str) -> Planner:
+        """The same run by another method."""
+        return Planner(replace(self.config, method=method), self.data, self.structure)  # type: ignore[arg-type]
 
     def with_rho(self, rho: float) -> Planner:
         """The same network at another remaining ratio."""
@@ -192,18 +219,26 @@ class Planner:
 
     def _passes(self, first: FirstRounds, sides: tuple[Side, ...], batch: int) -> int:
         """Most bytes of the passes of a round, the copy of the trained side's statistics included."""
+        peaks = []
+        for side in sides:
+            trained, evaluated = self._step_peak(side.selection, batch)
+            peaks.append(trained if side.trained else evaluated)
+        statistics = max(first.entries(s, BUFFERS) for s in sides if s.trained)
+        return max(peaks) + statistics * self._item
+
+    def _step_peak(self, selection: Selection, batch: int) -> tuple[int, int]:
         train = self.config.train
         autocast = torch.bfloat16 if train.precision == "bf16" else None
         shape = (batch, *self.structure.inputs[0].shape[1:])
         dtype = getattr(torch, train.dtype)
-        peaks = []
-        for side in sides:
-            trained, evaluated = step_peak(
-                self.structure.model, side.selection, shape, self._loss, dtype, autocast
-            )
-            peaks.append(trained if side.trained else evaluated)
-        statistics = max(first.entries(s, BUFFERS) for s in sides if s.trained)
-        return max(peaks) + statistics * self._item
+        return step_peak(self.structure.model, selection, shape, self._loss, dtype, autocast)
+
+    def _images(self, machine: Machine) -> tuple[int, ...]:
+        """Shape of a rank's part of a batch."""
+        return (-(-self.config.data.batch_size // machine.ranks), *self.structure.inputs[0].shape[1:])
+
+    def _batch_bytes(self, images: tuple[int, ...]) -> int:
+        return prod(images) * self._item + images[0] * torch.int64.itemsize
 
     def _loss(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         smoothing = self.config.optim.label_smoothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -122,11 +123,21 @@ def _iterate(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each iterator would take a number from the global generator
+        worker_init_fn=_leave_signals_to_the_run,
     )
     corrupt = batches.images.corrupt
     for batch, found in loader:
         corrupt.add(found)
         yield batch
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole process group asks the run to save and end, which needs its workers until then;
+    they end with it.
+    """
+    del worker
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainLoader:

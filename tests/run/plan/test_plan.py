@@ -15,15 +15,14 @@ from offload_sparse.engine.losses import TAIL
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan import fit
 from offload_sparse.run.plan.dry_run import structure_of
-from offload_sparse.run.plan.fit import check, largest_rho, largest_width, shortage, widened
+from offload_sparse.run.plan.fit import check, largest_rho, shortage
 from offload_sparse.run.plan.machine import Machine
-from offload_sparse.run.plan.plan import Planner
+from offload_sparse.run.plan.plan import PLANNED, Planner
 from offload_sparse.store.weight_store import WEIGHTS, Ranks, WeightStore
 from offload_sparse.workloads.data.loader import declared_data
 from tests.support.planned_runs import CASES, SMALL, build_session, case, train
 
 LARGE = Machine(1, 1, 1 << 50, None)
-MIB = 1 << 20
 
 
 def planner_of(config: RunConfig) -> Planner:
@@ -155,30 +154,36 @@ def test_small_networks_are_let_through_without_a_search_for_channels(
     check(replace(SMALL, method="dense"), declared_data(SMALL.data), Machine(1, 1, 1, None))
 
 
-def test_the_largest_width_fits() -> None:
-    config = case("offload_sparse/mlp", 8, 8, 0.25, stream=64, hidden=128, depth=1)
-    machine = Machine(1, 1, 200 * MIB, 40 * MIB)
-    factor = largest_width(config, machine)
-    assert factor is not None
-    assert factor > 2
-    for width, fits in ((factor, True), (1.2 * factor, False)):
-        wide = widened(config, width)
-        assert wide is not None
-        assert (shortage(planner_of(wide).memory(machine), machine) is None) == fits
+def test_dense_training_takes_what_its_arrays_take() -> None:
+    """Weights, gradients and momentum; on several ranks the gradients once more, in buckets."""
+    planner = planner_of(replace(SMALL, method="dense"))
+    weights = 4 * sum(p.numel() for p in planner.structure.model.parameters())
+    buffers = 4 * sum(b.numel() for b in planner.structure.model.buffers() if b.is_floating_point())
+    one, two = (planner.memory(Machine(n, n, 1 << 50, 1 << 50)) for n in (1, 2))
+    assert one.subnets == 3 * weights + buffers
+    assert two.subnets == 4 * weights + buffers
+    assert two.activations == pytest.approx(one.activations / 2, rel=0.1)
 
 
-def test_networks_without_a_width_option_have_no_largest_width() -> None:
-    config = case("torchvision/resnet18", 32, 8, 0.25)
-    assert widened(config, 2.0) is None
-    assert largest_width(config, LARGE) is None
-    channels = widened(case("timm/resnet18", 32, 8, 0.25, channels=[64, 128, 256, 512]), 1.5)
-    assert channels is not None
-    assert channels.model.arguments == {"channels": [96, 192, 384, 768]}
+def test_dense_static_and_sampled_training_are_planned_side_by_side() -> None:
+    found = fit.figures(SMALL, Machine(1, 1, 1 << 50, 1 << 50))
+    dense, static, own = (found["beside"][name] for name in PLANNED)
+    assert own == {name: found[name] for name in own}
+    assert static["device_bytes"] < own["device_bytes"] < dense["device_bytes"]
+    assert own["host_store_bytes"] > 0
+    assert dense["host_store_bytes"] == static["host_store_bytes"] == 0
 
 
-def test_only_the_projects_own_method_is_planned() -> None:
-    with pytest.raises(ValueError, match="only sparse_offload runs are planned"):
-        planner_of(replace(SMALL, method="dense"))
+def test_a_method_whose_memory_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="only dense, static, sparse_offload runs are planned, not rigl"):
+        fit.figures(replace(SMALL, method="rigl"), LARGE)
+
+
+def test_a_network_that_takes_no_images_of_this_size_is_one_line() -> None:
+    config = case("timm/vit_tiny_patch16_224", 64, 8, 0.25)
+    with pytest.raises(ValueError, match=r"224 does not take 3 x 64 x 64 images \(.*\); set") as error:
+        structure_of(config, declared_data(config.data))
+    assert "\n" not in str(error.value)
 
 
 def test_half_precision_halves_what_convolutions_keep() -> None:
