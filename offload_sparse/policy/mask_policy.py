@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,21 +44,6 @@ from offload_sparse.policy.samplers import (
 from offload_sparse.policy.widths import minimum_size, respect_size, respect_widths
 
 
-@dataclass(frozen=True)
-class _Caps:
-    """What a drawn mask may have at most.
-
-    Attributes:
-        atoms: kept atoms.
-        parameters: parameters of the subnet; None if these are not known.
-        flops: its FLOPs, if they are what is budgeted.
-    """
-
-    atoms: int
-    parameters: int | None
-    flops: int | None
-
-
 class MaskPolicy:
     """p(m | s) over the masks of a network, with an expected cost within the budget at all times.
 
@@ -75,6 +59,8 @@ class MaskPolicy:
         costs: what masks cost, if their parameters or FLOPs are to be bounded, too.
 
     Attributes:
+        cap: most atoms that a drawn mask keeps: ceil(hard_cap * rho * C) for a budget of atoms (at least the
+            minimum widths, at most C), else C.
         size_cap: most parameters that the subnet of any mask of the run has: hard_cap^2 times those of a
             network that is narrowed evenly to the budget, since a network narrowed by a factor
             shrinks by its square. More only where minimum widths demand it. 0 without ``costs``.
@@ -98,8 +84,7 @@ class MaskPolicy:
         self._budget = Budget.of(config, self.groups, costs)
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
         self._uniform = self._budget.mask(start, 1 - start, config.min_width)
-        self._caps = self._caps_of()
-        self.size_cap = self._caps.parameters or 0
+        self.cap, self.size_cap, self._flops_cap = self._caps()
         self._sampler = self._build_sampler()
         self._learned = Parametrisation(self.config, self.groups, start)
         self._control = ControlVariate(self.groups)
@@ -119,13 +104,6 @@ class MaskPolicy:
     def frozen(self) -> bool:
         """Whether s is learned no more."""
         return self._frozen
-
-    @property
-    def cap(self) -> int:
-        """Most atoms that a drawn mask keeps: ceil(hard_cap * rho * C) for a budget of atoms (at least the
-        minimum widths, at most C), else C.
-        """
-        return self._caps.atoms
 
     @property
     def expected_size(self) -> float:
@@ -265,15 +243,15 @@ class MaskPolicy:
         if self.config.sampler == "fixed_width":
             return drawn.mask
         mask, min_width = drawn.mask, self.config.min_width
-        mask = respect_widths(mask, self.s, self.groups, min_width, self._caps.atoms, drawn.margin)
+        mask = respect_widths(mask, self.s, self.groups, min_width, self.cap, drawn.margin)
         return self._fitting(Drawn(mask, drawn.margin))
 
     def _fitting(self, drawn: Drawn) -> Tensor:
-        mask, caps, costs = drawn.mask, self._caps, self._costs
+        mask, costs = drawn.mask, self._costs
         if costs is None or self.trivial:
             return mask
-        for size, cap in ((costs.parameters, caps.parameters), (costs.flops, caps.flops)):
-            if cap is not None:
+        for size, cap in ((costs.parameters, self.size_cap), (costs.flops, self._flops_cap)):
+            if cap:
                 mask = respect_size(mask, drawn.margin, self.groups, self.config.min_width, size, cap)
         return mask
 
@@ -303,20 +281,20 @@ class MaskPolicy:
             parts.append(project(z[group.start : group.stop], width, lower, self._bounds[1]))
         return torch.cat(parts)
 
-    def _caps_of(self) -> _Caps:
+    def _caps(self) -> tuple[int, int, int]:
+        """Most atoms, parameters (0 if these are not known) and FLOPs (0 if another budget) of a mask."""
         config, costs, budget = self.config, self._costs, self._budget
         atoms = self.num_atoms
         if config.budget == "count":
             wanted = math.ceil(config.hard_cap * budget.limit - 1e-9)
             atoms = min(atoms, max(wanted, minimum_size(self.groups, config.min_width)))
         if costs is None:
-            return _Caps(atoms, None, None)
+            return atoms, 0, 0
         uniform = self._evenly_narrowed(1.0 if self.trivial else float(budget.start().mean()))
-        parameters = min(costs.dense_parameters, math.ceil(config.hard_cap**2 * costs.parameters(uniform)))
-        flops = None
-        if config.budget == "flops":
-            flops = min(costs.dense_flops, math.ceil(config.hard_cap**2 * costs.flops(uniform)))
-        return _Caps(atoms, parameters, flops)
+        room = config.hard_cap**2
+        parameters = min(costs.dense_parameters, math.ceil(room * costs.parameters(uniform)))
+        flops = min(costs.dense_flops, math.ceil(room * costs.flops(uniform)))
+        return atoms, parameters, flops if config.budget == "flops" else 0
 
     def _evenly_narrowed(self, ratio: float) -> Tensor:
         """Every group narrowed to this ratio, rounded up."""

@@ -11,8 +11,9 @@ repairs draws that a network cannot use.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,30 +72,36 @@ class Drawn(NamedTuple):
     margin: Tensor
 
 
-class Sampler(Protocol):
-    """Draws masks from p(m|s)."""
-
-    def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
-        """The mask of a stream of a round."""
-
-    def redrawn(self, round: int) -> Tensor:
-        """bool[C]: the atoms that were drawn for the reference anew, independently of the mask itself."""
-
-    def mean(self, s: Tensor) -> Tensor:
-        """E[m], float64[C]."""
-
-
-class Bernoulli:
-    """Independent draws.
+class Sampler(ABC):
+    """Draws masks from p(m|s).
 
     Args:
         count: number of atoms.
         seed: seed of the masks.
-        antithetic: the first mask of a round uses 1 - u where the second uses u.
     """
 
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+
+    @abstractmethod
+    def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
+        """The mask of a stream of a round."""
+
+    def redrawn(self, round: int) -> Tensor:  # noqa: ARG002
+        """bool[C]: the atoms that were drawn for the reference anew, independently of the mask itself."""
+        return torch.ones(self._count, dtype=torch.bool)
+
+    def mean(self, s: Tensor) -> Tensor:
+        """E[m], float64[C]."""
+        return s
+
+
+class Bernoulli(Sampler):
+    """Independent draws; ``antithetic``: the first mask of a round uses 1 - u where the second uses u."""
+
     def __init__(self, count: int, seed: int, antithetic: bool = False) -> None:
-        self._count, self._seed, self._antithetic = count, seed, antithetic
+        super().__init__(count, seed)
+        self._antithetic = antithetic
 
     def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
         mirrored = self._antithetic and stream == FIRST
@@ -102,28 +109,18 @@ class Bernoulli:
         u = 1 - u if mirrored else u
         return Drawn(u < s, u / s)
 
-    def redrawn(self, round: int) -> Tensor:  # noqa: ARG002
-        return torch.ones(self._count, dtype=torch.bool)
 
-    def mean(self, s: Tensor) -> Tensor:
-        return s
-
-
-class Persistent:
+class Persistent(Sampler):
     """Masks that drift: in every round a share of the atoms is drawn anew, the others keep their uniform.
 
     Each mask by itself is an exact draw from p(m|s). The reference of a round is the first mask of the next
     one. Atoms that are redrawn between the two are independent in them, given all others; which ones these
-    are is known beforehand, and each has its turn every 1/refresh rounds.
-
-    Args:
-        count: number of atoms.
-        seed: seed of the masks.
-        refresh: share of the atoms redrawn per round, in (0, 1].
+    are is known beforehand, and each has its turn every 1/refresh rounds (refresh in (0, 1]).
     """
 
     def __init__(self, count: int, seed: int, refresh: float) -> None:
-        self._count, self._seed, self._refresh = count, seed, refresh
+        super().__init__(count, seed)
+        self._refresh = refresh
         self._phase = self._hashed(np.zeros(count, dtype=np.int64))
 
     def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
@@ -138,9 +135,6 @@ class Persistent:
 
     def redrawn(self, round: int) -> Tensor:
         return torch.from_numpy(self._turn(round + 1) != self._turn(round))
-
-    def mean(self, s: Tensor) -> Tensor:
-        return s
 
     def _path(self, round: int) -> Tensor:
         return torch.from_numpy(self._hashed(1 + self._turn(round)))
@@ -157,28 +151,18 @@ class Persistent:
         return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-class FixedWidth:
-    """Independent draws given the width of every group, so that shapes never change.
-
-    Args:
-        groups: the groups of the atoms.
-        widths: atoms that each group keeps.
-        seed: seed of the masks.
-    """
+class FixedWidth(Sampler):
+    """Independent draws given the width of every group, so that shapes never change."""
 
     def __init__(self, groups: Sequence[Group], widths: Sequence[int], seed: int) -> None:
-        self._groups, self._widths, self._seed = groups, widths, seed
+        super().__init__(groups[-1].stop, seed)
+        self._groups, self._widths = groups, widths
 
     def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
         u = uniforms(len(s), mask_generator(self._seed, round, stream))
-        parts = [
-            given.draw(u[g.start : g.stop]) for g, given in zip(self._groups, self._given(s), strict=True)
-        ]
-        mask = torch.cat(parts)
+        given = zip(self._groups, self._given(s), strict=True)
+        mask = torch.cat([of_group.draw(u[g.start : g.stop]) for g, of_group in given])
         return Drawn(mask, torch.where(mask, 1 - s, 2 - s))
-
-    def redrawn(self, round: int) -> Tensor:  # noqa: ARG002
-        return torch.ones(self._groups[-1].stop, dtype=torch.bool)
 
     def mean(self, s: Tensor) -> Tensor:
         return torch.cat([given.inclusion() for given in self._given(s)])
