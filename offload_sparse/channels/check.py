@@ -404,7 +404,7 @@ def _statistics_errors(
 ) -> Iterator[tuple[str, float]]:
     found = dict(narrow.named_buffers())
     for name, buffer in full.named_buffers():
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() and name in found and name in selection.shapes:
             yield name, _relative(selection.take(name, buffer), found[name])
 
 

@@ -4,7 +4,7 @@
     hidden = builder.group("fc1", 64)                    # 64 atoms
     builder.rows("fc1", hidden)                          # fc1 makes them
     builder.columns("fc2", hidden)                       # fc2 reads them
-    session = SparseOffload(model, inputs, channel_map=builder.build(), ...)
+    session = SparseOffload(model, inputs, optimizer, setup=Setup(channel_map=builder.build()))
 
 A network that many will use gets a spec: ``register`` a predicate and a function, and ``discover`` takes its
 map. Every map is checked by slice = mask before anything trains, whoever wrote it.

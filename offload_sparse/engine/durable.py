@@ -1,9 +1,10 @@
 """A session that survives a crash at any moment, on a store in files.
 
-    session = SparseOffload(..., store=StoreConfig("file", folder), store_mode="resume" if started else "new")
+    mode = "resume" if started else "new"
+    session = SparseOffload(..., setup=Setup(store=StoreConfig("file", folder), store_mode=mode))
     durable = DurableRounds(session)
     done = durable.restore()          # steps that need not be run again
-    for batch in batches[done:]: session.step(batch, loss_fn)
+    for batch in batches[done:]: session.step(partial(loss_fn, batch=batch))
 
 What a killed process loses are the steps since the last round, or the last ``save``: they are run again.
 """

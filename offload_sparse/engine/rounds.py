@@ -189,6 +189,7 @@ class Rounds:
                         mean, metrics = self._trained(side, closure, buffer)
                         put(losses, trained, mean, metrics, len(closures))
                         self._scaled(share(mean, len(closures))).backward()
+                        side.take_buffers()
                     losses[LIVE] = float(request is not Ask.JOIN)
                     # One all-reduce over the ranks; the losses ride behind the gradients.
                     own = self.reducer.finish(buffer)
@@ -360,10 +361,9 @@ class Rounds:
         """The loss of a subnet, with its graph.
 
         Raises:
-            ValueError: it has none, or the closure has run backward already; or a buffer has another shape.
+            ValueError: it has none, or the closure has run backward already.
         """
         loss, metrics = self.forward.trained(side.module, closure)
-        side.take_buffers()
         if not loss.requires_grad:
             raise ValueError(
                 "no gradient reaches the network: the loss that the closure returns does not depend on a "

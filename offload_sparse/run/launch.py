@@ -25,6 +25,7 @@ from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.log import TRACKERS_FOLDER
 from offload_sparse.store.lock import FolderLock, lock_folder
+from offload_sparse.store.weight_store import default_timeout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -235,7 +236,7 @@ def own_group() -> dist.ProcessGroup | None:
     """A new gloo group of all ranks, for messages that must not mix with others; None for a single rank."""
     if rank_and_world_size()[1] == 1:
         return None
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=default_timeout())
     assert not isinstance(group, int), "every rank is a member of the new group"
     return group
 

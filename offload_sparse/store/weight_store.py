@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -74,8 +75,8 @@ class Ranks:
         mine = Ranks()
         for first in range(0, world_size, size):  # every rank takes part in the making of every group
             members = list(range(first, first + size))
-            transfer = dist.new_group(members)
-            host = dist.new_group(members, backend="gloo")
+            transfer = dist.new_group(members, timeout=default_timeout())
+            host = dist.new_group(members, backend="gloo", timeout=default_timeout())
             if rank in members:
                 assert not isinstance(transfer, int)
                 assert not isinstance(host, int)
@@ -85,6 +86,18 @@ class Ranks:
     def global_rank(self, rank: int) -> int:
         """The rank in the default group of member ``rank``."""
         return self.first + rank
+
+
+def default_timeout() -> timedelta | None:
+    """How long the default process group waits for a rank, which a new group would not know by itself."""
+    for device in ("cpu", "cuda"):
+        try:
+            backend = dist.group.WORLD._get_backend(torch.device(device))  # type: ignore[union-attr]
+        except RuntimeError:  # no backend for this device
+            continue
+        timeout: timedelta = backend.options._timeout
+        return timeout
+    return None
 
 
 def _ranks_per_node(world_size: int) -> int:
