@@ -1,23 +1,20 @@
-"""``offload-sparse``: which commands there are, and how one is started."""
+"""``offload-sparse``: which commands there are, how one is started, and how it ends."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
-from offload_sparse.cli.bench import bench
-from offload_sparse.cli.command import run_command
-from offload_sparse.cli.config import config
-from offload_sparse.cli.doctor import doctor
-from offload_sparse.cli.evaluate import evaluate
-from offload_sparse.cli.export import export
-from offload_sparse.cli.plan import plan
-from offload_sparse.cli.report import report
-from offload_sparse.cli.train import train
+from offload_sparse.cli.look_commands import bench, doctor, report
+from offload_sparse.cli.network_commands import evaluate, export
+from offload_sparse.cli.run_commands import config, plan, train
 from offload_sparse.cli.verify import verify
-from offload_sparse.config.parse import PROGRAM
+from offload_sparse.config.parse import PROGRAM, MistakesError
+from offload_sparse.run.errors import RunError
 
 Command = Callable[[Sequence[str]], int]
 """Takes the arguments behind the name of the command, returns the exit code."""
@@ -31,11 +28,11 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
 
 COMMANDS: Mapping[str, Command] = {name: run for group in GROUPS.values() for name, run in group.items()}
 
-_EXAMPLES = (
-    f"{PROGRAM} train --config configs/quickstart.yaml",
-    f"{PROGRAM} train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
-    f"{PROGRAM} evaluate runs/rho_0.1",
-)
+TRACEBACK_VARIABLE = "OFFLOAD_SPARSE_TRACEBACK"
+LONGEST_LINE = 600
+"""Characters of an error line; a longer one loses its middle."""
+
+_FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +43,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: _dispatch(given))
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command; bad input becomes one line on stderr and exit code 2.
+
+    Bad input is a ``ValueError``, or a file that is missing or cannot be used. Only rank 0 prints, so that a
+    launch of several processes shows the line once; with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
+
+    A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1; one that failed
+    (``RunError``) by every rank, since the others may not live to tell.
+
+    Returns:
+        The command's exit code, 0 where it returns None.
+    """
+    try:
+        return command() or 0
+    except (ValueError, FloatingPointError, RunError, *_FILE_ERRORS) as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RunError):
+            if os.environ.get(TRACEBACK_VARIABLE) == "1":
+                traceback.print_exc()
+            for line in error.lines if isinstance(error, MistakesError) else (_one_line(error),):
+                line = line if len(line) <= LONGEST_LINE else f"{line[:400]} … {line[-200:]}"
+                printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+                print(f"{PROGRAM}: error: {printable}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError | RunError) else 2
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if _raised_here(error) else f"{text} (set {TRACEBACK_VARIABLE}=1 to see where it was raised)"
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the package itself raised the error, and not a library that it calls."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("offload_sparse")
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -69,8 +104,9 @@ def _help() -> str:
         lines += ["", f"{title}:"]
         lines += [f"  {name:<10}{(run.__doc__ or '').splitlines()[0]}" for name, run in commands.items()]
     lines += ["", f"`{PROGRAM} COMMAND --help` lists a command's options. `--version` prints the version."]
-    lines += ["", "examples:", *(f"  {example}" for example in _EXAMPLES)]
-    return "\n".join(lines)
+    train_it = f"{PROGRAM} train --config configs/quickstart.yaml"
+    lines += ["", "examples:", f"  {train_it}", f"  {train_it} --policy.rho 0.1 --run_dir runs/rho_0.1"]
+    return "\n".join([*lines, f"  {PROGRAM} evaluate runs/rho_0.1"])
 
 
 if __name__ == "__main__":

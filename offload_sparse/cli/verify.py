@@ -5,17 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offload_sparse.channels.config import Residual
 from offload_sparse.cli.table import show
 from offload_sparse.config.parse import PROGRAM, Options
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from offload_sparse.inspect.coverage import Outcome
 
 
 @dataclass
@@ -91,7 +85,7 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
     size = config.image_size or (32 if config.model.startswith("offload_sparse/") else 64)
     channels = config.in_channels or 3
 
-    def build() -> torch.nn.Module:
+    def build() -> Any:
         return build_model(config.model, config.num_classes, channels, size)
 
     start = time.perf_counter()
@@ -120,7 +114,7 @@ def _verify_all(config: VerifyConfig) -> int:
     from offload_sparse.inspect import coverage
     from offload_sparse.workloads.models import build_model
 
-    def build(case: coverage.Case) -> nn.Module:
+    def build(case: coverage.Case) -> Any:
         return build_model(case.name, num_classes=10, in_channels=3, image_size=case.size, **case.arguments)
 
     start, outcomes = time.perf_counter(), []
@@ -147,7 +141,7 @@ def _verify_all(config: VerifyConfig) -> int:
 _ROW = "{:<36}{:<10}{:>7}{:>8}{:>10}{:>10}{:>10}  {}"
 
 
-def _row(outcome: Outcome) -> str:
+def _row(outcome: Any) -> str:
     figures = outcome.figures()
     seconds = f"{outcome.discover_seconds:.1f} s"
     errors = ["" if figures[k] is None else f"{figures[k]:.0e}" for k in ("output_error", "gradient_error")]

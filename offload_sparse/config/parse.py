@@ -1,11 +1,10 @@
-"""Command lines and YAML files into typed configuration trees, and back.
+"""Command lines and YAML files into configuration trees, and back.
 
     defaults of the dataclasses < base files of a YAML < the YAML < a later --config < dotted overrides
 
-Every leaf of a dataclass tree is one option, named by its dotted path (``--policy.rho 0.1``). Files and
-overrides are flattened into one mapping from dotted names to values; jsonargparse converts and checks the
-values and lays out the help text, and the dataclasses check what types cannot say. Whatever is wrong is a
-``ValueError`` of one line, which ``command.run_command`` turns into the program's error line and exit code 2.
+jsonargparse makes the options of the dataclasses: names, types, defaults, help. Added here are files that
+start from other files, dashes beside underscores, flags without a value, options of earlier versions, and one
+line of advice for every mistake.
 """
 
 from __future__ import annotations
@@ -14,32 +13,44 @@ import dataclasses
 import difflib
 import math
 import re
-import textwrap
 import typing
-from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader
 
 from offload_sparse.config import yaml_text
-from offload_sparse.config.option_tree import Leaf, Section, build, sections, show
 from offload_sparse.config.run import RunConfig
+from offload_sparse.config.yaml_text import shortened
 
 Tree = TypeVar("Tree")
 
 PROGRAM = "offload-sparse"
+LONGEST = 10_000
+"""Most characters of a value."""
+
+_ADVICE: dict[Any, str] = {
+    **{bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"},
+    **{list[str]: "a list such as [tensorboard]", list[float]: "a list such as [0.5, 0.25]"},
+    **{dict: "a mapping such as {width: 64}", str | int | float: "text or a number"},
+}
+
+set_loader("yaml_1.2", lambda text: yaml_text.parse(text, "a value"), exceptions=(ValueError,))
+
+
+class MistakesError(ValueError):
+    """Several mistakes, each of one line."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""))
+        self.lines = tuple(lines)
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Help and default of each option; the type shows in the placeholder already."""
-
-    def _get_help_string(self, action: Action) -> str:
-        return action.help or ""
-
     def _format_action_invocation(self, action: Action) -> str:
         # jsonargparse lists its own "--name+" beside every list; here lists are given whole.
         return re.sub(r", --\S+\+ .*$", "", super()._format_action_invocation(action))
@@ -51,26 +62,35 @@ class _Parser(ArgumentParser):
 
 
 @dataclass(frozen=True)
+class _Given:
+    """One value, and where it comes from: a file, or the command line where ``source`` is empty."""
+
+    name: str
+    value: Any
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Options(Generic[Tree]):
     """The options of one command.
 
     Attributes:
-        tree: dataclass whose leaves are the options.
-        program: how the command is called, for its usage line.
-        examples: command lines that work, shown at the end of ``--help``; the first also where something is
-            missing.
-        positional: leaves that are given without their name, in order; one that is a list takes all that is
-            left.
+        tree: dataclass whose leaves are the options; those without a default are given without their name.
+        program: how the command is called.
+        examples: command lines that work, for ``--help``.
         reads_files: whether ``--config FILE.yaml`` is accepted.
-        aliases: short names of options, without dashes, to the names of their leaves.
+        positional: a leaf with a default that may be given without its name; a list takes all of them.
+        aliases: short names of options to the names of their leaves.
+        first: options that ``--help`` shows, where ``--help all`` shows the others, too; empty for all.
     """
 
     tree: type[Tree]
     program: str
     examples: tuple[str, ...]
-    positional: tuple[str, ...] = ()
     reads_files: bool = False
+    positional: str = ""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    first: tuple[str, ...] = ()
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Tree:
         """The configuration that a command line asks for; ``--help`` prints the help text and exits with 0.
@@ -81,288 +101,247 @@ class Options(Generic[Tree]):
 
         Raises:
             ValueError: unknown key, wrong type or value, missing file; one line with advice.
+                ``MistakesError`` names every option of an earlier version.
         """
-        if any(token in ("-h", "--help") for token in argv):
-            self._parser.print_help()
+        if {"-h", "--help"} & set(argv):
+            self.parser("all" in argv).print_help()
             raise SystemExit(0)
         files, overrides = self._split(argv)
-        values = dict(defaults or {})
+        given = [_Given(name, value) for name, value in (defaults or {}).items()]
         for path in files:
-            values |= self._load(path)
-        for name, text in overrides:
-            self._override(values, name, text)
-        return build(self.tree, self._convert(values))
+            given += self._load(path)
+        given += overrides
+        self._check_names(given)
+        try:
+            mappings = self._mappings(given)
+            others = [one for one in given if self._mapping_of(one.name) is None]
+            found = self.parser().parse_args([self._token(one) for one in others])
+        except ArgumentError as error:
+            raise ValueError(self._explain(error, given)) from error
+        for name in self.leaves:
+            numbers = found[name] if isinstance(found[name], list) else [found[name]]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name} is {shortened(found[name])}; give a finite number")
+        return _build(self.tree, {name: found[name] for name in self.leaves} | mappings)
 
-    @cached_property
-    def _sections(self) -> tuple[Section, ...]:
-        return tuple(sections(self.tree))
-
-    @cached_property
-    def _leaves(self) -> dict[str, Leaf]:
-        return {leaf.name: leaf for section in self._sections for leaf in section.leaves}
-
-    @cached_property
-    def _parser(self) -> _Parser:
-        """The jsonargparse parser: conversion of values, and the help text."""
-        leaves = [self._leaves[name] for name in self.positional]
-        usage = "".join(f" {_placeholder(leaf)}" for leaf in leaves)
-        usage += " [--config FILE.yaml]" if self.reads_files else ""
+    def parser(self, everything: bool = True) -> ArgumentParser:
+        """The options as jsonargparse reads and explains them."""
+        more = "" if everything or not self.first else f"`{self.program} --help all` lists all options\n\n"
         parser = _Parser(
             prog=self.program,
-            usage=f"{self.program}{usage} [--KEY VALUE ...]",
-            description=textwrap.fill(self._sections[0].title + ".", 100),
-            epilog="\n".join(["examples:", *(f"  {example}" for example in self.examples)]),
+            epilog="\n".join([f"{more}examples:", *(f"  {example}" for example in self.examples)]),
             formatter_class=_HelpFormatter,
             exit_on_error=False,
+            parser_mode="yaml_1.2",
         )
         if self.reads_files:
-            parser.add_argument(
-                "--config",
-                metavar="FILE.yaml",
-                help="read values from this file; may be given again, then later files win. A file can start "
-                "from others by a top-level key 'base: other.yaml'.",
-            )
-        for number, section in enumerate(self._sections):
-            group = parser.add_argument_group(section.title if number else "settings")
-            for leaf in section.leaves:
-                self._add(group, leaf)
+            text = "read this file; of several, later ones win; 'base: other.yaml' in it starts from that one"
+            parser.add_argument("--config", metavar="FILE.yaml", help=text, default=SUPPRESS)
+        parser.add_class_arguments(self.tree, None, as_positional=True)
+        places = "".join(f" {action.dest.upper()}" for action in parser._get_positional_actions())
+        places += f" [{self.positional.upper()} ...]" if self.positional else ""
+        parser.usage = f"{self.program}{places}{' [--config FILE.yaml]' * self.reads_files} [--KEY VALUE ...]"
+        for action in parser._actions:
+            hidden = self.first and not everything and action.dest not in ("help", "config", *self.first)
+            hidden = hidden or action.metavar == "CONFIG"  # jsonargparse reads a section from a file, too
+            action.help = SUPPRESS if hidden else (action.help or "").replace("``", "`")
         return parser
 
-    def _add(self, group: Any, leaf: Leaf) -> None:
-        shown = "required" if leaf.required else f"default: {show(leaf.default)}"
-        text = f"{leaf.help.replace('``', '')} ({shown})"
-        if leaf.name in self.positional:
-            group.add_argument(leaf.name, type=leaf.type, nargs="?", metavar=leaf.name.upper(), help=text)
-            return
-        default = None if leaf.required else leaf.default
-        names = [leaf.name, *(alias for alias, name in self.aliases.items() if name == leaf.name)]
-        flags = [f"--{name}" for name in names]
-        group.add_argument(*flags, type=leaf.type, default=default, metavar=leaf.metavar, help=text)
+    @cached_property
+    def leaves(self) -> dict[str, Any]:
+        """Type of every option by dotted name."""
+        return dict(_leaves(self.tree))
 
-    def _split(self, argv: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
-        """Configuration files, and (dotted name, text) of every override, each in the order given."""
+    def _split(self, argv: Sequence[str]) -> tuple[list[Path], list[_Given]]:
+        """Configuration files, and every other argument, each in the order given."""
         files: list[Path] = []
-        overrides: list[tuple[str, str]] = []
-        positional, collected = list(self.positional), []
+        given: list[_Given] = []
         tokens = list(argv)
         while tokens:
             token = tokens.pop(0)
+            name, equals, text = token.removeprefix("--").partition("=")
+            name = self.aliases.get(name.replace("-", "_"), name.replace("-", "_"))
             if not token.startswith("--"):
-                if not positional:
-                    raise ValueError(f"unexpected argument {token!r}; options are written as --KEY VALUE")
-                if self._leaves[positional[0]].is_container:
-                    collected.append(token)
-                else:
-                    overrides.append((positional.pop(0), token))
-                continue
-            name, equals, text = token[2:].partition("=")
-            name = self.aliases.get(name, name)
-            is_file = name == "config" and self.reads_files
-            if not is_file:
-                self._check_known(name)
-            if not equals:
-                text = self._take_value(name, tokens)
-            if is_file:
+                name, text = "", token
+            elif not equals:
+                last = not tokens or tokens[0].startswith("--")
+                flag = self.leaves.get(name) is bool
+                if flag and (last or tokens[0] not in ("true", "false")):
+                    text = "true"
+                elif not last:
+                    text = tokens.pop(0)
+                elif name in self.leaves or name == "config":
+                    raise ValueError(f"--{name} needs a value; {_advice(self.leaves.get(name, Path))}")
+            if name == "config" and self.reads_files:
                 files.append(Path(text).expanduser())
             else:
-                overrides.append((name, text))
-        if collected:
-            overrides.append((positional[0], yaml_text.dump(collected)))
-        return files, overrides
+                given.append(_Given(name, text))
+        if self.positional and (places := [one.value for one in given if not one.name]):
+            many = get_origin(self.leaves[self.positional]) is list
+            value = places if many else " ".join(places)
+            given = [*(one for one in given if one.name), _Given(self.positional, value)]
+        return files, given
 
-    def _take_value(self, name: str, tokens: list[str]) -> str:
-        leaf = self._leaves.get(name)
-        is_last = not tokens or tokens[0].startswith("--")
-        if leaf is not None and leaf.type is bool:
-            # `bench --quick memory`: what follows a flag is a positional where the command has one.
-            if is_last or (self.positional and tokens[0] not in ("true", "false")):
-                return "true"
-        elif is_last:
-            raise ValueError(f"--{name} needs a value; {leaf.advice if leaf else 'give one behind it'}")
-        return tokens.pop(0)
-
-    def _mapping_of(self, name: str) -> Leaf | None:
-        """The mapping that ``name`` is an entry of: model.arguments for model.arguments.width."""
-        for leaf in self._leaves.values():
-            if leaf.is_mapping and name.startswith(f"{leaf.name}."):
-                return leaf
-        return None
-
-    def _check_known(self, name: str, source: str = "") -> None:
-        if name in self._leaves or self._mapping_of(name):
-            return
-        shown = f"{source}: unknown key {name}" if source else f"unknown option --{name}"
-        raise ValueError(f"{shown}; {self._closest(name, dashes='' if source else '--')}")
-
-    def _closest(self, name: str, dashes: str) -> str:
-        below = [known for known in self._leaves if known.startswith(f"{name}.")]
-        if below:
-            return f"name a key of this section, such as {dashes}{below[0]}"
-        last = {known: known.rsplit(".", 1)[-1] for known in self._leaves}
-        found = difflib.get_close_matches(name, self._leaves, 1, 0.8)
-        found = found or [known for known, short in last.items() if short == name.rsplit(".", 1)[-1]]
-        found = found or difflib.get_close_matches(name, self._leaves, 1, 0.6)
-        if not found:
-            close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last.values(), 1, 0.8)
-            found = [known for known, short in last.items() if short in close]
-        if found:
-            return "did you mean " + " or ".join(dashes + known for known in found[:3]) + "?"
-        return f"`{self.program} --help` lists all keys"
-
-    def _load(self, path: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
-        """Values by dotted name of a YAML file on top of those of its ``base`` files."""
+    def _load(self, path: Path, above: tuple[Path, ...] = ()) -> list[_Given]:
+        """What a YAML file says, behind what its ``base`` files say."""
         resolved = path.resolve()
-        if resolved in parents:
-            chain = " -> ".join(p.name for p in (*parents, resolved))
+        if resolved in above:
+            chain = " -> ".join(p.name for p in (*above, resolved))
             raise ValueError(f"{path}: base files form a cycle ({chain}); remove one 'base'")
         content = yaml_text.read_keys(path)
         bases = content.pop("base", [])
         bases = [bases] if isinstance(bases, str) else bases
-        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-            raise ValueError(f"{path}: base is {bases!r}; give a path or a list of paths")
-        values: dict[str, Any] = {}
-        for base in bases:
-            values |= self._load(path.parent / Path(base).expanduser(), (*parents, resolved))
-        return values | self._flatten(content, str(path))
+        if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases) or len(bases) > 8:
+            raise ValueError(f"{path}: base is {shortened(bases)}; give a path or a list of paths")
+        below = (self._load(path.parent / Path(base).expanduser(), (*above, resolved)) for base in bases)
+        return [*(one for file in below for one in file), *self._flat(content, str(path))]
 
-    def _flatten(self, node: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
+    def _flat(self, node: Mapping[Any, Any], source: str, prefix: str = "") -> Iterator[_Given]:
         for key, value in node.items():
-            name = f"{prefix}{key}"
-            if name in self._leaves:
-                flat[name] = value
-            elif any(known.startswith(f"{name}.") for known in self._leaves):
-                if not isinstance(value, Mapping | None):
-                    below = next(known for known in self._leaves if known.startswith(f"{name}."))
-                    raise ValueError(f"{source}: {name} is {value!r}; give keys below it, such as {below}")
-                flat |= self._flatten(value or {}, source, f"{name}.")
-            else:
-                self._check_known(name, source)
-                self._override(flat, name, value)
-        return flat
+            name = f"{prefix}{key}".replace("-", "_")
+            is_section = name not in self.leaves and self._mapping_of(name) is None
+            if is_section and isinstance(value, Mapping):
+                yield from self._flat(value, source, f"{name}.")
+            elif not (value is None and any(known.startswith(f"{name}.") for known in self.leaves)):
+                yield _Given(name, value, source)
 
-    def _override(self, values: dict[str, Any], name: str, value: Any) -> None:
-        """Set one value; text for lists and mappings is YAML, ``mapping.key`` sets one entry of a mapping."""
-        mapping = self._mapping_of(name) if name not in self._leaves else None
-        if isinstance(value, str) and (mapping or self._leaves[name].is_container):
-            value = yaml_text.parse(value, f"--{name}")
-            if isinstance(value, str) and not mapping and self._leaves[name].type == list[str]:
-                value = [entry.strip() for entry in value.split(",")]  # tensorboard,wandb
-        if mapping:
-            entries = values.get(mapping.name, mapping.default)
-            values[mapping.name] = {**entries, name.removeprefix(f"{mapping.name}."): value}
-        else:
-            values[name] = value
+    def _mapping_of(self, name: str) -> str | None:
+        """The mapping that ``name`` is, or is an entry of: model.arguments for model.arguments.width."""
+        found = (leaf for leaf, hint in self.leaves.items() if hint is dict)
+        return next((leaf for leaf in found if name == leaf or name.startswith(f"{leaf}.")), None)
 
-    def _convert(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Every leaf by dotted name, converted to its type."""
-        for name, leaf in self._leaves.items():
-            value = values.get(name, leaf.default)
-            if value is dataclasses.MISSING:
-                shown = name.upper() if name in self.positional else f"--{name}"
-                raise ValueError(f"{shown} is missing; try: {self.examples[0]}")
-            if value is None or (leaf.is_mapping and not _is_mapping(value)):
-                raise ValueError(f"{name} is {show(value)}; {leaf.advice}")
-        # Mappings are kept as they are: jsonargparse would read text inside them, such as "1", as a number.
-        mappings = {n: values.get(n, leaf.default) for n, leaf in self._leaves.items() if leaf.is_mapping}
-        words = {name: get_args(leaf.type) for name, leaf in self._leaves.items()}
-        typed = {n: yaml_text.as_word(v, words[n]) for n, v in values.items() if n not in mappings}
-        for name, leaf in self._leaves.items():
-            if leaf.type is Path and isinstance(typed.get(name), str):
-                typed[name] = Path(typed[name])  # jsonargparse would read the text "?" as YAML
-        try:
-            converted = self._parser.parse_object(typed)
-        except ArgumentError as error:
-            raise ValueError(self._explain(error, typed)) from error
-        except (OverflowError, TypeError, RecursionError) as error:
-            raise ValueError(self._explain_crash(error, typed)) from error
-        result = {name: mappings[name] if name in mappings else converted[name] for name in self._leaves}
-        for name, value in result.items():
-            numbers = value if isinstance(value, list) else [value]
-            if any(isinstance(entry, str | Path) and "\0" in str(entry) for entry in numbers):
-                raise ValueError(f"{name} is {show(str(value))}; give text without null characters")
-            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-                raise ValueError(f"{name} is {show(value)}; give a finite number")
-        return result
+    def _mappings(self, given: Sequence[_Given]) -> dict[str, Any]:
+        """The mappings as they are: jsonargparse would read texts in them, such as "1", as numbers."""
+        found: dict[str, Any] = {}
+        for one in given:
+            name = self._mapping_of(one.name)
+            if name is None:
+                continue
+            self._check(one)
+            value = yaml_text.parse(one.value, one.name) if isinstance(one.value, str) else one.value
+            if name != one.name:
+                value = {**found.get(name, {}), one.name.removeprefix(f"{name}."): value}
+            elif not isinstance(value, dict):
+                raise ValueError(f"{name} is {shortened(value)}; {_advice(dict)}")
+            found[name] = value
+        return found
 
-    def _explain_crash(self, error: Exception, values: Mapping[str, Any]) -> str:
-        """One line for values that made jsonargparse fail; names the one that does so by itself."""
-        for name, value in values.items():
-            try:
-                self._parser.parse_object({name: value})
-            except ArgumentError as own:
-                return self._explain(own, values)
-            except (OverflowError, TypeError, RecursionError):
-                shown = show(value)
-                shown = shown if len(shown) <= 40 else f"{shown[:40]}…"
-                return f"{name} is {shown}; {self._leaves[name].advice}"
-        return f"the configuration cannot be read ({error})"
+    def _check(self, one: _Given) -> None:
+        hint, value = self.leaves.get(one.name), one.value
+        if not _may_be(value, hint) or "\0" in str(value) or len(str(value)) > LONGEST:
+            raise ValueError(f"{one.name} is {shortened(value)}; {_advice(hint)}")
 
-    def _explain(self, error: ArgumentError, values: Mapping[str, Any]) -> str:
+    def _token(self, one: _Given) -> str:
+        """The argument of a command line, for jsonargparse."""
+        self._check(one)
+        hint, value = self.leaves.get(one.name), one.value
+        if hint == list[str] and isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+            value = [entry.strip() for entry in value.split(",")]  # tensorboard,wandb
+        if hint in (int, float) and isinstance(value, str):
+            value = yaml_text.number(value)  # jsonargparse would read numbers of YAML 1.1, such as 1:04
+        text = value if isinstance(value, str) else yaml_text.dump(value, flow=True).strip()
+        return f"--{one.name}={text}" if one.name else text
+
+    def _check_names(self, given: Sequence[_Given]) -> None:
+        replaced = []
+        for name, shown in dict.fromkeys((one.name, one.source) for one in given if one.name):
+            if name in self.leaves or self._mapping_of(name):
+                continue
+            line = f"{shown}: unknown key " if shown else "unknown option --"
+            line += shortened(name)
+            if name not in _replaced() or not self.reads_files:
+                raise ValueError(f"{line}; {self._closest(name, dashes='' if shown else '--')}")
+            replaced.append(f"{line}; {_replaced()[name]}")
+        if replaced:
+            raise MistakesError(replaced)
+
+    def _closest(self, name: str, dashes: str) -> str:
+        below = [known for known in self.leaves if known.startswith(f"{name}.")]
+        if below:
+            return f"name a key of this section, such as {dashes}{below[0]}"
+        name, last = name[-100:], {known: known.rsplit(".", 1)[-1] for known in self.leaves}
+        short = name.rsplit(".", 1)[-1]
+        found = difflib.get_close_matches(name, self.leaves, 1, 0.8)
+        found = found or [known for known, end in last.items() if end == short]
+        found = found or difflib.get_close_matches(name, self.leaves, 1, 0.6)
+        close = difflib.get_close_matches(short, last.values(), 1, 0.8)
+        found = found or [known for known, end in last.items() if end in close]
+        if found:
+            return "did you mean " + " or ".join(dashes + known for known in found[:3]) + "?"
+        return f"`{self.program} --help` lists all keys"
+
+    def _explain(self, error: ArgumentError, given: Sequence[_Given]) -> str:
         """One line for a value that jsonargparse could not convert."""
         match = re.search(r'[Kk]ey "([\w.]+)"', str(error))
-        leaf = self._leaves.get(match[1]) if match else None
-        if leaf is None:
-            return " ".join(str(error).split())
-        return f"{leaf.name} is {show(values.get(leaf.name))}; {leaf.advice}"
+        values = {one.name: one.value for one in given}
+        if match and match[1] in values:
+            return f"{match[1]} is {shortened(values[match[1]])}; {_advice(self.leaves[match[1]])}"
+        return f"{' '.join(str(error).split())}; try: {self.examples[0]}"
 
 
-def _placeholder(leaf: Leaf) -> str:
-    """A positional in the usage line."""
-    name = leaf.name.upper()
-    if leaf.is_container:
-        return f"{name.removesuffix('S')} [{name.removesuffix('S')} ...]"
-    return name if leaf.required else f"[{name}]"
+def _leaves(tree: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(tree)
+    for field in dataclasses.fields(tree):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(typing.cast(type, hint), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, dict if get_origin(hint) is dict else hint
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+def _build(tree: Callable[..., Tree], values: Mapping[str, Any], prefix: str = "") -> Tree:
+    """An instance of ``tree`` from its leaves by dotted name."""
+    hints = typing.get_type_hints(tree)
+    arguments = {}
+    for field in dataclasses.fields(tree):  # type: ignore[arg-type]
+        name, hint = prefix + field.name, hints[field.name]
+        is_section = dataclasses.is_dataclass(hint)
+        arguments[field.name] = _build(hint, values, f"{name}.") if is_section else values[name]
+    return tree(**arguments)
 
 
-_TRAIN_OPTIONS = Options(
-    RunConfig,
-    program=f"{PROGRAM} train",
-    examples=(
-        f"{PROGRAM} train --config configs/quickstart.yaml",
-        f"{PROGRAM} train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
-        f"{PROGRAM} train --config configs/experiments/table2_resnet20_cifar10.yaml --dry_run",
-        "accelerate launch launch/train.py --config configs/quickstart.yaml",
-    ),
-    reads_files=True,
-    aliases={"log_every": "train.log_every"},
-)
+def _may_be(value: Any, hint: Any) -> bool:
+    """Whether a value from a file or a command line may become one of this type; text may become any."""
+    if isinstance(value, dict):
+        return hint in (dict, None) and all(isinstance(key, str) for key in value)
+    if isinstance(value, list):
+        return hint is None or get_origin(hint) is list
+    return isinstance(value, str) or (value is not None and hint not in (str, Path))
 
 
-def parse(argv: Sequence[str]) -> RunConfig:
-    """The configuration of a run from ``--config FILE.yaml`` and dotted overrides.
+def type_name(hint: Any) -> str:
+    """What an option takes, as a placeholder."""
+    named = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", dict: "{KEY: VALUE, ...}"}
+    return named.get(hint, "TEXT")
 
-    Raises:
-        ValueError: unknown key, wrong type or value, missing file; one line with advice.
-    """
-    return _TRAIN_OPTIONS.parse(argv)
+
+def _advice(hint: Any) -> str:
+    """What the user should give instead of a value that does not fit."""
+    if get_origin(hint) is Literal:
+        return "give one of " + ", ".join(map(str, get_args(hint)))
+    return f"give {_ADVICE.get(hint, 'another value')}"
+
+
+@cache
+def _replaced() -> dict[str, str]:
+    """What replaces an option of an earlier version, by its dotted name."""
+    return yaml_text.read_keys(Path(__file__).with_name("replaced.yaml"))
 
 
 def dump(config: Any) -> str:
-    """A configuration tree as YAML, every leaf spelled out; ``parse`` of it gives an equal tree."""
+    """A configuration tree as YAML, every leaf spelled out; ``Options.parse`` of it gives an equal tree."""
     return yaml_text.dump(_plain(dataclasses.asdict(config)))
-
-
-def flat_values(config: Any, section: str) -> dict[str, Any]:
-    """The leaves of one section by dotted name, as ``Options.parse`` takes them for ``defaults``."""
-    values = _plain(dataclasses.asdict(getattr(config, section)))
-    return {f"{section}.{name}": value for name, value in values.items()}
 
 
 def flat_tree(config: Any) -> dict[str, Any]:
     """Every leaf of a configuration tree by dotted name, as plain values; mappings are leaves."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= {f"{field.name}.{name}": leaf for name, leaf in flat_tree(value).items()}
-        else:
-            flat[field.name] = _plain(value)
-    return flat
+    found = {}
+    for name in dict(_leaves(type(config))):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        found[name] = _plain(value)
+    return found
 
 
 def _plain(node: Any) -> Any:
@@ -371,3 +350,27 @@ def _plain(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [_plain(value) for value in node]
     return str(node) if isinstance(node, Path) else node
+
+
+RUN_OPTIONS = Options(
+    RunConfig,
+    program=f"{PROGRAM} train",
+    examples=(
+        f"{PROGRAM} train --config configs/quickstart.yaml",
+        f"{PROGRAM} train --config configs/quickstart.yaml --policy.rho 0.1 --run_dir runs/rho_0.1",
+        f"{PROGRAM} train --config configs/zhou2021/table2_resnet20_cifar10.yaml --dry_run",
+        "accelerate launch launch/train.py --config configs/quickstart.yaml",
+    ),
+    reads_files=True,
+    aliases={"log_every": "train.log_every"},
+    first=(
+        *("method", "run_dir", "overwrite", "resume", "dry_run", "quiet", "model.name", "model.arguments"),
+        *("data.name", "data.batch_size", "data.image_size", "data.num_workers", "data.limit", "policy.rho"),
+        *("round.k", "optim.lr", "optim.weight_decay", "train.epochs", "train.precision", "train.seed"),
+    ),
+)
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The configuration of a run from ``--config FILE.yaml`` and dotted overrides; see ``Options.parse``."""
+    return RUN_OPTIONS.parse(argv)

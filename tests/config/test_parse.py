@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import string
 import subprocess
 import sys
@@ -15,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_sparse.cli.command import run_command
+from offload_sparse.cli.main import run_command
 from offload_sparse.config import yaml_text
-from offload_sparse.config.parse import Options, dump, flat_values, parse
+from offload_sparse.config.parse import Options, dump, flat_tree, parse
 from offload_sparse.config.run import RunConfig
 from offload_sparse.workloads.config import DataConfig
 
@@ -96,7 +98,7 @@ def test_an_empty_file_or_section_changes_nothing(tmp_path: Path) -> None:
 _MISLEADING = st.sampled_from(["1", "1e-3", "null", "yes", "~", "[a", "2001-01-01"])
 _TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8) | _MISLEADING
 _FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-_SCALARS = st.none() | st.booleans() | st.integers() | _FLOATS | _TEXT
+_SCALARS = st.none() | st.booleans() | st.integers(-(2**62), 2**62) | _FLOATS | _TEXT
 _KEYS = st.text(string.ascii_lowercase, min_size=1, max_size=4)
 _VALUES = _SCALARS | st.lists(_SCALARS, max_size=2) | st.dictionaries(_KEYS, _SCALARS, max_size=2)
 _MAPPINGS = st.dictionaries(_KEYS, _VALUES, max_size=3)
@@ -196,7 +198,7 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--lr", "0.1"], "did you mean --policy.lr or --optim.lr?"),
         (["--policy", "0.1"], "such as --policy.rho"),
         (["--zzz"], "--help` lists all keys"),
-        (["0.1"], "unexpected argument '0.1'"),
+        (["0.1"], "unrecognized arguments: 0.1"),
         (["--policy.rho"], "--policy.rho needs a value; give a number"),
         (["--policy.rho", "--method", "dense"], "--policy.rho needs a value"),
         (["--policy.rho", "x"], "policy.rho is x; give a number"),
@@ -206,14 +208,14 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--round.k", "0"], "round.k is 0; give at least 1 step per round"),
         (["--round.k", "1.5"], "round.k is 1.5; give a whole number"),
         (["--method", "magic"], "method is magic; give one of sparse_offload, dense, static"),
-        (["--train.check", "maybe"], "train.check is maybe; give true or false"),
+        (["--train.check=maybe"], "train.check is maybe; give true or false"),
         (["--trackers", "{a: b}"], "give a list such as [tensorboard]"),
-        (["--trackers", "[a"], "not valid YAML"),
+        (["--trackers", "[a"], "trackers is [a; give a list"),
         (["--data.mean", "[a]"], "give a list"),
         (["--model.arguments", "3"], "give a mapping"),
         (["--config"], "--config needs a value"),
         (["--config", "no/such.yaml"], "there is no configuration file no/such.yaml"),
-        (["--config", "."], "cannot read . (Is a directory)"),
+        (["--config", "."], ". is no regular file; give a YAML file"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_with_advice(
@@ -227,11 +229,11 @@ def test_a_mistake_on_the_command_line_is_one_line_with_advice(
     [
         ("polcy: {rho: 1}", "unknown key polcy"),
         ("policy: {rhoo: 1}", "unknown key policy.rhoo; did you mean policy.rho?"),
-        ("policy: 3", "policy is 3; give keys below it"),
+        ("policy: 3", "unknown key policy; name a key of this section, such as policy.rho"),
         ("policy: {rho: [1]}", "policy.rho is [1]; give a number"),
         ("policy: {rho: }", "policy.rho is empty; give a number"),
-        ("optim: {lr: .nan}", "optim.lr is nan; give a finite number"),
-        ("optim: {lr: .inf}", "optim.lr is inf; give a finite number"),
+        ("optim: {lr: .nan}", "optim.lr is .nan; give a number"),
+        ("optim: {lr: 1e999}", "optim.lr is inf; give a finite number"),
         ("round: {k: true}", "round.k is true; give a whole number"),
         ("data: {name: 3}", "data.name is 3; give text"),
         ("model: {arguments: {1: 2}}", "give a mapping"),
@@ -312,23 +314,23 @@ def test_a_command_without_a_code_succeeds() -> None:
 
 def test_help_shows_every_option_with_its_default_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse(["--help"])
+        parse(["--help", "all"])
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for section in ("atoms", "data", "policy", "round", "optim", "train", "final", "dfbst"):
-        for name in flat_values(RunConfig(), section):
-            assert f"--{name} " in text
-    assert "remaining ratio of what budget counts" in text
-    assert "(default: 0.25)" in text
+        for name in vars(getattr(RunConfig(), section)):
+            assert f"--{section}.{name} " in text
+    assert "remaining ratio of what `budget` counts" in text
+    assert "(type: float, default: 0.25)" in text
     assert "How the weights are trained:" in text
     assert "examples: offload-sparse train --config" in text
 
 
 def test_every_option_is_documented() -> None:
-    for section in Options(RunConfig, "x", ("x",))._sections:
-        assert section.title
-        for leaf in section.leaves:
-            assert leaf.help, leaf.name
+    parser = Options(RunConfig, "x", ("x",)).parser()
+    helps = {action.dest: action.help for action in parser._actions}
+    for name in flat_tree(RunConfig()):
+        assert len(helps[name] or "") > 10, name
 
 
 def test_parsing_does_not_import_torch() -> None:
@@ -350,3 +352,118 @@ def test_choices_that_yaml_takes_for_truth_values_need_no_quotes(
     config = parse(["--config", write(tmp_path / "c.yaml", text)])
     section, name = leaf.split(".")
     assert getattr(getattr(config, section), name) == expected
+
+
+# --- YAML 1.2 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(("064", 64), ("08", 8), ("0x10", 16), ("0o17", 15), ("1e-4", 1e-4), ("1.", 1.0)),
+        *(("1:04", "1:04"), ("1_000", "1_000"), ("off", "off"), ("no", "no"), ("2001-01-01", "2001-01-01")),
+        *(("true", True), ("~", None), (".inf", ".inf"), ("<<: 1", {"<<": 1})),
+    ],
+)
+def test_scalars_are_read_as_yaml_1_2_reads_them(text: str, expected: Any) -> None:
+    found = yaml_text.parse(text, "x")
+    assert (type(found), found) == (type(expected), expected)
+
+
+def test_a_number_is_the_same_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    for text, expected in (("064", 64), ("0x10", 16)):
+        file = write(tmp_path / "a.yaml", f"data: {{batch_size: {text}}}")
+        assert parse(["--config", file]).data.batch_size == expected
+        assert parse(["--data.batch_size", text]).data.batch_size == expected
+
+
+@pytest.mark.parametrize("text", ["1:04", "1_000", "12a"])
+def test_text_that_only_yaml_1_1_takes_for_a_number_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.yaml", f"data: {{batch_size: {text}}}")
+    assert f"data.batch_size is {text}; give a whole number" in error_of(["--config", file], capsys)
+
+
+# --- files that attack -------------------------------------------------------------------------------
+
+BOMB = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*{'a' if n == 0 else f'b{n - 1}'}, *a]\n" for n in range(40))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOMB, "aliases (*name) are not read"),
+        ("model: {arguments: &a {b: *a}}", "aliases (*name) are not read"),
+        ("x" * (yaml_text.LARGEST + 1), "bytes; give a YAML file"),
+        ("[" * 3000, "nested too deeply"),
+        ("base: /dev/zero", "/dev/zero is no regular file"),
+        ("base: [" + "a.yaml, " * 9 + "]", "base is ["),
+        ("policy: {rho: !!binary aGk=}", "could not determine a constructor"),
+        ("train: {seed: " + "9" * 30 + "}", "a number is too large"),
+        ("data: {name: " + "9z" * 6000 + "}", "data.name is 9z"),
+        ("data: {mean: [" + "0.5, " * 9000 + "0.5]}", "data.mean is [0.5, 0.5"),
+    ],
+)
+def test_a_file_that_attacks_is_refused_in_a_short_line(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of(["--config", write(tmp_path / "a.yaml", text)], capsys)
+    assert expected in line
+    assert len(line) < 400
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "a.yaml"):
+        write(tmp_path / "a.yaml", "base: fifo")
+        assert "is no regular file" in error_of(["--config", str(tmp_path / name)], capsys)
+
+
+# --- options of earlier versions ---------------------------------------------------------------------
+
+OLD = yaml_text.read_keys(ROOT / "offload_sparse" / "config" / "replaced.yaml")
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_option_of_an_earlier_version_says_what_replaces_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section, key = name.split(".")
+    file = write(tmp_path / "old.yaml", f"{section}: {{{key}: 1}}")
+    assert error_of(["--config", file], capsys).endswith(f"unknown key {name}; {OLD[name]}\n")
+    for spelling in (name, name.replace("_", "-")):
+        assert error_of([f"--{spelling}", "1"], capsys).endswith(f"option --{name}; {OLD[name]}\n")
+    assert name not in flat_tree(RunConfig())
+    for other in re.findall(r"write ([a-z_.]+)", OLD[name]):
+        assert other in flat_tree(RunConfig()), "what is advised exists"
+
+
+def test_every_such_option_gets_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "old.yaml", "".join(f"{name}: 1\n" for name in OLD))
+    assert run_command(lambda: print(parse(["--config", file, "--train.progress", "false"]))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(OLD) + 1
+    assert all(line.startswith("offload-sparse: error: ") for line in lines)
+
+
+# --- spellings ---------------------------------------------------------------------------------------
+
+
+def test_dashes_and_underscores_are_the_same_everywhere(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", "data: {batch-size: 7}\ntrain.log-every: 3\nrun-dir: runs/x")
+    more = ["--dry-run", "--policy.hard-cap=2", "--model.arguments.image-size", "8"]
+    config = parse(["--config", file, *more])
+    assert (config.data.batch_size, config.train.log_every, config.run_dir) == (7, 3, Path("runs/x"))
+    assert (config.dry_run, config.policy.hard_cap, config.model.arguments) == (True, 2.0, {"image_size": 8})
+
+
+def test_help_shows_what_people_use_first_and_all_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for more in ([], ["all"]):
+        with pytest.raises(SystemExit):
+            parse(["--help", *more])
+        shown[bool(more)] = set(re.findall(r"^  --([a-z_.]+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown[True] - {"config"} == set(flat_tree(RunConfig()))
+    assert len(shown[False] - {"config"}) == 20
+    assert {"policy.rho", "method", "run_dir", "train.epochs"} <= shown[False]

@@ -82,8 +82,9 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
 
     BatchNorm normalises with its running statistics: per-rank batch statistics would differ by construction.
     """
-    options = [*SMALL, "--train.dtype", "float64", "--train.batch_norm", "frozen", "--train.max_steps", "12"]
-    options += ["--train.log_every", "1", "--round.freeze_at", "0.75", "--round.check_ranks", "true"]
+    options = [*SMALL, "--train.precision", "float64", "--train.batch_norm", "frozen"]
+    options += ["--train.max_steps", "12", "--train.log_every", "1"]
+    options += ["--round.freeze_at", "0.75", "--round.check_ranks", "true"]
     alone = launch([*options, "--run_dir", str(tmp_path / "one")], ["--cpu", "--num_processes", "1"])
     assert alone.returncode == 0, alone.stderr
     together = two_ranks([*options, "--run_dir", str(tmp_path / "two")], port=29611)

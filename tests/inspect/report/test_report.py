@@ -413,7 +413,7 @@ def test_without_a_run_there_is_one_line_of_advice(
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "give a run's folder" in error or "RUN is missing" in error
+    assert "give a run's folder" in error or "RUNS is missing" in error
 
 
 def test_damaged_or_doubled_runs_are_one_line_of_advice(
@@ -468,7 +468,7 @@ def test_a_browser_shows_the_page_in_the_theme_that_its_user_prefers(
 def test_the_example_in_the_help_is_a_report_of_several_runs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["report", "--help"])
-    assert re.search(r"usage: offload-sparse report RUN \[RUN \.\.\.\]", capsys.readouterr().out)
+    assert re.search(r"usage: offload-sparse report \[RUNS \.\.\.\]", capsys.readouterr().out)
 
 
 def test_a_report_is_written_into_the_only_run_or_beside_several(

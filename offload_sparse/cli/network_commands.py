@@ -1,19 +1,16 @@
-"""``offload-sparse evaluate``."""
+"""The commands that read a network that a run has left: ``evaluate`` and ``export``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from offload_sparse.cli.table import show
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.parse import PROGRAM, Options
 from offload_sparse.workloads.config import DataConfig
-
-if TYPE_CHECKING:
-    from offload_sparse.run.evaluation import Evaluation
 
 
 @dataclass
@@ -35,21 +32,15 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
 
-_OPTIONS = Options(
-    EvaluateConfig,
-    f"{PROGRAM} evaluate",
-    (
-        f"{PROGRAM} evaluate runs/quickstart",
-        f"{PROGRAM} evaluate runs/quickstart/export/onnx --split train --json",
-    ),
-    positional=("path",),
-)
-
-
 def evaluate(argv: Sequence[str]) -> int:
     """Measure accuracy and loss of the network that a run has exported."""
-    path = _OPTIONS.parse(argv).path
-    config = _OPTIONS.parse(argv, defaults=_data_of_run(path))
+    examples = (
+        f"{PROGRAM} evaluate runs/quickstart",
+        f"{PROGRAM} evaluate runs/quickstart/export/onnx --split train --json",
+    )
+    options = Options(EvaluateConfig, f"{PROGRAM} evaluate", examples)
+    path = options.parse(argv).path
+    config = options.parse(argv, defaults=_data_of_run(path))
     result = _evaluate(config)
     figures = {
         "path": str(path),
@@ -67,11 +58,12 @@ def _data_of_run(path: Path) -> dict[str, Any]:
     """The data section of the run that ``path`` belongs to, by dotted name; empty without a config.yaml."""
     for folder in (path, *path.resolve().parents[:3]):
         if (folder / "config.yaml").is_file():
-            return arguments.flat_values(arguments.parse(["--config", str(folder / "config.yaml")]), "data")
+            of_run = arguments.flat_tree(arguments.parse(["--config", str(folder / "config.yaml")]))
+            return {name: value for name, value in of_run.items() if name.startswith("data.")}
     return {}
 
 
-def _evaluate(config: EvaluateConfig) -> Evaluation:
+def _evaluate(config: EvaluateConfig) -> Any:
     from offload_sparse.export.open import open_artefact
     from offload_sparse.run import evaluation
     from offload_sparse.workloads.data.loader import EvalLoader
@@ -90,3 +82,36 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
     normalise = Normalise(mean, std, opened.dtype).to(opened.device)
     loader = EvalLoader(split, config.data, channels=len(mean))
     return evaluation.evaluate(opened.network, loader, normalise, opened.device)
+
+
+@dataclass
+class ExportConfig:
+    """Write the network of a run for other programs, read it back and compare.
+
+    Attributes:
+        path: run folder, or the folder ``model/`` of a run.
+        format: ``safetensors`` writes tensors and structure.json; ``torch_export`` a program of torch.export
+            (model.pt2); ``onnx`` a file for ONNX Runtime and others (model.onnx); ``hub`` a folder with a
+            model card for the Hugging Face Hub, which is not uploaded.
+        output: folder to write to; empty takes ``export/<format>`` in the folder of the run.
+        json: print one JSON object instead of a table.
+    """
+
+    path: Path
+    format: Literal["safetensors", "torch_export", "onnx", "hub"] = "safetensors"
+    output: str = ""
+    json: bool = False
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write the network of a run as safetensors, torch.export program, ONNX, or a folder for the Hub."""
+    examples = (
+        f"{PROGRAM} export runs/quickstart --format onnx",
+        f"{PROGRAM} export runs/quickstart --format hub --output to_upload",
+    )
+    config = Options(ExportConfig, f"{PROGRAM} export", examples).parse(argv)
+    from offload_sparse.export.convert import export_network
+
+    output = Path(config.output).expanduser() if config.output else None
+    show(export_network(config.path, config.format, output), config.json)
+    return 0
