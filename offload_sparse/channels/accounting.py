@@ -164,11 +164,9 @@ def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str,
         prefix = f"{name}." if name else ""
         if isinstance(layer, (_ConvNd, nn.Linear)):
             weight, spent = prefix + "weight", flops.get(name, 0)
-        elif hasattr(layer, "num_heads"):
-            weight = _sampled_matrix(layer, prefix, channel_map)
-            spent = flops.get(name, 0) - sum(flops.get(prefix + n, 0) for n, _ in layer.named_children())
         else:
-            continue
+            spent = flops.get(name, 0) - sum(flops.get(prefix + n, 0) for n, _ in layer.named_children())
+            weight = _sampled_matrix(layer, prefix, channel_map) if spent else ""
         if weight in channel_map.shapes:
             share = Fraction(spent, prod(channel_map.shapes[weight]))
             per_entry[weight] = per_entry.get(weight, Fraction(0)) + share
@@ -176,10 +174,10 @@ def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str,
 
 
 def _sampled_matrix(layer: nn.Module, prefix: str, channel_map: ChannelMap) -> str:
-    """The first matrix of a module that has rows of atoms; empty if there is none."""
+    """The first matrix of a module with an axis of atoms; empty if there is none."""
     for name, parameter in layer.named_parameters():
         axes = channel_map.axes.get(prefix + name, ())
-        if parameter.dim() == 2 and axes and axes[0] is not None:
+        if parameter.dim() == 2 and any(axis is not None for axis in axes):
             return prefix + name
     return ""
 

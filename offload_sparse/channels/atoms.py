@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group
+from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group, View
 
 
 def block_atoms(channel_map: ChannelMap, block: int) -> ChannelMap:
@@ -57,7 +57,11 @@ def block_atoms(channel_map: ChannelMap, block: int) -> ChannelMap:
         name: Addition(number[a.left], number[a.right], number[a.out])
         for name, a in channel_map.additions.items()
     }
-    return ChannelMap(tuple(groups), channel_map.shapes, axes, members, additions)
+    views = {
+        name: tuple(View(v.call, v.sizes, tuple(merged(a) for a in v.axes)) for v in calls)
+        for name, calls in channel_map.views.items()
+    }
+    return ChannelMap(tuple(groups), channel_map.shapes, axes, members, additions, views)
 
 
 def _fewest_channels(channel_map: ChannelMap) -> torch.Tensor:

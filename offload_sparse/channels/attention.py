@@ -7,8 +7,7 @@ place: the same module, the same parameters by the same names, another ``forward
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,38 +32,49 @@ class HeadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs float[N, L, embed_dim] of float[N, L or S, embed_dim], and None for the weights.
 
+        With ``batch_first=False``, length comes before batch.
+
         Raises:
-            ValueError: attention weights are asked for, or keys are masked one by one.
+            ValueError: attention weights are asked for.
         """
         del average_attn_weights
-        if need_weights or key_padding_mask is not None:
+        if need_weights:
             raise ValueError(
-                "attention with dropped heads gives no attention weights and takes no key_padding_mask; "
-                "call it with need_weights=False"
+                "attention with dropped heads gives no attention weights; call it with need_weights=False"
             )
+        if not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
-        if attn_mask is not None and not attn_mask.is_floating_point():
-            attn_mask = ~attn_mask  # there True hides a position, here it shows one
+        mask = _additive(attn_mask, q.dtype)
+        if key_padding_mask is not None:
+            padding = _additive(key_padding_mask, q.dtype)[:, None, None]  # type: ignore[index]
+            mask = padding if mask is None else mask + padding
         y = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask, self.dropout if self.training else 0.0, is_causal and attn_mask is None
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal and mask is None
         )
-        return self.out_proj(y.transpose(1, 2).flatten(2)), None
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        return (y if self.batch_first else y.transpose(0, 1)), None
 
 
-def is_packed_attention(module: nn.Module) -> bool:
-    """Whether this is timm's ``Attention`` (layers ``qkv`` and ``proj``) without gate or norm over heads."""
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to be added to the scores; True in one of booleans hides a position."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+
+
+def can_drop_heads(module: nn.Module) -> bool:
+    """Whether this is torch's attention with one matrix for queries, keys and values, and nothing added."""
     return (
-        type(module).__name__ == "Attention"
-        and all(hasattr(module, name) for name in ("num_heads", "head_dim", "attn_dim"))
-        and isinstance(getattr(module, "qkv", None), nn.Linear)
-        and isinstance(getattr(module, "proj", None), nn.Linear)
-        and getattr(module, "gate", None) is None
-        and isinstance(getattr(module, "norm", None), nn.Identity)
+        isinstance(module, nn.MultiheadAttention)
+        and module.in_proj_weight is not None
+        and module.bias_k is None
+        and not module.add_zero_attn
     )
 
 
@@ -78,7 +88,3 @@ def fit_attention(layer: nn.Module) -> None:
             layer._qkv_same_embed_dim = False
         if isinstance(layer, HeadAttention):
             layer.num_heads = rows // (3 * layer.head_dim)
-    elif is_packed_attention(layer):
-        packed: Any = layer
-        packed.attn_dim = packed.qkv.weight.shape[0] // 3
-        packed.num_heads = packed.attn_dim // packed.head_dim

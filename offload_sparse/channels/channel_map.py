@@ -37,6 +37,14 @@ Axis = Tensor | None
 """int64[positions], the atom at each position (-1: always kept), or None: every position is always kept."""
 
 
+def _as_list(axis: Axis) -> list[int] | None:
+    return None if axis is None else axis.tolist()
+
+
+def _as_axis(atoms: list[int] | None) -> Axis:
+    return None if atoms is None else torch.tensor(atoms, dtype=torch.int64)
+
+
 def _no_unions() -> Tensor:
     return torch.zeros(2, 0, dtype=torch.int64)
 
@@ -55,6 +63,21 @@ class Addition:
     left: Tensor
     right: Tensor
     out: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A call such as ``view`` or ``split`` whose sizes are written in the code of a module.
+
+    Attributes:
+        call: its number among such calls of one ``forward``.
+        sizes: the sizes in the code that stand for the axes; 0 stands for any.
+        axes: per size the atoms of its positions; None where a size is right as it is.
+    """
+
+    call: int
+    sizes: tuple[int, ...]
+    axes: tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,7 @@ class ChannelMap:
         axes: per tensor one ``Axis`` per dimension. Tensors that no atom touches have ``None`` everywhere.
         unions: int64[2, members], pairs (union, atom), sorted by union; union u has the id ``num_atoms + u``.
         additions: by the name of the ``StreamAdd`` that computes it; only those with operands that differ.
+        views: by the name of the module whose ``forward`` makes the calls.
     """
 
     groups: tuple[Group, ...]
@@ -87,6 +111,7 @@ class ChannelMap:
     axes: Mapping[str, tuple[Axis, ...]]
     unions: Tensor = field(default_factory=_no_unions)
     additions: Mapping[str, Addition] = field(default_factory=dict)
+    views: Mapping[str, tuple[View, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         expected = 0
@@ -105,6 +130,9 @@ class ChannelMap:
             self._check_axes(name, shape)
         for name, addition in self.additions.items():
             self._check_addition(name, addition)
+        named = [a for calls in self.views.values() for view in calls for a in view.axes if a is not None]
+        if any(a.numel() and int(a.max()) >= self.num_ids for a in named):
+            raise ValueError(f"a view names an atom outside 0 … {self.num_ids - 1}")
 
     def _check_axes(self, name: str, shape: tuple[int, ...]) -> None:
         axes = self.axes[name]
@@ -199,10 +227,14 @@ class ChannelMap:
                 name: [a.left.tolist(), a.right.tolist(), a.out.tolist()]
                 for name, a in self.additions.items()
             },
+            "views": {
+                name: [[v.call, list(v.sizes), [_as_list(a) for a in v.axes]] for v in calls]
+                for name, calls in self.views.items()
+            },
             "tensors": {
                 name: {
                     "shape": list(shape),
-                    "axes": [None if axis is None else axis.tolist() for axis in self.axes[name]],
+                    "axes": [_as_list(axis) for axis in self.axes[name]],
                 }
                 for name, shape in self.shapes.items()
             },
@@ -220,14 +252,20 @@ class ChannelMap:
             tensors: Mapping[str, Any] = data["tensors"]
             shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in tensors.items()}
             axes = {
-                name: tuple(None if a is None else torch.tensor(a, dtype=torch.int64) for a in entry["axes"])
-                for name, entry in tensors.items()
+                name: tuple(map(_as_axis, entry["axes"])) for name, entry in tensors.items()
             }
             unions = torch.tensor(data.get("unions", [[], []]), dtype=torch.int64).view(2, -1)
             additions = {
                 str(name): Addition(*(torch.tensor(a, dtype=torch.int64) for a in vectors))
                 for name, vectors in data.get("additions", {}).items()
             }
+            views = {
+                str(name): tuple(
+                    View(int(call), tuple(int(n) for n in sizes), tuple(map(_as_axis, vectors)))
+                    for call, sizes, vectors in calls
+                )
+                for name, calls in data.get("views", {}).items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a channel map: {error}") from error
-        return ChannelMap(groups, shapes, axes, unions, additions)
+        return ChannelMap(groups, shapes, axes, unions, additions, views)

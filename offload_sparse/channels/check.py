@@ -234,6 +234,10 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
         return [("weight", 1 if by_column else 0), ("bias", 0)]
     if is_norm(module):
         return [("weight", 0), ("bias", 0)] if module.weight is not None else [("running_mean", 0)]
+    if isinstance(module, nn.Embedding):
+        return [("weight", 1)]
+    if type(module).__name__ == "Conv1D":  # of transformers: a linear layer, transposed
+        return [("weight", 1), ("bias", 0)]
     if isinstance(module, nn.MultiheadAttention):
         return [("in_proj_weight", 0), ("in_proj_bias", 0)]
     return []

@@ -1,17 +1,18 @@
 """From a network to its ChannelMap: which channels can be dropped, and what goes with each.
 
-Torch-Pruning's dependency graph is the source (see ``closures``): each class of channels that it ties
-together is an atom, unless it reaches the network's input or output. Nothing here proves that graph right:
-operations that are not known to preserve channels are refused by name, and ``verify.check`` compares slice
-and mask before anything trains.
+Networks that work on tokens are followed by ``tokens``. For others Torch-Pruning's dependency graph is the
+source (see ``closures``): each class of channels that it ties together is an atom, unless it reaches the
+network's input or output. Nothing here proves that graph right: operations that are not known to preserve
+channels are refused by name, and ``check`` compares slice and mask before anything trains.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch_pruning
@@ -34,9 +35,14 @@ from offload_sparse.channels.closures import (
     is_producer,
     trace,
 )
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.forward import Inputs
 from offload_sparse.channels.subnet import is_norm
+from offload_sparse.channels.tokens import token_map, works_on_tokens
 from offload_sparse.channels.unions import follow_additions
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _LAYERS = (_ConvNd, nn.Linear)
 
@@ -55,7 +61,7 @@ _ADVICE = "use residual=internal if it sits on a residual stream, or write a cha
 def discover(
     model: nn.Module,
     example_inputs: Inputs,
-    residual: Literal["coupled", "internal", "filter"] = "coupled",
+    residual: Residual = "coupled",
     time_limit: float = 60.0,
 ) -> ChannelMap:
     """Find the atoms of a network of convolutions, linear layers and batch norms. The model is left
@@ -77,17 +83,18 @@ def discover(
     written = specs.find(model)
     if written is not None:
         return written
-    _refuse_shared_parameters(model)
     deadline = time.monotonic() + time_limit
-    try:
-        with alarm(time_limit):
-            wrapper, graphs = trace(model, example_inputs, residual == "filter")
-            closures = channel_closures(*graphs, deadline=deadline)
-    except TimeLimitError as error:
-        raise ValueError(
-            f"discovery of {type(model).__name__} did not finish in {time_limit:g} s; raise the time limit, "
-            "or write a channel map by hand"
-        ) from error
+    if policies(model, example_inputs, time_limit) == ("internal",):
+        if residual != "internal":
+            logger.warning("residual: internal for %s, whose norms mix its stream", type(model).__name__)
+        return _within(time_limit, model, lambda: token_map(model, example_inputs))
+    _refuse_shared_parameters(model)
+
+    def follow() -> tuple[TracedNetwork, Closures]:
+        wrapper, graphs = trace(model, example_inputs, residual == "filter")
+        return wrapper, channel_closures(*graphs, deadline=deadline)
+
+    wrapper, closures = _within(time_limit, model, follow)
     stubs = {module for add in wrapper.sums.values() for module in add.modules()}
     names = {module: name for name, module in wrapper.network.named_modules() if module not in stubs}
     dense = _kept_dense(closures, wrapper, residual)
@@ -104,6 +111,30 @@ def discover(
         _refuse_other_additions(closures, ids, names)
     shapes, axes = _axes(model, closures, ids, names)
     return ChannelMap(groups, shapes, axes, unions, sums)
+
+
+def policies(model: nn.Module, example_inputs: Inputs, time_limit: float = 60.0) -> tuple[Residual, ...]:
+    """The residual policies that differ for ``model``: the stream of a network on tokens is always dense.
+
+    Raises:
+        ValueError: it takes longer than ``time_limit`` seconds.
+    """
+    if specs.find(model) is not None or _within(
+        time_limit, model, lambda: works_on_tokens(model, example_inputs)
+    ):
+        return ("internal",)
+    return ("coupled", "internal", "filter")
+
+
+def _within(time_limit: float, model: nn.Module, follow: Callable[[], T]) -> T:
+    try:
+        with alarm(time_limit):
+            return follow()
+    except TimeLimitError as error:
+        raise ValueError(
+            f"discovery of {type(model).__name__} did not finish in {time_limit:g} s; raise the time limit, "
+            "or write a channel map by hand"
+        ) from error
 
 
 def _kept_dense(closures: Closures, wrapper: TracedNetwork, residual: str) -> Tensor:

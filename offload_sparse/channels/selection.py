@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group
+from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group, View
 
 Kept = Tensor | None
 """int64, the sorted kept positions of one dimension, or None: every position is kept."""
@@ -105,6 +105,14 @@ class Selection:
             for name, a in channel_map.additions.items()
         }
         """bool[kept positions of the sum] per operand: where it holds a channel."""
+        self.views = {
+            name: {view.call: tuple(map(self._fit, view.sizes, view.axes)) for view in calls}
+            for name, calls in channel_map.views.items()
+        }
+        """Per module and call the sizes in the code and what becomes of them; see ``views``."""
+
+    def _fit(self, size: int, axis: Axis) -> tuple[int, int] | None:
+        return None if axis is None else (size, int(self.alive[axis].sum()))
 
     def layout(self, names: Mapping[str, object] | tuple[str, ...]) -> Layout:
         """The narrow layout of ``names``, in the order given."""
@@ -153,7 +161,14 @@ def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
         name: Addition(*(number[vector[alive[a.out]]] for vector in (a.left, a.right, a.out)))
         for name, a in channel_map.additions.items()
     }
-    return ChannelMap(tuple(groups), selection.shapes, axes, unions, additions)
+    views = {
+        name: tuple(
+            View(v.call, v.sizes, tuple(None if a is None else number[a[alive[a]]] for a in v.axes))
+            for v in calls
+        )
+        for name, calls in channel_map.views.items()
+    }
+    return ChannelMap(tuple(groups), selection.shapes, axes, unions, additions, views)
 
 
 def open_grid(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, ...]:

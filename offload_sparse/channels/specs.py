@@ -1,4 +1,4 @@
-"""Channel maps written by hand, for networks that discovery cannot follow: transformers, and a user's own.
+"""Channel maps written by hand, for networks that discovery cannot follow.
 
     builder = MapBuilder(model)
     hidden = builder.group("fc1", 64)                    # 64 atoms
@@ -9,9 +9,8 @@
 A network that many will use gets a spec: ``register`` a predicate and a function, and ``discover`` takes its
 map. Every map is checked by slice = mask before anything trains, whoever wrote it.
 
-In transformers the embedding stays dense, since LayerNorm mixes all of its channels. Sampled are the hidden
-widths of the MLPs and whole attention heads; with grouped queries a key-value head and its queries are one
-atom.
+In transformers the embedding stays dense, since norms mix all of its channels; with grouped queries a
+key-value head and its queries are one atom.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.channels.attention import is_packed_attention
 from offload_sparse.channels.channel_map import Axis, ChannelMap, Group
 
 
@@ -151,70 +149,3 @@ def find(model: nn.Module) -> ChannelMap | None:
         if predicate(model):
             return spec(model)
     return None
-
-
-def vision_transformer(model: nn.Module) -> ChannelMap:
-    """Hidden widths of all MLPs and, where whole heads can be dropped, attention heads.
-
-    Serves ViT and DeiT of torchvision and timm; of Swin and MaxViT the MLPs are sampled, and windows keep
-    their heads. Whatever else the network holds (class token, positions, layer scale, convolutions) is dense.
-    """
-    builder = MapBuilder(model)
-    for name, module in model.named_modules():
-        layers = _hidden_layers(module)
-        if layers is not None:
-            builder.width((f"{name}.{layers[0]}",), f"{name}.{layers[1]}")
-        elif isinstance(module, nn.MultiheadAttention):
-            _torch_heads(builder, name, module)
-        elif is_packed_attention(module):
-            _packed_heads(builder, name, module)
-    return builder.build()
-
-
-def _hidden_layers(module: nn.Module) -> tuple[str, str] | None:
-    """The two linear layers of an MLP, by name within it."""
-    children = dict(module.named_children())
-    if type(module).__name__ == "Mlp" and isinstance(children.get("norm"), nn.Identity):
-        fc1, fc2 = children.get("fc1"), children.get("fc2")
-        return ("fc1", "fc2") if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) else None
-    if not isinstance(module, nn.Sequential):
-        return None
-    names = list(children)
-    linear = [i for i, name in enumerate(names) if isinstance(children[name], nn.Linear)]
-    if len(linear) != 2:
-        return None
-    between = [children[name] for name in names[linear[0] + 1 : linear[1]]]
-    if not all(isinstance(child, (nn.GELU, nn.ReLU, nn.SiLU, nn.Dropout)) for child in between):
-        return None
-    return names[linear[0]], names[linear[1]]
-
-
-def _torch_heads(builder: MapBuilder, name: str, module: nn.MultiheadAttention) -> None:
-    plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
-    if plain and module.batch_first:
-        heads = builder.group(f"{name}.in_proj_weight", module.num_heads).repeat_interleave(module.head_dim)
-        builder.axis(f"{name}.in_proj_weight", 0, heads.repeat(3))
-        if module.in_proj_bias is not None:
-            builder.axis(f"{name}.in_proj_bias", 0, heads.repeat(3))
-        builder.columns(f"{name}.out_proj", heads)
-
-
-def _packed_heads(builder: MapBuilder, name: str, module: nn.Module) -> None:
-    atoms = builder.group(f"{name}.qkv", int(module.num_heads))  # type: ignore[arg-type]
-    heads = atoms.repeat_interleave(int(module.head_dim))  # type: ignore[arg-type]
-    builder.rows(f"{name}.qkv", heads.repeat(3))
-    builder.columns(f"{name}.proj", heads)
-
-
-_TRANSFORMER_MODULES = (
-    "torchvision.models.vision_transformer",
-    "torchvision.models.swin_transformer",
-    "torchvision.models.maxvit",
-    "timm.models.vision_transformer",
-    "timm.models.deit",
-    "timm.models.swin_transformer",
-    "timm.models.mlp_mixer",
-    "timm.models.maxxvit",
-)
-
-register(lambda model: type(model).__module__ in _TRANSFORMER_MODULES, vision_transformer)

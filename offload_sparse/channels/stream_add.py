@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.views import fit_views
 
 _FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _METHODS = ("add", "add_")
@@ -110,7 +111,11 @@ def additions(model: nn.Module) -> Iterator[tuple[str, StreamAdd]]:
 
 
 def set_additions(model: nn.Module, selection: Selection, device: torch.device) -> None:
-    """Make the additions of a narrow network those of ``selection``; they must have been exposed."""
+    """Make the additions and the written sizes of a narrow network those of ``selection``.
+
+    The additions must have been exposed.
+    """
+    fit_views(model, selection.views)
     for name, (left, right) in selection.additions.items():
         add = model.get_submodule(name)
         assert isinstance(add, StreamAdd)

@@ -47,8 +47,9 @@ class Subnet:
         self.device = device
         self._owners = {
             name: (self.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-            for name in (*self.parameter_names, *(n for n, _ in self.module.named_buffers()))
+            for name, _ in self.module.named_buffers()
         }
+        self._holders = {n: holders(self.module, p) for n, p in self.module.named_parameters()}
         self._trainable = {n: p.requires_grad for n, p in self.module.named_parameters()}
         values = integer_buffers or {}
         for name, buffer in list(self.module.named_buffers()):
@@ -70,8 +71,8 @@ class Subnet:
             parameter = nn.Parameter(layout.view(weights, name), requires_grad=self._trainable[name])
             if gradients is not None and parameter.requires_grad:
                 parameter.grad = layout.view(gradients, name)
-            owner, leaf = self._owners[name]
-            owner._parameters[leaf] = parameter
+            for owner, leaf in self._holders[name]:
+                owner._parameters[leaf] = parameter
         layout = selection.layout(self.buffer_names)
         for name in self.buffer_names:
             self._set_buffer(name, layout.view(buffers, name))
@@ -81,8 +82,8 @@ class Subnet:
     def release(self) -> None:
         """Drop every view, so that the buffers can be freed."""
         for name in self.parameter_names:
-            owner, leaf = self._owners[name]
-            owner._parameters[leaf] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+            for owner, leaf in self._holders[name]:
+                owner._parameters[leaf] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
         for name in self.buffer_names:
             self._set_buffer(name, torch.empty(0, device="meta"))
 
@@ -188,12 +189,19 @@ def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn
 
 
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the parameter or buffer ``name`` of ``module`` by ``value``."""
+    """Replace the parameter (under all its names) or buffer ``name`` of ``module`` by ``value``."""
     owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-    else:
+    if leaf not in owner._parameters:
         owner._buffers[leaf] = value
+        return
+    parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    for place, key in holders(module, owner._parameters[leaf]):
+        place._parameters[key] = parameter
+
+
+def holders(module: nn.Module, parameter: nn.Parameter | None) -> list[tuple[nn.Module, str]]:
+    """The modules that hold ``parameter``, and its name in each: tied layers share one."""
+    return [(m, key) for m in module.modules() for key, p in m._parameters.items() if p is parameter]
 
 
 def fit_attributes(module: nn.Module) -> None:

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.channels import specs
 from offload_sparse.channels.check import TOLERANCE, Verification, lacks_values, reduced, verify
 from offload_sparse.channels.config import Residual
-from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.discovery import discover, policies
 from offload_sparse.channels.subnet import build_on_meta
 
 TIME_LIMIT = 15.0
@@ -153,10 +152,11 @@ def examine(
     try:
         model = build_on_meta(lambda: build(case))
         model = build(case) if lacks_values(model) else model
-    except Exception as error:  # whatever a constructor raises is the reason
+        inputs = (torch.empty(2, 3, case.size, case.size, device="meta"),)
+        on_tokens = policies(model, inputs, time_limit) == ("internal",)
+    except Exception as error:  # whatever a constructor or a forward raises is the reason
         return _refusal(case, "coupled", start, error)
-    inputs = (torch.empty(2, 3, case.size, case.size, device="meta"),)
-    if specs.find(model) is not None:
+    if on_tokens:
         return _attempt(case, "internal", model, inputs, start, (rho, seed, time_limit))
     outcome = _attempt(case, "coupled", model, inputs, start, (rho, seed, time_limit))
     remaining = time_limit - (time.perf_counter() - start)

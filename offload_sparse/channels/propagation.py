@@ -1,0 +1,466 @@
+"""Which positions of which tensors go together: labels that follow the data through every operation.
+
+    weight of q [H·D, C]     rows 0 … H·D-1 get labels, columns get others
+    x @ weight.T             columns meet the channels of x: tied; the result carries the labels of the rows
+    view(B, T, H, D)         the same view of the labels: (h, d) carries the label of row h·D + d
+    q @ k.transpose(2, 3)    two activations: all of head h of q and k becomes one label, that of its scores
+    view(B, T, H·D)          the same view: every column that reads head h meets its one label
+    layer_norm, mean, …      channels are mixed: their labels are dense, nothing of them can be dropped
+
+Nothing is matched by class or name: an attention is where two activations are multiplied, so fused and
+separate projections, grouped queries, rotary positions and gated units are all followed. An operation that is
+not known makes the labels that reach it dense; slice = mask is tested all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from offload_sparse.channels.closures import connected_components
+
+Labels = tuple[Tensor, ...]
+"""int64, each of the shape of the labelled tensor: an element lives if all of its labels do; -1: none."""
+
+_SAME = re.compile(
+    r"(clone|_to_copy|detach|alias|lift_fresh|contiguous|(native_)?dropout|bernoulli_?|(zeros|ones|empty|rand|randn|"
+    r"full)_like|fill_|zero_)"
+)
+_MOVED = re.compile(
+    r"(view|_unsafe_view|permute|transpose|t|expand|slice|select|(un)?squeeze|split|split_with_sizes|unbind|flip|"
+    r"roll|repeat|diagonal|index_select|unfold)"
+)
+_REDUCED = re.compile(
+    r"(sum|mean|amax|amin|var|std|prod|any|all|max|min|logsumexp|argmax|norm|linalg_vector_norm)"
+)
+_MIXED = re.compile(r"(_(safe_|log_)?softmax|cumsum)")
+_SPATIAL = re.compile(
+    r"(_?(adaptive_)?(avg|max)_pool[123]d(_with_indices)?|upsample_(nearest|bilinear|bicubic)2d)"
+)
+_POINTWISE = re.compile(r"(masked_fill|copy|add|mul)_?")
+
+
+def compact(labels: Tensor) -> Tensor:
+    """The same labels with size 1 in every dimension along which they are one repeated entry."""
+    for dim in range(labels.dim()):
+        if labels.shape[dim] > 1 and labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def varying(labels: Tensor) -> frozenset[int]:
+    """The dimensions along which labels differ."""
+    small = compact(labels)
+    return frozenset(
+        dim
+        for dim in range(small.dim())
+        if small.shape[dim] > 1 and bool((small != small.narrow(dim, 0, 1)).any())
+    )
+
+
+def _lowest(labels: Tensor, dims: Iterable[int]) -> Tensor:
+    """The smallest label along ``dims``, with the shape of ``labels``."""
+    dims = sorted(dims)
+    return compact(labels).amin(dims, keepdim=True).expand(labels.shape) if dims else labels
+
+
+class Propagation(TorchDispatchMode):
+    """Follows the labels of parameters through whatever is computed inside; under ``torch.inference_mode``.
+
+    Args:
+        parameters: the tensors whose dimensions are labelled, by name.
+        inputs: tensors of the network's inputs, which are not.
+        place: says which module runs.
+
+    Attributes:
+        edges: pairs of equally many labels that are tied.
+        dense: labels that must be kept, each with the operation that says so.
+        consumed: labels that some product sums over.
+        products_of_activations: whether there is one, as in attention.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor], place: Callable[[], str]
+    ) -> None:
+        super().__init__()
+        self._place = place
+        self._merged, self._collapsed = 0, False
+        self._seen: dict[int, int] = {}  # how many edges the labels of a tensor know
+        self.starts: list[tuple[int, str, int]] = []
+        self.size = 0
+        self.edges: list[tuple[Tensor, Tensor]] = []
+        self.dense: list[tuple[Tensor, str]] = []
+        self.consumed: list[Tensor] = []
+        self.products_of_activations = False
+        self._labels: dict[int, Labels] = {}
+        self._activations: set[int] = set()
+        self._alive: list[Tensor] = []  # an id is that of one tensor as long as this lives
+        for name, tensor in parameters.items():
+            self._alive.append(tensor)
+            self._labels[id(tensor)] = tuple(self._new(name, tensor, d) for d in range(tensor.dim()))
+        self._root = torch.cat([torch.arange(self.size), torch.tensor([-1])])
+        for tensor in inputs:
+            self._alive.append(tensor)
+            self._activations.add(id(tensor))
+
+    def _new(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        self.starts.append((self.size, name, dim))
+        labels = torch.arange(self.size, self.size + tensor.shape[dim], device="cpu")
+        self.size += tensor.shape[dim]
+        return labels.view([-1 if d == dim else 1 for d in range(tensor.dim())]).expand(tensor.shape)
+
+    def of(self, tensor: Any) -> Labels:
+        """The labels of a tensor that was computed inside; none for anything else."""
+        if self._collapsed:
+            self._collapsed = False
+            self.roots()
+        labels = self._labels.get(id(tensor), ())
+        if labels and self._seen.get(id(tensor)) != self._merged:
+            labels = tuple(self._root[compact(x)].expand(x.shape) for x in labels)
+            self._labels[id(tensor)], self._seen[id(tensor)] = labels, self._merged
+        return labels
+
+    def roots(self) -> Tensor:
+        """int64[size + 1], the smallest label that each label is tied to; the last serves -1."""
+        if self._merged < len(self.edges):
+            pending = self.edges[self._merged :]
+            u, v = (self._root[torch.cat([pair[side] for pair in pending])] for side in (0, 1))
+            touched, place = torch.unique(torch.cat([u, v]), return_inverse=True)
+            merged = torch.arange(self.size + 1)
+            merged[touched] = touched[connected_components(len(touched), *place.chunk(2))]
+            merged[-1] = -1
+            self._root, self._merged = merged[self._root], len(self.edges)
+        return self._root
+
+    def keep(self, tensor: Any, reason: str) -> None:
+        """Make every label of ``tensor`` dense."""
+        for labels in self.of(tensor):
+            self._keep(labels, reason)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        results = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        self._alive += results
+        if any(id(x) in self._activations for x in given):
+            self._activations |= {id(x) for x in results}
+        if any(self.of(x) for x in given):
+            with torch.utils._python_dispatch._disable_current_modes():
+                found = self._follow(func, args, kwargs, out, given)
+            for result, labels in zip(results, found, strict=False):
+                self._labels[id(result)] = labels
+                self._seen.pop(id(result), None)
+        return out
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor]) -> list[Labels]:
+        """Labels of the results, in order; those of further results are none."""
+        name = func.overloadpacket.__name__
+        rule: Callable[..., Labels] | None = getattr(self, f"_{name.strip('_')}_rule", None)
+        if rule is not None:
+            return [rule(out, *args, **kwargs)]
+        if _SAME.fullmatch(name):
+            return [self.of(given[0])]
+        if _MOVED.fullmatch(name):
+            return self._moved(func, args, kwargs, out)
+        if _REDUCED.fullmatch(name):
+            return [self._reduced(name, out, *args, **kwargs)]
+        if _MIXED.fullmatch(name):
+            return [self._mix(self.of(args[0]), {args[1] % max(args[0].dim(), 1)}, name)]
+        if _SPATIAL.fullmatch(name):
+            return [tuple(self._spread(labels, out, name) for labels in self.of(args[0]))]
+        if torch.Tag.pointwise in func.tags or _POINTWISE.fullmatch(name):
+            return [self._pointwise(out.shape, given, residual=name in ("add", "add_", "sub", "sub_"))]
+        for x in given:
+            self.keep(x, name)
+        return []
+
+    def _keep(self, labels: Tensor, reason: str) -> None:
+        small = compact(labels).flatten().unique()
+        self.dense.append((small[small >= 0], f"{reason} in {self._place() or 'the network'}"))
+
+    def _tie(self, a: Tensor, b: Tensor) -> Tensor:
+        """Tie labels element by element (of one shape, after broadcasting); the labels of both."""
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        a, b = (compact(x.expand(shape)) for x in (a, b))
+        a, b = torch.broadcast_tensors(a, b)
+        both = (a >= 0) & (b >= 0)
+        self.edges.append((a[both], b[both]))
+        if not bool(both.all()):  # a channel meets a position that is always there
+            self._keep(torch.where(both, -1, torch.maximum(a, b)), "a constant")
+        return torch.where(both, torch.minimum(a, b), torch.maximum(a, b)).expand(shape)
+
+    def _collapse(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
+        """Tie all labels along ``dims``."""
+        low = _lowest(labels, set(dims))
+        self._tie(labels, low)
+        self._collapsed = True
+        return low
+
+    def _mix(self, comps: Labels, dims: Iterable[int], reason: str) -> Labels:
+        """Positions along ``dims`` depend on each other: within an outer one (a head) they become one."""
+        found, dims = [], set(dims)
+        for labels in comps:
+            along = varying(labels)
+            if along & dims and (along - dims) and min(along - dims) < min(along & dims):
+                labels = self._collapse(labels, along & dims)
+            elif along & dims:
+                self._keep(labels, reason)
+            found.append(labels)
+        return tuple(found)
+
+    def _pointwise(self, shape: torch.Size, given: list[Tensor], residual: bool = False) -> Labels:
+        """Elements that meet are tied; what meets a constant, or several labels, is not free."""
+        found: list[tuple[Tensor, set[int]]] = []  # labels, and the dimensions that their tensors really have
+        own = [{len(shape) - x.dim() + d for d in range(x.dim()) if x.shape[d] > 1} for x in given]
+        for x, dims in zip(given, own, strict=True):
+            for labels in self.of(x):
+                self._join(found, labels.expand(shape), dims, residual and self._both_computed(given))
+        for x, dims in zip(given, own, strict=True):
+            has = {d for labels in self.of(x) for d in varying(labels.expand(shape))}
+            for i, (labels, known) in enumerate(found):
+                conflict = (varying(labels) & dims) - has
+                if conflict:
+                    found[i] = (self._mix((labels,), conflict, "a constant")[0], known)
+        return tuple(labels for labels, _ in found)
+
+    def _join(
+        self, found: list[tuple[Tensor, set[int]]], labels: Tensor, dims: set[int], residual: bool
+    ) -> None:
+        along = varying(labels)
+        for i, (other, known) in enumerate(found):
+            beside = varying(other)
+            if not along & beside:
+                continue
+            if beside - dims:  # one element meets several labels
+                self._keep(labels, "a broadcast")
+                found[i] = (self._mix((other,), along & beside, "a broadcast")[0], known)
+            elif along - known:
+                self._keep(other, "a broadcast")
+                found[i] = (self._mix((labels,), along & beside, "a broadcast")[0], dims)
+            else:
+                if residual and self._owners(labels) != self._owners(other):
+                    self._keep(labels, "a residual addition")
+                found[i] = (self._tie(labels, other), known | dims)
+            return
+        if along:
+            found.append((labels, dims))
+        elif bool((compact(labels) >= 0).any()):
+            self._keep(labels, "a single channel")
+
+    def _both_computed(self, given: list[Tensor]) -> bool:
+        return len(given) == 2 and all(id(x) in self._activations for x in given)
+
+    def _owners(self, labels: Tensor) -> set[int]:
+        starts = torch.tensor([start for start, _, _ in self.starts])
+        small = compact(labels).flatten()
+        return set((torch.searchsorted(starts, small[small >= 0], right=True) - 1).unique().tolist())
+
+    def _moved(self, func: Any, args: Any, kwargs: Any, out: Any) -> list[Labels]:
+        """The same operation on the labels; leading dimensions that it leaves alone are not touched."""
+        per_comp = []
+        view = func.overloadpacket.__name__ in ("view", "_unsafe_view")
+        for labels in self.of(args[0]):
+            if view:
+                per_comp.append([_viewed(labels, out.shape)])
+            else:
+                moved = func(labels, *args[1:], **kwargs)
+                per_comp.append([moved] if isinstance(moved, Tensor) else list(moved))
+        return [tuple(comps) for comps in zip(*per_comp, strict=True)]
+
+    def _reduced(self, name: str, out: Any, x: Tensor, dims: Any = None, *rest: Any, **named: Any) -> Labels:
+        del rest, named
+        result = out[0] if isinstance(out, (tuple, list)) else out
+        whole = not isinstance(dims, (int, list, tuple)) or dims == []
+        over = (
+            set(range(x.dim()))
+            if whole
+            else {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+        )
+        kept = []
+        for labels in self._mix(self.of(x), over, name):
+            if varying(labels) - over and not varying(labels) & over:
+                kept.append(_lowest(labels, over).amin(sorted(over), keepdim=True).reshape(result.shape))
+            else:
+                self._keep(labels, name)
+        return tuple(kept)
+
+    def _spread(self, labels: Tensor, out: Any, name: str) -> Tensor:
+        """Channels of an operation over the last dimensions of images."""
+        result = out[0] if isinstance(out, (tuple, list)) else out
+        spatial = varying(labels) - {0, 1}
+        if spatial:
+            self._keep(labels, name)
+        first = labels[(slice(None),) * 2 + (slice(1),) * (labels.dim() - 2)]
+        return first.expand(result.shape)
+
+    def _cat_rule(self, _: Any, tensors: list[Tensor], dim: int = 0) -> Labels:
+        width = max(len(self.of(x)) for x in tensors)
+        none = [torch.full((1,) * x.dim(), -1, device="cpu").expand(x.shape) for x in tensors]
+        comps = [[*self.of(x), *([n] * width)][:width] for x, n in zip(tensors, none, strict=True)]
+        return tuple(torch.cat(parts, dim) for parts in zip(*comps, strict=True))
+
+    def _stack_rule(self, _: Any, tensors: list[Tensor], dim: int = 0) -> Labels:
+        raised = [self._cat_rule(x, [x]) for x in tensors]
+        return tuple(torch.stack(parts, dim) for parts in zip(*raised, strict=True))
+
+    def _constant_pad_nd_rule(self, _: Any, x: Tensor, pad: list[int], *__: Any) -> Labels:
+        return tuple(torch.constant_pad_nd(labels, pad, -1) for labels in self.of(x))
+
+    def _where_rule(self, out: Tensor, *given: Any) -> Labels:
+        return self._pointwise(out.shape, [x for x in given if isinstance(x, Tensor)])
+
+    def _embedding_rule(self, out: Tensor, weight: Tensor, indices: Tensor, *_: Any) -> Labels:
+        return self._rows(self.of(weight), indices, out)
+
+    def _index_rule(self, out: Tensor, x: Tensor, indices: list[Tensor | None]) -> Labels:
+        if len(indices) == 1 and indices[0] is not None and indices[0].dtype != torch.bool:
+            return self._rows(self.of(x), indices[0], out)
+        for labels in self.of(x):
+            self._keep(labels, "index")
+        return ()
+
+    def _rows(self, comps: Labels, indices: Tensor, out: Tensor) -> Labels:
+        """Rows of a table: which of them exist is fixed, its other dimensions go on."""
+        found = []
+        for labels in comps:
+            if 0 in varying(labels):
+                self._keep(labels, "a table")
+            else:
+                row = labels[0].view((1,) * indices.dim() + tuple(labels.shape[1:]))
+                found.append(row.expand(out.shape))
+        return tuple(found)
+
+    def _native_layer_norm_rule(self, _: Any, x: Tensor, shape: list[int], *rest: Any) -> Labels:
+        return self._normalised(x, shape, [t for t in rest if isinstance(t, Tensor)], "a layer norm")
+
+    def _fused_rms_norm_rule(self, _: Any, x: Tensor, shape: list[int], *rest: Any) -> Labels:
+        return self._normalised(x, shape, [t for t in rest if isinstance(t, Tensor)], "an RMS norm")
+
+    def _normalised(self, x: Tensor, shape: list[int], affine: list[Tensor], reason: str) -> Labels:
+        dims = set(range(x.dim() - len(shape), x.dim()))
+        mixed = self._mix(self.of(x), dims, reason)
+        self._labels[id(x)] = mixed
+        return self._pointwise(x.shape, [x, *affine])
+
+    def _native_group_norm_rule(self, _: Any, x: Tensor, *rest: Any) -> Labels:
+        for t in [x, *(t for t in rest if isinstance(t, Tensor))]:
+            self.keep(t, "a group norm")
+        return self.of(x)
+
+    def _native_batch_norm_rule(self, _: Any, x: Tensor, *rest: Any) -> Labels:
+        channels = [t for t in rest if isinstance(t, Tensor)]
+        comps = list(self.of(x))
+        for t in channels:
+            for labels in self.of(t):
+                raised = labels.view([-1 if d == 1 else 1 for d in range(x.dim())]).expand(x.shape)
+                comps = [self._tie(c, raised) if varying(c) == {1} else c for c in comps]
+                if not any(varying(c) == {1} for c in comps):
+                    self._keep(labels, "a batch norm")
+        return tuple(comps)
+
+    _native_batch_norm_legit_rule = _native_batch_norm_legit_no_training_rule = _native_batch_norm_rule
+    _cudnn_batch_norm_rule = _native_batch_norm_rule
+
+    def _convolution_rule(self, out: Tensor, x: Tensor, w: Tensor, bias: Any, *rest: Any) -> Labels:
+        transposed, groups = rest[3], rest[5]
+        rows, columns = (self.of(w)[1], self.of(w)[0]) if transposed else self.of(w)[:2]
+        rows = compact(rows).flatten()[: out.shape[1]]
+        result = rows.view([-1 if d == 1 else 1 for d in range(out.dim())]).expand(out.shape)
+        found = [c for c in self.of(x) if 1 in varying(c)]
+        for labels in self.of(x):
+            if varying(labels) - {1}:
+                self._keep(labels, "a convolution")
+        incoming = [c.transpose(0, 1).flatten(1)[:, 0] for c in found]
+        if groups == 1:
+            self._contract(incoming, [compact(columns).flatten()])
+        elif groups == x.shape[1] == out.shape[1] and incoming:
+            rows = self._tie(rows, incoming[0])
+        else:
+            for labels in (*incoming, rows):
+                self._keep(labels, "a grouped convolution")
+        if bias is not None:
+            self._tie(rows, self.of(bias)[0])
+        return (result,)
+
+    def _addmm_rule(self, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Labels:
+        self._labels[id(out)] = self._mm_rule(out, a, b)
+        return self._pointwise(out.shape, [out, bias])
+
+    def _mm_rule(self, out: Tensor, a: Tensor, b: Tensor) -> Labels:
+        found = self._product(
+            [x[None] for x in self.of(a)], [x[None] for x in self.of(b)], a, b, out[None].shape
+        )
+        return tuple(labels[0] for labels in found)
+
+    def _bmm_rule(self, out: Tensor, a: Tensor, b: Tensor) -> Labels:
+        return self._product(list(self.of(a)), list(self.of(b)), a, b, out.shape)
+
+    def _baddbmm_rule(self, out: Tensor, c: Tensor, a: Tensor, b: Tensor, **_: Any) -> Labels:
+        self._labels[id(out)] = self._bmm_rule(out, a, b)
+        return self._pointwise(out.shape, [out, c])
+
+    def _product(
+        self, left: list[Tensor], right: list[Tensor], a: Tensor, b: Tensor, shape: torch.Size
+    ) -> Labels:
+        """Labels of a [n, i, k] times b [n, k, j], which is [n, i, j]."""
+        activations = id(a) in self._activations and id(b) in self._activations
+        self.products_of_activations |= activations
+        found: list[Tensor] = []
+        heads = [c for c in (*left, *right) if 0 in varying(c)]
+        if heads:
+            one = torch.stack([_lowest(c, {1, 2})[:, 0, 0] for c in heads]).amin(0)
+            for c in heads:
+                self._tie(c, one[:, None, None].expand(c.shape))
+            if not (any(0 in varying(c) for c in left) and any(0 in varying(c) for c in right)):
+                self._keep(one, "a product with a constant")
+            self._collapsed = True
+            found.append(one[:, None, None].expand(shape))
+        left, right = ([c for c in side if 0 not in varying(c)] for side in (left, right))
+        inner = [
+            [_lowest(c, {0, 3 - k})[0].select(2 - k, 0) for c in s if k in varying(c)]
+            for s, k in ((left, 2), (right, 1))
+        ]
+        self._contract(*inner)
+        if activations:  # the width of a single head, which its scale depends on
+            for labels in (*inner[0], *inner[1]):
+                self._keep(labels, "a product of activations")
+        found += [c[:, :, :1].expand(shape) for c in left if varying(c) == {1}]
+        found += [c[:, :1, :].expand(shape) for c in right if varying(c) == {2}]
+        for c in (*left, *right):
+            if not varying(c):
+                self._keep(c, "a single channel")
+        return tuple(found)
+
+    def _contract(self, left: list[Tensor], right: list[Tensor]) -> None:
+        """Labels (int64[k] each) that a product sums over."""
+        for labels in (*left, *right):
+            self.consumed.append(labels[labels >= 0])
+        if left and right:
+            for labels in (*left[1:], *right):
+                self._tie(left[0], labels)
+        else:
+            for labels in (*left, *right):
+                self._keep(labels, "a constant")
+
+
+def _viewed(labels: Tensor, shape: torch.Size) -> Tensor:
+    """Labels as a tensor of ``shape`` that holds the same elements in the same order."""
+    lead = 0
+    while (
+        lead < min(labels.dim(), len(shape))
+        and labels.shape[lead] == shape[lead]
+        and labels.stride(lead) == 0
+    ):
+        lead += 1
+    inner = labels[(0,) * lead] if lead else labels
+    return inner.reshape(shape[lead:]).expand(shape)

@@ -1,0 +1,183 @@
+"""Sizes that a network's own code writes into ``view`` and ``split``, made to fit the channels that are left.
+
+    y.view(B, T, n_head, C // n_head)      n_head is a number of the code: of 6 heads, 4 are left
+    q, k, v = x.split(n_embd, dim=2)       of each third, 256 of 384 channels are left
+
+Discovery notes such calls by number, in the order in which one ``forward`` makes them; code that follows the
+shapes of its tensors (``-1``, ``x.shape``) has none. A module with noted calls runs its own ``forward`` with
+their sizes replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Fit = tuple[int, int] | None
+"""(size in the code, what it becomes); a size in the code of 0 stands for any; None: as it is."""
+
+SPLITS: set[Any] = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
+UNFLATTENS: set[Any] = {Tensor.unflatten, torch.unflatten}
+_EXPANDS: set[Any] = {Tensor.expand}
+SLICES: set[Any] = {Tensor.__getitem__}
+SIZED: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape} | SPLITS | UNFLATTENS | _EXPANDS | SLICES
+
+
+def indexed(x: Tensor, key: Any) -> list[tuple[int, int]]:
+    """(place in the key, dimension of x) of every entry of ``x[key]`` but full slices."""
+    keys = key if isinstance(key, tuple) else (key,)
+    dims = [k for k in keys if k is not None and k is not Ellipsis]
+    found, dim = [], 0
+    for place, k in enumerate(keys):
+        if k is Ellipsis:
+            dim += x.dim() - len(dims)
+        elif k is not None:
+            found += [(place, dim)] if k != slice(None) else []
+            dim += 1
+    return found
+
+
+def _sliced(x: Tensor, key: Any, fits: tuple[Fit, ...]) -> tuple[Any, ...]:
+    """``x[key]`` with other bounds, where they are those that ``fits`` holds at the place of their slice."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    for place, (start, stop) in enumerate(zip(fits[::2], fits[1::2], strict=True)):
+        if start is not None and stop is not None and isinstance(keys[place], slice):
+            bounds = ((keys[place].start, start), (keys[place].stop, stop))
+            keys[place] = slice(*(fit[1] if bound == fit[0] else bound for bound, fit in bounds))
+    return (x, tuple(keys))
+
+
+def written_sizes(func: Callable[..., Any], args: tuple[Any, ...]) -> list[int] | None:
+    """The sizes among the arguments of a call; None if it gives none that could be replaced."""
+    place = 2 if func in UNFLATTENS else 1
+    sizes = args[place:] if place == 1 and func not in SPLITS else args[place : place + 1]
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    return (
+        [int(n) for n in sizes] if sizes and all(isinstance(n, (int, torch.SymInt)) for n in sizes) else None
+    )
+
+
+def _fitted(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, fits: tuple[Fit, ...]
+) -> tuple[Any, ...]:
+    """The arguments of the call with sizes that fit the tensor."""
+    x = args[0]
+    if func in SLICES:
+        return _sliced(x, args[1], fits)
+    place = 2 if func in UNFLATTENS else 1
+    flat = args[place] if isinstance(args[place], (tuple, list)) else args[place:]
+    if func in SPLITS:
+        width = x.shape[args[2] if len(args) > 2 else kwargs.get("dim", 0)]
+        pieces = [fit[1] for fit in fits if fit is not None]
+        return (x, pieces, *args[2:]) if sum(pieces) == width else args
+    sizes = list(flat)
+    if func in _EXPANDS:
+        shape = [1] * (len(sizes) - x.dim()) + list(x.shape)
+        return (x, [_size(n, f) if have == 1 else -1 for n, f, have in zip(sizes, fits, shape, strict=True)])
+    whole = x.shape[args[1]] if func in UNFLATTENS else x.numel()
+    agree = all(fit is None or fit[0] or n in (fit[1], -1) for n, fit in zip(sizes, fits, strict=True))
+    if -1 not in sizes and prod(sizes) == whole and agree:  # the code follows its tensors
+        return args
+    return (*args[:place], [_size(n, fit) for n, fit in zip(sizes, fits, strict=True)])
+
+
+def _size(written: int, fit: Fit) -> int:
+    if fit is None or written == -1:
+        return written
+    if not fit[0]:
+        return fit[1]
+    return written // fit[0] * fit[1] if written % fit[0] == 0 else written
+
+
+class _Refit(TorchFunctionMode):
+    def __init__(self, calls: Mapping[int, tuple[Fit, ...]]) -> None:
+        super().__init__()
+        self.calls, self.count = calls, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in SIZED:
+            fits = self.calls.get(self.count)
+            self.count += 1
+            if fits is not None:
+                args = _fitted(func, args, kwargs, fits)
+        return func(*args, **kwargs)
+
+
+class FittedForward:
+    """Stands for the ``forward`` of a module whose code writes sizes.
+
+    Attributes:
+        module: the module, whose class has the ``forward``.
+        calls: by number of the call, how its sizes are replaced.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.calls: dict[int, tuple[Fit, ...]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Refit(self.calls):
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def fit_views(model: nn.Module, fits: Mapping[str, Mapping[int, tuple[Fit, ...]]]) -> None:
+    """Let the modules that ``fits`` names run with these sizes, in place."""
+    for name, calls in fits.items():
+        module: Any = model.get_submodule(name)
+        if not isinstance(module.__dict__.get("forward"), FittedForward):
+            module.forward = FittedForward(module)
+        module.forward.calls = dict(calls)
+
+
+def fitted_views(model: nn.Module) -> Iterator[tuple[str, dict[int, tuple[Fit, ...]]]]:
+    """What ``fit_views`` has set, by name of the module."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FittedForward):
+            yield name, forward.calls
+
+
+class Sizes(TorchFunctionMode):
+    """Notes the calls of ``SIZED`` functions, and the module whose ``forward`` made them.
+
+    Attributes:
+        calls: (module, number of the call in this run of its forward, function, arguments, result).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int, Any, Any, Any, Any]] = []
+        self._stack: list[list[Any]] = []
+        self._hooks = []
+        for name, module in network.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(self._entered(name)))
+            self._hooks.append(module.register_forward_hook(self._left, always_call=True))
+
+    def _entered(self, name: str) -> Callable[..., None]:
+        return lambda *_: self._stack.append([name, 0])
+
+    def _left(self, *_: Any) -> None:
+        self._stack.pop()
+
+    def place(self) -> str:
+        """Name of the module that runs."""
+        return self._stack[-1][0] if self._stack else ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in SIZED and self._stack:
+            self.calls.append((*self._stack[-1], func, args, kwargs or {}, out))
+            for frame in self._stack:
+                frame[1] += 1
+        return out
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,228 @@
+"""Transformers lose whole heads and hidden channels, whoever wrote them; their stream stays dense."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters
+from offload_sparse.channels.atoms import block_atoms
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.check import check, random_mask, self_test
+from offload_sparse.channels.discovery import discover, policies
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import Subnet, meta_copy, narrow_module
+from tests.support.decoder import Decoder, decoder_map
+from tests.support.language_models import (
+    WORDS,
+    EinsumAttention,
+    FusedAttention,
+    GatedUnit,
+    LanguageModel,
+    SeparateAttention,
+    SlicedAttention,
+    TorchEncoder,
+)
+
+TOKENS = torch.randint(0, WORDS, (2, 7), generator=torch.Generator().manual_seed(0))
+PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+
+OWN: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[int, int]]] = {
+    "nanoGPT": (lambda: LanguageModel(lambda: FusedAttention(24, 6, True)), (TOKENS,), (6, 40)),
+    "nanoGPT, slow": (lambda: LanguageModel(lambda: FusedAttention(24, 6, False)), (TOKENS,), (6, 40)),
+    "separate": (lambda: LanguageModel(lambda: SeparateAttention(24, 4), tied=False), (TOKENS,), (4, 40)),
+    "sliced, grouped queries": (lambda: LanguageModel(lambda: SlicedAttention(24, 6, 3)), (TOKENS,), (3, 40)),
+    "einsum": (lambda: LanguageModel(lambda: EinsumAttention(24, 4)), (TOKENS,), (4, 40)),
+    "fused gate": (
+        lambda: LanguageModel(lambda: FusedAttention(24, 6, True), lambda: GatedUnit(24, 20)),
+        (TOKENS,),
+        (6, 20),
+    ),
+    "torch": (TorchEncoder, (TOKENS, PADDING), (6, 40)),
+    "torch, length first": (lambda: TorchEncoder(False), (TOKENS,), (6, 40)),
+    "torch, norm first": (lambda: TorchEncoder(norm_first=True), (TOKENS,), (6, 40)),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_heads_and_hidden_channels_are_found_and_exact(kind: str) -> None:
+    build, inputs, sizes = OWN[kind]
+    torch.manual_seed(0)
+    model = build()
+    found = discover(model, inputs)
+    assert [group.size for group in found.groups] == list(sizes) * 2
+    assert self_test(model, inputs, found).error < 1e-10
+    assert check(model, inputs, block_atoms(ChannelMap.from_json(found.to_json()), 8)).error < 1e-10
+    for name, axes in found.axes.items():
+        if any(part in name for part in ("wte", "wpe", "embedding", "norm", "n1", "n2", "head")):
+            assert all(axis is None for axis in axes), f"{name} belongs to the stream, which is dense"
+
+
+def test_the_stream_of_a_transformer_is_dense_and_this_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = LanguageModel(lambda: FusedAttention(24, 6, True))
+    assert policies(model, (TOKENS,)) == ("internal",)
+    with caplog.at_level(logging.WARNING):
+        discover(model, (TOKENS,))
+    assert "residual: internal for LanguageModel" in caplog.text
+
+
+def test_grouped_queries_with_rotary_positions_are_the_map_by_hand() -> None:
+    model = Decoder()
+    by_hand, found = decoder_map(model), discover(model, (torch.randint(11, (4, 7)),))
+    for layer in ("q", "k", "v", "o"):
+        hand = by_hand.axes[f"blocks.0.attention.{layer}.weight"][int(layer == "o")]
+        own = found.axes[f"blocks.0.attention.{layer}.weight"][int(layer == "o")]
+        assert hand is not None
+        assert own is not None
+        assert torch.equal(hand - hand.min(), own - own.min())
+
+
+def test_a_narrow_network_serves_other_batches_and_lengths() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(lambda: FusedAttention(24, 6, True)).eval()
+    found = discover(model, (TOKENS,))
+    mask = random_mask(found, 0.5, torch.Generator().manual_seed(0))
+    narrow = narrow_module(model, found, mask)
+    assert narrow.head.weight is narrow.wte.weight, "tied layers stay tied"
+    again = pickle.loads(pickle.dumps(narrow))
+    for shape in ((1, 3), (5, 16), (6, 6), (24, 12)):
+        tokens = torch.randint(WORDS, shape)
+        assert narrow(tokens).shape == (*shape, WORDS)
+        assert torch.equal(again(tokens), narrow(tokens))
+
+
+def test_one_skeleton_is_bound_to_one_selection_after_the_other() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(lambda: SlicedAttention(24, 6, 3)).eval()
+    found = discover(model, (TOKENS,))
+    subnet = Subnet(model, torch.device("cpu"))
+    for seed in range(3):
+        mask = random_mask(found, 0.5, torch.Generator().manual_seed(seed))
+        selection, narrow = Selection(found, mask), narrow_module(model, found, mask)
+        weights = torch.cat([dict(narrow.named_parameters())[n].flatten() for n in subnet.parameter_names])
+        buffers = torch.cat([torch.zeros(0), *(b.flatten() for _, b in narrow.named_buffers())])
+        subnet.bind(selection, weights.detach(), None, buffers)
+        assert torch.equal(subnet.module.eval()(TOKENS), narrow.eval()(TOKENS))
+        subnet.release()
+
+
+def test_flops_of_a_decoder_follow_heads_and_widths() -> None:
+    model = meta_copy(LanguageModel(lambda: SlicedAttention(24, 6, 3)))
+    found = discover(model, (TOKENS,))
+    cost = CostModel(model, found, (TOKENS,))
+    for seed in range(3):
+        mask = random_mask(found, 0.5, torch.Generator().manual_seed(seed))
+        narrow = narrow_module(model, found, mask)
+        assert cost.flops(mask) == count_flops(narrow, (TOKENS,)) < cost.dense_flops
+        assert cost.parameters(mask) == count_parameters(narrow)
+
+
+class Sorted(nn.Module):
+    """A hidden width that is sorted: nothing can be followed through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).sort(-1).values)
+
+
+class SingleHead(nn.Module):
+    """Attention without heads, whose scale depends on its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(24, 8), nn.Linear(24, 8), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.q(x) @ self.k(x).transpose(1, 2) / self.q(x).shape[-1] ** 0.5
+        return weights.softmax(-1) @ self.v(x)
+
+
+def test_what_is_not_recognised_is_refused_with_the_layer_and_a_start() -> None:
+    model = LanguageModel(nn.Identity, Sorted)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.up meets sort in blocks\.0\.mlp") as refusal:
+        discover(model, (TOKENS,))
+    assert "builder = MapBuilder(model); builder.width(('blocks.0.mlp.up',)" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_cannot_be_followed_stays_dense_beside_what_can() -> None:
+    model = LanguageModel(SingleHead)
+    found = discover(model, (TOKENS,))
+    assert [group.name for group in found.groups] == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
+    assert self_test(model, (TOKENS,), found).error < 1e-10
+
+
+def _config(name: str, **settings: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, name)(**settings)
+
+
+def _published(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        built: nn.Module = getattr(transformers, model)(_config(config, **settings))
+        return built
+
+    return build
+
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 32,
+    "use_cache": False,
+    "pad_token_id": 0,
+}
+_ENCODER = {k: v for k, v in _DECODER.items() if k not in ("num_key_value_heads", "use_cache")}
+_VISION: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+}
+_GPT2: dict[str, Any] = {"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 32}
+_IMAGES = (torch.zeros(2, 3, 32, 32),)
+
+PUBLISHED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[int]]] = {
+    "llama": (_published("LlamaForCausalLM", "LlamaConfig", **_DECODER), (TOKENS,), [3, 40] * 2),
+    "qwen3": (_published("Qwen3ForCausalLM", "Qwen3Config", **_DECODER, head_dim=8), (TOKENS,), [3, 40] * 2),
+    "phi3": (_published("Phi3ForCausalLM", "Phi3Config", **_DECODER), (TOKENS,), [3, 40] * 2),
+    "gpt2": (
+        _published("GPT2LMHeadModel", "GPT2Config", **_GPT2, use_cache=False),
+        (TOKENS,),
+        [6, 96] * 2,
+    ),
+    "bert": (
+        _published("BertForSequenceClassification", "BertConfig", **_ENCODER),
+        (TOKENS,),
+        [6, 40] * 2 + [24],
+    ),
+    "opt": (_published("OPTForCausalLM", "OPTConfig", **_ENCODER, ffn_dim=40), (TOKENS,), [6, 40] * 2),
+    "vit": (_published("ViTForImageClassification", "ViTConfig", **_VISION), _IMAGES, [6, 40] * 2),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_families_of_transformers_lose_whole_heads(family: str) -> None:
+    pytest.importorskip("transformers")
+    build, inputs, sizes = PUBLISHED[family]
+    model = build()
+    found = discover(model, inputs)
+    assert [group.size for group in found.groups] == sizes
+    assert self_test(model, inputs, found).error < 1e-10
