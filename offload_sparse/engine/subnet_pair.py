@@ -22,7 +22,7 @@ from offload_sparse.channels.subnet import Subnet
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import FlatOptimizer, SubnetOptimizer
 from offload_sparse.store.copy.blocks import BlockPlan
-from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.copy import copy_blocks, send_tables
 from offload_sparse.store.copy.plans import Narrow, shared_plan
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
@@ -192,6 +192,7 @@ class SubnetPair:
         self._optimizer = optimizer
         a, b = (Side(store, model, device, capacity, integer_buffers) for _ in range(2))
         self.sides = a, b
+        self._device = device
         self._reduce_memory = torch.empty(0, dtype=store.dtype, device=device)
         self._optimizers: list[FlatOptimizer | None] = [None, None]
         self._shared: dict[str, BlockPlan] = {}
@@ -266,13 +267,20 @@ class SubnetPair:
         assert optimizer is not None, "this side was loaded without its optimizer slots"
         optimizer.step(not_finite, steps_done)
 
+    def plan_shared(self) -> None:
+        """Find out which entries both sides keep."""
+        a, b = self.sides
+        if self._shared or self.same:
+            return
+        regions = Regions(b.selection, [a.selection])
+        for kind in (WEIGHTS, BUFFERS):
+            self._shared[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
+            send_tables(self._shared[kind], self._device)
+
     def copy_shared(self, side: int) -> None:
         """Copy the entries that ``side`` has just trained to the other side, where that keeps them too."""
         a, b = self.sides
-        if not self._shared:
-            regions = Regions(b.selection, [a.selection])
-            for kind in (WEIGHTS, BUFFERS):
-                self._shared[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
+        self.plan_shared()
         for like, plan in self._shared.items():
             kinds = [kind for kind in b.arrays if (kind == BUFFERS) == (like == BUFFERS)]
             copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)

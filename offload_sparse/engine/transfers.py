@@ -29,7 +29,7 @@ from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import SubnetOptimizer
 from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.timeline import Timeline
-from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.copy import copy_blocks, send_tables
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, fetch_plan, fetch_plan_per_rank, return_plan
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
@@ -154,8 +154,14 @@ class Transfers:
     def prefetch(self, transfer: Transfer) -> None:
         """Begin to fetch what the next round needs and the present one does not train."""
         if self._side_stream is not None:
-            transfer.source, transfer.target = self._source, self._pairs[1 - self._current]
-            self._prefetched = transfer, self._side_stream.submit(lambda: self._fetch(transfer))
+            target = self._pairs[1 - self._current]
+            transfer.source, transfer.target = self._source, target
+
+            def fetch() -> None:
+                self._fetch(transfer)
+                target.plan_shared()  # here, not in the first step of the round
+
+            self._prefetched = transfer, self._side_stream.submit(fetch)
 
     @property
     def ahead(self) -> bool:
@@ -255,6 +261,9 @@ class Transfers:
             for side, kinds, _, plan in transfer.loads:
                 self.bytes_fetched += self.store.fetch(plan, [(kind, side.arrays[kind]) for kind in kinds])
                 fault_point("gather", self.steps_done)
+        for _, _, _, plan in transfer.loads:
+            for blocks in plan.carried.values():
+                send_tables(blocks, self._reduce_memory.device)
 
     def _carry(self, transfer: Transfer) -> None:
         """Copy what the source, or an earlier side of the target, holds. The order of the loads matters."""
@@ -337,8 +346,8 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._worker = ThreadPoolExecutor(1, "transfer")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._worker = ThreadPoolExecutor(1, "transfer", self._begin)
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         """Run ``work`` in the background."""
@@ -356,6 +365,11 @@ class SideStream:
     def close(self) -> None:
         """Let the work end and the thread with it."""
         self._worker.shutdown(wait=True)
+
+    def _begin(self) -> None:
+        """A thread begins on device 0, on which the first question for a stream would open a context."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)
 
     def _on_stream(self, ready: torch.cuda.Event, work: Callable[[], None]) -> None:
         assert self._stream is not None

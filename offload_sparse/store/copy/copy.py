@@ -52,6 +52,16 @@ def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse
             copy_with_device(plan, source, target, reverse)
 
 
+def send_tables(plan: BlockPlan, device: torch.device) -> None:
+    """Send what copies of ``plan`` look up on a CUDA device, on the current stream: the first copy, which may
+    be on another stream that waits for this one, then sends nothing.
+    """
+    if device.type == "cuda" and plan.entries:
+        from offload_sparse.store.copy.device_copy import tables_of
+
+        tables_of(plan, device)
+
+
 def _check(plan: BlockPlan, source: Tensor, target: Tensor) -> None:
     if source.dtype != target.dtype:
         raise ValueError(f"arrays of {source.dtype} and {target.dtype} cannot be copied; give one dtype")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
 from offload_sparse.store.copy.host_copy import copy_in_host_memory
-from offload_sparse.store.copy.tables import DeviceTables
-from offload_sparse.store.copy.torch_copy import copy_by_torch
+from offload_sparse.store.copy.tables import DeviceTables, used_now
+from offload_sparse.store.copy.torch_copy import copy_by_torch, numbers_of
 from offload_sparse.store.host_memory import host_zeros
 
 try:
@@ -142,6 +142,11 @@ def _halves(blocks: Sequence[Block]) -> tuple[list[Block], list[Block]]:
     return into, out_of
 
 
+def tables_of(plan: BlockPlan, device: torch.device) -> object:
+    """What a copy on the device looks up, sent there once."""
+    return plan.derived(DeviceTables, device, PROGRAM) if triton_works(device) else numbers_of(plan, device)
+
+
 # --- the kernel ---
 
 
@@ -207,8 +212,7 @@ def launch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool, devic
     if device.type != "cuda":  # Triton's interpreter
         copy_programs[grid](tables.programs, tables.blocks, tables.indices, *arrays, *grids, STEP)
         return
-    # Maybe another stream than that on which they were sent.
-    tables.programs.record_stream(torch.cuda.current_stream(device))
+    used_now(tables.programs)
     with torch.cuda.device(device):
         copy_programs[grid](tables.programs, tables.blocks, tables.indices, *arrays, *grids, STEP)
 

@@ -206,6 +206,14 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True)
 
 
+def used_now(numbers: Tensor) -> None:
+    """Keep what ``to_device`` has sent from being reused before work now given to the current stream is done:
+    it may have been sent on another.
+    """
+    if numbers.device.type == "cuda":
+        numbers.record_stream(torch.cuda.current_stream(numbers.device))
+
+
 def _address(table: Numbers) -> int:
     return int(table.ctypes.data)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
-from offload_sparse.store.copy.tables import to_device
+from offload_sparse.store.copy.tables import to_device, used_now
 
 CHUNK = 1 << 20
 """Entries copied per call, or one row: 16 MiB of numbers."""
@@ -30,13 +30,20 @@ def copy_by_torch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool
         taker.index_copy_(0, there, giver.index_select(0, here))
 
 
+def numbers_of(plan: BlockPlan, device: torch.device) -> _Numbers | dict[int, Tensor]:
+    """What is kept with a plan: all numbers, or those of rows and units, by the identity of the blocks'."""
+    return plan.derived(_whole, device) if plan.entries <= CHUNK else plan.derived(_sent, device)
+
+
 def _chunks(plan: BlockPlan, device: torch.device) -> Iterator[_Numbers]:
     if not plan.entries:
         return
-    if plan.entries <= CHUNK:
-        yield plan.derived(_whole, device)
+    there = numbers_of(plan, device)
+    for numbers in there.values() if isinstance(there, dict) else there[:1]:
+        used_now(numbers)
+    if isinstance(there, tuple):
+        yield there
         return
-    there = plan.derived(_sent, device)
     for block in plan.blocks:
         step = max(1, CHUNK // (block.n_units * block.unit))
         for first in range(0, block.n_rows, step):

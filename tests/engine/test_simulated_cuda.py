@@ -1,0 +1,305 @@
+"""Sessions on a simulated CUDA device: the bits of the CPU, no wait inside a step, few uploads per round."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.engine.state import restore_session, session_state
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.store.config import StoreConfig
+from tests.support.ranks import run_ranks
+from tests.support.residual_nets import ResidualNet
+from tests.support.sessions import arrays, batches, loss_of, make_session, own_part, small_net
+from tests.support.simulated_cuda import DEVICE, Simulation, simulated_cuda
+
+POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
+K = 4
+STEPS = 4 * K
+
+UPLOADS_PER_ROUND = 26
+"""Most uploads of a round: the tables of its plans (carried, fetched, shared, returned; weights and
+statistics of two subnets), and as many staged runs, if nothing is page-locked.
+"""
+
+BEYOND_THE_NETWORKS = 24
+"""Device operations of a step beside the passes of its two networks and one addition per gradient: the
+reduction of the losses, the optimizer, what is not finite, and the shared entries.
+"""
+
+WAYS = {
+    "zero_copy": {},
+    "staged": {"zero_copy": False},
+    "unpinned": {"pinned": False, "zero_copy": False},
+    "no_triton": {"triton": False},
+    "neither": {"triton": False, "pinned": False},
+}
+
+
+def on_device(data: list[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    return [(x.to(device), y.to(device)) for x, y in data]
+
+
+def trained(make: Any, device: torch.device, steps: int = STEPS) -> tuple[SparseOffload, dict[str, Tensor]]:
+    """A session after so many steps on a device, and what its store then holds (with s)."""
+    session = make(device=device)
+    for batch in on_device(batches(steps), device):
+        session.step(loss_of(batch))
+    found = arrays(session) | {"s": session.policy.s.clone()}
+    session.transfers.close()
+    return session, found
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def watched(session: SparseOffload, sim: Simulation) -> list[tuple[list[Any], list[Any], Counter[str]]]:
+    """Per step: what the main thread waited for, every upload of the main thread, all operations."""
+    seen = []
+    for batch in on_device(batches(STEPS), DEVICE):
+        waits, uploads, operations = len(sim.waits), len(sim.uploads), Counter(sim.operations)
+        session.step(loss_of(batch))
+        of_main = [wait for wait in sim.waits[waits:] if wait[-1] == "MainThread"]
+        sent = [upload for upload in sim.uploads[uploads:] if upload[-1] == "MainThread"]
+        seen.append((of_main, sent, Counter(sim.operations) - operations))
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
+def test_every_way_of_moving_weights_ends_with_the_bits_of_the_cpu(transfer: Any, way: str) -> None:
+    make = partial(make_session, small_net(), POLICY, RoundConfig(k=K, transfer=transfer))
+    expected = trained(make, torch.device("cpu"))[1]
+    with simulated_cuda(**WAYS[way]) as sim:
+        assert_same(trained(make, DEVICE)[1], expected)
+    assert sim.wrong_device == []
+
+
+@pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_schedule_and_optimizer_ends_with_the_bits_of_the_cpu(reference: Any, optimizer: Any) -> None:
+    rounds = RoundConfig(k=K, reference=reference, freeze_at=0.7, transfer="overlap")
+    optim = OptimConfig(name=optimizer, lr=0.01, clip_norm=1.0)
+    make = partial(make_session, small_net(), POLICY, rounds, STEPS, optimizer=optim)
+    expected = trained(make, torch.device("cpu"))[1]
+    with simulated_cuda():
+        assert_same(trained(make, DEVICE)[1], expected)
+
+
+@pytest.mark.parametrize("residual", ["coupled", "internal", "filter"])
+def test_every_residual_policy_ends_with_the_bits_of_the_cpu(residual: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        net = ResidualNet().double()
+    make = partial(
+        SparseOffload,
+        net,
+        (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),),
+        policy=POLICY,
+        rounds=RoundConfig(k=K, transfer="overlap"),
+        optimizer=OptimConfig(lr=0.05),
+        residual=residual,
+        dtype=torch.float64,
+    )
+    expected = trained(make, torch.device("cpu"))[1]
+    with simulated_cuda():
+        assert_same(trained(make, DEVICE)[1], expected)
+
+
+@pytest.mark.parametrize("tier", ["file", "nvme"])
+def test_a_store_in_files_ends_with_the_bits_of_the_cpu(tmp_path: Path, tier: Any) -> None:
+    """Files are never page-locked: rows are staged."""
+
+    def make(device: torch.device) -> SparseOffload:
+        store = StoreConfig(tier, str(tmp_path / device.type))
+        rounds = RoundConfig(k=K, transfer="overlap")
+        return make_session(small_net(), POLICY, rounds, store=store, device=device)
+
+    expected = trained(make, torch.device("cpu"))[1]
+    with simulated_cuda():
+        assert_same(trained(make, DEVICE)[1], expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
+def test_nothing_in_a_step_waits_for_the_device_or_sends_to_it(transfer: Any, way: str) -> None:
+    """Rounds begin and end with waits (s is learned on the host); the steps between have none."""
+    with simulated_cuda(**WAYS[way]) as sim:
+        session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer=transfer), device=DEVICE)
+        seen = watched(session, sim)
+        session.transfers.close()
+    for number, (waits, sent, _) in enumerate(seen):
+        if number % K not in (0, K - 1):
+            assert (waits, sent) == ([], []), f"step {number}"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
+def test_a_round_sends_few_tables_and_with_overlap_none_from_the_main_thread(transfer: Any, way: str) -> None:
+    with simulated_cuda(**WAYS[way]) as sim:
+        session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer=transfer), device=DEVICE)
+        data = on_device(batches(STEPS), DEVICE)
+        sim.uploads.clear()
+        for batch in data:
+            session.step(loss_of(batch))
+        session.transfers.join()
+        rounds = STEPS // K + (transfer == "overlap")  # one more is fetched ahead
+        assert len(sim.uploads) <= UPLOADS_PER_ROUND * rounds
+        if transfer == "overlap":
+            of_main = len([thread for _, thread in sim.uploads if thread == "MainThread"])
+            sim.uploads.clear()
+            for batch in data:
+                session.step(loss_of(batch))
+            again = [line for line, thread in sim.uploads if thread == "MainThread"]
+            assert of_main, "the first round has nothing that was fetched ahead"
+            assert again == []
+        session.transfers.close()
+
+
+def test_a_step_gives_the_device_little_beyond_its_two_networks() -> None:
+    with simulated_cuda() as sim:
+        session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer="delta"), device=DEVICE)
+        step = watched(session, sim)[1][2]
+        session._open()
+        closure = loss_of(on_device(batches(1), DEVICE)[0])
+        first, second = (side.module for side in session.transfers.pair.sides)
+        sim.operations.clear()
+        with torch.no_grad():
+            closure(second)
+        for parameter in first.parameters():
+            parameter.grad = None
+        closure(first).backward()
+        gradients = len(list(first.parameters()))
+        assert step.total() - sim.operations.total() - gradients <= BEYOND_THE_NETWORKS
+
+
+def test_evaluation_final_network_and_resuming_equal_the_cpu() -> None:
+    def run(device: torch.device) -> dict[str, Tensor]:
+        make = partial(
+            make_session, small_net(), POLICY, RoundConfig(k=K, freeze_at=0.5), STEPS, device=device
+        )
+        data = on_device(batches(STEPS), device)
+        first = make()
+        for batch in data[: K + 2]:
+            first.step(loss_of(batch))
+        second = make()
+        restore_session(second, session_state(first))
+        for session in (first, second):
+            session.transfers.join()
+        first.transfers.close()
+        for batch in data[K + 2 :]:
+            second.step(loss_of(batch))
+        images = [x for x, _ in data[:3]]
+        with second.evaluation(images) as module:
+            logits = module(images[0])
+        network = second.finalize(images)
+        found = {"logits": logits, "final": network.module(images[0]), **network.module.state_dict()}
+        return {name: value.detach().to("cpu") for name, value in found.items()}
+
+    expected = run(torch.device("cpu"))
+    with simulated_cuda():
+        assert_same(run(DEVICE), expected)
+
+
+def on_two_ranks(simulated: bool, references: str, transfer: str) -> dict[str, Tensor]:
+    """What one of two ranks ends with, its groups like NCCL's if the device is simulated."""
+
+    def make(device: torch.device) -> dict[str, Tensor]:
+        reference = "turns" if references == "shared" else "every_step"
+        rounds = RoundConfig(
+            k=K,
+            references=references,  # type: ignore[arg-type]
+            reference=reference,  # type: ignore[arg-type]
+            transfer=transfer,  # type: ignore[arg-type]
+        )
+        policy = POLICY if references == "shared" else PolicyConfig.paper(rho=0.5, estimator="rloo")
+        session = make_session(small_net(), policy, rounds, device=device)
+        for batch in on_device([own_part(batch) for batch in batches(STEPS)], device):
+            session.step(loss_of(batch))
+        found = arrays(session) | {"s": session.policy.s.clone()}
+        session.transfers.close()
+        return found
+
+    if not simulated:
+        return make(torch.device("cpu"))
+    with simulated_cuda():
+        return make(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("references", "transfer"), [("shared", "overlap"), ("shared", "full"), ("per_rank", "overlap")]
+)
+def test_two_ranks_give_their_groups_what_nccl_takes(references: str, transfer: str) -> None:
+    expected = run_ranks(2, on_two_ranks, False, references, transfer)
+    found = run_ranks(2, on_two_ranks, True, references, transfer)
+    for mine, other in zip(found, expected, strict=True):
+        assert_same(mine, other)
+
+
+# --- the simulation itself ---
+
+
+def test_the_simulation_refuses_to_mix_devices_and_notes_waits_and_uploads() -> None:
+    with simulated_cuda() as sim:
+        here = torch.arange(6.0).to(DEVICE)
+        assert (len(sim.uploads), len(sim.waits)) == (1, 1)
+        with pytest.raises(RuntimeError, match="same device"):
+            here + torch.ones(6)
+        sim.waits.clear()
+        here += 1
+        here[0] = 5.0
+        assert sim.waits == []
+        assert here.sum().item() == 25.0
+        assert torch.equal(here.to("cpu")[1:], torch.arange(2.0, 7.0))
+        here[torch.tensor([1, 2])]
+        assert [what for what, *_ in sim.waits] == ["_local_scalar_dense", "download", "an index on the CPU"]
+        with pytest.raises(TypeError, match="numpy"):
+            here.numpy()
+
+
+def test_the_simulation_sees_a_stream_that_did_not_wait() -> None:
+    with simulated_cuda():
+        stream, values = torch.cuda.Stream(DEVICE), torch.zeros(4, device=DEVICE)
+        with torch.cuda.stream(stream), pytest.raises(RuntimeError, match="has not waited"):
+            values + 1
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            values.fill_(2.0)
+        with pytest.raises(RuntimeError, match="has not waited"):
+            values + 1
+        torch.cuda.current_stream().wait_event(stream.record_event())
+        assert torch.equal((values + 1).to("cpu"), torch.full((4,), 3.0))
+
+
+def collectives(mixed: bool) -> str:
+    with simulated_cuda():
+        gloo = dist.new_group([0, 1], backend="gloo")
+        host, here = torch.ones(2), torch.ones(2, device=DEVICE)
+        dist.all_reduce(here)
+        dist.all_reduce(host, group=gloo)
+        try:
+            if mixed:
+                dist.all_reduce(host)
+            else:
+                dist.all_reduce(here, group=gloo)
+        except RuntimeError as error:
+            return f"{error} {here.to('cpu').tolist()} {host.tolist()}"
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(("mixed", "said"), [(True, "NCCL group was given a CPU"), (False, "gloo group was")])
+def test_simulated_groups_refuse_what_their_backends_refuse(mixed: bool, said: str) -> None:
+    for answer in run_ranks(2, collectives, mixed):
+        assert said in answer
+        assert answer.endswith("[2.0, 2.0] [2.0, 2.0]")
