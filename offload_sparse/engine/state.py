@@ -115,7 +115,8 @@ def small_state(session: Rounds) -> MethodState:
         statistics = session.statistics
         if session.pair is not None:
             statistics = [side.arrays[BUFFERS] for side in session.pair.trained]
-        local = {f"statistics/{i}": value.clone() for i, value in enumerate(statistics)}
+        # On the CPU, where any rank, on any device or none, can read them.
+        local = {f"statistics/{i}": value.to("cpu", copy=True) for i, value in enumerate(statistics)}
     return MethodState({}, tensors, local, meta)
 
 

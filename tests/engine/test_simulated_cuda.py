@@ -14,7 +14,6 @@ from torch import Tensor
 
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.state import restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig
 from tests.support.ranks import run_ranks
@@ -102,16 +101,7 @@ def test_every_residual_policy_ends_with_the_bits_of_the_cpu(residual: Any) -> N
     with torch.random.fork_rng():
         torch.manual_seed(5)
         net = ResidualNet().double()
-    make = partial(
-        SparseOffload,
-        net,
-        (torch.empty(2, 2, 6, 6, device="meta", dtype=torch.float64),),
-        policy=POLICY,
-        rounds=RoundConfig(k=K, transfer="overlap"),
-        optimizer=OptimConfig(lr=0.05),
-        residual=residual,
-        dtype=torch.float64,
-    )
+    make = partial(make_session, net, POLICY, RoundConfig(k=K, transfer="overlap"), residual=residual)
     expected = trained(make, torch.device("cpu"))[1]
     with simulated_cuda():
         assert_same(trained(make, DEVICE)[1], expected)
@@ -194,7 +184,7 @@ def test_evaluation_final_network_and_resuming_equal_the_cpu() -> None:
         for batch in data[: K + 2]:
             first.step(loss_of(batch))
         second = make()
-        restore_session(second, session_state(first))
+        second.load_state_dict(first.state_dict())
         for session in (first, second):
             session.transfers.join()
         first.transfers.close()

@@ -57,9 +57,10 @@ def make_session(
     forward: Forward | None = None,
     groups: Grouping | None = None,
     ema: float = 0.0,
+    device: torch.device | str = "cpu",
     **setup: object,
 ) -> SparseOffload:
-    """A session in float64 on the CPU; ``setup`` as in ``Setup``."""
+    """A session in float64; ``setup`` as in ``Setup``."""
     ours = isinstance(optimizer, OptimConfig)
     found = small_map(net) if channel_map is None and isinstance(net, SmallNet) else channel_map
     return SparseOffload(
@@ -75,7 +76,7 @@ def make_session(
         rounds=rounds,
         setup=Setup(channel_map=found, dtype=torch.float64, **setup),  # type: ignore[arg-type]
         seed=3,
-        device="cpu",
+        device=device,
     )
 
 

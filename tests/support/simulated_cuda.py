@@ -368,7 +368,9 @@ def _to(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         device = torch.device(places[0]) if places else others[0].device if others else self.device
         dtype = dtypes[0] if dtypes else others[0].dtype if others else self.dtype
         if device.type == self.device.type or "meta" in (device.type, self.device.type):
-            return original(self, *args, **kwargs) if device.type != "cuda" else original(self, dtype)
+            if device.type != "cuda":
+                return original(self, *args, **kwargs)
+            return original(self, dtype, copy=kwargs.get("copy", False))
         if device.type == "cuda":
             present().upload()
             if not kwargs.get("non_blocking"):
