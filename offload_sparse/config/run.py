@@ -8,7 +8,7 @@ single values. Each room keeps its own branch in a module that imports nothing h
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +36,8 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training images.
         max_steps: stop after this many optimizer steps; 0 lets ``epochs`` decide.
-        precision: ``bf16`` autocasts forward passes, while weights, optimizer slots and gradients stay in
-            float32, as with ``no``; ``float64`` computes and keeps everything in float64.
+        precision: ``bf16`` and ``fp16`` autocast forward passes, while weights, optimizer slots and gradients
+            stay in float32, as with ``no``; ``fp16`` scales the loss. ``float64`` is for everything.
         batch_norm: ``batch`` normalises with the statistics of each rank's own images (as
             DistributedDataParallel does), ``frozen`` with the running statistics, which makes a step
             independent of how images are spread over ranks.
@@ -56,7 +56,7 @@ class TrainConfig:
 
     epochs: int = 10
     max_steps: int = 0
-    precision: Literal["no", "bf16", "float64"] = "no"
+    precision: Literal["no", "bf16", "fp16", "float64"] = "no"
     batch_norm: Literal["batch", "frozen"] = "batch"
     eval_every: int = 1
     log_every: int = 10
@@ -177,9 +177,31 @@ class RunConfig:
             all(isinstance(value, str | int | float) for value in self.paper.values()),
             "paper holds more than text and numbers; give a mapping such as {source: Table 2, flops: 8.7}",
         )
+        require(
+            self.train.precision != "fp16" or self.method == "sparse_offload",
+            f"train.precision fp16 needs a scaled loss, which method {self.method} has not; set it to bf16",
+        )
         for name in ("accuracy", "dense_accuracy", "params", "flops", "train_cost_saving"):
             value, most = self.paper.get(name, 0), 1e9 if name == "train_cost_saving" else 100
             require(
                 isinstance(value, int | float) and 0 <= value <= most,
                 f"paper.{name} is {value}; give a {'factor' if most > 100 else 'percentage'}",
             )
+
+
+def resolve(config: RunConfig, device: str) -> RunConfig:
+    """The same with choices in the places of ``auto``, as a run takes them on a device of this type.
+
+    ``store.pin`` stays ``auto`` on a CUDA device, where the driver has the last word.
+    """
+    transfer, pin = config.round.transfer, config.store.pin
+    if transfer == "auto":
+        transfer = "overlap" if config.round.overlaps(device == "cuda") else "delta"
+    if pin == "auto" and device != "cuda":
+        pin = "off"
+    return replace(
+        config,
+        policy=config.policy.resolved(config.compile),
+        round=replace(config.round, transfer=transfer),
+        store=replace(config.store, pin=pin),
+    )

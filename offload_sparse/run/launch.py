@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +81,55 @@ def check_environment(environment: dict[str, str] | None = None) -> None:
                 f"{name} is {env[name]}, but the ranks have no rendezvous (no WORLD_SIZE); "
                 "start one accelerate launch per node instead"
             )
+
+
+def as_launched(
+    config: RunConfig, environment: Mapping[str, str] | None = None, launcher: Sequence[str] | None = None
+) -> RunConfig:
+    """The configuration with what ``accelerate launch`` was told: precision and compilation are adopted.
+
+    Args:
+        config: what files and options say.
+        environment: of this process, into which the launcher puts most of its flags.
+        launcher: command line of the process that has started this one.
+
+    Raises:
+        ValueError: the launcher was told what a run cannot do, or something else than the configuration says.
+    """
+    env = os.environ if environment is None else environment
+    flags = _parent_command() if launcher is None else launcher
+    for at, flag in enumerate(flags):
+        name, _, value = flag.partition("=")
+        value = value or (flags[at + 1] if at + 1 < len(flags) else "")
+        if name.replace("-", "_") == "__gradient_accumulation_steps" and value != "1":
+            raise ValueError(
+                f"accelerate launch was told --gradient_accumulation_steps {value}, but a step of a run is "
+                "one batch; leave it out and set data.batch_size"
+            )
+    precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no" and precision != config.train.precision:
+        if config.train.precision != "no" or precision not in ("bf16", "fp16"):
+            raise ValueError(
+                f"accelerate launch was told --mixed_precision {precision}, and train.precision is "
+                f"{config.train.precision}; leave one of them out"
+            )
+        config = replace(config, train=replace(config.train, precision=precision))  # type: ignore[arg-type]
+    backend = env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("no", "inductor"):
+        raise ValueError(
+            f"accelerate launch was told --dynamo_backend {backend}, but subnets are compiled by inductor; "
+            "leave it out and set compile"
+        )
+    return replace(config, compile=config.compile or backend == "inductor")
+
+
+def _parent_command() -> list[str]:
+    """The command line of ``accelerate launch`` if it has started this process."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+    return words if any("accelerate" in word for word in words) else []
 
 
 @contextmanager

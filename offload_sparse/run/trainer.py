@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
-from offload_sparse.config.run import RunConfig
+from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.forward import Forward
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task, build_method
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
-from offload_sparse.run.launch import launched, sole_job, start_trackers
+from offload_sparse.run.launch import as_launched, launched, sole_job, start_trackers
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.plan.dry_run import Structure, knob, model_on_meta
 from offload_sparse.run.plan.fit import beside_dense, check, out_of_memory
@@ -55,7 +55,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         FloatingPointError: a loss or gradient was not finite.
         RunError: memory or the disk is too small, or another process has died.
     """
+    config = as_launched(config)
     with launched(config) as accelerator, sole_job(config.run_dir):
+        config = resolve(config, accelerator.device.type)
         start = start_of(config)
         if start.status == "finished":
             if accelerator.is_main_process:
@@ -268,7 +270,8 @@ class Run:
     def _task(self, resumes: bool) -> Task:
         config = self.config
         factory = partial(build_model, config.model.name, **self._model_arguments())
-        forward = Forward(self.accelerator.autocast, config.train.batch_norm == "frozen")
+        frozen, scaler = config.train.batch_norm == "frozen", self.accelerator.scaler
+        forward = Forward(self.accelerator.autocast, frozen, scaler)
         return Task(
             config,
             factory,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from offload_sparse.run.launch import check_environment
+from offload_sparse.config.run import RunConfig, TrainConfig, resolve
+from offload_sparse.run.launch import as_launched, check_environment
 
 RENDEZVOUS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -30,3 +31,51 @@ def test_ranks_that_cannot_find_each_other_are_told_what_to_run(
     with pytest.raises(ValueError, match=advice) as error:
         check_environment(environment)
     assert "\n" not in str(error.value)
+
+
+# --- what accelerate launch was told -----------------------------------------------------------------
+
+
+def test_precision_and_compilation_are_adopted() -> None:
+    told = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    config = as_launched(RunConfig(), told, [])
+    assert (config.train.precision, config.compile) == ("bf16", True)
+    same = RunConfig(train=TrainConfig(precision="bf16"))
+    assert as_launched(same, {"ACCELERATE_MIXED_PRECISION": "bf16"}, []) == same
+
+
+def test_the_launchers_defaults_leave_the_configuration_as_it_is() -> None:
+    told = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    launcher = ["accelerate", "launch", "--gradient_accumulation_steps", "1", "launch/train.py"]
+    for config in (RunConfig(), RunConfig(compile=True, train=TrainConfig(precision="bf16"))):
+        assert as_launched(config, told, launcher) == config
+
+
+@pytest.mark.parametrize(
+    ("told", "launcher", "advice"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "train.precision is bf16; leave one of them out"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, [], "--mixed_precision fp8"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, [], "--dynamo_backend eager"),
+        ({}, ["accelerate", "launch", "--gradient_accumulation_steps", "4"], "steps 4, but a step of a run"),
+        ({}, ["accelerate", "launch", "--gradient-accumulation-steps=4"], "set data.batch_size"),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused(told: dict[str, str], launcher: list[str], advice: str) -> None:
+    with pytest.raises(ValueError, match=advice) as error:
+        as_launched(RunConfig(train=TrainConfig(precision="bf16")), told, launcher)
+    assert "\n" not in str(error.value)
+
+
+# --- auto --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "transfer"), [("cpu", "delta"), ("cuda", "overlap")])
+def test_auto_is_resolved_once_and_nothing_else_changes(device: str, transfer: str) -> None:
+    config = resolve(RunConfig(), device)
+    assert (config.policy.sampler, config.policy.estimator) == ("persistent", "rloo")
+    assert (config.policy.parametrisation, config.round.transfer) == ("group", transfer)
+    assert resolve(config, device) == config
+    chosen = RunConfig()
+    chosen.round.transfer, chosen.store.pin = "full", "on"
+    assert (resolve(chosen, device).round.transfer, resolve(chosen, device).store.pin) == ("full", "on")

@@ -228,7 +228,7 @@ class Planner:
 
     def _step_peak(self, selection: Selection, batch: int) -> tuple[int, int]:
         train = self.config.train
-        autocast = torch.bfloat16 if train.precision == "bf16" else None
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
         shape = (batch, *self.structure.inputs[0].shape[1:])
         dtype = getattr(torch, train.dtype)
         return step_peak(self.structure.model, selection, shape, self._loss, dtype, autocast)
