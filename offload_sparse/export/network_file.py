@@ -26,6 +26,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.forward import Inputs
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
 from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, set_tensor
+from offload_sparse.channels.views import Fit, fit_views, fitted_views
 from offload_sparse.export import json_values
 from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.json_values import Count
@@ -72,6 +73,22 @@ class Addition:
 
 
 @dataclass(frozen=True)
+class FittedCall:
+    """A call whose sizes are written in the code of a module: its number, those sizes, and what they become.
+
+    Where both are 0, a size is as it is; see ``channels.views``.
+    """
+
+    call: Count
+    written: tuple[Count, ...]
+    fitted: tuple[Count, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.written) != len(self.fitted):
+            raise ValueError("a call has as many fitted sizes as written ones")
+
+
+@dataclass(frozen=True)
 class Structure:
     """The contents of ``structure.json``.
 
@@ -82,6 +99,7 @@ class Structure:
         groups: the kept channels of every group.
         tensors: shape of every parameter, buffer and other tensor.
         additions: the sums whose operands hold different channels.
+        views: by module, the calls whose sizes are written in its code.
         sparse: tensors that are stored without their zeros.
         weights_digest: of the other file; an export that was written by hand may leave it out.
     """
@@ -92,6 +110,7 @@ class Structure:
     groups: dict[str, Kept]
     tensors: dict[str, tuple[Count, ...]]
     additions: dict[str, Addition] = field(default_factory=dict)
+    views: dict[str, tuple[FittedCall, ...]] = field(default_factory=dict)
     sparse: tuple[str, ...] = ()
     weights_digest: str = ""
 
@@ -162,6 +181,7 @@ class FinalNetwork:
             self.kept_channels(),
             {name: _counts(tensor.shape) for name, tensor in tensors.items()},
             {name: _held(add) for name, add in additions(self.module) if add.width},
+            {name: _fitted(calls) for name, calls in fitted_views(self.module)},
         )
         _write(folder, structure, *encode(tensors))
         self._read_back(folder, images, by_name=bool(model and "name" in model))
@@ -225,6 +245,7 @@ def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn
     module = build_on_meta(model) if model is not None else _build_named(structure)
     try:
         _restore_additions(module, structure.additions)
+        _restore_views(module, structure.views)
         own = tensors_of(module)
         for name in [*own, *tensors]:  # a network that lacks one comes first
             _place(module, name, own.get(name), tensors.get(name))
@@ -294,6 +315,31 @@ def _restore_additions(module: nn.Module, held: dict[str, Addition]) -> None:
         sides[0, list(held[name].left)] = True
         sides[1, list(held[name].right)] = True
         add.hold(sides[0], sides[1], torch.device("cpu"))
+
+
+def _fitted(calls: dict[int, tuple[Fit, ...]]) -> tuple[FittedCall, ...]:
+    pairs = {call: [fit or (0, 0) for fit in fits] for call, fits in calls.items()}
+    return tuple(
+        FittedCall(Count(call), _counts(a for a, _ in fits), _counts(b for _, b in fits))
+        for call, fits in pairs.items()
+    )
+
+
+def _restore_views(module: nn.Module, views: dict[str, tuple[FittedCall, ...]]) -> None:
+    names = dict(module.named_modules())
+    if views.keys() - names.keys():
+        raise ValueError(f"the network has no module {json_values.shown(min(views.keys() - names.keys()))}")
+    pairs = {
+        name: {c.call: list(zip(c.written, c.fitted, strict=True)) for c in calls}
+        for name, calls in views.items()
+    }
+    fit_views(
+        module,
+        {
+            name: {call: tuple(pair if any(pair) else None for pair in fits) for call, fits in calls.items()}
+            for name, calls in pairs.items()
+        },
+    )
 
 
 def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor], sparse: list[str]) -> None:
