@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_map_only
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.forward import Inputs
@@ -190,6 +191,7 @@ class FinalNetwork:
         dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
         batch = (torch.empty(3, *images.shape, dtype=dtype, device="meta"),)
         inputs: Inputs = self.example_inputs or (batch if images.shape else ())
+        inputs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
         read = functools.partial(load_pruned, folder, None if by_name else self.factory)
         try:
             if not (by_name or self.factory):

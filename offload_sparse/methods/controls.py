@@ -1,18 +1,32 @@
-"""The control ``dense``: the full network on the device."""
+"""The controls: the full network on the device, and a narrow network of given FLOPs, fixed from the start.
+
+A learner of structure that does not beat ``static`` has learned nothing. Every group keeps the same share of
+its channels there; the share is the largest that stays within the FLOPs, so the comparison never favours the
+control.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.subnet import meta_copy
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.stream_add import set_additions
+from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
+from offload_sparse.engine.preparation import PreparedModel, prepare
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.network_method import FixedNetwork
-from offload_sparse.store.initialisation import build_seeded, named_tensors
+from offload_sparse.policy.published_widths import static_mask
+from offload_sparse.store.initialisation import build_seeded, initial_tensors, named_tensors
+from offload_sparse.store.weight_store import Ranks
 
 
-def build(task: Task) -> Method:
+def build_dense(task: Task) -> Method:
     """The full network, initialised as the seed says. It needs no discovery: nothing is ever dropped."""
     module = build_seeded(task.factory, task.config.train.seed)
     channel_map = undivided_map(module)
@@ -20,7 +34,58 @@ def build(task: Task) -> Method:
     return FixedNetwork(task, module, channel_map, channel_map.full_mask(), cost)
 
 
+def build_static(task: Task) -> Method:
+    """The narrow network that keeps the same share of every group, as large as ``policy.budget`` and
+    ``policy.rho`` allow, or that of ``static.widths``.
+    """
+    config, prepared = task.config, prepared_model(task)
+    channel_map, meta_model = prepared.channel_map, prepared.meta_model
+    cost = CostModel(meta_model, channel_map, task.example_inputs)
+    mask = static_mask(config.static.widths, config.policy, channel_map, cost)
+    assert prepared.recording is not None
+    tensors = initial_tensors(prepared.recording, task.factory, config.train.seed)
+    module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask))
+    return FixedNetwork(task, module, channel_map, mask, cost)
+
+
+def prepared_model(task: Task) -> PreparedModel:
+    """The network of ``task`` with its channels, as the configuration wants them."""
+    config = task.config
+    residual, block = config.model.residual, config.atoms.block
+    ranks = Ranks.current()
+    return prepare(task.factory, task.example_inputs, residual, ranks, verify=config.train.check, block=block)
+
+
 def undivided_map(module: nn.Module) -> ChannelMap:
     """The map of a network of which no channel can be dropped."""
     shapes = {name: tuple(t.shape) for name, t in named_tensors(module).items() if t.is_floating_point()}
     return ChannelMap((), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()})
+
+
+def narrow_initialised(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], selection: Selection
+) -> nn.Module:
+    """The narrow network with the scale of weights that its own initialisation would have.
+
+    The initial standard deviation of a layer falls with the square root of its fan, so the kept entries of
+    the full network are scaled up by the square root of the ratio of the fans.
+
+    Args:
+        model: the full model, on any device, with the additions of its channel map exposed.
+        tensors: its initial parameters and buffers, one at a time.
+        selection: the kept channels.
+    """
+    module = meta_copy(model)
+    parameters = dict(module.named_parameters())
+    for name, full in tensors:
+        value = selection.take(name, full) if name in selection.shapes else full.clone()
+        if name in parameters and value.dim() > 1:
+            value *= math.sqrt(full[0].numel() / value[0].numel())
+        if name in parameters:
+            set_tensor(module, name, nn.Parameter(value, requires_grad=parameters[name].requires_grad))
+        else:
+            set_tensor(module, name, value)
+    fit_attributes(module)
+    set_additions(module, selection, torch.device("cpu"))
+    assert not any(p.device.type == "meta" for p in module.parameters()), "a parameter has no initial value"
+    return module

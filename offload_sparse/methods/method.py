@@ -134,22 +134,3 @@ class Method(Protocol):
         """``state.sharded`` is being read: call ``release`` before changing what it refers to (any number of
         times).
         """
-
-
-def build_method(task: Task) -> Method:
-    """The method that ``task.config.method`` names."""
-    # Each method loads only what it needs, and they import this module.
-    from offload_sparse.methods import controls as dense
-    from offload_sparse.methods import grow_efficient, sparse_offload, static
-    from offload_sparse.methods.weight_masks import dfbst, dst, rigl
-
-    builders: dict[str, Callable[[Task], Method]] = {
-        "sparse_offload": sparse_offload.build,
-        "dense": dense.build,
-        "dfbst": dfbst.build,
-        "dst": dst.build,
-        "grow_efficient": grow_efficient.build,
-        "rigl": rigl.build,
-        "static": static.build,
-    }
-    return builders[task.config.method](task)

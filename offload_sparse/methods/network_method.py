@@ -68,17 +68,21 @@ class FixedNetwork:
         self._optimizer.zero_grad(set_to_none=False)
         statistics = [b.clone() for b in self.module.buffers()] if self._skips else []
         loss, metrics = self._task.forward.trained(self._parallel, partial(self._task.loss_fn, batch=batch))
+        objective = self._objective(loss)
         # A loss that is not finite makes every gradient NaN, so that the average tells all ranks.
-        loss.backward(torch.ones_like(loss) + 0 * loss.detach())
-        if self._task.config.optim.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self._task.config.optim.clip_norm)
+        objective.backward(torch.ones_like(objective) + 0 * objective.detach())
         bad = self._bad_gradient()
+        takes_step = self._amend_gradients()
+        if self._task.config.optim.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self._network().parameters(), self._task.config.optim.clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # torch's fused kernels then leave out the step
-        self._optimizer.step()
+        if takes_step:
+            self._optimizer.step()
         for buffer, before in zip(self.module.buffers(), statistics, strict=False):
             buffer.copy_(torch.where(bad > 0, before, buffer))
+        self._settle()
         scalars = [loss.detach(), bad, *(m.detach() for m in metrics.values())]
         self._pending.append((torch.stack([x.to(torch.float64) for x in scalars]), tuple(metrics)))
         self._steps += 1
@@ -121,25 +125,21 @@ class FixedNetwork:
         yield self.module
 
     def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
+        network, mask = self._final_network()
         if not self._task.forward.frozen_batch_norm:
-            reestimate_batch_norm(self.module, batches, self._averaged)
-        return FinalNetwork(self.module.eval(), self._mask, self.channel_map)
+            reestimate_batch_norm(network, batches, self._averaged)
+        origin = self._task.factory, self._task.example_inputs
+        return FinalNetwork(network.eval(), mask, self.channel_map, *origin)
 
     def span(self, step: int) -> tuple[int, int]:  # noqa: ARG002
         return 0, self._task.total_steps
 
     def costs(self) -> Costs:
-        full = self.channel_map.full_mask()
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        tensors += [p.grad for p in self.module.parameters() if p.grad is not None]
-        tensors += [v for s in self._optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        return Costs(
-            3.0 * self.cost.flops(self._mask) * self._steps,
-            self.cost.flops(full),
-            self.cost.parameters(full),
-            0,
-            sum(t.numel() * t.element_size() for t in tensors),
-        )
+        held = [*self._tensors().values(), *self.module.buffers()]
+        for group in self._optimizer.param_groups:
+            held += [p.grad for p in group["params"] if p.grad is not None]
+        size = sum(t.numel() * t.element_size() for t in held)
+        return Costs(self._spent_flops(), self.cost.dense_flops, self.cost.dense_parameters, 0, size)
 
     def state(self) -> MethodState | None:
         buffers = {f"buffers/{name}": b.detach().cpu().clone() for name, b in self.module.named_buffers()}
@@ -178,6 +178,30 @@ class FixedNetwork:
 
     def while_saving(self, release: Callable[[], object]) -> None:
         del release  # a state is a copy
+
+    # --- what another method of training a whole network does otherwise ---
+
+    def _network(self) -> nn.Module:
+        """The network without what a method has put around it."""
+        return self.module
+
+    def _objective(self, loss: Tensor) -> Tensor:
+        """What is minimised."""
+        return loss
+
+    def _amend_gradients(self) -> bool:
+        """Change the gradients, which are averaged over ranks; whether the optimizer takes its step."""
+        return True
+
+    def _settle(self) -> None:
+        """The end of a step."""
+
+    def _spent_flops(self) -> float:
+        return 3.0 * self.cost.flops(self._mask) * self._steps
+
+    def _final_network(self) -> tuple[nn.Module, Tensor]:
+        """The network that is handed out, and the atoms that it keeps."""
+        return self.module, self._mask
 
     def _tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer slots."""

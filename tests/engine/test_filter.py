@@ -18,7 +18,7 @@ from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.export.network_file import FinalNetwork
-from offload_sparse.methods.static import narrow_initialised
+from offload_sparse.methods.controls import narrow_initialised
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.initialisation import named_tensors
 from offload_sparse.store.weight_store import WEIGHTS

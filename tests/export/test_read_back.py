@@ -29,9 +29,8 @@ from tests.support.awkward_networks import MeanBuffer, Plain, Rates, Residual
 IMAGES = (torch.zeros(2, 3, 16, 16),)
 
 
-def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    logits = tree_leaves(network(batch[0]))[0]
-    return F.cross_entropy(logits, batch[1])
+def loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(tree_leaves(network(images))[0], labels)
 
 
 def trained(model: Any, images: tuple[Tensor, ...] = IMAGES, steps: int = 3, **more: Any) -> FinalNetwork:
@@ -40,7 +39,7 @@ def trained(model: Any, images: tuple[Tensor, ...] = IMAGES, steps: int = 3, **m
     session = SparseOffload(model, images, optimizer, rho=0.5, total_steps=steps, setup=Setup(**more))
     for _ in range(steps):
         batch = torch.randn(8, *images[0].shape[1:]), torch.randint(0, 4, (8,))
-        session.step(partial(loss, batch=batch))
+        session.step(lambda network, batch=batch: loss(network, *batch))
     return session.finalize()
 
 

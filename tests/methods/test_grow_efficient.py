@@ -12,7 +12,7 @@ from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.config.methods import GrowEfficientConfig
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.methods.grow_efficient import ChannelGates, GrowEfficient
+from offload_sparse.methods.weight_masks.grow_efficient import ChannelGates, GrowEfficient
 from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.config import ModelConfig

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from offload_sparse.methods.weight_masks.dfbst import ForwardBackwardThresholds, mask_gradients
 from offload_sparse.methods.weight_masks.dst import TrainableThresholds
 from offload_sparse.methods.weight_masks.sparsity import (
-    AbsoluteThreshold,
     MaskedNetwork,
     MaskedWeight,
+    absolute_threshold,
     by_row,
     maskable_weights,
     row_sum,
@@ -73,7 +73,7 @@ def test_a_masked_weight_and_its_gradients_equal_the_written_out_form(shape: tup
 
 def test_the_absolute_threshold_leaves_zero() -> None:
     threshold = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
-    value = AbsoluteThreshold.apply(threshold)
+    value = absolute_threshold(threshold)
     (slope,) = torch.autograd.grad(value.sum(), threshold)
     assert value.tolist() == [2, 0, 3]
     assert slope.tolist() == [-1, 1, 1]
@@ -85,7 +85,7 @@ def reference_penalty(gradients: list[Tensor], thresholds: list[Tensor]) -> tupl
     for gradient, threshold in zip(gradients, thresholds, strict=True):
         matrix = gradient.detach().flatten(1)
         scores = matrix.abs() / matrix.abs().sum(1, keepdim=True)
-        mask = ReferenceStep.apply(scores - AbsoluteThreshold.apply(threshold)[:, None])
+        mask = ReferenceStep.apply(scores - absolute_threshold(threshold)[:, None])
         masked.append((matrix * mask).view(gradient.shape))
     return torch.cat([values.flatten() for values in masked]).std(), masked
 

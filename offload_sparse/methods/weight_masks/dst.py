@@ -22,9 +22,9 @@ from offload_sparse.config.methods import DSTConfig
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.masked import build_masked
 from offload_sparse.methods.weight_masks.sparsity import (
-    AbsoluteThreshold,
     MaskedWeight,
     Sparsity,
+    absolute_threshold,
     by_row,
     row_sum,
     unit_step,
@@ -60,7 +60,7 @@ class TrainableThresholds(Sparsity):
     def masked(self) -> dict[str, Tensor]:
         masked = {}
         for (name, weight), threshold in zip(self.weights.items(), self.thresholds, strict=True):
-            limit = AbsoluteThreshold.apply(threshold) if self.absolute else threshold
+            limit = absolute_threshold(threshold) if self.absolute else threshold
             masked[name] = MaskedWeight.apply(weight, limit)
         return masked
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +12,9 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import CostModel, flops_by_module
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import build_on_meta, meta_copy
-from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.controls import undivided_map
-from offload_sparse.methods.method import Costs, Task
+from offload_sparse.methods.method import Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork, Sparsity, maskable_weights
 from offload_sparse.store.initialisation import build_seeded
@@ -65,25 +61,6 @@ class MaskedTraining(FixedNetwork):
         # FLOPs of all steps so far: forward pass, gradients of the inputs, gradients of the weights.
         self._spent = torch.zeros(3, dtype=torch.float64, device=task.device)
 
-    def train_step(self, batch: Any, lr: float) -> None:
-        self._zero_gradients()
-        loss, metrics = self._task.forward.trained(self._parallel, partial(self._task.loss_fn, batch=batch))
-        penalty = self.sparsity.penalty()
-        objective = loss if penalty is None else loss + penalty
-        # As in FixedNetwork: a loss that is not finite makes every gradient NaN, on every rank.
-        objective.backward(torch.ones_like(objective) + 0 * objective.detach())
-        bad = self._bad_gradient()
-        take_step = self.sparsity.amend_gradients(self._steps)
-        if self._task.config.optim.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self._task.config.optim.clip_norm)
-        self._spent += self._pass_flops()
-        if take_step:
-            self._apply(lr, bad)
-        self.sparsity.settle(self._optimizer, self._steps)
-        scalars = [loss.detach(), bad, *(m.detach() for m in metrics.values())]
-        self._pending.append((torch.stack([x.to(torch.float64) for x in scalars]), tuple(metrics)))
-        self._steps += 1
-
     def status(self) -> dict[str, float]:
         forward, backward = self._overall()
         return {"expected_size": forward, "forward_remaining": forward, "backward_remaining": backward}
@@ -106,9 +83,7 @@ class MaskedTraining(FixedNetwork):
         """
         forward, backward = self._overall()
         names = [name.removesuffix(".weight") for name in self.sparsity.weights]
-        rows = zip(
-            names, self.sparsity.forward_kept.tolist(), self.sparsity.backward_kept.tolist(), strict=True
-        )
+        shares_kept = self.sparsity.forward_kept.tolist(), self.sparsity.backward_kept.tolist()
         total = sum(p.numel() for p in self.network.parameters())
         masked = sum(w.numel() for w in self.sparsity.weights.values())
         dense = float(self.cost.dense_flops)
@@ -124,43 +99,35 @@ class MaskedTraining(FixedNetwork):
             "weight_gradient_kept_flops_ratio": kept / dense,
             "layers": {
                 name: {"forward_remaining": share, "backward_remaining": gradient}
-                for name, share, gradient in rows
+                for name, share, gradient in zip(names, *shares_kept, strict=True)
             },
             "note": NOTE,
         }
 
-    @contextmanager
-    def evaluation(self, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
-        del batches  # the running statistics follow masks that move slowly
-        yield self.module
+    def _network(self) -> nn.Module:
+        return self.network
 
-    def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
-        if not self._task.forward.frozen_batch_norm:
-            reestimate_batch_norm(self.module, batches, self._averaged)
-        network = copy.deepcopy(self.network)
-        masks = self.sparsity.masks()
+    def _objective(self, loss: Tensor) -> Tensor:
+        penalty = self.sparsity.penalty()
+        return loss if penalty is None else loss + penalty
+
+    def _amend_gradients(self) -> bool:
+        takes_step = self.sparsity.amend_gradients(self._steps)
+        self._spent += self._pass_flops()
+        return takes_step
+
+    def _settle(self) -> None:
+        self.sparsity.settle(self._optimizer, self._steps)
+
+    def _spent_flops(self) -> float:
+        return float(self._spent.sum())
+
+    def _final_network(self) -> tuple[nn.Module, Tensor]:
+        network, masks = copy.deepcopy(self.network), self.sparsity.masks()
         with torch.no_grad():
             for name, weight in maskable_weights(network).items():
                 weight.mul_(masks[name])
-        return FinalNetwork(network.eval(), self._mask, self.channel_map)
-
-    def costs(self) -> Costs:
-        return Costs(
-            float(self._spent.sum()),
-            self.cost.dense_flops,
-            self.cost.dense_parameters,
-            0,
-            sum(t.numel() * t.element_size() for t in self._held()),
-        )
-
-    def _apply(self, lr: float, bad: Tensor) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused kernels then leave it out
-        self._optimizer.step()
-
-    def _zero_gradients(self) -> None:
-        self._optimizer.zero_grad(set_to_none=False)
+        return network, self._mask
 
     def _overall(self) -> tuple[float, float]:
         """Remaining shares of all maskable weights, and of their gradients."""
@@ -187,13 +154,6 @@ class MaskedTraining(FixedNetwork):
                 tensors[f"{slot}/sparsity.own.{i}"] = value
         masks = {f"sparsity/{name}": tensor for name, tensor in self.sparsity.tensors().items()}
         return tensors | masks | {"spent": self._spent}
-
-    def _held(self) -> Iterator[Tensor]:
-        """Weights, gradients, slots, masks and statistics on the device."""
-        yield from self._tensors().values()
-        yield from self.network.buffers()
-        for group in self._optimizer.param_groups:
-            yield from (p.grad for p in group["params"] if p.grad is not None)
 
 
 _OVERALL = (

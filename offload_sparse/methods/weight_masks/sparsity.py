@@ -92,21 +92,12 @@ class MaskedWeight(torch.autograd.Function):
         return through_step.mul_(weight.abs()).addcmul_(grad, mask), to_threshold
 
 
-class AbsoluteThreshold(torch.autograd.Function):
+def absolute_threshold(threshold: Tensor) -> Tensor:
     """|t|, with the derivative 1 at t = 0.
 
     A threshold that starts at zero could never leave it with the derivative 0 that torch gives |t| there.
     """
-
-    @staticmethod
-    def forward(ctx: Any, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(threshold)
-        return threshold.abs()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (threshold,) = ctx.saved_tensors
-        return torch.where(threshold >= 0, grads[0], -grads[0])
+    return torch.where(threshold >= 0, threshold, -threshold)
 
 
 class Sparsity(nn.Module, ABC):

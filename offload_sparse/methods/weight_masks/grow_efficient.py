@@ -19,7 +19,7 @@ not saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,15 +29,12 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.batch_norm import reestimate_batch_norm
-from offload_sparse.engine.preparation import prepare
-from offload_sparse.export.network_file import FinalNetwork
+from offload_sparse.methods.controls import prepared_model
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.masked import MaskedTraining
 from offload_sparse.methods.weight_masks.sparsity import Sparsity, by_column, maskable_weights
 from offload_sparse.policy.samplers import mask_generator
 from offload_sparse.store.initialisation import build_seeded
-from offload_sparse.store.weight_store import Ranks
 
 NOTE = "Shut channels are multiplied by zero, so a step takes as long as a dense one; FLOPs leave them out."
 
@@ -181,12 +178,9 @@ class GrowEfficient(MaskedTraining):
             "note": NOTE,
         }
 
-    def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
+    def _final_network(self) -> tuple[nn.Module, Tensor]:
         mask = self.sparsity.mask()
-        network = narrow_module(self.network, self.channel_map, mask)
-        if not self._task.forward.frozen_batch_norm:
-            reestimate_batch_norm(network, batches, self._averaged)
-        return FinalNetwork(network.eval(), mask, self.channel_map)
+        return narrow_module(self.network, self.channel_map, mask), mask
 
 
 def build(task: Task) -> Method:
@@ -198,14 +192,7 @@ def build(task: Task) -> Method:
     config = task.config
     if config.model.residual == "filter":
         raise ValueError("grow_efficient gates whole streams; set model.residual to coupled or internal")
-    prepared = prepare(
-        task.factory,
-        task.example_inputs,
-        config.model.residual,
-        Ranks.current(),
-        verify=config.train.check,
-        block=config.atoms.block,
-    )
+    prepared = prepared_model(task)
     channel_map = prepared.channel_map
     cost = CostModel(prepared.meta_model, channel_map, task.example_inputs)
     network = build_seeded(task.factory, config.train.seed).to(task.device, task.dtype)
