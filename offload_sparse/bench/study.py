@@ -29,7 +29,7 @@ from typing import Any
 from offload_sparse.bench.cells import finished_run, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.policy.width_search import CYCLES, PAIRS_PER_GROUP, PROBE_SHARE, SEARCH_SHARE
+from offload_sparse.policy.width_search import SEARCH_SHARE, cycles_and_pairs
 
 _BATCH = 128
 _COMMON: dict[str, Any] = {
@@ -208,7 +208,7 @@ def equal_steps(name: str, steps: int, groups: int) -> int:
     A step of a sampled search evaluates a second subnet. A pair of a probe is two forward passes.
     """
     if name == "probe":
-        pairs = min(CYCLES * PAIRS_PER_GROUP * groups, 1.5 * PROBE_SHARE * steps)
-        return round(steps - 2 * pairs / 3)
+        cycles, pairs = cycles_and_pairs(groups, steps)
+        return round(steps - 2 * cycles * pairs / 3)
     learned = {"sampled": 0.8, "algorithm1": 0.8, "default": 0.05}.get(name, 0.0)
     return round(steps * 3 / (3 + learned))

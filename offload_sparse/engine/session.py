@@ -49,6 +49,7 @@ from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.engine.transfers import Transfers
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import build_policy
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.host_memory import pin_mode
@@ -197,7 +198,7 @@ class SparseOffload(Rounds):
             rounds,
             setup.final,
             setup.on_nonfinite,
-            sys.maxsize if freeze_step is None else freeze_step,
+            0 if chosen.search == "none" else sys.maxsize if freeze_step is None else freeze_step,
             ema,
         )
         self._ended = False
@@ -361,7 +362,7 @@ class SparseOffload(Rounds):
             raise ValueError("finalize has ended this session; build a new one, or load a state into it")
 
     def _warn_of_untrained_mask(self) -> None:
-        if self.steps_done < self.freeze_step:
+        if self.steps_done < self.freeze_step and isinstance(self.policy, MaskPolicy):
             known = self.freeze_step < sys.maxsize
             search = f"which takes {self.freeze_step}" if known else "which total_steps or freeze() would end"
             warnings.warn(

@@ -42,6 +42,13 @@ SEARCH_SHARE = 0.4
 """A good share of the steps to search in: what is found must still be trained."""
 
 
+def cycles_and_pairs(groups: int, total_steps: int) -> tuple[int, int]:
+    """How many cycles a search in ``total_steps`` steps has, and the pairs of each probe on a rank."""
+    affordable = 1.5 * PROBE_SHARE * total_steps / groups  # pairs per group
+    cycles = min(CYCLES, int(affordable / LEAST_PAIRS_PER_GROUP))
+    return cycles, int(groups * min(PAIRS_PER_GROUP, affordable / max(1, cycles)))
+
+
 class WidthSearch:
     """A mask whose widths move between cycles of training, at a constant cost.
 
@@ -83,11 +90,9 @@ class WidthSearch:
         self.trained = self.mask.clone()
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
         self._worth = Worth(stages(self.groups, self._budget.slopes(torch.ones_like(start))))
-        affordable = 0.0 if self.trivial else 1.5 * PROBE_SHARE * total_steps / len(self.groups)
-        cycles = min(CYCLES, int(affordable / LEAST_PAIRS_PER_GROUP))
+        cycles, self.pairs = cycles_and_pairs(len(self.groups), 0 if self.trivial else total_steps)
         self.boundaries = [freeze_step * number // cycles for number in range(1, cycles + 1)]
-        self.pairs = int(len(self.groups) * min(PAIRS_PER_GROUP, affordable / max(1, cycles)))
-        self._history = torch.full((max(0, cycles), len(_HISTORY), len(self.groups)), torch.nan).double()
+        self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
         self._costs = costs
         self.size_cap = self._largest()
 

@@ -61,7 +61,7 @@ def test_steps_of_a_row_take_the_same_train_flops() -> None:
     fewer = equal_steps("probe", steps, groups)
     assert 3 * fewer + 2 * CYCLES * 18 * groups == pytest.approx(3 * steps, rel=1e-3)
     assert 3.8 * equal_steps("sampled", steps, groups) == pytest.approx(3 * steps, rel=1e-3)
-    assert equal_steps("probe", 100, groups) == 90
+    assert equal_steps("probe", 100, groups) == 100, "no time for a cycle"
 
 
 @pytest.mark.slow

@@ -72,7 +72,10 @@ def test_rigl_keeps_its_density_of_the_layers_that_it_masks() -> None:
 
 def test_the_passes_count_one_backward_per_step() -> None:
     config = RunConfig(round=RoundConfig(k=50, reference="turns", freeze_at=0.8))
-    assert list(passes(config, 7.0, 1000)) == [(7.0, 1000, 1000), (7.0, 800, 0)]
+    assert list(passes(config, 7.0, 1000, 10)) == [(7.0, 1000, 1000), (7.0, 800, 0)]
+    config = RunConfig(policy=PolicyConfig(search="probe"), round=RoundConfig(freeze_at=0.4))
+    _, (_, probes, backwards) = passes(config, 7.0, 10_000, 10)
+    assert (probes, backwards) == (2 * 4 * 180, 0)
 
 
 # Data that is declared, not read

@@ -17,6 +17,7 @@ from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.policy.published_widths import static_mask
+from offload_sparse.policy.width_search import cycles_and_pairs
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from offload_sparse.workloads.data.order import steps_per_epoch
 from offload_sparse.workloads.models import build_model, input_channels
@@ -59,6 +60,7 @@ def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, 
     steps = config.train.max_steps or config.train.epochs * per_epoch
     dense, parameters = cost.flops(full), cost.parameters(full)
     kept_parameters, kept_flops = _kept(config, structure)
+    run = passes(config, kept_flops, steps, len(channel_map.groups))
     return {
         "method": config.method,
         "model": config.model.name,
@@ -74,7 +76,7 @@ def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, 
         "flops": kept_flops,
         "params_ratio": kept_parameters / parameters,
         "flops_ratio": kept_flops / dense,
-        "train_cost_saving": train_cost_saving(dense, passes(config, kept_flops, steps), steps),
+        "train_cost_saving": train_cost_saving(dense, run, steps),
         "paper": config.paper,
     }
 
@@ -165,16 +167,21 @@ def _kept_by_rigl(config: RunConfig, structure: Structure) -> tuple[float, float
     return parameters, left
 
 
-def passes(config: RunConfig, flops: float, steps: int) -> Iterator[tuple[float, int, int]]:
+def passes(config: RunConfig, flops: float, steps: int, groups: int) -> Iterator[tuple[float, int, int]]:
     """(forward FLOPs, forwards, backwards) of the passes of a run of ``steps`` steps on a network of
     ``flops``.
 
     Every step trains one subnet: a forward and a backward pass. While s is learned, the reference loss takes
     a further forward pass: at each step (``every_step``, ``turns``) or at the first of each round
-    (``round_start``).
+    (``round_start``). A probe of a search for widths is two forward passes per pair.
     """
     yield flops, steps, steps
-    if config.method == "sparse_offload" and config.policy.rho < 1:
+    if config.method != "sparse_offload" or config.policy.rho == 1:
+        return
+    if config.policy.search == "probe":
+        cycles, pairs = cycles_and_pairs(groups, steps)
+        yield flops, 2 * cycles * pairs, 0
+    elif config.policy.search == "sampled":
         learned = round(config.round.freeze_at * steps)
         once_per_round = config.round.reference == "round_start"
         yield flops, -(-learned // config.round.k) if once_per_round else learned, 0
