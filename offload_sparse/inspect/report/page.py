@@ -19,7 +19,6 @@ from offload_sparse.inspect.report.tables import Table, difference_table, paper_
 
 PICTURES_FOLDER = "pictures"
 _PIXELS_PER_INCH = 160
-_FEW_COLUMNS = 5  # of a table that fits a telephone
 
 _STYLE = """
 *{box-sizing:border-box}
@@ -45,8 +44,7 @@ th,td{padding:.35rem .75rem;text-align:right;border-top:1px solid var(--line);wh
 th:first-child{text-align:left;font-weight:500;position:sticky;left:0;background:var(--panel)}
 thead th{color:var(--muted);font-weight:600;border-top:0}
 @media(max-width:44rem){table{font-size:.78rem} th,td{padding:.3rem .4rem}
-  th:first-child{max-width:8rem;white-space:normal}
-  .few{table-layout:fixed}.few th,.few td{padding:.3rem .4rem;white-space:normal;overflow-wrap:anywhere}}
+  th:first-child{max-width:8rem;white-space:normal}}
 """
 
 
@@ -113,12 +111,11 @@ def _colours(theme: Theme) -> str:
 
 
 def _table(table: Table) -> str:
-    few = ' class="few"' if len(table.header) <= _FEW_COLUMNS else ""
     header = "".join(f'<th scope="col">{_cell(cell)}</th>' for cell in table.header)
     body = "".join(_row(table, number) for number in range(len(table.rows)))
     return (
         f'<div class="table" tabindex="0"><p class="title">{escape(table.title)} '
-        f'<span class="muted">{_cell(table.shared)}</span></p><table{few}>'
+        f'<span class="muted">{_cell(table.shared)}</span></p><table>'
         f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

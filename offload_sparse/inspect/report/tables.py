@@ -75,7 +75,7 @@ def summary_table(runs: Sequence[RunData]) -> Table:
         values = [run.summary.get(key) for run in runs]
         if not any(values):
             continue
-        texts = _texts(values, unit)
+        label, texts = _texts(label, values, unit)
         if len(runs) > 1 and (len(set(texts)) == 1 or texts == [run.name for run in runs]):
             shared += [f"{label} {texts[0]}"] if len(set(texts)) == 1 else []
             continue
@@ -87,15 +87,16 @@ def summary_table(runs: Sequence[RunData]) -> Table:
     return Table("Figures", header, tuple(rows), frozenset(best), ", ".join(shared))
 
 
-def _texts(values: Sequence[Any], unit: str) -> list[str]:
-    """The cells of a row, all in the unit that suits its largest."""
+def _texts(label: str, values: Sequence[Any], unit: str) -> tuple[str, list[str]]:
+    """Name and cells of a row; bytes and seconds all in the unit that suits the largest."""
     numbers = [value for value in values if isinstance(value, int | float)]
+    plain = "{:.4g}" if any(isinstance(value, float) for value in numbers) else "{}"
+    form = {"%": "{:.2%}", "×": "{:.2f}×"}.get(unit, plain)
     if unit in ("bytes", "seconds"):
         scale, name = scale_of(max(numbers), unit)
-        return [NONE if value is None else f"{value / scale:.4g} {name}" for value in values]
-    forms = {"%": "{:.2%}", "×": "{:.2f}×"}
-    form = forms.get(unit, "{:.4g}" if any(isinstance(value, float) for value in values) else "{}")
-    return [NONE if value is None else form.format(value) for value in values]
+        label, form = f"{label} ({name})", "{:.4g}"
+        values = [None if value is None else value / scale for value in values]
+    return label, [NONE if value is None else form.format(value) for value in values]
 
 
 def paper_tables(runs: Sequence[RunData]) -> list[Table]:

@@ -259,8 +259,8 @@ def test_rows_in_which_runs_are_equal_are_said_once_and_the_best_is_marked(tmp_p
     table = summary_table(read_runs(folders))
     assert table.rows == (
         ("test accuracy", "87.50%", "90.00%"),
-        ("time", "40 seconds", "30 seconds"),
-        ("store per rank", "0.00293 GiB", "5 GiB"),  # one unit per quantity
+        ("time (seconds)", "40", "30"),
+        ("store per rank (GiB)", "0.00293", "5"),
     )
     assert table.best == {(0, 2), (1, 2)}
     assert table.shared.startswith("method sparse_offload, model offload_sparse/vgg_small, rho 0.25")
