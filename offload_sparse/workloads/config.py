@@ -38,6 +38,8 @@ class DataConfig:
             ``image_size`` (area 8-100 %, aspect ratio 3:4-4:3: the usual recipe for ImageNet).
         eval_resize: pixels that the shorter side is scaled to before the middle ``image_size`` pixels are
             cut out for evaluation; 0 takes ``image_size``.
+        cache: folder for decoded images, which later runs read instead of the files; empty keeps none. With
+            ``train_crop`` resized, images are kept at about their final size, which is a little smoother.
         decode: ``exact``, or ``scaled``: JPEGs are decoded at a half, a quarter or an eighth of their size
             where what is cut out of them keeps the pixels that are wanted: faster, a little smoother.
         random_crop: pixels of zero padding of a random crop; 0 crops nothing.
@@ -71,6 +73,7 @@ class DataConfig:
     streaming: bool = False
     train_crop: TrainCrop = "pad"
     eval_resize: int = 0
+    cache: str = ""
     decode: Decode = "exact"
     random_crop: int = 0
     random_flip: bool = False

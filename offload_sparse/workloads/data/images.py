@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +15,8 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.augmentation import Box
+from offload_sparse.workloads.data.augmentation import Box, cut
+from offload_sparse.workloads.data.cache import PixelCache, Rows, WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages, substitute
 from offload_sparse.workloads.data.decode import Stored, UndecodableError, decode_part
 from offload_sparse.workloads.data.source import Split
@@ -42,28 +46,31 @@ class Decoded(NamedTuple):
 class ImageSet:
     """The images and labels of one split, by index.
 
-    A split that takes no more than ``DataConfig.cache_bytes`` when decoded is decoded here, once; others are
-    decoded by ``gather`` each time, and so is a training split with ``data.train_crop`` resized, which needs
-    the images in their own sizes.
+    A split that takes no more than ``data.cache_bytes`` when decoded is decoded here, once; others are
+    decoded by ``gather`` each time, or once for all runs into ``data.cache``. So is a training split with
+    ``data.train_crop`` resized, which needs the images in their own sizes; in ``data.cache`` these are kept
+    as squares, stretched, from which the same parts are cut.
 
     Args:
         split: what to decode.
-        config: image sizes and ``cache_bytes`` are read from it.
+        config: image sizes, ``cache`` and ``cache_bytes`` are read from it.
         channels: channels that ``gather`` returns, 3 repeats grey images; ``None`` takes those of the images.
         progress: draw a progress bar while decoding if that takes longer than 5 seconds.
-        corrupt: counts what cannot be decoded; ``None`` counts up to ``corrupt_limit`` without a log.
+        corrupt: counts what cannot be decoded; ``None`` counts up to ``data.corrupt_limit`` without a log.
         training: whether the images are for training.
+        write: writes the files of ``data.cache``; ``None`` does without it.
 
     Attributes:
         channels: channels of the images that ``gather`` returns.
         height: their height in pixels.
         width: their width in pixels.
         labels: int64[N].
-        cached: whether the split is held decoded.
+        cached: whether the split is held decoded in memory.
+        squares: whether it is kept as squares.
 
     Raises:
-        ValueError: the images differ in size and ``data.image_size`` is 0, an image cannot be decoded, or
-            ``channels`` cannot be had.
+        ValueError: the images differ in size and ``data.image_size`` is 0, an image cannot be decoded, the
+            cache cannot be used, or ``channels`` cannot be had.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class ImageSet:
         progress: bool = False,
         corrupt: CorruptImages | None = None,
         training: bool = False,
+        write: WriteFile | None = None,
     ) -> None:
         self.channels = split.channels if channels is None else channels
         if self.channels not in (split.channels, 3):
@@ -90,11 +98,16 @@ class ImageSet:
         decoded_bytes = len(split) * split.channels * self.height * self.width
         own_sizes = training and config.train_crop == "resized"
         self.cached = not own_sizes and decoded_bytes <= config.cache_bytes
+        self.squares = own_sizes and bool(config.cache) and write is not None
         self._pixels: Tensor | None = None
+        self._cache: PixelCache | None = None
         if self.cached:
             # Which image each row of the cache holds: another one where a row is corrupt.
             self._shown = torch.arange(len(split))
             self._pixels = self._decode_all(progress)
+        elif config.cache and write is not None:
+            self._cache = self._open_cache(config, write, progress)
+            self.corrupt.add(self._cache.corrupt)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,22 +130,76 @@ class ImageSet:
         Raises:
             ValueError: a hundred images in a row cannot be decoded.
         """
-        if self._pixels is None:
-            found = self._decode_anew(indices, crop)
-        else:
+        if self.squares:
+            found = self.decode_squares(indices)
+            pixels = cut(found.pixels, self.parts(indices, crop or _middle), self._image_size)
+            return found._replace(pixels=pixels)
+        if self._pixels is not None:
             assert crop is None, "a cached split has lost the sizes of its images"
             found = Decoded(self._pixels[indices], self._shown[indices], ())
+        elif self._cache is not None:
+            found = Decoded(self._cache.gather(indices), self._cache.shown[indices], ())
+        else:
+            found = self._decode_anew(indices, crop)
         return found._replace(pixels=found.pixels.expand(-1, self.channels, -1, -1))
 
-    def _decode_anew(self, indices: Tensor, crop: Crop | None = None) -> Decoded:
+    def decode_squares(self, indices: Tensor) -> Decoded:
+        """The images at ``indices`` int64[b] as squares, for ``cut``."""
+        assert self._cache is not None, "only data.cache holds squares"
+        pixels = self._cache.gather(indices).expand(-1, self.channels, -1, -1)
+        return Decoded(pixels, self._cache.shown[indices], ())
+
+    def parts(self, indices: Tensor, crop: Crop) -> Tensor:
+        """What to cut out of the squares of ``indices``, int64[b, 4]: the parts of the images that ``crop``
+        chooses, in pixels of the squares."""
+        assert self._cache is not None, "only data.cache holds squares"
+        side, boxes = _square_side(self._image_size), []
+        for position, (height, width) in enumerate(self._cache.sides[indices].tolist()):
+            box = crop(position, height, width)
+            top, left = box.top * side // height, box.left * side // width
+            bottom, right = (
+                -(-(box.top + box.height) * side // height),
+                -(-(box.left + box.width) * side // width),
+            )
+            boxes.append(Box(top, left, bottom - top, right - left))
+        return torch.tensor(boxes, dtype=torch.int64)
+
+    def _open_cache(self, config: DataConfig, write: WriteFile, progress: bool) -> PixelCache:
+        side = _square_side(self._image_size)
+        height, width = (side, side) if self.squares else (self.height, self.width)
+        recipe = f"{height}x{width} {'square' if self.squares else self._shorter_side} {config.decode}"
+        size, lock = self._split.channels * height * width, Lock()
+
+        def decode(indices: Tensor) -> Rows:
+            sides = torch.zeros(len(indices), 2, dtype=torch.int64)
+
+            def whole(position: int, height: int, width: int) -> Box:
+                sides[position] = torch.tensor([height, width])
+                return Box(0, 0, height, width)
+
+            found = self._decode_anew(indices, whole if self.squares else None, side, lock)
+            return Rows(found.pixels, found.indices, sides, found.corrupt)
+
+        folder = Path(config.cache).expanduser()
+        return PixelCache(folder, self._split, recipe, size, decode, write, progress)
+
+    def _decode_anew(
+        self,
+        indices: Tensor,
+        crop: Crop | None = None,
+        side: int = 0,
+        reading: AbstractContextManager[Any] = nullcontext(),  # noqa: B008
+    ) -> Decoded:
         shown, pixels = indices.clone(), [torch.empty(0)] * len(indices)
         corrupt: list[Corrupt] = []
         missing = list(range(len(indices)))
         for attempt in range(_MOST_SUBSTITUTES):
             failed = []
-            for position, stored in zip(missing, self._split.stored(shown[missing].tolist()), strict=True):
+            with reading:
+                encoded = self._split.stored(shown[missing].tolist())
+            for position, stored in zip(missing, encoded, strict=True):
                 try:
-                    pixels[position] = self._pixels_of(stored, position, crop)
+                    pixels[position] = self._pixels_of(stored, position, crop, side or self._image_size)
                 except UndecodableError as error:
                     corrupt.append(Corrupt(self._split.name, int(shown[position]), str(error)))
                     shown[position] = substitute(int(indices[position]), attempt, len(self))
@@ -158,11 +225,11 @@ class ImageSet:
                 bar.update(len(rows))
         return pixels
 
-    def _pixels_of(self, stored: Stored, position: int, crop: Crop | None) -> Tensor:
+    def _pixels_of(self, stored: Stored, position: int, crop: Crop | None, side: int) -> Tensor:
         channels, size = self._split.channels, self._image_size
         if crop is not None:
-            part = decode_part(stored, channels, partial(crop, position), self._scaled * size)
-            return F.resize(part, [size, size], antialias=True)
+            part = decode_part(stored, channels, partial(crop, position), self._scaled * side)
+            return F.resize(part, [side, side], antialias=True)
         pixels = decode_part(stored, channels, None, self._scaled * self._shorter_side)
         if size:
             pixels = resize(pixels, size, self._shorter_side)
@@ -172,6 +239,17 @@ class ImageSet:
                 f"{pixels.shape[1]}×{pixels.shape[2]} pixels); set data.image_size"
             )
         return pixels
+
+
+def _square_side(image_size: int) -> int:
+    """256 for images of 224 pixels, as evaluation scales them by custom."""
+    return round(image_size * 8 / 7)
+
+
+def _middle(position: int, height: int, width: int) -> Box:
+    del position
+    side = min(height, width)
+    return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
 def resize(pixels: Tensor, size: int, shorter_side: int = 0) -> Tensor:

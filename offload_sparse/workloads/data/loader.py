@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.augmentation import Box, augment, draw, image_keys, random_part
+from offload_sparse.workloads.data.augmentation import Box, Draws, augment, cut, draw, image_keys, random_part
+from offload_sparse.workloads.data.cache import WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages
 from offload_sparse.workloads.data.images import Crop, ImageSet
 from offload_sparse.workloads.data.order import check_batch, global_batch, rank_part, steps_per_epoch
@@ -37,17 +39,27 @@ class Batch(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """A batch on its way out of a worker process, and what could not be decoded for it."""
+    """A batch on its way out of a worker process, what could not be decoded for it, and what is still to be
+    done: which parts to cut out of its images, and how to augment them."""
 
     batch: Batch
     corrupt: tuple[Corrupt, ...]
+    parts: Tensor | None = None
+    draws: Draws | None = None
 
 
 class _TrainBatches(Dataset[_Item]):
     """This rank's part of the batch of every optimizer step, by the step's number."""
 
     def __init__(
-        self, images: ImageSet, split: Split, config: DataConfig, rank: int, world_size: int, seed: int
+        self,
+        images: ImageSet,
+        split: Split,
+        config: DataConfig,
+        rank: int,
+        world_size: int,
+        seed: int,
+        device: torch.device,
     ) -> None:
         self.images = images
         self.split = split
@@ -55,16 +67,32 @@ class _TrainBatches(Dataset[_Item]):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.device = device
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __getitem__(self, step: int) -> _Item:
         config = self.config
         epoch, step = divmod(step, steps_per_epoch(len(self.images), config.batch_size))
         indices = rank_part(self._global_batch(epoch, step), self.rank, self.world_size)
-        found = self.images.decode(indices, self._crop(epoch, indices))
-        draws = draw(self.seed, epoch, indices, config.random_crop)
-        images = augment(found.pixels, draws, config.random_crop, config.random_flip)
-        return _Item(Batch(images, self.images.labels[found.indices]), found.corrupt)
+        crop, parts = self._crop(epoch, indices), None
+        if crop is not None and self.images.squares:
+            found, parts = self.images.decode_squares(indices), self.images.parts(indices, crop)
+        else:
+            found = self.images.decode(indices, crop)
+        batch = Batch(found.pixels, self.images.labels[found.indices])
+        item = _Item(batch, found.corrupt, parts, draw(self.seed, epoch, indices, config.random_crop))
+        return self.finished(item) if self.device.type == "cpu" else item
+
+    def finished(self, item: _Item) -> _Item:
+        """The item on the device, its images cut and augmented there; nothing waits for it."""
+        if item.draws is None:
+            return item
+        config, moved = self.config, partial(Tensor.to, device=self.device, non_blocking=True)
+        images = moved(item.batch.images)
+        if item.parts is not None:
+            images = cut(images, moved(item.parts), config.image_size)
+        images = augment(images, Draws(*map(moved, item.draws)), config.random_crop, config.random_flip)
+        return _Item(Batch(images, moved(item.batch.labels)), item.corrupt)
 
     def _global_batch(self, epoch: int, step: int) -> Tensor:
         size = self.config.batch_size
@@ -91,6 +119,9 @@ class _EvalBatches(Dataset[_Item]):
     def __init__(self, images: ImageSet, parts: tuple[Tensor, ...]) -> None:
         self.images = images
         self.parts = parts
+
+    def finished(self, item: _Item) -> _Item:
+        return item
 
     def __getitem__(self, number: int) -> _Item:
         indices = self.parts[number]
@@ -125,10 +156,9 @@ def _iterate(
         generator=torch.Generator(),  # else each iterator would take a number from the global generator
         worker_init_fn=_leave_signals_to_the_run,
     )
-    corrupt = batches.images.corrupt
-    for batch, found in loader:
-        corrupt.add(found)
-        yield batch
+    for item in loader:
+        batches.images.corrupt.add(item.corrupt)
+        yield batches.finished(item).batch
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -155,6 +185,8 @@ class TrainLoader:
         channels: channels of the batches' images; 3 repeats grey images; ``None`` takes those of the images.
         progress: draw a bar (on rank 0) if decoding takes longer than 5 seconds.
         corrupt: counts and logs images that cannot be decoded; ``None`` only counts them.
+        device: where batches are wanted. For one that is not the CPU, images are cut out and augmented there.
+        write: writes the files of ``data.cache``; ``None`` does without it.
 
     Attributes:
         images: the decoded split.
@@ -177,11 +209,13 @@ class TrainLoader:
         channels: int | None = None,
         progress: bool = False,
         corrupt: CorruptImages | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        write: WriteFile | None = None,
     ) -> None:
         check_batch(config.batch_size, world_size)
         self.steps_per_epoch = steps_per_epoch(len(split), config.batch_size)
-        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt, training=True)
-        self._batches = _TrainBatches(self.images, split, config, rank, world_size, seed)
+        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt, True, write)
+        self._batches = _TrainBatches(self.images, split, config, rank, world_size, seed, device)
         self._num_workers = config.num_workers
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -203,6 +237,7 @@ class EvalLoader:
         channels: channels of the batches' images; 3 repeats grey images; ``None`` takes those of the images.
         progress: draw a bar (on rank 0) if decoding takes longer than 5 seconds.
         corrupt: counts and logs images that cannot be decoded; ``None`` only counts them.
+        write: writes the files of ``data.cache``; ``None`` does without it.
 
     Attributes:
         images: the decoded split.
@@ -222,8 +257,9 @@ class EvalLoader:
         channels: int | None = None,
         progress: bool = False,
         corrupt: CorruptImages | None = None,
+        write: WriteFile | None = None,
     ) -> None:
-        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt)
+        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt, write=write)
         self.size = len(split)
         mine = torch.arange(self.size)[rank::world_size]
         self._parts = mine.split(max(1, _EVALUATION_BATCH // world_size)) if len(mine) else ()

@@ -116,6 +116,12 @@ class ParquetStream:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def identity(self) -> bytes:
+        """The files, as they are now, and the rows."""
+        states = [(file, *_state(file)) for file in self._files]
+        return repr((states, self._column)).encode() + self._index.tobytes()
+
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column; for labels, not for images."""
 
@@ -206,6 +212,14 @@ def _in_parallel(read: Callable[[str], Any], files: Sequence[str]) -> list[Any]:
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         return list(pool.map(checked, files))
+
+
+def _state(file: str) -> tuple[int, ...]:
+    """Size and time of change of a file on this machine; of others the address must do."""
+    if not os.path.exists(file):
+        return ()
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 def _footer(file: str) -> pq.FileMetaData:
