@@ -35,6 +35,7 @@ from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
 from offload_sparse.run.terminal import tell
+from offload_sparse.store.files import write_file
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.normalise import normalise_for
@@ -322,6 +323,8 @@ class Run:
             channels=self.channels,
             progress=not config.quiet,
             corrupt=self.corrupt,
+            device=ranks.device,
+            write=write_file,
         )
 
     def _eval_loader(self, split: Split) -> EvalLoader:
@@ -334,6 +337,7 @@ class Run:
             channels=self.channels,
             progress=not config.quiet,
             corrupt=self.corrupt,
+            write=write_file,
         )
 
     def _to_device(self, batch: Batch) -> Batch:

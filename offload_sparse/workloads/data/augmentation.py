@@ -108,7 +108,7 @@ def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
         uint8[b, C, H, W]; the images themselves where there is nothing to do.
     """
     if not padding:
-        return torch.where(draws.flip[:, None, None, None], images.flip(3), images) if flip else images
+        return _mirrored(images, draws.flip) if flip else images
     batch, channels, height, width = images.shape
     rows = draws.top[:, None] + torch.arange(height, device=images.device)
     columns = draws.left[:, None] + torch.arange(width, device=images.device)
@@ -118,6 +118,14 @@ def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
     rows = rows[:, None, :, None].expand(batch, channels, height, padded.shape[3])
     columns = columns[:, None, None, :].expand(batch, channels, height, width)
     return padded.gather(2, rows).gather(3, columns)
+
+
+def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
+    if images.device.type != "cpu":  # where picking images would wait for the device
+        return torch.where(chosen[:, None, None, None], images.flip(3), images)
+    images, rows = images.clone(), chosen.nonzero()[:, 0]
+    images[rows] = images[rows].flip(3)
+    return images
 
 
 def cut(images: Tensor, parts: Tensor, size: int) -> Tensor:
