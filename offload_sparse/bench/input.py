@@ -65,7 +65,7 @@ def contenders(folder: Path) -> dict[str, Iterator[Any]]:
         DataConfig, name=images, image_size=_SIZE, train_crop="resized", random_flip=True, batch_size=_BATCH
     )
 
-    def ours(device: str = "cuda", **settings: str) -> Iterator[Any]:
+    def ours(device: str = "cuda", **settings: Any) -> Iterator[Any]:
         loader = TrainLoader(load_splits(config(**settings)).train, config(**settings), write=write_file)
         # The device's part is left undone, whether or not there is one.
         loader._batches.device = torch.device(device)

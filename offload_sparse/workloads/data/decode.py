@@ -189,9 +189,9 @@ def _part(content: bytes, channels: int, choose: Choose | None, least: int) -> T
         box = choose(image.height, image.width) if choose else Box(0, 0, image.height, image.width)
         shrink = _shrink(box, least)
         if shrink == 1 and (pixels := _whole_jpeg(content)) is not None:
-            rows = slice(box.top, box.top + box.height)
-            # Rows of whole pixels next to each other are scaled several times faster.
-            return pixels.permute(1, 2, 0)[rows, box.left : box.left + box.width].contiguous().permute(2, 0, 1)
+            part = pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
+            # Whole pixels next to each other are scaled several times faster.
+            return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         image.draft("RGB", (image.width // shrink, image.height // shrink))
         image.load()
         return pixels_of(_cut(image, Box(*(side // shrink for side in box))), channels)
