@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.config import Residual
+from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.engine.config import RoundConfig, check_combination
@@ -22,6 +25,7 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.probe import present_widths
 from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.weight_store import WEIGHTS, Ranks
+from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 from tests.support.ranks import run_ranks
 from tests.support.sessions import arrays, batches, loss_of, make_session, own_part, stored
@@ -130,6 +134,38 @@ def test_leaving_entries_at_zero_equals_leaving_channels_out_with_survivors_scal
                 p.mul_(1.25)
         thinned = _Thinned(present, selection, channel_map, 1.25 * ones)
         torch.testing.assert_close(thinned.loss(m, closure, Forward()), closure(wide), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "residual", "block"),
+    [
+        ("offload_sparse/resnet20_cifar", "coupled", 1),
+        ("offload_sparse/resnet20_cifar", "filter", 1),
+        ("offload_sparse/resnet20_cifar", "internal", 4),
+        ("timm/mobilenetv1_100", "coupled", 8),
+        ("timm/deit_tiny_patch16_224", "internal", 1),
+    ],
+)
+def test_atoms_left_out_of_any_network_are_absent(name: str, residual: Residual, block: int) -> None:
+    size = 224 if "deit" in name else 32
+    torch.manual_seed(0)
+    module = build_model(name, 10, 3, size).double().eval()
+    images, labels = torch.randn(1, 3, size, size, dtype=torch.float64), torch.tensor([3])
+    channel_map = block_atoms(discover(module, (images,), residual), block)
+    mask = channel_map.uniform_mask(0.5)
+    m = mask & (torch.rand(len(mask), generator=torch.Generator().manual_seed(1)) < 0.85)
+    for group in channel_map.groups:
+        m[group.start] = True
+
+    def closure(network: nn.Module) -> Tensor:
+        return F.cross_entropy(network(images), labels)
+
+    with torch.no_grad():
+        expected = closure(narrow_module(module, channel_map, m).eval())
+        present = narrow_module(module, channel_map, mask).eval()
+        ones = torch.ones(channel_map.num_atoms, dtype=torch.float64)
+        found = _Thinned(present, Selection(channel_map, mask), channel_map, ones).loss(m, closure, Forward())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_probe_leaves_the_subnet_as_it_was_and_finds_what_matters() -> None:
