@@ -18,7 +18,7 @@ class EvaluateConfig:
     """Measure accuracy and loss of a network that a run has left, in any of its formats.
 
     Attributes:
-        path: run folder, the folder ``model/`` of a run, or what ``offload-sparse export`` has written.
+        path: run folder, one of its checkpoints, or what ``offload-sparse export`` has written.
         split: which images to measure on, as the run's configuration names them.
         json: print one JSON object instead of a table.
         trust: open a torch.export program (model.pt2) too; reading one can run any code.
@@ -66,11 +66,13 @@ def _data_of_run(path: Path) -> dict[str, Any]:
 def _evaluate(config: EvaluateConfig) -> Any:
     from offload_sparse.export.open import open_artefact
     from offload_sparse.run import evaluation
+    from offload_sparse.run.checkpoint_network import exported
     from offload_sparse.workloads.data.loader import EvalLoader
     from offload_sparse.workloads.data.normalise import Normalise
     from offload_sparse.workloads.data.source import load_splits
 
-    opened = open_artefact(config.path, config.trust)
+    with exported(config.path) as path:
+        opened = open_artefact(path, config.trust)
     mean, std = opened.preprocessing.mean, opened.preprocessing.std
     if not mean:
         raise ValueError(
@@ -89,11 +91,12 @@ class ExportConfig:
     """Write the network of a run for other programs, read it back and compare.
 
     Attributes:
-        path: run folder, or the folder ``model/`` of a run.
+        path: run folder, its folder ``model/``, or one of its checkpoints.
         format: ``safetensors`` writes tensors and structure.json; ``torch_export`` a program of torch.export
             (model.pt2); ``onnx`` a file for ONNX Runtime and others (model.onnx); ``hub`` a folder with a
             model card for the Hugging Face Hub, which is not uploaded.
-        output: folder to write to; empty takes ``export/<format>`` in the folder of the run.
+        output: folder to write to; empty takes ``export/<format>`` in the folder of the run, and
+            ``export/step_<n>_<format>`` for a checkpoint.
         json: print one JSON object instead of a table.
     """
 
@@ -111,7 +114,11 @@ def export(argv: Sequence[str]) -> int:
     )
     config = Options(ExportConfig, f"{PROGRAM} export", examples).parse(argv)
     from offload_sparse.export.convert import export_network
+    from offload_sparse.run.checkpoint_network import exported, is_checkpoint, run_of
 
     output = Path(config.output).expanduser() if config.output else None
-    show(export_network(config.path, config.format, output), config.json)
+    if output is None and is_checkpoint(config.path):
+        output = run_of(config.path) / "export" / f"{config.path.name}_{config.format}"
+    with exported(config.path) as path:
+        show(export_network(path, config.format, output), config.json)
     return 0

@@ -1,0 +1,61 @@
+"""The network of a checkpoint: what its run would have ended with at that step."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+from offload_sparse.config import parse as arguments
+from offload_sparse.config.run import RunConfig
+from offload_sparse.run.checkpoint_files import MANIFEST_FILE
+from offload_sparse.run.log import CONFIG_FILE, MODEL_FOLDER
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint of a run, such as ``RUN/checkpoints/step_100``."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    return checkpoint.resolve().parents[1]
+
+
+@contextmanager
+def exported(path: Path) -> Iterator[Path]:
+    """A folder with the exported network of a checkpoint, which is gone afterwards; another path as it is.
+
+    The run is set up once more, in a folder of its own and on one process; nothing of it is trained.
+
+    Raises:
+        ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights are in the
+            files of a store, which go on.
+    """
+    if not is_checkpoint(path):
+        yield path
+        return
+    config = arguments.parse(["--config", str(run_of(path) / CONFIG_FILE)])
+    if config.store.tier != "ram":
+        raise ValueError(f"{path} refers to the store of its run, which goes on; let the run end instead")
+    with tempfile.TemporaryDirectory() as folder:
+        train = replace(config.train, check=False)
+        again = replace(config, run_dir=Path(folder), resume=str(path), train=train, trackers=[], quiet=True)
+        with redirect_stdout(StringIO()):
+            _finalize(again)
+        yield Path(folder) / MODEL_FOLDER
+
+
+def _finalize(config: RunConfig) -> None:
+    from offload_sparse.run.launch import launched
+    from offload_sparse.run.resume import start_of
+    from offload_sparse.run.trainer import Run
+
+    with launched(config) as accelerator:
+        run = Run(config, accelerator, start_of(config))
+        with run.recorder, run.progress as progress:
+            progress.begin(run.total_steps, run.steps_per_epoch)
+            run.finalize()

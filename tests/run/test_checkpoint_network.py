@@ -1,0 +1,80 @@
+"""``evaluate`` and ``export`` take a checkpoint of a run as they take the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from offload_sparse import load_pruned
+from offload_sparse.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = {
+        "model.name": "offload_sparse/vgg_small",
+        "model.arguments.width": "0.25",
+        "data.limit": "128",
+        "data.batch_size": "32",
+        "train.epochs": "2",
+        "checkpoint.every": "2",
+        "checkpoint.keep": "9",
+        "trackers": "[]",
+        "quiet": "true",
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["train", *words, "--run_dir", str(folder)]) == 0
+    return folder
+
+
+def told(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert main([*argv, "--json", "true"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    found = [path for path in (run / "checkpoints").iterdir() if path.name.startswith("step_")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def test_the_last_checkpoint_is_the_network_of_the_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
+    *_, last = checkpoints(run)
+    told(capsys, "export", str(last), "--output", str(tmp_path / "last"))
+    ours, other = (load_pruned(folder).state_dict() for folder in (run / "model", tmp_path / "last"))
+    assert ours.keys() == other.keys()
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before, "the run is as it was"
+
+
+def test_an_earlier_checkpoint_is_evaluated_and_exported(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = checkpoints(run)[0]
+    figures = told(capsys, "evaluate", str(first))
+    final = told(capsys, "evaluate", str(run))
+    assert figures["images"] == final["images"] == 128
+    assert figures["loss"] != final["loss"]
+    told(capsys, "export", str(first))
+    again = told(capsys, "evaluate", str(run / "export" / f"{first.name}_safetensors"))
+    assert again["loss"] == figures["loss"]
+
+
+def test_a_damaged_checkpoint_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = checkpoints(run)[1]
+    (first / "manifest.json").write_text("{}")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert main(["evaluate", str(first)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
