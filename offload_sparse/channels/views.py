@@ -46,9 +46,9 @@ def _sliced(x: Tensor, key: Any, fits: tuple[Fit, ...]) -> tuple[Any, ...]:
     """``x[key]`` with other bounds, where they are those that ``fits`` holds at the place of their slice."""
     keys = list(key) if isinstance(key, tuple) else [key]
     for place, (start, stop) in enumerate(zip(fits[::2], fits[1::2], strict=True)):
-        if start is not None and stop is not None and isinstance(keys[place], slice):
+        if isinstance(keys[place], slice) and (start is not None or stop is not None):
             bounds = ((keys[place].start, start), (keys[place].stop, stop))
-            keys[place] = slice(*(fit[1] if bound == fit[0] else bound for bound, fit in bounds))
+            keys[place] = slice(*(fit[1] if fit and bound == fit[0] else bound for bound, fit in bounds))
     return (x, tuple(keys))
 
 
