@@ -37,7 +37,7 @@ _OPTIONS = shlex.split(
     "--data.limit 320 --data.batch_size 16 "
     f"--train.max_steps {STEPS} --train.check false --quiet true "
     "--train.eval_every 0 --train.log_every 5 --train.timeout 60 "
-    "--round.k 4 --round.freeze_at 0.9 --final.candidates 2 "
+    "--round.k 4 --round.freeze_at 0.9 "
     "--checkpoint.every 5 --optim.lr 0.02"
 )
 _DEATH = re.compile(r"fault: rank (\d+) dies at step (\d+) in (\S+) of attempt (\d+)")

@@ -82,7 +82,10 @@ def case(
     return RunConfig(
         model=ModelConfig(name, arguments=arguments),
         data=DataConfig(
-            "random", batch_size=batch, image_size=size, num_classes=10, channels=3, train_images=10_000
+            "random",
+            batch_size=batch,
+            image_size=size,
+            declared={"num_classes": 10, "channels": 3, "train_images": 10_000},
         ),
         policy=PolicyConfig.paper(rho=rho),
         round=RoundConfig(k=STEPS, freeze_at=1),
@@ -190,7 +193,7 @@ def build_session(config: RunConfig) -> SparseOffload:
         total_steps=ROUNDS * STEPS,
         policy=config.policy,
         rounds=config.round,
-        setup=Setup(residual=config.model.residual, final=config.final),
+        setup=Setup(residual=config.model.residual),
         seed=config.train.seed,
     )
 

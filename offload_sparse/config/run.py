@@ -21,7 +21,7 @@ from offload_sparse.config.methods import (
     RigLConfig,
     StaticConfig,
 )
-from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, check_combination
+from offload_sparse.engine.config import OptimConfig, RoundConfig, check_combination
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.workloads.config import DataConfig, ModelConfig
@@ -159,7 +159,6 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    final: FinalConfig = field(default_factory=FinalConfig)
     static: StaticConfig = field(default_factory=StaticConfig)
     dst: DSTConfig = field(default_factory=DSTConfig)
     dfbst: DFBSTConfig = field(default_factory=DFBSTConfig)

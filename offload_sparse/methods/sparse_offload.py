@@ -120,7 +120,6 @@ def build(task: Task) -> Method:
         block=config.atoms.block,
         verify=config.train.check,
         compile=config.compile,
-        final=config.final,
         on_nonfinite=config.train.on_nonfinite,
         dtype=task.dtype,
         store=replace(config.store, path=str(folder)),

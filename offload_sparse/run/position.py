@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.durable import random_state, set_random_state
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.state import IN_PLACE, MethodState
@@ -74,7 +75,7 @@ class Progress:
         self.rollbacks = 0
         self.stopped = False
         self._skipped_batches = 0
-        self._recent: deque[int] = deque(maxlen=config.final.selection_batches)
+        self._recent: deque[int] = deque(maxlen=FinalConfig.selection_batches)
         self._unlogged: list[StepRecord] = []
         self._best: float | None = None
         self._improved, self._wanted, self._stopping = False, False, False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.config.run import RunConfig, resolve
+from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.forward import Forward
 from offload_sparse.export.network_file import FinalNetwork
@@ -350,7 +351,7 @@ class Run:
 
     def _statistics_batches(self) -> Iterator[Tensor]:
         """Training images for BatchNorm statistics, the same whenever they are asked for."""
-        for batch in islice(self.train_loader.batches(), self.config.final.bn_batches):
+        for batch in islice(self.train_loader.batches(), FinalConfig.bn_batches):
             yield self._to_device(batch).images
 
     def _evaluate(self, module: nn.Module, loader: EvalLoader) -> Evaluation:

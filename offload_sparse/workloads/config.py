@@ -47,9 +47,8 @@ class DataConfig:
         mean: mean per channel of images in [0, 1]; empty measures it on training images.
         std: standard deviation per channel of images in [0, 1]; empty measures it on training images.
         limit: use only this many training images and this many test images; 0 uses all.
-        num_classes: classes; like the next two for ``dry_run`` alone, which reads no images.
-        channels: channels of the images.
-        train_images: images of the training split.
+        declared: ``num_classes``, ``channels`` and ``train_images`` of the images, for ``dry_run`` and
+            ``plan``, which read none.
     """
 
     cache_bytes: ClassVar[int] = 1 << 30
@@ -80,9 +79,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     limit: int = 0
-    num_classes: int = 0
-    channels: int = 0
-    train_images: int = 0
+    declared: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.validation = str(self.validation)
@@ -90,6 +87,11 @@ class DataConfig:
             len(self.splits) == 2 and all(self.splits),
             f"data.splits is {self.splits}; give two names, such as [train, test]",
         )
+        for key, value in self.declared.items():
+            require(
+                key in ("num_classes", "channels", "train_images") and type(value) is int and value >= 0,
+                f"data.declared.{key} is {value}; give whole numbers for num_classes, channels, train_images",
+            )
         require(bool(self.name), "data.name is empty; give the name of a dataset, or a path")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; give at least 1 image per step")
         require(
@@ -97,10 +99,7 @@ class DataConfig:
             f"data.validation is {self.validation}; give a share of the training images in [0, 1), or the "
             "name of a split",
         )
-        for name in (
-            *("num_workers", "image_size", "random_crop", "limit", "eval_resize"),
-            *("num_classes", "channels", "train_images"),
-        ):
+        for name in ("num_workers", "image_size", "random_crop", "limit", "eval_resize"):
             require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; give 0 or more")
         resized = self.train_crop == "resized"
         require(not resized or self.image_size > 0, "data.train_crop resized needs data.image_size")
@@ -112,6 +111,21 @@ class DataConfig:
             self.eval_resize == 0 or 0 < self.image_size <= self.eval_resize,
             f"data.eval_resize is {self.eval_resize}; give at least data.image_size ({self.image_size})",
         )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes as declared; 0 if they are not."""
+        return int(self.declared.get("num_classes", 0))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images as declared; 0 if they are not."""
+        return int(self.declared.get("channels", 0))
+
+    @property
+    def train_images(self) -> int:
+        """Images of the training split as declared; 0 if they are not."""
+        return int(self.declared.get("train_images", 0))
 
     @property
     def train_split(self) -> str:

@@ -21,7 +21,7 @@ StructureOf = Callable[[RunConfig, DeclaredData], Structure]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-EXPERIMENTS = sorted((CONFIGS / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((CONFIGS / "zhou2021").glob("*.yaml"))
 
 # Tables 2, 3 and 4 of Zhou et al. 2021, and the searched VGG-19 of section 5.5:
 # accuracy, parameters and FLOPs in %, train-cost saving.
@@ -114,19 +114,19 @@ def test_the_experiments_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_figures_are_those_of_the_papers_tables(name: str) -> None:
-    paper = load(CONFIGS / "experiments" / f"{name}.yaml").paper
+    paper = load(CONFIGS / "zhou2021" / f"{name}.yaml").paper
     assert tuple(paper[goal] for goal in GOALS) == ROWS[name]
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rho_is_the_square_root_of_the_rows_flops(name: str) -> None:
-    config = load(CONFIGS / "experiments" / f"{name}.yaml")
+    config = load(CONFIGS / "zhou2021" / f"{name}.yaml")
     assert config.policy.rho == pytest.approx((config.paper["flops"] / 100) ** 0.5, abs=0.006)
 
 
 @pytest.mark.parametrize("name", sorted({path.stem for path in EXPERIMENTS} - set(ROWS)))
 def test_points_without_numbers_in_the_text_claim_none(name: str) -> None:
-    paper = load(CONFIGS / "experiments" / f"{name}.yaml").paper
+    paper = load(CONFIGS / "zhou2021" / f"{name}.yaml").paper
     stated = {"train_cost_saving": 58.8} if name == "figure2_resnet32_cifar100_rho0.125" else {}
     assert {goal: paper[goal] for goal in GOALS if goal in paper} == stated
 

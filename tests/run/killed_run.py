@@ -36,7 +36,7 @@ OPTIONS = [
     *("--round.freeze_at", "0.8", "--train.max_steps", str(STEPS), "--train.log_every", "3"),
     *("--train.check", "false", "--quiet", "true"),
     *("--train.eval_every", "0", "--train.timeout", "60"),
-    *("--final.candidates", "2", "--policy.lr", "0.05", "--optim.lr", "0.02"),
+    *("--policy.lr", "0.05", "--optim.lr", "0.02"),
     *("--policy.sampler", "bernoulli", "--policy.estimator", "rloo", "--policy.parametrisation", "atom"),
     *("--policy.optimizer", "adam"),
     *("--checkpoint.every", "2"),

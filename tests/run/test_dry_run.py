@@ -103,12 +103,16 @@ def test_held_out_and_limited_images_are_no_steps() -> None:
 @pytest.mark.parametrize("missing", ["num_classes", "channels", "image_size", "train_images"])
 def test_what_is_not_declared_is_asked_for_by_name(missing: str) -> None:
     declared = {"num_classes": 10, "channels": 3, "image_size": 32, "train_images": 100} | {missing: 0}
-    with pytest.raises(ValueError, match=rf"set data\.{missing}"):
-        declared_data(DataConfig(name="someone/pictures", **declared))  # type: ignore[arg-type]
+    size = declared.pop("image_size")
+    config = DataConfig(name="someone/pictures", image_size=size, declared=declared)
+    with pytest.raises(ValueError, match=rf"set data\.(declared\.)?{missing}"):
+        declared_data(config)
 
 
 def test_a_declared_data_set_is_taken_at_its_word() -> None:
-    config = DataConfig(name="x/y", num_classes=7, channels=3, image_size=40, train_images=900)
+    config = DataConfig(
+        name="x/y", image_size=40, declared={"num_classes": 7, "channels": 3, "train_images": 900}
+    )
     assert declared_data(config) == DeclaredData(7, 3, 40, 900)
     figures = dry_run(RunConfig(data=config, model=VGG))
     assert (figures["steps_per_epoch"], figures["steps"]) == (3, 30)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.run.plan.dry_run import Structure, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
@@ -183,7 +184,7 @@ class Planner:
         batch = self._batch_bytes(images)
         # The session keeps the last batches to choose the final mask by; the newest is among them.
         learns = config.policy.rho < 1
-        kept = max(1, config.final.selection_batches) if learns else 1
+        kept = max(1, FinalConfig.selection_batches) if learns else 1
         largest = max(first.rounds, key=lambda sides: max(first.entries(s, WEIGHTS) for s in sides))
         passes = self._passes(first, largest, images[0])
         cuda = machine.device is not None

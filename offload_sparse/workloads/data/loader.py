@@ -302,7 +302,8 @@ def declared_data(config: DataConfig) -> DeclaredData:
     for name, value in values.items():
         if not value:
             raise ValueError(
-                f"data.{name} is 0, but the images of {config.name!r} are not read here; set data.{name}"
+                f"{name} is 0, but the images of {config.name!r} are not read here; set "
+                f"{'data.image_size' if name == 'image_size' else f'data.declared.{name}'}"
             )
     if not config.validation_split:
         values["train_images"] -= round(config.validation_size * values["train_images"])
