@@ -47,7 +47,7 @@ class DurableRounds:
         self._session = session
         self._tier = session.tier
         self._settle_every = settle_every
-        self.journal = WriteAheadLog(session.tier.folder / "journal")
+        self.log = WriteAheadLog(session.tier.folder / "log")
         self._random: dict[str, Tensor] = {}
         session.after_round = self._log
 
@@ -62,8 +62,8 @@ class DurableRounds:
             optimizer steps that are done; 0 when no round was logged.
         """
         if (common := self._common_round()) is not None:
-            self.journal.drop_after(common)
-        entry = self.journal.replay(self._session.store)
+            self.log.drop_after(common)
+        entry = self.log.replay(self._session.store)
         if entry is None:
             return 0
         local = _with_prefix(entry.tensors, _LOCAL)
@@ -82,6 +82,8 @@ class DurableRounds:
         session = self._session
         if session.transfers.ahead:
             self._log(session.transfers.pair.trained)
+        elif session.steps_done > max(self.log.rounds(), default=0):
+            self._log(())  # a rollback: the store holds the weights, no log yet where the run is
 
     def _log(self, sides: tuple[Side, ...]) -> None:
         """Before any of what ``sides`` have learned goes back to the store.
@@ -91,13 +93,13 @@ class DurableRounds:
         """
         session = self._session
         pieces = [(side.selection, side.arrays) for side in sides]
-        if len(self.journal.rounds()) >= self._settle_every:
+        if len(self.log.rounds()) >= self._settle_every:
             session.transfers.finish_returns()
-            self.journal.settle(self._tier.sync)
+            self.log.settle(self._tier.sync)
         small = small_state(session)
         tensors = small.replicated | {_LOCAL + name: t for name, t in small.local.items()}
         tensors |= {_RANDOM + name: t for name, t in random_state().items()}
-        self.journal.append(session.steps_done, session.store, pieces, small.meta, tensors)
+        self.log.append(session.steps_done, session.store, pieces, small.meta, tensors)
         if session.ranks.world_size > 1:
             # No rank scatters a round that another may not have logged.
             dist.barrier(group=session.ranks.host_group)
@@ -107,7 +109,7 @@ class DurableRounds:
         session = self._session
         if session.ranks.world_size == 1:
             return None
-        newest = torch.tensor([self.journal.rounds()[-1] if self.journal.rounds() else -1])
+        newest = torch.tensor([self.log.rounds()[-1] if self.log.rounds() else -1])
         dist.all_reduce(newest, dist.ReduceOp.MIN, group=session.ranks.host_group)
         return int(newest)
 

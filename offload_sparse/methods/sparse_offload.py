@@ -87,6 +87,9 @@ class SparseOffloadMethod:
         )
 
     def state(self) -> MethodState | None:
+        session = self.session
+        if session.on_nonfinite == "rollback" and session.masks is not None and session.round_step:
+            return None  # a step to come may lead back to the begin of this round, which nothing would hold
         if self._durable is None:
             return session_state(self.session)
         self._durable.save()

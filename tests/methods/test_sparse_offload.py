@@ -1,0 +1,71 @@
+"""The method of the project as a run drives it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_sparse.config.run import RunConfig, TrainConfig
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.methods.registry import build_method
+from offload_sparse.methods.sparse_offload import SparseOffloadMethod
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.store.config import StoreConfig
+from tests.methods.tasks import batches, make_task
+
+K, STEPS, POISONED = 4, 20, 11
+
+
+def start(folder: Path, tier: Any, resumes: bool = False) -> SparseOffloadMethod:
+    config = RunConfig(
+        run_dir=folder,
+        policy=PolicyConfig.paper(rho=0.5, lr=0.05),
+        round=RoundConfig(k=K, freeze_at=1.0, prefetch=False),
+        store=StoreConfig(tier=tier),
+        train=TrainConfig(on_nonfinite="rollback"),
+    )
+    method = build_method(replace(make_task(config), resumes=resumes))
+    assert isinstance(method, SparseOffloadMethod)
+    return method
+
+
+def end_of(folder: Path, tier: Any, wanted_at: int | None) -> dict[str, Tensor]:
+    """What a run ends with whose batch ``POISONED`` is not finite; it is killed after the first step from
+    ``wanted_at`` on at which it could be saved, and resumed from there.
+    """
+    data = batches(STEPS)
+    data[POISONED] = data[POISONED][0] * torch.nan, data[POISONED][1]
+    method, step, killed = start(folder, tier), 0, wanted_at is None
+    while step < STEPS:
+        method.train_step(data[step], 0.05)
+        step += 1
+        if wanted_at is None or killed or step < wanted_at:
+            continue
+        method.records()
+        if (state := method.state()) is not None:
+            saved, killed = copy.deepcopy(state), True
+            method.session.transfers.close()
+            method = start(folder, tier, resumes=True)
+            method.restore(saved)
+            step = method.session.steps_done
+    method.session.settle()
+    arrays = {kind: array.clone() for kind, array in method.session.store.arrays.items()}
+    return arrays | {"s": method.session.policy.s}
+
+
+@pytest.mark.parametrize("tier", ["ram", "file"])
+@pytest.mark.parametrize("wanted_at", [1, 9, 10])
+def test_a_rollback_after_resuming_leads_where_it_leads_without(
+    tmp_path: Path, tier: str, wanted_at: int
+) -> None:
+    """A save that is wanted in the middle of a round waits for its end: a rollback leads to its begin."""
+    expected = end_of(tmp_path / "straight", tier, None)
+    found = end_of(tmp_path / "parts", tier, wanted_at)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
