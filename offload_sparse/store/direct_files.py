@@ -249,42 +249,29 @@ def _missing() -> str:
 def _build() -> str:
     """Why DeepNVMe cannot be built; empty when it is there."""
     logger.info("DeepNVMe is being loaded; when it is wanted for the first time, it is built (minutes)")
-    command = [
-        sys.executable,
-        "-c",
-        "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load(verbose=False)",
-    ]
+    script = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load(verbose=False)"
+    command = [sys.executable, "-c", script]
     try:
         built = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return (
-            f"its build did not end within {BUILD_SECONDS} s; if an earlier one was killed, delete "
-            f"{_build_folder()}"
-        )
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+        return f"its build took over {BUILD_SECONDS} s; if an earlier one was killed, delete {folder}"
     if built.returncode:
         return f"its build failed ({(built.stderr.strip().splitlines() or ['no message'])[-1]})"
     return ""
 
 
-def _build_folder() -> str:
-    return os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-
-
 def _load() -> Handle:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    handle: Handle = (
-        AsyncIOBuilder()
-        .load(verbose=False)
-        .aio_handle(
-            block_size=BLOCK_BYTES,
-            queue_depth=QUEUE_DEPTH,
-            single_submit=False,
-            overlap_events=True,
-            intra_op_parallelism=THREADS,
-        )
+    library = AsyncIOBuilder().load(verbose=False)
+    return library.aio_handle(
+        block_size=BLOCK_BYTES,
+        queue_depth=QUEUE_DEPTH,
+        single_submit=False,
+        overlap_events=True,
+        intra_op_parallelism=THREADS,
     )
-    return handle
 
 
 def _refusal(handle: Handle, folder: Path) -> str:

@@ -90,14 +90,13 @@ class Recording:
     def replayable(self) -> bool:
         return not self.reason
 
-    def replay(self, seed: int, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def replay(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and buffer as ``torch.manual_seed(seed); factory()`` on the CPU would hold it.
 
         Yields (qualified name, CPU tensor) for all names of ``named_parameters()`` and ``named_buffers()``,
         integer buffers included, each once, in the order in which values become final (the same in every
-        process). Values are drawn in the model's own dtype; floating ones are then converted to ``dtype``.
-        What a construction leaves undefined (``torch.empty``) is 0. The caller's random state is neither used
-        nor changed.
+        process), in the model's own dtypes. What a construction leaves undefined (``torch.empty``) is 0. The
+        caller's random state is neither used nor changed.
 
         At any time the replay holds one tensor of the model and a scratch tensor, beside the one that the
         caller got last (``nn.init.trunc_normal_`` adds its own temporaries; tensors computed from one another
@@ -108,13 +107,13 @@ class Recording:
         """
         if not self.replayable:
             raise ValueError(f"this initialisation cannot be replayed ({self.reason}); build the model once")
-        return self._values(seed, dtype)
+        return self._values(seed)
 
-    def _values(self, seed: int, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    def _values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         held: dict[int, Tensor] = {}
         for name, constant in self._constants.items():
-            yield name, _converted(constant.clone(), dtype)
+            yield name, constant.clone()
         for chunk in self._chunks:
             with torch.no_grad():
                 for operation in chunk.operations:
@@ -124,7 +123,7 @@ class Recording:
             for position, (name, view) in enumerate(chunk.final):
                 shared = any(other.storage == view.storage for _, other in chunk.final[position + 1 :])
                 # No local name may hold the tensor while the caller has it.
-                yield name, _converted(_handed_over(view, held, keep=shared), dtype)
+                yield name, _handed_over(view, held, keep=shared)
 
 
 def record(factory: Callable[[], nn.Module]) -> Recording:
@@ -271,10 +270,6 @@ def _handed_over(view: View, held: dict[int, Tensor], keep: bool) -> Tensor:
         return tensor.clone()
     del held[view.storage]
     return tensor
-
-
-def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 # --- recording ---

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,32 +65,13 @@ class Identity:
         return Identity(run, digest(channel_map), str(dtype).removeprefix("torch."), world_size, rank)
 
 
-class Tier(Protocol):
-    """Gives a store its arrays.
+class MemoryTier:
+    """Gives a store its arrays, in this process's memory.
 
     Attributes:
         filled: the arrays hold values already, and must not be initialised.
         direct: moves blocks of the arrays, where they must not be touched as memory for that; else None.
     """
-
-    filled: bool
-    direct: DirectFiles | None
-
-    def allocate(self, kind: str, size: int) -> Tensor:
-        """The flat array [size] of ``kind``; zeros unless ``filled``."""
-
-    def complete(self, integers: dict[str, Tensor]) -> None:
-        """Every array has its first values: make them last, with the buffers that are not sliced."""
-
-    def integers(self) -> dict[str, Tensor]:
-        """The buffers that ``complete`` was given, of a tier that is ``filled``."""
-
-    def sync(self) -> None:
-        """Wait until everything that was written would survive a loss of power."""
-
-
-class MemoryTier:
-    """Arrays in this process's memory."""
 
     filled = False
     direct: DirectFiles | None = None
@@ -99,20 +80,22 @@ class MemoryTier:
         self._dtype, self._pin = dtype, pin
 
     def allocate(self, kind: str, size: int) -> Tensor:
+        """The flat array [size] of ``kind``; zeros unless ``filled``."""
         del kind
         return host_zeros(size, self._dtype, self._pin)
 
     def complete(self, integers: dict[str, Tensor]) -> None:
-        """Nothing lasts."""
+        """Every array has its first values: make them last, with the buffers that are not sliced."""
 
     def integers(self) -> dict[str, Tensor]:
+        """The buffers that ``complete`` was given, of a tier that is ``filled``."""
         raise AssertionError("memory is never filled")
 
     def sync(self) -> None:
-        """Nothing lasts."""
+        """Wait until everything that was written would survive a loss of power."""
 
 
-class FileTier:
+class FileTier(MemoryTier):
     """Arrays in memory-mapped files.
 
     Args:
@@ -137,7 +120,8 @@ class FileTier:
     ) -> None:
         self.folder = folder / f"rank{identity.rank}"
         unlock = weakref.finalize(self, lock_folder(folder, name=f"rank{identity.rank}.lock").release)
-        self._identity, self._dtype = identity, dtype
+        super().__init__(dtype, pin=False)
+        self._identity = identity
         try:
             found = self._read()
             self._refuse(found, mode)
@@ -272,7 +256,7 @@ def open_tier(
     dtype: torch.dtype,
     pin: Switch | bool,
     mode: Mode = "new",
-) -> Tier:
+) -> MemoryTier:
     """The tier that a configuration names.
 
     ``nvme`` is ``file`` with rounds that go past the page cache, through DeepSpeed's DeepNVMe; where that

@@ -30,7 +30,7 @@ from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.host_copy import prepare
 from offload_sparse.store.copy.plans import Exchange, Narrow, TransferPlan, fetch_plan, return_plan
 from offload_sparse.store.partition import Partition
-from offload_sparse.store.tiers import MemoryTier, Tier
+from offload_sparse.store.tiers import MemoryTier
 
 WEIGHTS = "weights"
 BUFFERS = "buffers"
@@ -131,7 +131,7 @@ class WeightStore:
         slots: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float32,
         ranks: Ranks | None = None,
-        tier: Tier | None = None,
+        tier: MemoryTier | None = None,
     ) -> None:
         self.channel_map = channel_map
         self.ranks = ranks or Ranks()
@@ -162,7 +162,8 @@ class WeightStore:
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take this rank's rows out of whole tensors that every rank iterates over, one at a time."""
         for name, tensor in tensors:
-            if self._keep_integer(name, tensor):
+            if not tensor.is_floating_point():
+                self.integer_buffers[name] = tensor.clone()
                 continue
             low, high = self._partition_of(name).rows(name, self.ranks.rank)
             own = self.own_rows(name)
@@ -178,13 +179,11 @@ class WeightStore:
             assert tensors is not None
             self.fill(tensors.items())
             return
-        group, first = self.ranks.host_group, self.ranks.first
         for kind in (WEIGHTS, BUFFERS):
             for name in self.partitions[kind].layout.shapes:
                 self.from_first_rank(name, kind, None if tensors is None else tensors[name])
-        integers = {n: t for n, t in (tensors or {}).items() if not t.is_floating_point()}
-        shared = [integers]
-        dist.broadcast_object_list(shared, src=first, group=group)
+        shared = [{n: t for n, t in (tensors or {}).items() if not t.is_floating_point()}]
+        dist.broadcast_object_list(shared, src=self.ranks.first, group=self.ranks.host_group)
         self.integer_buffers = shared[0]
 
     def from_first_rank(self, name: str, kind: str, tensor: Tensor | None) -> None:
@@ -307,9 +306,3 @@ class WeightStore:
     def _rows_of(self, name: str, rank: int, tensor: Tensor) -> Tensor:
         low, high = self._partition_of(name).rows(name, rank)
         return (tensor[low:high] if tensor.dim() else tensor.expand(high - low)).to(self.dtype)
-
-    def _keep_integer(self, name: str, tensor: Tensor) -> bool:
-        if tensor.is_floating_point():
-            return False
-        self.integer_buffers[name] = tensor.clone()
-        return True

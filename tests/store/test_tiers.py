@@ -25,7 +25,7 @@ MAP = ChannelMap(
 IDENTITY = Identity.of("run", MAP, torch.float32, 1, 0)
 
 
-def store_on(tier: tiers.Tier, ranks: Ranks | None = None) -> WeightStore:
+def store_on(tier: tiers.MemoryTier, ranks: Ranks | None = None) -> WeightStore:
     made = WeightStore(MAP, ("w", "v"), ("b",), ("momentum_buffer",), ranks=ranks, tier=tier)
     if not tier.filled:
         generator = torch.Generator().manual_seed(0)
