@@ -139,8 +139,9 @@ class WriteAheadLog:
         old = self.rounds()[:-1]
         if old:
             sync()
-            for round in old:
+            for round in old:  # one by one: a log that came back without the next would undo what that wrote
                 self._path(round).unlink()
+                sync_folder(self.folder)
 
     def _path(self, round: int) -> Path:
         return self.folder / f"round-{round}.safetensors"

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from offload_sparse.channels.selection import Selection
+from offload_sparse.store import write_ahead_log
 from offload_sparse.store.tiers import FileTier
 from offload_sparse.store.weight_store import WeightStore
 from offload_sparse.store.write_ahead_log import WriteAheadLog, own_segment
 from tests.support import killed_rounds
+from tests.support.durable import Disk
 from tests.support.killed_rounds import ROUNDS, STAGES, open_store, pieces_of
 
 
@@ -98,6 +100,29 @@ def test_logs_go_when_the_store_has_reached_the_disk_and_never_before(tmp_path: 
     latest = log.latest()
     assert latest is not None
     assert latest.state == {"round": 12}
+
+
+def test_logs_are_deleted_for_good_one_by_one_the_oldest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power the logs that are left are the newest ones, however many: the store holds what
+    the others wrote, and an old one alone would undo it.
+    """
+    store, _ = open_store(tmp_path, "new")
+    log = WriteAheadLog(tmp_path / "log")
+    for round in range(4):
+        log.append(round, store, pieces_of(store, round), {})
+    left: list[list[int]] = []
+    monkeypatch.setattr(write_ahead_log, "sync_folder", lambda folder: left.append(log.rounds()))
+    log.settle(lambda: None)
+    assert left == [[1, 2, 3], [2, 3], [3]]
+
+
+def test_a_log_lasts_when_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = open_store(tmp_path, "new")
+    log, disk = WriteAheadLog(tmp_path / "log"), Disk(monkeypatch)
+    log.append(0, store, pieces_of(store, 0), {})
+    assert disk.lasts(tmp_path / "log" / "round-0.safetensors")
 
 
 def test_rounds_that_not_every_rank_logged_are_dropped(tmp_path: Path) -> None:
