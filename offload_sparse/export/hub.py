@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +65,8 @@ def model_card(structure: Structure, summary: dict[str, Any]) -> str:
     if facts.shape:
         lines.append(
             f"Images: {' x '.join(map(str, facts.shape))} (channels, height, width), pixels scaled to "
-            f"[0, 1], then normalised with mean {_numbers(facts.mean)} and standard deviation "
-            f"{_numbers(facts.std)}."
+            f"[0, 1], then normalised with mean {[round(value, 4) for value in facts.mean]} and standard "
+            f"deviation {[round(value, 4) for value in facts.std]}."
         )
         if facts.class_names:
             lines.append("Classes: " + ", ".join(facts.class_names) + ".")
@@ -94,18 +92,12 @@ def _metadata(short: str, summary: dict[str, Any]) -> dict[str, Any]:
         dataset = _dataset_name(str(summary.get("dataset", "")))
         if "/" in dataset:
             metadata["datasets"] = [dataset]
-        metadata["model-index"] = [
-            {
-                "name": short,
-                "results": [
-                    {
-                        "task": {"type": "image-classification"},
-                        "dataset": {"name": dataset, "type": dataset},
-                        "metrics": [{"type": "accuracy", "value": accuracy}],
-                    }
-                ],
-            }
-        ]
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": dataset, "type": dataset},
+            "metrics": [{"type": "accuracy", "value": accuracy}],
+        }
+        metadata["model-index"] = [{"name": short, "results": [result]}]
     return metadata
 
 
@@ -115,20 +107,13 @@ def _is_figure(value: Any, form: str) -> bool:
     return number or (form == "{}" and isinstance(value, str) and len(value) <= 100 and value.isprintable())
 
 
-_OWN_IMAGES = "own-images"
-
-
 def _dataset_name(name: str) -> str:
     """A name of the Hub as it is; the path of a folder on this machine is nobody else's business."""
     short = 0 < len(name) <= 100 and name.isprintable() and name.count("/") <= 1
     local = name.startswith((".", "/", "~")) or name.endswith(".parquet") or (short and Path(name).exists())
-    return name if short and not local else _OWN_IMAGES
+    return name if short and not local else "own-images"
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
     return "\n".join([*lines, *(f"| {left} | {right} |" for left, right in rows)])
-
-
-def _numbers(values: Iterable[float]) -> str:
-    return json.dumps([round(value, 4) for value in values])

@@ -74,22 +74,6 @@ class Addition:
 
 
 @dataclass(frozen=True)
-class FittedCall:
-    """A call whose sizes are written in the code of a module: its number, those sizes, and what they become.
-
-    Where both are 0, a size is as it is; see ``channels.views``.
-    """
-
-    call: Count
-    written: tuple[Count, ...]
-    fitted: tuple[Count, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.written) != len(self.fitted):
-            raise ValueError("a call has as many fitted sizes as written ones")
-
-
-@dataclass(frozen=True)
 class Structure:
     """The contents of ``structure.json``.
 
@@ -100,7 +84,8 @@ class Structure:
         groups: the kept channels of every group.
         tensors: shape of every parameter, buffer and other tensor.
         additions: the sums whose operands hold different channels.
-        views: by module, the calls whose sizes are written in its code.
+        views: by module and number of a call, sizes that are written in its code with what each becomes,
+            nothing for a size that stays; see ``channels.views``.
         sparse: tensors that are stored without their zeros.
         weights_digest: of the other file; an export that was written by hand may leave it out.
     """
@@ -111,7 +96,7 @@ class Structure:
     groups: dict[str, Kept]
     tensors: dict[str, tuple[Count, ...]]
     additions: dict[str, Addition] = field(default_factory=dict)
-    views: dict[str, tuple[FittedCall, ...]] = field(default_factory=dict)
+    views: dict[str, dict[str, tuple[tuple[Count, ...], ...]]] = field(default_factory=dict)
     sparse: tuple[str, ...] = ()
     weights_digest: str = ""
 
@@ -120,6 +105,10 @@ class Structure:
             raise ValueError(f"it is of format {self.format}, this version reads {FORMAT}")
         if any(prod(shape) > _MAX_ELEMENTS for shape in self.tensors.values()):
             raise ValueError(f"a tensor has more than {_MAX_ELEMENTS:,} elements")
+        if any(
+            len(fit) not in (0, 2) for calls in self.views.values() for fits in calls.values() for fit in fits
+        ):
+            raise ValueError("a size of views is not a pair of what is written and what it becomes")
 
 
 @dataclass(frozen=True)
@@ -319,29 +308,17 @@ def _restore_additions(module: nn.Module, held: dict[str, Addition]) -> None:
         add.hold(sides[0], sides[1], torch.device("cpu"))
 
 
-def _fitted(calls: dict[int, tuple[Fit, ...]]) -> tuple[FittedCall, ...]:
-    pairs = {call: [fit or (0, 0) for fit in fits] for call, fits in calls.items()}
-    return tuple(
-        FittedCall(Count(call), _counts(a for a, _ in fits), _counts(b for _, b in fits))
-        for call, fits in pairs.items()
-    )
+def _fitted(calls: dict[int, tuple[Fit, ...]]) -> dict[str, tuple[tuple[Count, ...], ...]]:
+    return {str(call): tuple(_counts(fit or ()) for fit in fits) for call, fits in calls.items()}
 
 
-def _restore_views(module: nn.Module, views: dict[str, tuple[FittedCall, ...]]) -> None:
-    names = dict(module.named_modules())
-    if views.keys() - names.keys():
-        raise ValueError(f"the network has no module {json_values.shown(min(views.keys() - names.keys()))}")
-    pairs = {
-        name: {c.call: list(zip(c.written, c.fitted, strict=True)) for c in calls}
-        for name, calls in views.items()
-    }
-    fit_views(
-        module,
-        {
-            name: {call: tuple(pair if any(pair) else None for pair in fits) for call, fits in calls.items()}
-            for name, calls in pairs.items()
-        },
-    )
+def _restore_views(module: nn.Module, views: dict[str, dict[str, tuple[tuple[Count, ...], ...]]]) -> None:
+    missing = sorted(views.keys() - dict(module.named_modules()).keys())
+    if missing:
+        raise ValueError(f"the network has no module {json_values.shown(missing[0])}")
+    for name, calls in views.items():
+        fits = {int(call): tuple((f[0], f[1]) if f else None for f in sizes) for call, sizes in calls.items()}
+        fit_views(module, {name: fits})
 
 
 def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor], sparse: list[str]) -> None:

@@ -119,7 +119,7 @@ class Method(Protocol):
         """
 
     def restore(self, state: MethodState) -> None:
-        """Carry on from a state, bit for bit on as many ranks as wrote it.
+        """Resume from a state, bit for bit on as many ranks as wrote it.
 
         ``state.sharded`` holds the tensors of an earlier ``state()`` of this method, already read into.
 

@@ -99,7 +99,7 @@ class FixedNetwork:
         records = []
         for i, (row, metric_names) in enumerate(zip(values.tolist(), names, strict=True)):
             if row[1] > 0:
-                self._tell_bad(first + i, own[i, 0])
+                self._report_bad(first + i, own[i, 0])
                 continue
             self._skipped_in_a_row = 0
             records.append(StepRecord(row[0], None, dict(zip(metric_names, row[2:], strict=True))))
@@ -230,7 +230,7 @@ class FixedNetwork:
             bad = self._halted.clamp_(min=bad).clone()
         return bad
 
-    def _tell_bad(self, step: int, own_loss: Tensor) -> None:
+    def _report_bad(self, step: int, own_loss: Tensor) -> None:
         """Warn of a step that was left out, or raise; names the ranks whose loss was not finite."""
         ranks = torch.zeros(self._world_size, dtype=torch.float64, device=own_loss.device)
         ranks[dist.get_rank() if self._world_size > 1 else 0] = float(not own_loss.isfinite())
