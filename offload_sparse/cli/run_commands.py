@@ -27,11 +27,24 @@ def train(argv: Sequence[str]) -> int:
         return _dry_run(config)
     # Before anything slow is imported: a folder that is in use is known at once.
     first = os.environ.get("RANK", "0") == "0"
+    if first and not config.quiet and _searches_as_the_paper(config):
+        print(PAPER_NOTE, file=sys.stderr)
     with lock_folder(config.run_dir) if first else nullcontext():
         from offload_sparse.run.trainer import train as run
 
         run(config)
     return 0
+
+
+PAPER_NOTE = (
+    "the paper's search measured below static here (84.0 against 87.5 % at rho 0.25, two epochs); for the "
+    "default search add --config configs/default_search.yaml"
+)
+
+
+def _searches_as_the_paper(config: RunConfig) -> bool:
+    is_of_it = str(config.paper.get("source", "")).startswith("Zhou et al. 2021")
+    return is_of_it and config.method == "sparse_offload" and config.policy.sampler == "bernoulli"
 
 
 def _dry_run(config: RunConfig) -> int:

@@ -11,7 +11,9 @@ import pytest
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
-from offload_sparse.policy.config import ALPHA
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.policy.config import ALPHA, PolicyConfig
+from offload_sparse.run import trainer
 from offload_sparse.run.plan import dry_run
 from offload_sparse.run.plan.dry_run import Structure
 from offload_sparse.workloads.data import source
@@ -146,6 +148,33 @@ def test_the_settings_are_those_of_appendix_b(path: Path) -> None:
     imagenet = "imagenet" in path.stem
     assert given == ((256, "sgd", 0.256, 0.875, 3, 0.1) if imagenet else (256, "sgd", 0.1, 0.9, 0, 0))
     assert (policy.optimizer, policy.lr, ALPHA) == ("adam", 12e-3, 0.5)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_default_search_can_be_put_behind_a_file_of_the_paper(path: Path) -> None:
+    config = arguments.parse(["--config", str(path), "--config", str(CONFIGS / "default_search.yaml")])
+    assert config.policy == PolicyConfig(rho=load(path).policy.rho)
+    assert config.round == RoundConfig()
+    assert config.optim == load(path).optim
+
+
+@pytest.mark.parametrize("method", ["sparse_offload", "static", "quickstart", "default_search"])
+def test_train_says_that_the_paper_s_search_measured_below_static(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def stops(_: object) -> None:
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(trainer, "train", stops)
+    given = ["--config", str(CONFIGS / "zhou2021" / "table2_vgg16_cifar10.yaml")]
+    if method == "quickstart":
+        given = ["--config", str(CONFIGS / "quickstart.yaml")]
+    elif method == "default_search":
+        given += ["--config", str(CONFIGS / "default_search.yaml")]
+    else:
+        given += ["--method", method]
+    assert main(["train", *given, "--run_dir", str(tmp_path / "run")]) == 2
+    assert ("84.0 against 87.5" in capsys.readouterr().err) == (method == "sparse_offload")
 
 
 # --- Pote et al. 2023 --------------------------------------------------------------------------------
