@@ -34,6 +34,7 @@ from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.process import bound_memory
 from offload_sparse.workloads.models import build_model
 
 OPTIM = OptimConfig(lr=0.01)
@@ -199,8 +200,10 @@ def _deepspeed() -> Any:
 
 
 def ours(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
+    factory = partial(build_network, config)
+    bound_memory(factory)  # as a run does
     session = SparseOffload(
-        partial(build_network, config),
+        factory,
         (batch[0][:1].to("meta"),),
         optimizer_factory(OPTIM),
         total_steps=1000 * config.k,

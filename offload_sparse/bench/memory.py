@@ -18,6 +18,7 @@ from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.process import bound_memory
 from offload_sparse.workloads.models import build_model
 
 BATCH, RHO, STEPS = 16, 0.25, 4
@@ -45,8 +46,10 @@ def measure(width: float) -> dict[str, int]:
     warm_up()
     reset_peak()
     idle = peak_resident()
+    factory = partial(build_model, "offload_sparse/vgg19_cifar", num_classes=10, in_channels=3, width=width)
+    bound_memory(factory)  # as a run does
     session = SparseOffload(
-        partial(build_model, "offload_sparse/vgg19_cifar", num_classes=10, in_channels=3, width=width),
+        factory,
         (torch.empty(1, 3, 32, 32, device="meta"),),
         optimizer_factory(OptimConfig()),
         total_steps=10 * STEPS,

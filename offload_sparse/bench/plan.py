@@ -28,7 +28,7 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
-from offload_sparse.run.process import return_freed_memory
+from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import declared_data
 from offload_sparse.workloads.models import build_model
@@ -183,11 +183,11 @@ def tiny(config: RunConfig) -> RunConfig:
 
 
 def build_session(config: RunConfig) -> SparseOffload:
-    data = config.data
+    data, arguments = config.data, config.model.arguments
+    factory = partial(build_model, config.model.name, data.num_classes, 3, data.image_size, **arguments)
+    bound_memory(factory)  # as a run does
     return SparseOffload(
-        partial(
-            build_model, config.model.name, data.num_classes, 3, data.image_size, **config.model.arguments
-        ),
+        factory,
         (torch.empty(1, 3, data.image_size, data.image_size, device="meta"),),
         optimizer_factory(config.optim),
         total_steps=ROUNDS * STEPS,

@@ -26,6 +26,7 @@ from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.process import bound_memory
 
 RHO = 0.25
 
@@ -106,6 +107,7 @@ def measure_model(
 ) -> RoundTimes:
     """``measure`` for any classifier and batch."""
     optim = OptimConfig(lr=0.01)
+    bound_memory(factory)  # as a run does
     session = SparseOffload(
         factory,
         (torch.empty(1, *batch[0].shape[1:], device="meta"),),
