@@ -12,11 +12,18 @@ from torch import nn
 from offload_sparse.export import json_values
 from offload_sparse.export.description import DESCRIPTION_FILE, FILES, Kind, describe
 from offload_sparse.export.hub import write_hub_folder
-from offload_sparse.export.network_file import Structure, copy_network, load_pruned, read_structure
+from offload_sparse.export.network_file import (
+    STRUCTURE_FILE,
+    Structure,
+    copy_network,
+    load_pruned,
+    read_structure,
+)
 from offload_sparse.export.onnx import write_onnx
 from offload_sparse.export.open import folder_of, open_artefact
 from offload_sparse.export.read_back import compare
 from offload_sparse.export.torch_export import write_program
+from offload_sparse.store.files import sync
 
 Format = Literal["safetensors", "torch_export", "onnx", "hub"]
 
@@ -56,7 +63,12 @@ def export_network(path: Path, format: Format, output: Path | None = None) -> di
     else:
         network = _write_graph(network, structure, format, target)
     size = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
-    error = _difference(network, target, structure.preprocessing.shape)
+    try:
+        error = _difference(network, target, structure.preprocessing.shape)
+    except ValueError:
+        for name in (DESCRIPTION_FILE, STRUCTURE_FILE):  # nobody shall read it
+            (target / name).unlink(missing_ok=True)
+        raise
     return {"format": format, "folder": str(target), "bytes": size, "largest_difference": error}
 
 
@@ -72,6 +84,7 @@ def _write_graph(network: nn.Module, structure: Structure, kind: Kind, target: P
     write = write_onnx if kind == "onnx" else write_program
     write(network, shape, target / FILES[kind][0])
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+    sync(target)
     describe(target, kind, structure.model, structure.preprocessing, dtype)
     return network
 

@@ -48,12 +48,21 @@ class _Function(nn.Module):
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of the network that ``path`` means: a run's ``model/``, a file's folder, or itself."""
+    """The folder of the network that ``path`` means: a run's ``model/``, a file's folder, or itself.
+
+    Raises:
+        ValueError: it does not exist, or is a run that has not ended.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give the folder of a run, or of an exported network")
     if path.is_file():
         return path.parent
+    if (path / STRUCTURE_FILE).exists() or (path / DESCRIPTION_FILE).exists():
+        return path
     inner = path / "model"
-    has_own = (path / STRUCTURE_FILE).is_file() or (path / DESCRIPTION_FILE).is_file()
-    return inner if inner.is_dir() and not has_own else path
+    if not inner.is_dir() and (path / "checkpoints").is_dir():
+        raise ValueError(f"{path} has not ended yet; give one of the folders in {path / 'checkpoints'}")
+    return inner if inner.is_dir() else path
 
 
 def open_artefact(path: Path, trust: bool = False) -> Artefact:

@@ -22,7 +22,7 @@ from offload_sparse.export.convert import Format, export_network
 from offload_sparse.export.description import Kind, Preprocessing, describe
 from offload_sparse.export.hub import model_card
 from offload_sparse.export.json_values import Count
-from offload_sparse.export.network_file import FinalNetwork, Structure
+from offload_sparse.export.network_file import FinalNetwork, Structure, load_pruned
 from offload_sparse.export.open import open_artefact
 from offload_sparse.workloads.models import build_model
 
@@ -194,6 +194,46 @@ def test_missing_packages_are_told_with_what_to_install(
     assert (
         "ONNX needs onnx and onnxruntime; run: pip install 'offload-sparse[onnx]'" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch_export", "onnx"])
+def test_an_export_that_differs_is_an_error_and_cannot_be_read(
+    kind: Kind, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload_sparse.export import convert
+
+    def wrong(path: Path) -> Any:
+        network = load_pruned(path)
+        next(network.parameters()).data *= 1.1
+        return network
+
+    monkeypatch.setattr(convert, "load_pruned", wrong)
+    if (
+        kind != "safetensors"
+    ):  # which is written of the network that was read; what the reader computes is off
+        difference = convert._difference
+        monkeypatch.setattr(
+            convert, "_difference", lambda _, *rest: difference(wrong(exports / "model"), *rest)
+        )
+        monkeypatch.setattr(convert, "load_pruned", load_pruned)
+    with pytest.raises(ValueError, match="do not use it"):
+        export_network(exports, kind, tmp_path)
+    with pytest.raises(ValueError, match=r"holds no structure\.json"):
+        open_artefact(tmp_path, trust=True)
+
+
+def test_what_is_no_network_is_told_with_what_to_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for path, advice in {
+        "missing": "does not exist; give the folder of a run",
+        "run": "has not ended yet; give one of the folders in",
+        ".": "give the folder `model/` of a finished run",
+    }.items():
+        for command in ("evaluate", "export"):
+            assert main([command, str(tmp_path / path)]) == 2
+            assert advice in capsys.readouterr().err
 
 
 # --- what cannot be read -----------------------------------------------------------------------------
