@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from offload_sparse.bench import contract
-from offload_sparse.bench.contract import BenchResult
 from offload_sparse.channels import check as verify_module
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.cli import main as cli
@@ -235,49 +233,3 @@ def test_evaluate_takes_other_data(tmp_path: Path, capsys: pytest.CaptureFixture
     figures = json.loads(capsys.readouterr().out)
     assert (figures["split"], figures["images"]) == ("train", 32)
     assert "no validation images" in error_of(["evaluate", str(tmp_path), "--split", "validation"], capsys)
-
-
-# --- bench -------------------------------------------------------------------------------------------
-
-
-def test_bench_lists_what_it_finds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == list(contract.available())
-    assert "contract" not in listed
-
-
-def test_a_bench_is_a_module_with_a_run_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "contract.py").write_text("")
-    (tmp_path / "widths.py").write_text('"""How widths matter.\n\nMore."""\ndef run(quick): ...\n')
-    (tmp_path / "helper.py").write_text("def other(): ...\n")
-    monkeypatch.setattr(contract, "__file__", str(tmp_path / "contract.py"))
-    assert contract.available() == {"widths": "How widths matter."}
-
-
-def test_bench_prints_its_table_and_keeps_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(quick: bool) -> BenchResult:
-        ratios = {"speed": 2.0 if quick else 4.0}
-        return BenchResult(ratios, {"seconds": [1, 2]}, ["case", "seconds"], [["a", 1.5]])
-
-    monkeypatch.setattr(contract, "load", {"widths": run}.__getitem__)
-    file = tmp_path / "new" / "widths.json"
-    assert cli.main(["bench", "--quick", "widths", "--json", str(file)]) == 0
-    output = capsys.readouterr().out
-    assert "1.5" in output
-    assert "speed: 2" in output
-    record = json.loads(file.read_text())
-    assert set(record) == {"command", "hardware", "versions", "ratios", "raw"}
-    assert record["command"] == f"offload-sparse bench --quick widths --json {file}"
-    assert record["ratios"] == {"speed": 2.0}
-    assert record["raw"] == {"seconds": [1, 2]}
-    assert {"python", "torch"} <= set(record["versions"])
-    assert record["hardware"]["cores"] >= 1
-
-
-def test_a_record_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot be written .* with --json"):
-        contract.write(BenchResult({}, {}), "command", tmp_path / "file" / "x.json")
