@@ -11,6 +11,9 @@ What a killed process loses are the steps since the last round, or the last ``sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +25,7 @@ from offload_sparse.store.tiers import FileTier
 from offload_sparse.store.weight_store import WeightStore
 from offload_sparse.store.write_ahead_log import WriteAheadLog
 
-_LOCAL, _RANDOM = "local/", "random/"
+_LOCAL, _RANDOM, _BESIDE = "local/", "random/", "beside"
 
 
 class DurableRounds:
@@ -34,6 +37,11 @@ class DurableRounds:
     Args:
         session: a session whose store is in files, between two rounds.
         settle_every: rounds between waits for the disk; as many logs are kept. 1 waits after each round.
+
+    Attributes:
+        beside: JSON values that are logged with each round, for a loop that must not lose what it has not
+            written yet.
+        found: those that came with the round that ``restore`` has taken up.
 
     Raises:
         ValueError: the session's store is in memory.
@@ -49,6 +57,8 @@ class DurableRounds:
         self._settle_every = settle_every
         self.log = WriteAheadLog(session.tier.folder / "log")
         self._random: dict[str, Tensor] = {}
+        self.beside: Callable[[], dict[str, Any]] = dict
+        self.found: dict[str, Any] = {}
         session.after_round = self._log
 
     @property
@@ -66,6 +76,7 @@ class DurableRounds:
         entry = self.log.replay(self._session.store)
         if entry is None:
             return 0
+        self.found = entry.state.pop(_BESIDE, {})
         local = _with_prefix(entry.tensors, _LOCAL)
         restore_small(self._session, MethodState({}, entry.tensors, local, entry.state))
         self._random = _with_prefix(entry.tensors, _RANDOM)
@@ -97,9 +108,10 @@ class DurableRounds:
             session.transfers.finish_returns()
             self.log.settle(self._tier.sync)
         small = small_state(session)
+        meta = small.meta | {_BESIDE: self.beside()}
         tensors = small.replicated | {_LOCAL + name: t for name, t in small.local.items()}
         tensors |= {_RANDOM + name: t for name, t in random_state().items()}
-        self.log.append(session.steps_done, session.store, pieces, small.meta, tensors)
+        self.log.append(session.steps_done, session.store, pieces, meta, tensors)
         if session.ranks.world_size > 1:
             # No rank scatters a round that another may not have logged.
             dist.barrier(group=session.ranks.host_group)

@@ -250,6 +250,11 @@ class SparseOffload(Rounds):
         records, self._pending = self._pending, []
         return records
 
+    @property
+    def unread_records(self) -> list[StepRecord]:
+        """Those that ``records`` would return without waiting."""
+        return list(self._pending)
+
     def settle(self) -> None:
         """Bring the store up to date; until then the subnets in training may hold newer weights. No transfer
         is under way then, so that the store can be read and written.

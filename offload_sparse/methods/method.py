@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.forward import Forward, Metrics
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.state import MethodState
@@ -74,6 +75,7 @@ class Method(Protocol):
     Attributes:
         channel_map: channels of the full network; without groups where none can be dropped.
         cost: parameters and FLOPs of its subnetworks.
+        durable: of a method whose weights are in files: the log of its rounds.
     """
 
     @property
@@ -81,6 +83,9 @@ class Method(Protocol):
 
     @property
     def cost(self) -> CostModel: ...
+
+    @property
+    def durable(self) -> DurableRounds | None: ...
 
     def train_step(self, batch: Any, lr: float) -> None:
         """One optimizer step on this rank's part of the batch. Does not wait for the device."""
@@ -92,6 +97,9 @@ class Method(Protocol):
 
     def records(self) -> list[StepRecord]:
         """Losses and metrics of the steps since the last call, averaged over ranks."""
+
+    def unread_records(self) -> list[StepRecord]:
+        """Those of the steps since the last call of ``records`` that are known without waiting."""
 
     def status(self) -> dict[str, float]:
         """Figures about the structure as it is now, for the progress bar and the log."""

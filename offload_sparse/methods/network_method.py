@@ -44,6 +44,8 @@ class FixedNetwork:
         cost: cost model of the full network.
     """
 
+    durable = None
+
     def __init__(
         self, task: Task, module: nn.Module, channel_map: ChannelMap, mask: Tensor, cost: CostModel
     ) -> None:
@@ -104,6 +106,9 @@ class FixedNetwork:
             self._skipped_in_a_row = 0
             records.append(StepRecord(row[0], None, dict(zip(metric_names, row[2:], strict=True))))
         return records
+
+    def unread_records(self) -> list[StepRecord]:
+        return []
 
     def status(self) -> dict[str, float]:
         size = float(self._mask.float().mean()) if self._mask.numel() else 1.0

@@ -30,7 +30,7 @@ class SparseOffloadMethod:
     def __init__(self, session: SparseOffload, task: Task, durable: DurableRounds | None = None) -> None:
         self.session = session
         self.channel_map, self.cost = session.channel_map, session.cost
-        self._durable = durable
+        self.durable = durable
         self._loss_fn, self._steps = task.loss_fn, task.total_steps
 
     def train_step(self, batch: Any, lr: float) -> None:
@@ -44,6 +44,9 @@ class SparseOffloadMethod:
 
     def records(self) -> list[StepRecord]:
         return [record for record in self.session.records() if not record.fault]
+
+    def unread_records(self) -> list[StepRecord]:
+        return [record for record in self.session.unread_records if not record.fault]
 
     def status(self) -> dict[str, float]:
         policy = self.session.policy
@@ -90,20 +93,20 @@ class SparseOffloadMethod:
         session = self.session
         if session.on_nonfinite == "rollback" and session.masks is not None and session.round_step:
             return None  # a step to come may lead back to the begin of this round, which nothing would hold
-        if self._durable is None:
+        if self.durable is None:
             return session_state(self.session)
-        self._durable.save()
+        self.durable.save()
         return MethodState(meta={IN_PLACE: self.session.steps_done})
 
     def restore(self, state: MethodState) -> None:
-        if self._durable is None:
+        if self.durable is None:
             restore_session(self.session, state)
         elif IN_PLACE not in state.meta:
             raise ValueError("the checkpoint holds the weights of a run with store.tier ram; set it to ram")
         elif int(state.meta[IN_PLACE]) > self.session.steps_done:
             raise ValueError("the weights of the checkpoint are in the store of its own run; resume that one")
         else:
-            self._durable.restore_random_state()
+            self.durable.restore_random_state()
 
     def recall(self, batches: Iterable[Any]) -> None:
         recall(self.session, (partial(self._loss_fn, batch=batch) for batch in batches))

@@ -122,6 +122,11 @@ class Recorder:
             self._write_lines(kept)
         self.terminal.begin(total_steps, self._steps_per_epoch, step, seconds)
 
+    def logged_at(self, step: int) -> set[str]:
+        """The names of all values that the log has of ``step``; empty where nothing is recorded."""
+        lines = kept_lines(self.config.run_dir / METRICS_FILE, step) if self.is_main else []
+        return {name for line in lines if step_of(line) == step for name in json.loads(line)}
+
     def go_back(self, step: int) -> None:
         """After a rollback to ``step``: later lines go, as if they had not been written."""
         self.terminal.go_to(step)

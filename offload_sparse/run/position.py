@@ -54,6 +54,7 @@ class Progress:
         step: optimizer steps done.
         rollbacks: how often the run went back.
         stopped: the run was asked to stop, and has been saved.
+        taken_up: the run resumed from the method's own files, whose last step may lack its lines in the log.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Progress:
         self.step = 0
         self.rollbacks = 0
         self.stopped = False
+        self.taken_up = False
         self._skipped_batches = 0
         self._recent: deque[int] = deque(maxlen=FinalConfig.selection_batches)
         self._unlogged: list[StepRecord] = []
@@ -81,6 +83,8 @@ class Progress:
         self._improved, self._wanted, self._stopping = False, False, False
         self._saved_step, self._saved_at = 0, time.monotonic()
         self._blank = MethodState()  # what checkpoints are read into
+        if method.durable is not None:
+            method.durable.beside = self._remembered
         self._step_seconds: list[float] = []
         self._mark = time.perf_counter()
 
@@ -200,15 +204,7 @@ class Progress:
 
     def _save(self, state: MethodState) -> None:
         state.local |= {_RNG + name: value for name, value in random_state().items()}
-        run = {
-            "seconds": self._recorder.seconds,
-            "skipped_batches": self._skipped_batches,
-            "rollbacks": self.rollbacks,
-            "recent": list(self._recent),
-            "best": self._best,
-            "unlogged": [astuple(record) for record in self._unlogged],
-            "total_steps": self._total_steps,
-        }
+        run = self._remembered()
         self._recorder.sync()
         self._saved_step, self._saved_at, self._wanted = self.step, time.monotonic(), False
         best, self._improved = self._improved, False
@@ -218,6 +214,26 @@ class Progress:
             self._saved_step = self.step if written else -1
         else:
             self._method.while_saving(self._checkpointer.release)
+
+    def _remembered(self) -> dict[str, Any]:
+        """What the loop would lose with its process."""
+        records = self._unlogged + self._method.unread_records()
+        return {
+            "seconds": self._recorder.seconds,
+            "skipped_batches": self._skipped_batches,
+            "rollbacks": self.rollbacks,
+            "recent": list(self._recent),
+            "best": self._best,
+            "unlogged": [astuple(record) for record in records],
+            "total_steps": self._total_steps,
+        }
+
+    def _recall(self, run: dict[str, Any]) -> None:
+        self.rollbacks, self._skipped_batches = int(run["rollbacks"]), int(run["skipped_batches"])
+        self._best, self._improved = run["best"], False
+        self._unlogged = [StepRecord(*values) for values in run["unlogged"]]
+        self._recent.clear()
+        self._recent.extend(run["recent"])
 
     # --- going back ---
 
@@ -256,11 +272,7 @@ class Progress:
         state.local = {n: t for n, t in state.local.items() if not n.startswith(_RNG)}
         self._method.restore(state)
         self.step = loaded.manifest.step
-        self.rollbacks, self._skipped_batches = int(run["rollbacks"]), int(run["skipped_batches"])
-        self._best, self._improved = run["best"], False
-        self._unlogged = [StepRecord(*values) for values in run["unlogged"]]
-        self._recent.clear()
-        self._recent.extend(run["recent"])
+        self._recall(run)
         self._method.recall(self._batches_at(list(self._recent)))
         if generators:
             set_random_state(generators)
@@ -268,9 +280,15 @@ class Progress:
             self._seed()  # on another number of ranks
 
     def _take_up(self, step: int) -> None:
-        """Carry on where a method stands that keeps its state by itself, whatever the last checkpoint."""
-        self.step, self._unlogged = step, []
+        """Resume where a method stands that keeps its state by itself, whatever the last checkpoint; what the
+        loop remembers came with it.
+        """
+        self.step, self.taken_up = step, True
+        durable = self._method.durable
+        if durable is not None and durable.found:
+            self._recall(durable.found)
         position = self.data_position
+        self._recent.clear()
         self._recent.extend(range(max(0, position - (self._recent.maxlen or 0)), position))
         self._seed()
         self._method.restore(self._blank)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import broadcast_object_list
 
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.config.run import RunConfig, resolve
@@ -136,12 +137,32 @@ class Run:
             tell(*self.start_lines())
         progress.begin(self.total_steps, self.steps_per_epoch)
         start_trackers(self.accelerator, self.config)
+        if progress.taken_up:
+            self._complete_log()
         while progress.step < self.total_steps:
             rollbacks = progress.rollbacks
             for batch in self.train_loader.batches(progress.data_position):
                 yield progress.step, self._to_device(batch)
                 if progress.rollbacks > rollbacks or progress.step >= self.total_steps:
                     break
+
+    def _complete_log(self) -> None:
+        """The lines of the last step, which the process may have died before; every rank takes part."""
+        step = self.progress.step - 1
+        logged = self._of_first_rank(self.recorder.logged_at(step + 1))
+        if self.log_due(step):
+            metrics = self.read_metrics(step)
+            if "loss" not in logged:
+                self.recorder.log(step + 1, **metrics)
+        if self.epoch_done(step) and "params_ratio" not in logged:
+            self.recorder.log(step + 1, **self.epoch_metrics(step))
+        self.progress.save_when_due()
+
+    def _of_first_rank(self, value: set[str]) -> set[str]:
+        values = [value]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(values)
+        return values[0]
 
     def train_step(self, step: int, batch: Batch) -> None:
         self.method.train_step(batch, self.learning_rate(step))

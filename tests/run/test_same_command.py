@@ -54,14 +54,22 @@ def prepared(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> An
         for name, options in WAYS[way][0].items():
             codes, log = killed_run.run(server, before, name, 1, options)
             assert codes == [0], log
-        after = tmp_path_factory.mktemp(way) / "after"
-        shutil.copytree(before, after)
+        after = copied(before, tmp_path_factory.mktemp(way) / "after")
         command = options_of(way, after)
         codes, log = killed_run.run(server, after, "it", 1, command, kill_at=0)
         assert codes == [0], log
         return before, outcome(after), int((after / "it.calls").read_text())
 
     return made
+
+
+def copied(before: Path, folder: Path) -> Path:
+    """The runs in another folder, whose names their files say."""
+    shutil.copytree(before, folder)
+    for name in ("config.yaml", "store.json"):
+        for path in folder.rglob(name):
+            path.write_text(path.read_text().replace(str(before), str(folder)))
+    return folder
 
 
 def options_of(way: str, folder: Path) -> list[str]:
@@ -94,12 +102,7 @@ def test_the_same_command_ends_with_the_same_bits(
 ) -> None:
     before, expected, calls = prepared(way)
     at = 1 + (number * 0.381966 + 0.2) % 1 * calls  # spread evenly, however many are tried
-    folder = tmp_path / "copy"
-    shutil.copytree(before, folder)
-    for path in folder.rglob("config.yaml"):  # run folders have moved
-        path.write_text(path.read_text().replace(str(before), str(folder)))
-    for path in folder.rglob("store.json"):
-        path.write_text(path.read_text().replace(str(before), str(folder)))
+    folder = copied(before, tmp_path / "copy")
     codes, log = killed_run.run(server, folder, "it", 1, options_of(way, folder), kill_at=int(at))
     assert codes == [-signal.SIGKILL], log
     codes, log = killed_run.run(server, folder, "it", 1, options_of(way, folder))
