@@ -20,11 +20,13 @@ class Evaluation:
         loss: mean cross entropy per image, in nats, without label smoothing.
         accuracy: share of the images whose largest logit is the label's.
         count: images seen over all ranks.
+        one_class: every image was taken for the same class, and not every one rightly.
     """
 
     loss: float
     accuracy: float
     count: int
+    one_class: bool = False
 
 
 def evaluate(
@@ -41,26 +43,29 @@ def evaluate(
         loader: batches of images and labels int64[b]; together the ranks' loaders give every image once.
         transform: applied to the images of each batch, such as ``Normalise``; its result is on ``device``.
         device: where module and sums live.
-        reduce: sum over ranks of float64[3]; ``None`` for one rank.
+        reduce: sum over ranks of float64[5]; ``None`` for one rank.
 
     Raises:
         ValueError: there was no image on any rank.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     with flags_restored(module), torch.inference_mode():
         module.eval()
         for images, labels in loader:
             sums += _sums(module(transform(images)), labels.to(device, non_blocking=True))
-    loss, correct, count = (reduce(sums) if reduce else sums).tolist()
+    loss, correct, count, chosen, squares = (reduce(sums) if reduce else sums).tolist()
     if count == 0:
         raise ValueError(
             "there are no images to evaluate on; choose other data.splits or raise data.limit"
         )
-    return Evaluation(loss / count, correct / count, round(count))
+    one_class = squares * count == chosen * chosen and correct < count  # exact: sums of small integers
+    return Evaluation(loss / count, correct / count, round(count), one_class)
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """float64[3]: summed cross entropy, correct predictions, images."""
+    """float64[5]: summed cross entropy, correct predictions, images, predicted classes and their squares."""
     loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-    correct = (logits.argmax(dim=1) == labels).sum()
-    return torch.stack([loss, correct.double(), torch.full_like(loss, len(labels))])
+    predicted = logits.argmax(dim=1)
+    images, correct = predicted.new_tensor(len(labels)), (predicted == labels).sum()
+    counts = [correct, images, predicted.sum(), predicted.square().sum()]
+    return torch.stack([loss, *(count.double() for count in counts)])

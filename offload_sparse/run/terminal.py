@@ -20,12 +20,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from offload_sparse.config.run import RunConfig
 
-_COLUMNS = 80
+logger = logging.getLogger(__name__)
+
+_COLUMNS, _LINE = 80, 100
 _WARM_UP = 3
 """Steps whose seconds say nothing of those that follow."""
 
 _PERCENT = ("accuracy", "validation_accuracy", "test_accuracy")
 _SHOWN = ("loss", *_PERCENT)
+
+_COLLAPSED = 0.01
+_LESS_PRUNING = {
+    "dense": "train for more epochs",
+    "static": "raise policy.rho",
+    "sparse_offload": "raise policy.rho",
+    "rigl": "raise rigl.density",
+    "dst": "lower dst.alpha",
+    "dfbst": "lower dfbst.alpha",
+    "grow_efficient": "lower grow_efficient.penalty, or raise policy.rho",
+}
 
 SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("method", "method", str),
@@ -109,8 +122,11 @@ class Terminal:
         self._epochs_told = number
         epochs = math.ceil(self._total / self._per_epoch)
         elapsed = tqdm.format_interval(time.monotonic() - self._began)
-        line = f"epoch {number}/{epochs} step {self._step} {self._words()}".rstrip()
-        tqdm.write(f"{line} elapsed {elapsed} left {self._left()}", file=sys.stderr)
+        times = f"elapsed {elapsed} left {self._left()}"
+        line = f"epoch {number}/{epochs} step {self._step} {self._words()}".rstrip() + f" {times}"
+        if len(line) > _LINE:
+            line = f"epoch {number}/{epochs} {self._words()} left {self._left()}"
+        tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
         for name in _PERCENT[1:]:
             self._values.pop(name, None)
@@ -133,6 +149,15 @@ class Terminal:
         names = [name for name in (_SHOWN[:2] if on_bar else _SHOWN) if name in self._values]
         words = [f"{name.removesuffix('_accuracy')} {_text(name, self._values[name])}" for name in names]
         return ", ".join([*words, f"{self._left()} left"]) if on_bar else " ".join(words)
+
+
+def warn_of_collapse(method: str, params_ratio: float, one_class: bool) -> None:
+    """Say that a network is as good as gone, and which setting to change."""
+    change = _LESS_PRUNING[method]
+    if params_ratio < _COLLAPSED:
+        logger.warning("only %.2g%% of the weights are left; %s", 100 * params_ratio, change)
+    if one_class:
+        logger.warning("the network takes every image for the same class; %s, or lower optim.lr", change)
 
 
 def tell(*lines: str) -> None:

@@ -36,7 +36,7 @@ from offload_sparse.run.position import Progress
 from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
-from offload_sparse.run.terminal import tell
+from offload_sparse.run.terminal import tell, warn_of_collapse
 from offload_sparse.store.files import write_file
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
@@ -266,6 +266,11 @@ class Run:
         result = self._evaluate(network.module, self.test_loader)
         costs = self.method.costs()
         cuda = self.device.type == "cuda"
+        params_ratio = count_parameters(network.module) / costs.dense_parameters
+        report = self.method.report()
+        if self.accelerator.is_main_process:
+            kept = report.get("params_ratio", params_ratio)
+            warn_of_collapse(self.config.method, kept, result.one_class)
         return {
             "method": self.config.method,
             "model": self.config.model.name,
@@ -277,7 +282,7 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "test_accuracy": result.accuracy,
             "test_loss": result.loss,
-            "params_ratio": count_parameters(network.module) / costs.dense_parameters,
+            "params_ratio": params_ratio,
             "flops_ratio": count_flops(network.module, self.task.example_inputs) / costs.dense_flops,
             "train_cost_saving": self._saving(self.total_steps),
             "seconds": self.recorder.seconds,
@@ -287,7 +292,7 @@ class Run:
             "store_bytes": costs.store_bytes,
             "subnet_bytes_peak": costs.subnet_bytes_peak,
             "corrupt_images": len(self.corrupt),
-        } | self.method.report()
+        } | report
 
     # --- parts ---
 

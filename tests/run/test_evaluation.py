@@ -77,8 +77,23 @@ def test_sums_over_ranks_give_the_figures_of_one_process() -> None:
 
 
 def test_a_rank_without_images_still_joins_the_reduction() -> None:
-    result = evaluate(network(), [], identity, "cpu", lambda sums: sums + torch.tensor([2.0, 1.0, 4.0]))
+    others = torch.tensor([2.0, 1.0, 4.0, 3.0, 5.0])
+    result = evaluate(network(), [], identity, "cpu", lambda sums: sums + others)
     assert (result.loss, result.accuracy, result.count) == (0.5, 0.25, 4)
+
+
+@pytest.mark.parametrize(
+    ("bias", "labels", "one_class"), [(9.0, [1, 2], True), (9.0, [4, 4], False), (0.0, [1, 2], False)]
+)
+def test_a_network_that_knows_one_class_only_is_noticed(
+    bias: float, labels: list[int], one_class: bool
+) -> None:
+    model = nn.Linear(5, 5)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(5))
+        model.bias.copy_(torch.tensor([0, 0, 0, 0, bias]))
+    data = [(torch.eye(5)[[label]], torch.tensor([label])) for label in labels]
+    assert evaluate(model, data, identity, "cpu").one_class == one_class
 
 
 def test_no_images_at_all_is_an_error() -> None:

@@ -20,7 +20,7 @@ from offload_sparse.engine.faults import VARIABLE
 SMALL = [
     *("train", "--model.name", "offload_sparse/mlp"),
     *("--model.arguments", "{stream: 12, hidden: 24, depth: 1}"),
-    *("--data.train_limit", "64", "--data.test_limit", "16", "--data.batch_size", "8", "--trackers", "[]"),
+    *("--data.limit", "64", "--data.batch_size", "8", "--trackers", "[]"),
     *("--train.max_steps", "12", "--train.log_every", "1"),
 ]
 LIMIT = 240
@@ -78,10 +78,10 @@ def test_a_second_start_on_a_live_run_exits_with_2_and_the_first_is_undisturbed(
 
 
 def test_the_folder_of_a_killed_job_is_free_at_once(tmp_path: Path) -> None:
-    first = start(tmp_path / "run", "--checkpoint.every_steps", "1", fault="kill:step=5:phase=step")
+    first = start(tmp_path / "run", "--checkpoint.every", "1", fault="kill:step=5:phase=step")
     first.communicate(timeout=LIMIT)
     assert first.returncode == -signal.SIGKILL
-    again = start(tmp_path / "run", "--checkpoint.every_steps", "1")
+    again = start(tmp_path / "run", "--checkpoint.every", "1")
     error = again.communicate(timeout=LIMIT)[1]
     assert again.returncode == 0, error
     assert steps(tmp_path / "run") == list(range(1, 13))
@@ -97,3 +97,24 @@ def test_of_two_starts_at_once_exactly_one_trains(times: int, tmp_path: Path) ->
         refused = outputs[0 if jobs[0].returncode else 1][1]
         assert "is in use by" in refused
         assert steps(run_dir) == list(range(1, 13))
+
+
+def test_sigterm_to_the_whole_group_with_loader_workers_saves_and_exits_0(tmp_path: Path) -> None:
+    """As Slurm and ``timeout`` send it."""
+    command = [sys.executable, "-m", "offload_sparse.cli", *SMALL, "--run_dir", str(tmp_path / "run")]
+    command += ["--train.max_steps", "100000", "--data.num_workers", "2"]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+        begun = time.monotonic()
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.is_file() and metrics.stat().st_size):
+            assert time.monotonic() - begun < LIMIT
+            assert job.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGTERM)
+        code = job.wait(LIMIT)
+    said = (tmp_path / "log").read_text()
+    assert code == 0, said
+    assert "(SIGTERM); the same command resumes" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))

@@ -252,6 +252,39 @@ def test_progress_can_be_turned_off(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
+def test_lines_of_a_long_run_fit_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, now = Terminal(), 0.0
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(terminal_module.time, "monotonic", lambda: now)
+    monkeypatch.setenv("COLUMNS", "300")
+    with Recorder(run_config(tmp_path)) as recorder:
+        recorder.begin(1_200_000, 5_000, step=999_998, seconds=300_000)
+        for step in range(3):
+            now += 0.3
+            accuracies = {"validation_accuracy": 0.66666, "test_accuracy": 0.5} if step == 1 else {}
+            recorder.log(999_999 + step, loss=0.0001234567, accuracy=1.0, **accuracies)
+            recorder.advance()
+    lines = terminal.getvalue().replace("\r", "\n").splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    words = "epoch 200/240 loss 0.0001235 accuracy 100.0% validation 66.7% test 50.0% left "
+    assert [line[: len(words)] for line in epochs] == [words]
+    assert max(map(len, epochs)) <= 100
+    assert max(len(line) for line in lines if line not in epochs) <= 80
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("grow_efficient", "lower grow_efficient.penalty"), ("rigl", "raise rigl.density")],
+)
+def test_a_network_that_collapses_is_a_warning(
+    method: str, setting: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal_module.warn_of_collapse(method, 0.0003, one_class=False)
+    assert f"only 0.03% of the weights are left; {setting}" in caplog.text
+    terminal_module.warn_of_collapse(method, 0.5, one_class=True)
+    assert "every image for the same class" in caplog.text
+
+
 def test_a_table_closes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_two_epochs(run_config(tmp_path / "run"))
     output = capsys.readouterr().out

@@ -16,6 +16,7 @@ from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
 from offload_sparse.run.checkpoint_files import CheckpointFolder
+from offload_sparse.run.log import Recorder
 from offload_sparse.run.trainer import Run
 from tests.run.test_trainer import images, options
 
@@ -156,6 +157,55 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert ((tmp_path / "summary.json").read_text(), (tmp_path / "metrics.jsonl").read_text()) == before
     assert train(images, tmp_path, "--method", "dense", "--overwrite", "true") == 0
     assert (tmp_path / "summary.json").read_text() != before[0], "it took another time"
+
+
+@pytest.mark.parametrize("method", ["sparse_offload", "dense"])
+def test_a_finished_run_grows(
+    method: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a schedule that does not depend on the end, it is the run that was as long from the start."""
+    more = ["--method", method, "--optim.schedule", "constant", "--round.freeze_at", "0"]
+    assert train(images, tmp_path / "straight", *more) == 0
+    assert train(images, tmp_path / "parts", *more, "--train.epochs", "1") == 0
+    capsys.readouterr()
+    assert train(images, tmp_path / "parts", *more, "--quiet", "false") == 0
+    error = capsys.readouterr().err
+    assert "resuming at step 6" in error
+    assert "the run grows from 6 to 12 steps, as does its schedule" in error
+    one, other = (load_pruned(tmp_path / name / "model").state_dict() for name in ("straight", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert train(images, tmp_path / "parts", *more, "--train.epochs", "1") == 2
+    assert "train.epochs 2 instead of 1" in capsys.readouterr().err
+
+
+def test_a_run_goes_back_to_one_of_its_checkpoints(images: Path, tmp_path: Path) -> None:
+    """Those that came after it go, so that its own are not the oldest; the same command does not go back
+    again.
+    """
+    more = ["--method", "dense", "--checkpoint.every", "2"]
+    assert train(images, tmp_path, *more) == 0
+    weights = (tmp_path / "model" / "weights.safetensors").read_bytes()
+    older = tmp_path / "checkpoints" / CheckpointFolder(tmp_path / "checkpoints").checkpoints()[-1].name
+    back = [*more, "--resume", str(older)]
+    assert train(images, tmp_path, *back) == 0
+    assert (tmp_path / "model" / "weights.safetensors").read_bytes() == weights
+    before = (tmp_path / "summary.json").read_text()
+    assert train(images, tmp_path, *back) == 0
+    assert (tmp_path / "summary.json").read_text() == before, "it is finished"
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_run_resumes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(recorder: Any, step: int, **_: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "metrics.jsonl"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "log", full)
+        assert train(images, tmp_path, "--method", "dense") == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert "metrics.jsonl cannot be written (No space left on device); free space" in line
+    assert train(images, tmp_path, "--method", "dense") == 0
 
 
 @pytest.mark.parametrize(

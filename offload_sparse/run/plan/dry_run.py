@@ -40,7 +40,9 @@ class Structure:
     inputs: tuple[Tensor, ...]
 
 
-def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, Any]:
+def dry_run(
+    config: RunConfig, structure: Structure | None = None, data: DeclaredData | None = None
+) -> dict[str, Any]:
     """The figures of a run that can be known beforehand; nothing is read or written.
 
     The subnetwork is the one whose groups all keep ``policy.rho`` of their channels: the expected widths at
@@ -48,11 +50,12 @@ def dry_run(config: RunConfig, structure: Structure | None = None) -> dict[str, 
 
     Args:
         structure: the network, if it is known already.
+        data: its images, if they are.
 
     Raises:
         ValueError: the network cannot be built or narrowed, or the data section leaves something open.
     """
-    data = declared_data(config.data)
+    data = data or declared_data(config.data)
     structure = structure or structure_of(config, data)
     channel_map, cost = structure.channel_map, structure.cost
     full = channel_map.full_mask()

@@ -135,7 +135,7 @@ def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: 
     memories = {method: planner.with_method(method).memory(machine) for method in PLANNED}
     memory = planner.memory(machine)
     missing = shortage(memory, machine)
-    run = dry_run(config, structure)
+    run = dry_run(config, structure, data)
     found = {
         "method": config.method,
         "model": config.model.name,
@@ -185,7 +185,7 @@ def beside_dense(planner: Planner, machine: Machine) -> str:
     config = planner.config
     method = config.method if config.method in PLANNED else "dense"
     own, dense = (planner.with_method(m).memory(machine, 1) for m in (method, "dense"))
-    run = dry_run(config, planner.structure)
+    run = dry_run(config, planner.structure, planner.data)
     words = [f"FLOPs 1/{run['train_cost_saving']:.2g} of dense"] if method == config.method != "dense" else []
     kinds = ("host",) if machine.device is None else ("device", "host")
     sizes = {kind: [readable(getattr(memory, kind)) for memory in (own, dense)] for kind in kinds}
