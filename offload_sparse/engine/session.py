@@ -330,6 +330,9 @@ class SparseOffload(Rounds):
         self.transfers.close()
         self._reestimate(module, batches)
         self._ended = True
+        # What is left must not live until the interpreter ends, when process groups cannot be freed any more.
+        self._drop_round()
+        self._recent.clear()
         network = module.eval()
         return FinalNetwork(network, self.final_mask, self.channel_map, self._factory, self._example_inputs)
 

@@ -1,0 +1,138 @@
+"""Ranks with different numbers of batches, and ranks that no longer answer."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.session import SparseOffload
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.store.weight_store import Ranks
+from tests.support.ranks import run_ranks
+from tests.support.sessions import batches, loss_of, make_session, small_net, whole
+
+POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
+
+
+def state_of(session: SparseOffload) -> dict[str, Any]:
+    session.settle()
+    found = {kind: whole(session.store, kind) for kind in ("weights", "momentum_buffer")}
+    return found | {"s": session.policy.s.clone(), "steps": session.steps_done}
+
+
+def uneven(missing: int, reference: str, end: str) -> dict[str, Any]:
+    """Rank 1 has fewer batches; both end the same way, and rank 0 alone makes the last steps."""
+    rounds = RoundConfig(k=4, reference=reference)  # type: ignore[arg-type]
+    session = make_session(small_net(False), POLICY, rounds, total=100)
+    steps = 10 - dist.get_rank() * missing
+    for x, y in batches(steps, seed=dist.get_rank()):
+        session.step(loss_of((x, y)))
+    found: dict[str, Any] = {}
+    if end == "finalize":
+        module = session.finalize().module
+        found["network"] = [p.detach().clone() for p in module.parameters()]
+    elif end == "evaluation":
+        with session.evaluation() as network:
+            found["network"] = [p.detach().clone() for p in network.parameters()]
+        session.step(loss_of(batches(1, seed=5)[0]))
+    else:
+        session.state_dict()
+    return found | state_of(session)
+
+
+def by_one_process(missing: int, reference: str) -> dict[str, Any]:
+    """Both ranks' batches in parts of one step; then those of rank 0 alone."""
+    rounds = RoundConfig(k=4, reference=reference)  # type: ignore[arg-type]
+    session = make_session(small_net(False), POLICY, rounds, total=100)
+    first, second = batches(10, seed=0), batches(10 - missing, seed=1)
+    for step, batch in enumerate(first):
+        closures = [loss_of(batch)] + ([loss_of(second[step])] if step < len(second) else [])
+        session.step(closures)
+    return state_of(session)
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+@pytest.mark.parametrize("reference", ["turns", "every_step"])
+def test_a_rank_with_fewer_batches_takes_part_in_the_others_steps(missing: int, reference: str) -> None:
+    """In the middle of a round and over its end; as one process that steps on whatever batches there are."""
+    expected = by_one_process(missing, reference)
+    for found in run_ranks(2, uneven, missing, reference, "state_dict"):
+        assert found["steps"] == 10
+        for name in ("weights", "momentum_buffer", "s"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("end", ["finalize", "evaluation"])
+def test_ranks_meet_in_evaluation_and_at_the_end(end: str) -> None:
+    first, second = run_ranks(2, uneven, 1, "turns", end)
+    assert first["steps"] == second["steps"]
+    for a, b in zip(first["network"], second["network"], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first["weights"], second["weights"])
+
+
+def waits_no_longer_than_asked() -> tuple[bool, float]:
+    """Rank 1 never takes part in a gather."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
+    session = make_session(small_net(), POLICY, RoundConfig(k=2))
+    begun, failed = time.monotonic(), False
+    if dist.get_rank() == 0:
+        try:
+            session.step(loss_of(batches(1)[0]))
+        except RuntimeError:
+            failed = True
+    seconds = time.monotonic() - begun
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60))
+    return failed, seconds
+
+
+def timeouts() -> list[float]:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=77))
+    ranks, device = Ranks.current(), torch.device("cpu")
+    groups = [ranks.host_group, ranks.transfer_group]
+    return [g._get_backend(device).options._timeout.total_seconds() for g in groups if g is not None]
+
+
+def test_groups_of_a_session_wait_as_long_as_the_default_one() -> None:
+    assert run_ranks(2, timeouts) == [[77.0, 77.0]] * 2
+
+
+def test_a_rank_that_does_not_answer_in_a_gather_is_given_up() -> None:
+    (failed, seconds), _ = run_ranks(2, waits_no_longer_than_asked)
+    assert failed
+    assert seconds < 30
+
+
+def every_batch_is_bad(mode: str) -> tuple[str, int]:
+    session = make_session(small_net(), POLICY, RoundConfig(k=3), on_nonfinite=mode)
+    try:
+        for x, y in batches(60):
+            session.step(loss_of((torch.full_like(x, torch.nan), y)))
+    except FloatingPointError as error:
+        return str(error), session.steps_done
+    return "", session.steps_done
+
+
+@pytest.mark.parametrize("mode", ["skip", "rollback"])
+def test_a_run_of_bad_batches_ends_on_all_ranks(mode: str) -> None:
+    for message, steps in run_ranks(2, every_batch_is_bad, mode):
+        assert "too many steps are not finite" in message
+        assert 10 <= steps <= 15
+
+
+def now_and_then_bad(x: Tensor, step: int) -> Tensor:
+    return torch.full_like(x, torch.nan) if step % 20 == 7 else x
+
+
+def test_a_bad_batch_now_and_then_ends_nothing() -> None:
+    session = make_session(small_net(), POLICY, RoundConfig(k=3), on_nonfinite="skip")
+    for step, (x, y) in enumerate(batches(60)):
+        session.step(loss_of((now_and_then_bad(x, step), y)))
+    assert sum(bool(record.fault) for record in session.records()) == 3

@@ -1,0 +1,175 @@
+"""Plain mistakes at the library's edge: each works, or is one clear error that says what to change."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_sparse import FinalNetwork, SparseOffload
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.forward import bound
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+X = torch.zeros(2, 12)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 12), torch.randint(0, 4, (8,))
+
+
+def loss(net: nn.Module) -> Tensor:
+    x, y = batch()
+    return F.cross_entropy(net(x), y)
+
+
+def new_session(**more: Any) -> SparseOffload:
+    return SparseOffload(network, X, SGD, **({"rho": 0.5, "total_steps": 4, "device": "cpu"} | more))
+
+
+def trained(closure: Any = loss, **more: Any) -> FinalNetwork:
+    session = new_session(**more)
+    for _ in range(4):
+        session.step(closure)
+    return session.finalize()
+
+
+WORKS: dict[str, Callable[[], Any]] = {
+    "device as text": lambda: trained(device="cpu"),
+    "bare tensor as example": lambda: SparseOffload(network, X, SGD, rho=0.5),
+    "list of examples": lambda: SparseOffload(network, [X], SGD, rho=0.5),
+    "float metric": lambda: trained(lambda net: (loss(net), {"accuracy": 0.5})),
+    "tensor metric with a graph": lambda: trained(lambda net: (loss(net), {"again": loss(net)})),
+    "loss of one entry": lambda: trained(lambda net: loss(net)[None]),
+    "optimizer class": lambda: SparseOffload(network, X, torch.optim.Adam, rho=0.5),
+    "path as text": lambda: trained().kept_channels(),
+}
+
+
+@pytest.mark.parametrize("what", WORKS)
+def test_it_works(what: str) -> None:
+    WORKS[what]()
+
+
+def own_backward(net: nn.Module) -> Tensor:
+    first = loss(net) / 2
+    first.backward()
+    return loss(net) / 2
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "dict loss": (lambda: trained(lambda net: {"loss": loss(net)}), "the closure returns dict"),
+    "no loss": (lambda: trained(lambda net: None), "the closure returns NoneType"),
+    "number": (lambda: trained(lambda net: float(loss(net))), "the closure returns float"),
+    "loss per image": (lambda: trained(lambda net: net(batch()[0])), r"a tensor of shape \[8, 4\]"),
+    "detached loss": (lambda: trained(lambda net: loss(net).detach()), "no gradient reaches the network"),
+    "constant loss": (lambda: trained(lambda net: torch.ones(())), "no gradient reaches the network"),
+    "metrics in a list": (lambda: trained(lambda net: (loss(net), [0.5])), "the metrics are list"),
+    "too many metrics": (
+        lambda: trained(lambda net: (loss(net), {str(i): 0.0 for i in range(20)})),
+        "returns 20 metrics; at most 11",
+    ),
+    "backward in the closure": (lambda: trained(own_backward), "a list of closures for a batch in parts"),
+    "backward at rho 1": (lambda: trained(own_backward, rho=1.0), "a list of closures for a batch in parts"),
+    "batch and function": (lambda: new_session().step(batch()), "step takes a function of the network"),
+    "no closures": (lambda: new_session().step([]), "step takes a function of the network"),
+    "rho": (lambda: new_session(rho=1.5), "give a remaining ratio"),
+    "ema": (lambda: new_session(ema=1.0), r"ema is 1.0"),
+    "clip_norm": (lambda: new_session(clip_norm=-1.0), r"clip_norm -1.0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_it_is_refused_in_one_line(what: str) -> None:
+    attempt, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message) as caught:
+        attempt()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_session_that_has_ended_says_so() -> None:
+    session = new_session()
+    for _ in range(4):
+        session.step(loss)
+    session.finalize()
+    evaluate = session.evaluation().__enter__
+    for ask in (lambda: session.step(loss), session.finalize, session.state_dict, evaluate):
+        with pytest.raises(ValueError, match="finalize has ended this session"):
+            ask()
+
+
+def test_finalize_in_the_middle_of_the_search_warns() -> None:
+    session = new_session(total_steps=100, rounds=RoundConfig(k=2, freeze_at=0.5))
+    session.step(loss)
+    with pytest.warns(UserWarning, match="finalize after 1 steps of the search, which takes 50"):
+        session.finalize()
+    session = new_session(total_steps=None)
+    session.step(loss)
+    with pytest.warns(UserWarning, match=r"which total_steps or freeze\(\) would end"):
+        session.finalize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trained()
+
+
+def test_a_step_that_fails_leaves_the_session_usable() -> None:
+    """An error in a closure, in the middle of a round: the next step goes on in that round."""
+    session = new_session(total_steps=100, rounds=RoundConfig(k=4, freeze_at=1.0))
+    session.step(loss)
+    masks = session.masks
+
+    def broken(net: nn.Module) -> Tensor:
+        raise KeyError("labels")
+
+    with pytest.raises(KeyError, match="labels"):
+        session.step(broken)
+    session.step(loss)
+    assert session.masks is masks
+    assert session.round_step == session.steps_done == 2
+
+
+def test_a_closure_is_replayed_with_the_batch_of_its_step() -> None:
+    """A lambda reads the variables of the loop when it is called; the final mask needs those of the step."""
+    closures = [bound(lambda scale: scale * x) for x in (1, 2, 3)]  # noqa: B023
+    assert [closure(10) for closure in closures] == [10, 20, 30]
+    space: dict[str, Any] = {"bound": bound}
+    exec("kept = []\nfor x in (1, 2):\n    kept.append(bound(lambda s: [s * x for _ in 'a']))", space)
+    assert [closure(10) for closure in space["kept"]] == [[10], [20]]
+
+
+def test_a_session_changes_nothing_in_its_process() -> None:
+    """Neither the environment, nor the garbage collector, nor malloc's options (seen in memory that is
+    freed).
+    """
+    code = (
+        "import gc, os, functools, torch\n"
+        "from torch import nn\n"
+        "from offload_sparse import SparseOffload\n"
+        "before = dict(os.environ), gc.get_threshold(), gc.isenabled(), gc.get_freeze_count(), "
+        "torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()\n"
+        "net = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), "
+        "nn.Linear(64, 2))\n"
+        "torch.manual_seed(1); state = torch.get_rng_state()\n"
+        "SparseOffload(net, torch.zeros(1, 3, 6, 6), torch.optim.SGD, rho=0.5, total_steps=3, device='cpu')\n"
+        "assert torch.equal(state, torch.get_rng_state()), 'random state'\n"
+        "after = dict(os.environ), gc.get_threshold(), gc.isenabled(), gc.get_freeze_count(), "
+        "torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()\n"
+        "assert before == after, (before[1:], after[1:], set(after[0].items()) ^ set(before[0].items()))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
