@@ -109,7 +109,8 @@ def _image_paths(folder: Path, classes: list[str]) -> list[list[bytes]]:
     add what no class holds.
     """
     seen = _Seen()
-    seen.new(str(folder))
+    for above in (folder.resolve(), *folder.resolve().parents):
+        seen.new(str(above))  # a link upwards would lead to the other splits, and to everything else
     own = [[str(folder / name)] if seen.new(str(folder / name)) else [] for name in classes]
     links: list[list[str]] = [[] for _ in classes]
     found = [list(seen.walk(roots, aside)) for roots, aside in zip(own, links, strict=True)]

@@ -17,6 +17,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,15 +172,18 @@ class ParquetStream:
             self._cache, self._cache_owner = OrderedDict(), os.getpid()
         if group not in self._cache:
             file, number = self._groups[group]
-            with fsspec.open(self._files[file], "rb") as handle:
-                source = pq.ParquetFile(handle, metadata=self._metadata[file])
-                table = source.read_row_group(number, columns=[self._column])
+            table = _readable(partial(self._table, file, number), self._files[file])
             held = sum(len(rows) for rows in self._cache.values()) + len(table)
             while self._cache and held > self._kept_rows:
                 held -= len(self._cache.popitem(last=False)[1])
             self._cache[group] = table.column(self._column).combine_chunks()
         self._cache.move_to_end(group)
         return self._cache[group]
+
+    def _table(self, file: int, number: int) -> pa.Table:
+        with fsspec.open(self._files[file], "rb") as handle:
+            source = pq.ParquetFile(handle, metadata=self._metadata[file])
+            return source.read_row_group(number, columns=[self._column])
 
     def _changed(self, **attributes: Any) -> ParquetStream:
         other = object.__new__(ParquetStream)
@@ -201,17 +205,16 @@ def hub_files(name: str) -> dict[str, list[str]]:
 
 
 def _in_parallel(read: Callable[[str], Any], files: Sequence[str]) -> list[Any]:
-    def checked(file: str) -> Any:
-        try:
-            return read(file)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{file} cannot be read as a parquet file ({reason}); correct data.name"
-            ) from error
-
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        return list(pool.map(checked, files))
+        return list(pool.map(lambda file: _readable(partial(read, file), file), files))
+
+
+def _readable(read: Callable[[], Any], file: str) -> Any:
+    try:
+        return read()
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} cannot be read as a parquet file ({reason}); correct data.name") from error
 
 
 def _state(file: str) -> tuple[int, ...]:

@@ -291,6 +291,9 @@ def _named(table: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
 
 def _read_files(files: list[Path], config: DataConfig) -> Table:
     """The rows of the files of one split, one after the other."""
+    for file in files:
+        if not file.is_file():  # a pipe would be waited for, a device read for ever
+            raise ValueError(f"{file} is no regular file; correct data.name")
     if files[0].suffix == ".tar":
         return _named(read_tar(files), config)
     if files[0].suffix in LISTINGS:
