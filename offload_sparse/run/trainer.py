@@ -220,7 +220,7 @@ class Run:
         return {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
 
     def start_lines(self) -> tuple[str, ...]:
-        """Device, model, data and method in four lines, with what the run is expected to take."""
+        """Device, model, data (in detail) and method, with what the run is expected to take."""
         config, splits, method = self.config, self.splits, self.method
         cuda, ranks = self.device.type == "cuda", self.accelerator.num_processes
         device = torch.cuda.get_device_name(self.device) if cuda else "cpu"
@@ -234,6 +234,7 @@ class Run:
             f"model: {config.model.name}, {method.cost.dense_parameters:,} parameters{channels}",
             f"data: {config.data.name}, {splits.num_classes} classes, {images}, "
             f"{'x'.join(map(str, self.image_shape))}",
+            *(f"  {line}" for line in splits.describe()),
             f"train: {config.method}, {knob(config)}, {self.total_steps:,} steps, {self._expected()}",
         )
 

@@ -172,7 +172,7 @@ class Splits:
         return len(self.class_names)
 
     def describe(self) -> list[str]:
-        """What there is to train on, in lines of at most 100 columns."""
+        """What there is to train on, in lines of at most 98 columns."""
         names = ", ".join(self.class_names)
         if len(names) > _LONGEST_LIST:
             names = f"{names[:_LONGEST_LIST].rpartition(', ')[0]}, … {self.class_names[-1][:20]}"
