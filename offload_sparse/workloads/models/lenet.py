@@ -51,13 +51,3 @@ class LeNet5(nn.Module):
         out = F.relu(F.max_pool2d(self.conv1(images), 2))
         out = F.relu(F.max_pool2d(self.conv2(out), 2))
         return self.fc2(F.relu(self.fc1(torch.flatten(out, 1))))
-
-
-def lenet_300_100(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> LeNet300:
-    """LeNet-300-100; images of 28×28."""
-    return LeNet300(num_classes, in_channels, width)
-
-
-def lenet5_caffe(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> LeNet5:
-    """LeNet-5-Caffe; images of 28×28."""
-    return LeNet5(num_classes, in_channels, width)

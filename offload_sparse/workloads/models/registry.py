@@ -16,9 +16,9 @@ FAMILIES = ("offload_sparse", "torchvision", "timm")
 
 # Constructor and the smallest side of an image that its pooling leaves something of.
 _OWN: dict[str, tuple[Callable[..., nn.Module], int]] = {
-    "lenet5_caffe": (lenet.lenet5_caffe, 28),
-    "lenet_300_100": (lenet.lenet_300_100, 28),
-    "resnet18_cifar": (resnet.resnet18_cifar, 1),
+    "lenet5_caffe": (lenet.LeNet5, 28),
+    "lenet_300_100": (lenet.LeNet300, 28),
+    "resnet18_cifar": (resnet.ResNet18, 1),
     "mlp": (mlp.MLP, 1),
     "resnet20_cifar": (resnet.resnet20_cifar, 1),
     "resnet32_cifar": (resnet.resnet32_cifar, 1),

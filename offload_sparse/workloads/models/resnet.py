@@ -139,11 +139,6 @@ class WideResNet(nn.Module):
         return self.fc(torch.flatten(self.pool(out), 1))
 
 
-def resnet18_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet18:
-    """ResNet-18 for images of CIFAR's size."""
-    return ResNet18(num_classes, in_channels, width)
-
-
 def resnet20_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
     """ResNet-20."""
     return ResNet(3, num_classes, in_channels, width)

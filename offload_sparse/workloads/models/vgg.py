@@ -22,13 +22,20 @@ class VGG(nn.Module):
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
         width: multiplier of all channel counts.
+        hidden: units of a hidden layer in the classifier, 0 for none; with one the last stage is pooled by
+            the average alone, as in Dynamic Sparse Training (Liu et al. 2020).
 
     Shape: float[N, in_channels, H, W] → float[N, num_classes]; H and W at least 2 to the power of the number
-        of stages.
+        of stages (with a hidden layer, less one).
     """
 
     def __init__(
-        self, stages: Sequence[Sequence[int]], num_classes: int = 10, in_channels: int = 3, width: float = 1.0
+        self,
+        stages: Sequence[Sequence[int]],
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: float = 1.0,
+        hidden: int = 0,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -38,9 +45,9 @@ class VGG(nn.Module):
                 layers += _convolution(channels, scaled(base, width))
                 channels = scaled(base, width)
             layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
+        self.features = nn.Sequential(*(layers[:-1] if hidden else layers))
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = _classifier(channels, scaled(hidden, width) if hidden else 0, num_classes)
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -48,48 +55,15 @@ class VGG(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
-class VGGTwoLinear(nn.Module):
-    """VGG with a hidden layer in its classifier, as in Dynamic Sparse Training (Liu et al. 2020).
-
-    The last stage is pooled by the average instead of the maximum; otherwise the convolutions are those of
-    ``VGG``.
-
-    Shape: float[N, in_channels, H, W] → float[N, num_classes]; H and W at least 2 to the power of the number
-        of stages, less one.
-    """
-
-    def __init__(
-        self, stages: Sequence[Sequence[int]], num_classes: int = 10, in_channels: int = 3, width: float = 1.0
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for number, stage in enumerate(stages):
-            if number:
-                layers.append(nn.MaxPool2d(2))
-            for base in stage:
-                layers += _convolution(channels, scaled(base, width))
-                channels = scaled(base, width)
-        hidden = scaled(512, width)
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(
-            nn.Linear(channels, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, num_classes),
-        )
-        initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(images)), 1))
+def _classifier(inputs: int, hidden: int, outputs: int) -> nn.Module:
+    if not hidden:
+        return nn.Linear(inputs, outputs)
+    first = (nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
+    return nn.Sequential(*first, nn.Linear(hidden, outputs))
 
 
 def vgg16_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:
@@ -98,10 +72,10 @@ def vgg16_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0)
     return VGG(stages, num_classes, in_channels, width)
 
 
-def vgg16_dst_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGGTwoLinear:
+def vgg16_dst_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:
     """VGG-16 as in Dynamic Sparse Training: 13 convolutions, Linear(512, 512), Linear(512, classes)."""
     stages = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
-    return VGGTwoLinear(stages, num_classes, in_channels, width)
+    return VGG(stages, num_classes, in_channels, width, hidden=512)
 
 
 def vgg19_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:
