@@ -12,12 +12,13 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload_sparse.channels.channel_map import Axis, ChannelMap
 from offload_sparse.channels.forward import Inputs, move_inputs
-from offload_sparse.channels.subnet import meta_copy, narrow_module
+from offload_sparse.channels.subnet import hollow_copy, meta_copy, narrow_module
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -33,13 +34,21 @@ def count_flops(module: nn.Module, example_inputs: Inputs) -> int:
 def flops_by_module(module: nn.Module, example_inputs: Inputs) -> dict[str, int]:
     """FLOPs spent inside each module, by qualified name; the empty name is the whole network."""
     network = meta_copy(module, other=True).eval()
-    inputs = move_inputs(example_inputs, "meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*inputs)
+    try:
+        counter = _counted(network, move_inputs(example_inputs, "meta"))
+    except RuntimeError:  # a model that looks at values of its inputs
+        network = hollow_copy(module).eval()
+        counter = _counted(network, move_inputs(example_inputs, "cpu"))
     counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
     prefix = type(network).__name__ + "."
     flops = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
     return flops | {"": counter.get_total_flops()}
+
+
+def _counted(network: nn.Module, inputs: Inputs) -> FlopCounterMode:
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        network(*inputs)
+    return counter
 
 
 class CostModel:

@@ -17,8 +17,13 @@ _RATES = ("p", "drop_prob", "drop_rate", "dropout_rate", "dropout", "attn_drop_r
 
 
 def move_inputs(inputs: Inputs, device: str | torch.device) -> Inputs:
-    """The inputs with every tensor on ``device``, apart from any graph."""
-    return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device), inputs)
+    """The inputs with every tensor on ``device``, apart from any graph; zeros where values are unknown."""
+
+    def moved(x: Tensor) -> Tensor:
+        unknown = x.is_meta and str(device) != "meta"
+        return torch.zeros_like(x, device=device) if unknown else x.detach().to(device)
+
+    return pytree.tree_map_only(Tensor, moved, inputs)
 
 
 def enlarge_inputs(inputs: Inputs, least: int) -> Inputs:

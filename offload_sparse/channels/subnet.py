@@ -169,6 +169,21 @@ def meta_copy(model: nn.Module, other: bool = False) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def hollow_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU whose parameters are zeros that take no memory, to run models that look at values.
+
+    Buffers keep their values, as far as these are known.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        memo[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
+    for buffer in model.buffers():
+        known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
+        memo[id(buffer)] = known
+    return copy.deepcopy(model, memo)
+
+
 def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
     """An independent narrow copy of ``model`` (real or on meta) with copies of the kept entries."""
     selection = Selection(channel_map, mask)

@@ -7,7 +7,6 @@ its code are noted along the way (see ``views``).
 
 from __future__ import annotations
 
-import copy
 import logging
 from math import prod
 from typing import Any
@@ -21,7 +20,7 @@ from offload_sparse.channels.attention import HeadAttention, can_drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group, View
 from offload_sparse.channels.forward import Inputs, disable_dropout, enlarge_inputs, move_inputs, operations
 from offload_sparse.channels.propagation import Propagation, compact, varying
-from offload_sparse.channels.subnet import is_norm, meta_copy
+from offload_sparse.channels.subnet import hollow_copy, is_norm, meta_copy
 from offload_sparse.channels.views import SLICES, SPLITS, UNFLATTENS, Sizes, indexed, written_sizes
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def works_on_tokens(model: nn.Module, inputs: Inputs) -> bool:
         return True
     found: list[bool] = []
     done: list[str] = []
-    network = meta_copy(model)
+    network = meta_copy(model, other=True)
     for module in network.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, given: found.append(given[0].dim() == 3))
@@ -60,16 +59,14 @@ def token_map(model: nn.Module, example_inputs: Inputs) -> ChannelMap:
 
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Propagation, list[Any]]:
-    """Both modes of a copy on meta, or on the CPU for a model that looks at values."""
+    """Both modes of a copy on meta, or of a hollow one for a model that looks at values of its inputs."""
     inputs = enlarge_inputs(inputs, 2)
     try:
-        return _run_copy(meta_copy(model), move_inputs(inputs, "meta"))
-    except Exception as error:
-        values = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(inputs)]
-        if any(isinstance(x, Tensor) and x.is_meta for x in values):
-            raise _not_traceable(model, error) from error
+        return _run_copy(meta_copy(model, other=True), move_inputs(inputs, "meta"))
+    except Exception:  # a meta tensor has no values
+        pass
     try:
-        return _run_copy(copy.deepcopy(model).to("cpu"), move_inputs(inputs, "cpu"))
+        return _run_copy(hollow_copy(model), move_inputs(inputs, "cpu"))
     except Exception as error:
         raise _not_traceable(model, error) from error
 

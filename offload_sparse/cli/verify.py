@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from offload_sparse.channels.config import Residual
@@ -18,7 +20,8 @@ class VerifyConfig:
 
     Attributes:
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
-        all: check a table of networks of many families instead; only ``rho``, ``seed`` and ``json`` count.
+        all: check a table of networks of many families instead; only ``rho``, ``seed``, ``json``
+            and ``results`` count.
         rho: probability that a channel is kept, in (0, 1].
         residual: what is sampled on residual streams.
         image_size: side of the images in pixels; 0 takes 32 for networks of this package and 64 for others.
@@ -26,6 +29,7 @@ class VerifyConfig:
         num_classes: outputs of the network.
         seed: seed of the mask and of the network's random weights.
         json: print one JSON object instead of a table.
+        results: of ``--all``, a file of JSON lines that grows with every network and is resumed from.
     """
 
     model: str = ""
@@ -37,6 +41,7 @@ class VerifyConfig:
     num_classes: int = 10
     seed: int = 0
     json: bool = False
+    results: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.model) == self.all:
@@ -112,40 +117,59 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
 def _verify_all(config: VerifyConfig) -> int:
     """The table of ``--all``; exit code 1 if a network that is known to pass does not."""
     from offload_sparse.inspect import coverage
-    from offload_sparse.workloads.models import build_model
 
-    def build(case: coverage.Case) -> Any:
-        return build_model(case.name, num_classes=10, in_channels=3, image_size=case.size, **case.arguments)
-
-    start, outcomes = time.perf_counter(), []
+    start, rows, known = time.perf_counter(), _read_rows(config.results), {c.name: c for c in coverage.CASES}
+    done = {row["model"] for row in rows}
     if not config.json:
-        print(_ROW.format("model", "streams", "atoms", "groups", "discover", "output", "gradient", ""))
-    for outcome in coverage.cover(build, coverage.CASES, rho=config.rho, seed=config.seed):
-        outcomes.append(outcome)
-        if not config.json:
-            print(_row(outcome), flush=True)
-    accepted = sum(outcome.accepted for outcome in outcomes)
+        titles = ("model", "streams", "atoms", "groups", "discover", "output", "gradient", "export", "")
+        print(_ROW.format(*titles))
+    for row in [] if config.json else rows:
+        print(_row(row))
+    todo = [case for case in coverage.CASES if case.name not in done]
+    for outcomes in coverage.cover(todo, rho=config.rho, seed=config.seed):
+        found = [outcome.figures() for outcome in outcomes]
+        rows += found
+        _append_rows(config.results, found)
+        for row in [] if config.json else found:
+            print(_row(row), flush=True)
+    accepted = {row["model"] for row in rows if row["accepted"]}
+    differences = [row["export_difference"] for row in rows if row["export_difference"] is not None]
     summary = {
-        "accepted": accepted,
-        "refused": len(outcomes) - accepted,
-        "ok": all(outcome.accepted for outcome in outcomes if outcome.case.accepted),
+        "accepted": len(accepted),
+        "refused": len(known) - len(accepted),
+        "other_in_training": len({row["model"] for row in rows if row["modes_differ"]}),
+        "worst_export_difference": max(differences, default=0.0),
+        "ok": all(name in accepted for name, case in known.items() if case.accepted),
         "seconds": time.perf_counter() - start,
     }
     if config.json:
-        show(summary | {"models": [outcome.figures() for outcome in outcomes]}, json_wanted=True)
+        show(summary | {"models": rows}, json_wanted=True)
     else:
         show(summary, json_wanted=False)
     return 0 if summary["ok"] else 1
 
 
-_ROW = "{:<36}{:<10}{:>7}{:>8}{:>10}{:>10}{:>10}  {}"
+def _read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of an earlier call, one JSON object a line; an unfinished last line counts as none."""
+    text = Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _row(outcome: Any) -> str:
-    figures = outcome.figures()
-    seconds = f"{outcome.discover_seconds:.1f} s"
-    errors = ["" if figures[k] is None else f"{figures[k]:.0e}" for k in ("output_error", "gradient_error")]
-    reason = f"refused: {outcome.reason}" if outcome.reason else ""
+def _append_rows(path: str, rows: list[dict[str, Any]]) -> None:
+    if path:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+_ROW = "{:<46}{:<9}{:>6}{:>7}{:>9}{:>8}{:>9}{:>8}  {}"
+
+
+def _row(figures: dict[str, Any]) -> str:
+    seconds = f"{figures['discover_seconds']:.1f} s"
+    keys = ("output_error", "gradient_error", "export_difference")
+    errors = ["" if figures[key] is None else f"{figures[key]:.0e}" for key in keys]
+    note = "other in training" if figures["modes_differ"] else ""
+    note = f"refused: {figures['reason']}" if figures["reason"] else note
     return _ROW.format(
-        outcome.case.name, outcome.residual, outcome.atoms, outcome.groups, seconds, *errors, reason
+        figures["model"], figures["residual"], figures["atoms"], figures["groups"], seconds, *errors, note
     )

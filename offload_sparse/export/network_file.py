@@ -144,7 +144,7 @@ class FinalNetwork:
         path: str | os.PathLike[str],
         model: dict[str, Any] | None = None,
         preprocessing: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> float:
         """Write ``weights.safetensors`` and ``structure.json``, each complete or not at all, then read them
         in a fresh process and compare the outputs of both networks.
 
@@ -154,6 +154,9 @@ class FinalNetwork:
                 ``offload_sparse.workloads.models.build_model``; None when ``load_pruned`` will be given the
                 model.
             preprocessing: fields of ``export.description.Preprocessing``, for the reader.
+
+        Returns:
+            the largest relative difference between the outputs; 0 if nothing is known to call it with.
 
         Raises:
             ValueError: what is read back is not this network (and is made unreadable), or ``preprocessing``
@@ -174,9 +177,9 @@ class FinalNetwork:
             {name: _fitted(calls) for name, calls in fitted_views(self.module)},
         )
         _write(folder, structure, *encode(tensors))
-        self._read_back(folder, images, by_name=bool(model and "name" in model))
+        return self._read_back(folder, images, by_name=bool(model and "name" in model))
 
-    def _read_back(self, folder: Path, images: Preprocessing, by_name: bool) -> None:
+    def _read_back(self, folder: Path, images: Preprocessing, by_name: bool) -> float:
         dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
         batch = (torch.empty(3, *images.shape, dtype=dtype, device="meta"),)
         inputs: Inputs = self.example_inputs or (batch if images.shape else ())
@@ -186,9 +189,10 @@ class FinalNetwork:
             if not (by_name or self.factory):
                 _read(folder)
             elif inputs:
-                compare(read, self.module, inputs, folder)
+                return compare(read, self.module, inputs, folder)
             else:
                 read()
+            return 0.0
         except ValueError:
             (folder / STRUCTURE_FILE).unlink(missing_ok=True)
             raise

@@ -1,28 +1,33 @@
-"""Which networks can be trained: a table of many families, each discovered and verified.
+"""Which networks can be trained: a table of many families, each discovered, verified, exported and read back.
 
-    case ──▶ build on meta ──▶ discover, coupled, else internal ──▶ narrow twin ──▶ verify ──▶ outcome
+    case ──▶ build on meta ──▶ with each policy: discover ──▶ slice = mask ──▶ save, read back ──▶ outcome
 
-A network is accepted when slice = mask holds to ``TOLERANCE`` in float64; otherwise the outcome tells why it
-is refused. Large networks are verified as their narrow twin, so the table takes minutes on one core.
+A network is accepted with a policy when slice = mask holds to ``TOLERANCE`` in float64 (on a narrow twin
+where it is large), and the narrow network gives the same outputs after another process has read it.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from offload_sparse.channels.check import TOLERANCE, Verification, lacks_values, reduced, verify
+from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.check import TOLERANCE, Verification, lacks_values, random_mask, reduced, verify
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover, policies
-from offload_sparse.channels.subnet import build_on_meta
+from offload_sparse.channels.forward import Inputs, modes_differ, move_inputs
+from offload_sparse.channels.subnet import build_on_meta, hollow_copy, narrow_module
+from offload_sparse.export.network_file import FinalNetwork
 
 TIME_LIMIT = 15.0
-"""Seconds that the discovery of one network may take, over both residual policies."""
+"""Seconds that the discovery of one network may take, by each residual policy."""
 
 _TWIN_PARAMETERS = 500_000
 
@@ -32,10 +37,10 @@ class Case:
     """One network of the table.
 
     Attributes:
-        name: as ``offload_sparse.workloads.models.build_model`` takes it.
-        size: side of the images, about the smallest that the family admits.
-        accepted: whether the network is known to pass; a refusal then is a regression.
-        arguments: further arguments of its constructor.
+        name: as ``offload_sparse.workloads.models.build_model`` takes it, or ``transformers/<class>``.
+        size: side of the images, about the smallest that the family admits; 0 for a network on tokens.
+        accepted: whether the network is known to pass with some policy; a refusal then is a regression.
+        arguments: further arguments of its constructor or, for ``transformers``, of its configuration.
     """
 
     name: str
@@ -46,17 +51,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """What became of a case with one residual policy.
 
     Attributes:
         case: the case.
-        residual: residual policy that was taken; that of the last attempt for a refusal.
-        groups: groups of the map, 0 when there is none.
-        atoms: atoms of the map, 0 when there is none.
+        residual: the policy.
+        groups, atoms: of the map, 0 when there is none.
         discover_seconds: building on meta and discovery.
         seconds: everything.
         verification: the errors, when it came to that.
         reason: why the network is refused; empty for an accepted one.
+        export_difference: largest relative difference of what was read back.
+        modes_differ: whether the network computes something else in training mode.
     """
 
     case: Case
@@ -67,6 +73,8 @@ class Outcome:
     seconds: float
     verification: Verification | None
     reason: str
+    export_difference: float | None = None
+    modes_differ: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -84,10 +92,45 @@ class Outcome:
             "groups": self.groups,
             "output_error": max(found.train_error, found.eval_error) if found else None,
             "gradient_error": found.gradient_error if found else None,
+            "export_difference": self.export_difference,
+            "modes_differ": self.modes_differ,
             "discover_seconds": self.discover_seconds,
             "seconds": self.seconds,
             "reason": self.reason,
         }
+
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "use_cache": False,
+}
+_DECODER |= {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+_ENCODER: dict[str, Any] = {
+    key: n for key, n in _DECODER.items() if key not in ("num_key_value_heads", "use_cache")
+}
+_VISION: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}
+_VISION |= {"image_size": 32, "patch_size": 8}
+_GPT2: dict[str, Any] = {
+    "vocab_size": 50,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 6,
+    "n_positions": 32,
+    "use_cache": False,
+}
 
 
 def _cases(
@@ -116,89 +159,127 @@ CASES: tuple[Case, ...] = (
     *_cases("timm", "swin_tiny_patch4_window7_224", 64, img_size=64, window_size=4),
     *_cases("torchvision", "shufflenet_v2_x1_0", 64, False),
     *_cases("timm", "ghostnet_100 skresnet18 res2net50_26w_4s dpn68 cspresnet50", 64, False),
+    *_cases(
+        "transformers", "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Phi3ForCausalLM", 0, **_DECODER
+    ),
+    *_cases("transformers", "Qwen3ForCausalLM GemmaForCausalLM", 0, **_DECODER, head_dim=8),
+    *_cases("transformers", "GPT2LMHeadModel", 0, **_GPT2),
+    *_cases("transformers", "GPTNeoXForCausalLM BertForSequenceClassification", 0, **_ENCODER),
+    *_cases("transformers", "RobertaForSequenceClassification", 0, **_ENCODER),
+    *_cases("transformers", "ViTForImageClassification DeiTForImageClassification", 32, **_VISION),
 )
 """The networks of ``offload-sparse verify --all``."""
 
 
-def cover(
-    build: Callable[[Case], nn.Module],
-    cases: Sequence[Case],
-    rho: float = 0.5,
-    seed: int = 0,
-    time_limit: float = TIME_LIMIT,
-) -> Iterator[Outcome]:
-    """The outcome of each case, one after the other; nothing that a network does ends the table.
+def build(case: Case) -> nn.Module:
+    """The network of a case, with ten classes if it is one for images.
 
-    Args:
-        build: builds the network of a case.
-        cases: which networks.
-        rho: probability that an atom is kept.
-        seed: seed of masks, parameters and inputs.
-        time_limit: seconds that the discovery of one network may take.
+    Raises:
+        ImportError: it is of ``transformers``, which is not installed.
     """
+    family, _, name = case.name.partition("/")
+    if family == "transformers":
+        import transformers
+
+        network: Any = getattr(transformers, name)
+        built: nn.Module = network(network.config_class(**case.arguments))
+        return built
+    from offload_sparse.workloads.models import build_model
+
+    return build_model(case.name, num_classes=10, in_channels=3, image_size=case.size, **case.arguments)
+
+
+def cover(
+    cases: Sequence[Case], build: Callable[[Case], nn.Module] = build, rho: float = 0.5, seed: int = 0
+) -> Iterator[list[Outcome]]:
+    """The outcomes of each case, one after the other; nothing that a network does ends the table."""
     for case in cases:
-        yield examine(case, build, rho, seed, time_limit)
+        yield examine(case, build, rho, seed)
 
 
 def examine(
     case: Case,
-    build: Callable[[Case], nn.Module],
+    build: Callable[[Case], nn.Module] = build,
     rho: float = 0.5,
     seed: int = 0,
     time_limit: float = TIME_LIMIT,
-) -> Outcome:
-    """Discover and verify one network, with coupled streams if they can be, else with dense ones."""
+) -> list[Outcome]:
+    """What becomes of one network with each residual policy that makes a difference for it.
+
+    Args:
+        case: the network.
+        build: builds it.
+        rho: probability that an atom is kept.
+        seed: seed of masks, parameters and inputs.
+        time_limit: seconds that a discovery may take.
+    """
     start = time.perf_counter()
+    inputs = _inputs(case)
     try:
         model = build_on_meta(lambda: build(case))
         model = build(case) if lacks_values(model) else model
-        inputs = (torch.empty(2, 3, case.size, case.size, device="meta"),)
-        on_tokens = policies(model, inputs, time_limit) == ("internal",)
+        possible = policies(model, inputs, time_limit)
+        differ = modes_differ(hollow_copy(model), move_inputs(inputs, "cpu"))
     except Exception as error:  # whatever a constructor or a forward raises is the reason
-        return _refusal(case, "coupled", start, error)
-    if on_tokens:
-        return _attempt(case, "internal", model, inputs, start, (rho, seed, time_limit))
-    outcome = _attempt(case, "coupled", model, inputs, start, (rho, seed, time_limit))
-    remaining = time_limit - (time.perf_counter() - start)
-    if outcome.accepted or remaining <= 0:
-        return outcome
-    dense = _attempt(case, "internal", model, inputs, start, (rho, seed, remaining))
-    return dense if dense.accepted else outcome
+        return [_refusal(case, "coupled", start, error)]
+    attempt = partial(_attempt, case, build, model, inputs, differ, (rho, seed, time_limit))
+    return [attempt(residual) for residual in possible]
+
+
+def _inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    if case.size:
+        return (torch.empty(2, 3, case.size, case.size, device="meta"),)
+    return (torch.randint(2, 50, (2, 7), generator=generator),)
 
 
 def _attempt(
     case: Case,
-    residual: Residual,
+    build: Callable[[Case], nn.Module],
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    start: float,
+    inputs: Inputs,
+    differ: bool,
     settings: tuple[float, int, float],
+    residual: Residual,
 ) -> Outcome:
+    start = time.perf_counter()
     rho, seed, time_limit = settings
     try:
         channel_map = discover(model, inputs, residual, time_limit)
         discover_seconds = time.perf_counter() - start
         twin, twin_map = reduced(model, channel_map, _TWIN_PARAMETERS)
         found = verify(twin, inputs, twin_map, rho, seed)
+        if not found.error <= TOLERANCE:  # NaN fails too
+            raise ValueError(f"slice differs from mask: {found.worst}")
+        difference = _read_back(case, build, inputs, channel_map, rho, seed)
     except Exception as error:  # a foreign network may raise anything while it runs
-        return _refusal(case, residual, start, error)
-    reason = "" if found.error <= TOLERANCE else f"slice differs from mask: {found.worst}"  # NaN fails too
-    return Outcome(
-        case,
-        residual,
-        len(channel_map.groups),
-        channel_map.num_atoms,
-        discover_seconds,
-        time.perf_counter() - start,
-        found,
-        reason,
-    )
+        return _refusal(case, residual, start, error, differ)
+    seconds = time.perf_counter() - start
+    sizes = (len(channel_map.groups), channel_map.num_atoms)
+    return Outcome(case, residual, *sizes, discover_seconds, seconds, found, "", difference, differ)
 
 
-def _refusal(case: Case, residual: Residual, start: float, error: Exception) -> Outcome:
+def _read_back(
+    case: Case,
+    build: Callable[[Case], nn.Module],
+    inputs: Inputs,
+    channel_map: ChannelMap,
+    rho: float,
+    seed: int,
+) -> float:
+    """The difference between a narrow network and what another process reads of it."""
+    torch.manual_seed(seed)
+    mask = random_mask(channel_map, rho, torch.Generator().manual_seed(seed))
+    narrow = narrow_module(build(case), channel_map, mask).eval()
+    final = FinalNetwork(narrow, mask, channel_map, partial(build, case), inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        return final.save(folder)
+
+
+def _refusal(case: Case, residual: Residual, start: float, error: Exception, differ: bool = False) -> Outcome:
     text = str(error).strip()
     reason = text.splitlines()[0] if text else type(error).__name__
     if not isinstance(error, ValueError):
         reason = f"{type(error).__name__}: {reason}"
     seconds = time.perf_counter() - start
-    return Outcome(case, residual, 0, 0, seconds, seconds, None, reason)
+    return Outcome(case, residual, 0, 0, seconds, seconds, None, reason, modes_differ=differ)

@@ -12,11 +12,6 @@ from torch import Tensor, nn
 from offload_sparse.channels.check import TOLERANCE
 from offload_sparse.inspect import coverage
 from offload_sparse.inspect.coverage import CASES, Case, cover, examine
-from offload_sparse.workloads.models import build_model
-
-
-def build(case: Case) -> nn.Module:
-    return build_model(case.name, 10, 3, case.size, **case.arguments)
 
 
 class Network(nn.Module):
@@ -40,6 +35,7 @@ def test_the_table_is_wide() -> None:
     assert sum(case.accepted for case in CASES) >= 35
     families = "vgg resnet resnext wide_resnet densenet googlenet inception mobilenet_v2 mobilenet_v3"
     families += " mobilenetv1 efficientnet regnet mnasnet squeezenet convnext vit swin shufflenet maxvit"
+    families += " Llama Mistral Qwen2 Qwen3 Phi3 Gemma GPT2 GPTNeoX Bert Roberta ViT DeiT"
     for family in families.split():
         assert any(family in name for name in names), family
 
@@ -50,15 +46,16 @@ def test_the_table_is_wide() -> None:
         ("offload_sparse/vgg_small", "coupled"),
         ("torchvision/squeezenet1_1", "coupled"),
         ("timm/convnext_atto", "internal"),
+        ("transformers/GPT2LMHeadModel", "internal"),
     ],
 )
 def test_a_listed_network_is_accepted(name: str, residual: str) -> None:
     (case,) = (case for case in CASES if case.name == name)
-    outcome = examine(case, build)
+    outcome = next(outcome for outcome in examine(case) if outcome.accepted)
     figures = outcome.figures()
-    assert outcome.accepted
     assert figures["residual"] == residual
     assert max(figures["output_error"], figures["gradient_error"]) < TOLERANCE  # type: ignore[type-var]
+    assert figures["export_difference"] < 1e-5  # type: ignore[operator]
 
 
 def test_a_refusal_gives_its_reason_and_the_table_goes_on() -> None:
@@ -69,7 +66,7 @@ def test_a_refusal_gives_its_reason_and_the_table_goes_on() -> None:
         return Network(middle[case.name])
 
     names = ("no constructor", "sigmoid", "reorders", "fine")
-    outcomes = list(cover(broken, [Case(name, 8) for name in names]))
+    outcomes = [found[0] for found in cover([Case(name, 8) for name in names], broken)]
     assert [outcome.accepted for outcome in outcomes] == [False, False, False, True]
     assert "KeyError: 'depth'" in outcomes[0].reason
     assert "slice differs from mask" in outcomes[1].reason
@@ -78,7 +75,7 @@ def test_a_refusal_gives_its_reason_and_the_table_goes_on() -> None:
 
 def test_discovery_is_given_up_after_the_time_limit() -> None:
     start = time.monotonic()
-    outcome = examine(Case("slow", 8), lambda case: Network(Slow()), time_limit=0.3)
+    (outcome,) = examine(Case("slow", 8), lambda case: Network(Slow()), time_limit=0.3)
     assert "did not finish" in outcome.reason
     assert time.monotonic() - start < 20
 
@@ -96,7 +93,7 @@ def test_buffers_that_are_read_keep_their_values() -> None:
     def indexed(case: Case) -> nn.Module:
         return nn.Sequential(Network(nn.ReLU()), Indexed())
 
-    assert examine(Case("indexed", 8), indexed).accepted
+    assert examine(Case("indexed", 8), indexed)[0].accepted
     assert not coverage.lacks_values(indexed(CASES[0]))
     assert coverage.lacks_values(indexed(CASES[0]).to("meta"))
 
@@ -105,5 +102,5 @@ def test_buffers_that_are_read_keep_their_values() -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_every_case_comes_out_as_the_table_says(case: Case) -> None:
-    outcome = examine(case, build)
-    assert outcome.accepted == case.accepted, outcome.reason
+    outcomes = examine(case)
+    assert any(outcome.accepted for outcome in outcomes) == case.accepted, outcomes[0].reason

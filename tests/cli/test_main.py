@@ -166,13 +166,33 @@ def test_verify_all_lists_every_network_and_why_it_is_refused(
     assert cli.main(["verify", "--all", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["accepted"], found["refused"], found["ok"]) == (1, 1, True)
-    good, bad = found["models"]
+    *good_rows, bad = (r for r in found["models"] if r["model"] == SMALL or r["residual"] == "coupled")
+    good = good_rows[0]
+    assert {row["residual"] for row in good_rows if row["accepted"]} == {"coupled", "internal", "filter"}
+    assert found["worst_export_difference"] < 1e-5
+    assert found["other_in_training"] == 0
     assert set(good) == set(bad) >= {"model", "atoms", "groups", "discover_seconds", "reason"}
     assert max(good["output_error"], good["gradient_error"]) < 1e-8
     assert "cannot be traced" in bad["reason"]
     assert cli.main(["verify", "--all"]) == 0
     text = capsys.readouterr().out
     assert "refused: ShuffleNetV2 cannot be traced" in text
+
+
+def test_verify_all_resumes_from_its_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from offload_sparse.inspect import coverage
+
+    results = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(coverage, "CASES", (coverage.Case(SMALL, 28),))
+    assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 0
+    first = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(coverage, "examine", None)  # nothing is computed again
+    with results.open("a") as file:
+        file.write('{"model": "torn')
+    assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == first["models"]
 
 
 def test_verify_all_fails_when_a_network_that_passed_is_refused(
