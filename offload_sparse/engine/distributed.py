@@ -160,16 +160,11 @@ class Buckets:
         return bucket_of[::-1]
 
 
-def average(buffer: Tensor, world_size: int) -> None:
-    """Replace ``buffer`` by its mean over all ranks, in place, with one all-reduce."""
+def average(buffer: Tensor, world_size: int) -> Tensor:
+    """Replace ``buffer`` by its mean over all ranks, in place, with one all-reduce; returns it."""
     if world_size > 1:
         dist.all_reduce(buffer)
         buffer.div_(world_size)
-
-
-def averaged(buffer: Tensor, world_size: int) -> Tensor:
-    """``buffer`` itself, after it has been averaged over all ranks."""
-    average(buffer, world_size)
     return buffer
 
 

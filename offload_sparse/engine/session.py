@@ -32,7 +32,7 @@ from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
 from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
-from offload_sparse.engine.distributed import averaged
+from offload_sparse.engine.distributed import average
 from offload_sparse.engine.forward import Closure, Forward, bound
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import (
@@ -288,14 +288,14 @@ class SparseOffload(Rounds):
         average = side.arrays.get(EMA) if self.ema_steps else None
         kinds = (BUFFERS,) if average is None else (BUFFERS, WEIGHTS)
         kept = {kind: side.arrays[kind].clone() for kind in kinds}
+        self.forward.train_mode(side.module)
+        modes = [(layer, layer.training) for layer in side.module.modules()]
         try:
             # Other batch sizes and modes than those of training are not worth compiling for.
             with torch.compiler.set_stance("force_eager"):
                 if average is not None:
                     side.arrays[WEIGHTS].copy_(average)
                 self._reestimate(side.module, batches)
-                self.forward.train_mode(side.module)
-                modes = [(layer, layer.training) for layer in side.module.modules()]
                 yield side.module.eval()
         finally:
             for kind, values in kept.items():
@@ -398,7 +398,7 @@ class SparseOffload(Rounds):
         run: Run = self._run
         if batches is None:
             batches, run = chain.from_iterable(self._recent), lambda network, closure: closure(network)
-        mean = partial(averaged, world_size=self.ranks.world_size)
+        mean = partial(average, world_size=self.ranks.world_size)
         reestimate_batch_norm(module, islice(batches, self.final.bn_batches), mean, run)
 
     def _run(self, network: nn.Module, batch: Any) -> object:

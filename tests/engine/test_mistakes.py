@@ -111,6 +111,18 @@ def test_a_session_that_has_ended_says_so() -> None:
             ask()
 
 
+def test_an_evaluation_without_any_batch_says_what_it_needs() -> None:
+    def normed() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+    session = SparseOffload(normed, X, SGD, rho=0.5, total_steps=4, device="cpu")
+    with pytest.raises(ValueError, match="statistics need at least one batch"), session.evaluation():
+        pass
+    session.step(loss)
+    with session.evaluation() as net:
+        assert not net.training
+
+
 def test_finalize_in_the_middle_of_the_search_warns() -> None:
     session = new_session(total_steps=100, rounds=RoundConfig(k=2, freeze_at=0.5))
     session.step(loss)
