@@ -234,10 +234,7 @@ class EvalLoader:
         config: workers and image size.
         rank: rank of this process.
         world_size: number of ranks.
-        channels: channels of the batches' images; 3 repeats grey images; ``None`` takes those of the images.
-        progress: draw a bar (on rank 0) if decoding takes longer than 5 seconds.
-        corrupt: counts and logs images that cannot be decoded; ``None`` only counts them.
-        write: writes the files of ``data.cache``; ``None`` does without it.
+        channels, progress, corrupt, write: as for ``TrainLoader``.
 
     Attributes:
         images: the decoded split.
