@@ -171,12 +171,14 @@ class WidthSearch:
         """
         if found.count <= len(self.groups) + 1:
             return
-        slopes, cost = self._slopes(), self._budget.spent(self._rates_of(self._log_widths))
+        before = present_widths(self.mask, self.groups)
+        slopes, cost = self._slopes(), self._budget.spent(self._rates_of(before.log()))
         values, errors = found.regressed()
         self._worth.observe(values, errors, slopes, cost)
         advantage, spread = self._worth.advantage()
-        before = present_widths(self.mask, self.groups)
-        self._log_widths = self._affordable(self._log_widths + move(advantage, spread, slopes, cost))
+        # Fractions of an atom add up over cycles; what the rounding to atoms has given away does not.
+        start = torch.minimum(torch.maximum(self._log_widths, (before - 0.5).log()), (before + 0.5).log())
+        self._log_widths = self._affordable(start + move(advantage, spread, slopes, cost))
         order = torch.where(self.mask, importance / importance.max().clamp_min(1e-30), -1.0)
         margin = -torch.where(~self.mask & self.trained, -0.5, order)
         least = self.config.min_width
@@ -222,7 +224,7 @@ class WidthSearch:
         return torch.maximum(log_widths.exp() / self._sizes, least).clamp_max(1.0)[self._per_atom]
 
     def _slopes(self) -> Tensor:
-        return self._budget.slopes(self._rates_of(self._log_widths))
+        return self._budget.slopes(self._rates_of(present_widths(self.mask, self.groups).log()))
 
     def _affordable(self, log_widths: Tensor) -> Tensor:
         """The same widths times the one factor that spends the budget."""

@@ -148,3 +148,17 @@ def test_a_state_of_another_search_is_an_error() -> None:
 def test_comparisons_are_those_of_the_groups() -> None:
     assert isinstance(search().comparisons(), Comparisons)
     assert search().comparisons().sums.shape == (len(GROUPS) + 1, len(GROUPS) + 1)
+
+
+def test_a_search_moves_on_from_the_widths_that_there_are() -> None:
+    """Of few wide atoms a mask can be far from the even widths that it was rounded from."""
+    found = search("count")
+    found.mask[GROUPS[0].start : GROUPS[0].start + 60] = True  # as rounding might have left it
+    comparisons, rates = found.comparisons(), found.rates()
+    for number in range(found.pairs):
+        m, m_ref = found.pair(number, rates)
+        comparisons.add(0.0, found.mask, m, m_ref)
+    found.move(comparisons, torch.rand(MAP.num_atoms, dtype=torch.float64))
+    widths = present_widths(found.mask, GROUPS)
+    assert float(widths.sum()) <= 0.2 * MAP.num_atoms
+    assert float(widths[0] / widths[1]) == pytest.approx(60 / round(0.2 * 128), rel=0.1)
