@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload_sparse.channels.channel_map import Axis, ChannelMap
-from offload_sparse.channels.forward import Inputs, move_inputs
+from offload_sparse.channels.model_call import Inputs, move_inputs
 from offload_sparse.channels.subnet import hollow_copy, meta_copy, narrow_module
 
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
-from offload_sparse.channels.forward import Inputs, disable_dropout, enlarge_inputs
+from offload_sparse.channels.model_call import Inputs, disable_dropout, enlarge_inputs
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.subnet import is_norm, meta_copy, narrow_module, set_tensor
 

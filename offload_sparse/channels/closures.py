@@ -35,7 +35,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch_pruning._helpers import _HybridIndex
 
-from offload_sparse.channels.forward import Inputs, disable_dropout, enlarge_inputs, modes_differ, move_inputs
+from offload_sparse.channels.model_call import (
+    Inputs,
+    disable_dropout,
+    enlarge_inputs,
+    modes_differ,
+    move_inputs,
+)
 from offload_sparse.channels.stream_add import additions, expose_additions
 from offload_sparse.channels.subnet import is_norm, meta_copy
 

@@ -36,7 +36,7 @@ from offload_sparse.channels.closures import (
     trace,
 )
 from offload_sparse.channels.config import Residual
-from offload_sparse.channels.forward import Inputs
+from offload_sparse.channels.model_call import Inputs
 from offload_sparse.channels.subnet import is_norm
 from offload_sparse.channels.tokens import token_map, works_on_tokens
 from offload_sparse.channels.unions import follow_additions

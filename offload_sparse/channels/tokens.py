@@ -18,7 +18,13 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.attention import HeadAttention, can_drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group, View
-from offload_sparse.channels.forward import Inputs, disable_dropout, enlarge_inputs, move_inputs, operations
+from offload_sparse.channels.model_call import (
+    Inputs,
+    disable_dropout,
+    enlarge_inputs,
+    move_inputs,
+    operations,
+)
 from offload_sparse.channels.propagation import Propagation, compact, varying
 from offload_sparse.channels.subnet import hollow_copy, is_norm, meta_copy
 from offload_sparse.channels.views import SLICES, SPLITS, UNFLATTENS, Sizes, indexed, written_sizes

@@ -24,7 +24,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.forward import Inputs
+from offload_sparse.channels.model_call import Inputs
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
 from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, set_tensor
 from offload_sparse.channels.views import Fit, fit_views, fitted_views

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from offload_sparse.channels.forward import Inputs
+from offload_sparse.channels.model_call import Inputs
 
 TOLERANCE = 1e-4
 """Largest difference between the outputs, relative to the largest output."""

@@ -22,8 +22,8 @@ from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.forward import Forward
 from offload_sparse.export.network_file import FinalNetwork
+from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.method import Method, Task
-from offload_sparse.methods.registry import build_method
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
 from offload_sparse.run.launch import as_launched, launched, sole_job, start_trackers

@@ -58,7 +58,7 @@ def test_a_method_runs_on_a_gpu(method: str) -> None:
     """Not yet run on a GPU: the same steps as on the CPU."""
     import dataclasses
 
-    from offload_sparse.methods.registry import build_method
+    from offload_sparse.methods.catalogue import build_method
     from tests.methods.tasks import make_task
 
     device = torch.device("cuda")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.forward import Forward
+from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.method import Task
-from offload_sparse.methods.registry import build_method
 from offload_sparse.methods.weight_masks.masked import MaskedTraining
 
 Batch = tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.methods.registry import build_method
+from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.sparse_offload import SparseOffloadMethod
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig

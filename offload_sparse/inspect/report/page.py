@@ -13,9 +13,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from offload_sparse.inspect.report.charts import Chart, sections
+from offload_sparse.inspect.report.page_tables import Table, difference_table, paper_tables, summary_table
 from offload_sparse.inspect.report.run_data import PAGE_FILE, RunData
 from offload_sparse.inspect.report.style import THEMES, Theme, themed
-from offload_sparse.inspect.report.tables import Table, difference_table, paper_tables, summary_table
 
 PICTURES_FOLDER = "pictures"
 _PIXELS_PER_INCH = 160

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offload_sparse.workloads.models.initialisation import scaled
+from offload_sparse.workloads.models.construction import scaled
 
 
 class MLPBlock(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offload_sparse.workloads.models.initialisation import initialise, scaled
+from offload_sparse.workloads.models.construction import initialise, scaled
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

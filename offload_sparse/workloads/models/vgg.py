@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.workloads.models.initialisation import initialise, scaled
+from offload_sparse.workloads.models.construction import initialise, scaled
 
 
 class VGG(nn.Module):

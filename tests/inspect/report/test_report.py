@@ -25,9 +25,9 @@ from offload_sparse.export.network_file import FORMAT
 from offload_sparse.inspect.report.charts import sections
 from offload_sparse.inspect.report.figures import curves, heat_map
 from offload_sparse.inspect.report.memory import ROWS, planned_memory
+from offload_sparse.inspect.report.page_tables import difference_table, paper_tables, summary_table
 from offload_sparse.inspect.report.run_data import read_runs
 from offload_sparse.inspect.report.style import STYLES, THEMES, look, scale_of, themed
-from offload_sparse.inspect.report.tables import difference_table, paper_tables, summary_table
 from offload_sparse.workloads.models import build_model
 
 SUMMARY = {

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.check import self_test
 from offload_sparse.channels.discovery import discover
-from offload_sparse.channels.forward import modes_differ
+from offload_sparse.channels.model_call import modes_differ
 from offload_sparse.channels.subnet import meta_copy
 
 TOKENS = torch.randint(0, 10, (2, 5), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Every method by its name."""
+"""The catalogue of the methods: each by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial weights and scaled widths of the networks in this room."""
+"""How the networks in this room are constructed: initial weights and scaled widths."""
 
 from __future__ import annotations
 
