@@ -22,7 +22,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import TOLERANCE, Verification, lacks_values, random_mask, reduced, verify
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover, policies
-from offload_sparse.channels.forward import Inputs, modes_differ, move_inputs
+from offload_sparse.channels.model_call import Inputs, modes_differ, move_inputs
 from offload_sparse.channels.subnet import build_on_meta, hollow_copy, narrow_module
 from offload_sparse.export.network_file import FinalNetwork
 

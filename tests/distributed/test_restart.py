@@ -11,7 +11,7 @@ import torch
 
 from offload_sparse import load_pruned
 from offload_sparse.engine.faults import VARIABLE
-from tests.distributed.test_launch import SMALL, two_ranks
+from tests.support.launches import SMALL, two_ranks
 
 OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1"]
 OPTIONS += ["--round.freeze_at", "0.67"]  # rounds end at steps 3, 6 and 9

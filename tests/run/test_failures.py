@@ -16,10 +16,8 @@ import torch
 from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
 from tests.run import killed_run
-from tests.run.test_resume import _one_accelerator_per_test, poison
 from tests.support.fork_server import ForkServer
-
-__all__ = ["_one_accelerator_per_test"]
+from tests.support.image_runs import poison
 
 
 @pytest.fixture(scope="module")

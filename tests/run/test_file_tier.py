@@ -14,7 +14,7 @@ import torch
 
 from offload_sparse import load_pruned
 from offload_sparse.engine.faults import VARIABLE
-from tests.distributed.test_launch import SMALL, two_ranks
+from tests.support.launches import SMALL, two_ranks
 from tests.support.run_folder import digest, losses
 
 OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1", "--store.tier", "file"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,12 @@ from accelerate.state import AcceleratorState
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
-from offload_sparse.run import trainer
 from offload_sparse.run.checkpoint_files import CheckpointFolder
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.trainer import Run
-from tests.run.test_trainer import images, options
-
-__all__ = ["images"]
+from tests.support.image_runs import options, poison
 
 METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_per_test() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process; each test stands for a process of its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(images: Path, run_dir: Path, *more: str) -> int:
@@ -267,19 +256,6 @@ def test_a_checkpoint_of_another_folder_can_be_the_start(
 
 
 # --- losses that are not finite ----------------------------------------------------------------------
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[Any]:
-    """The loss is NaN at these calls. Returns the labels of every batch that was trained on."""
-    original, seen = trainer.classification_loss, []
-
-    def loss(module: Any, batch: Any, label_smoothing: float = 0.0) -> Any:
-        seen.append(batch.labels)
-        value, scalars = original(module, batch, label_smoothing)
-        return (value * float("nan") if len(seen) - 1 in calls else value), scalars
-
-    monkeypatch.setattr(trainer, "classification_loss", loss)
-    return seen
 
 
 def test_stop_names_the_step_and_the_rank(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ SMALL = [
     *("--model.arguments.width", "0.25", "--round.k", "2", "--train.epochs", "1", "--train.check", "false"),
     *("--quiet", "true"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_per_test() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_run_is_in_tensorboard_with_every_number_of_its_log(tmp_path: Path) -> None:
