@@ -46,7 +46,7 @@ def test_a_configuration_cannot_name_an_object_to_be_built(name: str, tmp_path: 
     assert not (tmp_path / "touched").exists()
 
 
-def test_what_looks_like_an_object_among_a_models_arguments_stays_a_mapping(tmp_path: Path) -> None:
+def test_an_argument_that_looks_like_an_object_is_a_mapping(tmp_path: Path) -> None:
     config = arguments.parse(["--model.arguments", json.dumps({"norm": CALL})])
     assert config.model.arguments == {"norm": CALL}
 
@@ -94,9 +94,10 @@ def test_weights_that_are_a_pickle_are_not_unpickled(tmp_path: Path) -> None:
         {"name": 3, "arguments": []},
     ],
 )
-def test_an_exported_model_names_a_known_network_and_loads_no_other_weights(
+def test_an_exported_model_names_a_known_network(
     model: dict[str, Any], tmp_path: Path
 ) -> None:
+    """And loads no other weights."""
     with pytest.raises(ValueError) as error:
         load_pruned(exported(tmp_path, model=model))
     assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ from offload_sparse.bench.memory import measure
 from tests.support.ranks import run_ranks
 
 
-def test_peak_of_each_of_two_ranks_stays_below_its_shard_two_subnets_and_activations() -> None:
+def test_peak_of_a_rank_is_its_shard_subnets_and_activations() -> None:
     """From building the model to the last scatter, within 15 %; weights of more than 400 MB, momentum as much
     again.
     """

@@ -29,7 +29,8 @@ def figures_of(name: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_less_than_one_copy_of_the_weights_is_on_our_device_or_crosses_the_bus_in_a_step() -> None:
+def test_our_step_holds_and_moves_less_than_all_weights() -> None:
+    """Neither the device nor the bus sees one copy of the weights in a step."""
     figures = figures_of("ours")
     assert 0 < figures["bus_bytes"] < FULL
     assert 0 < figures["device_bytes"] < FULL

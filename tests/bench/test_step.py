@@ -10,7 +10,8 @@ from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.workloads.models import build_model
 
 
-def test_our_subnet_and_the_hand_made_network_have_equal_outputs_and_gradients() -> None:
+def test_our_subnet_equals_the_hand_made_network() -> None:
+    """Outputs and gradients."""
     torch.manual_seed(0)
     dense = build_model("offload_sparse/vgg_small", in_channels=3, image_size=16)
     channel_map = discover(dense, (torch.empty(1, 3, 16, 16),))

@@ -80,9 +80,10 @@ def moved(reference: str) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("reference", ["every_step", "turns"])
-def test_however_weights_are_moved_and_gradients_averaged_two_ranks_end_with_the_same_bits(
+def test_every_way_to_move_and_average_gives_the_same_bits(
     reference: str,
 ) -> None:
+    """Two ranks, whichever way moves the weights and averages the gradients."""
     for plain, *others in run_ranks(2, moved, reference):
         for other in others:
             for name, expected in plain.items():
@@ -187,7 +188,7 @@ def on_two_nodes(shard: str) -> dict[str, Any]:
     }
 
 
-def test_a_store_per_node_holds_all_weights_on_every_node_and_trains_the_same() -> None:
+def test_a_store_per_node_trains_the_same() -> None:
     """The rows of two ranks are a whole store, and no entry comes from the other node; the bits are those of
     a store over all ranks.
     """
@@ -223,7 +224,8 @@ def spoiled_on_rank_one() -> str:
     return message if unmoved else "the store has changed"
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_anything_moves() -> None:
+def test_a_loss_not_finite_on_one_rank_stops_all_ranks() -> None:
+    """All of them stop before anything moves."""
     for message in run_ranks(2, spoiled_on_rank_one):
         assert "step 2 is not finite on rank 1" in message
 
@@ -283,7 +285,8 @@ def gather_everything(world_size: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_subnet_is_assembled_from_all_ranks_however_the_store_was_filled(world_size: int) -> None:
+def test_a_subnet_is_assembled_from_all_ranks(world_size: int) -> None:
+    """Whichever way the store was filled."""
     expected = gather_everything(1)
     for result in run_ranks(world_size, gather_everything, world_size):
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))

@@ -60,7 +60,8 @@ def start(stubs: Path, ends: str, code: int = 0) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_every_node_starts_one_launcher_that_meets_the_others_on_the_first(tmp_path: Path) -> None:
+def test_every_node_starts_one_launcher(tmp_path: Path) -> None:
+    """The launchers meet on the first node."""
     assert start(tmp_path / "stubs", "itself").wait(60) == 0
     launched = (tmp_path / "stubs" / "launched").read_text().split()
     assert launched[:3] == ["launch", "--config_file", "launch/multi_node.yaml"]

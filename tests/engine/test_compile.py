@@ -41,7 +41,8 @@ def trained(compile: bool, policy: PolicyConfig, steps: int = 16) -> tuple[Spars
     return session, graphs
 
 
-def test_compiled_runs_keep_widths_fixed_and_compile_nothing_after_the_first_round() -> None:
+def test_a_compiled_run_compiles_only_in_its_first_round() -> None:
+    """Its widths stay fixed."""
     session, graphs = trained(True, PolicyConfig(rho=0.5, lr=0.05))
     assert session.policy.config.sampler == "fixed_width"
     assert graphs[0] > 0

@@ -37,7 +37,7 @@ def test_without_the_variable_nothing_happens(killed: list[int]) -> None:
         ("1", "scatter", 37, "1", False),
     ],
 )
-def test_it_kills_the_rank_in_the_phase_from_the_step_on_in_the_first_attempt(
+def test_it_kills_where_and_when_it_is_told_to(
     rank: str,
     phase: str,
     step: int,
@@ -46,6 +46,7 @@ def test_it_kills_the_rank_in_the_phase_from_the_step_on_in_the_first_attempt(
     killed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The rank, in the phase, from the step on, and in the first attempt only."""
     monkeypatch.setenv(VARIABLE, "kill:rank=1:step=37:phase=scatter")
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)

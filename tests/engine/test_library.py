@@ -136,9 +136,10 @@ def test_without_a_number_of_steps_the_user_says_when_the_mask_is_fixed(signals:
     assert torch.equal(session.finalize().mask, chosen)
 
 
-def test_finalize_takes_its_statistics_from_the_last_batches_or_from_those_it_is_given(
+def test_where_finalize_takes_its_statistics_from(
     signals: TensorDataset,
 ) -> None:
+    """From the last batches of the training, or from those that it is given."""
     def trained() -> SparseOffload:
         session = SparseOffload(Spectrogram, (torch.empty(1, 2, 32),), SGD, rho=1.0)
         for i in range(4):

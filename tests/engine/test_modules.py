@@ -71,7 +71,8 @@ def test_a_frozen_layer_keeps_its_bits_and_the_others_train_as_in_torch(optimize
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_frozen_parameters_stand_still_in_narrow_subnets_and_their_slots_too() -> None:
+def test_frozen_parameters_and_their_slots_stand_still() -> None:
+    """In narrow subnets, too."""
     net = Net()
     for parameter in net.c1.parameters():
         parameter.requires_grad_(False)

@@ -252,7 +252,7 @@ def scaled_session(scaler: torch.amp.GradScaler | None) -> SparseOffload:
     return make_session(small_net(), policy, RoundConfig(k=3), forward=Forward(scaler=scaler))
 
 
-def test_a_scaled_loss_trains_the_same_bits_and_an_overflow_halves_the_scale() -> None:
+def test_a_scaled_loss_trains_the_same_bits() -> None:
     """Scales are powers of two, and float64 does not overflow by them; a gradient that does is left out."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
     plain, scaled = scaled_session(None), scaled_session(scaler)
@@ -278,7 +278,8 @@ def test_a_scaled_loss_trains_the_same_bits_and_an_overflow_halves_the_scale() -
     assert not any(record.fault for record in scaled.records()), "an overflow of the scale is no fault"
 
 
-def test_the_moving_average_of_the_final_phase_is_what_is_evaluated_and_handed_out() -> None:
+def test_the_moving_average_is_what_is_evaluated() -> None:
+    """The average over the final phase; it is also what is handed out."""
     session = make_session(
         small_net(False), PolicyConfig.paper(rho=1.0), RoundConfig(k=2), optimizer=USABLE["sgd"], ema=0.75
     )

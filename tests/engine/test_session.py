@@ -298,7 +298,8 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
     assert len({round(value, 9) for value in losses}) > 1
 
 
-def test_after_the_freeze_only_the_final_mask_is_trained_and_s_stands_still() -> None:
+def test_after_the_freeze_only_the_final_mask_is_trained() -> None:
+    """And ``s`` stands still."""
     session = make_session(
         small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=4, freeze_at=0.5), total=12
     )
@@ -344,7 +345,8 @@ def test_frozen_batch_norm_keeps_the_statistics() -> None:
     assert torch.equal(arrays(session)["buffers"], before)
 
 
-def test_the_expected_cost_is_the_mean_over_masks_and_that_of_the_final_mask_in_the_end() -> None:
+def test_the_expected_cost_is_the_mean_over_masks() -> None:
+    """In the end it is the cost of the final mask."""
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2, freeze_at=0.5), total=8)
     full = session.channel_map.full_mask()
     masks = [mask for r in range(3) for mask in session.policy.sample(r)]

@@ -136,7 +136,8 @@ def test_nothing_in_a_step_waits_for_the_device_or_sends_to_it(transfer: Any, wa
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
-def test_a_round_sends_few_tables_and_with_overlap_none_from_the_main_thread(transfer: Any, way: str) -> None:
+def test_a_round_sends_few_tables(transfer: Any, way: str) -> None:
+    """With overlap none of them from the main thread."""
     with simulated_cuda(**WAYS[way]) as sim:
         session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer=transfer), device=DEVICE)
         data = on_device(batches(STEPS), DEVICE)
@@ -240,7 +241,8 @@ def test_two_ranks_give_their_groups_what_nccl_takes(references: str, transfer: 
 # --- the simulation itself ---
 
 
-def test_the_simulation_refuses_to_mix_devices_and_notes_waits_and_uploads() -> None:
+def test_the_simulation_refuses_mixed_devices() -> None:
+    """It also notes waits and uploads."""
     with simulated_cuda() as sim:
         here = torch.arange(6.0).to(DEVICE)
         assert (len(sim.uploads), len(sim.waits)) == (1, 1)

@@ -107,7 +107,8 @@ def narrow_net(mask_share: float) -> tuple[nn.Module, ChannelMap, Tensor]:
     return module.eval(), channel_map, channel_map.uniform_mask(mask_share)
 
 
-def test_leaving_entries_at_zero_equals_leaving_channels_out_with_survivors_scaled() -> None:
+def test_entries_at_zero_equal_channels_left_out() -> None:
+    """The channels that survive are scaled."""
     module, channel_map, mask = narrow_net(0.5)
     present = narrow_module(module, channel_map, mask).eval()
     images, labels = batches(1)[0]
@@ -233,9 +234,10 @@ def boundary(offset: int) -> int:
 
 @pytest.mark.parametrize("offset", [-1, 0, 1, 3])
 @pytest.mark.parametrize("prefetch", [False, True])
-def test_interrupted_around_a_probe_it_ends_with_the_bits_of_the_undisturbed_run(
+def test_an_interruption_around_a_probe_changes_no_bit(
     offset: int, prefetch: bool
 ) -> None:
+    """The end is that of the run that nothing disturbed."""
     expected, found = straight(prefetch), interrupted(boundary(offset), prefetch)
     assert expected.keys() == found.keys()
     for name, value in expected.items():

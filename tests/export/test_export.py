@@ -86,9 +86,10 @@ def logits(path: Path, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("batch", [1, 5])
-def test_what_is_read_back_computes_the_same_logits_for_batches_of_any_size(
+def test_what_is_read_back_computes_the_same_logits(
     name: Format, batch: int, network: FinalNetwork, exports: Path
 ) -> None:
+    """For batches of any size."""
     images = torch.randn(batch, *SHAPE)
     with torch.no_grad():
         expected = network.module(images)

@@ -147,7 +147,8 @@ def test_the_steps_of_every_method_are_counted_as_they_are_computed() -> None:
     assert figures["grow_efficient"]["weight_gradient_flops_ratio"] == 1
 
 
-def test_the_remaining_ratio_counts_weights_and_the_parameter_ratio_all_parameters() -> None:
+def test_what_the_two_ratios_count() -> None:
+    """The remaining ratio counts weights, the parameter ratio all parameters."""
     method = make_method(config_of("dst"))
     train(method, batches(14))
     masks = method.sparsity.masks()
@@ -163,7 +164,8 @@ def test_the_remaining_ratio_counts_weights_and_the_parameter_ratio_all_paramete
         assert method.dynamics()[f"forward_remaining.{name}"] == report["layers"][name]["forward_remaining"]
 
 
-def test_grow_efficient_saves_three_over_two_and_the_share_of_the_forward_pass() -> None:
+def test_what_grow_efficient_saves() -> None:
+    """Three over two and the share of the forward pass."""
     method = make_method(config_of("grow_efficient"))
     forward = 0.0
     data = batches(10)

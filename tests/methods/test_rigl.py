@@ -50,7 +50,8 @@ def test_the_share_replaced_is_a_cosine_that_ends_at_zero() -> None:
     assert update_fraction(500, 0.3, 100) == pytest.approx(0)
 
 
-def test_a_replacement_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> None:
+def test_a_replacement_drops_small_weights_and_grows_others() -> None:
+    """It drops the smallest weights and grows where the gradient is largest."""
     weight = torch.nn.Parameter(torch.zeros(1, 8))
     options = configured(RigLConfig, density=0.5, fraction=0.6, interval=1)
     sparsity = DropAndGrow({"weight": weight}, options, total_steps=1000, seed=0)

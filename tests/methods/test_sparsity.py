@@ -90,7 +90,8 @@ def reference_penalty(gradients: list[Tensor], thresholds: list[Tensor]) -> tupl
     return torch.cat([values.flatten() for values in masked]).std(), masked
 
 
-def test_backward_masks_and_the_gradient_of_the_variance_penalty_equal_autograd() -> None:
+def test_the_variance_penalty_equals_autograd() -> None:
+    """Its backward masks and the gradient of its thresholds."""
     gradients = [random(6, 5), random(4, 2, 3, 3, seed=1, scale=0.1)]
     thresholds = [
         random(6, seed=2, scale=0.2).requires_grad_(),

@@ -67,9 +67,10 @@ def test_a_run_starts_with_one_probability_that_spends_the_budget(kind: BudgetNa
 @given(
     st.sampled_from(NONLINEAR), st.floats(0.03, 0.9), st.integers(0, 1000), st.sampled_from([0.0, 0.3, 3.0])
 )
-def test_the_projection_meets_bounds_and_budget_and_keeps_the_order_within_a_group(
+def test_the_projection_meets_bounds_and_budget(
     kind: BudgetName, rho: float, seed: int, scale: float
 ) -> None:
+    """And keeps the order within a group."""
     budget = budget_of(kind, rho)
     z = random_z(seed, scale)
     s = budget.project(z)

@@ -160,7 +160,7 @@ def test_leave_one_out_of_two_samples_is_rloo() -> None:
     torch.testing.assert_close(leave_one_out(losses[pair], masks[pair], s), expected)
 
 
-def test_leave_one_out_over_ranks_is_unbiased_whatever_images_each_rank_has() -> None:
+def test_leave_one_out_over_ranks_is_unbiased() -> None:
     """Exact expectation over a common mask and one reference per rank; every rank has a loss of its own."""
     atoms, ranks = 3, 2
     masks, _, s = random_problem(atoms)
@@ -213,7 +213,8 @@ def test_the_control_variate_finds_what_a_channel_of_each_group_is_worth() -> No
     assert len(found.unique()) == 2, "one value per group"
 
 
-def test_the_control_variate_stands_still_within_a_round_and_then_takes_in_what_was_compared() -> None:
+def test_the_control_variate_moves_between_rounds() -> None:
+    """Within a round it stands still; then it takes in what was compared."""
     control, data = ControlVariate(GROUPS), steps(6)
     for round in range(3):
         before = control.of_round(round)

@@ -270,7 +270,8 @@ def test_fixed_widths_never_change() -> None:
         assert float(learner.s[group.start : group.stop].sum()) <= width + 1e-9
 
 
-def test_persistent_masks_resemble_each_other_and_candidates_carry_on_where_they_are() -> None:
+def test_persistent_masks_resemble_each_other() -> None:
+    """Candidates of the next round start where those of the last one are."""
     learner = policy(rho=0.5, sampler="persistent", refresh=0.1)
     first, second = learner.sample(7)
     assert int((first ^ second).sum()) <= int(learner._sampler.redrawn(7).sum())

@@ -52,7 +52,8 @@ def test_all_groups_drop_the_same_cost_and_eight_percent_in_the_mean(slopes: lis
     assert float(saved.max()) == pytest.approx(float(saved.min()), rel=1e-6)
 
 
-def test_channels_are_dropped_at_the_rate_of_their_group_and_only_present_ones() -> None:
+def test_channels_are_dropped_at_the_rate_of_their_group() -> None:
+    """Only channels that are present."""
     mask = torch.arange(200) % 4 != 0
     pairs = 2000
     kept = torch.zeros(200, dtype=torch.float64)
@@ -88,7 +89,7 @@ def test_a_linear_loss_is_recovered() -> None:
     assert bool((errors < 0.1).all())
 
 
-def test_standard_errors_are_those_of_repeated_probes_and_the_mean_is_right() -> None:
+def test_standard_errors_are_those_of_repeated_probes() -> None:
     """Over 60 probes: the spread of the estimates is what each of them says, around the truth."""
     noise = 0.1
     estimates, errors = zip(*(probed(120, noise, seed).regressed() for seed in range(60)), strict=True)
@@ -114,7 +115,8 @@ def test_comparisons_of_ranks_add_up() -> None:
     torch.testing.assert_close(errors, whole_errors)
 
 
-def test_a_loss_that_is_not_finite_is_left_out_and_too_few_pairs_are_refused() -> None:
+def test_which_pairs_a_probe_counts() -> None:
+    """A loss that is not finite is left out, and too few pairs are refused."""
     found = probed(30)
     before = found.sums.clone()
     found.add(float("nan"), MASK, *probe_pair(MASK, GROUPS, RATES, 0, 99))

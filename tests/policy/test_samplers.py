@@ -115,8 +115,8 @@ def test_redrawn_atoms_are_drawn_independently_of_what_they_were() -> None:
 
 
 @pytest.mark.parametrize("name", ["vr_pge", "rloo"])
-def test_the_estimate_of_redrawn_atoms_is_unbiased_and_zero_for_the_others(name: str) -> None:
-    """Exact expectation over all first masks and all values of the redrawn atoms."""
+def test_the_estimate_of_redrawn_atoms_is_unbiased(name: str) -> None:
+    """Exact expectation over all first masks and all values of the redrawn atoms; zero for the others."""
     atoms = 5
     masks = all_masks(atoms)
     generator = torch.Generator().manual_seed(2)

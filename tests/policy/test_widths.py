@@ -67,7 +67,8 @@ def test_what_the_cap_drops_was_less_sure_than_what_it_spares(
         assert float((u / s)[dropped].min()) >= float((u / s)[spared].max())
 
 
-def test_a_narrow_group_is_filled_with_its_most_probable_atoms_ties_by_index() -> None:
+def test_a_narrow_group_takes_its_most_probable_atoms() -> None:
+    """Of equally probable ones those with the lowest index."""
     s = vector(0.2, 0.3, 0.3, 0.1, 0.9)
     kept = respect_widths(torch.zeros(5, dtype=torch.bool), s, groups_of(4, 1), 2, 5, torch.ones(5))
     assert kept.tolist() == [False, True, True, False, True]
@@ -87,9 +88,10 @@ def test_a_cap_below_the_minimum_widths_is_an_error() -> None:
 
 
 @given(draws(), st.floats(0, 40))
-def test_a_mask_of_expected_widths_keeps_the_budget_and_the_minimum_widths(
+def test_a_mask_of_expected_widths_keeps_the_budget(
     case: tuple[Tensor, Tensor, list[Group], int, int], budget: float
 ) -> None:
+    """And the minimum widths of all groups."""
     s, u, groups, min_width, _ = case
     mask = of_expected_widths(s, u / s, groups, min_width, lambda mask: int(mask.sum()) <= budget + 1e-9)
     assert int(mask.sum()) == min(len(s), max(int(budget + 1e-9), minimum_size(groups, min_width)))

@@ -148,9 +148,10 @@ def test_a_full_disk_is_a_warning_and_the_older_checkpoint_stays(
     ]
 
 
-def test_the_store_may_change_as_soon_as_it_is_read_though_the_disk_is_still_at_work(
+def test_the_store_may_change_as_soon_as_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Though the disk is still at work."""
     saver = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(), {})
     on_disk, sync = threading.Event(), os.fsync
 

@@ -142,7 +142,8 @@ def statistics(model: nn.Sequential) -> list[Tensor]:
     return [tensor for norm in (model[1], model[5]) for tensor in (norm.running_mean, norm.running_var)]
 
 
-def test_running_statistics_become_the_average_over_the_batches_with_equal_weights() -> None:
+def test_running_statistics_become_those_of_the_batches() -> None:
+    """The average over the batches, all with equal weights."""
     model, data = network(), [images for images, _ in batches([9, 3, 6])]
     with torch.no_grad():
         model[1].running_mean.fill_(99)

@@ -26,7 +26,7 @@ def server() -> Iterator[ForkServer]:
         yield server
 
 
-def test_a_device_that_is_too_small_is_one_line_with_what_fits_by_the_plan(
+def test_a_device_too_small_is_one_line_with_what_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No device here is too small; the error is raised by hand."""

@@ -59,7 +59,7 @@ def test_a_run_killed_in_a_scatter_ends_like_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_a_rank_killed_in_a_scatter_stops_the_job_and_the_same_command_carries_on(tmp_path: Path) -> None:
+def test_after_a_kill_in_a_scatter_the_same_command_resumes(tmp_path: Path) -> None:
     """Two ranks, each with files of its own; one dies after both have logged the round."""
     assert two_ranks([*OPTIONS, "--run_dir", str(tmp_path / "straight")], port=29641).returncode == 0
     parts = [*OPTIONS, "--run_dir", str(tmp_path / "parts")]

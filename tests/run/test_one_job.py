@@ -55,7 +55,8 @@ def steps(run_dir: Path) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
-def test_a_second_start_on_a_live_run_exits_with_2_and_the_first_is_undisturbed(tmp_path: Path) -> None:
+def test_a_second_start_on_a_live_run_is_refused(tmp_path: Path) -> None:
+    """It exits with 2, and the first run is undisturbed."""
     run_dir = tmp_path / "run"
     with stopped_in_step(run_dir) as first:
         before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}

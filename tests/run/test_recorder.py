@@ -54,7 +54,8 @@ def test_a_run_leaves_its_configuration_metrics_and_summary(tmp_path: Path) -> N
     ]
 
 
-def test_every_line_of_metrics_has_step_epoch_and_time_and_is_there_at_once(tmp_path: Path) -> None:
+def test_a_line_of_metrics_is_there_at_once(tmp_path: Path) -> None:
+    """Each has a step, an epoch and a time."""
     with Recorder(run_config(tmp_path)) as recorder:
         recorder.begin(total_steps=8, steps_per_epoch=4)
         recorder.log(2, loss=0.5, note="x")

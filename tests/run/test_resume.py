@@ -95,9 +95,10 @@ def test_many_parts_and_background_checkpoints_make_the_same_run(
     )
 
 
-def test_a_run_that_died_carries_on_from_its_last_checkpoint_and_repeats_its_lines(
+def test_a_run_that_died_resumes_from_its_last_checkpoint(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The lines of metrics after that checkpoint are written again."""
     assert train(images, tmp_path / "straight") == 0
     original = Run.train_step
 
@@ -294,9 +295,10 @@ def test_skip_gives_up_when_no_step_is_finite_any_more(
 
 
 @pytest.mark.parametrize("method", ["dense", "sparse_offload"])
-def test_rollback_goes_back_to_the_checkpoint_and_leaves_out_the_batches_that_led_there(
+def test_a_rollback_leaves_out_the_batches_that_led_to_it(
     method: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It goes back to the last checkpoint and does not train on the batches between that and the loss."""
     seen = poison(monkeypatch, 5 if method == "dense" else 10)
     more = ["--train.on_nonfinite", "rollback", "--checkpoint.every", "4"]
     assert train(images, tmp_path, "--method", method, *more) == 0

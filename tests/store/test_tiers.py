@@ -108,7 +108,8 @@ def test_a_filled_store_is_made_anew_only_when_asked_to(tmp_path: Path) -> None:
     assert not again.allocate("weights", first.numel()).any()
 
 
-def test_a_store_whose_filling_was_interrupted_is_filled_again_and_cannot_be_resumed(tmp_path: Path) -> None:
+def test_a_store_half_filled_is_filled_again(tmp_path: Path) -> None:
+    """It cannot be resumed."""
     FileTier(tmp_path, IDENTITY).allocate("weights", 54).fill_(3)
     with pytest.raises(ValueError, match="never filled"):
         FileTier(tmp_path, IDENTITY, mode="resume")
@@ -177,9 +178,10 @@ def test_memory_cannot_be_resumed(tmp_path: Path) -> None:
         open_tier("ram", tmp_path, IDENTITY, torch.float32, False, "resume")
 
 
-def test_without_deepspeed_the_nvme_tier_is_the_file_tier_with_one_warning(
+def test_without_deepspeed_nvme_is_the_file_tier(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And one warning says so."""
     monkeypatch.setattr(direct_files, "_missing", lambda: "libaio is missing")
     tier = open_tier("nvme", tmp_path, IDENTITY, torch.float32, False)
     assert isinstance(tier, FileTier)
@@ -189,7 +191,8 @@ def test_without_deepspeed_the_nvme_tier_is_the_file_tier_with_one_warning(
     assert "libaio is missing" in caplog.text
 
 
-def test_a_kill_while_a_store_is_begun_or_replaced_leaves_one_that_may_be_begun(tmp_path: Path) -> None:
+def test_a_kill_at_the_start_leaves_a_store_that_may_begin(tmp_path: Path) -> None:
+    """Killed while a store is begun, and while it is replaced."""
     folder = tmp_path / "rank0"
     folder.mkdir()
     (folder / "store.json.tmp").write_text("{")  # killed before the first rename

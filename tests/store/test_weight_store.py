@@ -42,9 +42,10 @@ def narrow(channel_map: ChannelMap, selection: Selection) -> Tensor:
 
 
 @given(channel_maps(), st.integers(1, 5))
-def test_every_row_has_exactly_one_owner_and_ranks_own_runs_of_the_full_buffer(
+def test_every_row_has_exactly_one_owner(
     channel_map: ChannelMap, world_size: int
 ) -> None:
+    """Each rank owns runs of the full buffer."""
     partition = Partition(Layout.of(dict(channel_map.shapes)), world_size)
     for name, shape in channel_map.shapes.items():
         ranges = [partition.rows(name, rank) for rank in range(world_size)]
@@ -78,7 +79,7 @@ def filled(channel_map: ChannelMap, world: int, target: Narrow, holders: list[Na
 
 
 @given(st.data(), channel_maps(), st.integers(1, 4), st.integers(0, 3))
-def test_what_is_carried_and_what_is_fetched_together_are_the_narrow_buffer(
+def test_entries_carried_and_fetched_are_the_narrow_buffer(
     data: st.DataObject, channel_map: ChannelMap, world: int, holders: int
 ) -> None:
     """However many other subnets hold parts of it, and however many ranks share the store."""
@@ -112,9 +113,10 @@ def test_an_entry_is_fetched_only_if_no_subnet_holds_it(
 
 
 @given(st.data(), channel_maps(), st.integers(1, 4))
-def test_scatter_of_what_was_gathered_changes_nothing_and_other_entries_are_never_written(
+def test_a_scatter_of_what_was_gathered_changes_nothing(
     data: st.DataObject, channel_map: ChannelMap, world: int
 ) -> None:
+    """Other entries are never written."""
     selection = Selection(channel_map, data.draw(masks(channel_map)))
     values = narrow(channel_map, selection)
     full = stores(channel_map, 1)[0].partitions[WEIGHTS].layout

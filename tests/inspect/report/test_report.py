@@ -236,7 +236,8 @@ def test_the_papers_row_stands_beside_the_runs_that_aim_at_it(tmp_path: Path) ->
     assert table.rows == (("accuracy", "92.50 %", "87.50 %"), ("FLOPs kept", "8.70 %", "5.00 %"))
 
 
-def test_the_table_of_differences_names_the_settings_that_differ_and_no_others(tmp_path: Path) -> None:
+def test_the_table_of_differences_names_what_differs(tmp_path: Path) -> None:
+    """The settings that differ between the runs, and no others."""
     folders = [
         write_run(tmp_path / name, **{"round.k": k, "run_dir": name}) for name, k in (("a", 50), ("b", 10))
     ]
@@ -252,7 +253,7 @@ def test_a_run_that_is_not_finished_says_where_it_stands(tmp_path: Path) -> None
     assert summary_table(runs).rows[0] == ("state", "finished", "at step 40")
 
 
-def test_rows_in_which_runs_are_equal_are_said_once_and_the_best_is_marked(tmp_path: Path) -> None:
+def test_equal_rows_are_said_once_and_the_best_is_marked(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name) for name in "ab"]
     better = SUMMARY | {"test_accuracy": 0.9, "store_bytes": 5 << 30, "seconds": 30.0}
     (folders[1] / "summary.json").write_text(json.dumps(better))

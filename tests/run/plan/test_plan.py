@@ -69,7 +69,8 @@ def turns(config: RunConfig) -> int:
 
 @pytest.mark.usefixtures("_quiet")
 @pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair"])
-def test_predicted_traffic_is_what_a_run_moves_whose_probabilities_stand_still(name: str) -> None:
+def test_predicted_traffic_is_what_a_run_moves(name: str) -> None:
+    """A run whose probabilities stand still."""
     config = replace(CASES[name], policy=PolicyConfig(rho=0.25, lr=0))
     session = build_session(config)
     moved = []

@@ -112,7 +112,8 @@ def test_random_parts_are_distributed_as_those_of_torchvision(height: int, width
         assert test.pvalue > 1e-3, name
 
 
-def test_an_image_too_long_for_any_part_gives_its_middle_as_in_torchvision() -> None:
+def test_an_image_too_long_for_any_part_gives_its_middle() -> None:
+    """As in torchvision."""
     assert set(parts(10, 1000, count=5)) == {Box(0, 493, 10, 13)}
     assert set(parts(1000, 10, count=5)) == {Box(493, 0, 13, 10)}
 

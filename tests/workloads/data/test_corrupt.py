@@ -53,7 +53,8 @@ def test_corrupt_images_are_counted_once_and_named_in_the_log(
         )
 
 
-def test_a_corrupt_image_and_its_label_are_replaced_by_another_of_the_split(config: DataConfig) -> None:
+def test_a_corrupt_image_and_its_label_are_replaced(config: DataConfig) -> None:
+    """By another image of the same split, and its label."""
     images = TrainLoader(load_splits(config).train, config).images
     found = images.decode(torch.arange(24))
     for row in range(24):
@@ -105,7 +106,7 @@ def test_more_than_the_limit_is_an_error_that_names_the_log(
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_with_more_corrupt_images_than_allowed_is_refused_at_the_start(
+def test_too_many_corrupt_images_are_refused_at_the_start(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(config), "corrupt_limit", 1)

@@ -149,7 +149,8 @@ def test_grey_images_reach_a_network_of_three_channels(tmp_path: Path) -> None:
     assert next(iter(EvalLoader(splits.test, config, channels=3))).images.shape == (6, 3, 8, 8)
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_anything_is_decoded(folder: Path) -> None:
+def test_a_batch_that_does_not_divide_is_refused(folder: Path) -> None:
+    """Before any image is decoded."""
     config = config_of(folder)
     with pytest.raises(ValueError, match=r"does not divide over 3 ranks; set data\.batch_size to 6 or 9"):
         TrainLoader(load_splits(config).train, config, 0, 3)

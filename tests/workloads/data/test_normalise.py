@@ -61,7 +61,8 @@ def test_float_images_are_left_unchanged_for_the_caller() -> None:
     assert torch.equal(images, torch.full((1, 1, 2, 2), 51.0))
 
 
-def test_one_value_serves_every_channel_and_grey_statistics_repeated_channels(tmp_path: Path) -> None:
+def test_one_value_serves_every_channel(tmp_path: Path) -> None:
+    """And the statistics of a grey image all of its repeated channels."""
     images = image_set(parquet_folder(tmp_path), channels=3)
     given = normalise_for(images, DataConfig(mean=[0.5], std=[0.25]))
     assert given.mean.flatten().tolist() == [0.5] * 3
@@ -77,7 +78,8 @@ def test_a_list_of_the_wrong_length_is_refused(tmp_path: Path, settings: dict[st
         normalise_for(images, DataConfig(**settings))  # type: ignore[arg-type]
 
 
-def test_a_deviation_of_zero_is_refused_when_given_and_harmless_when_measured(tmp_path: Path) -> None:
+def test_a_deviation_of_zero(tmp_path: Path) -> None:
+    """It is refused when it is given and harmless when it is measured."""
     with pytest.raises(ValueError, match=r"data\.std"):
         Normalise([0.0], [0.0])
     flat = [np.full((4, 4), 51, dtype=np.uint8)] * 2

@@ -39,7 +39,8 @@ def assert_same_images(split: Split, expected: list[Any]) -> None:
 # The embedded set
 
 
-def test_the_embedded_set_is_12000_and_2000_balanced_grey_images_of_28_pixels() -> None:
+def test_what_the_embedded_set_holds() -> None:
+    """12,000 and 2,000 grey images of 28 pixels, as many of each class."""
     splits = load_splits(DataConfig())
     assert torch.equal(splits.train.labels.bincount(), torch.full((10,), 1200))
     assert torch.equal(splits.test.labels.bincount(), torch.full((10,), 200))
@@ -56,7 +57,8 @@ def test_no_test_image_of_the_embedded_set_is_a_training_image() -> None:
     assert not train & {image.tobytes() for image in splits.test.read(range(len(splits.test)))}
 
 
-def test_the_embedded_set_takes_at_most_8_megabytes_and_carries_its_licence() -> None:
+def test_the_embedded_set_is_small_and_has_its_licence() -> None:
+    """At most 8 megabytes."""
     assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) <= 8_000_000
     licence = (EMBEDDED_FOLDER / "LICENSE").read_text()
     assert "MIT" in licence
@@ -89,7 +91,8 @@ def test_shards_are_read_in_their_order_and_validation_by_name(tmp_path: Path) -
     assert splits.validation.labels.tolist() == [2, 2]
 
 
-def test_an_exact_file_name_goes_before_names_that_only_start_with_the_split(tmp_path: Path) -> None:
+def test_an_exact_file_name_goes_first(tmp_path: Path) -> None:
+    """Before names that only start with that of the split."""
     parquet_folder(tmp_path)
     write_parquet(tmp_path / "train_extra.parquet", table(pixels(5), [0] * 5, "abc"))
     assert len(load_splits(DataConfig(name=str(tmp_path))).train) == 12
@@ -144,9 +147,10 @@ def test_small_parquet_files_are_read_without_any_cache(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_large_parquet_files_go_through_the_library_and_give_the_same_rows(
+def test_large_parquet_files_give_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Though they go through the library."""
     monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = parquet_folder(tmp_path / "files", channels=3)
