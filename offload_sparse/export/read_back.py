@@ -59,7 +59,7 @@ def compare(read: Reader, module: nn.Module, inputs: Inputs, place: Path) -> flo
     """
     inputs = tree_map_only(Tensor, _with_values, inputs)
     expected = outputs(_on_cpu(module), inputs)
-    question = _pickled((read, inputs, torch.get_num_threads()))
+    question = _pickled((read, inputs))
     try:
         found = outputs(read(), inputs) if question is None else _ask(question)
     except Exception as error:  # whatever the reader or the network raises is the reason
@@ -101,8 +101,10 @@ def serve(address: str) -> None:
 def _answer(folder: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        read, inputs, threads = pickle.loads((folder / _QUESTION).read_bytes())
+        working_folder, sys.path[:], threads, question = pickle.loads((folder / _QUESTION).read_bytes())
+        os.chdir(working_folder)  # paths may be relative, and networks lie beside the script that asks
         torch.set_num_threads(threads)
+        read, inputs = pickle.loads(question)
         answer: list[Tensor] | str = outputs(read(), inputs)
     except Exception as error:
         answer = f"{type(error).__name__}: {error}"
@@ -110,8 +112,9 @@ def _answer(folder: Path) -> None:
 
 
 def _ask(question: bytes) -> list[Tensor]:
+    conditions = os.getcwd(), sys.path, torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / _QUESTION).write_bytes(question)
+        (Path(folder) / _QUESTION).write_bytes(pickle.dumps((*conditions, question)))
         heavy = [name for name in ("torchvision", "timm", "onnxruntime") if name in sys.modules]
         with _connection() as connection:
             connection.sendall(f"{' '.join([folder, *heavy])}\n".encode())

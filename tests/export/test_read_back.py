@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import stat
@@ -148,6 +149,29 @@ def test_what_only_this_process_knows_is_found_out(tmp_path: Path, monkeypatch: 
         final.save(tmp_path)
     with pytest.raises(ValueError, match=r"holds no structure\.json"):
         load_pruned(tmp_path, Global)
+
+
+@pytest.mark.parametrize("folder", ["one", "two"])
+def test_the_folder_may_be_relative(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader is started once, and follows to wherever the program has gone since."""
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    trained(Plain).save(Path("network"))
+    assert (tmp_path / folder / "network" / "structure.json").exists()
+
+
+def test_the_network_may_lie_in_a_folder_added_to_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a script does, from which Python imports what lies beside it."""
+    (tmp_path / "beside_the_script.py").write_text(
+        "from tests.support.awkward_networks import Plain\n\n\nclass Own(Plain):\n    pass\n"
+    )
+    trained(Plain).save(tmp_path / "before")  # the reader runs
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    own = importlib.import_module("beside_the_script").Own
+    trained(own).save(tmp_path / "own")
 
 
 @pytest.mark.parametrize("by_name", [False, True])
