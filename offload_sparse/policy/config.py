@@ -38,11 +38,9 @@ class PolicyConfig:
         estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm_cv``
             draws pairs of antithetic masks. ``auto`` is that of the least variance that the sampler allows:
             ``disarm_cv`` for ``bernoulli``, else ``rloo``.
-        sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws a share ``refresh`` of
-            the atoms per round, ``fixed_width`` keeps the width of every group, so that shapes never change.
-            ``auto`` is ``fixed_width`` for compiled runs, ``bernoulli`` for ``disarm_cv``, else
-            ``persistent``.
-        refresh: share of the atoms that ``persistent`` redraws per round, in (0, 1].
+        sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws 2 % of the atoms per
+            round, ``fixed_width`` keeps the width of every group, so that shapes never change. ``auto`` is
+            ``fixed_width`` for compiled runs, ``bernoulli`` for ``disarm_cv``, else ``persistent``.
         parametrisation: ``atom`` learns one probability per atom (paper); ``group`` learns a keep rate per
             group, the same for all of its atoms, that is how wide it should be. ``auto`` is ``atom`` for
             fixed widths, else ``group``.
@@ -56,12 +54,14 @@ class PolicyConfig:
     min_width: ClassVar[int] = 1
     """Atoms that every group keeps, whatever is drawn."""
 
+    refresh: ClassVar[float] = 0.02
+    """Share of the atoms that ``persistent`` redraws per round, in (0, 1]."""
+
     rho: float = 0.25
     budget: BudgetName = "count"
     search: SearchName = "sampled"
     estimator: EstimatorName = "auto"
     sampler: SamplerName = "auto"
-    refresh: float = 0.02
     parametrisation: ParametrisationName = "auto"
     optimizer: Literal["adam", "sgd"] = "sgd"
     lr: float = 0.01
@@ -72,7 +72,6 @@ class PolicyConfig:
             0 < self.rho <= 1, f"policy.rho is {self.rho}; give a remaining ratio in (0, 1], such as 0.25"
         )
         require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
-        require(0 < self.refresh <= 1, f"policy.refresh is {self.refresh}; give a share in (0, 1]")
         require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
         require(
             self.sampler in ("auto", "bernoulli") or self.estimator != "disarm_cv",

@@ -308,7 +308,6 @@ def test_antithetic_masks_of_small_probabilities_share_no_atom() -> None:
         ({"sampler": "persistent", "estimator": "disarm_cv"}, "policy.sampler to bernoulli"),
         ({"sampler": "fixed_width", "estimator": "disarm_cv"}, "set it to rloo"),
         ({"sampler": "fixed_width", "parametrisation": "group"}, "policy.parametrisation to atom"),
-        ({"refresh": 0.0}, "policy.refresh"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(config: dict[str, object], advice: str) -> None:

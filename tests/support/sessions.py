@@ -17,6 +17,7 @@ from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import WeightStore
 from tests.support.channel_maps import SmallNet, small_map
+from tests.support.constants import configured
 
 OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 
@@ -107,13 +108,18 @@ def whole(store: WeightStore, kind: str) -> Tensor:
     return out
 
 
+def redrawing(refresh: float, policy: PolicyConfig) -> PolicyConfig:
+    """The same policy with another share of atoms that are redrawn."""
+    return configured(PolicyConfig, refresh=refresh, **vars(policy))
+
+
 POLICIES = {
     "pge": PolicyConfig.paper(rho=0.5, estimator="pge", lr=0.05),
     "disarm_cv": PolicyConfig.paper(rho=0.5, estimator="disarm_cv", lr=0.05),
-    "persistent": PolicyConfig.paper(rho=0.5, sampler="persistent", refresh=0.3, lr=0.05),
+    "persistent": redrawing(0.3, PolicyConfig.paper(rho=0.5, sampler="persistent", lr=0.05)),
     "fixed_width": PolicyConfig.paper(rho=0.5, sampler="fixed_width", estimator="vr_pge", lr=0.05),
     "flops": PolicyConfig.paper(rho=0.4, budget="flops", lr=0.05),
     "params": PolicyConfig.paper(rho=0.4, budget="params", lr=0.05),
-    "default": PolicyConfig(rho=0.5, refresh=0.5, lr=0.5),
+    "default": redrawing(0.5, PolicyConfig(rho=0.5, lr=0.5)),
 }
 """One for every estimator, sampler, budget and parametrisation beyond the paper's."""
