@@ -5,9 +5,9 @@ The same options and the same run as ``offload-sparse train``; see ``python laun
 
 from __future__ import annotations
 
+import runpy
 import sys
 
-from offload_sparse.cli.main import main
-
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    runpy.run_module("offload_sparse.cli", run_name="__main__")
