@@ -155,7 +155,8 @@ def _other_values(path: Path, generator: random.Random) -> None:
     elif change == 1 and isinstance(node, dict):
         node["../../escaped"] = node.pop(key)
     else:
-        node[key] = generator.choice(["../../etc/passwd", -1, 10**18, None, {}, [1, -2], "x" * 50])  # type: ignore[index]
+        values = ["../../etc/passwd", -1, 10**18, None, {}, [1, -2], "x" * 50]
+        node[key] = generator.choice([value for value in values if value != node[key]])  # type: ignore[index]
     path.write_text(json.dumps(document))
 
 

@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 _hints = functools.cache(get_type_hints)
 
 
-def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES) -> _T:
+def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES, sealed_by: str = "") -> _T:
     """The contents of a JSON file as a dataclass.
 
     Where the file has a key ``digest`` and the dataclass does not, it must be that of all the other keys.
@@ -46,6 +46,7 @@ def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES) -> _T:
         path: the file.
         kind: the dataclass; a key that it lacks is an error, as is one without default that is missing.
         max_bytes: what the file may have.
+        sealed_by: a key that only files with a digest have; one that has lost its digest is damaged.
 
     Raises:
         FileNotFoundError: there is none.
@@ -55,8 +56,8 @@ def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES) -> _T:
     try:
         value = parse(_contents(path, max_bytes))
         own = getattr(kind, "__dataclass_fields__", {"digest": None})
-        signed = isinstance(value, dict) and "digest" in value and "digest" not in own
-        if signed and value.pop("digest") != digest(value):
+        signed = isinstance(value, dict) and not value.keys().isdisjoint(("digest", sealed_by))
+        if signed and "digest" not in own and value.pop("digest", None) != digest(value):
             raise ValueError("its digest does not fit")
         return convert(value, kind)
     except FileNotFoundError:

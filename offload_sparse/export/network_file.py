@@ -87,7 +87,8 @@ class Structure:
         views: by module and number of a call, sizes that are written in its code with what each becomes,
             nothing for a size that stays; see ``channels.views``.
         sparse: tensors that are stored without their zeros.
-        weights_digest: of the other file; an export that was written by hand may leave it out.
+        weights_digest: of the other file; an export that was written by hand may leave it out, and then
+            needs no digest of its own either.
     """
 
     format: Count
@@ -215,7 +216,7 @@ def read_structure(folder: Path) -> Structure:
         ValueError: there is none, or it is damaged.
     """
     try:
-        return json_values.read(folder / STRUCTURE_FILE, Structure)
+        return json_values.read(folder / STRUCTURE_FILE, Structure, sealed_by="weights_digest")
     except FileNotFoundError:
         raise ValueError(
             f"{folder} holds no {STRUCTURE_FILE}; give the folder `model/` of a finished run"

@@ -112,3 +112,14 @@ def test_only_regular_files_of_bounded_size_are_read(kind: str, tmp_path: Path) 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize(("text", "fits"), [("", True), ('"seal": "x", ', False)])
+def test_a_file_that_has_lost_its_digest_is_damaged(text: str, fits: bool, tmp_path: Path) -> None:
+    """A file that never had one is taken as it is."""
+    (tmp_path / "d.json").write_text("{" + text + '"size": 3}')
+    if fits:
+        assert read(tmp_path / "d.json", Part, sealed_by="seal") == Part(Count(3))
+    else:
+        with pytest.raises(ValueError, match="its digest does not fit"):
+            read(tmp_path / "d.json", Part, sealed_by="seal")
