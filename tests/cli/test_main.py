@@ -64,7 +64,7 @@ def test_a_mistake_reaches_the_shell_as_one_line_and_exit_code_2() -> None:
         (["verify", "--model", SMALL, "--residual", "no"], "give one of coupled, internal"),
         (["verify", "--model", SMALL, "--image_size", "-1"], "image_size is -1"),
         (["evaluate"], "are required: path; try: offload-sparse evaluate runs/quickstart"),
-        (["evaluate", "no/such/folder"], "holds no structure.json"),
+        (["evaluate", "no/such/folder"], "no/such/folder does not exist; give the folder of a run"),
         (["evaluate", "x", "--split", "best"], "give one of test, train, validation"),
         (["bench", "no_such_bench"], "there is no bench 'no_such_bench'; give one of"),
         (["bench", "a", "b"], "there is no bench 'a b'"),
