@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -23,6 +24,7 @@ from offload_sparse.workloads.data.parquet import ParquetStream
 from offload_sparse.workloads.data.source import Split
 
 _EVALUATION_BATCH = 512
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _EMBEDDED = {"num_classes": 10, "channels": 1, "image_size": 28, "train_images": 12_000}
 
 
@@ -156,9 +158,21 @@ def _iterate(
         generator=torch.Generator(),  # else each iterator would take a number from the global generator
         worker_init_fn=_leave_signals_to_the_run,
     )
-    for item in loader:
+    with _signals_wait():  # a worker that has just begun has torch's handler, which ends it
+        items = iter(loader)
+    for item in items:
         batches.images.corrupt.add(item.corrupt)
         yield batches.finished(item).batch
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that stop a run reach neither this thread nor workers that begin meanwhile until the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -166,8 +180,9 @@ def _leave_signals_to_the_run(worker: int) -> None:
     they end with it.
     """
     del worker
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
 class TrainLoader:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data import loader
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.order import global_batch
 from offload_sparse.workloads.data.source import Splits, load_splits
@@ -160,3 +164,20 @@ def test_a_batch_above_the_split_is_refused(folder: Path) -> None:
     config = config_of(folder, batch_size=27)
     with pytest.raises(ValueError, match="only 26 training images"):
         TrainLoader(load_splits(config).train, config)
+
+
+def _begins_with_a_signal(number: int) -> None:
+    os.kill(os.getpid(), number)
+    loader._leave_signals_to_the_run(0)
+    os._exit(7)
+
+
+@pytest.mark.parametrize("number", loader._STOPPING)
+def test_a_signal_to_a_worker_that_has_just_begun_does_not_end_it(number: int) -> None:
+    """It is sent before the worker could say that it leaves signals to the run."""
+    worker = multiprocessing.get_context("fork").Process(target=_begins_with_a_signal, args=(number,))
+    with loader._signals_wait():
+        worker.start()
+    worker.join(60)
+    assert worker.exitcode == 7
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(loader._STOPPING)
