@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Slurm, one launcher per node and one process per GPU; carries on by itself after a pre-emption or the time limit:
+# Slurm, one launcher per node and one process per GPU; resumes by itself after a pre-emption or the time limit:
 #   sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh --config configs/quickstart.yaml
 #SBATCH --job-name=offload-sparse
 #SBATCH --ntasks-per-node=1

@@ -45,7 +45,7 @@ class TrainConfig:
         log_every: steps between lines in metrics.jsonl.
         seed: seed of initial weights, masks, data order and augmentation.
         on_nonfinite: what happens when a loss or gradient is not finite on some rank; the weights never see
-            it. ``stop`` ends the run, ``skip`` leaves out the step, ``rollback`` carries on behind the
+            it. ``stop`` ends the run, ``skip`` leaves out the step, ``rollback`` goes on behind the
             batches that led there: ``sparse_offload`` from the end of its last good round, other methods from
             the last checkpoint.
         timeout: seconds that a rank waits for the others before it takes one for dead; loading data and
@@ -128,7 +128,7 @@ class RunConfig:
         method: what a training step is.
         run_dir: folder of the run; created, and never mixed with another run's files.
         overwrite: replace the files of an earlier run in ``run_dir``.
-        resume: ``auto`` carries on with the run that ``run_dir`` holds, ``never`` refuses such a folder; or
+        resume: ``auto`` resumes the run that ``run_dir`` holds, ``never`` refuses such a folder; or
             the path of a checkpoint, or of a run, to start from.
         quiet: no progress bar and no line per epoch.
         dry_run: print network, cost, steps and the figures to reach, and stop; no image is read, no file

@@ -100,7 +100,7 @@ class DurableRounds:
         """Before any of what ``sides`` have learned goes back to the store.
 
         The logs that ``settle`` deletes are older than the newest: what they hold has been returned, or has
-        been carried on and is in the newest.
+        gone on to the next round and is in the newest.
         """
         session = self._session
         pieces = [(side.selection, side.arrays) for side in sides]

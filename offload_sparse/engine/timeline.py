@@ -1,9 +1,9 @@
 """When a session gathers, computes and scatters.
 
-    gather    newcomers from the store to the device         (thread of the transfers, if they overlap)
+    gather    what the device lacks, from the store            (thread of the transfers, if they overlap)
     carry     what two rounds share, from pair to pair
     compute   the steps of a round, with the reading of batches between them
-    scatter   leavers back to the store                      (thread of the transfers, if they overlap)
+    scatter   what was evicted, back to the store              (thread of the transfers, if they overlap)
 
 On a CUDA device marks are events on the stream that does the work, so that nothing waits for them; on a CPU
 they are the clock. The CUDA branch has not been run on a GPU yet.

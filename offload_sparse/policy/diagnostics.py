@@ -71,7 +71,7 @@ class Diagnostics:
         return {"sums": self._sums.clone(), "mask": self._mask.clone(), "dead": self._dead.clone()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Carry on from ``state()``."""
+        """Resume from ``state()``."""
         self._sums.copy_(state["sums"])
         self._mask, self._dead = state["mask"].clone(), state["dead"].clone()
 

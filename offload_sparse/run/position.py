@@ -251,7 +251,7 @@ class Progress:
             self._roll_back(error, position + 1)
 
     def _roll_back(self, error: FloatingPointError, position: int) -> None:
-        """Restore, and carry on with the batch at ``position``."""
+        """Restore, and resume with the batch at ``position``."""
         rollbacks = self.rollbacks + 1
         self._checkpointer.join()
         if rollbacks > MOST_ROLLBACKS:

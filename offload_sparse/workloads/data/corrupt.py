@@ -40,7 +40,7 @@ class CorruptImages:
     Args:
         limit: how many are allowed (``DataConfig.corrupt_limit``).
         log: file that gets a line for each, appended, so that ranks can share it; ``None`` warns through
-            ``logging`` alone. What it names already, in a run that carries on, is not named again.
+            ``logging`` alone. What it names already, in a run that resumes, is not named again.
     """
 
     def __init__(self, limit: int, log: Path | None = None) -> None:
