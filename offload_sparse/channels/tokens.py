@@ -27,7 +27,7 @@ from offload_sparse.channels.model_call import (
 )
 from offload_sparse.channels.propagation import Propagation, compact, varying
 from offload_sparse.channels.subnet import hollow_copy, is_norm, meta_copy
-from offload_sparse.channels.views import SLICES, SPLITS, UNFLATTENS, Sizes, indexed, written_sizes
+from offload_sparse.channels.views import CHUNKS, SLICES, SPLITS, UNFLATTENS, Sizes, indexed, written_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,8 @@ class _Trace:
             if all(axis is None for axis in given):
                 return None
             whole = [torch.full((n,), ALWAYS) if a is None else a for n, a in zip(widths, given, strict=True)]
+            if func in CHUNKS and all(torch.equal(axis, whole[0]) for axis in whole):
+                return None  # parts that stay equal
             return View(call, tuple(widths), tuple(whole))
         axes = self._axes_of(out, ids)
         first = args[1] % args[0].dim() if func in UNFLATTENS else 0

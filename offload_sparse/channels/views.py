@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 Fit = tuple[int, int] | None
 """(size in the code, what it becomes); a size in the code of 0 stands for any; None: as it is."""
 
-SPLITS: set[Any] = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
+CHUNKS: set[Any] = {Tensor.chunk, torch.chunk}
+SPLITS: set[Any] = {*CHUNKS, Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
 UNFLATTENS: set[Any] = {Tensor.unflatten, torch.unflatten}
 _EXPANDS: set[Any] = {Tensor.expand}
 SLICES: set[Any] = {Tensor.__getitem__}
@@ -107,6 +108,8 @@ class _Refit(TorchFunctionMode):
             self.count += 1
             if fits is not None:
                 args = _fitted(func, args, kwargs, fits)
+                if func in CHUNKS and not isinstance(args[1], int):
+                    func = torch.split  # parts that are no longer equal
         return func(*args, **kwargs)
 
 

@@ -146,6 +146,26 @@ class SingleHead(nn.Module):
         return weights.softmax(-1) @ self.v(x)
 
 
+class OneHeadInChunks(nn.Module):
+    """As the first stage of timm's MaxViT: one head, whose values alone can be narrowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.project = nn.Linear(24, 3 * 16), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), -1, 1, 3 * 16).transpose(1, 2).chunk(3, dim=3)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.project(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+def test_chunks_of_which_one_is_narrowed_are_no_longer_equal() -> None:
+    model, inputs = OneHeadInChunks(), (torch.randn(2, 5, 24),)
+    found = discover(model, inputs, "internal")
+    assert [(group.name, group.size) for group in found.groups] == [("qkv", 16)]
+    self_test(model, inputs, found)
+
+
 def test_what_is_not_recognised_is_refused_with_the_layer_and_a_start() -> None:
     model = LanguageModel(nn.Identity, Sorted)
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.up meets sort in blocks\.0\.mlp") as refusal:
