@@ -55,8 +55,7 @@ class Contender:
         resident: tensors that stay on the device though ``update`` touches them.
         on_host: tensors that are on the host though ``compute`` touches them and ``update`` does not.
         bus_bytes: bytes between host and device per step and rank; called after the steps.
-        unit: steps that belong together: those of a round.
-    """
+        unit: steps that belong together: those of a round."""
 
     compute: Callable[[], object]
     bus_bytes: Callable[[], float]
@@ -77,11 +76,7 @@ def image_size(config: PeersConfig) -> int:
 
 
 def build_network(config: PeersConfig) -> nn.Module:
-    """The full network of ``config``.
-
-    Raises:
-        ValueError: the model takes no width.
-    """
+    """The full network of ``config``. Raises ValueError: the model takes no width."""
     arguments: dict[str, Any] = {}
     if config.width != 1:
         if config.model.startswith("offload_sparse/vgg"):

@@ -34,8 +34,7 @@ class BenchResult:
         ratios: the figures that the README quotes and that carry over to other machines, by name.
         raw: everything measured, as JSON can hold it, with units in the keys (``seconds``, ``bytes``).
         header: titles of the columns of ``table``.
-        table: the rows that are printed.
-    """
+        table: the rows that are printed."""
 
     ratios: dict[str, float]
     raw: Any
@@ -55,11 +54,7 @@ def available() -> dict[str, str]:
 
 
 def load(name: str) -> Callable[..., BenchResult]:
-    """The ``run`` function of a bench.
-
-    Raises:
-        ValueError: there is no bench of this name.
-    """
+    """The ``run`` function of a bench. Raises ValueError: there is no bench of this name."""
     known = available()
     if name not in known:
         raise ValueError(f"there is no bench {name!r}; give one of: {', '.join(known) or '(none found)'}")
@@ -79,11 +74,7 @@ def report(result: BenchResult, command: str) -> dict[str, Any]:
 
 
 def write(result: BenchResult, command: str, path: Path) -> None:
-    """Write ``report`` as JSON.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
+    """Write ``report`` as JSON. Raises ValueError: the file cannot be written."""
     text = json.dumps(report(result, command), indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

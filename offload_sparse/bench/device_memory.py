@@ -29,8 +29,7 @@ class TouchedStorages(TorchDispatchMode):
 
     Attributes:
         history: one mapping per operation, from token to bytes gained or lost (storages can be resized).
-        addresses: addresses of all storages touched so far.
-    """
+        addresses: addresses of all storages touched so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,8 +113,7 @@ def touched_peak(
         compute: the forward and backward pass, and whatever else the device does.
         update: the optimizer step if the host does it, None if it is part of ``compute``.
         resident: tensors that stay on the device although ``update`` touches them.
-        on_host: tensors that do not count although ``update`` leaves them alone.
-    """
+        on_host: tensors that do not count although ``update`` leaves them alone."""
     with TouchedStorages() as device:
         device.note(resident)
         compute()

@@ -106,10 +106,7 @@ def _rates(loaders: dict[str, Iterator[Any]], turns: int) -> dict[str, float]:
 
 def write_photographs(folder: Path, images: int) -> int:
     """Training images in four classes, and a few for testing; the spectrum falls with 1/f as in photographs.
-
-    Returns:
-        bytes of an image, the mean.
-    """
+    Returns bytes of an image, the mean."""
     for split, number in (("train", images), ("test", 4)):
         for i in range(number):
             place = folder / split / f"class{i % 4}"

@@ -65,8 +65,7 @@ FULL = Size(4096, 65536, 10, 20, 0.1)
 @dataclass
 class Part:
     """One process: how it ended, its seconds, the most memory that no file stands behind in bytes, and what
-    it printed on stderr.
-    """
+    it printed on stderr."""
 
     exit_code: int
     seconds: float
@@ -121,11 +120,8 @@ def run(quick: bool) -> BenchResult:
 
 
 def watch(command: list[str], enough: Callable[[], bool] = lambda: False) -> Part:
-    """Run a command, and kill it as soon as ``enough`` says so.
-
-    Raises:
-        RuntimeError: it takes longer than ``LIMIT``.
-    """
+    """Run a command, and kill it as soon as ``enough`` says so. Raises RuntimeError: it takes longer than
+    ``LIMIT``."""
     started, peak = time.monotonic(), 0
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:

@@ -76,8 +76,7 @@ def take_turns(
     Args:
         passes: by name.
         repetitions: of each.
-        between: called before each pass, not timed.
-    """
+        between: called before each pass, not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for repetition in range(repetitions + 1):
         for name, run_once in passes.items():
@@ -132,16 +131,13 @@ def peak_resident() -> int:
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, backend: str = "") -> list[Any]:
-    """What ``function(*args)`` returns on every rank of a fresh process group, one thread each.
+    """What ``function(*args)`` returns on every rank of a fresh process group, one thread each. Raises
+    RuntimeError: a rank failed; the last line says why.
 
     Args:
         world_size: number of processes.
         function: importable by name, since the processes are spawned.
-        backend: of the group; by default gloo, and no group for a single rank.
-
-    Raises:
-        RuntimeError: a rank failed; the last line says why.
-    """
+        backend: of the group; by default gloo, and no group for a single rank."""
     backend = backend or ("gloo" if world_size > 1 else "")
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -54,11 +54,8 @@ def run(quick: bool, config: PeersConfig | None = None) -> BenchResult:
 
 
 def resolve(config: PeersConfig, quick: bool) -> PeersConfig:
-    """``config`` with the sizes that 0 stands for.
-
-    Raises:
-        ValueError: an unknown peer, or more processes than CUDA devices.
-    """
+    """``config`` with the sizes that 0 stands for. Raises ValueError: an unknown peer, or more processes than
+    CUDA devices."""
     if config.only and config.only not in CONTENDERS:
         raise ValueError(f"there is no peer {config.only!r}; give one of {', '.join(CONTENDERS)}")
     devices = torch.cuda.device_count()
@@ -70,21 +67,14 @@ def resolve(config: PeersConfig, quick: bool) -> PeersConfig:
 
 
 def measure(name: str, config: PeersConfig) -> list[Figures]:
-    """The figures of one peer on every rank.
-
-    Raises:
-        RuntimeError: it failed; the last line says why.
-    """
+    """The figures of one peer on every rank. Raises RuntimeError: it failed; the last line says why."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     return on_ranks(config.processes, measure_here, name, config, backend=backend)
 
 
 def measure_here(name: str, config: PeersConfig) -> Figures:
-    """Train a few steps with one peer, in this process and its group.
-
-    Returns:
-        median seconds per step, peaks of device and host in bytes, bytes over the bus per step and rank.
-    """
+    """Train a few steps with one peer, in this process and its group. Returns median seconds per step, peaks
+    of device and host in bytes, bytes over the bus per step and rank."""
     os.dup2(2, 1)  # what libraries print belongs into the log
     device = _device()
     torch.manual_seed(0)

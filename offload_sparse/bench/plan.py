@@ -41,8 +41,7 @@ _HEADER = ("network", "memory", "allocated", "predicted", "ratio", "resident / w
 
 def run(quick: bool) -> BenchResult:
     """Each network in fresh processes, one for resident memory and one for what is allocated; ``quick`` takes
-    one small network.
-    """
+    one small network."""
     ratios: dict[str, float] = {}
     raw: dict[str, Any] = {}
     rows = []
@@ -95,8 +94,7 @@ def case(
 
 def predict(config: RunConfig) -> dict[str, int]:
     """Bytes of the plan for this machine: host memory that is allocated and that is written, and what is
-    allocated where the subnets compute.
-    """
+    allocated where the subnets compute."""
     data = declared_data(config.data)
     planner = Planner(config, data, structure_of(config, data))
     device = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
@@ -107,8 +105,7 @@ def predict(config: RunConfig) -> dict[str, int]:
 
 def measure_resident(config: RunConfig) -> int:
     """Growth of this process's resident memory, in bytes, above what it took after a tiny run of the same
-    network, by which the libraries have what they need whatever the size.
-    """
+    network, by which the libraries have what they need whatever the size."""
     train(tiny(config), build_session(tiny(config)))
     return_freed_memory()
     reset_peak()
@@ -119,12 +116,8 @@ def measure_resident(config: RunConfig) -> int:
 
 def measure_allocated(config: RunConfig) -> dict[str, int]:
     """Bytes that torch's allocator hands out while a session trains, on the CUDA device or without one on the
-    CPU.
-
-    Returns:
-        ``device``: its peak while the session trains; ``host``: the store and, beside it, the larger of what
-        its construction allocates and, without a CUDA device, of what training does.
-    """
+    CPU. Returns ``device``: its peak while the session trains; ``host``: the store and, beside it, the larger
+    of what its construction allocates and, without a CUDA device, of what training does."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         session = build_session(config)
     construction = _peak(profiler)
@@ -158,8 +151,7 @@ def _peak(profiler: profile) -> int:
 @contextmanager
 def exact_malloc() -> Iterator[None]:
     """Processes started inside give memory back as soon as it is freed, instead of keeping it for later: what
-    is resident is what is held (glibc).
-    """
+    is resident is what is held (glibc)."""
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
     before = dict(os.environ)
     os.environ.update(settings)

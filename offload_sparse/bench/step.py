@@ -90,8 +90,7 @@ def flat_subnet(model: nn.Module, channel_map: ChannelMap, mask: Tensor, device:
 
 def pass_of(network: nn.Module, batch: Batch, kind: str) -> Callable[[], None]:
     """One forward and backward pass; the gradients of a subnet stay views of its buffer, others are made
-    anew.
-    """
+    anew."""
 
     def run_once() -> None:
         if kind != "subnet":

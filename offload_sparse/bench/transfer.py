@@ -38,8 +38,7 @@ CACHES = 96 << 20
 
 def run(quick: bool) -> BenchResult:
     """Four times the usual width at rho = 0.5, 0.25 and 0.1; ``quick`` takes the usual width and fewer
-    repetitions.
-    """
+    repetitions."""
     width, repetitions = (64, 5) if quick else (256, 9)
     channel_map, names = wide_resnet50(width)
     layout = Layout.of({name: tuple(channel_map.shapes[name]) for name in names})
@@ -98,8 +97,7 @@ def measure(
 
     ``*_vs_memcpy`` is copy time / our time, ``gather_vs_chained`` chained time / our time; medians of the
     ratios of neighbours. ``lines_bound`` is what ``gather_vs_memcpy`` would be if both were only held up by
-    the cache lines that they read and write; ``plan_seconds`` is CPU time.
-    """
+    the cache lines that they read and write; ``plan_seconds`` is CPU time."""
     selection = Selection(channel_map, random_mask(channel_map, rho))
     narrow = selection.layout(layout.shapes)
     start = time.process_time()
@@ -155,8 +153,7 @@ def lines_bound(plan: BlockPlan) -> float:
     """Cache lines that a copy reads and writes, as a share of those that a gather reads and writes.
 
     A copy of n bytes moves 2n (read, written past the caches, as long copies are); a gather moves n and every
-    line in which a kept entry lies, whole.
-    """
+    line in which a kept entry lies, whole."""
     lines = 0
     for block in plan.blocks:
         grid = block.source

@@ -88,8 +88,7 @@ def measure(session: SparseOffload, batch: Batch, pairs: int) -> dict[str, Any]:
     Args:
         session: whose masks are drawn; nothing in it is learned.
         batch: what losses are measured on.
-        pairs: pairs of independent masks, and of antithetic ones.
-    """
+        pairs: pairs of independent masks, and of antithetic ones."""
     s = session.policy.s
     independent, antithetic = (draw_pairs(session, batch, name, pairs) for name in ("rloo", CONTROLLED))
     groups = session.channel_map.groups
@@ -121,8 +120,7 @@ def spread_of_losses(pairs: Pairs) -> dict[str, float]:
     """V(s), V_max(s) and E L², from independent pairs.
 
     Every mask is compared with every reference. V_max is taken over the values of atoms that at least
-    ``_LEAST`` masks have.
-    """
+    ``_LEAST`` masks have."""
     masks, _, losses, references = pairs
     squares = ((losses - references.T) ** 2).mean(1)
     largest = float(squares.mean())

@@ -15,8 +15,7 @@ class StaticConfig:
     Attributes:
         widths: atoms that each group keeps, such as ``8 8 16 16``; or the name of published widths, which are
             scaled to ``policy.rho`` of ``policy.budget`` (``policy.published_widths`` lists them with their
-            sources). Empty keeps the same share of every group.
-    """
+            sources). Empty keeps the same share of every group."""
 
     widths: str = ""
 
@@ -26,8 +25,7 @@ class DSTConfig:
     """The method ``dst`` (Liu et al. 2020): weights masked by trainable thresholds.
 
     Attributes:
-        alpha: factor of the penalty that raises the thresholds (the paper: 5e-4 on MNIST, 5e-6 on CIFAR).
-    """
+        alpha: factor of the penalty that raises the thresholds (the paper: 5e-4 on MNIST, 5e-6 on CIFAR)."""
 
     reset_at: ClassVar[float] = 0.01
     """Remaining share of a layer at which its thresholds start anew, and all of it is back; 0 for never."""
@@ -44,8 +42,7 @@ class DFBSTConfig:
 
     Attributes:
         alpha: factor of the penalty that raises the thresholds of the weights.
-        beta: factor of the standard deviation of the masked gradients, which trains their thresholds.
-    """
+        beta: factor of the standard deviation of the masked gradients, which trains their thresholds."""
 
     reset_at: ClassVar[float] = DSTConfig.reset_at
     """As in DST, for the thresholds of the weights."""
@@ -63,8 +60,7 @@ class RigLConfig:
     """The method ``rigl`` (Evci et al. 2020): drop by magnitude, grow by gradient.
 
     Attributes:
-        density: share of the weights that is kept, in (0, 1].
-    """
+        density: share of the weights that is kept, in (0, 1]."""
 
     interval: ClassVar[int] = 100
     """Steps between replacements."""
@@ -87,8 +83,7 @@ class GrowEfficientConfig:
     the steps after which the gates stand still.
 
     Attributes:
-        penalty: factor of the distance between the open share and ``policy.rho``.
-    """
+        penalty: factor of the distance between the open share and ``policy.rho``."""
 
     start: ClassVar[float] = 0.5
     """Probability that a channel is open at the start, in (0, 1)."""

@@ -81,8 +81,7 @@ class Options(Generic[Tree]):
         reads_files: whether ``--config FILE.yaml`` is accepted.
         positional: a leaf with a default that may be given without its name; a list takes all of them.
         aliases: short names of options to the names of their leaves.
-        first: options that ``--help`` shows, where ``--help all`` shows the others, too; empty for all.
-    """
+        first: options that ``--help`` shows, where ``--help all`` shows the others, too; empty for all."""
 
     tree: type[Tree]
     program: str
@@ -94,15 +93,12 @@ class Options(Generic[Tree]):
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Tree:
         """The configuration that a command line asks for; ``--help`` prints the help text and exits with 0.
+        Raises ValueError: unknown key, wrong type or value, missing file; one line with advice.
+        ``MistakesError`` names every option of an earlier version.
 
         Args:
             argv: the arguments behind the name of the command.
-            defaults: values by dotted name that stand in for the defaults of ``tree``.
-
-        Raises:
-            ValueError: unknown key, wrong type or value, missing file; one line with advice.
-                ``MistakesError`` names every option of an earlier version.
-        """
+            defaults: values by dotted name that stand in for the defaults of ``tree``."""
         if {"-h", "--help"} & set(argv):
             self.parser("all" in argv).print_help()
             raise SystemExit(0)

@@ -67,11 +67,8 @@ for _class in (_Loader, _Dumper):
 
 
 def parse(text: str, source: str) -> Any:
-    """The value that ``text`` writes down; ``source`` names it in errors.
-
-    Raises:
-        ValueError: the text is not YAML; one line.
-    """
+    """The value that ``text`` writes down; ``source`` names it in errors. Raises ValueError: the text is not
+    YAML; one line."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
@@ -92,11 +89,8 @@ def number(text: str) -> float | str:
 
 
 def read_keys(path: Path) -> dict[Any, Any]:
-    """The mapping at the top level of a YAML file; empty for an empty file.
-
-    Raises:
-        ValueError: the file is missing, no regular file, too large, cannot be read, or holds something else.
-    """
+    """The mapping at the top level of a YAML file; empty for an empty file. Raises ValueError: the file is
+    missing, no regular file, too large, cannot be read, or holds something else."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path} is no regular file; give a YAML file")
@@ -121,8 +115,7 @@ def dump(value: Any, flow: bool = False) -> str:
 
     Args:
         value: what to write.
-        flow: on one line, in brackets.
-    """
+        flow: on one line, in brackets."""
     # With allow_unicode, PyYAML writes some characters that YAML takes for line breaks as they are.
     style: dict[str, Any] = {"default_flow_style": flow, "width": float("inf") if flow else 80}
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, **style)

@@ -35,8 +35,7 @@ class Preprocessing:
     Attributes:
         mean, std: per channel, of pixels scaled to [0, 1].
         shape: channels, height and width of an image.
-        class_names: of the outputs.
-    """
+        class_names: of the outputs."""
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -62,8 +61,7 @@ class Description:
         files: name of each file of the network, with its digest.
         model: name and arguments of the full network that it was pruned from.
         preprocessing: of its images.
-        dtype: type of images and logits.
-    """
+        dtype: type of images and logits."""
 
     format: Count
     kind: Kind
@@ -90,12 +88,9 @@ def describe(
 
 
 def read_description(folder: Path) -> Description:
-    """The checked contents of ``network.json``; the files that it names are there and whole.
-
-    Raises:
-        FileNotFoundError: there is no ``network.json``.
-        ValueError: it is damaged, or a file is missing or damaged.
-    """
+    """The checked contents of ``network.json``; the files that it names are there and whole. Raises
+    FileNotFoundError: there is no ``network.json``; ValueError: it is damaged, or a file is missing or
+    damaged."""
     description = json_values.read(folder / DESCRIPTION_FILE, Description)
     for name in FILES[description.kind]:  # which cannot leave the folder
         if name not in description.files and (folder / name).exists():

@@ -27,16 +27,13 @@ _FIGURES = (
 
 
 def write_hub_folder(source: Path, target: Path, summary: dict[str, Any]) -> None:
-    """Write the network of ``source`` and its model card to ``target``; nothing is uploaded.
+    """Write the network of ``source`` and its model card to ``target``; nothing is uploaded. Raises
+    ValueError: the network is missing or damaged.
 
     Args:
         source: folder with the exported network of a run.
         target: created when missing.
-        summary: contents of the run's ``summary.json``; empty if there is none.
-
-    Raises:
-        ValueError: the network is missing or damaged.
-    """
+        summary: contents of the run's ``summary.json``; empty if there is none."""
     copy_network(source, target)
     write_file(target / CARD_FILE, model_card(read_structure(target), summary))
 

@@ -41,18 +41,14 @@ def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES, sealed_by: str 
     """The contents of a JSON file as a dataclass.
 
     Where the file has a key ``digest`` and the dataclass does not, it must be that of all the other keys.
+    Raises FileNotFoundError: there is none; ValueError: it is no regular file, too large, no JSON, or not of
+    this kind; one line that names the place in the file and never shows a whole value.
 
     Args:
         path: the file.
         kind: the dataclass; a key that it lacks is an error, as is one without default that is missing.
         max_bytes: what the file may have.
-        sealed_by: a key that only files with a digest have; one that has lost its digest is damaged.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no regular file, too large, no JSON, or not of this kind; one line that names the
-            place in the file and never shows a whole value.
-    """
+        sealed_by: a key that only files with a digest have; one that has lost its digest is damaged."""
     try:
         value = parse(_contents(path, max_bytes))
         own = getattr(kind, "__dataclass_fields__", {"digest": None})
@@ -69,11 +65,8 @@ def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES, sealed_by: str 
 
 
 def parse(text: bytes) -> Any:
-    """A JSON document (UTF-8) of bounded size and nesting.
-
-    Raises:
-        ValueError: it is none; an object names a key twice; a number is not finite.
-    """
+    """A JSON document (UTF-8) of bounded size and nesting. Raises ValueError: it is none; an object names a
+    key twice; a number is not finite."""
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise ValueError(f"it holds more than {MAX_VALUES:,} values")
     try:
@@ -88,11 +81,8 @@ def parse(text: bytes) -> Any:
 
 
 def convert(value: Any, kind: type[_T]) -> _T:
-    """A parsed JSON value as ``kind``: a dataclass, or any type that a field may have.
-
-    Raises:
-        ValueError: it is not of that kind.
-    """
+    """A parsed JSON value as ``kind``: a dataclass, or any type that a field may have. Raises ValueError: it
+    is not of that kind."""
     return _convert(value, kind, "")
 
 

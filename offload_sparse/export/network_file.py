@@ -88,8 +88,7 @@ class Structure:
             nothing for a size that stays; see ``channels.views``.
         sparse: tensors that are stored without their zeros.
         weights_digest: of the other file; an export that was written by hand may leave it out, and then
-            needs no digest of its own either.
-    """
+            needs no digest of its own either."""
 
     format: Count
     model: dict[str, Any]
@@ -121,8 +120,7 @@ class FinalNetwork:
         mask: bool[C], the atoms that it keeps of the full network.
         channel_map: the map of the full network.
         factory: builds the full network, for reading back what is written; None if that is not known.
-        example_inputs: what the network can be called with.
-    """
+        example_inputs: what the network can be called with."""
 
     module: nn.Module
     mask: Tensor
@@ -147,22 +145,16 @@ class FinalNetwork:
         preprocessing: dict[str, Any] | None = None,
     ) -> float:
         """Write ``weights.safetensors`` and ``structure.json``, each complete or not at all, then read them
-        in a fresh process and compare the outputs of both networks.
+        in a fresh process and compare the outputs of both networks. Returns the largest relative difference
+        between the outputs; 0 if nothing is known to call it with. Raises ValueError: what is read back is
+        not this network (and is made unreadable), or ``preprocessing`` has other fields.
 
         Args:
             path: a folder, created when missing.
             model: how the full network is built: ``name`` and ``arguments`` of
                 ``offload_sparse.workloads.models.build_model``; None when ``load_pruned`` will be given the
                 model.
-            preprocessing: fields of ``export.description.Preprocessing``, for the reader.
-
-        Returns:
-            the largest relative difference between the outputs; 0 if nothing is known to call it with.
-
-        Raises:
-            ValueError: what is read back is not this network (and is made unreadable), or ``preprocessing``
-                has other fields.
-        """
+            preprocessing: fields of ``export.description.Preprocessing``, for the reader."""
         # Safetensors refuses views of one storage, and a module may have been extracted as such.
         own = tensors_of(self.module)
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in own.items()}
@@ -200,21 +192,14 @@ class FinalNetwork:
 
 
 def copy_network(source: Path, target: Path) -> None:
-    """Write an exported network once more, with every tensor whole.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the files do not belong together.
-    """
+    """Write an exported network once more, with every tensor whole. Raises ValueError: a file is missing or
+    damaged, or the files do not belong together."""
     structure, tensors = _read(source)
     _write(target, structure, tensors, [])
 
 
 def read_structure(folder: Path) -> Structure:
-    """The checked contents of ``structure.json``.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
+    """The checked contents of ``structure.json``. Raises ValueError: there is none, or it is damaged."""
     try:
         return json_values.read(folder / STRUCTURE_FILE, Structure, sealed_by="weights_digest")
     except FileNotFoundError:
@@ -224,18 +209,13 @@ def read_structure(folder: Path) -> Structure:
 
 
 def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn.Module:
-    """Read an exported network. No code of the files is run.
+    """Read an exported network. No code of the files is run. Returns the narrow network in evaluation mode,
+    on the CPU, with a value for every tensor. Raises ValueError: a file is missing or damaged, or the files
+    do not belong together.
 
     Args:
         path: folder with ``weights.safetensors`` and ``structure.json``.
-        model: builds the full network, for a model that the package cannot build by name.
-
-    Returns:
-        the narrow network in evaluation mode, on the CPU, with a value for every tensor.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the files do not belong together.
-    """
+        model: builds the full network, for a model that the package cannot build by name."""
     folder = Path(path)
     structure, tensors = _read(folder)
     module = build_on_meta(model) if model is not None else _build_named(structure)
@@ -259,8 +239,7 @@ def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """All that a network's values are in: parameters, buffers, those that ``state_dict`` leaves out too, and
-    tensors that are plain attributes of a module. The positions of exposed additions are not among them.
-    """
+    tensors that are plain attributes of a module. The positions of exposed additions are not among them."""
     found: dict[str, Tensor] = {}
     for path, part in module.named_modules():
         own = {} if isinstance(part, StreamAdd) else {**part._parameters, **part._buffers, **vars(part)}

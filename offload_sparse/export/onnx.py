@@ -32,15 +32,12 @@ _UNBOUNDED = ("If", "Loop", "Scan", "SequenceMap")
 
 
 def write_onnx(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
-    """Write ``module`` for images float32[batch, *shape] of any batch; logits float32[batch, classes].
+    """Write ``module`` for images float32[batch, *shape] of any batch; logits float32[batch, classes]. Raises
+    ValueError: packages are missing, or the network cannot be written.
 
     Args:
         module: the network in evaluation mode, on the CPU, in float32.
-        shape: channels, height and width of an image.
-
-    Raises:
-        ValueError: packages are missing, or the network cannot be written.
-    """
+        shape: channels, height and width of an image."""
     _require("onnx", "onnxscript")
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     printed = io.StringIO()
@@ -67,12 +64,9 @@ def write_onnx(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
 
 
 def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """The network of a file: images float32[batch, C, H, W] on the CPU to logits.
-
-    Raises:
-        ValueError: packages are missing, the file is damaged, refers to other files than its own, holds loops
-            or operators of others, or takes more than ``MAX_BYTES``.
-    """
+    """The network of a file: images float32[batch, C, H, W] on the CPU to logits. Raises ValueError: packages
+    are missing, the file is damaged, refers to other files than its own, holds loops or operators of others,
+    or takes more than ``MAX_BYTES``."""
     _require("onnx", "onnxruntime")
     import onnx
     import onnxruntime

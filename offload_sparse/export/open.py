@@ -27,8 +27,7 @@ class Artefact:
         network: images [batch, C, H, W] of ``dtype`` on ``device`` to logits.
         preprocessing: of its images, as far as it is known.
         dtype: type of the images.
-        device: where it computes.
-    """
+        device: where it computes."""
 
     network: nn.Module
     preprocessing: Preprocessing
@@ -48,11 +47,8 @@ class _Function(nn.Module):
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of the network that ``path`` means: a run's ``model/``, a file's folder, or itself.
-
-    Raises:
-        ValueError: it does not exist, or is a run that has not ended.
-    """
+    """The folder of the network that ``path`` means: a run's ``model/``, a file's folder, or itself. Raises
+    ValueError: it does not exist, or is a run that has not ended."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give the folder of a run, or of an exported network")
     if path.is_file():
@@ -68,15 +64,12 @@ def folder_of(path: Path) -> Path:
 def open_artefact(path: Path, trust: bool = False) -> Artefact:
     """Open a run folder, a folder that ``offload-sparse export`` wrote, or a file in one.
 
-    Modules go to the CUDA device where there is one; programs and ONNX files run on the CPU.
+    Modules go to the CUDA device where there is one; programs and ONNX files run on the CPU. Raises
+    ValueError: there is no network, it is damaged, or it is a program and not trusted; one line.
 
     Args:
         path: see above.
-        trust: open a program of torch.export too, which can run any code.
-
-    Raises:
-        ValueError: there is no network, it is damaged, or it is a program and not trusted; one line.
-    """
+        trust: open a program of torch.export too, which can run any code."""
     folder = folder_of(path)
     if not (folder / DESCRIPTION_FILE).is_file():
         preprocessing = read_structure(folder).preprocessing

@@ -25,8 +25,7 @@ def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     These are the floating-point tensors of at least two dimensions that become smaller so.
 
     Args:
-        tensors: by name, contiguous.
-    """
+        tensors: by name, contiguous."""
     stored: dict[str, Tensor] = {}
     sparse: list[str] = []
     for name, tensor in tensors.items():
@@ -45,17 +44,14 @@ def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
 def decode(
     stored: Mapping[str, Tensor], sparse: Collection[str], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, Tensor]:
-    """The inverse of ``encode``; nothing is allocated before the declared shapes are in proportion.
+    """The inverse of ``encode``; nothing is allocated before the declared shapes are in proportion. Raises
+    ValueError: parts are missing or do not describe a tensor of that shape, or a few bytes would become far
+    more (2,000 times what is stored, and more than 256 MiB).
 
     Args:
         stored: what was read.
         sparse: the names that ``encode`` gave; not trusted.
-        shapes: shape of every tensor by name; not trusted.
-
-    Raises:
-        ValueError: parts are missing or do not describe a tensor of that shape, or a few bytes would become
-            far more (2,000 times what is stored, and more than 256 MiB).
-    """
+        shapes: shape of every tensor by name; not trusted."""
     tensors = dict(stored)
     parts = {}
     for name in sparse:

@@ -13,16 +13,13 @@ from torch import Tensor, nn
 
 
 def write_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
-    """Export ``module`` for images [batch, *shape] of any batch, and save the program.
+    """Export ``module`` for images [batch, *shape] of any batch, and save the program. Raises ValueError: the
+    network cannot be traced for batches of every size.
 
     Args:
         module: the network in evaluation mode, on the CPU.
         shape: channels, height and width of an image.
-        path: the file.
-
-    Raises:
-        ValueError: the network cannot be traced for batches of every size.
-    """
+        path: the file."""
     example = torch.zeros(2, *shape, dtype=next(module.parameters()).dtype)
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -37,11 +34,8 @@ def write_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None
 
 
 def read_program(path: Path) -> Callable[[Tensor], Tensor]:
-    """The network of a program, which is run: images [batch, C, H, W] on the CPU to logits.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The network of a program, which is run: images [batch, C, H, W] on the CPU to logits. Raises
+    ValueError: the file is damaged."""
     try:
         return torch.export.load(path).module()
     except Exception as error:  # whatever a damaged archive makes torch raise

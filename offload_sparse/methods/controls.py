@@ -36,8 +36,7 @@ def build_dense(task: Task) -> Method:
 
 def build_static(task: Task) -> Method:
     """The narrow network that keeps the same share of every group, as large as ``policy.budget`` and
-    ``policy.rho`` allow, or that of ``static.widths``.
-    """
+    ``policy.rho`` allow, or that of ``static.widths``."""
     config, prepared = task.config, prepared_model(task)
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
@@ -73,8 +72,7 @@ def narrow_initialised(
     Args:
         model: the full model, on any device, with the additions of its channel map exposed.
         tensors: its initial parameters and buffers, one at a time.
-        selection: the kept channels.
-    """
+        selection: the kept channels."""
     module = meta_copy(model)
     parameters = dict(module.named_parameters())
     for name, full in tensors:

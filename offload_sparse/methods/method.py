@@ -36,8 +36,7 @@ class Task:
         device: where networks compute.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
-        resumes: the run has an earlier part, which weights in files belong to.
-    """
+        resumes: the run has an earlier part, which weights in files belong to."""
 
     config: RunConfig
     factory: Callable[[], nn.Module]
@@ -59,8 +58,7 @@ class Costs:
         dense_flops: FLOPs per image of one forward pass of the full network.
         dense_parameters: parameters of the full network.
         store_bytes: bytes of this rank's rows of the store.
-        subnet_bytes_peak: largest bytes of weights, gradients, slots and statistics on the device.
-    """
+        subnet_bytes_peak: largest bytes of weights, gradients, slots and statistics on the device."""
 
     spent_flops: float
     dense_flops: float
@@ -75,8 +73,7 @@ class Method(Protocol):
     Attributes:
         channel_map: channels of the full network; without groups where none can be dropped.
         cost: parameters and FLOPs of its subnetworks.
-        durable: of a method whose weights are in files: the log of its rounds.
-    """
+        durable: of a method whose weights are in files: the log of its rounds."""
 
     @property
     def channel_map(self) -> ChannelMap: ...
@@ -92,8 +89,7 @@ class Method(Protocol):
 
     def span(self, step: int) -> tuple[int, int]:
         """First and last step of what the learning rate's schedule spans at ``step``: the whole run, unless a
-        search goes in cycles.
-        """
+        search goes in cycles."""
 
     def records(self) -> list[StepRecord]:
         """Losses and metrics of the steps since the last call, averaged over ranks."""
@@ -106,8 +102,7 @@ class Method(Protocol):
 
     def dynamics(self) -> dict[str, Any]:
         """Expected ``params_ratio`` and ``flops_ratio`` of the networks that are being trained, and what the
-        search for a structure has done since the last call; logged per epoch. Counts begin anew.
-        """
+        search for a structure has done since the last call; logged per epoch. Counts begin anew."""
 
     def report(self) -> dict[str, Any]:
         """Figures of the method for ``summary.json``; they replace those that the trainer counts."""
@@ -123,22 +118,17 @@ class Method(Protocol):
 
     def state(self) -> MethodState | None:
         """Everything that the next steps depend on; None in the middle of a round: ask again after the next
-        step. Never None before the first step. Read the records first: they are no part of it.
-        """
+        step. Never None before the first step. Read the records first: they are no part of it."""
 
     def restore(self, state: MethodState) -> None:
         """Resume from a state, bit for bit on as many ranks as wrote it.
 
         ``state.sharded`` holds the tensors of an earlier ``state()`` of this method, already read into.
-
-        Raises:
-            ValueError: the state belongs to another model or configuration.
-        """
+        Raises ValueError: the state belongs to another model or configuration."""
 
     def recall(self, batches: Iterable[Any]) -> None:
         """After ``restore``: the last ``final.selection_batches`` batches before its position."""
 
     def while_saving(self, release: Callable[[], object]) -> None:
         """``state.sharded`` is being read: call ``release`` before changing what it refers to (any number of
-        times).
-        """
+        times)."""

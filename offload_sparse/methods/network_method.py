@@ -41,8 +41,7 @@ class FixedNetwork:
         module: the network, with its initial weights.
         channel_map: map of the full network.
         mask: the atoms that ``module`` keeps.
-        cost: cost model of the full network.
-    """
+        cost: cost model of the full network."""
 
     durable = None
 

@@ -54,8 +54,7 @@ class Checkpointer:
     Args:
         folder: the run's folder of checkpoints.
         config: how many are kept.
-        values: configuration of the run by dotted name; a checkpoint of another one is refused.
-    """
+        values: configuration of the run by dotted name; a checkpoint of another one is refused."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, values: Mapping[str, Any]) -> None:
         self.folder = CheckpointFolder(folder)
@@ -82,8 +81,7 @@ class Checkpointer:
             state: of the method.
             run: JSON values that the loop remembers.
             best: whether it is the best so far, to be kept.
-            wait: return when it is written.
-        """
+            wait: return when it is written."""
         self.join()
         self._step = step
         self._read.clear()
@@ -115,18 +113,12 @@ class Checkpointer:
         return error is None
 
     def load(self, fresh: MethodState, source: Path | None = None) -> Loaded | None:
-        """Read the newest checkpoint that is intact.
+        """Read the newest checkpoint that is intact. Returns the checkpoint, or None when there is none at
+        all. Raises ValueError: there are checkpoints, but none can be used (on every rank).
 
         Args:
             fresh: state of the method as it is now; its ``sharded`` tensors are read into.
-            source: a checkpoint, or the folder of a run, to read instead of this run's own.
-
-        Returns:
-            the checkpoint, or None when there is none at all.
-
-        Raises:
-            ValueError: there are checkpoints, but none can be used (on every rank).
-        """
+            source: a checkpoint, or the folder of a run, to read instead of this run's own."""
         problem = ""
         found = self._all(_checkpoints_of(source) if source else self.folder.checkpoints())[0]
         for folder in found:
@@ -215,11 +207,8 @@ class Checkpointer:
         self._agree(function if self._rank == 0 else lambda: None)
 
     def _agree(self, function: Callable[[], _T]) -> _T:
-        """The value of ``function`` on this rank.
-
-        Raises:
-            CheckpointError: ``function`` raised OSError or ValueError on some rank; alike everywhere.
-        """
+        """The value of ``function`` on this rank. Raises CheckpointError: ``function`` raised OSError or
+        ValueError on some rank; alike everywhere."""
         value, message = None, ""
         try:
             value = function()

@@ -58,8 +58,7 @@ class Manifest:
         method: ``MethodState.meta``.
         files: one for each rank.
         format: version of the layout.
-        digest: of everything else.
-    """
+        digest: of everything else."""
 
     step: Count
     world_size: Count
@@ -81,11 +80,8 @@ class Manifest:
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """The manifest of a checkpoint.
-
-        Raises:
-            ValueError: there is none, or it is damaged, of another version, or points out of its folder.
-        """
+        """The manifest of a checkpoint. Raises ValueError: there is none, or it is damaged, of another
+        version, or points out of its folder."""
         try:
             manifest = read(folder / MANIFEST_FILE, Manifest)
         except FileNotFoundError:
@@ -177,16 +173,13 @@ def write_rows(
     """Write a file and wait until it is on the disk.
 
     What has been written leaves the page cache from time to time: the same pages serve for what follows,
-    where new ones would have to be found, in competition with the training.
+    where new ones would have to be found, in competition with the training. Raises OSError: the disk is full,
+    or cannot be written.
 
     Args:
         tensors: on the CPU, contiguous.
         rows: of those that are part of a larger tensor, (the first row, *the shape of the whole).
-        on_read: called when ``tensors`` may change again, before the wait.
-
-    Raises:
-        OSError: the disk is full, or cannot be written.
-    """
+        on_read: called when ``tensors`` may change again, before the wait."""
     size, crc, waiting = 0, 0, 0
     with path.open("wb") as file:
         for block in blocks_of(tensors, {_ROWS: json.dumps(rows)}):
@@ -205,11 +198,7 @@ def write_rows(
 
 
 def check_file(path: Path, record: FileRecord) -> None:
-    """Read a file through.
-
-    Raises:
-        ValueError: it is not what ``record`` says.
-    """
+    """Read a file through. Raises ValueError: it is not what ``record`` says."""
     try:
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"{path.name} is missing")
@@ -226,14 +215,10 @@ def check_file(path: Path, record: FileRecord) -> None:
 
 
 class RowsFile:
-    """A file that is read from.
+    """A file that is read from. Raises ValueError: it is damaged.
 
     Attributes:
-        rows: as they were written.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+        rows: as they were written."""
 
     def __init__(self, path: Path) -> None:
         try:

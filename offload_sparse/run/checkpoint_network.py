@@ -29,12 +29,9 @@ def run_of(checkpoint: Path) -> Path:
 def exported(path: Path) -> Iterator[Path]:
     """A folder with the exported network of a checkpoint, which is gone afterwards; another path as it is.
 
-    The run is set up once more, in a folder of its own and on one process; nothing of it is trained.
-
-    Raises:
-        ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights are in the
-            files of a store, which go on.
-    """
+    The run is set up once more, in a folder of its own and on one process; nothing of it is trained. Raises
+    ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights are in the files of
+    a store, which go on."""
     if not is_checkpoint(path):
         yield path
         return

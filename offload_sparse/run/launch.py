@@ -57,11 +57,8 @@ def check_environment(environment: dict[str, str] | None = None) -> None:
 
     ``accelerate launch --cpu --num_processes 2`` starts one process, and leaves nothing but MASTER_ADDR to
     tell; a process started by MPI or Slurm without a rendezvous knows its rank only from variables that torch
-    does not read.
-
-    Raises:
-        ValueError: the launcher wanted several ranks, but they cannot find each other; says what to run.
-    """
+    does not read. Raises ValueError: the launcher wanted several ranks, but they cannot find each other; says
+    what to run."""
     env = dict(os.environ) if environment is None else environment
     if "WORLD_SIZE" in env:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
@@ -87,15 +84,13 @@ def as_launched(
     config: RunConfig, environment: Mapping[str, str] | None = None, launcher: Sequence[str] | None = None
 ) -> RunConfig:
     """The configuration with what ``accelerate launch`` was told: precision and compilation are adopted.
+    Raises ValueError: the launcher was told what a run cannot do, or something else than the configuration
+    says.
 
     Args:
         config: what files and options say.
         environment: of this process, into which the launcher puts most of its flags.
-        launcher: command line of the process that has started this one.
-
-    Raises:
-        ValueError: the launcher was told what a run cannot do, or something else than the configuration says.
-    """
+        launcher: command line of the process that has started this one."""
     env = os.environ if environment is None else environment
     flags = _parent_command() if launcher is None else launcher
     for at, flag in enumerate(flags):
@@ -134,12 +129,9 @@ def _parent_command() -> list[str]:
 
 @contextmanager
 def launched(config: RunConfig) -> Iterator[Accelerator]:
-    """The accelerator of this process; what may befall a run inside is one line.
-
-    Raises:
-        ValueError: ranks do not find each other, or the device cannot do what is asked.
-        RunError: memory or the disk is too small, or another process has died.
-    """
+    """The accelerator of this process; what may befall a run inside is one line. Raises ValueError: ranks do
+    not find each other, or the device cannot do what is asked; RunError: memory or the disk is too small, or
+    another process has died."""
     accelerator = start(config.train, config.run_dir, config.trackers)
     try:
         yield accelerator
@@ -175,11 +167,8 @@ def _in_one_line(error: BaseException, config: RunConfig) -> str:
 
 
 def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerator:
-    """The accelerator of this process.
-
-    Raises:
-        ValueError: ranks do not find each other, or the device cannot do what is asked.
-    """
+    """The accelerator of this process. Raises ValueError: ranks do not find each other, or the device cannot
+    do what is asked."""
     check_environment()
     end_with_launcher()
     check_trackers(trackers)
@@ -207,11 +196,7 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
 
 def check_trackers(names: Sequence[str]) -> None:
     """Make sure that accelerate knows every tracker and that its package is installed (accelerate itself
-    passes over one that is not).
-
-    Raises:
-        ValueError: it does not, or it is not; says what to install.
-    """
+    passes over one that is not). Raises ValueError: it does not, or it is not; says what to install."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     available = [str(tracker) for tracker in get_available_trackers()]
@@ -237,11 +222,8 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
 
 @contextmanager
 def sole_job(run_dir: Path) -> Iterator[None]:
-    """Inside, every rank of this job holds the lock of ``run_dir``, and no other job can.
-
-    Raises:
-        ValueError: another job does (on every rank).
-    """
+    """Inside, every rank of this job holds the lock of ``run_dir``, and no other job can. Raises ValueError:
+    another job does (on every rank)."""
     rank, world_size = rank_and_world_size()
     locks: list[FolderLock] = []
 
@@ -262,8 +244,7 @@ def sole_job(run_dir: Path) -> Iterator[None]:
 
 def end_with_launcher() -> None:
     """A rank is asked to stop when its launcher is gone: it saves and ends, as on any SIGTERM, and does not
-    train on beside the next job.
-    """
+    train on beside the next job."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -303,8 +284,7 @@ def _join_again(timeout: timedelta) -> None:
     """Start the default process group of ranks that the launcher has restarted.
 
     With a static rendezvous the launcher's store outlives its attempts, and torch does not tell their keys
-    apart: a rank would be sent to the address of one that has died. The prefix keeps the attempts apart.
-    """
+    apart: a rank would be sent to the address of one that has died. The prefix keeps the attempts apart."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return

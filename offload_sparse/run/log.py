@@ -51,17 +51,14 @@ class Recorder:
 
     Making one only checks ``run_dir``, so that a folder that cannot serve is known before anything slow
     happens; ``begin`` writes the first files, so that a run that fails before its first step leaves no files
-    and costs no earlier run.
+    and costs no earlier run. Raises ValueError: ``run_dir`` cannot be written, or holds a run already and
+    ``overwrite`` is off.
 
     Args:
         config: configuration of the run.
         is_main: whether this is the process that records.
         track: receives every line of metrics too, for accelerate's trackers.
-        resumes: ``run_dir`` holds the earlier part of this run.
-
-    Raises:
-        ValueError: ``run_dir`` cannot be written, or holds a run already and ``overwrite`` is off.
-    """
+        resumes: ``run_dir`` holds the earlier part of this run."""
 
     def __init__(
         self,
@@ -107,8 +104,7 @@ class Recorder:
             steps_per_epoch: optimizer steps of an epoch.
             step: steps that are done already.
             seconds: time that they took.
-            origin: what config.yaml says that the run was started from, in place of ``resume``.
-        """
+            origin: what config.yaml says that the run was started from, in place of ``resume``."""
         self._steps_per_epoch = max(1, steps_per_epoch)
         self._begun = time.monotonic() - seconds
         if self.is_main:
@@ -153,8 +149,7 @@ class Recorder:
 
         Args:
             step: optimizer steps done.
-            values: numbers, text or tensors of one element.
-        """
+            values: numbers, text or tensors of one element."""
         if not self.is_main:
             return
         assert self._metrics is not None, "log() needs begin() before it"
@@ -170,8 +165,7 @@ class Recorder:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, complete or not at all, and print the closing table on stdout.
 
-        The last epoch's line has the accuracy of the final network.
-        """
+        The last epoch's line has the accuracy of the final network."""
         if not self.is_main:
             return
         plain = json_value(summary)
@@ -220,11 +214,8 @@ def step_of(line: str) -> float:
 
 
 def check_writable(run_dir: Path) -> None:
-    """Make sure that files can be written in ``run_dir``; the folder is created.
-
-    Raises:
-        ValueError: they cannot.
-    """
+    """Make sure that files can be written in ``run_dir``; the folder is created. Raises ValueError: they
+    cannot."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
@@ -240,11 +231,8 @@ def check_run_dir(run_dir: Path, overwrite: bool) -> None:
 
     With ``overwrite`` the files of an earlier run may be replaced: config.yaml, metrics.jsonl, summary.json,
     model/, trackers/ and checkpoints/, and only in a folder whose config.yaml a run has written, so that no
-    other ``model`` is ever lost.
-
-    Raises:
-        ValueError: the folder holds files of these names that may not be replaced.
-    """
+    other ``model`` is ever lost. Raises ValueError: the folder holds files of these names that may not be
+    replaced."""
     present = [name for name in _KNOWN if os.path.lexists(run_dir / name)]
     if not present:
         return

@@ -96,11 +96,8 @@ class Progress:
         return self.step + self._skipped_batches
 
     def begin(self, total_steps: int, steps_per_epoch: int) -> None:
-        """Start, or resume from the newest checkpoint.
-
-        Raises:
-            ValueError: there are checkpoints, but none can be used.
-        """
+        """Start, or resume from the newest checkpoint. Raises ValueError: there are checkpoints, but none can
+        be used."""
         self._seed()
         self._total_steps = total_steps
         start, loaded, in_place = self._start, None, 0
@@ -190,11 +187,7 @@ class Progress:
         self._checkpointer.join()
 
     def tell_stopped(self) -> dict[str, Any]:
-        """Say that and where the run was stopped.
-
-        Raises:
-            ValueError: it could not be saved.
-        """
+        """Say that and where the run was stopped. Raises ValueError: it could not be saved."""
         if self._saved_step != self.step:
             raise ValueError(f"asked to stop at step {self.step}, but the checkpoint could not be written")
         if self._rank == 0:
@@ -240,8 +233,7 @@ class Progress:
     @contextmanager
     def rolling_back(self) -> Iterator[None]:
         """With ``train.on_nonfinite rollback``, an error of that kind inside leads back to the last
-        checkpoint; the batches up to the one that failed are left out.
-        """
+        checkpoint; the batches up to the one that failed are left out."""
         position = self.data_position
         try:
             yield
@@ -281,8 +273,7 @@ class Progress:
 
     def _take_up(self, step: int) -> None:
         """Resume where a method stands that keeps its state by itself, whatever the last checkpoint; what the
-        loop remembers came with it.
-        """
+        loop remembers came with it."""
         self.step, self.taken_up = step, True
         durable = self._method.durable
         if durable is not None and durable.found:

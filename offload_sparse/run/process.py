@@ -36,8 +36,7 @@ def bound_memory(factory: Callable[[], nn.Module]) -> None:
     glibc starts like this and then raises the bound to 32 MiB as such memory is freed, after which holes of
     that size stay with the process: a tenth of a run's memory in a measured case. oneDNN compiles a kernel
     for every new shape and keeps the last 1024 of them, some megabytes per round; it reads the bound once,
-    when the first convolution runs. A value that the user has set stays.
-    """
+    when the first convolution runs. A value that the user has set stays."""
     _glibc("mallopt", _M_MMAP_THRESHOLD, MAPPED_FROM)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         layers = sum(isinstance(m, (_ConvNd, nn.Linear)) for m in factory().modules())
@@ -46,8 +45,7 @@ def bound_memory(factory: Callable[[], nn.Module]) -> None:
 
 def return_freed_memory() -> None:
     """Hand memory that the process has freed back to the system (glibc keeps it otherwise): setting up a run
-    frees many temporaries of a few megabytes each.
-    """
+    frees many temporaries of a few megabytes each."""
     gc.collect()
     _glibc("malloc_trim", 0)
 

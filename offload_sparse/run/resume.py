@@ -42,8 +42,7 @@ class Start:
     Attributes:
         status: ``new``, ``started`` (there is an earlier part) or ``finished``.
         source: the checkpoint or run to start from where the folder has no checkpoint of its own.
-        goes_back: ``source`` is a checkpoint of this run, and what came after it is dropped.
-    """
+        goes_back: ``source`` is a checkpoint of this run, and what came after it is dropped."""
 
     status: Literal["new", "started", "finished"]
     source: Path | None = None
@@ -72,11 +71,8 @@ def restarted() -> bool:
 
 
 def start_of(config: RunConfig) -> Start:
-    """How the run in ``config.run_dir`` begins; rank 0 looks, and all ranks hear.
-
-    Raises:
-        ValueError: the folder holds a run of another configuration (on every rank).
-    """
+    """How the run in ``config.run_dir`` begins; rank 0 looks, and all ranks hear. Raises ValueError: the
+    folder holds a run of another configuration (on every rank)."""
     answer: list[Any] = [None, ""]
     rank, world_size = rank_and_world_size()
     if rank == 0:

@@ -24,8 +24,7 @@ class Interruption:
     """While entered, the first signal is only noted; one that comes later ends the process as usual.
 
     Attributes:
-        signal_name: the signal that came, or "".
-    """
+        signal_name: the signal that came, or ""."""
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -63,8 +62,7 @@ class Agreement:
     """What any rank wants, every rank does, at the same step.
 
     On several ranks the wishes of a step are exchanged while the next step runs, so that nobody waits: the
-    answer is that of the step before.
-    """
+    answer is that of the step before."""
 
     def __init__(self) -> None:
         self._group = own_group()

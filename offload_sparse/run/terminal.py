@@ -59,8 +59,7 @@ class Terminal:
     """Shows how a run stands on stderr: one line per epoch and, on a terminal, a bar below.
 
     Args:
-        quiet: show neither.
-    """
+        quiet: show neither."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -113,8 +112,7 @@ class Terminal:
         """Tell of the epoch that is over, once: a line that begins with ``epoch``.
 
         An epoch is told when the next one starts, so that its evaluation is in the line; accuracies of an
-        evaluation are not told again.
-        """
+        evaluation are not told again."""
         number = math.ceil(self._step / self._per_epoch)
         over = self._step % self._per_epoch == 0 or self._step == self._total
         if self._quiet or not over or number <= self._epochs_told:

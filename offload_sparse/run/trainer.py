@@ -49,15 +49,10 @@ if TYPE_CHECKING:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run ``config`` to its end, from where its folder says it stands.
-
-    Returns:
-        the contents of ``summary.json`` (on every rank); {"stopped_at": step} if the run was asked to stop.
-
-    Raises:
-        ValueError: something in the configuration, the data or the launch has to be changed; says what.
-        FloatingPointError: a loss or gradient was not finite.
-        RunError: memory or the disk is too small, or another process has died.
+    """Run ``config`` to its end, from where its folder says it stands. Returns the contents of
+    ``summary.json`` (on every rank); {"stopped_at": step} if the run was asked to stop. Raises ValueError:
+    something in the configuration, the data or the launch has to be changed; says what; FloatingPointError: a
+    loss or gradient was not finite; RunError: memory or the disk is too small, or another process has died.
     """
     config = as_launched(config)
     with launched(config) as accelerator, sole_job(config.run_dir):
@@ -201,8 +196,7 @@ class Run:
 
     def epoch_metrics(self, step: int) -> dict[str, Any]:
         """How costly the structure is after this epoch (Zhou et al. 2021, Figure 3), how good it is, and what
-        this process holds in memory.
-        """
+        this process holds in memory."""
         on_cuda = self.device.type == "cuda"
         memory = {
             "host_bytes": process_bytes(),

@@ -43,8 +43,7 @@ class ForwardBackwardThresholds(TrainableThresholds):
         weights: what is masked, by name.
         alpha: factor of L_s.
         beta: factor of L_v.
-        reset_at: remaining share of a layer at which t_f starts anew; 0 for never.
-    """
+        reset_at: remaining share of a layer at which t_f starts anew; 0 for never."""
 
     def __init__(
         self,
@@ -77,14 +76,11 @@ def mask_gradients(gradients: Sequence[Tensor], thresholds: Sequence[Tensor]) ->
     """Apply the backward masks in place, and differentiate L_v = std(G ⊙ M_b) with respect to t_b.
 
     With G constant, dL_v/dG̃ = (G̃ - mean) / ((n - 1) L_v) and dG̃/dt_b = -G U'(|CS| - |t_b|) sign(t_b).
+    Returns dL_v/dt_b of every layer (zero where L_v is), and float64[layers], the share of entries kept.
 
     Args:
         gradients: G of every layer, float[rows, ...]; G ⊙ M_b afterwards.
-        thresholds: t_b of every layer, float[rows].
-
-    Returns:
-        dL_v/dt_b of every layer (zero where L_v is), and float64[layers], the share of entries kept.
-    """
+        thresholds: t_b of every layer, float[rows]."""
     slopes, kept = [], []
     for gradient, threshold in zip(gradients, thresholds, strict=True):
         size = gradient.abs()

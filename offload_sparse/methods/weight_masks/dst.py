@@ -38,8 +38,7 @@ class TrainableThresholds(Sparsity):
         weights: what is masked, by name.
         alpha: factor of the penalty Σ exp(-t).
         absolute: compare with |t|.
-        reset_at: remaining share of a layer at which its thresholds start anew; 0 for never.
-    """
+        reset_at: remaining share of a layer at which its thresholds start anew; 0 for never."""
 
     def __init__(
         self,

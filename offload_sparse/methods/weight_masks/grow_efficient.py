@@ -46,8 +46,7 @@ class ChannelGates(Sparsity):
         network: the full network.
         channel_map: its map, without unions.
         config: ``grow_efficient``, ``policy.rho``, the minimum width, ``round.freeze_at`` and the seed.
-        total_steps: optimizer steps of the run.
-    """
+        total_steps: optimizer steps of the run."""
 
     def __init__(
         self, network: nn.Module, channel_map: ChannelMap, config: RunConfig, total_steps: int
@@ -184,11 +183,8 @@ class GrowEfficient(MaskedTraining):
 
 
 def build(task: Task) -> Method:
-    """GrowEfficient on the network of ``task``.
-
-    Raises:
-        ValueError: the network cannot be narrowed, or every filter is to have a mask of its own.
-    """
+    """GrowEfficient on the network of ``task``. Raises ValueError: the network cannot be narrowed, or every
+    filter is to have a mask of its own."""
     config = task.config
     if config.model.residual == "filter":
         raise ValueError("grow_efficient gates whole streams; set model.residual to coupled or internal")

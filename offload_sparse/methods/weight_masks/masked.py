@@ -33,8 +33,7 @@ class MaskedTraining(FixedNetwork):
         network: the full network with its initial weights, on the device of the task.
         sparsity: what masks it.
         channel_map: map of the network.
-        cost: cost model of the dense network.
-    """
+        cost: cost model of the dense network."""
 
     def __init__(
         self,
@@ -79,8 +78,7 @@ class MaskedTraining(FixedNetwork):
         products of a step relative to dense ones.
 
         ``weight_gradient_flops_ratio`` counts what has to be computed, ``weight_gradient_kept_flops_ratio``
-        what the masks keep of it (the count of the paper).
-        """
+        what the masks keep of it (the count of the paper)."""
         forward, backward = self._overall()
         names = [name.removesuffix(".weight") for name in self.sparsity.weights]
         shares_kept = self.sparsity.forward_kept.tolist(), self.sparsity.backward_kept.tolist()
@@ -172,8 +170,7 @@ def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]],
 
     Args:
         task: what is trained.
-        sparsity_of: makes the masks of the given weights.
-    """
+        sparsity_of: makes the masks of the given weights."""
     network = build_seeded(task.factory, task.config.train.seed)
     channel_map = undivided_map(network)
     cost = CostModel(meta_copy(network), channel_map, task.example_inputs)

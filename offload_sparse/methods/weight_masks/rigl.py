@@ -29,8 +29,7 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
     """Erdős-Rényi-Kernel densities: ε Σ dims / Π dims per layer, at most 1, that keep ``density`` of all
     weights.
 
-    Layers that would pass 1 stay dense, and the others share what is left.
-    """
+    Layers that would pass 1 stay dense, and the others share what is left."""
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
     dense: set[int] = set()
@@ -57,8 +56,7 @@ class DropAndGrow(Sparsity):
         weights: what is masked, by name.
         options: density and schedule.
         total_steps: optimizer steps of the run.
-        seed: seed of the first masks.
-    """
+        seed: seed of the first masks."""
 
     def __init__(
         self, weights: Mapping[str, nn.Parameter], options: RigLConfig, total_steps: int, seed: int
@@ -121,8 +119,7 @@ class DropAndGrow(Sparsity):
 
     def _replace(self, layer: int, weight: nn.Parameter, fraction: float) -> None:
         """Drop the smallest weights of a layer and grow as many, where the gradient is largest among those
-        that were masked.
-        """
+        that were masked."""
         mask = self._masks[layer]
         count = min(int(fraction * self.kept[layer]), mask.numel() - self.kept[layer])
         if count == 0:

@@ -21,10 +21,7 @@ from torch.func import functional_call
 
 def maskable_weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of all ``Linear`` and ``Conv2d`` layers by qualified name; a shared one under its first.
-
-    Raises:
-        ValueError: there is none.
-    """
+    Raises ValueError: there is none."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, layer in network.named_modules():
@@ -56,8 +53,7 @@ def row_sum(values: Tensor) -> Tensor:
 
 def step_slope(distance: Tensor) -> Tensor:
     """The derivative that stands in for that of the unit step (Xu & Cheung 2019; equation of section 3.3.2 of
-    Pote et al. 2023): 2 - 4|x| up to 0.4, 0.4 up to 1, then 0. Overwrites ``distance`` on the way.
-    """
+    Pote et al. 2023): 2 - 4|x| up to 0.4, 0.4 up to 1, then 0. Overwrites ``distance`` on the way."""
     size = distance.abs_()
     inside = torch.le(size, 1.0, out=torch.empty_like(size))
     return torch.rsub(size, 2.0, alpha=4).clamp_min_(0.4).mul_(inside)
@@ -72,8 +68,7 @@ class MaskedWeight(torch.autograd.Function):
     """w ⊙ U(|w| - t) per row, U(x) = 1 for x ≥ 0, with ``step_slope`` for the derivative of U.
 
     Inputs: weight float[rows, ...], threshold float[rows]. The gradient reaches both: a masked weight still
-    learns through the surrogate.
-    """
+    learns through the surrogate."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
@@ -95,8 +90,7 @@ class MaskedWeight(torch.autograd.Function):
 def absolute_threshold(threshold: Tensor) -> Tensor:
     """|t|, with the derivative 1 at t = 0.
 
-    A threshold that starts at zero could never leave it with the derivative 0 that torch gives |t| there.
-    """
+    A threshold that starts at zero could never leave it with the derivative 0 that torch gives |t| there."""
     return torch.where(threshold >= 0, threshold, -threshold)
 
 
@@ -111,8 +105,7 @@ class Sparsity(nn.Module, ABC):
 
     Attributes:
         forward_kept: float64[layers], share of each layer's weights that the forward pass used last.
-        backward_kept: float64[layers], share of the entries of each layer's gradient that was kept last.
-    """
+        backward_kept: float64[layers], share of the entries of each layer's gradient that was kept last."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -141,10 +134,7 @@ class Sparsity(nn.Module, ABC):
 
     def amend_gradients(self, step: int) -> bool:
         """Change the gradients of the network (already averaged over ranks) before the optimizer sees them.
-
-        Returns:
-            whether the optimizer takes its step.
-        """
+        Returns whether the optimizer takes its step."""
         del step
         return True
 
@@ -160,9 +150,8 @@ class Sparsity(nn.Module, ABC):
         return self.forward_kept
 
     def weight_gradient_used(self) -> Tensor:
-        """float64[layers]: share of each layer's weight gradient that has to be computed, beside what is
-        kept of it. 1 where the choice needs all of it.
-        """
+        """float64[layers]: share of each layer's weight gradient that has to be computed, beside what is kept
+        of it. 1 where the choice needs all of it."""
         return torch.ones_like(self.forward_kept)
 
 
@@ -171,8 +160,7 @@ class MaskedNetwork(nn.Module):
 
     Args:
         network: the model; its code and names stay as they are.
-        sparsity: what masks it.
-    """
+        sparsity: what masks it."""
 
     def __init__(self, network: nn.Module, sparsity: Sparsity) -> None:
         super().__init__()

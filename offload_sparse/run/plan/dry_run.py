@@ -31,8 +31,7 @@ class Structure:
         channel_map: its channels.
         cost: parameters and FLOPs of any mask.
         model: the full network on the meta device.
-        inputs: tensors that it can be called with, one image, on the meta device.
-    """
+        inputs: tensors that it can be called with, one image, on the meta device."""
 
     channel_map: ChannelMap
     cost: CostModel
@@ -46,15 +45,12 @@ def dry_run(
     """The figures of a run that can be known beforehand; nothing is read or written.
 
     The subnetwork is the one whose groups all keep ``policy.rho`` of their channels: the expected widths at
-    the start, where every keep probability is rho. Of RigL's layers it is their densities that count.
+    the start, where every keep probability is rho. Of RigL's layers it is their densities that count. Raises
+    ValueError: the network cannot be built or narrowed, or the data section leaves something open.
 
     Args:
         structure: the network, if it is known already.
-        data: its images, if they are.
-
-    Raises:
-        ValueError: the network cannot be built or narrowed, or the data section leaves something open.
-    """
+        data: its images, if they are."""
     data = data or declared_data(config.data)
     structure = structure or structure_of(config, data)
     channel_map, cost = structure.channel_map, structure.cost
@@ -98,11 +94,8 @@ def knob(config: RunConfig) -> str:
 
 
 def model_on_meta(config: RunConfig, data: DeclaredData) -> tuple[nn.Module, int]:
-    """The network of ``config`` on the meta device, and the channels of its images.
-
-    Raises:
-        ValueError: it cannot be built, or takes no images of this size.
-    """
+    """The network of ``config`` on the meta device, and the channels of its images. Raises ValueError: it
+    cannot be built, or takes no images of this size."""
     channels, size = input_channels(config.model.name, data.channels), data.image_size
     arguments: dict[str, Any] = {
         "num_classes": data.num_classes,
@@ -148,8 +141,7 @@ def trained_mask(config: RunConfig, structure: Structure) -> Tensor:
 
 def _kept(config: RunConfig, structure: Structure) -> tuple[float, float]:
     """Parameters and forward FLOPs of the network that is trained: of all weights where only training shows
-    how many are left.
-    """
+    how many are left."""
     if config.method == "rigl":
         return _kept_by_rigl(config, structure)
     mask = trained_mask(config, structure)
@@ -176,8 +168,7 @@ def passes(config: RunConfig, flops: float, steps: int, groups: int) -> Iterator
 
     Every step trains one subnet: a forward and a backward pass. While s is learned, the reference loss takes
     a further forward pass: at each step (``every_step``, ``turns``) or at the first of each round
-    (``round_start``). A probe of a search for widths is two forward passes per pair.
-    """
+    (``round_start``). A probe of a search for widths is two forward passes per pair."""
     yield flops, steps, steps
     if config.method != "sparse_offload" or config.policy.rho == 1:
         return

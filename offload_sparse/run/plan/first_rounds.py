@@ -31,8 +31,7 @@ class Side:
     Attributes:
         selection: its channels.
         kinds: arrays that it has.
-        trained: its weights move.
-    """
+        trained: its weights move."""
 
     selection: Selection
     kinds: tuple[str, ...]
@@ -47,8 +46,7 @@ class FirstRounds:
         channel_map: its channels.
         cost: parameters of a mask.
         names: per kind of array, the tensors that it consists of.
-        rounds: how many rounds.
-    """
+        rounds: how many rounds."""
 
     def __init__(
         self,

@@ -47,11 +47,8 @@ def shortage(memory: Memory, machine: Machine, margin: float = _MARGIN) -> Short
 def check(config: RunConfig, data: DeclaredData, machine: Machine) -> None:
     """Refuse a run that does not fit, before anything of it is allocated.
 
-    Networks that would fit even dense are let through without being searched for channels.
-
-    Raises:
-        ValueError: it does not fit; names the rho or the tier that would.
-    """
+    Networks that would fit even dense are let through without being searched for channels. Raises ValueError:
+    it does not fit; names the rho or the tier that would."""
     if config.method != "sparse_offload" or _surely_fits(config, data, machine):
         return
     planner = Planner(config, data, structure_of(config, data))
@@ -105,8 +102,7 @@ def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> st
     """What to change after a run has found its device too small, in one sentence.
 
     Args:
-        machine: with the device memory that the run could have had.
-    """
+        machine: with the device memory that the run could have had."""
     if config.method != "sparse_offload":
         return "out of device memory; lower data.batch_size, or train with method sparse_offload"
     planner = Planner(config, data, structure_of(config, data))
@@ -118,15 +114,12 @@ def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> st
 
 
 def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """The plan of a run as one JSON object; sizes in bytes. ``beside`` has those of other methods.
+    """The plan of a run as one JSON object; sizes in bytes. ``beside`` has those of other methods. Raises
+    ValueError: the network cannot be built or narrowed, the data section leaves something open, or the method
+    is none that is planned.
 
     Args:
-        progress: hears what is being worked out.
-
-    Raises:
-        ValueError: the network cannot be built or narrowed, the data section leaves something open, or the
-            method is none that is planned.
-    """
+        progress: hears what is being worked out."""
     data = declared_data(config.data)
     progress(f"looking for the channels of {config.model.name}")
     structure = structure_of(config, data)
@@ -199,8 +192,7 @@ def readable(size: float) -> str:
 
 def _surely_fits(config: RunConfig, data: DeclaredData, machine: Machine) -> bool:
     """A bound that needs no search for channels: two dense subnets with everything that they could have, and
-    ten times the images and weights for activations would fit in a tenth of the memory.
-    """
+    ten times the images and weights for activations would fit in a tenth of the memory."""
     model, channels = model_on_meta(config, data)
     item = getattr(torch, config.train.dtype).itemsize
     weights = sum(p.numel() for p in model.parameters()) * item

@@ -30,8 +30,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         live: bytes that are alive now.
-        peak: the largest ``live`` so far.
-    """
+        peak: the largest ``live`` so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +78,8 @@ def step_peak(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
 ) -> tuple[int, int]:
-    """Bytes that a subnet's passes take beside its weights, gradients, statistics and the batch.
+    """Bytes that a subnet's passes take beside its weights, gradients, statistics and the batch. Returns
+    (peak of a forward and backward pass, peak of a forward pass without a graph).
 
     Args:
         model: the full model on the meta device, additions exposed.
@@ -87,11 +87,7 @@ def step_peak(
         image_shape: [b, C, H, W] of this rank's part of a batch.
         loss_fn: loss of (images, labels).
         dtype: type of weights and images.
-        autocast: type that forward passes compute in, if not that of the weights.
-
-    Returns:
-        (peak of a forward and backward pass, peak of a forward pass without a graph).
-    """
+        autocast: type that forward passes compute in, if not that of the weights."""
     # Meta tensors serve and are several times faster, but nothing can be autocast on them.
     device = torch.device("meta" if autocast is None else "cpu")
     fake: AbstractContextManager[Any] = nullcontext()

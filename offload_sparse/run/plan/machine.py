@@ -22,8 +22,7 @@ class Machine:
         ranks: ranks of the run.
         local_ranks: ranks on this node.
         host: bytes of host memory that the node's ranks may take together.
-        device: bytes of device memory per rank; None when subnets compute in host memory.
-    """
+        device: bytes of device memory per rank; None when subnets compute in host memory."""
 
     ranks: int
     local_ranks: int
@@ -39,11 +38,8 @@ def this_machine(device: torch.device, ranks: int) -> Machine:
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """A size such as ``24GiB``, ``24G`` or ``24 GB`` (all binary).
-
-    Raises:
-        ValueError: it is none, or has no unit.
-    """
+    """A size such as ``24GiB``, ``24G`` or ``24 GB`` (all binary). Raises ValueError: it is none, or has no
+    unit."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
     if match is None or not (match[2] or match[3]):
         number = text.strip() if match else "24"
@@ -53,8 +49,7 @@ def parse_bytes(text: str, name: str) -> int:
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that processes can take without swapping: of the machine, of the tightest control group that this
-    process is in (of either version), or of its address space (``ulimit -v``). Page cache counts as free.
-    """
+    process is in (of either version), or of its address space (``ulimit -v``). Page cache counts as free."""
     limits = [_meminfo(proc), *_group_rooms(proc, cgroup)]
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
@@ -64,8 +59,7 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
 
 def process_bytes() -> int:
     """Resident memory of this process that is its own: the interpreter, its libraries' data, and what it has
-    allocated so far. 0 where the system does not tell.
-    """
+    allocated so far. 0 where the system does not tell."""
     return anonymous_bytes(os.getpid())
 
 

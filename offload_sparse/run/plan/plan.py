@@ -59,8 +59,7 @@ class Memory:
         reserved: what is allocated for them; the same on a CUDA device.
         activations: largest transient of a step on the device, the batches that are kept included.
         on_host: the subnets compute in host memory.
-        process: memory that the process takes before it allocates anything of this.
-    """
+        process: memory that the process takes before it allocates anything of this."""
 
     store: int
     files: int
@@ -97,8 +96,7 @@ class Planner:
     Args:
         config: the run, of any method; what is said of rounds and of the store is about sparse_offload.
         data: its images.
-        structure: its network.
-    """
+        structure: its network."""
 
     def __init__(self, config: RunConfig, data: DeclaredData, structure: Structure) -> None:
         self.config = config
@@ -115,10 +113,7 @@ class Planner:
 
     def memory(self, machine: Machine, rounds: int = ROUNDS) -> Memory:
         """Bytes that a rank of ``machine`` takes, over its first ``rounds`` rounds where there are any.
-
-        Raises:
-            ValueError: the method is none whose memory is known.
-        """
+        Raises ValueError: the method is none whose memory is known."""
         method = self.config.method
         if method in ("dense", "static"):
             return self._network_memory(machine)
@@ -177,8 +172,7 @@ class Planner:
         """Bytes that come and go on the device, and of the batches that are kept.
 
         What arrives from other ranks, or is staged for a CUDA device, does so between the steps; with overlap
-        (which a CUDA device takes unless told otherwise) during them.
-        """
+        (which a CUDA device takes unless told otherwise) during them."""
         config = self.config
         images = self._images(machine)
         batch = self._batch_bytes(images)

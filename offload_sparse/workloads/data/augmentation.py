@@ -29,8 +29,7 @@ class Draws(NamedTuple):
     Attributes:
         top: int64[b], first row of the crop within the padded image.
         left: int64[b], its first column.
-        flip: bool[b], whether the crop is mirrored.
-    """
+        flip: bool[b], whether the crop is mirrored."""
 
     top: Tensor
     left: Tensor
@@ -69,8 +68,7 @@ def random_part(key: np.uint64, height: int, width: int) -> Box:
     (Szegedy et al. 2015, as in torchvision's RandomResizedCrop).
 
     Args:
-        key: from ``image_keys``.
-    """
+        key: from ``image_keys``."""
     with np.errstate(over="ignore"):
         numbers = mix(key + np.arange(4, 4 + 4 * _TRIES, dtype=np.uint64) * _STRIDE) >> np.uint64(11)
     uniforms = (numbers.astype(np.float64) * 2.0**-53).reshape(_TRIES, 4).tolist()
@@ -96,17 +94,14 @@ def _uniform(keys: npt.NDArray[np.uint64], count: int) -> Tensor:
 
 
 def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
-    """Crop images out of their zero-padded selves and mirror some of them.
+    """Crop images out of their zero-padded selves and mirror some of them. Returns uint8[b, C, H, W]; the
+    images themselves where there is nothing to do.
 
     Args:
         images: uint8[b, C, H, W].
         draws: from ``draw`` with the same ``padding``.
         padding: pixels of zeros on each side; 0 crops nothing.
-        flip: whether ``draws.flip`` is obeyed.
-
-    Returns:
-        uint8[b, C, H, W]; the images themselves where there is nothing to do.
-    """
+        flip: whether ``draws.flip`` is obeyed."""
     if not padding:
         return _mirrored(images, draws.flip) if flip else images
     batch, channels, height, width = images.shape
@@ -131,17 +126,13 @@ def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
 def cut(images: Tensor, parts: Tensor, size: int) -> Tensor:
     """Cut a part out of each image and scale it to a square, smoothing where it shrinks.
 
-    On the host image by image; on a device in one batched call, whose rounding differs (by two of 256
-    levels at most).
+    On the host image by image; on a device in one batched call, whose rounding differs (by two of 256 levels
+    at most). Returns uint8[b, C, size, size].
 
     Args:
         images: uint8[b, C, H, W].
         parts: int64[b, 4]: top, left, height and width.
-        size: side of the square in pixels.
-
-    Returns:
-        uint8[b, C, size, size].
-    """
+        size: side of the square in pixels."""
     if images.device.type != "cpu":
         return cut_in_one_call(images, parts, size)
     boxes = parts.tolist()

@@ -44,8 +44,7 @@ class Rows(NamedTuple):
         pixels: uint8[n, C, H, W].
         shown: int64[n], the images that these are.
         sides: int64[n, 2], their height and width as they are stored.
-        corrupt: what could not be decoded on the way.
-    """
+        corrupt: what could not be decoded on the way."""
 
     pixels: Tensor
     shown: Tensor
@@ -58,7 +57,8 @@ Decode = Callable[[Tensor], Rows]
 
 
 class PixelCache:
-    """The rows of a split, by index, read from the files of a cache that is built where it lacks any.
+    """The rows of a split, by index, read from the files of a cache that is built where it lacks any. Raises
+    ValueError: a file of the cache cannot be read or written.
 
     Args:
         folder: ``data.cache``.
@@ -71,11 +71,7 @@ class PixelCache:
 
     Attributes:
         shown, sides: of ``Rows``, of the whole split.
-        corrupt: of the whole split.
-
-    Raises:
-        ValueError: a file of the cache cannot be read or written.
-    """
+        corrupt: of the whole split."""
 
     def __init__(
         self,

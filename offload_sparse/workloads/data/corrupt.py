@@ -24,8 +24,7 @@ class Corrupt(NamedTuple):
     Attributes:
         split: name of its split.
         row: its index in the split.
-        reason: one line.
-    """
+        reason: one line."""
 
     split: str
     row: int
@@ -40,8 +39,7 @@ class CorruptImages:
     Args:
         limit: how many are allowed (``DataConfig.corrupt_limit``).
         log: file that gets a line for each, appended, so that ranks can share it; ``None`` warns through
-            ``logging`` alone. What it names already, in a run that resumes, is not named again.
-    """
+            ``logging`` alone. What it names already, in a run that resumes, is not named again."""
 
     def __init__(self, limit: int, log: Path | None = None) -> None:
         self.limit = limit
@@ -53,11 +51,8 @@ class CorruptImages:
         return len(self._seen | self._logged)
 
     def add(self, found: Iterable[Corrupt]) -> None:
-        """Count and log what is new in ``found``.
-
-        Raises:
-            ValueError: that makes more than ``limit``; names the image and the log.
-        """
+        """Count and log what is new in ``found``. Raises ValueError: that makes more than ``limit``; names
+        the image and the log."""
         for image in found:
             key = repr(image.split), image.row
             if key in self._seen:
@@ -96,7 +91,6 @@ def substitute(index: int, attempt: int, size: int) -> int:
     Args:
         index: row of the corrupt image.
         attempt: 0, then 1, … while the substitutes are corrupt too.
-        size: images in the split.
-    """
+        size: images in the split."""
     key = mix(mix(np.array([index], dtype=np.uint64)) ^ np.uint64(attempt + 1))
     return int(key[0] % np.uint64(size))

@@ -68,11 +68,8 @@ class UndecodableError(ValueError):
 def decode(stored: Stored) -> Image.Image:
     """The image, upright, in its own mode or, where that is deeper than 8 bits, as ``L``.
 
-    ``info["mode"]`` is the mode that is stored.
-
-    Raises:
-        UndecodableError: it is none, it is broken, or its range is not known.
-    """
+    ``info["mode"]`` is the mode that is stored. Raises UndecodableError: it is none, it is broken, or its
+    range is not known."""
     return _guarded(stored, lambda content: _decode(open_image(content)))
 
 
@@ -169,16 +166,12 @@ def pixels_of(image: Image.Image, channels: int) -> Tensor:
 
 
 def decode_part(stored: Stored, channels: int, choose: Choose | None = None, least: int = 0) -> Tensor:
-    """A part of an image, uint8[channels, h, w].
+    """A part of an image, uint8[channels, h, w]. Raises UndecodableError: as ``decode``.
 
     Args:
         choose: which part; ``None`` takes all.
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size as long as the part's
-            shorter side keeps this many pixels; 0 decodes it whole.
-
-    Raises:
-        UndecodableError: as ``decode``.
-    """
+            shorter side keeps this many pixels; 0 decodes it whole."""
     return _guarded(stored, lambda content: _part(content, channels, choose, least))
 
 

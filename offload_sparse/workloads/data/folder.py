@@ -42,11 +42,8 @@ def class_folders(folder: Path) -> list[str]:
 def read_image_folder(folder: Path) -> datasets.Dataset:
     """Columns ``image`` and ``label`` of the images below ``folder/<class>/``, sorted by class and path.
 
-    Files whose names do not end as those of images do are passed over.
-
-    Raises:
-        ValueError: there are no sub-folders, or no images in them.
-    """
+    Files whose names do not end as those of images do are passed over. Raises ValueError: there are no
+    sub-folders, or no images in them."""
     classes = class_folders(folder)
     if not classes:
         raise ValueError(f"{folder} has no sub-folders; put its images into one sub-folder per class")
@@ -63,11 +60,8 @@ def read_tar(files: Sequence[Path]) -> datasets.Dataset:
     """The rows of tar shards in the layout of webdataset: ``name.jpg`` beside ``name.cls`` (a number),
     ``.txt`` (a name) or ``.json`` (with a ``label``); of images alone, their folders are the classes.
 
-    The library copies them once into its cache (``HF_DATASETS_CACHE``).
-
-    Raises:
-        ValueError: a file cannot be read, or holds no images or labels.
-    """
+    The library copies them once into its cache (``HF_DATASETS_CACHE``). Raises ValueError: a file cannot be
+    read, or holds no images or labels."""
     try:
         table = datasets.load_dataset("webdataset", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # whatever the library's readers of tar, JSON, NumPy … raise
@@ -106,8 +100,7 @@ def _image_paths(folder: Path, classes: list[str]) -> list[list[bytes]]:
     """The image files of each class, sorted by path.
 
     What lies in a class's own folder belongs to it, whatever links of other classes lead there; then links
-    add what no class holds.
-    """
+    add what no class holds."""
     seen = _Seen()
     for above in (folder.resolve(), *folder.resolve().parents):
         seen.new(str(above))  # a link upwards would lead to the other splits, and to everything else
@@ -167,11 +160,8 @@ def read_listing(file: Path) -> datasets.Dataset:
     """A table whose rows name an image file and its class: CSV, TSV, or a JSON object per line.
 
     The column of paths, relative to the listing's folder, is ``image``, ``path``, ``file_name`` …; that of
-    classes ``label``, ``class`` …; a column ``split`` may say what each row is for.
-
-    Raises:
-        ValueError: it cannot be read, or one of the columns is missing.
-    """
+    classes ``label``, ``class`` …; a column ``split`` may say what each row is for. Raises ValueError: it
+    cannot be read, or one of the columns is missing."""
     try:
         table = _parsed(file)
     except (pa.ArrowException, OSError) as error:

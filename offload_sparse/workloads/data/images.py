@@ -35,8 +35,7 @@ class Decoded(NamedTuple):
     Attributes:
         pixels: uint8[b, channels, height, width].
         indices: int64[b], the images that these are: where one is corrupt, the one in its place.
-        corrupt: what could not be decoded on the way.
-    """
+        corrupt: what could not be decoded on the way."""
 
     pixels: Tensor
     indices: Tensor
@@ -49,7 +48,9 @@ class ImageSet:
     A split that takes no more than ``data.cache_bytes`` when decoded is decoded here, once; others are
     decoded by ``gather`` each time, or once for all runs into ``data.cache``. So is a training split with
     ``data.train_crop`` resized, which needs the images in their own sizes; in ``data.cache`` these are kept
-    as squares, stretched, from which the same parts are cut.
+    as squares, stretched, from which the same parts are cut. Raises ValueError: the images differ in size and
+    ``data.image_size`` is 0, an image cannot be decoded, the cache cannot be used, or ``channels`` cannot be
+    had.
 
     Args:
         split: what to decode.
@@ -66,12 +67,7 @@ class ImageSet:
         width: their width in pixels.
         labels: int64[N].
         cached: whether the split is held decoded in memory.
-        squares: whether it is kept as squares.
-
-    Raises:
-        ValueError: the images differ in size and ``data.image_size`` is 0, an image cannot be decoded, the
-            cache cannot be used, or ``channels`` cannot be had.
-    """
+        squares: whether it is kept as squares."""
 
     def __init__(
         self,
@@ -122,14 +118,11 @@ class ImageSet:
     def decode(self, indices: Tensor, crop: Crop | None = None) -> Decoded:
         """The images at ``indices`` int64[b], another in the place of each corrupt one.
 
-        What is corrupt is not counted here: this may run in a worker process.
+        What is corrupt is not counted here: this may run in a worker process. Raises ValueError: a hundred
+        images in a row cannot be decoded.
 
         Args:
-            crop: what to cut out of each image before it is scaled; by default its middle.
-
-        Raises:
-            ValueError: a hundred images in a row cannot be decoded.
-        """
+            crop: what to cut out of each image before it is scaled; by default its middle."""
         if self.squares:
             found = self.decode_squares(indices)
             pixels = cut(found.pixels, self.parts(indices, crop or _middle), self._image_size)

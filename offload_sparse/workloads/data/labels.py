@@ -24,23 +24,19 @@ class Labels(NamedTuple):
 
     Attributes:
         codes: int64[N], the position of each row's label in ``values``, negative for none.
-        values: the different labels as text: all names of a ``ClassLabel`` column, else those that occur.
-    """
+        values: the different labels as text: all names of a ``ClassLabel`` column, else those that occur."""
 
     codes: NDArray[np.int64]
     values: tuple[str, ...]
 
 
 def read_labels(column: pa.ChunkedArray, feature: object, split: str, name: str) -> Labels:
-    """The labels in a column of integers, truth values or text.
+    """The labels in a column of integers, truth values or text. Raises ValueError: a row has no label, or the
+    column holds something else.
 
     Args:
         feature: type of the column, as the library knows it.
-        split, name: of the split and the column, for messages.
-
-    Raises:
-        ValueError: a row has no label, or the column holds something else.
-    """
+        split, name: of the split and the column, for messages."""
     if column.null_count:
         raise ValueError(f"column {name!r} has {column.null_count} rows without a label; remove them")
     if isinstance(feature, datasets.ClassLabel):
@@ -63,8 +59,7 @@ def class_names(train: Labels, class_map: Mapping[str, str]) -> tuple[str, ...]:
 
     Args:
         class_map: name of the class of each label, which may be shared; in its order, those that occur are
-            numbered. Empty where labels are names.
-    """
+            numbered. Empty where labels are names."""
     if not class_map:
         return train.values
     occurring = {class_map.get(train.values[code]) for code in np.unique(train.codes) if code >= 0}
@@ -72,11 +67,8 @@ def class_names(train: Labels, class_map: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def class_numbers(labels: Labels, split: str, names: Sequence[str], class_map: Mapping[str, str]) -> Tensor:
-    """int64[N]: the number of each row's class.
-
-    Raises:
-        ValueError: a label belongs to no class of the training split.
-    """
+    """int64[N]: the number of each row's class. Raises ValueError: a label belongs to no class of the
+    training split."""
     number = {name: i for i, name in enumerate(names)}
     wanted = [number.get(class_map.get(value, "") if class_map else value, -1) for value in labels.values]
     known = (labels.codes >= 0) & (labels.codes < len(wanted))
@@ -93,11 +85,8 @@ def class_numbers(labels: Labels, split: str, names: Sequence[str], class_map: M
 
 
 def read_class_map(path: str) -> dict[str, str]:
-    """Names of classes by label: a JSON object, or lines of a label, white space and a name.
-
-    Raises:
-        ValueError: the file is missing, too large, or something else.
-    """
+    """Names of classes by label: a JSON object, or lines of a label, white space and a name. Raises
+    ValueError: the file is missing, too large, or something else."""
     file = Path(path).expanduser()
     advice = "give a JSON object {label: name}, or lines of a label and a name"
     try:

@@ -33,8 +33,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8[b, C, H, W].
-        labels: int64[b].
-    """
+        labels: int64[b]."""
 
     images: Tensor
     labels: Tensor
@@ -177,8 +176,7 @@ def _signals_wait() -> Iterator[None]:
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """A signal to the whole process group asks the run to save and end, which needs its workers until then;
-    they end with it.
-    """
+    they end with it."""
     del worker
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -189,7 +187,8 @@ class TrainLoader:
     """Training batches without end; the position is the number of the optimizer step and nothing else.
 
     The batches do not depend on ``config.num_workers``, and those of R ranks, laid end to end by rank, are
-    the batches of one rank.
+    the batches of one rank. Raises ValueError: the global batch does not divide over the ranks or exceeds the
+    split, or the images cannot be read.
 
     Args:
         split: training images.
@@ -206,12 +205,7 @@ class TrainLoader:
     Attributes:
         images: the decoded split.
         steps_per_epoch: optimizer steps in one pass; the images that are left over wait for another
-            permutation.
-
-    Raises:
-        ValueError: the global batch does not divide over the ranks or exceeds the split, or the images cannot
-            be read.
-    """
+            permutation."""
 
     def __init__(
         self,
@@ -243,6 +237,7 @@ class EvalLoader:
     """Every image of a split that can be decoded, once: rank r reads the images r, r + R, r + 2R, …
 
     Ranks may read different numbers of images and batches, so sums are to be reduced over ranks, not means.
+    Raises ValueError: the images cannot be read.
 
     Args:
         split: images to evaluate on.
@@ -253,11 +248,7 @@ class EvalLoader:
 
     Attributes:
         images: the decoded split.
-        size: images of the whole split, over all ranks.
-
-    Raises:
-        ValueError: the images cannot be read.
-    """
+        size: images of the whole split, over all ranks."""
 
     def __init__(
         self,
@@ -294,8 +285,7 @@ class DeclaredData:
         num_classes: classes.
         channels: channels of the images.
         image_size: their side in pixels.
-        train_images: images that training reads per epoch, after what is held out and limited.
-    """
+        train_images: images that training reads per epoch, after what is held out and limited."""
 
     num_classes: int
     channels: int
@@ -304,11 +294,8 @@ class DeclaredData:
 
 
 def declared_data(config: DataConfig) -> DeclaredData:
-    """The data set as ``config`` declares it.
-
-    Raises:
-        ValueError: the configuration leaves something open; names the key.
-    """
+    """The data set as ``config`` declares it. Raises ValueError: the configuration leaves something open;
+    names the key."""
     known = _EMBEDDED if config.name == "fashion_mnist_small" else {}
     values = {name: getattr(config, name) or known.get(name, 0) for name in _EMBEDDED}
     for name, value in values.items():

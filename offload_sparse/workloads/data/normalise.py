@@ -47,11 +47,8 @@ def normalise_for(images: ImageSet, config: DataConfig, dtype: torch.dtype = tor
     """The normalisation of a run: ``data.mean`` and ``data.std``, each measured on ``images`` where it is
     empty.
 
-    One given value serves every channel.
-
-    Raises:
-        ValueError: a list has neither one value nor one per channel, or a deviation is not above 0.
-    """
+    One given value serves every channel. Raises ValueError: a list has neither one value nor one per channel,
+    or a deviation is not above 0."""
     mean, std = list(config.mean), list(config.std)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (0, 1, images.channels):
@@ -70,8 +67,7 @@ def measure(images: ImageSet, limit: int = _MEASURED_IMAGES) -> tuple[list[float
     """Mean and standard deviation per channel, in [0, 1], over all pixels of at most ``limit`` evenly spaced
     images.
 
-    The deviation of a channel without any contrast is given as 1, so that dividing by it does no harm.
-    """
+    The deviation of a channel without any contrast is given as 1, so that dividing by it does no harm."""
     chosen = torch.linspace(0, len(images) - 1, min(limit, len(images)), dtype=torch.float64).round().long()
     total = torch.zeros(images.channels, dtype=torch.int64)
     squares = torch.zeros(images.channels, dtype=torch.int64)

@@ -40,11 +40,8 @@ def _permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
-    """Whole batches in ``size`` images; the rest of an epoch's permutation is left out.
-
-    Raises:
-        ValueError: there are fewer images than one batch takes.
-    """
+    """Whole batches in ``size`` images; the rest of an epoch's permutation is left out. Raises ValueError:
+    there are fewer images than one batch takes."""
     if size < batch_size:
         raise ValueError(
             f"data.batch_size is {batch_size}, but there are only {size} training images; lower "
@@ -54,31 +51,22 @@ def steps_per_epoch(size: int, batch_size: int) -> int:
 
 
 def global_batch(seed: int, epoch: int, step: int, size: int, batch_size: int) -> Tensor:
-    """Indices of the images of one optimizer step over all ranks.
+    """Indices of the images of one optimizer step over all ranks. Returns int64[batch_size], the step-th
+    slice of the epoch's permutation. Raises ValueError: there are fewer images than one batch takes.
 
     Args:
         seed: seed of the data order.
         epoch: pass over the images, from 0.
         step: step within the epoch, in [0, size // batch_size).
         size: images in the split.
-        batch_size: images per step over all ranks.
-
-    Returns:
-        int64[batch_size], the step-th slice of the epoch's permutation.
-
-    Raises:
-        ValueError: there are fewer images than one batch takes.
-    """
+        batch_size: images per step over all ranks."""
     assert 0 <= step < steps_per_epoch(size, batch_size), "the step lies outside the epoch"
     return _permutation(seed, epoch, size)[step * batch_size : (step + 1) * batch_size].clone()
 
 
 def check_batch(batch_size: int, world_size: int) -> None:
-    """Check that every rank can take an equal part of a global batch.
-
-    Raises:
-        ValueError: ``batch_size`` does not divide over ``world_size`` ranks.
-    """
+    """Check that every rank can take an equal part of a global batch. Raises ValueError: ``batch_size`` does
+    not divide over ``world_size`` ranks."""
     if batch_size % world_size:
         below = batch_size - batch_size % world_size
         advice = f"{below} or {below + world_size}" if below else str(world_size)
@@ -89,11 +77,8 @@ def check_batch(batch_size: int, world_size: int) -> None:
 
 
 def rank_part(indices: Tensor, rank: int, world_size: int) -> Tensor:
-    """The contiguous part of a global batch int64[b] that ``rank`` reads, int64[b // world_size].
-
-    Raises:
-        ValueError: the batch does not divide over the ranks.
-    """
+    """The contiguous part of a global batch int64[b] that ``rank`` reads, int64[b // world_size]. Raises
+    ValueError: the batch does not divide over the ranks."""
     check_batch(len(indices), world_size)
     share = len(indices) // world_size
     return indices[rank * share : (rank + 1) * share]

@@ -62,12 +62,8 @@ def read_parquet(files: Sequence[Path]) -> datasets.Dataset:
     """The rows of ``files``, one after the other.
 
     Small files are read into memory. Large ones go through the library, which converts them once to
-    memory-mapped Arrow files in its cache (``HF_DATASETS_CACHE``).
-
-    Raises:
-        ValueError: a file is no parquet file, the files differ in their columns, or the cache cannot be
-            written.
-    """
+    memory-mapped Arrow files in its cache (``HF_DATASETS_CACHE``). Raises ValueError: a file is no parquet
+    file, the files differ in their columns, or the cache cannot be written."""
     try:
         if sum(path.stat().st_size for path in files) <= IN_MEMORY_BYTES:
             tables = [datasets.Dataset(InMemoryTable(pq.read_table(path))) for path in files]
@@ -81,7 +77,8 @@ def read_parquet(files: Sequence[Path]) -> datasets.Dataset:
 
 
 class ParquetStream:
-    """The rows of parquet files in their order, with the images left in the files.
+    """The rows of parquet files in their order, with the images left in the files. Raises ValueError: a file
+    cannot be read, or the files differ in their columns.
 
     Args:
         files: paths or fsspec addresses (``hf://…``).
@@ -89,11 +86,7 @@ class ParquetStream:
 
     Attributes:
         column_names: columns of the files.
-        features: their types.
-
-    Raises:
-        ValueError: a file cannot be read, or the files differ in their columns.
-    """
+        features: their types."""
 
     def __init__(self, files: Sequence[str], window: int) -> None:
         self._files = tuple(files)
@@ -192,11 +185,8 @@ class ParquetStream:
 
 
 def hub_files(name: str) -> dict[str, list[str]]:
-    """Addresses of a hub data set's parquet files, by split.
-
-    Raises:
-        ValueError: the data set is not stored as parquet files.
-    """
+    """Addresses of a hub data set's parquet files, by split. Raises ValueError: the data set is not stored as
+    parquet files."""
     builder = datasets.load_dataset_builder(name)
     files = {str(split): [str(file) for file in found] for split, found in builder.config.data_files.items()}
     if not files or not all(file.endswith(".parquet") for found in files.values() for file in found):
@@ -228,4 +218,3 @@ def _state(file: str) -> tuple[int, ...]:
 def _footer(file: str) -> pq.FileMetaData:
     with fsspec.open(file, "rb") as handle:
         return pq.read_metadata(handle)
-

@@ -76,8 +76,7 @@ class Split:
         name: the split's name, for messages.
         table: its images, in the column ``image``, or parquet files to stream.
         labels: int64[N], class numbers.
-        channels: channels to decode the images to: 1 if those of the training split are grey, else 3.
-    """
+        channels: channels to decode the images to: 1 if those of the training split are grey, else 3."""
 
     name: str
     table: Table
@@ -98,11 +97,7 @@ class Split:
         return [_or_reason(stored) for stored in self.stored(indices)]
 
     def read(self, indices: Sequence[int]) -> list[Image.Image]:
-        """The images at ``indices``, decoded.
-
-        Raises:
-            ValueError: one of them cannot be decoded.
-        """
+        """The images at ``indices``, decoded. Raises ValueError: one of them cannot be decoded."""
         images = self.decode(indices)
         for index, image in zip(indices, images, strict=True):
             if isinstance(image, str):
@@ -110,11 +105,8 @@ class Split:
         return [image for image in images if not isinstance(image, str)]
 
     def sample(self, corrupt_limit: int) -> list[Image.Image]:
-        """Evenly spaced images; up to ``corrupt_limit`` that cannot be decoded are passed over.
-
-        Raises:
-            ValueError: more than that cannot be decoded, or none can.
-        """
+        """Evenly spaced images; up to ``corrupt_limit`` that cannot be decoded are passed over. Raises
+        ValueError: more than that cannot be decoded, or none can."""
         rows = np.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).round().astype(int)
         indices = np.unique(rows).tolist()
         images = self.decode(indices)
@@ -156,8 +148,7 @@ class Splits:
         class_names: names of the classes, by number.
         in_channels: channels of the images, 1 or 3.
         image_shape: their height and width in pixels (after ``data.image_size``).
-        stored_as: modes and sizes of a sample of the training images as they are stored, for people.
-    """
+        stored_as: modes and sizes of a sample of the training images as they are stored, for people."""
 
     train: Split
     test: Split
@@ -188,12 +179,8 @@ class Splits:
 
 def load_splits(config: DataConfig) -> Splits:
     """Read the splits that ``config`` names. What is held out and what the limits leave depends on no seed of
-    the run.
-
-    Raises:
-        ValueError: no such dataset, file, split or column; unusable labels; no images left. One line, with
-            advice.
-    """
+    the run. Raises ValueError: no such dataset, file, split or column; unusable labels; no images left. One
+    line, with advice."""
     names = [config.train_split, config.test_split] + (
         [config.validation_split] if config.validation_split else []
     )

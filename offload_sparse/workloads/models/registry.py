@@ -55,21 +55,16 @@ def build_model(
 ) -> nn.Module:
     """Build a classifier with fresh weights, drawn from torch's global generator.
 
-    Works under ``torch.device("meta")``.
+    Works under ``torch.device("meta")``. Returns a module that maps float[N, in_channels, H, W] to float[N,
+    num_classes]. Raises ValueError: the name is unknown, an argument does not fit the model, or the images do
+    not.
 
     Args:
         name: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         num_classes: outputs of the network.
         in_channels: channels of its images; torchvision's networks take 3 only.
         image_size: shorter side of the images in pixels; only checked against what the network can pool.
-        arguments: further keyword arguments of the constructor.
-
-    Returns:
-        A module that maps float[N, in_channels, H, W] to float[N, num_classes].
-
-    Raises:
-        ValueError: the name is unknown, an argument does not fit the model, or the images do not.
-    """
+        arguments: further keyword arguments of the constructor."""
     family, _, short = name.partition("/")
     if not _is_known(family, short):
         raise ValueError(_unknown(name))
@@ -98,8 +93,7 @@ def input_channels(name: str, image_channels: int) -> int:
     """Channels that a network must be built with for images of ``image_channels``: 3 for torchvision's, else
     as many.
 
-    The data room repeats grey images for networks that take 3 channels.
-    """
+    The data room repeats grey images for networks that take 3 channels."""
     return 3 if name.startswith("torchvision/") else image_channels
 
 
