@@ -81,6 +81,9 @@ def _learning(runs: Sequence[RunData]) -> Iterator[Chart | None]:
 def _structure(runs: Sequence[RunData]) -> Iterator[Chart | None]:
     for i, run in enumerate(runs):
         names, epochs, values = run.group_keep
+        if run.probes:
+            yield from _search(run, runs, i, names)
+            continue
         if not names or np.nanmax(values) - np.nanmin(values) < _EQUAL:
             continue
         title = _titled("Keep ratio per group", run, runs)
@@ -90,7 +93,7 @@ def _structure(runs: Sequence[RunData]) -> Iterator[Chart | None]:
             title,
             "Mean keep probability of the channels of each group, per epoch.",
             f"{len(names)} groups over {len(epochs)} epochs, at the end from {low:.2f} to {high:.2f}.",
-            _heat_map(title, names, epochs, values),
+            _heat_map(title, names, epochs, values, "epoch", "keep probability"),
         )
     yield _widths(runs)
     for name, title, label, caption in _STRUCTURE:
@@ -209,10 +212,39 @@ def _widths(runs: Sequence[RunData]) -> Chart | None:
     )
 
 
+def _search(run: RunData, runs: Sequence[RunData], number: int, names: list[str]) -> Iterator[Chart]:
+    """What the probes of a search by cycles have found, and where the widths went."""
+    widths = np.array([run.probes[0]["widths"], *(probe["moved_to"] for probe in run.probes)])
+    moved = [f"{name}  {a:.0f} → {b:.0f}" for name, a, b in zip(names, widths[0], widths[-1], strict=True)]
+    cycles = np.arange(1.0, 1 + len(widths))
+    title = _titled("Widths over the cycles", run, runs)
+    yield Chart(
+        f"search_widths_{number}",
+        title,
+        "Channels of each group relative to the start. A group that shrinks loses its least important "
+        "channels; one that grows gets back those that were trained before, then new ones.",
+        ", ".join(moved) + ".",
+        _heat_map(title, moved, cycles, (widths / widths[0]).T, "cycle", "width / first width"),
+    )
+    found = {
+        f"probe {cycle + 1}": (np.array(probe["loss_per_cost"]), np.array(probe["error"]))
+        for cycle, probe in enumerate(run.probes)
+    }
+    title = _titled("What channels are worth", run, runs)
+    yield Chart(
+        f"search_probes_{number}",
+        title,
+        "Loss per share of the budget that a group's dropped channels save, and its standard error: groups "
+        "above the mean grow at the expense of those below.",
+        _told({probe: f"from {values.min():.3g} to {values.max():.3g}" for probe, (values, _) in found.items()}),
+        lambda theme: figures.estimates(theme, title, names, found, "loss per share of the budget"),
+    )
+
+
 def _heat_map(
-    title: str, names: list[str], epochs: np.ndarray, values: np.ndarray
+    title: str, names: list[str], x: np.ndarray, values: np.ndarray, x_label: str, label: str
 ) -> Callable[[Theme], Figure]:
-    return lambda theme: figures.heat_map(theme, title, names, epochs, values, "epoch", "keep probability")
+    return lambda theme: figures.heat_map(theme, title, names, x, values, x_label, label)
 
 
 def _titled(title: str, run: RunData, runs: Sequence[RunData]) -> str:

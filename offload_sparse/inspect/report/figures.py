@@ -124,6 +124,24 @@ def dots(
     return figure
 
 
+def estimates(
+    theme: Theme, title: str, rows: Sequence[str], series: Mapping[str, Series], x_label: str
+) -> Figure:
+    """A value per row with its standard error, for each entry (values and errors, both [rows])."""
+    apart = 0.8 / len(series)
+    figure, axes = _panel(title, (SIZE[0], max(_height(len(rows)), 1.0 + 0.07 * len(rows) * len(series))))
+    axes.axvline(0, color=theme.line, linewidth=1)
+    for i, (name, (values, errors)) in enumerate(series.items()):
+        heights = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * apart
+        style = look(theme, i) | {"linestyle": "", "markersize": 3}
+        axes.errorbar(values, heights, xerr=errors, label=name, elinewidth=1, **style)
+    axes.invert_yaxis()
+    _name_rows(axes, rows, 0)
+    axes.set(xlabel=x_label)
+    _legend(figure, axes)
+    return figure
+
+
 def bars(
     theme: Theme,
     title: str,

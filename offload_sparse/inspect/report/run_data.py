@@ -84,6 +84,12 @@ class RunData:
         epochs = np.array([line["epoch"] for line in found], dtype=np.float64)
         return names, epochs, np.array(values, dtype=np.float64).T
 
+    @cached_property
+    def probes(self) -> list[dict[str, list[float]]]:
+        """What each probe of a search by cycles has found, per group (see ``WidthSearch.history``)."""
+        found = [line["probes"] for line in self.lines if isinstance(line.get("probes"), list)]
+        return found[-1] if found else []
+
     def _along(self, axis: str, steps: NDArray[np.float64]) -> NDArray[np.float64]:
         """Where on ``axis`` the run was after ``steps``."""
         if axis == "step":

@@ -217,6 +217,29 @@ def test_keep_ratios_are_rows_of_groups_over_epochs(tmp_path: Path) -> None:
     assert values.tolist() == [[0.25, 0.5, 0.75, 1.0], [0.5] * 4]
 
 
+def test_a_search_by_probes_shows_its_widths_and_what_channels_are_worth(tmp_path: Path) -> None:
+    """Widths in the place of the keep ratios, and values with their errors at every probe."""
+    run = write_run(tmp_path / "run")
+    worth = {"loss_per_cost": [2.0, -1.0], "error": [0.5, 0.25], "advantage": [1.0, -1.0]}
+    probes = [
+        {"widths": [8.0, 4.0], "moved_to": [9.0, 3.0]} | worth,
+        {"widths": [9.0, 3.0], "moved_to": [11.0, 2.0]} | worth,
+    ]
+    line = {"step": 40, "epoch": 4, "group_keep": {"conv1": 0.5, "conv2": 0.5}, "probes": probes}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    [data] = read_runs([run])
+    charts = {chart.name: chart for chart in sections([data])["Structure"]}
+    assert "group_keep_0" not in charts
+    assert charts["search_widths_0"].text == "conv1  8 → 11, conv2  4 → 2."
+    axes = charts["search_probes_0"].draw(THEMES["light"]).axes[0]
+    assert [list(bar.lines[0].get_xdata()) for bar in axes.containers] == [[2.0, -1.0]] * 2
+    spread = [segment[:, 0].tolist() for segment in axes.containers[0].lines[2][0].get_segments()]
+    assert spread == [[1.5, 2.5], [-1.25, -0.75]]
+    shown = charts["search_widths_0"].draw(THEMES["light"]).axes[0].collections[0].get_array()
+    np.testing.assert_allclose(shown.reshape(2, 3), [[1, 9 / 8, 11 / 8], [1, 3 / 4, 1 / 2]])
+
+
 def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
