@@ -236,7 +236,7 @@ def _search(run: RunData, runs: Sequence[RunData], number: int, names: list[str]
         title,
         "Loss per share of the budget that a group's dropped channels save, and its standard error: groups "
         "above the mean grow at the expense of those below.",
-        _told({probe: f"from {values.min():.3g} to {values.max():.3g}" for probe, (values, _) in found.items()}),
+        _told({probe: f"{worth.min():.3g} to {worth.max():.3g}" for probe, (worth, _) in found.items()}),
         lambda theme: figures.estimates(theme, title, names, found, "loss per share of the budget"),
     )
 
