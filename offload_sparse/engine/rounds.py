@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from enum import Enum
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
@@ -44,6 +41,7 @@ from offload_sparse.engine.losses import (
 )
 from offload_sparse.engine.optimizer import LossScale
 from offload_sparse.engine.probing import run_probe
+from offload_sparse.engine.request import Ask, Request, Requests
 from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.transfers import Transfer, Transfers
 from offload_sparse.policy.estimators import paired_losses
@@ -70,18 +68,7 @@ _CONSEQUENCES = {
 }
 
 
-class Ask(Enum):
-    """What the training is asked for beside a step."""
-
-    OPEN = "open the next round, if none is open"
-    FINISH = "end the round that is open, if one is"
-    JOIN = "take part in the steps of the other ranks until all of them have asked for this"
-
-
-Request = Sequence[Closure] | Ask
-
-
-class Rounds:
+class Rounds(Requests):
     """The training of a network in rounds: the algorithm, and what it needs to know between two steps.
 
     Args:
@@ -123,8 +110,9 @@ class Rounds:
         freeze_step: int = sys.maxsize,
         ema: float = 0.0,
     ) -> None:
+        super().__init__(ranks)
         self.channel_map, self.policy, self.transfers, self.cost = channel_map, policy, transfers, cost
-        self.ranks, self.forward, self.rounds, self.final = ranks, forward, rounds, final
+        self.forward, self.rounds, self.final = forward, rounds, final
         self.on_nonfinite, self.freeze_step = on_nonfinite, freeze_step
         self.reducer = Reducer(ranks.world_size, TAIL, LIVE, GRADIENT_SUM)
         self.losses = Losses(ranks.world_size)
@@ -143,8 +131,6 @@ class Rounds:
         self.loss_scale = None if scaler is None else LossScale(scaler, transfers.device)
         self._unproven = True  # that a closure leaves backward to the session
         self._skipped, self._skipped_in_a_row = 0, 0
-        self._training: Generator[Tensor | None, Request, None] | None = None
-        self._joined = False
         self._s_before = policy.state_dict()
         self._pending: list[StepRecord] = []
         self._recent: deque[Sequence[Closure]] = deque(maxlen=final.selection_batches)
@@ -218,48 +204,12 @@ class Rounds:
 
     # --- asking for it ---
 
-    def _ask(self, request: Request) -> Tensor | None:
-        """Send ``request`` to the training. After an error it can be asked again: nothing is lost but the
-        step.
-        """
-        if self._training is None:
-            self._training = self.training()
-            next(self._training)
-        try:
-            return self._training.send(request)
-        except BaseException:
-            self._training = None
-            raise
-
     def _open(self) -> SubnetPair:
         """The subnets of the round that is open, or of the next one."""
         if self.pair is None:
             self._ask(Ask.OPEN)
         assert self.pair is not None
         return self.pair
-
-    def _join(self) -> None:
-        """Wait until every rank is here, and take part in the steps that others make before; every rank calls
-        it, after any number of steps.
-        """
-        self._joined = self.ranks.world_size == 1
-        while not self._joined:
-            self._ask(Ask.JOIN)
-
-    def _all_joined(self, request: Request, losses: Tensor | None = None) -> bool:
-        """Whether every rank waits for the others.
-
-        Args:
-            request: of this rank, between two rounds; every rank asks.
-            losses: what rode behind the gradients, in a step of which this rank has no batch.
-        """
-        if losses is not None:
-            self._joined = math.isnan(float(losses[LIVE]))
-        elif self.ranks.world_size > 1:
-            waiting = torch.tensor(float(request is Ask.JOIN))
-            dist.all_reduce(waiting, dist.ReduceOp.MIN, group=self.ranks.host_group)
-            self._joined = bool(waiting)
-        return self._joined and request is Ask.JOIN
 
     # --- sample and gather ---
 

@@ -43,7 +43,8 @@ from offload_sparse.engine.optimizer import (
     probe,
 )
 from offload_sparse.engine.preparation import ModelSource, PreparedModel, prepare
-from offload_sparse.engine.rounds import EMA, Ask, Rounds
+from offload_sparse.engine.request import Ask
+from offload_sparse.engine.rounds import EMA, Rounds
 from offload_sparse.engine.state import load_state, whole_state
 from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.engine.transfers import Transfers
