@@ -110,8 +110,7 @@ class CostModel:
 
         Args:
             s: float64[C], keep probabilities of independent atoms. A tensor that has the same atoms in two
-                dimensions is counted by the product of expected widths.
-        """
+                dimensions is counted by the product of expected widths."""
         return self._constant + (self._flops / self._per * self._expected_products(s)).sum()
 
     def expected_parameters(self, s: Tensor) -> Tensor:
@@ -155,8 +154,7 @@ class CostModel:
 def _flatten_axes(axes: list[Axis]) -> tuple[Tensor, Tensor, Tensor]:
     """Positions always kept per axis, and all other positions as (atom, axis number) pairs.
 
-    The first axis stands for dimensions that never shrink, whose size is a factor elsewhere: it counts 1.
-    """
+    The first axis stands for dimensions that never shrink, whose size is a factor elsewhere: it counts 1."""
     always = torch.tensor([1 if axis is None else int((axis < 0).sum()) for axis in axes], dtype=torch.int64)
     atoms = [torch.zeros(0, dtype=torch.int64) if axis is None else axis[axis >= 0] for axis in axes]
     segment = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor([len(a) for a in atoms]))
@@ -194,19 +192,12 @@ def _sampled_matrix(layer: nn.Module, prefix: str, channel_map: ChannelMap) -> s
 def train_cost_saving(
     dense_flops: float, passes: Iterable[tuple[float, int, int]], steps: int | None = None
 ) -> float:
-    """How many times cheaper the passes were than dense training: 3 f_D · steps / Σ f · (forwards + 2 ·
-    backwards).
+    """How many times cheaper ``passes`` (forward FLOPs f of the network that ran, forwards, backwards) were
+    than dense training with f_D FLOPs: 3 f_D · steps / Σ f · (forwards + 2 · backwards); by default one step
+    per backward pass.
 
-    A backward pass counts as two forward passes (Zhou et al. 2021, Appendix C): one backward and two
-    forwards of a subnet per step give 3 / (4 f_S / f_D).
-
-    Args:
-        dense_flops: f_D, forward FLOPs of the dense network.
-        passes: (forward FLOPs f of the network that ran, forwards, backwards) of everything that was run.
-        steps: optimizer steps taken; by default one per backward pass.
-
-    Raises:
-        ValueError: nothing was run, or a number is negative.
+    A backward pass counts as two forward passes (Zhou et al. 2021, Appendix C): one backward and two forwards
+    of a subnet per step give 3 / (4 f_S / f_D). Raises ValueError: nothing was run, or a number is negative.
     """
     cost, backward_passes = 0.0, 0
     for flops, forwards, backwards in passes:

@@ -15,18 +15,12 @@ from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, C
 
 
 def block_atoms(channel_map: ChannelMap, block: int) -> ChannelMap:
-    """The map whose atoms are runs of ``block`` consecutive channels of ``channel_map``.
+    """The map whose atoms are runs of ``block`` consecutive channels of ``channel_map``; of 1, the map as it
+    is.
 
     An atom that already stands for several channels everywhere (a group of a grouped convolution, an
-    attention head) counts as that many: runs are as short as gives ``block`` channels in every tensor.
-
-    Args:
-        channel_map: the map to coarsen.
-        block: channels per atom, 1 or more; 1 returns the map as it is.
-
-    Raises:
-        ValueError: ``block`` is less than 1.
-    """
+    attention head) counts as that many: runs are as short as gives ``block`` channels in every tensor. Raises
+    ValueError: ``block`` is less than 1."""
     if block < 1:
         raise ValueError(f"atoms.block is {block}; give at least 1 channel per atom")
     if block == 1:

@@ -16,8 +16,7 @@ class HeadAttention(nn.MultiheadAttention):
     """Attention over ``num_heads`` heads of ``head_dim`` channels each, whatever ``embed_dim`` is.
 
     Tensors: in_proj_weight [3 · num_heads · head_dim, embed_dim], out_proj.weight [embed_dim, num_heads ·
-    head_dim]. Made by ``fit_attention`` only.
-    """
+    head_dim]. Made by ``fit_attention`` only."""
 
     def forward(
         self,
@@ -32,11 +31,8 @@ class HeadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs float[N, L, embed_dim] of float[N, L or S, embed_dim], and None for the weights.
 
-        With ``batch_first=False``, length comes before batch.
-
-        Raises:
-            ValueError: attention weights are asked for.
-        """
+        With ``batch_first=False``, length comes before batch. Raises ValueError: attention weights are asked
+        for."""
         del average_attn_weights
         if need_weights:
             raise ValueError(

@@ -51,14 +51,9 @@ def _no_unions() -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Addition:
-    """A residual addition whose operands hold different channels: what is at each position of its result.
-
-    Attributes:
-        left: int64[positions], the atom or union at each position of the first operand; ``NEVER`` where it
-            has none.
-        right: the same for the second operand.
-        out: the same for the sum, which is alive wherever an operand is.
-    """
+    """A residual addition whose operands hold different channels: int64[positions], the atom or union at each
+    position of both operands (``NEVER`` where one has none) and of the sum, which is alive wherever an
+    operand is."""
 
     left: Tensor
     right: Tensor
@@ -72,8 +67,7 @@ class View:
     Attributes:
         call: its number among such calls of one ``forward``.
         sizes: the sizes in the code that stand for the axes; 0 stands for any.
-        axes: per size the atoms of its positions; None where a size is right as it is.
-    """
+        axes: per size the atoms of its positions; None where a size is right as it is."""
 
     call: int
     sizes: tuple[int, ...]
@@ -103,8 +97,7 @@ class ChannelMap:
         axes: per tensor one ``Axis`` per dimension. Tensors that no atom touches have ``None`` everywhere.
         unions: int64[2, members], pairs (union, atom), sorted by union; union u has the id ``num_atoms + u``.
         additions: by the name of the ``StreamAdd`` that computes it; only those with operands that differ.
-        views: by the name of the module whose ``forward`` makes the calls.
-    """
+        views: by the name of the module whose ``forward`` makes the calls."""
 
     groups: tuple[Group, ...]
     shapes: Mapping[str, tuple[int, ...]]
@@ -175,8 +168,7 @@ class ChannelMap:
     def alive(self, mask: Tensor) -> Tensor:
         """bool[num_ids + 2]: what ``mask`` (bool[num_atoms]) keeps, to be indexed by the entries of an axis.
 
-        The last two entries are those of ``NEVER`` and ``ALWAYS``.
-        """
+        The last two entries are those of ``NEVER`` and ``ALWAYS``."""
         unions = torch.zeros(self.num_ids - self.num_atoms, dtype=torch.int64)
         unions.index_add_(0, self.unions[0], mask[self.unions[1]].to(torch.int64))
         return torch.cat([mask, unions > 0, torch.tensor([False, True])])
@@ -185,8 +177,7 @@ class ChannelMap:
         """float64[num_ids]: how probable it is that an atom or union is alive.
 
         Args:
-            s: float64[C], the probabilities of independent atoms; differentiable in them.
-        """
+            s: float64[C], the probabilities of independent atoms; differentiable in them."""
         gone = torch.zeros(self.num_ids - self.num_atoms, dtype=s.dtype)
         gone = gone.index_add(0, self.unions[0], torch.log1p(-s.clamp(max=1 - 1e-12))[self.unions[1]])
         return torch.cat([s, -torch.expm1(gone)])
@@ -196,8 +187,7 @@ class ChannelMap:
 
         The channels are those of the layer that the group is named after. Atoms that stand for several
         channels (blocks, groups of a grouped convolution, attention heads) occur several times. A group that
-        is not named after a layer lists its atoms.
-        """
+        is not named after a layer lists its atoms."""
         for name in (f"{group.name}.weight", group.name):
             for axis in self.axes.get(name, ()):
                 if axis is not None and bool(((axis >= group.start) & (axis < group.stop)).any()):
@@ -210,8 +200,7 @@ class ChannelMap:
 
     def uniform_mask(self, ratio: float, min_width: int = 1) -> Tensor:
         """The mask bool[C] that keeps the first ``round(ratio * size)`` atoms of each group (at least
-        ``min_width``).
-        """
+        ``min_width``)."""
         mask = torch.zeros(self.num_atoms, dtype=torch.bool)
         for group in self.groups:
             width = min(group.size, max(min_width, round(ratio * group.size)))
@@ -242,11 +231,7 @@ class ChannelMap:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ChannelMap:
-        """Rebuild a map from ``to_json``.
-
-        Raises:
-            ValueError: the data does not describe a valid map.
-        """
+        """Rebuild a map from ``to_json``. Raises ValueError: the data does not describe a valid map."""
         try:
             groups = tuple(Group(str(name), int(start), int(size)) for name, start, size in data["groups"])
             tensors: Mapping[str, Any] = data["tensors"]

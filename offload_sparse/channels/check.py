@@ -53,8 +53,7 @@ class Verification:
         worst: the tensor that has the largest of these errors.
         atoms: atoms of the map.
         kept: atoms that the first random mask keeps.
-        seconds: wall-clock time of the test.
-    """
+        seconds: wall-clock time of the test."""
 
     train_error: float
     eval_error: float
@@ -77,7 +76,8 @@ def verify(
     rho: float = 0.5,
     seed: int = 0,
 ) -> Verification:
-    """Compare the narrow network of a random mask with the masked full network, in float64 on the CPU.
+    """Compare the narrow network of a random mask with the masked full network, in float64 on the CPU. Raises
+    ValueError: the narrow network does not run, or gives outputs of other shapes.
 
     Args:
         model: the network or a function that builds it; left untouched. Networks on the meta device are
@@ -86,11 +86,7 @@ def verify(
             random ones; all others keep their values. A batch of fewer than 4 samples is repeated.
         channel_map: the map to test.
         rho: keep probability of an atom; see ``random_mask``. Small groups are tested with several masks.
-        seed: seed of mask, parameters and inputs.
-
-    Raises:
-        ValueError: the narrow network does not run, or gives outputs of other shapes.
-    """
+        seed: seed of mask, parameters and inputs."""
     start = time.perf_counter()
     network = model if isinstance(model, nn.Module) else model()
     found: dict[_Key, float] = {}
@@ -118,12 +114,8 @@ def check(
     rho: float = 0.5,
     seed: int = 0,
 ) -> Verification:
-    """``verify`` that refuses: the arguments and the result are the same.
-
-    Raises:
-        ValueError: an error exceeds ``TOLERANCE`` (the message names the worst tensor), or the narrow
-            network does not run.
-    """
+    """``verify`` that refuses: the arguments and the result are the same. Raises ValueError: an error exceeds
+    ``TOLERANCE`` (the message names the worst tensor), or the narrow network does not run."""
     result = verify(model, example_inputs, channel_map, rho, seed)
     if not result.error <= TOLERANCE:  # NaN fails too
         raise ValueError(
@@ -135,20 +127,11 @@ def check(
 
 
 def self_test(model: nn.Module, example_inputs: Inputs, channel_map: ChannelMap) -> Verification:
-    """Check ``channel_map`` before a network trains on it.
+    """Check ``channel_map`` before a network (on any device, with any values) trains on it; see ``verify``.
 
     The twin keeps every layer and every tie between channels but fewer channels of each group, so a map that
     is wrong about the structure fails on it too, while neither memory nor time grow with the width of the
-    model.
-
-    Args:
-        model: the full network, on any device; values do not matter.
-        example_inputs: inputs that the network accepts; see ``verify``.
-        channel_map: the map to test.
-
-    Raises:
-        ValueError: slice and mask differ; names the worst tensor.
-    """
+    model. Raises ValueError: slice and mask differ; names the worst tensor."""
     twin, twin_map = reduced(model, channel_map, MAX_PARAMETERS)
     return check(twin, example_inputs, twin_map)
 
@@ -181,12 +164,9 @@ def _constants(model: nn.Module) -> dict[str, Tensor]:
 def random_mask(channel_map: ChannelMap, rho: float, generator: torch.Generator) -> Tensor:
     """bool[C], each atom with probability ``rho``, but never trivial in any group unless ``rho`` is 1.
 
-    Every group keeps an atom and drops one, and a group of three or more keeps two with a dropped one
-    between them: a run of neighbours would hide operations that look at neighbouring channels.
-
-    Raises:
-        ValueError: ``rho`` is outside (0, 1].
-    """
+    Every group keeps an atom and drops one, and a group of three or more keeps two with a dropped one between
+    them: a run of neighbours would hide operations that look at neighbouring channels. Raises ValueError:
+    ``rho`` is outside (0, 1]."""
     if not 0 < rho <= 1:
         raise ValueError(f"rho is {rho}; give a remaining ratio in (0, 1], such as 0.25")
     mask = torch.rand(channel_map.num_atoms, generator=generator) < rho

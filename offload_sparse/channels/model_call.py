@@ -29,8 +29,7 @@ def move_inputs(inputs: Inputs, device: str | torch.device) -> Inputs:
 def enlarge_inputs(inputs: Inputs, least: int) -> Inputs:
     """The inputs with at least ``least`` samples: those of a smaller batch are repeated, in order.
 
-    The batch is dimension 0 of every tensor; where tensors differ in it, all stay as they are.
-    """
+    The batch is dimension 0 of every tensor; where tensors differ in it, all stay as they are."""
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
     batch = {x.shape[0] for x in tensors}
     if len(batch) != 1 or not 0 < min(batch) < least:
@@ -83,7 +82,6 @@ def modes_differ(network: nn.Module, inputs: Inputs) -> bool:
     Args:
         network: a copy that nobody needs, on one device with ``inputs``; its dropout is switched off, its
             running statistics move.
-        inputs: two samples or more, as batch norms want them.
-    """
+        inputs: two samples or more, as batch norms want them."""
     disable_dropout(network)
     return operations(network, inputs, False) != operations(network, inputs, True)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ``message``, one line that says what to change, unless ``condition`` holds.
-
-    Raises:
-        ValueError: the condition does not hold.
-    """
+    """Raise ``message``, one line that says what to change, unless ``condition`` holds. Raises ValueError:
+    the condition does not hold."""
     if not condition:
         raise ValueError(message)

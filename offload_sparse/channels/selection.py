@@ -32,8 +32,7 @@ class Layout:
     Attributes:
         shapes: shape of every tensor, in buffer order.
         offsets: first entry of every tensor.
-        size: number of entries.
-    """
+        size: number of entries."""
 
     shapes: Mapping[str, tuple[int, ...]]
     offsets: Mapping[str, int]
@@ -59,15 +58,12 @@ class Layout:
 
 
 class Selection:
-    """A mask resolved against a channel map.
+    """A mask resolved against a channel map. Raises ValueError: the mask has another size than the map, or
+    keeps nothing of a group.
 
     Args:
         channel_map: the map of the full network.
-        mask: bool[C], True where an atom is kept.
-
-    Raises:
-        ValueError: the mask has another size than the map, or keeps nothing of a group.
-    """
+        mask: bool[C], True where an atom is kept."""
 
     def __init__(self, channel_map: ChannelMap, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.shape != (channel_map.num_atoms,):

@@ -27,8 +27,7 @@ class MapBuilder:
     """Collects groups and axes; what no axis names is always kept.
 
     Args:
-        model: the network, on any device; it is not changed.
-    """
+        model: the network, on any device; it is not changed."""
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -39,23 +38,16 @@ class MapBuilder:
         self._groups: list[Group] = []
 
     def group(self, name: str, size: int) -> Tensor:
-        """A new group of ``size`` atoms, best named after the layer that makes them.
-
-        Returns:
-            int64[size], the atoms. Axes are made of them: ``repeat_interleave`` for an atom that stands at
-            several neighbouring positions, ``torch.cat`` for several widths in a row, -1 for a position that
-            is always kept.
-        """
+        """A new group of ``size`` atoms, best named after the layer that makes them. Returns int64[size], the
+        atoms. Axes are made of them: ``repeat_interleave`` for an atom that stands at several neighbouring
+        positions, ``torch.cat`` for several widths in a row, -1 for a position that is always kept."""
         start = self._groups[-1].stop if self._groups else 0
         self._groups.append(Group(name, start, size))
         return torch.arange(start, start + size)
 
     def axis(self, tensor: str, dim: int, atoms: Tensor) -> None:
-        """Dimension ``dim`` of the parameter or buffer ``tensor`` holds ``atoms``, one per position.
-
-        Raises:
-            ValueError: there is no such tensor or dimension.
-        """
+        """Dimension ``dim`` of the parameter or buffer ``tensor`` holds ``atoms``, one per position. Raises
+        ValueError: there is no such tensor or dimension."""
         if tensor not in self._axes:
             raise ValueError(f"the model has no tensor {tensor!r}; give the name of a parameter or buffer")
         if not 0 <= dim < len(self._shapes[tensor]):
@@ -64,28 +56,21 @@ class MapBuilder:
 
     def rows(self, layer: str, atoms: Tensor) -> None:
         """The outputs of a linear layer or convolution, or the channels of a batch norm, are ``atoms``.
-
-        Raises:
-            ValueError: the layer has no weight.
-        """
+        Raises ValueError: the layer has no weight."""
         self.axis(f"{layer}.weight", 0, atoms)
         for leaf in ("bias", "running_mean", "running_var"):
             if f"{layer}.{leaf}" in self._axes:
                 self.axis(f"{layer}.{leaf}", 0, atoms)
 
     def columns(self, layer: str, atoms: Tensor) -> None:
-        """The inputs of a linear layer or convolution are ``atoms``.
-
-        Raises:
-            ValueError: the layer has no weight of two dimensions.
-        """
+        """The inputs of a linear layer or convolution are ``atoms``. Raises ValueError: the layer has no
+        weight of two dimensions."""
         self.axis(f"{layer}.weight", 1, atoms)
 
     def width(self, producers: tuple[str, ...], consumer: str) -> Tensor:
         """A group for a hidden width: the layers that make it, tied channel by channel, and its reader.
 
-        Two producers are a gated unit, such as gate and up projection of SwiGLU.
-        """
+        Two producers are a gated unit, such as gate and up projection of SwiGLU."""
         atoms = self.group(producers[0], self._size(f"{producers[0]}.weight", 0))
         for producer in producers:
             self.rows(producer, atoms)
@@ -93,15 +78,12 @@ class MapBuilder:
         return atoms
 
     def heads(self, query: str, key: str, value: str, output: str, head_dim: int) -> Tensor:
-        """A group for attention heads: one atom per key-value head, with all query heads that read it.
+        """A group for attention heads: one atom per key-value head, with all query heads that read it. Raises
+        ValueError: the widths are no multiples of a head, or queries cannot be spread over key heads.
 
         Args:
             query, key, value, output: the four projections.
-            head_dim: channels of a head.
-
-        Raises:
-            ValueError: the widths are no multiples of a head, or queries cannot be spread over key heads.
-        """
+            head_dim: channels of a head."""
         queries, keys = self._size(f"{query}.weight", 0), self._size(f"{key}.weight", 0)
         if keys % head_dim or queries % keys:
             raise ValueError(
@@ -116,11 +98,7 @@ class MapBuilder:
         return atoms
 
     def build(self) -> ChannelMap:
-        """The map.
-
-        Raises:
-            ValueError: there is no group, or an axis has another length than its dimension.
-        """
+        """The map. Raises ValueError: there is no group, or an axis has another length than its dimension."""
         if not self._groups:
             raise ValueError("the map has no group; add one with group(), width() or heads()")
         axes = {name: tuple(of_tensor) for name, of_tensor in self._axes.items()}

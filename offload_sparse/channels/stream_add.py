@@ -33,8 +33,7 @@ class StreamAdd(nn.Module):
     Attributes:
         width: channels of the sum; 0 as long as both operands hold all of them: an ordinary addition.
         left_index: int64[channels of left], where each of them is in the sum; in ascending order.
-        right_index: the same for the second operand.
-    """
+        right_index: the same for the second operand."""
 
     left_index: Tensor
     right_index: Tensor
@@ -50,8 +49,7 @@ class StreamAdd(nn.Module):
 
         Args:
             left, right: bool[channels of the sum], on the CPU.
-            device: of the operands.
-        """
+            device: of the operands."""
         plain = bool(left.all()) and bool(right.all())
         self.width = 0 if plain else left.numel()
         self.left_index = left[: self.width].nonzero().flatten().to(device)
@@ -77,19 +75,13 @@ class StreamAdd(nn.Module):
 
 def expose_additions(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
     """Put a ``StreamAdd`` in place of every addition of two tensors. Done twice, it changes nothing more.
+    Returns the model. Raises ValueError: one of ``names`` is not an addition of this model.
 
     Args:
         model: on any device; changed in place: blocks with additions get a class with a new ``forward``.
         names: qualified names of the additions wanted, from an earlier call on the same architecture; all
             that can be found if None. A ``forward`` that torch.fx cannot trace, or that looks at
-            ``training``, is left alone.
-
-    Returns:
-        the model.
-
-    Raises:
-        ValueError: one of ``names`` is not an addition of this model.
-    """
+            ``training``, is left alone."""
     owners = None if names is None else {name.rpartition(".")[0] for name in names}
     for path, module in list(model.named_modules()):
         if owners is None or path in owners:
@@ -113,8 +105,7 @@ def additions(model: nn.Module) -> Iterator[tuple[str, StreamAdd]]:
 def set_additions(model: nn.Module, selection: Selection, device: torch.device) -> None:
     """Make the additions and the written sizes of a narrow network those of ``selection``.
 
-    The additions must have been exposed.
-    """
+    The additions must have been exposed."""
     fit_views(model, selection.views)
     for name, (left, right) in selection.additions.items():
         add = model.get_submodule(name)

@@ -34,18 +34,9 @@ def reestimate_batch_norm(
     Each batch weighs the same: running mean = (1/n) Σ_i mean_i and running variance = (1/n) Σ_i var_i, with
     the unbiased variance of each batch. The module runs with its BatchNorms normalising by batch, and
     everything else (dropout) in evaluation mode. Momenta and training flags are put back. A BatchNorm that
-    the module's own training mode holds fixed is left alone.
-
-    Args:
-        module: the network; its running statistics may be views of a larger buffer.
-        batches: inputs of the module, such as normalised training images float[b, C, H, W].
-        reduce: mean over ranks of a flat tensor; every rank must give the same number of batches. ``None``
-            for one rank.
-        run: how a batch is put through the network; by default it is its only argument.
-
-    Raises:
-        ValueError: there are no batches.
-    """
+    the module's own training mode holds fixed is left alone. ``run`` puts a batch through the network;
+    ``reduce`` is the mean over ranks of a flat tensor, and every rank must give the same number of batches.
+    Raises ValueError: there are no batches."""
     with flags_restored(module):
         train_mode(module)
         norms = [

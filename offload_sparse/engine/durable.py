@@ -32,7 +32,8 @@ class DurableRounds:
     """Logs every round of a session before it is scattered.
 
     The batches that the final mask is chosen on are not kept: a session that is resumed at the very step at
-    which the mask is chosen, by ``rounds.freeze_at``, chooses it on those that follow.
+    which the mask is chosen, by ``rounds.freeze_at``, chooses it on those that follow. Raises ValueError: the
+    session's store is in memory.
 
     Args:
         session: a session whose store is in files, between two rounds.
@@ -41,11 +42,7 @@ class DurableRounds:
     Attributes:
         beside: JSON values that are logged with each round, for a loop that must not lose what it has not
             written yet.
-        found: those that came with the round that ``restore`` has taken up.
-
-    Raises:
-        ValueError: the session's store is in memory.
-    """
+        found: those that came with the round that ``restore`` has taken up."""
 
     def __init__(self, session: SparseOffload, settle_every: int = 4) -> None:
         if not isinstance(session.tier, FileTier):
@@ -66,11 +63,8 @@ class DurableRounds:
         return self._session.store
 
     def restore(self) -> int:
-        """Make the store whole and the session what it was after the last round that was logged.
-
-        Returns:
-            optimizer steps that are done; 0 when no round was logged.
-        """
+        """Make the store whole and the session what it was after the last round that was logged. Returns
+        optimizer steps that are done; 0 when no round was logged."""
         if (common := self._common_round()) is not None:
             self.log.drop_after(common)
         entry = self.log.replay(self._session.store)
@@ -100,8 +94,7 @@ class DurableRounds:
         """Before any of what ``sides`` have learned goes back to the store.
 
         The logs that ``settle`` deletes are older than the newest: what they hold has been returned, or has
-        gone on to the next round and is in the newest.
-        """
+        gone on to the next round and is in the newest."""
         session = self._session
         pieces = [(side.selection, side.arrays) for side in sides]
         if len(self.log.rounds()) >= self._settle_every:

@@ -41,15 +41,12 @@ class Fault:
 
 
 def fault_point(phase: str, step: int) -> None:
-    """Die or hang here if ``OFFLOAD_SPARSE_FAULT`` says so.
+    """Die or hang here if ``OFFLOAD_SPARSE_FAULT`` says so. Raises ValueError: the variable cannot be
+    understood.
 
     Args:
         phase: one of ``PHASES``.
-        step: optimizer steps of the run done so far.
-
-    Raises:
-        ValueError: the variable cannot be understood.
-    """
+        step: optimizer steps of the run done so far."""
     text = os.environ.get(VARIABLE)
     if not text:
         return
@@ -72,11 +69,8 @@ def _suffer(fault: Fault) -> None:
 
 @lru_cache(maxsize=8)
 def planned_faults(text: str) -> tuple[Fault, ...]:
-    """The faults that ``text`` describes.
-
-    Raises:
-        ValueError: the text is not a list of faults; shows one that is.
-    """
+    """The faults that ``text`` describes. Raises ValueError: the text is not a list of faults; shows one that
+    is."""
     return tuple(_parse(part) for part in text.split(",") if part)
 
 

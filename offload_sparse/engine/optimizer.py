@@ -63,8 +63,7 @@ class OptimizerState:
         initial: the value that each begins with.
         scalars: all other state of a parameter, before the first step.
         group_scalars: settings of its groups that it changes by itself.
-        fused: whether it leaves out a step by itself where it is told to, without a wait.
-    """
+        fused: whether it leaves out a step by itself where it is told to, without a wait."""
 
     name: str
     slots: tuple[str, ...]
@@ -93,15 +92,12 @@ class _FirstValues(dict[str, Any]):
 
 
 def probe(factory: OptimizerFactory, device: torch.device | None = None) -> OptimizerState:
-    """Find out what an optimizer keeps, by stepping it on a tiny parameter.
+    """Find out what an optimizer keeps, by stepping it on a tiny parameter. Raises ValueError: it is no
+    factory, or its optimizer cannot be used; names it.
 
     Args:
         factory: makes the optimizer.
-        device: where the weights will be.
-
-    Raises:
-        ValueError: it is no factory, or its optimizer cannot be used; names it.
-    """
+        device: where the weights will be."""
     parameter = nn.Parameter(torch.zeros(_ENTRIES, device=device))
     optimizer = build_optimizer(factory, [parameter])
     name, group = type(optimizer).__name__, optimizer.param_groups[0]
@@ -134,11 +130,8 @@ def probe(factory: OptimizerFactory, device: torch.device | None = None) -> Opti
 
 
 def build_optimizer(factory: OptimizerFactory, parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of ``factory``, in its fused form where it has one and no other was asked for.
-
-    Raises:
-        ValueError: the factory is none.
-    """
+    """The optimizer of ``factory``, in its fused form where it has one and no other was asked for. Raises
+    ValueError: the factory is none."""
     example = "give a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1)"
     if isinstance(factory, torch.optim.Optimizer):
         name = type(factory).__name__
@@ -203,25 +196,16 @@ class Group:
 
     Attributes:
         names: in the order of the flat buffers.
-        settings: those that differ from the factory's.
-    """
+        settings: those that differ from the factory's."""
 
     names: tuple[str, ...]
     settings: Mapping[str, Any]
 
 
 def group_parameters(model: nn.Module, grouping: Grouping | None, no_decay: bool) -> list[Group]:
-    """The parameter groups of ``model`` (on any device): those with equal settings together, frozen ones left
-    out.
-
-    Args:
-        model: the network.
-        grouping: settings by the name of a parameter.
-        no_decay: no weight decay of vectors and scalars (biases, scales and shifts of norms).
-
-    Raises:
-        ValueError: no parameter is trained, or ``grouping`` returns something else.
-    """
+    """The parameter groups of ``model`` (on any device): those with equal settings, ``grouping`` by name,
+    together; no decay of vectors and scalars (biases, scales and shifts of norms) with ``no_decay``; frozen
+    ones left out. Raises ValueError: no parameter is trained, or ``grouping`` returns something else."""
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -247,7 +231,8 @@ def group_parameters(model: nn.Module, grouping: Grouping | None, no_decay: bool
 
 
 class SubnetOptimizer:
-    """The optimizer of a session: its settings, and the scalars of its state.
+    """The optimizer of a session: its settings, and the scalars of its state. Raises ValueError: a setting of
+    a group is unknown to the optimizer.
 
     Args:
         factory: makes the optimizer.
@@ -259,11 +244,7 @@ class SubnetOptimizer:
     Attributes:
         shown: an optimizer with the same groups over stand-ins, for learning-rate schedulers and for whoever
             sets ``param_groups``.
-        scalars: per group.
-
-    Raises:
-        ValueError: a setting of a group is unknown to the optimizer.
-    """
+        scalars: per group."""
 
     def __init__(
         self,
@@ -297,15 +278,13 @@ class SubnetOptimizer:
         gradients: Sequence[Tensor],
         slots: Sequence[Mapping[str, Tensor]],
     ) -> FlatOptimizer:
-        """An optimizer of the given flat weights of each group; its slots and weights are updated in
-        place.
+        """An optimizer of the given flat weights of each group; its slots and weights are updated in place.
         """
         return FlatOptimizer(self, self._factory, weights, gradients, slots, self._clip_norm)
 
     def slices(self, layout: Layout) -> list[slice]:
         """Where the weights of each group lie in a flat buffer of ``layout``, whose tensors are in the order
-        of the groups.
-        """
+        of the groups."""
         starts = [layout.offsets[group.names[0]] for group in self.groups]
         last = self.groups[-1].names[-1]
         end = layout.offsets[last] + prod(layout.shapes[last])
@@ -317,8 +296,7 @@ class FlatOptimizer:
 
     A slot that has its initial value makes the first step equal to the optimizer's own first step, so absent
     channels that come back simply go on where they stopped. The bias correction of Adam counts the steps of
-    the whole run, not of a channel.
-    """
+    the whole run, not of a channel."""
 
     def __init__(
         self,
@@ -344,8 +322,7 @@ class FlatOptimizer:
             not_finite: float32 scalar on the device; weights and slots stay as they are unless it is 0.
                 Nothing on a device waits for its value.
             steps_done: optimizer steps of the run before this one, on whichever subnet; None: as the scalars
-                say.
-        """
+                say."""
         if self._clip_norm > 0:
             nn.utils.clip_grad_norm_(self._flat, self._clip_norm)
         self._take_settings(steps_done)
@@ -391,8 +368,7 @@ class LossScale:
 
     Args:
         scaler: whose settings are taken; its own state is not touched.
-        device: where the gradients are.
-    """
+        device: where the gradients are."""
 
     def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         self._growth, self._backoff = scaler.get_growth_factor(), scaler.get_backoff_factor()

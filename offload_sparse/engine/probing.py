@@ -33,16 +33,9 @@ def run_probe(
     ranks: Ranks,
 ) -> tuple[Comparisons, Tensor]:
     """Compare ``search.pairs`` pairs on this rank, others on every other rank; every rank calls it.
-
-    Args:
-        search: whose pairs are compared.
-        module: the subnet of ``search.mask``, whose weights are put back at the end.
-        selection: of that subnet.
-        closures: losses of this rank's batches, in turns.
-
-    Returns:
-        the comparisons of all ranks, and the importance of every present atom, float64[C].
-    """
+    ``module`` is the subnet of ``search.mask``, whose weights are put back at the end; ``closures`` are
+    losses of this rank's batches, in turns. Returns the comparisons of all ranks, and the importance of every
+    present atom, float64[C]."""
     rates = search.rates()
     thinned = _Thinned(module, selection, channel_map, survivor_scales(search.groups, rates))
     found, pairs, differences = search.comparisons(), [], []
@@ -111,8 +104,7 @@ class _Thinned:
 
     def importance(self) -> Tensor:
         """float64[C]: mean square of an atom's entries, relative to the mean of its layer, over all tensors
-        that it is in.
-        """
+        that it is in."""
         total = torch.zeros(self._map.num_ids + 2, dtype=torch.float64)
         count = torch.zeros_like(total)
         for name, axes in self._axes.items():

@@ -31,8 +31,7 @@ class Requests(ABC):
     """A training that runs as far as it is asked to.
 
     Args:
-        ranks: all ranks of the run.
-    """
+        ranks: all ranks of the run."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -45,8 +44,7 @@ class Requests(ABC):
 
     def _ask(self, request: Request) -> Tensor | None:
         """Send ``request`` to the training. After an error it can be asked again: nothing is lost but the
-        step.
-        """
+        step."""
         if self._training is None:
             self._training = self.training()
             next(self._training)
@@ -58,8 +56,7 @@ class Requests(ABC):
 
     def _join(self) -> None:
         """Wait until every rank is here, and take part in the steps that others make before; every rank calls
-        it, after any number of steps.
-        """
+        it, after any number of steps."""
         self._joined = self.ranks.world_size == 1
         while not self._joined:
             self._ask(Ask.JOIN)
@@ -69,8 +66,7 @@ class Requests(ABC):
 
         Args:
             request: of this rank, between two rounds; every rank asks.
-            losses: what rode behind the gradients, in a step of which this rank has no batch.
-        """
+            losses: what rode behind the gradients, in a step of which this rank has no batch."""
         if losses is not None:
             self._joined = math.isnan(float(losses[LIVE]))
         elif self.ranks.world_size > 1:

@@ -31,11 +31,9 @@ class Shard:
     """This rank's rows of a tensor that is spread over the ranks by its first dimension.
 
     Attributes:
-        own: [rows, ...] on the CPU, contiguous; a view of the store where there is one. A scalar is [] on the
-            rank that owns it; a rank that owns nothing has zero rows.
-        global_shape: shape of the whole tensor.
-        first_row: the row of the whole tensor that ``own`` begins with.
-    """
+        own: [rows, ...] on the CPU, contiguous, from ``first_row`` of the whole on; a view of the store where
+            there is one. A scalar is [] on the rank that owns it; a rank that owns nothing has zero rows.
+        global_shape: shape of the whole tensor."""
 
     own: Tensor
     global_shape: tuple[int, ...]
@@ -51,8 +49,7 @@ class MethodState:
             returned; a checkpoint is read into the ``own`` tensors of a fresh state.
         replicated: tensors that are equal on every rank (copies); rank 0 writes them.
         local: tensors of this rank alone (copies); given back only on as many ranks as wrote them.
-        meta: JSON values, equal on every rank.
-    """
+        meta: JSON values, equal on every rank."""
 
     sharded: dict[str, Shard] = field(default_factory=dict)
     replicated: dict[str, Tensor] = field(default_factory=dict)
@@ -70,11 +67,8 @@ def session_state(session: Rounds) -> MethodState:
 
 
 def restore_session(session: Rounds, state: MethodState) -> None:
-    """Resume from ``state``; a round that is open is dropped.
-
-    Raises:
-        ValueError: the state belongs to another model or policy.
-    """
+    """Resume from ``state``; a round that is open is dropped. Raises ValueError: the state belongs to another
+    model or policy."""
     shards = _shards(session)
     if shards.keys() - state.sharded.keys():
         missing = next(iter(shards.keys() - state.sharded.keys()))
@@ -121,11 +115,7 @@ def small_state(session: Rounds) -> MethodState:
 
 
 def restore_small(session: Rounds, state: MethodState) -> None:
-    """Put everything but the store back.
-
-    Raises:
-        ValueError: the state belongs to another model or policy.
-    """
+    """Put everything but the store back. Raises ValueError: the state belongs to another model or policy."""
     tensors, meta = state.replicated, state.meta
     try:
         learned = {n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")}
@@ -161,12 +151,9 @@ def recall(session: Rounds, closures: Iterable[Closure]) -> None:
 
 
 def whole_state(session: Rounds) -> dict[str, Any]:
-    """The state of ``session`` as a user saves it. Every rank calls it.
-
-    Returns:
-        ``rows``: every tensor of the store, whole, on the first of the ranks that share one, else empty;
-        ``small``: all else, the same bytes on every rank.
-    """
+    """The state of ``session`` as a user saves it. Every rank calls it. Returns ``rows``: every tensor of the
+    store, whole, on the first of the ranks that share one, else empty; ``small``: all else, the same bytes on
+    every rank."""
     session.transfers.settle()
     state, store = small_state(session), session.transfers.store
     every: list[dict[str, Tensor]] = [state.local]
@@ -189,10 +176,7 @@ def load_state(session: Rounds, state: Mapping[str, Any]) -> None:
     """Resume from what ``whole_state`` returned, on any number of ranks. Every rank calls it.
 
     BatchNorm statistics that each rank has gathered in a round are averaged on another number of ranks.
-
-    Raises:
-        ValueError: the state belongs to another session (on every rank).
-    """
+    Raises ValueError: the state belongs to another session (on every rank)."""
     store, ranks = session.transfers.store, session.ranks
     problem, small = _problem(session, state)
     problems = [problem]

@@ -34,8 +34,7 @@ class Span:
     Attributes:
         lane: what was done.
         round: number of the round in which it began.
-        start, end: seconds since the session was made.
-    """
+        start, end: seconds since the session was made."""
 
     lane: Lane
     round: int
@@ -47,8 +46,7 @@ class Timeline:
     """Spans of work and what they add up to.
 
     Args:
-        device: where the session computes.
-    """
+        device: where the session computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -93,8 +91,7 @@ class Timeline:
         """Seconds per round of each kind since the last call, as ``<kind>_seconds``; empty within a round.
 
         ``exchange`` is the time in which the steps stood still for the other three: what is left of these is
-        overlap.
-        """
+        overlap."""
         rounds = self._round - self._rounds_told
         if rounds == 0:
             return {}
@@ -106,8 +103,7 @@ class Timeline:
 
     def last_rounds(self) -> list[tuple[str, float, float]]:
         """(lane, start, end) of the last ``KEPT_ROUNDS`` rounds that are complete, in seconds since the first
-        of them began.
-        """
+        of them began."""
         self._resolve()
         first = max(0, self._round - KEPT_ROUNDS)
         spans = [span for span in self._spans if first <= span.round < self._round]

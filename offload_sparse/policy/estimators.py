@@ -32,14 +32,11 @@ class Comparison:
     """Two masks and what they have cost; any number at once where there are leading dimensions.
 
     Attributes:
-        loss: L(m), a number or float64[..., 1].
-        reference_loss: L(m').
-        m: bool[..., C].
-        m_ref: bool[..., C], m'.
+        loss, reference_loss: L(m) and L(m'), numbers or float64[..., 1].
+        m, m_ref: bool[..., C], m and m'.
         s: float64[C].
         mean: float64[C], E[m]; None means s, which it is unless widths are fixed.
-        control: float64[C], the control variate a, fixed before the masks were drawn; None means 0.
-    """
+        control: float64[C], the control variate a, fixed before the masks were drawn; None means 0."""
 
     loss: float | Tensor
     reference_loss: float | Tensor
@@ -64,8 +61,7 @@ class Comparison:
         """(m - E[m]) / (s(1-s)), float64[..., C]: the gradient of ln p(m|s); 0 where s is 0 or 1.
 
         With fixed widths p is the conditional Bernoulli distribution, an exponential family in the log-odds
-        of s, whose score there is m - E[m].
-        """
+        of s, whose score there is m - E[m]."""
         return _over_variance(self.m.to(self.s.dtype) - (self.s if self.mean is None else self.mean), self.s)
 
 
@@ -76,8 +72,7 @@ def pge(pair: Comparison) -> Tensor:
 
 def vr_pge(pair: Comparison) -> Tensor:
     """The paper's variance reduced policy gradient (Zhou et al. 2021, VR-PGE): m' enters through the loss
-    difference only.
-    """
+    difference only."""
     return pair.difference * pair.score
 
 
@@ -85,15 +80,13 @@ def rloo(pair: Comparison) -> Tensor:
     """REINFORCE with the other sample as baseline (Kool et al. 2019), two samples.
 
     Symmetric in the two masks, with about half the second moment of ``vr_pge``. E[m] cancels, so it serves
-    fixed widths as it stands.
-    """
+    fixed widths as it stands."""
     return 0.5 * pair.difference * _over_variance(pair.step, pair.s)
 
 
 def disarm_cv(pair: Comparison) -> Tensor:
     """DisARM (Dong et al. 2020), for antithetic masks, with a linear control variate: what is subtracted has
-    the expectation a, which is added again.
-    """
+    the expectation a, which is added again."""
     difference = pair.difference
     if pair.control is not None:
         difference = difference - (pair.step * pair.control).sum(-1, keepdim=pair.step.dim() > 1)
@@ -116,37 +109,20 @@ CONTROLLED = "disarm_cv"
 
 
 def leave_one_out(losses: Tensor, masks: Tensor, s: Tensor) -> Tensor:
-    """1/(R-1) Σ_r (L_r - mean L) (m_r - s) / (s(1-s)): REINFORCE with the mean of the other samples as
-    baseline (Kool et al. 2019), R independent samples.
-
-    Two samples give ``rloo``; more of them lower the variance.
-
-    Args:
-        losses: float64[R], R >= 2.
-        masks: bool[R, C].
-        s: float64[C].
-
-    Returns:
-        float64[C].
-    """
+    """1/(R-1) Σ_r (L_r - mean L) (m_r - s) / (s(1-s)), float64[C], of R >= 2 independent samples, losses
+    float64[R] and masks bool[R, C]: REINFORCE with the mean of the other samples as baseline (Kool et al.
+    2019). Two samples give ``rloo``; more of them lower the variance."""
     weights = (losses - losses.mean()) / (len(losses) - 1)
     return weights @ _over_variance(masks.to(s.dtype) - s, s)
 
 
 def paired_losses(first: Tensor, references: Tensor) -> Tensor:
-    """Losses of R + 1 masks measured on R ranks, freed of what ranks' own images add.
+    """Losses of R + 1 masks measured on R ranks (float64[R], L(m) on each, and L(m_i) on rank i), freed of
+    what ranks' own images add: float64[R + 1], of m, m_1, …, m_R.
 
     Rank i measures the common mask m on its images, and its reference mask m_i on the same ones. Taking the
     difference on each rank and adding the mean loss of m leaves ``leave_one_out`` unbiased: what the images
-    add to the references sums to zero, and the loss of m is independent of the masks m_i.
-
-    Args:
-        first: float64[R], L(m) on each rank.
-        references: float64[R], L(m_i) on rank i.
-
-    Returns:
-        float64[R + 1], of m, m_1, …, m_R.
-    """
+    add to the references sums to zero, and the loss of m is independent of the masks m_i."""
     mean = first.mean()
     return torch.cat([mean[None], references - first + mean])
 
@@ -162,11 +138,7 @@ class ControlVariate:
     Estimates of single atoms are far noisier than large, and a control variate that is as noisy as they are
     adds more variance than it takes away. So it has one number per group, from a ridge regression of past
     loss differences on differences of widths, L(m) - L(m') ≈ Σ_g a_g (|m_g| - |m'_g|). It must not know the
-    masks that it is used with: the comparisons of a round join the others when the next one begins.
-
-    Args:
-        groups: the groups of the atoms.
-    """
+    masks that it is used with: the comparisons of a round join the others when the next one begins."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = groups

@@ -47,8 +47,7 @@ def probe_rates(cost_slopes: Tensor) -> Tensor:
     """δ float64[G]: the share of its channels that each group drops, so that all remove the same cost.
 
     Args:
-        cost_slopes: float64[G], ∂cost/∂log width.
-    """
+        cost_slopes: float64[G], ∂cost/∂log width."""
     shares = 1 / cost_slopes.clamp_min(1e-9 * float(cost_slopes.max()))
     low, high = 0.0, MOST / float(shares.min())
     for _ in range(60):  # the one factor with which the mean of the capped rates is right
@@ -64,8 +63,7 @@ def probe_pair(
     """m and m', bool[C]: independent draws that drop each channel of ``mask`` with its group's rate.
 
     A group keeps its most fortunate channel, at least. A function of its arguments: rank r takes the pairs r,
-    r + R, r + 2R, … and nobody has to say which.
-    """
+    r + R, r + 2R, … and nobody has to say which."""
     per_atom = torch.repeat_interleave(rates, torch.tensor([g.size for g in groups]))
     draws = []
     for stream in range(2):
@@ -90,8 +88,7 @@ class Comparisons:
     Attributes:
         sums: float64[G + 1, G + 1], Σ of the outer products of (x_1 … x_G, y): x_g is the share of group g's
             channels that m drops less that of m', y is L(m) − L(m').
-        count: pairs.
-    """
+        count: pairs."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = groups
@@ -109,11 +106,8 @@ class Comparisons:
             self.count += 1
 
     def regressed(self) -> tuple[Tensor, Tensor]:
-        """Loss per dropped share and its standard error, float64[G] each, by ridge regression.
-
-        Raises:
-            ValueError: there are no more pairs than groups.
-        """
+        """Loss per dropped share and its standard error, float64[G] each, by ridge regression. Raises
+        ValueError: there are no more pairs than groups."""
         size = len(self._groups)
         if self.count <= size + 1:
             raise ValueError(f"{self.count} pairs say nothing about {size} groups; give more pairs")
@@ -132,8 +126,7 @@ def stages(groups: Sequence[Group], dense_slopes: Tensor) -> Tensor:
 
     Args:
         groups: the groups of the atoms, in the order of the network.
-        dense_slopes: float64[G], ∂cost/∂log width at full width.
-    """
+        dense_slopes: float64[G], ∂cost/∂log width at full width."""
     numbers = [0]
     for i in range(1, len(groups)):
         ratio = float(dense_slopes[i] / dense_slopes[i - 1].clamp_min(1e-12))
@@ -150,8 +143,7 @@ class Worth:
 
     Attributes:
         precision: float64[G], 1 / variance of the mean over cycles; earlier cycles count for less.
-        weighted: float64[G], precision times mean.
-    """
+        weighted: float64[G], precision times mean."""
 
     def __init__(self, stage_of: Tensor) -> None:
         self._same = (stage_of[:, None] == stage_of[None]).to(torch.float64)
@@ -162,8 +154,7 @@ class Worth:
         """A probe: loss per dropped share and its error (float64[G]), ∂cost/∂log width, and the cost itself.
 
         Dropping a share of a group saves ``cost_slopes / cost`` of the cost, so the quotient is the loss per
-        share of the cost.
-        """
+        share of the cost."""
         per_cost = cost / cost_slopes
         precision = 1 / (errors * per_cost) ** 2
         self.precision = _FORGET * self.precision + precision
@@ -172,10 +163,9 @@ class Worth:
     def advantage(self) -> tuple[Tensor, float]:
         """How much more than the mean a group is worth, float64[G], shrunk; and its spread over groups.
 
-        The prior is normal around a common mean, with a variance that the data choose (empirical Bayes) and
-        a correlation within stages: where errors are large, layers of a stage share what they know, and what
-        nobody knows is zero.
-        """
+        The prior is normal around a common mean, with a variance that the data choose (empirical Bayes) and a
+        correlation within stages: where errors are large, layers of a stage share what they know, and what
+        nobody knows is zero."""
         mean, noise = self.weighted / self.precision, 1 / self.precision
         identity = torch.eye(len(mean), dtype=torch.float64)
         shape = _TOGETHER * self._same + (1 - _TOGETHER) * identity
@@ -195,14 +185,9 @@ def _evidence(mean: Tensor, covariance: Tensor) -> float:
 
 
 def move(advantage: Tensor, spread: float, cost_slopes: Tensor, cost: float) -> Tensor:
-    """Change of log-widths, float64[G]: those worth more grow, at the expense of those worth less.
-
-    Args:
-        advantage: float64[G] of ``Worth.advantage``.
-        spread: of the advantages; 0 moves nothing.
-        cost_slopes: float64[G], ∂cost/∂log width.
-        cost: the cost itself, in the same unit.
-    """
+    """Change of log-widths, float64[G], by the ``advantage`` of ``Worth`` and its spread (0 moves nothing):
+    those worth more grow, at the expense of those worth less, at the same cost (``cost_slopes`` is ∂cost/∂log
+    width)."""
     if spread <= 0:
         return torch.zeros_like(advantage)
     bound = (BUDGET_SHARE * cost / cost_slopes).clamp_max(LARGEST)

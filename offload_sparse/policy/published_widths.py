@@ -24,8 +24,7 @@ class Shape:
     Attributes:
         full: widths of the whole network, by which a model is known to be the right one.
         widths: the published ones.
-        source: where they are published.
-    """
+        source: where they are published."""
 
     full: tuple[int, ...]
     widths: tuple[int, ...]
@@ -92,15 +91,12 @@ _LEAST = 4
 
 
 def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, costs: Costs) -> Tensor:
-    """The mask bool[C] of a network that is fixed from the start.
+    """The mask bool[C] of a network that is fixed from the start. Raises ValueError: the widths do not fit
+    the groups.
 
     Args:
         widths: one for each group, or the name of published ones; empty narrows all groups evenly.
-        config: the budget, for all but given widths.
-
-    Raises:
-        ValueError: the widths do not fit the groups.
-    """
+        config: the budget, for all but given widths."""
     parts = widths.replace(",", " ").split()
     if not parts:
         return evenly_narrowed(config, channel_map, costs)
@@ -120,16 +116,8 @@ def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, cost
 
 
 def mask_of_shape(name: str, groups: Sequence[Group], budget: Budget) -> Tensor:
-    """The mask bool[C] of published widths, all times the factor that spends the budget; the first atoms.
-
-    Args:
-        name: of ``SHAPES``.
-        groups: of the network.
-        budget: what the mask may cost.
-
-    Raises:
-        ValueError: there is no such shape, or it is of another network.
-    """
+    """The mask bool[C] of the published widths ``name`` of ``SHAPES``, all times the factor that spends the
+    budget; the first atoms. Raises ValueError: there is no such shape, or it is of another network."""
     shape = SHAPES.get(name)
     if shape is None:
         raise ValueError(f"there are no published widths {name!r}; give one of {', '.join(SHAPES)}")

@@ -46,8 +46,7 @@ def mask_generator(seed: int, round: int, stream: int = 0) -> torch.Generator:
     Args:
         seed: seed of the run.
         round: index of the round (or of a candidate).
-        stream: which of several independent draws of that round.
-    """
+        stream: which of several independent draws of that round."""
     mixed = 0
     for part in (seed, round, stream):
         mixed = splitmix64(mixed ^ (part & _MASK64))
@@ -77,8 +76,7 @@ class Sampler(ABC):
 
     Args:
         count: number of atoms.
-        seed: seed of the masks.
-    """
+        seed: seed of the masks."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
@@ -115,8 +113,7 @@ class Persistent(Sampler):
 
     Each mask by itself is an exact draw from p(m|s). The reference of a round is the first mask of the next
     one. Atoms that are redrawn between the two are independent in them, given all others; which ones these
-    are is known beforehand, and each has its turn every 1/refresh rounds (refresh in (0, 1]).
-    """
+    are is known beforehand, and each has its turn every 1/refresh rounds (refresh in (0, 1])."""
 
     def __init__(self, count: int, seed: int, refresh: float) -> None:
         super().__init__(count, seed)
@@ -175,18 +172,13 @@ class FixedWidth(Sampler):
 
 
 class ConditionalBernoulli:
-    """Bernoulli variables with probabilities ``s``, given that ``width`` of them are 1: exact draws and exact
-    inclusion probabilities.
+    """Bernoulli variables with probabilities s, float64[size], given that ``width`` of them are 1: exact
+    draws and exact inclusion probabilities.
 
     With odds w_c = s_c / (1 - s_c), a subset A of n atoms has the probability Π_{c in A} w_c / e_n(w), where
     e_n is the elementary symmetric polynomial (Chen, Dempster & Liu 1994). Its values over all suffixes of
     the atoms are a table of size · n entries; everything follows from it. In logarithms, so that no width is
-    too large.
-
-    Args:
-        s: float64[size].
-        width: how many are 1, in 0 … size.
-    """
+    too large."""
 
     def __init__(self, s: Tensor, width: int) -> None:
         probabilities = s.numpy().clip(_TINY, 1 - _TINY)

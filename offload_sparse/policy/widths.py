@@ -28,7 +28,8 @@ def respect_widths(
 
     A group that is too narrow is filled with its most probable atoms (ties: the lower index). Above the cap,
     those kept atoms go that were closest to not being drawn (largest margin; ties: the higher index), none
-    below the minimum width.
+    below the minimum width. Returns a new bool[C]. Raises ValueError: ``cap`` is smaller than the sum of the
+    minimum widths.
 
     Args:
         mask: bool[C], the draw; it is not changed.
@@ -36,14 +37,7 @@ def respect_widths(
         groups: the groups of the atoms.
         min_width: smallest width of a group; a smaller group is kept whole.
         cap: most atoms that the result may keep.
-        margin: float64[C], how readily an atom goes.
-
-    Returns:
-        A new bool[C].
-
-    Raises:
-        ValueError: ``cap`` is smaller than the sum of the minimum widths.
-    """
+        margin: float64[C], how readily an atom goes."""
     needed = minimum_size(groups, min_width)
     if cap < needed:
         raise ValueError(f"a cap of {cap} atoms is below the {needed} of the minimum widths; raise the cap")
@@ -65,20 +59,8 @@ def respect_size(
     cap: int,
 ) -> Tensor:
     """A mask whose subnet is small enough: atoms go, those with the largest ``margin`` first, while
-    ``size(mask)`` is above ``cap``; none below the minimum width.
-
-    Args:
-        mask: bool[C]; it is not changed.
-        margin: float64[C], how readily an atom goes.
-        groups: the groups of the atoms.
-        min_width: smallest width of a group.
-        size: parameters of the subnet of a mask; dropping an atom never raises it.
-        cap: most parameters.
-
-    Returns:
-        The mask itself if it fits, else a new bool[C] without the fewest atoms (all that may go, if that is
-        not enough).
-    """
+    ``size(mask)``, its parameters, is above ``cap``; none below the minimum width. Returns the mask itself if
+    it fits, else a new bool[C] without the fewest atoms (all that may go, if that is not enough)."""
     if size(mask) <= cap:
         return mask
     order = _droppable(mask, margin, groups, min_width)
@@ -95,20 +77,13 @@ def respect_size(
 def of_expected_widths(
     s: Tensor, margin: Tensor, groups: Sequence[Group], min_width: int, fits: Callable[[Tensor], bool]
 ) -> Tensor:
-    """The mask bool[C] whose groups are as wide, relative to each other, as a draw is in the mean.
+    """The mask bool[C] whose groups are as wide, relative to each other, as a draw from s is in the mean;
+    dropping an atom never makes ``fits``, the budget, false. In each group those of the largest ``margin`` go
+    first (ties: the higher index).
 
-    The width of a small group varies a lot from draw to draw, and a network lives with its narrowest layer:
-    a mask to keep has the widths of the distribution, and only its atoms are a matter of the draw. Before
-    anything is learned it is a uniformly narrowed network.
-
-    Args:
-        s: float64[C], keep probabilities.
-        margin: float64[C], how readily an atom goes; only its order within a group counts (ties: the higher
-            index goes first).
-        groups: the groups of the atoms.
-        min_width: smallest width of a group.
-        fits: whether a mask is within the budget; dropping an atom never makes it false.
-    """
+    The width of a small group varies a lot from draw to draw, and a network lives with its narrowest layer: a
+    mask to keep has the widths of the distribution, and only its atoms are a matter of the draw. Before
+    anything is learned it is a uniformly narrowed network."""
     place = torch.zeros(len(s), dtype=torch.float64)
     for group in groups:
         inside = slice(group.start, group.stop)
@@ -121,17 +96,10 @@ def of_expected_widths(
 def first_that_fit(
     order: Tensor, groups: Sequence[Group], min_width: int, fits: Callable[[Tensor], bool]
 ) -> Tensor:
-    """The mask bool[C] of the first atoms of a ranking, as many as fit.
-
-    The minimum widths come first. When the next atom does not fit, the next one of any other group that does
-    is still taken, since the atoms of groups differ in what they cost.
-
-    Args:
-        order: int64[C], all atoms.
-        groups: the groups of the atoms.
-        min_width: smallest width of a group.
-        fits: whether a mask is within the budget; dropping an atom never makes it false.
-    """
+    """The mask bool[C] of the first atoms of a ranking of all, int64[C], as many as fit; dropping an atom
+    never makes ``fits``, the budget, false. The minimum widths come first. When the next atom does not fit,
+    the next one of any other group that does is still taken, since the atoms of groups differ in what they
+    cost."""
     number = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([g.size for g in groups]))
     kept = torch.zeros(len(order), dtype=torch.bool)
     for group in groups:

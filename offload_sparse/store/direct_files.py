@@ -79,8 +79,7 @@ class Window:
 
     Attributes:
         first, last: half-open range of the array's entries that is read; multiples of ``ALIGN`` bytes.
-        plan: the blocks, with entry ``first`` of the array as entry 0 of their source.
-    """
+        plan: the blocks, with entry ``first`` of the array as entry 0 of their source."""
 
     first: int
     last: int
@@ -94,8 +93,7 @@ class DirectFiles:
         handle: reads and writes.
         paths: file of every kind.
         dtype: type of the arrays.
-        window: bytes of a window.
-    """
+        window: bytes of a window."""
 
     def __init__(
         self, handle: Handle, paths: Mapping[str, Path], dtype: torch.dtype, window: int = WINDOW
@@ -105,16 +103,12 @@ class DirectFiles:
         self._lock = threading.Lock()  # a round's entries may come while those of another go back
 
     def copy(self, plan: BlockPlan, pairs: Sequence[tuple[str, Tensor]], reverse: bool = False) -> None:
-        """``copy_blocks`` with files as the sources.
+        """``copy_blocks`` with files as the sources. Raises OSError: a file cannot be read or written.
 
         Args:
             plan: the blocks.
             pairs: (kind, flat array) pairs.
-            reverse: from the arrays to the files.
-
-        Raises:
-            OSError: a file cannot be read or written.
-        """
+            reverse: from the arrays to the files."""
         item = self._dtype.itemsize
         found = windows(plan, self._window // item, ALIGN // item)
         if not found or not pairs:
@@ -176,8 +170,7 @@ def windows(plan: BlockPlan, size: int, align: int) -> list[Window]:
     Args:
         plan: the blocks.
         size: entries of the source per window; a row that is longer makes its window longer.
-        align: entries of which every window's ends are multiples.
-    """
+        align: entries of which every window's ends are multiples."""
     pieces: dict[int, list[Block]] = {}
     for block in plan.blocks:
         starts = block.source.start + _rows(block) * block.source.row_length

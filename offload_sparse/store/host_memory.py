@@ -36,11 +36,8 @@ logger = logging.getLogger(__name__)
 
 
 def pin_mode(pin: Switch, device: torch.device) -> Switch:
-    """What ``store.pin`` asks for on ``device``: ``off`` unless it is a CUDA device.
-
-    Raises:
-        ValueError: ``on`` without a CUDA device.
-    """
+    """What ``store.pin`` asks for on ``device``: ``off`` unless it is a CUDA device. Raises ValueError:
+    ``on`` without a CUDA device."""
     if device.type == "cuda":
         return pin
     if pin == "on":
@@ -49,18 +46,10 @@ def pin_mode(pin: Switch, device: torch.device) -> Switch:
 
 
 def host_zeros(numel: int, dtype: torch.dtype, pin: Switch | bool) -> Tensor:
-    """A zeroed host tensor [numel], registered with CUDA unless ``pin`` is ``off`` or False; unregistered
-    when it is freed, at the latest when the process ends.
-
-    Args:
-        numel: entries.
-        dtype: their type.
-        pin: ``on`` or True raises when the driver refuses; ``auto`` goes on with ordinary memory and a
-            warning.
-
-    Raises:
-        RuntimeError: CUDA refuses to register the memory, or the machine does not have it.
-    """
+    """A zeroed host tensor [numel], registered with CUDA unless ``pin`` is ``off`` or False (``auto`` goes on
+    with ordinary memory and a warning when the driver refuses); unregistered when it is freed, at the latest
+    when the process ends. Raises RuntimeError: CUDA refuses to register the memory, or the machine does not
+    have it."""
     start = time.perf_counter()
     # Written at once: memory that the machine does not have is missed now, not hours into a run.
     wanted = bool(numel) and pin not in ("off", False)
@@ -79,8 +68,7 @@ def host_zeros(numel: int, dtype: torch.dtype, pin: Switch | bool) -> Tensor:
 def threads() -> int:
     """Threads that share work on host memory: this rank's part of the cores that its node lets it use.
 
-    OMP_NUM_THREADS, which accelerate launch sets to 1, says nothing about it.
-    """
+    OMP_NUM_THREADS, which accelerate launch sets to 1, says nothing about it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -113,8 +101,7 @@ class Registration:
 
     Attributes:
         register: (address, bytes) -> 0 or CUDA's error.
-        unregister: address -> anything.
-    """
+        unregister: address -> anything."""
 
     register: Callable[[int, int], int]
     unregister: Callable[[int], object]

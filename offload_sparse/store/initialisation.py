@@ -34,8 +34,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     """The network as ``torch.manual_seed(seed); factory()`` gives it; the caller's random state stays as it
-    is.
-    """
+    is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return factory()
@@ -45,8 +44,7 @@ def initial_tensors(
     recording: Recording, factory: Callable[[], nn.Module], seed: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by name, one at a time when the recording can be replayed, else of a network
-    built whole.
-    """
+    built whole."""
     if recording.replayable:
         yield from recording.replay(seed)
         return
@@ -78,8 +76,7 @@ class Recording:
     Attributes:
         model: the model, all parameters and buffers on the meta device.
         replayable: whether ``replay`` gives the values that the construction gives.
-        reason: one line that says why not; empty when it is.
-    """
+        reason: one line that says why not; empty when it is."""
 
     model: nn.Module
     reason: str = ""
@@ -100,11 +97,7 @@ class Recording:
 
         At any time the replay holds one tensor of the model and a scratch tensor, beside the one that the
         caller got last (``nn.init.trunc_normal_`` adds its own temporaries; tensors computed from one another
-        are held together).
-
-        Raises:
-            ValueError: the recording is not replayable.
-        """
+        are held together). Raises ValueError: the recording is not replayable."""
         if not self.replayable:
             raise ValueError(f"this initialisation cannot be replayed ({self.reason}); build the model once")
         return self._values(seed)
@@ -173,8 +166,7 @@ def _plan(operations: Sequence[Operation], named: Sequence[tuple[str, View]]) ->
     possible.
 
     Tensors that are computed from one another form a family, which shares no storage with any other, so that
-    its deterministic operations may run as soon as the random ones before them have.
-    """
+    its deterministic operations may run as soon as the random ones before them have."""
     wanted: dict[int, list[tuple[str, View]]] = defaultdict(list)
     for name, view in named:
         wanted[view.storage].append((name, view))
@@ -229,8 +221,7 @@ def _family_chunks(
     """A family's chunks by the operation at whose place in the program they run: one per random operation.
 
     What follows the last random operation runs at once behind it; a family without any runs at its first
-    operation.
-    """
+    operation."""
     places = [operation for operation in family if operation.random] or [family[0]]
     chunks = {place: _Chunk([]) for place in places}
     remaining = list(places)
@@ -309,8 +300,7 @@ class Operation:
         creates: the call returns the target (else it writes it in place).
         overwrites: afterwards the target's storage holds nothing of what it held before.
         reads: storages whose values the call needs, besides the target's own.
-        random: the call draws from the generator.
-    """
+        random: the call draws from the generator."""
 
     call: Callable[..., Any]
     args: _Args
@@ -328,8 +318,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         operations: what was understood, in program order.
         undefined: storages that hold something not understood, and why.
-        reason: why the recording as a whole is not replayable; empty while it is.
-    """
+        reason: why the recording as a whole is not replayable; empty while it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -381,8 +370,7 @@ class Recorder(TorchDispatchMode):
 
         It rejects samples until all lie between the bounds, so the number of draws depends on their values,
         and on the meta device it does nothing at all. The function that does the work is replaced for the
-        time of the recording.
-        """
+        time of the recording."""
         original = nn.init._no_grad_trunc_normal_
         nn.init._no_grad_trunc_normal_ = self._opaque(original)
         try:

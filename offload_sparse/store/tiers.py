@@ -44,15 +44,8 @@ whatever there is of the same run."""
 
 @dataclass(frozen=True)
 class Identity:
-    """What a store must agree with before a run may touch it.
-
-    Attributes:
-        run: a name that no other run has.
-        channel_map: digest of the network's shapes and channels.
-        dtype: type of the arrays.
-        world_size: ranks that share the store.
-        rank: this one.
-    """
+    """What a store must agree with before a run may touch it: a name that no other run has, the digest of the
+    network's shapes and channels, the type of the arrays, and the place among the ranks that share it."""
 
     run: str
     channel_map: str
@@ -70,8 +63,7 @@ class MemoryTier:
 
     Attributes:
         filled: the arrays hold values already, and must not be initialised.
-        direct: moves blocks of the arrays, where they must not be touched as memory for that; else None.
-    """
+        direct: moves blocks of the arrays, where they must not be touched as memory for that; else None."""
 
     filled = False
     direct: DirectFiles | None = None
@@ -96,7 +88,8 @@ class MemoryTier:
 
 
 class FileTier(MemoryTier):
-    """Arrays in memory-mapped files.
+    """Arrays in memory-mapped files. Raises ValueError: the folder holds another store, or none that ``mode``
+    can use; nothing was written.
 
     Args:
         folder: folder of the store; this rank's files are in ``rank<n>`` below it.
@@ -104,11 +97,7 @@ class FileTier(MemoryTier):
         dtype: type of the arrays.
         mode: whether a store has to be there.
         open_direct: folder -> what reads and writes files past the page cache, or None; the arrays are then
-            mapped all the same, for whoever reads or writes whole tensors.
-
-    Raises:
-        ValueError: the folder holds another store, or none that ``mode`` can use; nothing was written.
-    """
+            mapped all the same, for whoever reads or writes whole tensors."""
 
     def __init__(
         self,
@@ -207,8 +196,7 @@ class FileTier(MemoryTier):
 
     def _begin(self) -> None:
         """Say whose the folder is, then empty it of an earlier start's files: a kill in between leaves a
-        store that was never filled.
-        """
+        store that was never filled."""
         try:
             make_folder(self.folder)
             self._write(initialised=False)
@@ -238,8 +226,7 @@ class FileTier(MemoryTier):
 
 def is_filled(folder: Path) -> bool:
     """Whether ``folder`` holds a store whose first values are complete on some rank; of which run is another
-    question.
-    """
+    question."""
     for path in folder.glob("rank*/store.json"):
         try:
             if json.loads(path.read_text(encoding="utf-8")).get("initialised"):
@@ -260,11 +247,8 @@ def open_tier(
     """The tier that a configuration names.
 
     ``nvme`` is ``file`` with rounds that go past the page cache, through DeepSpeed's DeepNVMe; where that
-    cannot be had it equals ``file``, with one warning. Either opens what the other has written.
-
-    Raises:
-        ValueError: the folder holds another store, or none that ``mode`` can use.
-    """
+    cannot be had it equals ``file``, with one warning. Either opens what the other has written. Raises
+    ValueError: the folder holds another store, or none that ``mode`` can use."""
     if tier == "ram":
         if mode == "resume":
             raise ValueError("a store in memory does not outlive its run; set store.tier file")

@@ -41,8 +41,7 @@ class Entry:
     Attributes:
         round: the round that was logged.
         state: the JSON that the caller gave.
-        tensors: the tensors that the caller gave.
-    """
+        tensors: the tensors that the caller gave."""
 
     round: int
     state: dict[str, Any]
@@ -53,8 +52,7 @@ class WriteAheadLog:
     """The log of one rank: a file per round.
 
     Args:
-        folder: folder of the logs; made if it is not there.
-    """
+        folder: folder of the logs; made if it is not there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,17 +68,9 @@ class WriteAheadLog:
         state: Mapping[str, Any],
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Log what is about to be scattered. When this returns, the log outlives the process and the machine.
-
-        Args:
-            round: number of the round; larger than any before.
-            store: the store that the values will be scattered into; only its layout is read.
-            pieces: what will be scattered, in order.
-            state: small JSON that is handed back with the log.
-            tensors: small tensors that are handed back with the log.
-
-        Raises:
-            ValueError: the disk is full.
+        """Log what is about to be scattered into ``store`` (of which only the layout is read), with small
+        JSON and tensors that are handed back with it, under the number of the round, larger than any before.
+        When this returns, the log outlives the process and the machine. Raises ValueError: the disk is full.
         """
         content: dict[str, Tensor] = {f"state.{name}": t for name, t in (tensors or {}).items()}
         for index, (selection, arrays) in enumerate(pieces):
@@ -101,10 +91,7 @@ class WriteAheadLog:
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> Entry | None:
-        """What came with the newest log; None when there is none.
-
-        Raises:
-            ValueError: the log cannot be read.
+        """What came with the newest log; None when there is none. Raises ValueError: the log cannot be read.
         """
         if not (rounds := self.rounds()):
             return None
@@ -114,11 +101,8 @@ class WriteAheadLog:
             return Entry(rounds[-1], json.loads(log.metadata()["state"]), tensors)
 
     def replay(self, store: WeightStore) -> Entry | None:
-        """Apply every log that is left, oldest first, and hand back what came with the newest.
-
-        Raises:
-            ValueError: a log cannot be read, or is of another network.
-        """
+        """Apply every log that is left, oldest first, and hand back what came with the newest. Raises
+        ValueError: a log cannot be read, or is of another network."""
         for round in self.rounds():
             for selection, kind, values in self.pieces(round, store):
                 self._scatter(store, selection, kind, values)
@@ -134,8 +118,7 @@ class WriteAheadLog:
     def settle(self, sync: Callable[[], None]) -> None:
         """Delete all logs but the newest, after ``sync`` has brought the store to the disk.
 
-        Called before the newest one is scattered or after; the newest stays, since its state is needed.
-        """
+        Called before the newest one is scattered or after; the newest stays, since its state is needed."""
         old = self.rounds()[:-1]
         if old:
             sync()

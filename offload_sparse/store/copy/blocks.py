@@ -31,8 +31,7 @@ class Grid:
         start: first entry of row 0.
         row_length: entries per row of the array.
         rows: int64, sorted row numbers; None: 0, 1, 2, …
-        units: int64, sorted numbers of units within a row; None: 0, 1, 2, …
-    """
+        units: int64, sorted numbers of units within a row; None: 0, 1, 2, …"""
 
     start: int
     row_length: int
@@ -42,14 +41,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Block:
-    """``n_rows`` x ``n_units`` x ``unit`` entries, in the same order in both arrays.
-
-    Attributes:
-        n_rows: rows.
-        n_units: units per row.
-        unit: contiguous entries per unit.
-        source, target: where they lie in the two arrays.
-    """
+    """``n_rows`` x ``n_units`` x ``unit`` contiguous entries, in the same order in both arrays."""
 
     n_rows: int
     n_units: int
@@ -88,6 +80,7 @@ class Block:
 
 class BlockPlan:
     """Blocks of all tensors, ready to be copied any number of times, for weights and every optimizer slot.
+    Raises ValueError: a block begins before the array.
 
     Args:
         blocks: the blocks.
@@ -97,11 +90,7 @@ class BlockPlan:
     Attributes:
         blocks: those that hold any entries.
         entries: entries that are copied.
-        source_size, target_size: least number of entries of the arrays (or ``sizes``).
-
-    Raises:
-        ValueError: a block begins before the array.
-    """
+        source_size, target_size: least number of entries of the arrays (or ``sizes``)."""
 
     def __init__(self, blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> None:
         self.blocks = tuple([block for block in blocks if block.entries])

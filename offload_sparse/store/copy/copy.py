@@ -26,7 +26,8 @@ from offload_sparse.store.copy.host_copy import copy_in_host_memory
 
 @torch.no_grad()
 def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool = False) -> None:
-    """Copy all blocks from the first to the second array of every pair.
+    """Copy all blocks from the first to the second array of every pair. Raises ValueError: an array is too
+    small for the blocks, not flat, or of another dtype than its partner.
 
     Args:
         plan: the blocks.
@@ -34,11 +35,7 @@ def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse
             weights, then each optimizer slot. Entries outside the blocks are not written. Copies that
             involve a CUDA device are in order with its current stream; those that write host memory have
             ended on return.
-        reverse: copy from the second to the first array.
-
-    Raises:
-        ValueError: an array is too small for the blocks, not flat, or of another dtype than its partner.
-    """
+        reverse: copy from the second to the first array."""
     for source, target in pairs:
         _check(plan, source, target)
     if not plan.entries:
@@ -54,8 +51,7 @@ def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse
 
 def send_tables(plan: BlockPlan, device: torch.device) -> None:
     """Send what copies of ``plan`` look up on a CUDA device, on the current stream: the first copy, which may
-    be on another stream that waits for this one, then sends nothing.
-    """
+    be on another stream that waits for this one, then sends nothing."""
     if device.type == "cuda" and plan.entries:
         from offload_sparse.store.copy.device_copy import tables_of
 

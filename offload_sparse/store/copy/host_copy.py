@@ -44,8 +44,7 @@ _found: list[Kernel | None] = []
 
 def load() -> Kernel | None:
     """The compiled kernel, from numba's cache or compiled now (seconds, once per machine); None, with one
-    warning in the log, where that is impossible.
-    """
+    warning in the log, where that is impossible."""
     with _lock:
         if not _found:
             start = time.perf_counter()

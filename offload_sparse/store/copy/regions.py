@@ -45,8 +45,7 @@ class UnitShape(NamedTuple):
     Attributes:
         rows, units: which dimensions they are made of.
         unit: entries per unit.
-        row_length: entries per row.
-    """
+        row_length: entries per row."""
 
     rows: Dimensions
     units: Dimensions
@@ -81,8 +80,7 @@ class Region(NamedTuple):
     Attributes:
         holder: number of the selection that holds them, or None: the store alone does.
         rows: int64, sorted row numbers of the full tensor; tensors that they hold for share them.
-        units: int64, sorted unit numbers within a full row, likewise.
-    """
+        units: int64, sorted unit numbers within a full row, likewise."""
 
     holder: int | None
     rows: Tensor
@@ -144,8 +142,7 @@ class Regions:
 
     Args:
         target: the selection in question.
-        holders: selections of the same map, in order of preference; at most ``MOST_HOLDERS``.
-    """
+        holders: selections of the same map, in order of preference; at most ``MOST_HOLDERS``."""
 
     def __init__(self, target: Selection, holders: Sequence[Selection] = ()) -> None:
         assert len(holders) <= MOST_HOLDERS
@@ -196,8 +193,7 @@ class _Classes:
     """Positions by code.
 
     Attributes:
-        present: codes with the target's bit that occur, in order.
-    """
+        present: codes with the target's bit that occur, in order."""
 
     def __init__(self, codes: Codes) -> None:
         self._codes = codes

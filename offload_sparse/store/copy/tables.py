@@ -56,8 +56,7 @@ class Tables:
         items: int64[items, ITEM_WIDTH].
         blocks: int64[blocks, BLOCK_WIDTH].
         indices: int64[*].
-        addresses: where items, blocks and indices begin in memory.
-    """
+        addresses: where items, blocks and indices begin in memory."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._chunks: list[Numbers] = []
@@ -72,14 +71,8 @@ class Tables:
         del self._chunks, self._known, self._items
 
     def call(self, source: Tensor, target: Tensor, reverse: bool, stream: bool) -> Numbers:
-        """What the kernel takes to copy all items once, int64[CALL_WIDTH].
-
-        Args:
-            source: flat array.
-            target: flat array, of the same dtype.
-            reverse: copy from ``target`` to ``source``.
-            stream: write past the caches where that is possible.
-        """
+        """What the kernel takes to copy all items once between two flat arrays of one dtype (back if
+        ``reverse``), int64[CALL_WIDTH]; ``stream`` writes past the caches where that is possible."""
         arrays, grids = [source.data_ptr(), target.data_ptr()], [SOURCE, TARGET]
         if reverse:
             arrays.reverse()
@@ -98,8 +91,7 @@ class Tables:
 
     def _units_of(self, block: Block) -> tuple[int, ...]:
         """Unit, position of run lengths (-1: none), units or runs per row, mean entries of one, and positions
-        of their offsets in source and target; tensors that keep the same units share them.
-        """
+        of their offsets in source and target; tensors that keep the same units share them."""
         source, target = block.source.units, block.target.units
         key = (block.n_units, block.unit, id(source), id(target))
         known = self._known.get(key)
@@ -168,8 +160,7 @@ class DeviceTables:
     Attributes:
         programs: int64[programs, 3].
         blocks: int64[blocks, 10].
-        indices: int64[*].
-    """
+        indices: int64[*]."""
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, program: int) -> None:
         size = max(max(block.n_rows, block.n_units) for block in blocks)
@@ -208,8 +199,7 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
 
 def used_now(numbers: Tensor) -> None:
     """Keep what ``to_device`` has sent from being reused before work now given to the current stream is done:
-    it may have been sent on another.
-    """
+    it may have been sent on another."""
     if numbers.device.type == "cuda":
         numbers.record_stream(torch.cuda.current_stream(numbers.device))
 
