@@ -23,13 +23,9 @@ from torch.utils._pytree import tree_iter
 
 
 class TouchedStorages(TorchDispatchMode):
-    """Inside, the bytes of every storage that an operation reads or writes are known at all times.
-
-    A storage is named by a token that is never used again.
-
-    Attributes:
-        history: one mapping per operation, from token to bytes gained or lost (storages can be resized).
-        addresses: addresses of all storages touched so far."""
+    """Inside, the bytes of every storage that an operation reads or writes are known at all times:
+    ``history`` has one mapping per operation, from a token that is never used again to bytes gained or lost
+    (storages can be resized), ``addresses`` those of all storages touched so far."""
 
     def __init__(self) -> None:
         super().__init__()

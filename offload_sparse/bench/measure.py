@@ -70,13 +70,8 @@ def timed(function: Callable[[], object]) -> float:
 def take_turns(
     passes: Mapping[str, Callable[[], object]], repetitions: int, between: Callable[[], object] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every pass, in turns, after one of each that does not count: a change of the machine's speed
-    then meets all of them.
-
-    Args:
-        passes: by name.
-        repetitions: of each.
-        between: called before each pass, not timed."""
+    """Seconds of every pass, by name, in turns, after one of each that does not count: a change of the
+    machine's speed then meets all of them. ``between`` is called before each pass, not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for repetition in range(repetitions + 1):
         for name, run_once in passes.items():
@@ -131,13 +126,9 @@ def peak_resident() -> int:
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, backend: str = "") -> list[Any]:
-    """What ``function(*args)`` returns on every rank of a fresh process group, one thread each. Raises
-    RuntimeError: a rank failed; the last line says why.
-
-    Args:
-        world_size: number of processes.
-        function: importable by name, since the processes are spawned.
-        backend: of the group; by default gloo, and no group for a single rank."""
+    """What ``function(*args)`` returns on every rank of a fresh process group (gloo, and none for a single
+    rank, unless ``backend`` says otherwise), one thread each; it is importable by name, since the processes
+    are spawned. Raises RuntimeError: a rank failed; the last line says why."""
     backend = backend or ("gloo" if world_size > 1 else "")
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -83,12 +83,8 @@ def run(quick: bool, config: VarianceConfig) -> BenchResult:
 
 
 def measure(session: SparseOffload, batch: Batch, pairs: int) -> dict[str, Any]:
-    """The variances at the session's present state, which is between two rounds.
-
-    Args:
-        session: whose masks are drawn; nothing in it is learned.
-        batch: what losses are measured on.
-        pairs: pairs of independent masks, and of antithetic ones."""
+    """The variances at the session's present state, which is between two rounds and which nothing changes,
+    over as many pairs of independent masks, and of antithetic ones; losses are those of ``batch``."""
     s = session.policy.s
     independent, antithetic = (draw_pairs(session, batch, name, pairs) for name in ("rloo", CONTROLLED))
     groups = session.channel_map.groups

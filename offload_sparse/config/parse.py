@@ -92,13 +92,10 @@ class Options(Generic[Tree]):
     first: tuple[str, ...] = ()
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Tree:
-        """The configuration that a command line asks for; ``--help`` prints the help text and exits with 0.
-        Raises ValueError: unknown key, wrong type or value, missing file; one line with advice.
-        ``MistakesError`` names every option of an earlier version.
-
-        Args:
-            argv: the arguments behind the name of the command.
-            defaults: values by dotted name that stand in for the defaults of ``tree``."""
+        """The configuration that a command line (behind the name of the command) asks for; ``defaults``, by
+        dotted name, stand in for those of ``tree``. ``--help`` prints the help text and exits with 0. Raises
+        ValueError: unknown key, wrong type or value, missing file; one line with advice. ``MistakesError``
+        names every option of an earlier version."""
         if {"-h", "--help"} & set(argv):
             self.parser("all" in argv).print_help()
             raise SystemExit(0)

@@ -31,15 +31,11 @@ _BATCHES = (1, 3)
 
 
 def export_network(path: Path, format: Format, output: Path | None = None) -> dict[str, Any]:
-    """Write the network of a run in another format, read it in a fresh process and compare the logits of
-    random images. Returns where it is, its bytes, and the largest relative difference of logits over batches
-    of 1 and 3 images (None where the shape of the images is not known). Raises ValueError: there is no
-    network, it cannot be written in this format, or what was read back differs.
-
-    Args:
-        path: run folder, or folder of its network.
-        format: what to write.
-        output: folder to write to; ``export/<format>`` in the folder of the run when None."""
+    """Write the network of a run (or of a network's folder) in another format, to ``output`` or
+    ``export/<format>`` in the folder of the run; read it in a fresh process and compare the logits of random
+    images. Returns where it is, its bytes, and the largest relative difference of logits over batches of 1
+    and 3 images (None where the shape of the images is not known). Raises ValueError: there is no network, it
+    cannot be written in this format, or what was read back differs."""
     source = folder_of(path)
     structure = read_structure(source)
     run_dir = source.parent if source.name == "model" else source

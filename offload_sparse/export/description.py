@@ -30,12 +30,8 @@ _MAX_PIXELS = 1 << 24
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What an image goes through before the network sees it; what is not known is empty.
-
-    Attributes:
-        mean, std: per channel, of pixels scaled to [0, 1].
-        shape: channels, height and width of an image.
-        class_names: of the outputs."""
+    """What an image goes through before the network sees it; what is not known is empty. ``mean`` and ``std``
+    are per channel, of pixels scaled to [0, 1]; ``shape`` is channels, height and width."""
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -53,15 +49,8 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Description:
-    """The contents of ``network.json``.
-
-    Attributes:
-        format: of this file.
-        kind: what the network is stored as.
-        files: name of each file of the network, with its digest.
-        model: name and arguments of the full network that it was pruned from.
-        preprocessing: of its images.
-        dtype: type of images and logits."""
+    """The contents of ``network.json``: ``files`` has the digest of each file of the network by name,
+    ``model`` is that of the full network that it was pruned from, ``dtype`` that of images and logits."""
 
     format: Count
     kind: Kind

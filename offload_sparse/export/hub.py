@@ -27,13 +27,8 @@ _FIGURES = (
 
 
 def write_hub_folder(source: Path, target: Path, summary: dict[str, Any]) -> None:
-    """Write the network of ``source`` and its model card to ``target``; nothing is uploaded. Raises
-    ValueError: the network is missing or damaged.
-
-    Args:
-        source: folder with the exported network of a run.
-        target: created when missing.
-        summary: contents of the run's ``summary.json``; empty if there is none."""
+    """Write the network of ``source`` and its model card, with the figures of the run's ``summary.json``, to
+    ``target``; nothing is uploaded. Raises ValueError: the network is missing or damaged."""
     copy_network(source, target)
     write_file(target / CARD_FILE, model_card(read_structure(target), summary))
 

@@ -32,12 +32,9 @@ _UNBOUNDED = ("If", "Loop", "Scan", "SequenceMap")
 
 
 def write_onnx(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
-    """Write ``module`` for images float32[batch, *shape] of any batch; logits float32[batch, classes]. Raises
-    ValueError: packages are missing, or the network cannot be written.
-
-    Args:
-        module: the network in evaluation mode, on the CPU, in float32.
-        shape: channels, height and width of an image."""
+    """Write ``module`` (in evaluation mode, on the CPU, in float32) for images float32[batch, *shape] of any
+    batch; logits float32[batch, classes]. Raises ValueError: packages are missing, or the network cannot be
+    written."""
     _require("onnx", "onnxscript")
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     printed = io.StringIO()

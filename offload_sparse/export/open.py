@@ -21,13 +21,8 @@ _SMALL = 3 * 256 * 256
 
 @dataclass(frozen=True)
 class Artefact:
-    """A network that can be evaluated.
-
-    Attributes:
-        network: images [batch, C, H, W] of ``dtype`` on ``device`` to logits.
-        preprocessing: of its images, as far as it is known.
-        dtype: type of the images.
-        device: where it computes."""
+    """A network that can be evaluated: images [batch, C, H, W] of ``dtype`` on ``device`` to logits, with the
+    preprocessing of its images as far as it is known."""
 
     network: nn.Module
     preprocessing: Preprocessing
@@ -62,14 +57,10 @@ def folder_of(path: Path) -> Path:
 
 
 def open_artefact(path: Path, trust: bool = False) -> Artefact:
-    """Open a run folder, a folder that ``offload-sparse export`` wrote, or a file in one.
-
-    Modules go to the CUDA device where there is one; programs and ONNX files run on the CPU. Raises
-    ValueError: there is no network, it is damaged, or it is a program and not trusted; one line.
-
-    Args:
-        path: see above.
-        trust: open a program of torch.export too, which can run any code."""
+    """Open a run folder, a folder that ``offload-sparse export`` wrote, or a file in one; a program of
+    torch.export, which can run any code, only with ``trust``. Modules go to the CUDA device where there is
+    one; programs and ONNX files run on the CPU. Raises ValueError: there is no network, it is damaged, or it
+    is a program and not trusted; one line."""
     folder = folder_of(path)
     if not (folder / DESCRIPTION_FILE).is_file():
         preprocessing = read_structure(folder).preprocessing

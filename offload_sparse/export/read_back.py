@@ -46,14 +46,9 @@ _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 
 def compare(read: Reader, module: nn.Module, inputs: Inputs, place: Path) -> float:
-    """The largest relative difference between the outputs of a network and of what is read of it. Raises
-    ValueError: it cannot be read, or the difference is above ``TOLERANCE``.
-
-    Args:
-        read: reads the network.
-        module: the network.
-        inputs: of the network; shapes and types of those that have no values.
-        place: where it was written, for messages."""
+    """The largest relative difference between the outputs of ``module`` and of what ``read`` reads of it from
+    ``place``; ``inputs`` need not have values. Raises ValueError: it cannot be read, or the difference is
+    above ``TOLERANCE``."""
     inputs = tree_map_only(Tensor, _with_values, inputs)
     expected = outputs(_on_cpu(module), inputs)
     question = _pickled((read, inputs))

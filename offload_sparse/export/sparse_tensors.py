@@ -20,12 +20,8 @@ _EXPANSION, _ALWAYS = 2000, 256 << 20
 
 
 def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """What to store of ``tensors``, and the names of those that are stored without their zeros.
-
-    These are the floating-point tensors of at least two dimensions that become smaller so.
-
-    Args:
-        tensors: by name, contiguous."""
+    """What to store of (contiguous) tensors, and the names of those that are stored without their zeros: the
+    floating-point tensors of at least two dimensions that become smaller so."""
     stored: dict[str, Tensor] = {}
     sparse: list[str] = []
     for name, tensor in tensors.items():
@@ -44,14 +40,10 @@ def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
 def decode(
     stored: Mapping[str, Tensor], sparse: Collection[str], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, Tensor]:
-    """The inverse of ``encode``; nothing is allocated before the declared shapes are in proportion. Raises
-    ValueError: parts are missing or do not describe a tensor of that shape, or a few bytes would become far
-    more (2,000 times what is stored, and more than 256 MiB).
-
-    Args:
-        stored: what was read.
-        sparse: the names that ``encode`` gave; not trusted.
-        shapes: shape of every tensor by name; not trusted."""
+    """The inverse of ``encode``, which trusts neither the names of the sparse tensors nor the shapes: nothing
+    is allocated before these are in proportion. Raises ValueError: parts are missing or do not describe a
+    tensor of that shape, or a few bytes would become far more (2,000 times what is stored, and more than 256
+    MiB)."""
     tensors = dict(stored)
     parts = {}
     for name in sparse:

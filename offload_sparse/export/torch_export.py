@@ -13,13 +13,8 @@ from torch import Tensor, nn
 
 
 def write_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
-    """Export ``module`` for images [batch, *shape] of any batch, and save the program. Raises ValueError: the
-    network cannot be traced for batches of every size.
-
-    Args:
-        module: the network in evaluation mode, on the CPU.
-        shape: channels, height and width of an image.
-        path: the file."""
+    """Export ``module`` (in evaluation mode, on the CPU) for images [batch, *shape] of any batch, and save
+    the program. Raises ValueError: the network cannot be traced for batches of every size."""
     example = torch.zeros(2, *shape, dtype=next(module.parameters()).dtype)
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -64,15 +64,11 @@ def undivided_map(module: nn.Module) -> ChannelMap:
 def narrow_initialised(
     model: nn.Module, tensors: Iterable[tuple[str, Tensor]], selection: Selection
 ) -> nn.Module:
-    """The narrow network with the scale of weights that its own initialisation would have.
+    """The narrow network of ``model`` (its additions exposed) and its initial tensors, with the scale of
+    weights that its own initialisation would have.
 
     The initial standard deviation of a layer falls with the square root of its fan, so the kept entries of
-    the full network are scaled up by the square root of the ratio of the fans.
-
-    Args:
-        model: the full model, on any device, with the additions of its channel map exposed.
-        tensors: its initial parameters and buffers, one at a time.
-        selection: the kept channels."""
+    the full network are scaled up by the square root of the ratio of the fans."""
     module = meta_copy(model)
     parameters = dict(module.named_parameters())
     for name, full in tensors:

@@ -28,12 +28,8 @@ class Task:
     """What a method trains.
 
     Attributes:
-        config: the run.
         factory: builds the full network with its own initialisation.
         example_inputs: tensors that the network can be called with, on the meta device.
-        loss_fn: (module, batch) -> (mean loss, metrics).
-        total_steps: optimizer steps of the run.
-        device: where networks compute.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
         resumes: the run has an earlier part, which weights in files belong to."""

@@ -30,18 +30,11 @@ SKIPPED_IN_A_ROW = 20
 
 
 class FixedNetwork:
-    """Trains ``module`` as it stands.
+    """Trains ``module``, which keeps the atoms ``mask`` of the full network, as it stands.
 
     A step whose loss or gradient is not finite on some rank leaves weights and slots as they were, on every
     rank; with ``train.on_nonfinite`` other than ``skip`` no later step moves them either, until ``records``
-    has raised the error or a state has been restored. Nothing waits for the device to find out.
-
-    Args:
-        task: what is trained.
-        module: the network, with its initial weights.
-        channel_map: map of the full network.
-        mask: the atoms that ``module`` keeps.
-        cost: cost model of the full network."""
+    has raised the error or a state has been restored. Nothing waits for the device to find out."""
 
     durable = None
 

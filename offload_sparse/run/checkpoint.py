@@ -49,12 +49,8 @@ class Loaded:
 
 
 class Checkpointer:
-    """Saves and loads the state of a run; every rank makes one, and all call the same methods.
-
-    Args:
-        folder: the run's folder of checkpoints.
-        config: how many are kept.
-        values: configuration of the run by dotted name; a checkpoint of another one is refused."""
+    """Saves and loads the state of a run; every rank makes one, and all call the same methods. ``values`` is
+    the configuration by dotted name; a checkpoint of another one is refused."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, values: Mapping[str, Any]) -> None:
         self.folder = CheckpointFolder(folder)
@@ -71,17 +67,11 @@ class Checkpointer:
     def save(
         self, step: int, state: MethodState, run: dict[str, Any], *, best: bool = False, wait: bool = True
     ) -> None:
-        """Write a checkpoint, in the background unless ``wait``.
+        """Write a checkpoint, in the background unless ``wait``, and keep it if it is the ``best`` so far.
 
-        ``state.sharded`` must stay as it is until ``release`` returns. A checkpoint that cannot be written is
-        a warning: the run goes on, and the older checkpoints stay.
-
-        Args:
-            step: optimizer steps done; equal on every rank, as are ``run`` and ``best``.
-            state: of the method.
-            run: JSON values that the loop remembers.
-            best: whether it is the best so far, to be kept.
-            wait: return when it is written."""
+        ``state.sharded`` must stay as it is until ``release`` returns; ``step``, ``run`` (what the loop
+        remembers, in JSON values) and ``best`` are equal on every rank. A checkpoint that cannot be written
+        is a warning: the run goes on, and the older checkpoints stay."""
         self.join()
         self._step = step
         self._read.clear()
@@ -113,12 +103,9 @@ class Checkpointer:
         return error is None
 
     def load(self, fresh: MethodState, source: Path | None = None) -> Loaded | None:
-        """Read the newest checkpoint that is intact. Returns the checkpoint, or None when there is none at
-        all. Raises ValueError: there are checkpoints, but none can be used (on every rank).
-
-        Args:
-            fresh: state of the method as it is now; its ``sharded`` tensors are read into.
-            source: a checkpoint, or the folder of a run, to read instead of this run's own."""
+        """Read the newest checkpoint that is intact into the ``sharded`` tensors of ``fresh``, of this run or
+        of ``source`` (a checkpoint, or the folder of a run); None when there is none at all. Raises
+        ValueError: there are checkpoints, but none can be used (on every rank)."""
         problem = ""
         found = self._all(_checkpoints_of(source) if source else self.folder.checkpoints())[0]
         for folder in found:

@@ -35,14 +35,12 @@ def evaluate(
     device: torch.device | str,
     reduce: Reduce | None = None,
 ) -> Evaluation:
-    """Evaluate ``module`` in evaluation mode, without gradients; its training flags are put back. Raises
-    ValueError: there was no image on any rank.
+    """Evaluate ``module``, float[b, C, H, W] → logits float[b, classes], in evaluation mode, without
+    gradients; its training flags are put back. Raises ValueError: there was no image on any rank.
 
     Args:
-        module: float[b, C, H, W] → logits float[b, classes].
         loader: batches of images and labels int64[b]; together the ranks' loaders give every image once.
         transform: applied to the images of each batch, such as ``Normalise``; its result is on ``device``.
-        device: where module and sums live.
         reduce: sum over ranks of float64[5]; ``None`` for one rank."""
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     with flags_restored(module), torch.inference_mode():

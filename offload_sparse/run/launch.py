@@ -83,14 +83,9 @@ def check_environment(environment: dict[str, str] | None = None) -> None:
 def as_launched(
     config: RunConfig, environment: Mapping[str, str] | None = None, launcher: Sequence[str] | None = None
 ) -> RunConfig:
-    """The configuration with what ``accelerate launch`` was told: precision and compilation are adopted.
-    Raises ValueError: the launcher was told what a run cannot do, or something else than the configuration
-    says.
-
-    Args:
-        config: what files and options say.
-        environment: of this process, into which the launcher puts most of its flags.
-        launcher: command line of the process that has started this one."""
+    """The configuration with what ``accelerate launch`` was told in the environment, or in its own command
+    line (``launcher``): precision and compilation are adopted. Raises ValueError: the launcher was told what
+    a run cannot do, or something else than the configuration says."""
     env = os.environ if environment is None else environment
     flags = _parent_command() if launcher is None else launcher
     for at, flag in enumerate(flags):

@@ -47,18 +47,13 @@ _KNOWN = (CONFIG_FILE, METRICS_FILE, *_PARTS)
 
 
 class Recorder:
-    """Records one run. A context manager: leaving it closes the files and the progress bar.
+    """Records one run where ``is_main``. A context manager: leaving it closes the files and the progress bar.
 
     Making one only checks ``run_dir``, so that a folder that cannot serve is known before anything slow
     happens; ``begin`` writes the first files, so that a run that fails before its first step leaves no files
-    and costs no earlier run. Raises ValueError: ``run_dir`` cannot be written, or holds a run already and
-    ``overwrite`` is off.
-
-    Args:
-        config: configuration of the run.
-        is_main: whether this is the process that records.
-        track: receives every line of metrics too, for accelerate's trackers.
-        resumes: ``run_dir`` holds the earlier part of this run."""
+    and costs no earlier run. ``track`` receives every line of metrics too; with ``resumes`` the folder holds
+    the earlier part of this run. Raises ValueError: ``run_dir`` cannot be written, or holds a run already and
+    ``overwrite`` is off."""
 
     def __init__(
         self,
@@ -93,18 +88,12 @@ class Recorder:
         seconds: float = 0.0,
         origin: str | None = None,
     ) -> None:
-        """Begin training: write config.yaml, start the clock behind ``time``.
+        """Begin training after ``step`` steps, which took ``seconds``: write config.yaml, with ``origin`` in
+        place of ``resume``, and start the clock behind ``time``.
 
         An earlier run's files are removed. Where the run resumes, its lines up to ``step`` stay and the later
         ones, which are about to be written again, go; as does its outcome, if it had one. A kill at any
-        moment leaves a folder that the same command takes for what it is.
-
-        Args:
-            total_steps: optimizer steps of the run.
-            steps_per_epoch: optimizer steps of an epoch.
-            step: steps that are done already.
-            seconds: time that they took.
-            origin: what config.yaml says that the run was started from, in place of ``resume``."""
+        moment leaves a folder that the same command takes for what it is."""
         self._steps_per_epoch = max(1, steps_per_epoch)
         self._begun = time.monotonic() - seconds
         if self.is_main:

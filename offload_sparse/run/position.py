@@ -44,15 +44,12 @@ class Progress:
     """The position of a run, and its checkpoints. A context manager: signals are noted while it is entered.
 
     Args:
-        config: the run.
-        method: what is trained.
         recorder: whose lines must agree with the position.
         start: how the run begins in its folder.
         batches_at: the batches at given places in the order of the data.
 
     Attributes:
-        step: optimizer steps done.
-        rollbacks: how often the run went back.
+        step, rollbacks: optimizer steps done, and how often the run went back.
         stopped: the run was asked to stop, and has been saved.
         taken_up: the run resumed from the method's own files, whose last step may lack its lines in the log.
     """

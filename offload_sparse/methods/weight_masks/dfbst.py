@@ -37,13 +37,7 @@ from offload_sparse.methods.weight_masks.sparsity import by_row, row_sum, step_s
 
 
 class ForwardBackwardThresholds(TrainableThresholds):
-    """Both masks of DFBST.
-
-    Args:
-        weights: what is masked, by name.
-        alpha: factor of L_s.
-        beta: factor of L_v.
-        reset_at: remaining share of a layer at which t_f starts anew; 0 for never."""
+    """Both masks of DFBST; ``alpha`` is the factor of L_s, ``beta`` that of L_v."""
 
     def __init__(
         self,

@@ -32,12 +32,11 @@ from offload_sparse.methods.weight_masks.sparsity import (
 
 
 class TrainableThresholds(Sparsity):
-    """Forward masks 1[|θ| ≥ t] (DST) or 1[|θ| ≥ |t|] (DFBST).
+    """Forward masks 1[|θ| ≥ t] (DST) or, ``absolute``, 1[|θ| ≥ |t|] (DFBST).
 
     Args:
         weights: what is masked, by name.
         alpha: factor of the penalty Σ exp(-t).
-        absolute: compare with |t|.
         reset_at: remaining share of a layer at which its thresholds start anew; 0 for never."""
 
     def __init__(

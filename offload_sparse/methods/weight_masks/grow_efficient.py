@@ -40,13 +40,7 @@ NOTE = "Shut channels are multiplied by zero, so a step takes as long as a dense
 
 
 class ChannelGates(Sparsity):
-    """One gate per atom of a channel map.
-
-    Args:
-        network: the full network.
-        channel_map: its map, without unions.
-        config: ``grow_efficient``, ``policy.rho``, the minimum width, ``round.freeze_at`` and the seed.
-        total_steps: optimizer steps of the run."""
+    """One gate per atom of a channel map without unions."""
 
     def __init__(
         self, network: nn.Module, channel_map: ChannelMap, config: RunConfig, total_steps: int

@@ -26,14 +26,7 @@ NOTE = (
 
 
 class MaskedTraining(FixedNetwork):
-    """Trains a network whose single weights are masked by a ``Sparsity``.
-
-    Args:
-        task: what is trained.
-        network: the full network with its initial weights, on the device of the task.
-        sparsity: what masks it.
-        channel_map: map of the network.
-        cost: cost model of the dense network."""
+    """Trains a network, on the device of the task, whose single weights are masked by a ``Sparsity``."""
 
     def __init__(
         self,

@@ -50,13 +50,8 @@ def update_fraction(step: int, fraction: float, end: float) -> float:
 
 
 class DropAndGrow(Sparsity):
-    """RigL's masks. The network's own weights are zero wherever they are masked, so it is called as it is.
-
-    Args:
-        weights: what is masked, by name.
-        options: density and schedule.
-        total_steps: optimizer steps of the run.
-        seed: seed of the first masks."""
+    """RigL's masks over ``weights`` (by name). The network's own weights are zero wherever they are masked,
+    so it is called as it is."""
 
     def __init__(
         self, weights: Mapping[str, nn.Parameter], options: RigLConfig, total_steps: int, seed: int

@@ -25,13 +25,8 @@ from offload_sparse.workloads.models import build_model, input_channels
 
 @dataclass(frozen=True)
 class Structure:
-    """The channels of a network and what they cost.
-
-    Attributes:
-        channel_map: its channels.
-        cost: parameters and FLOPs of any mask.
-        model: the full network on the meta device.
-        inputs: tensors that it can be called with, one image, on the meta device."""
+    """The channels of a network and what they cost; the full network and the tensors that it can be called
+    with, one image, are on the meta device."""
 
     channel_map: ChannelMap
     cost: CostModel
@@ -42,15 +37,12 @@ class Structure:
 def dry_run(
     config: RunConfig, structure: Structure | None = None, data: DeclaredData | None = None
 ) -> dict[str, Any]:
-    """The figures of a run that can be known beforehand; nothing is read or written.
+    """The figures of a run that can be known beforehand; nothing is read or written. ``structure`` and
+    ``data`` are given where they are known already.
 
     The subnetwork is the one whose groups all keep ``policy.rho`` of their channels: the expected widths at
     the start, where every keep probability is rho. Of RigL's layers it is their densities that count. Raises
-    ValueError: the network cannot be built or narrowed, or the data section leaves something open.
-
-    Args:
-        structure: the network, if it is known already.
-        data: its images, if they are."""
+    ValueError: the network cannot be built or narrowed, or the data section leaves something open."""
     data = data or declared_data(config.data)
     structure = structure or structure_of(config, data)
     channel_map, cost = structure.channel_map, structure.cost

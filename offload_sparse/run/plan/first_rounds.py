@@ -26,12 +26,7 @@ from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
 
 @dataclass(frozen=True)
 class Side:
-    """One subnet of a round.
-
-    Attributes:
-        selection: its channels.
-        kinds: arrays that it has.
-        trained: its weights move."""
+    """One subnet of a round: its channels, the kinds of arrays that it has, and whether its weights move."""
 
     selection: Selection
     kinds: tuple[str, ...]
@@ -39,14 +34,8 @@ class Side:
 
 
 class FirstRounds:
-    """What ``engine.transfers`` will hold and move in the first rounds of a run.
-
-    Args:
-        config: the run.
-        channel_map: its channels.
-        cost: parameters of a mask.
-        names: per kind of array, the tensors that it consists of.
-        rounds: how many rounds."""
+    """What ``engine.transfers`` will hold and move in the first ``rounds`` rounds of a run; ``names`` has,
+    per kind of array, the tensors that it consists of."""
 
     def __init__(
         self,

@@ -114,12 +114,9 @@ def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> st
 
 
 def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """The plan of a run as one JSON object; sizes in bytes. ``beside`` has those of other methods. Raises
-    ValueError: the network cannot be built or narrowed, the data section leaves something open, or the method
-    is none that is planned.
-
-    Args:
-        progress: hears what is being worked out."""
+    """The plan of a run as one JSON object; sizes in bytes. ``beside`` has those of other methods;
+    ``progress`` hears what is being worked out. Raises ValueError: the network cannot be built or narrowed,
+    the data section leaves something open, or the method is none that is planned."""
     data = declared_data(config.data)
     progress(f"looking for the channels of {config.model.name}")
     structure = structure_of(config, data)

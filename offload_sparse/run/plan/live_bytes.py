@@ -78,14 +78,12 @@ def step_peak(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
 ) -> tuple[int, int]:
-    """Bytes that a subnet's passes take beside its weights, gradients, statistics and the batch. Returns
-    (peak of a forward and backward pass, peak of a forward pass without a graph).
+    """Bytes that a subnet's passes take beside its weights, gradients, statistics and the batch: (peak of a
+    forward and backward pass, peak of a forward pass without a graph).
 
     Args:
         model: the full model on the meta device, additions exposed.
-        selection: the channels of the subnet.
         image_shape: [b, C, H, W] of this rank's part of a batch.
-        loss_fn: loss of (images, labels).
         dtype: type of weights and images.
         autocast: type that forward passes compute in, if not that of the weights."""
     # Meta tensors serve and are several times faster, but nothing can be autocast on them.

@@ -19,8 +19,7 @@ class Machine:
     """What the ranks of one node share, and what each has.
 
     Attributes:
-        ranks: ranks of the run.
-        local_ranks: ranks on this node.
+        ranks, local_ranks: ranks of the run, and those on this node.
         host: bytes of host memory that the node's ranks may take together.
         device: bytes of device memory per rank; None when subnets compute in host memory."""
 

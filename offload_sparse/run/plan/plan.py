@@ -50,8 +50,7 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        store: this rank's rows in host memory.
-        files: this rank's rows in files.
+        store, files: this rank's rows, in host memory or in files.
         initialising: host memory beside the store while the first values are made.
         staging: page-locked memory between store and device, or files.
         subnets: weights, optimizer slots, statistics and gradients of the subnets: what is allocated on a
@@ -91,12 +90,8 @@ class Memory:
 
 
 class Planner:
-    """Memory and traffic of one network for any rho, tier and world size.
-
-    Args:
-        config: the run, of any method; what is said of rounds and of the store is about sparse_offload.
-        data: its images.
-        structure: its network."""
+    """Memory and traffic of one network for any rho, tier and world size. The run may be of any method; what
+    is said of rounds and of the store is about sparse_offload."""
 
     def __init__(self, config: RunConfig, data: DeclaredData, structure: Structure) -> None:
         self.config = config

@@ -24,12 +24,8 @@ _STRIDE = np.uint64(0xD1342543DE82EF95)  # odd, so that the numbers of one image
 
 
 class Draws(NamedTuple):
-    """What is done to each image of a batch.
-
-    Attributes:
-        top: int64[b], first row of the crop within the padded image.
-        left: int64[b], its first column.
-        flip: bool[b], whether the crop is mirrored."""
+    """What is done to each image of a batch: the first row and column of its crop in the padded image,
+    int64[b], and whether the crop is mirrored, bool[b]."""
 
     top: Tensor
     left: Tensor
@@ -61,14 +57,12 @@ class Box(NamedTuple):
 
 
 def random_part(key: np.uint64, height: int, width: int) -> Box:
-    """The part of an image of height × width pixels that a random resized crop keeps.
+    """The part of an image of height × width pixels that a random resized crop keeps, by a key of
+    ``image_keys``.
 
     Area uniform on 8-100 % of the image, logarithm of the aspect ratio uniform between those of 3:4 and 4:3;
     ten tries to fit such a part into the image, then the largest middle part whose aspect ratio lies between
-    (Szegedy et al. 2015, as in torchvision's RandomResizedCrop).
-
-    Args:
-        key: from ``image_keys``."""
+    (Szegedy et al. 2015, as in torchvision's RandomResizedCrop)."""
     with np.errstate(over="ignore"):
         numbers = mix(key + np.arange(4, 4 + 4 * _TRIES, dtype=np.uint64) * _STRIDE) >> np.uint64(11)
     uniforms = (numbers.astype(np.float64) * 2.0**-53).reshape(_TRIES, 4).tolist()
@@ -94,14 +88,8 @@ def _uniform(keys: npt.NDArray[np.uint64], count: int) -> Tensor:
 
 
 def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
-    """Crop images out of their zero-padded selves and mirror some of them. Returns uint8[b, C, H, W]; the
-    images themselves where there is nothing to do.
-
-    Args:
-        images: uint8[b, C, H, W].
-        draws: from ``draw`` with the same ``padding``.
-        padding: pixels of zeros on each side; 0 crops nothing.
-        flip: whether ``draws.flip`` is obeyed."""
+    """Crop images uint8[b, C, H, W] out of themselves with ``padding`` pixels of zeros on each side (0 crops
+    nothing), and mirror some of them if ``flip``. Returns as many of the same size."""
     if not padding:
         return _mirrored(images, draws.flip) if flip else images
     batch, channels, height, width = images.shape
@@ -124,15 +112,9 @@ def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 def cut(images: Tensor, parts: Tensor, size: int) -> Tensor:
-    """Cut a part out of each image and scale it to a square, smoothing where it shrinks.
-
-    On the host image by image; on a device in one batched call, whose rounding differs (by two of 256 levels
-    at most). Returns uint8[b, C, size, size].
-
-    Args:
-        images: uint8[b, C, H, W].
-        parts: int64[b, 4]: top, left, height and width.
-        size: side of the square in pixels."""
+    """Cut a part out of each image uint8[b, C, H, W] and scale it to uint8[b, C, size, size], smoothing where
+    it shrinks; ``parts`` is int64[b, 4]: top, left, height and width. On the host image by image; on a device
+    in one batched call, whose rounding differs (by two of 256 levels at most)."""
     if images.device.type != "cpu":
         return cut_in_one_call(images, parts, size)
     boxes = parts.tolist()

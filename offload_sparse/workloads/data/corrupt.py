@@ -19,12 +19,7 @@ _LINE = re.compile(r"image (\d+) of split (.+) cannot be decoded")
 
 
 class Corrupt(NamedTuple):
-    """An image that cannot be decoded.
-
-    Attributes:
-        split: name of its split.
-        row: its index in the split.
-        reason: one line."""
+    """An image that cannot be decoded: its split, its row there, and the reason in one line."""
 
     split: str
     row: int
@@ -85,12 +80,7 @@ def _read(log: Path) -> set[tuple[str, int]]:
 
 
 def substitute(index: int, attempt: int, size: int) -> int:
-    """The image that stands in for a corrupt one: a function of its index alone, so that every rank and
-    worker takes the same.
-
-    Args:
-        index: row of the corrupt image.
-        attempt: 0, then 1, … while the substitutes are corrupt too.
-        size: images in the split."""
+    """The image of a split of ``size`` that stands in for a corrupt one, at the first attempt (0) or a later
+    one: a function of its index alone, so that every rank and worker takes the same."""
     key = mix(mix(np.array([index], dtype=np.uint64)) ^ np.uint64(attempt + 1))
     return int(key[0] % np.uint64(size))

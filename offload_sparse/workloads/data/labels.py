@@ -31,12 +31,9 @@ class Labels(NamedTuple):
 
 
 def read_labels(column: pa.ChunkedArray, feature: object, split: str, name: str) -> Labels:
-    """The labels in a column of integers, truth values or text. Raises ValueError: a row has no label, or the
-    column holds something else.
-
-    Args:
-        feature: type of the column, as the library knows it.
-        split, name: of the split and the column, for messages."""
+    """The labels in a column of integers, truth values or text, by the type that the library knows; ``split``
+    and ``name`` are for messages. Raises ValueError: a row has no label, or the column holds something else.
+    """
     if column.null_count:
         raise ValueError(f"column {name!r} has {column.null_count} rows without a label; remove them")
     if isinstance(feature, datasets.ClassLabel):

@@ -15,15 +15,8 @@ _CHUNK = 256
 
 
 class Normalise(nn.Module):
-    """(x / 255 - mean) / std per channel.
-
-    Args:
-        mean: per channel, of images in [0, 1].
-        std: per channel, of images in [0, 1], above 0.
-        dtype: type of the output.
-
-    Shape: uint8[N, C, H, W] on any device → ``dtype``[N, C, H, W] on the device of the module.
-    """
+    """(x / 255 - mean) / std per channel: uint8[N, C, H, W] on any device → ``dtype``[N, C, H, W] on the
+    device of the module; both are of images in [0, 1]."""
 
     mean: Tensor
     std: Tensor

@@ -51,15 +51,9 @@ def steps_per_epoch(size: int, batch_size: int) -> int:
 
 
 def global_batch(seed: int, epoch: int, step: int, size: int, batch_size: int) -> Tensor:
-    """Indices of the images of one optimizer step over all ranks. Returns int64[batch_size], the step-th
-    slice of the epoch's permutation. Raises ValueError: there are fewer images than one batch takes.
-
-    Args:
-        seed: seed of the data order.
-        epoch: pass over the images, from 0.
-        step: step within the epoch, in [0, size // batch_size).
-        size: images in the split.
-        batch_size: images per step over all ranks."""
+    """Indices int64[batch_size] of the images of one optimizer step over all ranks: the step-th slice of the
+    permutation of ``size`` images in ``epoch`` (both from 0). Raises ValueError: there are fewer images than
+    one batch takes."""
     assert 0 <= step < steps_per_epoch(size, batch_size), "the step lies outside the epoch"
     return _permutation(seed, epoch, size)[step * batch_size : (step + 1) * batch_size].clone()
 

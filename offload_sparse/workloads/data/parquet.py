@@ -77,16 +77,9 @@ def read_parquet(files: Sequence[Path]) -> datasets.Dataset:
 
 
 class ParquetStream:
-    """The rows of parquet files in their order, with the images left in the files. Raises ValueError: a file
-    cannot be read, or the files differ in their columns.
-
-    Args:
-        files: paths or fsspec addresses (``hf://…``).
-        window: rows that are shuffled together.
-
-    Attributes:
-        column_names: columns of the files.
-        features: their types."""
+    """The rows of parquet files (paths or fsspec addresses, ``hf://…``) in their order, with the images left
+    in the files; ``window`` rows are shuffled together. Raises ValueError: a file cannot be read, or the
+    files differ in their columns."""
 
     def __init__(self, files: Sequence[str], window: int) -> None:
         self._files = tuple(files)

@@ -31,18 +31,11 @@ class MLPBlock(nn.Module):
 
 
 class MLP(nn.Module):
-    """A linear layer into a stream, residual blocks of two linear layers, a linear classifier.
+    """A linear layer into a stream of ``stream`` channels, ``depth`` residual blocks of two linear layers
+    with ``hidden`` channels between, a linear classifier; ``width`` multiplies both channel counts.
 
-    Weights start as ``nn.Linear`` draws them (each value once), the classifier near zero.
-
-    Args:
-        stream: channels of the residual stream.
-        hidden: channels inside a block.
-        depth: blocks.
-        width: multiplier of both channel counts.
-
-    Shape: float[N, in_channels, image_size, image_size] → float[N, num_classes].
-    """
+    Weights start as ``nn.Linear`` draws them (each value once), the classifier near zero. float[N,
+    in_channels, image_size, image_size] → float[N, num_classes]."""
 
     def __init__(
         self,
