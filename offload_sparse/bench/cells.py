@@ -16,12 +16,9 @@ from typing import Any
 
 
 def finished_run(run_dir: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary and the lines of metrics of a run, which is started, or resumed, if it has not finished.
-    Raises RuntimeError: it ended before it was finished; what it said is on stderr.
-
-    Args:
-        run_dir: its folder.
-        options: by dotted name; a run is single-threaded, so that several can share a machine."""
+    """The summary and the lines of metrics of a run with ``options`` by dotted name, which is started, or
+    resumed, if it has not finished; single-threaded, so that several can share a machine. Raises
+    RuntimeError: it ended before it was finished; what it said is on stderr."""
     summary = run_dir / "summary.json"
     if not summary.exists():
         written = [text for name, value in options.items() for text in (f"--{name}", str(value))]

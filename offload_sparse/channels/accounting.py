@@ -106,11 +106,9 @@ class CostModel:
         return int((self._entries * self._kept_products(mask)).sum())
 
     def expected_flops(self, s: Tensor) -> Tensor:
-        """Expected forward FLOPs, a scalar that is differentiable in s.
-
-        Args:
-            s: float64[C], keep probabilities of independent atoms. A tensor that has the same atoms in two
-                dimensions is counted by the product of expected widths."""
+        """Expected forward FLOPs by the keep probabilities s, float64[C], of independent atoms: a scalar that
+        is differentiable in s. A tensor that has the same atoms in two dimensions is counted by the product
+        of expected widths."""
         return self._constant + (self._flops / self._per * self._expected_products(s)).sum()
 
     def expected_parameters(self, s: Tensor) -> Tensor:

@@ -77,11 +77,8 @@ def operations(network: nn.Module, inputs: Inputs, training: bool) -> list[str]:
 
 
 def modes_differ(network: nn.Module, inputs: Inputs) -> bool:
-    """Whether training computes something else than evaluation, such as an auxiliary head.
-
-    Args:
-        network: a copy that nobody needs, on one device with ``inputs``; its dropout is switched off, its
-            running statistics move.
-        inputs: two samples or more, as batch norms want them."""
+    """Whether training computes something else than evaluation, such as an auxiliary head. ``network`` is a
+    copy that nobody needs, on one device with ``inputs`` (two samples or more, as batch norms want them): its
+    dropout is switched off, its running statistics move."""
     disable_dropout(network)
     return operations(network, inputs, False) != operations(network, inputs, True)

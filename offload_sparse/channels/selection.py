@@ -27,12 +27,8 @@ Kept = Tensor | None
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor lies in one flat buffer.
-
-    Attributes:
-        shapes: shape of every tensor, in buffer order.
-        offsets: first entry of every tensor.
-        size: number of entries."""
+    """Where each tensor lies in one flat buffer of ``size`` entries: shapes, in buffer order, and first
+    entries by name."""
 
     shapes: Mapping[str, tuple[int, ...]]
     offsets: Mapping[str, int]
@@ -58,12 +54,8 @@ class Layout:
 
 
 class Selection:
-    """A mask resolved against a channel map. Raises ValueError: the mask has another size than the map, or
-    keeps nothing of a group.
-
-    Args:
-        channel_map: the map of the full network.
-        mask: bool[C], True where an atom is kept."""
+    """A mask bool[C], True where an atom is kept, resolved against a channel map. Raises ValueError: the mask
+    has another size than the map, or keeps nothing of a group."""
 
     def __init__(self, channel_map: ChannelMap, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.shape != (channel_map.num_atoms,):

@@ -78,12 +78,9 @@ class MapBuilder:
         return atoms
 
     def heads(self, query: str, key: str, value: str, output: str, head_dim: int) -> Tensor:
-        """A group for attention heads: one atom per key-value head, with all query heads that read it. Raises
-        ValueError: the widths are no multiples of a head, or queries cannot be spread over key heads.
-
-        Args:
-            query, key, value, output: the four projections.
-            head_dim: channels of a head."""
+        """A group for attention heads by their four projections, with ``head_dim`` channels each: one atom
+        per key-value head, with all query heads that read it. Raises ValueError: the widths are no multiples
+        of a head, or queries cannot be spread over key heads."""
         queries, keys = self._size(f"{query}.weight", 0), self._size(f"{key}.weight", 0)
         if keys % head_dim or queries % keys:
             raise ValueError(

@@ -45,11 +45,8 @@ class StreamAdd(nn.Module):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device="cpu"), persistent=False)
 
     def hold(self, left: Tensor, right: Tensor, device: torch.device) -> None:
-        """Say which channels of the sum each operand holds.
-
-        Args:
-            left, right: bool[channels of the sum], on the CPU.
-            device: of the operands."""
+        """Say which channels of the sum each operand on ``device`` holds: bool[channels of the sum], on the
+        CPU."""
         plain = bool(left.all()) and bool(right.all())
         self.width = 0 if plain else left.numel()
         self.left_index = left[: self.width].nonzero().flatten().to(device)

@@ -29,12 +29,8 @@ _MOST_SPANS = 256
 
 @dataclass
 class Span:
-    """Work of one kind.
-
-    Attributes:
-        lane: what was done.
-        round: number of the round in which it began.
-        start, end: seconds since the session was made."""
+    """Work of one kind (``lane``), the round in which it began, and when it began and ended, in seconds since
+    the session was made."""
 
     lane: Lane
     round: int

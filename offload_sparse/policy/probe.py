@@ -122,11 +122,8 @@ class Comparisons:
 
 
 def stages(groups: Sequence[Group], dense_slopes: Tensor) -> Tensor:
-    """int64[G]: the stage of each group. Neighbours of equal size that cost about as much are of one stage.
-
-    Args:
-        groups: the groups of the atoms, in the order of the network.
-        dense_slopes: float64[G], ∂cost/∂log width at full width."""
+    """int64[G]: the stage of each group, in the order of the network. Neighbours of equal size that cost
+    about as much (∂cost/∂log width at full width, float64[G]) are of one stage."""
     numbers = [0]
     for i in range(1, len(groups)):
         ratio = float(dense_slopes[i] / dense_slopes[i - 1].clamp_min(1e-12))
@@ -136,14 +133,9 @@ def stages(groups: Sequence[Group], dense_slopes: Tensor) -> Tensor:
 
 
 class Worth:
-    """What a channel of each group is worth per unit of cost, over the cycles seen so far.
-
-    Args:
-        stage_of: int64[G].
-
-    Attributes:
-        precision: float64[G], 1 / variance of the mean over cycles; earlier cycles count for less.
-        weighted: float64[G], precision times mean."""
+    """What a channel of each group is worth per unit of cost, over the cycles seen so far: precision (1 /
+    variance of the mean over cycles; earlier cycles count for less), and precision times mean, float64[G]
+    each."""
 
     def __init__(self, stage_of: Tensor) -> None:
         self._same = (stage_of[:, None] == stage_of[None]).to(torch.float64)

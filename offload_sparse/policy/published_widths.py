@@ -19,12 +19,8 @@ from offload_sparse.policy.config import PolicyConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """Published widths of one network.
-
-    Attributes:
-        full: widths of the whole network, by which a model is known to be the right one.
-        widths: the published ones.
-        source: where they are published."""
+    """Published widths of one network, and where they are published; ``full`` are those of the whole network,
+    by which a model is known to be the right one."""
 
     full: tuple[int, ...]
     widths: tuple[int, ...]
@@ -91,12 +87,9 @@ _LEAST = 4
 
 
 def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, costs: Costs) -> Tensor:
-    """The mask bool[C] of a network that is fixed from the start. Raises ValueError: the widths do not fit
-    the groups.
-
-    Args:
-        widths: one for each group, or the name of published ones; empty narrows all groups evenly.
-        config: the budget, for all but given widths."""
+    """The mask bool[C] of a network that is fixed from the start, by one width for each group or the name of
+    published ones; without either all groups are narrowed evenly to the budget of ``config``. Raises
+    ValueError: the widths do not fit the groups."""
     parts = widths.replace(",", " ").split()
     if not parts:
         return evenly_narrowed(config, channel_map, costs)

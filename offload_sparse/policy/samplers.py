@@ -41,12 +41,8 @@ def splitmix64(value: int) -> int:
 
 
 def mask_generator(seed: int, round: int, stream: int = 0) -> torch.Generator:
-    """The CPU generator of one draw, a function of its arguments alone: ranks agree without communication.
-
-    Args:
-        seed: seed of the run.
-        round: index of the round (or of a candidate).
-        stream: which of several independent draws of that round."""
+    """The CPU generator of one draw, a function of the run's seed, the round (or a candidate) and one of
+    several independent streams of draws alone: ranks agree without communication."""
     mixed = 0
     for part in (seed, round, stream):
         mixed = splitmix64(mixed ^ (part & _MASK64))
@@ -60,23 +56,15 @@ def uniforms(count: int, generator: torch.Generator) -> Tensor:
 
 
 class Drawn(NamedTuple):
-    """A raw draw.
-
-    Attributes:
-        mask: bool[C].
-        margin: float64[C], below 1 where an atom was drawn; the larger, the closer it was to not being drawn.
-    """
+    """A raw draw bool[C], and float64[C], below 1 where an atom was drawn; the larger, the closer it was to
+    not being drawn."""
 
     mask: Tensor
     margin: Tensor
 
 
 class Sampler(ABC):
-    """Draws masks from p(m|s).
-
-    Args:
-        count: number of atoms.
-        seed: seed of the masks."""
+    """Draws masks of ``count`` atoms from p(m|s)."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed

@@ -14,12 +14,11 @@ from offload_sparse.engine.batch_norm import Reduce, flags_restored
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one pass over a loader.
+    """Figures of one pass over ``count`` images of all ranks.
 
     Attributes:
         loss: mean cross entropy per image, in nats, without label smoothing.
         accuracy: share of the images whose largest logit is the label's.
-        count: images seen over all ranks.
         one_class: every image was taken for the same class, and not every one rightly."""
 
     loss: float

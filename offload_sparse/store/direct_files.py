@@ -75,11 +75,9 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """Blocks that lie near each other in a file.
-
-    Attributes:
-        first, last: half-open range of the array's entries that is read; multiples of ``ALIGN`` bytes.
-        plan: the blocks, with entry ``first`` of the array as entry 0 of their source."""
+    """Blocks that lie near each other in a file: the half-open range of the array's entries that is read, in
+    multiples of ``ALIGN`` bytes, and the blocks, with entry ``first`` of the array as entry 0 of their
+    source."""
 
     first: int
     last: int
@@ -87,13 +85,8 @@ class Window:
 
 
 class DirectFiles:
-    """The arrays of a store, in files of one type.
-
-    Args:
-        handle: reads and writes.
-        paths: file of every kind.
-        dtype: type of the arrays.
-        window: bytes of a window."""
+    """The arrays of a store, in a file of one type per kind, read and written by ``handle`` in windows of so
+    many bytes."""
 
     def __init__(
         self, handle: Handle, paths: Mapping[str, Path], dtype: torch.dtype, window: int = WINDOW
@@ -103,12 +96,8 @@ class DirectFiles:
         self._lock = threading.Lock()  # a round's entries may come while those of another go back
 
     def copy(self, plan: BlockPlan, pairs: Sequence[tuple[str, Tensor]], reverse: bool = False) -> None:
-        """``copy_blocks`` with files as the sources. Raises OSError: a file cannot be read or written.
-
-        Args:
-            plan: the blocks.
-            pairs: (kind, flat array) pairs.
-            reverse: from the arrays to the files."""
+        """``copy_blocks`` of (kind, flat array) pairs with files as the sources. Raises OSError: a file
+        cannot be read or written."""
         item = self._dtype.itemsize
         found = windows(plan, self._window // item, ALIGN // item)
         if not found or not pairs:
@@ -165,12 +154,9 @@ class DirectFiles:
 
 
 def windows(plan: BlockPlan, size: int, align: int) -> list[Window]:
-    """The blocks of ``plan``, cut at rows, by the part of the source in which their rows begin.
-
-    Args:
-        plan: the blocks.
-        size: entries of the source per window; a row that is longer makes its window longer.
-        align: entries of which every window's ends are multiples."""
+    """The blocks of ``plan``, cut at rows, by the part of the source, of ``size`` entries, in which their
+    rows begin; a row that is longer makes its window longer. Every window's ends are multiples of ``align``.
+    """
     pieces: dict[int, list[Block]] = {}
     for block in plan.blocks:
         starts = block.source.start + _rows(block) * block.source.row_length

@@ -156,11 +156,7 @@ class Sparsity(nn.Module, ABC):
 
 
 class MaskedNetwork(nn.Module):
-    """A network that is called with masked weights.
-
-    Args:
-        network: the model; its code and names stay as they are.
-        sparsity: what masks it."""
+    """A network that is called with masked weights; its code and names stay as they are."""
 
     def __init__(self, network: nn.Module, sparsity: Sparsity) -> None:
         super().__init__()

@@ -40,12 +40,8 @@ MOST_HOLDERS = 7
 
 
 class UnitShape(NamedTuple):
-    """A full tensor as rows of units; the same for every mask.
-
-    Attributes:
-        rows, units: which dimensions they are made of.
-        unit: entries per unit.
-        row_length: entries per row."""
+    """A full tensor as rows of units (``unit`` entries each, ``row_length`` entries per row), and which
+    dimensions these are made of; the same for every mask."""
 
     rows: Dimensions
     units: Dimensions
@@ -138,11 +134,8 @@ def places_of(selection: Selection) -> Places:
 
 
 class Regions:
-    """The entries of ``target``, divided by the first of ``holders`` that has them.
-
-    Args:
-        target: the selection in question.
-        holders: selections of the same map, in order of preference; at most ``MOST_HOLDERS``."""
+    """The entries of ``target``, divided by the first of ``holders``, selections of the same map in order of
+    preference (at most ``MOST_HOLDERS``), that has them."""
 
     def __init__(self, target: Selection, holders: Sequence[Selection] = ()) -> None:
         assert len(holders) <= MOST_HOLDERS

@@ -50,13 +50,8 @@ RUN_FROM = 64
 
 
 class Tables:
-    """Blocks for the native kernel.
-
-    Attributes:
-        items: int64[items, ITEM_WIDTH].
-        blocks: int64[blocks, BLOCK_WIDTH].
-        indices: int64[*].
-        addresses: where items, blocks and indices begin in memory."""
+    """Blocks for the native kernel: int64[items, ITEM_WIDTH], int64[blocks, BLOCK_WIDTH], int64[*] indices,
+    and where each begins in memory."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._chunks: list[Numbers] = []

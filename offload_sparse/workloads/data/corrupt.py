@@ -27,14 +27,11 @@ class Corrupt(NamedTuple):
 
 
 class CorruptImages:
-    """Counts the images that this rank could not decode, each once, however often it is met.
-
+    """Counts the images that this rank could not decode, each once, however often it is met, up to ``limit``.
     Workers send what they meet along with their batches, so the count is that of the whole rank.
 
-    Args:
-        limit: how many are allowed (``DataConfig.corrupt_limit``).
-        log: file that gets a line for each, appended, so that ranks can share it; ``None`` warns through
-            ``logging`` alone. What it names already, in a run that resumes, is not named again."""
+    ``log`` gets a line for each, appended, so that ranks can share it; ``None`` warns through ``logging``
+    alone. What it names already, in a run that resumes, is not named again."""
 
     def __init__(self, limit: int, log: Path | None = None) -> None:
         self.limit = limit

@@ -20,11 +20,9 @@ _MOST_BYTES = 64 << 20
 
 
 class Labels(NamedTuple):
-    """The labels of a split as they are stored.
-
-    Attributes:
-        codes: int64[N], the position of each row's label in ``values``, negative for none.
-        values: the different labels as text: all names of a ``ClassLabel`` column, else those that occur."""
+    """The labels of a split as they are stored: the position of each row's label in ``values`` (int64[N],
+    negative for none), and the different labels as text: all names of a ``ClassLabel`` column, else those
+    that occur."""
 
     codes: NDArray[np.int64]
     values: tuple[str, ...]
@@ -52,11 +50,9 @@ def read_labels(column: pa.ChunkedArray, feature: object, split: str, name: str)
 
 
 def class_names(train: Labels, class_map: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of the classes by number, from the training split.
-
-    Args:
-        class_map: name of the class of each label, which may be shared; in its order, those that occur are
-            numbered. Empty where labels are names."""
+    """The names of the classes by number, from the training split. ``class_map`` has the name of the class of
+    each label, which may be shared; in its order, those that occur are numbered. It is empty where labels are
+    names."""
     if not class_map:
         return train.values
     occurring = {class_map.get(train.values[code]) for code in np.unique(train.codes) if code >= 0}
