@@ -25,7 +25,8 @@ class DSTConfig:
     """The method ``dst`` (Liu et al. 2020): weights masked by trainable thresholds.
 
     Attributes:
-        alpha: factor of the penalty that raises the thresholds (the paper: 5e-4 on MNIST, 5e-6 on CIFAR)."""
+        alpha: factor of the penalty that raises the thresholds, of ``dfbst`` too (the papers: 5e-4 on MNIST,
+            5e-6 on CIFAR)."""
 
     reset_at: ClassVar[float] = 0.01
     """Remaining share of a layer at which its thresholds start anew, and all of it is back; 0 for never."""
@@ -41,18 +42,15 @@ class DFBSTConfig:
     """The method ``dfbst`` (Pote et al. 2023): trained masks on weights and on gradients.
 
     Attributes:
-        alpha: factor of the penalty that raises the thresholds of the weights.
         beta: factor of the standard deviation of the masked gradients, which trains their thresholds."""
 
     reset_at: ClassVar[float] = DSTConfig.reset_at
     """As in DST, for the thresholds of the weights."""
 
-    alpha: float = 5e-4
     beta: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            require(getattr(self, name) >= 0, f"dfbst.{name} is {getattr(self, name)}; give 0 or more")
+        require(self.beta >= 0, f"dfbst.beta is {self.beta}; give 0 or more")
 
 
 @dataclass

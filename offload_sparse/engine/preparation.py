@@ -15,6 +15,7 @@ from offload_sparse.channels.config import Residual
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tensors
 from offload_sparse.engine.distributed import on_first_rank
+from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.store.initialisation import Recording, build_seeded, named_tensors, record
 from offload_sparse.store.weight_store import Ranks, WeightStore
 
@@ -39,12 +40,19 @@ class PreparedModel:
     channel_map: ChannelMap
     recording: Recording | None
 
-    def fill(self, store: WeightStore, seed: int) -> None:
+    def fill(self, store: WeightStore, seed: int, weights: FittedWeights | None = None) -> None:
         """Give ``store`` the initial values, the same for every world size.
 
-        They are replayed tensor by tensor on every rank where that gives the values of the construction.
-        Otherwise rank 0 holds the whole model once and streams its rows to their owners.
+        They are those of ``weights``, as far as these go. Others are replayed tensor by tensor on every rank
+        where that gives the values of the construction. Otherwise rank 0 holds the whole model once and
+        streams its rows to their owners.
         """
+        if weights is None or not named_tensors(self.meta_model).keys() <= weights.stored.keys():
+            self._initialise(store, seed)
+        if weights is not None:
+            weights.fill(store)
+
+    def _initialise(self, store: WeightStore, seed: int) -> None:
         if self.recording is not None and self.recording.replayable:
             store.fill(self.recording.replay(seed))
             return

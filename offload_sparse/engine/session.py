@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ from offload_sparse.engine.optimizer import (
     probe,
 )
 from offload_sparse.engine.preparation import ModelSource, PreparedModel, prepare
+from offload_sparse.engine.pretrained import FittedWeights, WeightSource
 from offload_sparse.engine.request import Ask
 from offload_sparse.engine.rounds import EMA, Rounds
 from offload_sparse.engine.state import load_state, whole_state
@@ -113,6 +115,8 @@ class SparseOffload(Rounds):
         forward: autocast, scaler and BatchNorm mode of forward passes.
         policy, rounds: how the keep probabilities are learned, and what happens between two draws of masks.
         setup: what is rarely set.
+        weights: values to start from, in place of the network's own: a file, a folder or a run, see
+            ``engine.pretrained.WeightSource``. Each rank reads its own rows.
         seed: seed of the initial weights and of the masks.
         device: where subnets compute; the CUDA device when there is one.
 
@@ -141,6 +145,7 @@ class SparseOffload(Rounds):
         policy: PolicyConfig | None = None,
         rounds: RoundConfig | None = None,
         setup: Setup | None = None,
+        weights: str | os.PathLike[str] | FittedWeights | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -165,7 +170,9 @@ class SparseOffload(Rounds):
         self.store = _store(prepared, order, slots, setup, ranks, shard, self.device)
         self.tier = self.store.tier
         if not self.tier.filled:
-            prepared.fill(self.store, seed)
+            if isinstance(weights, str | os.PathLike):
+                weights = WeightSource(weights).fitted(self.meta_model)
+            prepared.fill(self.store, seed, weights)
             for name, value in kept.initial.items():
                 if value:
                     self.store.arrays[name].fill_(value)

@@ -22,13 +22,13 @@ from offload_sparse.engine.preparation import PreparedModel, prepare
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.policy.published_widths import static_mask
-from offload_sparse.store.initialisation import build_seeded, initial_tensors, named_tensors
+from offload_sparse.store.initialisation import initial_tensors, named_tensors
 from offload_sparse.store.weight_store import Ranks
 
 
 def build_dense(task: Task) -> Method:
     """The full network, initialised as the seed says. It needs no discovery: nothing is ever dropped."""
-    module = build_seeded(task.factory, task.config.train.seed)
+    module = task.network()
     channel_map = undivided_map(module)
     cost = CostModel(meta_copy(module), channel_map, task.example_inputs)
     return FixedNetwork(task, module, channel_map, channel_map.full_mask(), cost)
@@ -43,7 +43,10 @@ def build_static(task: Task) -> Method:
     mask = static_mask(config.static.widths, config.policy, channel_map, cost)
     assert prepared.recording is not None
     tensors = initial_tensors(prepared.recording, task.factory, config.train.seed)
-    module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask))
+    inherits = task.weights is not None
+    if task.weights is not None:
+        tensors = task.weights.overlaid(tensors)
+    module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask), scaled=not inherits)
     return FixedNetwork(task, module, channel_map, mask, cost)
 
 
@@ -62,18 +65,19 @@ def undivided_map(module: nn.Module) -> ChannelMap:
 
 
 def narrow_initialised(
-    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], selection: Selection
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], selection: Selection, scaled: bool = True
 ) -> nn.Module:
     """The narrow network of ``model`` (its additions exposed) and its initial tensors, with the scale of
     weights that its own initialisation would have.
 
     The initial standard deviation of a layer falls with the square root of its fan, so the kept entries of
-    the full network are scaled up by the square root of the ratio of the fans."""
+    the full network are scaled up by the square root of the ratio of the fans; not unless ``scaled``: trained
+    values stay as they are."""
     module = meta_copy(model)
     parameters = dict(module.named_parameters())
     for name, full in tensors:
         value = selection.take(name, full) if name in selection.shapes else full.clone()
-        if name in parameters and value.dim() > 1:
+        if scaled and name in parameters and value.dim() > 1:
             value *= math.sqrt(full[0].numel() / value[0].numel())
         if name in parameters:
             set_tensor(module, name, nn.Parameter(value, requires_grad=parameters[name].requires_grad))

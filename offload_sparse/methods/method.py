@@ -16,8 +16,10 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.forward import Forward, Metrics
 from offload_sparse.engine.losses import StepRecord
+from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
+from offload_sparse.store.initialisation import build_seeded
 
 LossFunction = Callable[..., tuple[Tensor, Metrics]]
 """(module, batch) -> mean loss of the batch, and further scalars to be averaged over ranks."""
@@ -32,7 +34,8 @@ class Task:
         example_inputs: tensors that the network can be called with, on the meta device.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
-        resumes: the run has an earlier part, which weights in files belong to."""
+        resumes: the run has an earlier part, which weights in files belong to.
+        weights: what to start from, in place of the network's own initialisation."""
 
     config: RunConfig
     factory: Callable[[], nn.Module]
@@ -43,6 +46,14 @@ class Task:
     dtype: torch.dtype
     forward: Forward
     resumes: bool = False
+    weights: FittedWeights | None = None
+
+    def network(self) -> nn.Module:
+        """The full network with the values that training starts from."""
+        network = build_seeded(self.factory, self.config.train.seed)
+        if self.weights is not None:
+            self.weights.into(network)
+        return network
 
 
 @dataclass(frozen=True)

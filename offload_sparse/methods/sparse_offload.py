@@ -142,6 +142,7 @@ def build(task: Task) -> Method:
         policy=config.policy,
         rounds=config.round,
         setup=setup,
+        weights=task.weights,
         seed=config.train.seed,
         device=task.device,
     )

@@ -36,7 +36,7 @@ _LESS_PRUNING = {
     "sparse_offload": "raise policy.rho",
     "rigl": "raise rigl.density",
     "dst": "lower dst.alpha",
-    "dfbst": "lower dfbst.alpha",
+    "dfbst": "lower dst.alpha",
     "grow_efficient": "lower grow_efficient.penalty, or raise policy.rho",
 }
 

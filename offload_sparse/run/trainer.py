@@ -21,6 +21,7 @@ from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.forward import Forward
+from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.method import Method, Task
@@ -36,6 +37,7 @@ from offload_sparse.run.position import Progress
 from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
+from offload_sparse.run.start_weights import prepared_images, weight_source
 from offload_sparse.run.terminal import tell, warn_of_collapse
 from offload_sparse.store.files import write_file
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
@@ -97,6 +99,7 @@ class Run:
         self.accelerator = accelerator
         resumes = start.status == "started"
         self.recorder = Recorder(config, accelerator.is_main_process, self._track, resumes)
+        source = weight_source(config)
         log = config.run_dir / CORRUPT_LOG
         if not resumes:  # an earlier run's
             log.unlink(missing_ok=True)
@@ -112,10 +115,13 @@ class Run:
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.device = self.accelerator.device
-        self.normalise = normalise_for(self.train_loader.images, config.data, self.dtype).to(self.device)
         self.image_shape = (self.channels, *self.splits.image_shape)
-        self.task = self._task(resumes)
-        model_on_meta(config, self._declared())  # which says what does not fit together
+        model, _ = model_on_meta(config, self._declared())  # which says what does not fit together
+        weights = source.fitted(model) if source is not None else None
+        images, self.lines = prepared_images(config, weights, self.image_shape)
+        self.normalise = normalise_for(self.train_loader.images, images, self.dtype).to(self.device)
+        # The state of an earlier part has all values.
+        self.task = self._task(resumes, None if resumes or start.source else weights)
         if config.train.check:
             self._check_plan()
         bound_memory(self.task.factory)
@@ -229,6 +235,7 @@ class Run:
             f"data: {config.data.name}, {splits.num_classes} classes, {images}, "
             f"{'x'.join(map(str, self.image_shape))}",
             *(f"  {line}" for line in splits.describe()),
+            *self.lines,
             f"train: {config.method}, {knob(config)}, {self.total_steps:,} steps, {self._expected()}",
         )
 
@@ -291,7 +298,7 @@ class Run:
 
     # --- parts ---
 
-    def _task(self, resumes: bool) -> Task:
+    def _task(self, resumes: bool, weights: FittedWeights | None) -> Task:
         config = self.config
         factory = partial(build_model, config.model.name, **self._model_arguments())
         frozen, scaler = config.train.batch_norm == "frozen", self.accelerator.scaler
@@ -306,6 +313,7 @@ class Run:
             self.dtype,
             forward,
             resumes,
+            weights,
         )
 
     def _check_plan(self) -> None:

@@ -159,13 +159,17 @@ class WeightStore:
         kind = kind or (WEIGHTS if name in self.partitions[WEIGHTS].layout else BUFFERS)
         return self._shards[kind].view(self.arrays[kind], name)
 
+    def own_range(self, name: str) -> tuple[int, int]:
+        """The first row of tensor ``name`` that is this rank's, and the first behind."""
+        return self._partition_of(name).rows(name, self.ranks.rank)
+
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take this rank's rows out of whole tensors that every rank iterates over, one at a time."""
         for name, tensor in tensors:
             if not tensor.is_floating_point():
                 self.integer_buffers[name] = tensor.clone()
                 continue
-            low, high = self._partition_of(name).rows(name, self.ranks.rank)
+            low, high = self.own_range(name)
             own = self.own_rows(name)
             own.copy_(tensor[low:high] if tensor.dim() else tensor.expand(own.shape))
 

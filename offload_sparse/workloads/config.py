@@ -169,11 +169,22 @@ class ModelConfig:
             ``internal`` keeps the streams dense and samples only the widths inside the blocks, ``filter``
             masks every filter by itself (Zhou et al. 2021): a stream holds what any of its branches keeps.
         arguments: further keyword arguments of the model's constructor.
+        weights: what training starts from, in place of fresh weights: a file (safetensors, or a state_dict of
+            ``torch.save``), a folder of such files with an index, a finished run; or ``pretrained``, the
+            published weights of a timm or torchvision name (``pretrained:IMAGENET1K_V1``) in the local cache.
+            ``+new_head`` behind it starts the last layer afresh, for other classes.
     """
 
     name: str = "offload_sparse/vgg_small"
     residual: Residual = "coupled"
     arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
 
     def __post_init__(self) -> None:
+        tagged = self.name.startswith("timm/") and "." in self.name
+        require(
+            bool(self.weights) or not tagged,
+            f"{self.name} names published weights, and training starts from fresh ones; write "
+            f"{self.name.partition('.')[0]}, or set model.weights to pretrained",
+        )
         require(bool(self.name), "model.name is empty; give one such as torchvision/resnet50")

@@ -30,7 +30,7 @@ def config_of(method: str, **more: Any) -> RunConfig:
     return RunConfig(
         method=cast(Any, method),
         dst=DSTConfig(alpha=5e-2),
-        dfbst=DFBSTConfig(alpha=5e-2, beta=50.0),
+        dfbst=DFBSTConfig(beta=50.0),
         rigl=configured(RigLConfig, density=0.4, interval=3, fraction=0.5),
         round=RoundConfig(freeze_at=0.8),
         **more,
@@ -89,7 +89,7 @@ def test_dfbst_without_beta_is_dst_with_absolute_thresholds() -> None:
     config = config_of("dfbst")
     config.dfbst.beta = 0.0
     ours = make_method(config)
-    alpha = config.dfbst.alpha
+    alpha = config.dst.alpha
     reference = build_masked(make_task(config), lambda w: TrainableThresholds(w, alpha, absolute=True))
     data = batches(12)
     assert train(ours, data) == train(reference, data)

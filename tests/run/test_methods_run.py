@@ -23,7 +23,7 @@ def run(method: str, folder: Path, *more: str) -> Path:
                 *("--data.limit", "256", "--data.batch_size", "32"),
                 *("--model.name", "offload_sparse/vgg_small", "--model.arguments.width", "0.1"),
                 *("--train.epochs", "2", "--quiet", "true"),
-                *("--dst.alpha", "0.05", "--dfbst.alpha", "0.05"),
+                *("--dst.alpha", "0.05"),
                 *more,
             ]
         )

@@ -104,8 +104,7 @@ def _gradient(weight: nn.Parameter) -> Tensor:
 
 def build(task: Task) -> Method:
     """DFBST on the network of ``task``."""
-    options = task.config.dfbst
+    alpha, options = task.config.dst.alpha, task.config.dfbst
     return build_masked(
-        task,
-        lambda weights: ForwardBackwardThresholds(weights, options.alpha, options.beta, options.reset_at),
+        task, lambda weights: ForwardBackwardThresholds(weights, alpha, options.beta, options.reset_at)
     )

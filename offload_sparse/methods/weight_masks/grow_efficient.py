@@ -34,7 +34,6 @@ from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.masked import MaskedTraining
 from offload_sparse.methods.weight_masks.sparsity import Sparsity, by_column, maskable_weights
 from offload_sparse.policy.samplers import mask_generator
-from offload_sparse.store.initialisation import build_seeded
 
 NOTE = "Shut channels are multiplied by zero, so a step takes as long as a dense one; FLOPs leave them out."
 
@@ -185,6 +184,6 @@ def build(task: Task) -> Method:
     prepared = prepared_model(task)
     channel_map = prepared.channel_map
     cost = CostModel(prepared.meta_model, channel_map, task.example_inputs)
-    network = build_seeded(task.factory, config.train.seed).to(task.device, task.dtype)
+    network = task.network().to(task.device, task.dtype)
     gates = ChannelGates(network, channel_map, config, task.total_steps)
     return GrowEfficient(task, network, gates, channel_map, cost)

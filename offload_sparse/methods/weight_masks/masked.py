@@ -17,7 +17,6 @@ from offload_sparse.methods.controls import undivided_map
 from offload_sparse.methods.method import Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork, Sparsity, maskable_weights
-from offload_sparse.store.initialisation import build_seeded
 
 NOTE = (
     "Masks per element leave every matrix its size: on a GPU (and here) a step takes as long as a dense one "
@@ -164,7 +163,7 @@ def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]],
     Args:
         task: what is trained.
         sparsity_of: makes the masks of the given weights."""
-    network = build_seeded(task.factory, task.config.train.seed)
+    network = task.network()
     channel_map = undivided_map(network)
     cost = CostModel(meta_copy(network), channel_map, task.example_inputs)
     network = network.to(task.device, task.dtype)

@@ -78,7 +78,7 @@ def knob(config: RunConfig) -> str:
         "dense": "all weights",
         "rigl": f"density {config.rigl.density:g}",
         "dst": f"alpha {config.dst.alpha:g}",
-        "dfbst": f"alpha {config.dfbst.alpha:g}, beta {config.dfbst.beta:g}",
+        "dfbst": f"alpha {config.dst.alpha:g}, beta {config.dfbst.beta:g}",
         "grow_efficient": f"rho {config.policy.rho:g}, penalty {config.grow_efficient.penalty:g}",
     }
     budget = "" if config.policy.budget == "count" else f" of the {config.policy.budget}"

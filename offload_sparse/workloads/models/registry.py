@@ -181,13 +181,6 @@ def _build_timm(
     del image_size  # networks of a fixed size take img_size among their arguments
     import timm
 
-    architecture, _, tag = short.partition(".")
-    if tag:
-        raise ValueError(
-            f"timm/{short} names pretrained weights, and training starts from fresh ones; write "
-            f"timm/{architecture}"
-        )
-
     def builder(**keywords: Any) -> nn.Module:
         return timm.create_model(short, **keywords)
 

@@ -137,9 +137,3 @@ def test_names_are_listed_by_prefix() -> None:
     everything = model_names()
     assert {name.split("/")[0] for name in everything} == {"offload_sparse", "torchvision", "timm"}
     assert len(everything) == len(set(everything))
-
-
-def test_a_tag_of_pretrained_weights_is_refused() -> None:
-    """It would be trained from scratch without a word."""
-    with pytest.raises(ValueError, match=r"names pretrained weights.*write timm/resnet18$"):
-        build_model("timm/resnet18.a1_in1k")

@@ -1,0 +1,185 @@
+"""Weights that training starts from: found in files, matched with a network, read row by row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from offload_sparse.engine.distributed import on_first_rank
+from offload_sparse.export.description import Preprocessing, file_digest
+from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, read_structure
+from offload_sparse.store.initialisation import named_tensors
+from offload_sparse.store.partition import row_shape
+from offload_sparse.store.weight_files import Stored, read_rows, tensors_in
+from offload_sparse.store.weight_store import WeightStore
+
+NEW_HEAD = "+new_head"
+"""Behind a path: the tensors of the last layer start afresh where the network has other classes."""
+
+_PREFIXES = ("", "module.", "model.", "backbone.", "_orig_mod.", "module.model.", "module.backbone.")
+"""What wrappers put before the names of a network's own tensors."""
+
+
+@dataclass(frozen=True)
+class FittedWeights:
+    """Weights that are known to fit a network.
+
+    Attributes:
+        stored: by the name of a parameter or buffer, where its values are.
+        lines: what was found, for people.
+        preprocessing: of the images that the weights were trained on, as far as it is known.
+    """
+
+    stored: Mapping[str, Stored]
+    lines: tuple[str, ...] = ()
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def fill(self, store: WeightStore) -> int:
+        """Read this rank's rows into ``store``, of every tensor that the files have.
+
+        Returns:
+            bytes read.
+        """
+        count = 0
+        for name, stored in self.stored.items():
+            if not stored.dtype.is_floating_point:
+                value = torch.empty(stored.shape, dtype=stored.dtype)
+                count += read_rows(stored, 0, row_shape(stored.shape)[0], value)
+                store.integer_buffers[name] = value
+                continue
+            count += read_rows(stored, *store.own_range(name), store.own_rows(name))
+        return count
+
+    def overlaid(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same parameters and buffers, whole, with the values of the files in those that they have."""
+        for name, tensor in tensors:
+            if name in self.stored:
+                tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                read_rows(self.stored[name], 0, row_shape(tuple(tensor.shape))[0], tensor)
+            yield name, tensor
+
+    def into(self, network: nn.Module) -> None:
+        """Read them into a whole network on the CPU."""
+        own = named_tensors(network)
+        for name, tensor in self.overlaid(own.items()):
+            if tensor is not own[name]:
+                own[name].copy_(tensor)
+
+
+class WeightSource:
+    """Weights in files, whatever network they are of.
+
+    Args:
+        source: a file (safetensors, or a state_dict of ``torch.save``), a folder of such files with an index,
+            a run's folder or its ``model/``; ``NEW_HEAD`` may stand behind it.
+
+    Raises:
+        ValueError: there are none, they are damaged, or of a narrow network; one line, on every rank.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        text = os.fspath(source)
+        self.new_head = text.endswith(NEW_HEAD)
+        self.path = Path(text.removesuffix(NEW_HEAD)).expanduser()
+        self.preprocessing = Preprocessing()
+        inner = self.path / "model"
+        exported = inner if (inner / STRUCTURE_FILE).is_file() else self.path
+        if (exported / STRUCTURE_FILE).is_file():
+            self._open_export(exported)
+        elif (self.path / "checkpoints").is_dir():
+            raise ValueError(f"the run in {self.path} has not ended; let it, or give a file of weights")
+        self.tensors = tensors_in(exported / WEIGHTS_FILE if exported != self.path else self.path)
+
+    def _open_export(self, folder: Path) -> None:
+        structure = read_structure(folder)
+        self.preprocessing = structure.preprocessing
+        narrow = next((name for name, group in structure.groups.items() if len(group.kept) < group.size), "")
+        if narrow:
+            kept, size = len(structure.groups[narrow].kept), structure.groups[narrow].size
+            raise ValueError(
+                f"{folder} is a narrow network ({kept} of {size} channels of {narrow}); start from the full "
+                "one, as method dense leaves it"
+            )
+        if structure.sparse:
+            raise ValueError(
+                f"{folder} stores {structure.sparse[0]} without its zeros; write it whole with "
+                "offload-sparse export --format safetensors, and start from that"
+            )
+        # The first rank alone reads all of it, once, to be sure that it is whole.
+        file, alone = folder / WEIGHTS_FILE, not (dist.is_available() and dist.is_initialized())
+
+        def check() -> None:
+            if structure.weights_digest and (
+                not file.is_file() or file_digest(file) != structure.weights_digest
+            ):
+                raise ValueError(f"{file} is missing or damaged; export the network again")
+
+        on_first_rank(check, 0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size())
+
+    def fitted(self, network: nn.Module) -> FittedWeights:
+        """The same, known to fit ``network`` (on any device; only names and shapes matter).
+
+        Raises:
+            ValueError: tensors are missing or of other shapes; one line that counts and names them.
+        """
+        shared = dict(network.named_parameters(remove_duplicate=False))
+        own = named_tensors(network)
+        names = {id(tensor): name for name, tensor in network.named_parameters()}
+        own_name = {alias: names[id(p)] for alias, p in shared.items()} | {name: name for name in own}
+        prefix = max(_PREFIXES, key=lambda p: sum(p + name in self.tensors for name in own_name))
+        found: dict[str, Stored] = {}
+        unexpected = []
+        for key, stored in self.tensors.items():
+            name = own_name.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
+            if name is None:
+                unexpected.append(key)
+            else:
+                found.setdefault(name, stored)
+        odd = [name for name, stored in found.items() if not _alike(stored, own[name])]
+        head = self._head(odd, found, own)
+        if self.new_head:
+            found = {name: stored for name, stored in found.items() if name not in head}
+            odd = [name for name in odd if name not in head]
+        # What no state_dict has keeps the values that the constructor gives it, and so do counters.
+        wanted = [n for n in network.state_dict() if n in own and own[n].is_floating_point()]
+        missing = [n for n in wanted if n not in found and not (self.new_head and n in head)]
+        faults = []
+        if missing:
+            faults.append(f"lacks {_listed(missing)} of {len(wanted)} tensors")
+        if odd:
+            first = odd[0]
+            shapes = f"{list(found[first].shape)} instead of {list(own[first].shape)}"
+            advice = f"; other classes? {NEW_HEAD} behind the path starts the last layer afresh"
+            faults.append(f"has {_listed(odd)} of other shapes ({first}: {shapes}){advice if head else ''}")
+        if faults:
+            strange = f", and has {_listed(unexpected)} that the network lacks" if unexpected else ""
+            raise ValueError(f"{self.path} does not fit the network: it {' and '.join(faults)}{strange}")
+        notes = [f"weights: {self.path}, {len(found)} tensors"]
+        notes += [f"  names begin with {prefix!r} there"] if prefix else []
+        notes += [f"  not taken, unknown to the network: {_listed(unexpected)}"] if unexpected else []
+        notes += [f"  started afresh: {_listed(head)}"] if self.new_head and head else []
+        return FittedWeights(found, tuple(notes), self.preprocessing)
+
+    @staticmethod
+    def _head(odd: Sequence[str], found: Mapping[str, Stored], own: Mapping[str, Tensor]) -> list[str]:
+        """Tensors that differ in the number of classes alone: in the first dimension, all by the same."""
+        pairs = {(found[name].shape[:1], tuple(own[name].shape[:1])) for name in odd}
+        alike = all(own[name].dim() and _alike(found[name], own[name], 1) for name in odd)
+        return list(odd) if len(pairs) == 1 and alike else []
+
+
+def _alike(stored: Stored, tensor: Tensor, first: int = 0) -> bool:
+    """Whether both are numbers of one kind and have the same shape from dimension ``first`` on."""
+    kinds = stored.dtype.is_floating_point == tensor.is_floating_point()
+    return kinds and stored.shape[first:] == tuple(tensor.shape[first:]) and len(stored.shape) == tensor.dim()
+
+
+def _listed(names: Sequence[str]) -> str:
+    """How many, and the first of them."""
+    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

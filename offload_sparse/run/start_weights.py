@@ -1,0 +1,66 @@
+"""The weights that a run starts from, and the preparation of images that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.pretrained import NEW_HEAD, FittedWeights, WeightSource
+from offload_sparse.export.description import Preprocessing
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.models.weight_cache import PRETRAINED, CachedWeights, cached_weights
+
+
+def weight_source(config: RunConfig) -> WeightSource | None:
+    """What ``model.weights`` names, opened; None where training starts afresh.
+
+    Raises:
+        ValueError: there are no weights, or they cannot be read; one line, on every rank.
+    """
+    text = config.model.weights
+    published = _published(config)
+    if published is None:
+        return WeightSource(text) if text else None
+    source = WeightSource(f"{published.path}{NEW_HEAD if text.endswith(NEW_HEAD) else ''}")
+    source.preprocessing = Preprocessing(published.mean, published.std)
+    return source
+
+
+def prepared_images(
+    config: RunConfig, weights: FittedWeights | None, shape: Sequence[int]
+) -> tuple[DataConfig, tuple[str, ...]]:
+    """The data section with the mean and the deviation of the images that ``weights`` were trained on, unless
+    it gives its own; and what to tell about them and what else differs.
+
+    Args:
+        shape: channels, height and width of the run's images.
+    """
+    data = config.data
+    if weights is None:
+        return data, ()
+    lines, theirs = list(weights.lines), weights.preprocessing
+    if len(theirs.mean) == shape[0] and not (data.mean or data.std):
+        data = replace(data, mean=list(theirs.mean), std=list(theirs.std))
+        lines.append(f"  mean and std of the images as they were trained on: {_shown(data.mean, data.std)}")
+    elif theirs.mean and (list(theirs.mean), list(theirs.std)) != (list(data.mean), list(data.std)):
+        lines.append(f"  they were trained on images of mean and std {_shown(theirs.mean, theirs.std)}")
+    published = _published(config)
+    if published is not None:
+        ours = (shape[1], data.eval_resize or shape[1], "bilinear")
+        if (theirs_too := (published.crop, published.resize, published.interpolation)) != ours:
+            side, resize, way = theirs_too
+            lines.append(
+                f"  they were evaluated on {side} pixels of {resize} ({way}), this run on {ours[0]} of "
+                f"{ours[1]} ({ours[2]}): see data.image_size and data.eval_resize"
+            )
+    return data, tuple(lines)
+
+
+def _published(config: RunConfig) -> CachedWeights | None:
+    word, _, tag = config.model.weights.removesuffix(NEW_HEAD).partition(":")
+    return cached_weights(config.model.name, tag) if word == PRETRAINED else None
+
+
+def _shown(mean: Sequence[float], std: Sequence[float]) -> str:
+    return ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, std, strict=True))

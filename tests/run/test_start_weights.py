@@ -1,0 +1,179 @@
+"""Runs that start from weights: of a run, a file or a published tag; what cannot be one changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from offload_sparse import load_pruned
+from offload_sparse.cli.main import main
+from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.pretrained import WeightSource
+from offload_sparse.run.trainer import Run
+from offload_sparse.workloads.config import DataConfig, ModelConfig
+from offload_sparse.workloads.models import build_model, weight_cache
+from offload_sparse.workloads.models.weight_cache import cached_weights
+from tests.support.image_runs import options
+
+METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
+
+
+def train(images: Path, run_dir: Path, *more: str) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(options(images, run_dir, "--train.check", "false", "--train.max_steps", "2", *more))
+
+
+@pytest.fixture(scope="module")
+def dense(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the full network; its images have a mean of their own."""
+    run = tmp_path_factory.mktemp("dense") / "run"
+    assert train(images, run, "--method", "dense", "--data.mean", "[0.5]", "--data.std", "[0.25]") == 0
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_from_the_values(method: str, images: Path, dense: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 the entries that are left are those of the start."""
+    more = ("--method", method, "--model.weights", str(dense), "--optim.lr", "0")
+    assert train(images, tmp_path / "run", *more) == 0
+    structure = json.loads((tmp_path / "run" / "model" / "structure.json").read_text())
+    kept = structure["groups"].get("features.0", {"kept": slice(None)})["kept"]
+    start = load_file(dense / "model" / "weights.safetensors")["features.0.weight"][kept]
+    found = load_pruned(tmp_path / "run" / "model").state_dict()["features.0.weight"]
+    assert found.shape == start.shape
+    assert bool(((found == start) | (found == 0)).all())
+    assert bool(found.any())
+
+
+def test_the_images_are_prepared_as_those_that_the_weights_know(
+    images: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(images, tmp_path / "as", "--model.weights", str(dense), "--quiet", "false") == 0
+    structure = json.loads((tmp_path / "as" / "model" / "structure.json").read_text())
+    assert structure["preprocessing"]["mean"] == [0.5]
+    assert "mean and std of the images as they were trained on: 0.500 ± 0.250" in capsys.readouterr().err
+    more = ("--data.mean", "[0.1]", "--data.std", "[0.1]", "--quiet", "false")
+    assert train(images, tmp_path / "own", "--model.weights", str(dense), *more) == 0
+    assert "were trained on images of mean and std 0.500 ± 0.250" in capsys.readouterr().err
+
+
+def test_a_run_that_started_from_weights_resumes(
+    images: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Run.train_step
+
+    def stopped(self: Run, at: int, batch: object) -> None:
+        if at == 0:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, at, batch)  # type: ignore[arg-type]
+
+    more = ("--model.weights", str(dense), "--checkpoint.every", "1")
+    assert train(images, tmp_path / "straight", *more) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", stopped)
+        assert train(images, tmp_path / "parts", *more) == 0
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    assert train(images, tmp_path / "parts", *more) == 0
+    ends = [load_file(tmp_path / run / "model" / "weights.safetensors") for run in ("straight", "parts")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+REFUSED = {
+    "nothing there": (lambda folder: "nowhere", "does not exist"),
+    "a damaged file": (lambda folder: write(folder / "w.safetensors", b"{" * 90), "no whole safetensors"),
+    "another network": (lambda folder: save(folder / "w.pt"), "does not fit the network: it lacks"),
+    "no such thing as published": (lambda folder: "pretrained", "has no published weights"),
+}
+
+
+def write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def save(path: Path) -> str:
+    torch.save({"w": torch.ones(3)}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_a_start_is_one_line_and_writes_nothing(
+    kind: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, words = REFUSED[kind]
+    assert train(images, tmp_path / "run", "--model.weights", make(tmp_path)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("offload-sparse: error: ")
+    assert words in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+# --- published weights ---
+
+
+def test_a_tag_of_torchvision_is_found_in_the_cache_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=r"have not been fetched; save https://\S+ as \S+$") as error:
+        cached_weights("torchvision/resnet18", "IMAGENET1K_V1")
+    path = Path(str(error.value).rpartition(" as ")[2])
+    path.parent.mkdir()
+    path.touch()
+    found = cached_weights("torchvision/resnet18", "IMAGENET1K_V1")
+    assert (found.path, found.crop, found.resize, found.interpolation) == (path, 224, 256, "bilinear")
+    assert found.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ValueError, match="give one of IMAGENET1K_V1"):
+        cached_weights("torchvision/resnet18", "V9")
+
+
+def test_a_tag_of_timm_is_found_in_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"hf download timm/resnet18\.a1_in1k model\.safetensors$"):
+        cached_weights("timm/resnet18.a1_in1k")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file: str(tmp_path / file))
+    found = cached_weights("timm/resnet18.a1_in1k")
+    assert found.path == tmp_path / "model.safetensors"
+    assert (found.crop, found.interpolation) == (224, "bicubic")
+
+
+def test_published_weights_fit_their_network(tmp_path: Path) -> None:
+    """Those of a thousand classes a network of ten, with a new head."""
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "w.pth")
+    with torch.device("meta"):
+        network = build_model("torchvision/resnet18", 10)
+    with pytest.raises(ValueError, match="other classes"):
+        WeightSource(tmp_path / "w.pth").fitted(network)
+    weights = WeightSource(f"{tmp_path / 'w.pth'}+new_head").fitted(network)
+    assert network.state_dict().keys() - weights.stored.keys() == {"fc.weight", "fc.bias"}
+
+
+def test_a_tag_without_its_weights_is_refused() -> None:
+    """It would be trained from scratch without a word."""
+    with pytest.raises(ValueError, match=r"names published weights.*write timm/resnet18, or set"):
+        ModelConfig("timm/resnet18.a1_in1k")
+    assert ModelConfig("timm/resnet18.a1_in1k", weights="pretrained").weights
+
+
+def test_the_difference_from_published_preparation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload_sparse.run import start_weights
+
+    known = weight_cache.CachedWeights(Path("w"), (0.5,) * 3, (0.2,) * 3, 224, 232, "bilinear")
+    monkeypatch.setattr(start_weights, "cached_weights", lambda name, tag: known)
+    config = partial(RunConfig, model=ModelConfig("torchvision/resnet18", weights="pretrained"))
+    fitted = start_weights.FittedWeights({}, (), start_weights.Preprocessing(known.mean, known.std))
+    data, lines = start_weights.prepared_images(config(), fitted, (3, 224, 224))
+    assert (data.mean, data.std) == ([0.5] * 3, [0.2] * 3)
+    assert "evaluated on 224 pixels of 232 (bilinear), this run on 224 of 224" in lines[-1]
+    same = config(data=DataConfig(image_size=224, eval_resize=232))
+    assert "evaluated" not in " ".join(start_weights.prepared_images(same, fitted, (3, 224, 224))[1])
