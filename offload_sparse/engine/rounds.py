@@ -25,6 +25,7 @@ from torch import Tensor
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import batch_statistics
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, Reference, RoundConfig
 from offload_sparse.engine.distributed import Reducer, assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
@@ -59,6 +60,9 @@ MOST_SKIPPED = 10
 these that are one in a hundred.
 """
 
+ROUNDS_OF_PAIRS = 10
+"""Rounds of pairs of forward passes in the place of one of training: so many new masks in K steps."""
+
 Masks = tuple[Tensor, ...]
 """bool[C] each: the mask of subnet a, then those of b (one for all ranks, or one for each)."""
 
@@ -82,6 +86,7 @@ class Rounds(Requests):
         on_nonfinite: what a loss or gradient that is not finite leads to.
         freeze_step: optimizer steps after which the final mask is chosen.
         ema: decay of the moving average of the weights that is kept once it is; 0 keeps none.
+        compare_until: steps before this one compare masks by forward passes, and train nothing.
 
     Attributes:
         pair: the subnets of the round that is open, if one is.
@@ -109,6 +114,7 @@ class Rounds(Requests):
         on_nonfinite: OnNonFinite = "stop",
         freeze_step: int = sys.maxsize,
         ema: float = 0.0,
+        compare_until: int = 0,
     ) -> None:
         super().__init__(ranks)
         self.channel_map, self.policy, self.transfers, self.cost = channel_map, policy, transfers, cost
@@ -126,7 +132,7 @@ class Rounds(Requests):
         self.round_bytes, self._bytes_before = 0, 0
         self._mask_flops = 0, 0  # of subnets a and b of the open round
         self.after_round: Callable[[tuple[Side, ...]], None] | None = None
-        self.ema, self.ema_steps = ema, 0
+        self.ema, self.ema_steps, self.compare_until = ema, 0, compare_until
         scaler = forward.scaler if forward.scaler is not None and forward.scaler.is_enabled() else None
         self.loss_scale = None if scaler is None else LossScale(scaler, transfers.device)
         self._unproven = True  # that a closure leaves backward to the session
@@ -174,7 +180,8 @@ class Rounds(Requests):
                         # Forward and backward of the subnet that is trained.
                         mean, metrics = self._trained(side, closure, buffer)
                         put(losses, trained, mean, metrics, len(closures))
-                        self._scaled(share(mean, len(closures))).backward()
+                        if not self.only_compares:
+                            self._scaled(share(mean, len(closures))).backward()
                         side.take_buffers()
                     losses[LIVE] = float(request is not Ask.JOIN)
                     # One all-reduce over the ranks; the losses ride behind the gradients.
@@ -185,7 +192,8 @@ class Rounds(Requests):
                     # The optimizer moves the trained subnet, or nothing where a value is not finite.
                     not_finite = (~losses[:LIVE].isfinite().all()).to(torch.float32)
                     self._unscale(pair.gradients(trained), not_finite)
-                    pair.optimizer_step(trained, not_finite, self.steps_done)
+                    if not self.only_compares:
+                        pair.optimizer_step(trained, not_finite, self.steps_done)
                     torch.where(not_finite > 0, before, statistics, out=statistics)
                     # Shared entries: what both subnets keep is one weight with one momentum.
                     if self._shared_entries_are_read(pair):
@@ -242,6 +250,8 @@ class Rounds(Requests):
         length = self.rounds.k
         if self.frozen:
             return length
+        if first_step < self.compare_until:  # two masks tell more of s than many batches of the same two
+            length = min(max(1, length // ROUNDS_OF_PAIRS), self.compare_until - first_step)
         length = min(length, self.freeze_step - first_step)
         return next((n for n in range(1, length) if self._cycle_ends(first_step + n)), length)
 
@@ -295,6 +305,11 @@ class Rounds(Requests):
 
     # --- between the steps of a round ---
 
+    @property
+    def only_compares(self) -> bool:
+        """The present step trains nothing."""
+        return self.steps_done < self.compare_until
+
     def _shared_entries_are_read(self, pair: SubnetPair) -> bool:
         """The other side is read again in this round, or was trained too and goes on after it."""
         schedule = self.rounds.reference
@@ -308,11 +323,14 @@ class Rounds(Requests):
             return self.forward.evaluated(side.module, closure)
 
     def _trained(self, side: Side, closure: Closure, gradients: Tensor) -> tuple[Tensor, Metrics]:
-        """The loss of a subnet, with its graph.
+        """The loss of a subnet, with its graph unless nothing is trained.
 
         Raises:
             ValueError: it has none, or the closure has run backward already.
         """
+        if self.only_compares:
+            with torch.no_grad(), side.buffers_untouched(), batch_statistics(side.module):
+                return self.forward.trained(side.module, closure)
         loss, metrics = self.forward.trained(side.module, closure)
         if not loss.requires_grad:
             raise ValueError(
@@ -340,7 +358,7 @@ class Rounds(Requests):
             average = side.arrays[EMA]
             average.lerp_(side.arrays[WEIGHTS], 1 - self.ema if self.ema_steps else 1.0)
             self.ema_steps += 1
-        self.forward_flops += 3 * self._mask_flops[trained]
+        self.forward_flops += (1 if self.only_compares else 3) * self._mask_flops[trained]
         if reference is not None:
             self.forward_flops += self._mask_flops[reference]
         self.round_step += 1

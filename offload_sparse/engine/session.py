@@ -35,6 +35,7 @@ from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
 from offload_sparse.engine.distributed import average
 from offload_sparse.engine.forward import Closure, Forward, bound
+from offload_sparse.engine.importance import Importance
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import (
     Grouping,
@@ -184,7 +185,11 @@ class SparseOffload(Rounds):
         chosen = probabilities.resolved(setup.compile)
         check_combination(chosen, rounds)
         freeze_step = None if total_steps is None else round(rounds.freeze_at * total_steps)
-        masks = build_policy(chosen, prepared.channel_map.groups, seed, cost, freeze_step, total_steps)
+        known = None
+        if chosen.start != "uniform":
+            known = Importance.of_store(chosen.start, self.store, self.meta_model, seed)
+        groups_of_atoms = prepared.channel_map.groups
+        masks = build_policy(chosen, groups_of_atoms, seed, cost, freeze_step, total_steps, known)
         transfers = Transfers(
             self.store,
             self.meta_model,
@@ -208,6 +213,7 @@ class SparseOffload(Rounds):
             setup.on_nonfinite,
             0 if chosen.search == "none" else sys.maxsize if freeze_step is None else freeze_step,
             ema,
+            (freeze_step or 0) // 2 if chosen.search == "forward" else 0,
         )
         self._ended = False
 

@@ -18,10 +18,12 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
+from offload_sparse.engine.importance import Importance
 from offload_sparse.engine.preparation import PreparedModel, prepare
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.policy.published_widths import static_mask
+from offload_sparse.policy.widths import of_least_margin
 from offload_sparse.store.initialisation import initial_tensors, named_tensors
 from offload_sparse.store.weight_store import Ranks
 
@@ -36,17 +38,24 @@ def build_dense(task: Task) -> Method:
 
 def build_static(task: Task) -> Method:
     """The narrow network that keeps the same share of every group, as large as ``policy.budget`` and
-    ``policy.rho`` allow, or that of ``static.widths``."""
+    ``policy.rho`` allow, or that of ``static.widths``; with ``policy.start`` the cut of the start that it
+    names."""
     config, prepared = task.config, prepared_model(task)
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
     mask = static_mask(config.static.widths, config.policy, channel_map, cost)
-    assert prepared.recording is not None
-    tensors = initial_tensors(prepared.recording, task.factory, config.train.seed)
-    inherits = task.weights is not None
-    if task.weights is not None:
-        tensors = task.weights.overlaid(tensors)
-    module = narrow_initialised(meta_model, tensors, Selection(channel_map, mask), scaled=not inherits)
+    start, seed = config.policy.start, config.train.seed
+
+    def tensors() -> Iterable[tuple[str, Tensor]]:
+        assert prepared.recording is not None
+        own = initial_tensors(prepared.recording, task.factory, seed)
+        return own if task.weights is None else task.weights.overlaid(own)
+
+    if start != "uniform":
+        importance = Importance.of_tensors(start, channel_map, meta_model, tensors(), seed)
+        mask = of_least_margin(mask, -importance, channel_map.groups)
+    scaled = task.weights is None
+    module = narrow_initialised(meta_model, tensors(), Selection(channel_map, mask), scaled)
     return FixedNetwork(task, module, channel_map, mask, cost)
 
 

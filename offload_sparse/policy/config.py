@@ -11,7 +11,8 @@ EstimatorName = Literal["auto", "pge", "vr_pge", "rloo", "disarm_cv"]
 SamplerName = Literal["auto", "bernoulli", "persistent", "fixed_width"]
 ParametrisationName = Literal["auto", "atom", "group"]
 BudgetName = Literal["count", "params", "flops"]
-SearchName = Literal["sampled", "probe", "none"]
+StartName = Literal["uniform", "l1", "l2", "norm_scale", "random"]
+SearchName = Literal["sampled", "forward", "probe", "none"]
 
 ALPHA = 0.5
 """Exponent of the preconditioner H = diag(s(1-s))^α (the paper's)."""
@@ -32,15 +33,21 @@ class PolicyConfig:
         budget: what rho is a share of: ``count`` (atoms), ``params`` (parameters of the network) or ``flops``
             (its forward FLOPs). The last two are products of widths and are linearised at every step of s.
         search: how the structure is found. ``sampled`` draws masks from keep probabilities that it learns
-            (the paper); ``probe`` trains one mask in cycles and moves its widths after each by pairs of
-            forward passes (see ``policy.width_search``); ``none`` keeps one even mask. What follows, up to
-            ``lr``, is of ``sampled``.
+            (the paper); ``forward`` does so for weights that are trained already: the first half of the
+            search are pairs of forward passes, and nothing is trained; ``probe`` trains one mask in cycles
+            and moves its widths after each by pairs of forward passes (see ``policy.width_search``); ``none``
+            keeps one even mask. What follows, up to ``lr``, is of ``sampled`` and ``forward``.
+        start: which channels are the most probable ones, or the first mask: ``uniform`` tells none apart, as
+            fresh weights do not; of weights to start from those with the largest norm of their filters
+            (``l1``, ``l2``), or that norm times the scale of their BatchNorm (``norm_scale``). ``static``
+            keeps just these: a one-shot cut. ``random`` is its control.
         estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm_cv``
             draws pairs of antithetic masks. ``auto`` is that of the least variance that the sampler allows:
             ``disarm_cv`` for ``bernoulli``, else ``rloo``.
         sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws 2 % of the atoms per
             round, ``fixed_width`` keeps the width of every group, so that shapes never change. ``auto`` is
-            ``fixed_width`` for compiled runs, ``bernoulli`` for ``disarm_cv``, else ``persistent``.
+            ``fixed_width`` for compiled runs and ``forward``, ``bernoulli`` for ``disarm_cv``, else
+            ``persistent``.
         parametrisation: ``atom`` learns one probability per atom (paper); ``group`` learns a keep rate per
             group, the same for all of its atoms, that is how wide it should be. ``auto`` is ``atom`` for
             fixed widths, else ``group``.
@@ -60,6 +67,7 @@ class PolicyConfig:
     rho: float = 0.25
     budget: BudgetName = "count"
     search: SearchName = "sampled"
+    start: StartName = "uniform"
     estimator: EstimatorName = "auto"
     sampler: SamplerName = "auto"
     parametrisation: ParametrisationName = "auto"
@@ -115,7 +123,7 @@ class PolicyConfig:
         sampler, estimator, parametrisation = self.sampler, self.estimator, self.parametrisation
         if sampler == "auto":
             sampler = "bernoulli" if estimator == "disarm_cv" else "persistent"
-            sampler = "fixed_width" if compiled else sampler
+            sampler = "fixed_width" if compiled or self.search == "forward" else sampler
         if estimator == "auto":
             estimator = "disarm_cv" if sampler == "bernoulli" else "rloo"
         if parametrisation == "auto":

@@ -41,7 +41,10 @@ from offload_sparse.policy.samplers import (
     Persistent,
     Sampler,
 )
-from offload_sparse.policy.widths import minimum_size, respect_size, respect_widths
+from offload_sparse.policy.widths import minimum_size, of_least_margin, respect_size, respect_widths
+
+_OPEN = 0.3
+"""Share of a one-shot cut that a search may still change, at its start."""
 
 
 class MaskPolicy:
@@ -70,7 +73,12 @@ class MaskPolicy:
     """
 
     def __init__(
-        self, config: PolicyConfig, groups: Sequence[Group], seed: int, costs: Costs | None = None
+        self,
+        config: PolicyConfig,
+        groups: Sequence[Group],
+        seed: int,
+        costs: Costs | None = None,
+        importance: Tensor | None = None,
     ) -> None:
         if not groups:
             raise ValueError("there is nothing to sample: the model has no groups of channels")
@@ -86,6 +94,8 @@ class MaskPolicy:
         self._uniform = self._budget.mask(start, 1 - start, config.min_width)
         self.cap, self.size_cap, self._flops_cap = self._caps()
         self._sampler = self._build_sampler()
+        if importance is not None and not self.trivial:
+            start = self._project(tilted(start, importance, self.groups))
         self._learned = Parametrisation(self.config, self.groups, start)
         self._control = ControlVariate(self.groups)
         self._diagnostics = Diagnostics(self.groups, config.floor, start)
@@ -260,10 +270,7 @@ class MaskPolicy:
         if self.config.sampler != "fixed_width":
             mask = self._budget.mask(self.s, margin, self.config.min_width)
             return self._fitting(Drawn(mask, margin))
-        mask = torch.zeros(self.num_atoms, dtype=torch.bool)
-        for group, width in zip(self.groups, self._uniform_widths(), strict=True):
-            mask[group.start + margin[group.start : group.stop].argsort(stable=True)[:width]] = True
-        return mask
+        return of_least_margin(self._uniform, margin, self.groups)
 
     def _uniform_widths(self) -> list[int]:
         return [int(self._uniform[g.start : g.stop].sum()) for g in self.groups]
@@ -315,3 +322,18 @@ class MaskPolicy:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def tilted(s: Tensor, importance: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Keep probabilities float64[C] whose mean over a group is that of ``s``, and whose order within it is
+    that of ``importance``: the most probable mask is the one-shot cut, and ``_OPEN`` of it is left open."""
+    tilted = s.clone()
+    for group in groups:
+        inside = slice(group.start, group.stop)
+        mean = float(s[inside].mean())
+        place = torch.empty(group.size, dtype=torch.float64)
+        order = importance[inside].argsort(descending=True, stable=True)
+        place[order] = (torch.arange(group.size, dtype=torch.float64) + 0.5) / group.size
+        slope = 0.9 * min(mean, 1 - mean) * (1 - 2 * place)
+        tilted[inside] = (1 - _OPEN) * (place < mean) + _OPEN * (mean + slope)
+    return tilted

@@ -28,7 +28,7 @@ from offload_sparse.policy.probe import (
     probe_rates,
     stages,
 )
-from offload_sparse.policy.widths import respect_size
+from offload_sparse.policy.widths import of_least_margin, respect_size
 
 CYCLES = 4
 _HISTORY = ("widths", "loss_per_cost", "error", "advantage", "moved_to")
@@ -78,6 +78,7 @@ class WidthSearch:
         costs: Costs,
         freeze_step: int = 0,
         total_steps: int = 0,
+        importance: Tensor | None = None,
     ) -> None:
         self.config, self.groups, self.seed = config, tuple(groups), seed
         self.num_atoms = self.groups[-1].stop
@@ -87,6 +88,8 @@ class WidthSearch:
         self._budget = Budget.of(config, self.groups, costs)
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
         self.mask = self._budget.mask(start, 1 - start, config.min_width)
+        if importance is not None:
+            self.mask = of_least_margin(self.mask, -importance, self.groups)
         self.trained = self.mask.clone()
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
         self._worth = Worth(stages(self.groups, self._budget.slopes(torch.ones_like(start))))
@@ -251,20 +254,24 @@ def build_policy(
     costs: Costs,
     freeze_step: int | None,
     total_steps: int | None,
+    importance: Tensor | None = None,
 ) -> MaskPolicy | WidthSearch:
     """The policy that ``config.search`` names.
 
     Args:
         freeze_step: step at which the final mask is chosen; None without an end of the run.
         total_steps: of the run, if it is known.
+        importance: float64[C], by which the atoms are ranked at the start; None tells none apart.
 
     Raises:
         ValueError: a search in cycles must know the end of the run.
     """
-    if config.search == "sampled":
-        return MaskPolicy(config, groups, seed, costs)
+    if config.search == "forward" and freeze_step is None:
+        raise ValueError("policy.search forward goes on up to a share of a run; give total_steps")
+    if config.search in ("sampled", "forward"):
+        return MaskPolicy(config, groups, seed, costs, importance)
     if config.search == "none":
-        return WidthSearch(config, groups, seed, costs)
+        return WidthSearch(config, groups, seed, costs, importance=importance)
     if freeze_step is None or total_steps is None:
         raise ValueError("policy.search probe goes in cycles up to the end of a run; give total_steps")
-    return WidthSearch(config, groups, seed, costs, freeze_step, total_steps)
+    return WidthSearch(config, groups, seed, costs, freeze_step, total_steps, importance)

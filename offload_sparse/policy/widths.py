@@ -125,6 +125,15 @@ def first_that_fit(
     return mask
 
 
+def of_least_margin(mask: Tensor, margin: Tensor, groups: Sequence[Group]) -> Tensor:
+    """The mask bool[C] of the widths of ``mask`` that keeps the atoms with the smallest margins."""
+    kept = torch.zeros_like(mask)
+    for group in groups:
+        inside = slice(group.start, group.stop)
+        kept[group.start + margin[inside].argsort(stable=True)[: int(mask[inside].sum())]] = True
+    return kept
+
+
 def _fill(kept: Tensor, s: Tensor, min_width: int) -> None:
     """Fill one group (bool[size], changed in place) up to its minimum width."""
     missing = min(min_width, len(kept)) - int(kept.sum())

@@ -120,8 +120,7 @@ class Run:
         weights = source.fitted(model) if source is not None else None
         images, self.lines = prepared_images(config, weights, self.image_shape)
         self.normalise = normalise_for(self.train_loader.images, images, self.dtype).to(self.device)
-        # The state of an earlier part has all values.
-        self.task = self._task(resumes, None if resumes or start.source else weights)
+        self.task = self._task(resumes, weights)
         if config.train.check:
             self._check_plan()
         bound_memory(self.task.factory)

@@ -24,8 +24,7 @@ class DataConfig:
         splits: the split to train on, and the one that accuracy is reported on.
         validation: images for the accuracy shown while training: the name of a split, or a share of the
             training images that is held out, such as 0.1. Empty takes the test images.
-        image_column: column that holds the images.
-        label_column: column that holds class labels, numbers or names.
+        columns: the column of the images, and that of the class labels, numbers or names.
         class_map: file that names the class of each label (a JSON object, or lines of a label and a name);
             labels of one name become one class. Empty keeps the labels as names.
         batch_size: images per optimizer step over all ranks (the global batch).
@@ -63,8 +62,7 @@ class DataConfig:
     name: str = "fashion_mnist_small"
     splits: list[str] = field(default_factory=lambda: ["train", "test"])
     validation: str | int | float = ""
-    image_column: str = "image"
-    label_column: str = "label"
+    columns: list[str] = field(default_factory=lambda: ["image", "label"])
     class_map: str = ""
     batch_size: int = 256
     num_workers: int = 0
@@ -86,6 +84,10 @@ class DataConfig:
         require(
             len(self.splits) == 2 and all(self.splits),
             f"data.splits is {self.splits}; give two names, such as [train, test]",
+        )
+        require(
+            len(self.columns) == 2 and all(self.columns),
+            f"data.columns is {self.columns}; give two names, such as [image, label]",
         )
         for key, value in self.declared.items():
             require(
@@ -126,6 +128,16 @@ class DataConfig:
     def train_images(self) -> int:
         """Images of the training split as declared; 0 if they are not."""
         return int(self.declared.get("train_images", 0))
+
+    @property
+    def image_column(self) -> str:
+        """Column of the images."""
+        return self.columns[0]
+
+    @property
+    def label_column(self) -> str:
+        """Column of the class labels."""
+        return self.columns[1]
 
     @property
     def train_split(self) -> str:

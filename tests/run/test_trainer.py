@@ -74,7 +74,7 @@ def without_column(images: Path, folder: Path, column: str) -> Path:
         (["--model.arguments.widht", "1"], "widht"),
         (["--model.name", "timm/ghostnet_100", "--data.image_size", "64"], "CopySlices"),
         (["--data.batch_size", "1000"], "batch_size"),
-        (["--data.label_column", "class"], "label"),
+        (["--data.columns", "[image, class]"], "label"),
         (["--policy.rho", "1.5"], "rho"),
         (["--round.k", "0"], "round.k"),
         (["--optim.lr", "fast"], "optim.lr"),

@@ -161,13 +161,14 @@ def passes(config: RunConfig, flops: float, steps: int, groups: int) -> Iterator
     Every step trains one subnet: a forward and a backward pass. While s is learned, the reference loss takes
     a further forward pass: at each step (``every_step``, ``turns``) or at the first of each round
     (``round_start``). A probe of a search for widths is two forward passes per pair."""
-    yield flops, steps, steps
+    compared = round(config.round.freeze_at * steps) // 2 if config.policy.search == "forward" else 0
+    yield flops, steps, steps - compared
     if config.method != "sparse_offload" or config.policy.rho == 1:
         return
     if config.policy.search == "probe":
         cycles, pairs = cycles_and_pairs(groups, steps)
         yield flops, 2 * cycles * pairs, 0
-    elif config.policy.search == "sampled":
+    elif config.policy.search in ("sampled", "forward"):
         learned = round(config.round.freeze_at * steps)
         once_per_round = config.round.reference == "round_start"
         yield flops, -(-learned // config.round.k) if once_per_round else learned, 0

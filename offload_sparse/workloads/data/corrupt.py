@@ -57,7 +57,7 @@ class CorruptImages:
                 where = f", all named in {self.log}" if self.log is not None else ""
                 raise ValueError(
                     f"{line}: {len(self._seen)} such image(s){where}, and {self.limit} are allowed; remove "
-                    "them, or set data.image_column to a column of images"
+                    "them, or set data.columns to a column of images"
                 )
             logger.warning("%s; another image takes its place in training", line)
 

@@ -202,7 +202,7 @@ class ImageSet:
             missing = failed
         raise ValueError(
             f"no image of split {self._split.name!r} could be decoded in {_MOST_SUBSTITUTES} tries "
-            f"({corrupt[-1].reason}); correct data.name or data.image_column"
+            f"({corrupt[-1].reason}); correct data.name or data.columns"
         )
 
     def _decode_all(self, progress: bool) -> Tensor:

@@ -42,7 +42,7 @@ def read_labels(column: pa.ChunkedArray, feature: object, split: str, name: str)
     if not any(is_kind(column.type) for is_kind in kinds):
         raise ValueError(
             f"column {name!r} of split {split!r} holds {column.type}, not class labels; set "
-            "data.label_column to a column of integers or names"
+            "data.columns to a column of integers or names"
         )
     values = sorted(column.unique().to_pylist())
     codes = pc.index_in(column, value_set=pa.array(values, type=column.type))
@@ -72,7 +72,7 @@ def class_numbers(labels: Labels, split: str, names: Sequence[str], class_map: M
         where = "data.class_map" if class_map and value not in class_map else "the training split"
         raise ValueError(
             f"split {split!r} has labels outside the {len(names)} classes of {where}, such as {value!r}; "
-            "choose another split or data.label_column"
+            "choose another split or data.columns"
         )
     return torch.from_numpy(found)
 

@@ -118,7 +118,7 @@ class Split:
     def _undecodable(self, index: int, reason: str) -> str:
         return (
             f"image {index} of split {self.name!r} cannot be decoded ({reason}); remove it or set "
-            "data.image_column to a column of images"
+            "data.columns to a column of images"
         )
 
     def image_shape(self, image_size: int) -> tuple[int, int]:
@@ -130,7 +130,7 @@ class Split:
             (image,) = self.decode([index])
             if not isinstance(image, str):
                 return image.height, image.width
-        raise ValueError(f"no image of split {self.name!r} can be decoded; set data.image_column")
+        raise ValueError(f"no image of split {self.name!r} can be decoded; set data.columns")
 
     def select(self, indices: Tensor) -> Split:
         """The part of the split at ``indices`` int64[n]."""
@@ -345,10 +345,10 @@ def _missing_split(name: str, split: str, present: list[str]) -> str:
 
 def _check_columns(table: Table, config: DataConfig) -> None:
     present = ", ".join(table.column_names)
-    for setting, column in (("image_column", config.image_column), ("label_column", config.label_column)):
+    for column in config.columns:
         if column not in table.column_names:
             raise ValueError(
-                f"dataset {config.name!r} has no column {column!r}, only {present}; set data.{setting}"
+                f"dataset {config.name!r} has no column {column!r}, only {present}; set data.columns"
             )
     if len(table) == 0:
         raise ValueError(f"dataset {config.name!r} has a split without rows; give one with images")
@@ -368,7 +368,7 @@ def _image_column(table: Table, column: str) -> Table:
     known = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
     if not known and getattr(feature, "dtype", None) not in _STORED_TYPES:
         raise ValueError(
-            f"column {column!r} holds {feature}, not images; set data.image_column to a column of images or "
+            f"column {column!r} holds {feature}, not images; set data.columns to a column of images or "
             "their bytes"
         )
     if isinstance(table, ParquetStream):

@@ -107,8 +107,7 @@ def test_other_split_and_column_names_can_be_given(tmp_path: Path) -> None:
     config = DataConfig(
         name=str(tmp_path),
         splits=["fit", "check"],
-        image_column="img",
-        label_column="fine_label",
+        columns=["img", "fine_label"],
     )
     splits = load_splits(config)
     assert_same_images(splits.train, pixels(4))
@@ -267,15 +266,16 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("single", [True, False])
-@pytest.mark.parametrize(("setting", "column"), [("image_column", "picture"), ("label_column", "class")])
+@pytest.mark.parametrize("columns", [["picture", "label"], ["image", "class"]])
 def test_a_missing_column_is_answered_with_those_that_exist(
-    tmp_path: Path, setting: str, column: str, single: bool
+    tmp_path: Path, columns: list[str], single: bool
 ) -> None:
     folder = parquet_folder(tmp_path)
     name = folder / "train.parquet" if single else folder
-    message = message_of(name=str(name), **{setting: column})
-    assert f"no column {column!r}, only image, label" in message
-    assert f"data.{setting}" in message
+    message = message_of(name=str(name), columns=columns)
+    (missing,) = {*columns} - {"image", "label"}
+    assert f"no column {missing!r}, only image, label" in message
+    assert "data.columns" in message
 
 
 def test_a_single_file_has_no_test_split(tmp_path: Path) -> None:
@@ -315,8 +315,8 @@ def test_a_column_that_holds_no_images_is_refused(tmp_path: Path) -> None:
     for split in ("train", "test"):
         rows = datasets.Dataset.from_dict({"image": [1.5, 2.5], "label": [0, 1], "text": [b"no image"] * 2})
         write_parquet(tmp_path / f"{split}.parquet", rows)
-    assert "data.image_column" in message_of(name=str(tmp_path))
-    message = message_of(name=str(tmp_path), image_column="text")
+    assert "data.columns" in message_of(name=str(tmp_path))
+    message = message_of(name=str(tmp_path), columns=["text", "label"])
     assert "image 0 of split 'train' cannot be decoded" in message
 
 

@@ -235,8 +235,8 @@ def test_a_stream_of_a_broken_file_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_stream_refuses_a_column_that_holds_no_images(tmp_path: Path) -> None:
     write_shards(tmp_path)
-    with pytest.raises(ValueError, match=r"set data\.image_column"):
-        load_splits(DataConfig(name=str(tmp_path), streaming=True, image_column="label"))
+    with pytest.raises(ValueError, match=r"set data\.columns"):
+        load_splits(DataConfig(name=str(tmp_path), streaming=True, columns=["label", "label"]))
 
 
 def test_an_image_set_of_mixed_sizes_needs_a_size_for_a_random_part() -> None:

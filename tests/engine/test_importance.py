@@ -1,0 +1,118 @@
+"""The importance of atoms is that of the papers, whoever holds the rows; a start by it is a one-shot cut."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload_sparse.channels.accounting import CostModel
+from offload_sparse.engine.importance import Importance
+from offload_sparse.engine.preparation import prepare
+from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.width_search import WidthSearch
+from offload_sparse.policy.widths import of_least_margin
+from offload_sparse.store.initialisation import build_seeded, named_tensors
+from offload_sparse.store.weight_store import Ranks, WeightStore
+from tests.support.channel_maps import SmallNet, small_map
+from tests.support.ranks import run_ranks
+
+KINDS = ("l1", "l2", "norm_scale")
+
+
+def network() -> SmallNet:
+    net = build_seeded(SmallNet, 1)
+    assert isinstance(net, SmallNet)
+    for norm in (net.norm1, net.norm2):
+        nn.init.uniform_(norm.weight, 0.1, 2.0, generator=torch.Generator().manual_seed(2))
+    return net
+
+
+def by_hand(net: SmallNet, kind: str) -> Tensor:
+    parts = []
+    for conv, norm in ((net.conv1, net.norm1), (net.conv2, net.norm2)):
+        filters = conv.weight.detach().double().flatten(1)
+        norms = filters.abs().sum(1) if kind == "l1" else filters.square().sum(1).sqrt()
+        scale = norm.weight.detach().double() if kind == "norm_scale" else torch.ones(len(norms)).double()
+        parts.append(norms / norms.mean() * (scale / scale.mean()))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filters_and_scales_are_those_of_the_papers(kind: Any) -> None:
+    net = network()
+    found = Importance.of_tensors(kind, small_map(net), net, named_tensors(net).items(), 0)
+    torch.testing.assert_close(found, by_hand(net, kind), rtol=1e-10, atol=0)
+
+
+def test_where_no_norm_scales_a_width_both_sides_count() -> None:
+    """A wide unit that nobody reads is as little worth as one that gives nothing."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    prepared = prepare(net, (torch.empty(1, 3),), "coupled", Ranks(), verify=False)
+    gives, reads = torch.tensor([1.0, 2, 4, 1]), torch.tensor([1.0, 8, 0, 1])
+    with torch.no_grad():
+        net[0].weight.copy_(gives[:, None].expand(4, 3))
+        net[2].weight.copy_(reads.expand(2, 4))
+    found = Importance.of_tensors("l2", prepared.channel_map, net, named_tensors(net).items(), 0)
+    torch.testing.assert_close(found, (gives * reads / (2 * 2.5)).double())
+
+
+def of_rows(kind: Any) -> Tensor:
+    net, ranks = network(), Ranks.current()
+    store = WeightStore(small_map(net), *_names(net), ranks=ranks)
+    store.fill(named_tensors(net).items())
+    return Importance.of_store(kind, store, net, 0)
+
+
+def _names(net: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    buffers = tuple(n for n, b in net.named_buffers() if b.is_floating_point())
+    return tuple(n for n, _ in net.named_parameters()), buffers
+
+
+def test_ranks_find_the_importance_of_the_whole() -> None:
+    for found in run_ranks(2, of_rows, "norm_scale"):
+        torch.testing.assert_close(found, by_hand(network(), "norm_scale"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PolicyConfig(rho=0.5, start="l2"),
+        PolicyConfig(rho=0.3, start="l2", budget="flops"),
+        PolicyConfig.paper(rho=0.5, start="l2"),
+        PolicyConfig(rho=0.5, start="l2", sampler="fixed_width", parametrisation="atom"),
+        PolicyConfig(rho=0.5, start="l2", search="none"),
+    ],
+    ids=["persistent", "flops", "paper", "fixed_width", "none"],
+)
+def test_the_most_probable_mask_of_a_start_is_the_one_shot_cut(config: PolicyConfig) -> None:
+    net = network()
+    channel_map, importance = small_map(net), by_hand(network(), "l2")
+    cost = CostModel(net, channel_map, (torch.empty(1, 2, 16, 16),))
+    kind = WidthSearch if config.search == "none" else MaskPolicy
+    policies = [kind(config, channel_map.groups, 0, cost, importance=i) for i in (importance, None)]
+    found, even = (policy.candidates(0)[0] for policy in policies)
+    assert torch.equal(found, of_least_margin(even, -importance, channel_map.groups))
+    assert policies[0].expected_size == pytest.approx(policies[1].expected_size, rel=0.02)
+
+
+def test_a_session_ranks_the_weights_that_it_starts_from() -> None:
+    net = network()
+    session = SparseOffload(
+        net,
+        (torch.empty(1, 2, 16, 16),),
+        partial(torch.optim.SGD, lr=0.1),
+        policy=PolicyConfig(rho=0.5, start="norm_scale"),
+        setup=Setup(channel_map=small_map(net), verify=False),
+        device="cpu",
+    )
+    best, wanted = (
+        [set(part.topk(len(part) // 2).indices.tolist()) for part in values.split([6, 8])]
+        for values in (session.policy.s, by_hand(net, "norm_scale"))
+    )
+    assert best == wanted
