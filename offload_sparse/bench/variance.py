@@ -164,4 +164,4 @@ def _batches(images: ImageSet, normalise: Normalise) -> Iterator[Batch]:
     normalise = normalise.to(device)
     while True:
         chosen = torch.randint(len(images), (_BATCH,), generator=generator)
-        yield Batch(normalise(images.gather(chosen)), images.labels[chosen].to(device))
+        yield Batch(normalise(images.gather(chosen)), images.labels[chosen].to(device), chosen)

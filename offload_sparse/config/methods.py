@@ -78,10 +78,7 @@ class GrowEfficientConfig:
     """The method ``grow_efficient`` (Yuan et al. 2021): trained gates on channels, dense backward passes.
 
     The goal is ``policy.rho``, the share of channels that is to remain; ``round.freeze_at`` is the share of
-    the steps after which the gates stand still.
-
-    Attributes:
-        penalty: factor of the distance between the open share and ``policy.rho``."""
+    the steps after which the gates stand still."""
 
     start: ClassVar[float] = 0.5
     """Probability that a channel is open at the start, in (0, 1)."""
@@ -89,8 +86,5 @@ class GrowEfficientConfig:
     """Learning rate of the gates (SGD without momentum)."""
     sharpness: ClassVar[float] = 200.0
     """The gates' temperature rises geometrically from 1 to this factor."""
-
-    penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.penalty >= 0, f"grow_efficient.penalty is {self.penalty}; give 0 or more")
+    penalty: ClassVar[float] = 1.0
+    """Factor of the distance between the open share and ``policy.rho``."""

@@ -52,6 +52,9 @@ class TrainConfig:
             checking the model count too.
         check: before training starts, check slice = mask on the model, and refuse what would not fit into
             memory (see ``offload-sparse plan``).
+        distill: learn from the full network that ``model.weights`` gives, too: its logits are computed once,
+            on the CPU, and kept in the run's folder; the loss is half that of the labels, half 16 times the
+            divergence from these logits at temperature 4.
     """
 
     epochs: int = 10
@@ -64,6 +67,7 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     timeout: int = 600
     check: bool = True
+    distill: bool = False
 
     def __post_init__(self) -> None:
         require(self.timeout >= 1, f"train.timeout is {self.timeout}; give at least 1 second")
@@ -171,6 +175,11 @@ class RunConfig:
             self.policy.search != "probe" or self.optim.schedule == "cosine",
             "policy.search probe compares networks whose learning rate has come down at the end of each "
             "cycle; set optim.schedule to cosine",
+        )
+        require(
+            not self.train.distill or self.model.has_teacher,
+            "train.distill learns from a full network of the same classes; give its weights with "
+            "model.weights",
         )
         require(
             all(isinstance(value, str | int | float) for value in self.paper.values()),

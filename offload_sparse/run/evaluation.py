@@ -29,7 +29,7 @@ class Evaluation:
 
 def evaluate(
     module: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Tensor, ...]],
     transform: Callable[[Tensor], Tensor],
     device: torch.device | str,
     reduce: Reduce | None = None,
@@ -44,7 +44,7 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     with flags_restored(module), torch.inference_mode():
         module.eval()
-        for images, labels in loader:
+        for images, labels, *_ in loader:
             sums += _sums(module(transform(images)), labels.to(device, non_blocking=True))
     loss, correct, count, chosen, squares = (reduce(sums) if reduce else sums).tolist()
     if count == 0:

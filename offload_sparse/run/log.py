@@ -5,6 +5,7 @@
       metrics.jsonl   one JSON object per line: step, epoch, time, and whatever the trainer logs
       summary.json    the outcome, written when the run is complete
       checkpoints/    the state of the run, to resume from
+      teacher/        logits of the full network, to learn from
       store/          the weights of a store in files
       trackers/       files of trackers such as TensorBoard
       model/          the exported network
@@ -29,6 +30,7 @@ from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
 from offload_sparse.export.json_values import json_value
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
+from offload_sparse.run.teacher import TEACHER_FOLDER
 from offload_sparse.run.terminal import Terminal, print_summary
 from offload_sparse.store.files import remove, sync_folder, write_file
 
@@ -42,7 +44,7 @@ Track = Callable[[dict[str, float], int], None]
 """Receives the finite numbers of a line of metrics, and the step."""
 
 _OUTCOME = (SUMMARY_FILE, MODEL_FOLDER)
-_PARTS = (*_OUTCOME, CHECKPOINT_FOLDER, TRACKERS_FOLDER)
+_PARTS = (*_OUTCOME, CHECKPOINT_FOLDER, TRACKERS_FOLDER, TEACHER_FOLDER)
 _KNOWN = (CONFIG_FILE, METRICS_FILE, *_PARTS)
 
 

@@ -37,7 +37,7 @@ _LESS_PRUNING = {
     "rigl": "raise rigl.density",
     "dst": "lower dst.alpha",
     "dfbst": "lower dst.alpha",
-    "grow_efficient": "lower grow_efficient.penalty, or raise policy.rho",
+    "grow_efficient": "raise policy.rho",
 }
 
 SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import resource
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
 from offload_sparse.run.start_weights import prepared_images, weight_source
+from offload_sparse.run.teacher import TEACHER_FOLDER, Taught, Teacher, distilled
 from offload_sparse.run.terminal import tell, warn_of_collapse
 from offload_sparse.store.files import write_file
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
@@ -124,18 +126,20 @@ class Run:
         if config.train.check:
             self._check_plan()
         bound_memory(self.task.factory)
+        self.teacher = self._teacher()
         self.method: Method = build_method(self.task)
         return_freed_memory()
         self.progress = Progress(config, self.method, self.recorder, start, self._batches_at)
 
     # --- the loop ---
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
+    def batches(self) -> Iterator[tuple[int, Batch | Taught]]:
         """(step, this rank's part of the batch on the device) for every optimizer step that is left."""
         progress = self.progress
         if self.accelerator.is_main_process and not self.config.quiet:
             tell(*self.start_lines())
         progress.begin(self.total_steps, self.steps_per_epoch)
+        self._teach()
         start_trackers(self.accelerator, self.config)
         if progress.taken_up:
             self._complete_log()
@@ -164,7 +168,7 @@ class Run:
             broadcast_object_list(values)
         return values[0]
 
-    def train_step(self, step: int, batch: Batch) -> None:
+    def train_step(self, step: int, batch: Batch | Taught) -> None:
         self.method.train_step(batch, self.learning_rate(step))
         self.progress.advance()
         self.recorder.advance()
@@ -315,6 +319,23 @@ class Run:
             weights,
         )
 
+    def _teacher(self) -> Teacher | None:
+        """The full network with the weights of the start, if it is to be learned from."""
+        if not self.config.train.distill:
+            return None
+        network, dtype, folder = self.task.network, self.dtype, self.config.run_dir / TEACHER_FOLDER
+        normalise, classes = copy.deepcopy(self.normalise).cpu(), self.splits.num_classes
+        return Teacher(lambda: network().to(dtype), self.train_loader.images, normalise, folder, classes)
+
+    def _teach(self) -> None:
+        """The logits of the teacher, as far as they are not there; every rank takes part."""
+        if self.teacher is not None:
+            ranks = self.accelerator
+            self.teacher.compute(ranks.process_index, ranks.num_processes, self.config.quiet)
+            ranks.wait_for_everyone()
+            self.teacher.open()
+            return_freed_memory()
+
     def _check_plan(self) -> None:
         """Every rank refuses, or none does: the first one's machine decides for all."""
         data = self._declared()
@@ -369,10 +390,12 @@ class Run:
             write=write_file,
         )
 
-    def _to_device(self, batch: Batch) -> Batch:
-        return Batch(self.normalise(batch.images), batch.labels.to(self.device, non_blocking=True))
+    def _to_device(self, batch: Batch) -> Batch | Taught:
+        labels = batch.labels.to(self.device, non_blocking=True)
+        ready = Batch(self.normalise(batch.images), labels, batch.indices)
+        return ready if self.teacher is None else Taught(*ready, self.teacher)
 
-    def _batches_at(self, positions: list[int]) -> Iterator[Batch]:
+    def _batches_at(self, positions: list[int]) -> Iterator[Batch | Taught]:
         """The batches at these places in the order of the data."""
         for position in positions:
             yield self._to_device(next(self.train_loader.batches(position)))
@@ -398,9 +421,11 @@ class Run:
 
 
 def classification_loss(
-    module: nn.Module, batch: Batch, label_smoothing: float = 0.0
+    module: nn.Module, batch: Batch | Taught, label_smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy, with the accuracy of the batch beside it."""
+    """Cross entropy, or what ``distilled`` makes of it, with the accuracy of the batch beside it."""
     logits = module(batch.images)
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+    if isinstance(batch, Taught):
+        loss = distilled(loss, logits, batch.teacher(batch.indices))
     return loss, {"accuracy": (logits.argmax(1) == batch.labels).to(loss.dtype).mean()}

@@ -200,3 +200,8 @@ class ModelConfig:
             f"{self.name.partition('.')[0]}, or set model.weights to pretrained",
         )
         require(bool(self.name), "model.name is empty; give one such as torchvision/resnet50")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether training starts from weights of a whole network, that of the last layer included."""
+        return bool(self.weights) and not self.weights.endswith("+new_head")

@@ -79,7 +79,6 @@ def knob(config: RunConfig) -> str:
         "rigl": f"density {config.rigl.density:g}",
         "dst": f"alpha {config.dst.alpha:g}",
         "dfbst": f"alpha {config.dst.alpha:g}, beta {config.dfbst.beta:g}",
-        "grow_efficient": f"rho {config.policy.rho:g}, penalty {config.grow_efficient.penalty:g}",
     }
     budget = "" if config.policy.budget == "count" else f" of the {config.policy.budget}"
     return knobs.get(config.method, f"rho {config.policy.rho:g}{budget}")

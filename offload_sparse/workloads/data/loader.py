@@ -33,10 +33,12 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8[b, C, H, W].
-        labels: int64[b]."""
+        labels: int64[b].
+        indices: int64[b], their places in the split."""
 
     images: Tensor
     labels: Tensor
+    indices: Tensor
 
 
 class _Item(NamedTuple):
@@ -80,7 +82,7 @@ class _TrainBatches(Dataset[_Item]):
             found, parts = self.images.decode_squares(indices), self.images.parts(indices, crop)
         else:
             found = self.images.decode(indices, crop)
-        batch = Batch(found.pixels, self.images.labels[found.indices])
+        batch = Batch(found.pixels, self.images.labels[found.indices], found.indices)
         item = _Item(batch, found.corrupt, parts, draw(self.seed, epoch, indices, config.random_crop))
         return self.finished(item) if self.device.type == "cpu" else item
 
@@ -93,7 +95,7 @@ class _TrainBatches(Dataset[_Item]):
         if item.parts is not None:
             images = cut(images, moved(item.parts), config.image_size)
         images = augment(images, Draws(*map(moved, item.draws)), config.random_crop, config.random_flip)
-        return _Item(Batch(images, moved(item.batch.labels)), item.corrupt)
+        return _Item(Batch(images, moved(item.batch.labels), item.batch.indices), item.corrupt)
 
     def _global_batch(self, epoch: int, step: int) -> Tensor:
         size = self.config.batch_size
@@ -129,9 +131,9 @@ class _EvalBatches(Dataset[_Item]):
         found = self.images.decode(indices)
         labels = self.images.labels[indices]
         if torch.equal(found.indices, indices):
-            return _Item(Batch(found.pixels, labels), found.corrupt)
+            return _Item(Batch(found.pixels, labels, indices), found.corrupt)
         intact = found.indices == indices
-        return _Item(Batch(found.pixels[intact], labels[intact]), found.corrupt)
+        return _Item(Batch(found.pixels[intact], labels[intact], indices[intact]), found.corrupt)
 
 
 class _From(Sampler[int]):

@@ -1,0 +1,112 @@
+"""Distillation from the host: logits of the full network, which no device of the run could hold, for every
+training image, computed once on the CPU.
+
+    run_dir/teacher/000000.bin   float16[images, classes] of the first images, written whole or not at all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from offload_sparse.store.files import make_folder, write_file
+from offload_sparse.workloads.data.images import ImageSet
+
+TEACHER_FOLDER = "teacher"
+TEMPERATURE = 4.0
+"""Of both networks' logits (Hinton et al. 2015)."""
+
+_IMAGES_PER_FILE, _BATCH = 4096, 128
+
+
+class Teacher:
+    """The logits of a network for the images of a split, each seen as in evaluation.
+
+    Args:
+        network: builds it, with its weights, on the CPU; called only where logits are still to be computed.
+        images: the split.
+        normalise: uint8 images to what the network takes.
+        folder: where the logits are kept; what an interrupted pass has left there is not computed again.
+        classes: outputs of the network.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        images: ImageSet,
+        normalise: Callable[[Tensor], Tensor],
+        folder: Path,
+        classes: int,
+    ) -> None:
+        self._network, self._images, self._normalise = network, images, normalise
+        self._folder, self._classes = folder, classes
+        self._logits: list[Tensor] = []
+
+    @torch.no_grad()
+    def compute(self, rank: int = 0, world_size: int = 1, quiet: bool = False) -> None:
+        """Compute what is missing of this rank's share; every rank then waits for the others, and calls
+        ``open``.
+        """
+        make_folder(self._folder)
+        parts = list(enumerate(torch.arange(len(self._images)).split(_IMAGES_PER_FILE)))[rank::world_size]
+        missing = [(number, part) for number, part in parts if not self._is_whole(number, part)]
+        if not missing:
+            return
+        network = self._network().eval()
+        total = sum(len(part) for _, part in missing)
+        with tqdm(total=total, desc="teacher", unit="image", disable=quiet or rank > 0) as bar:
+            for number, part in missing:
+                found = []
+                for indices in part.split(_BATCH):
+                    logits = network(self._normalise(self._images.decode(indices).pixels))
+                    found.append(logits.to(torch.float16))
+                    bar.update(len(indices))
+                write_file(self._file(number), torch.cat(found).numpy().tobytes())
+
+    def open(self) -> None:
+        """Map the logits of all images into memory."""
+        parts = torch.arange(len(self._images)).split(_IMAGES_PER_FILE)
+        for number, part in enumerate(parts):
+            size = len(part) * self._classes
+            values = torch.from_file(str(self._file(number)), False, size, dtype=torch.float16)
+            self._logits.append(values.view(len(part), self._classes))
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """float32[b, classes]: the logits of the images at ``indices``, int64[b]."""
+        pairs = [divmod(index, _IMAGES_PER_FILE) for index in indices.tolist()]
+        return torch.stack([self._logits[file][row] for file, row in pairs]).float()
+
+    def _is_whole(self, number: int, part: Tensor) -> bool:
+        path = self._file(number)
+        return path.is_file() and path.stat().st_size == 2 * len(part) * self._classes
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.bin"
+
+
+class Taught(NamedTuple):
+    """A batch, and whose logits for its images (by ``indices``, int64[b]) are learned from."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    teacher: Teacher
+
+
+def distilled(loss: Tensor, logits: Tensor, teacher: Tensor) -> Tensor:
+    """½ loss + ½ T² KL(teacher ‖ network) at temperature T (Hinton et al. 2015).
+
+    Args:
+        loss: of the labels, a scalar.
+        logits: of the network, float[b, classes].
+        teacher: of the full network, float[b, classes].
+    """
+    ours, theirs = ((x / TEMPERATURE).log_softmax(1) for x in (logits, teacher.to(logits)))
+    divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return (loss + TEMPERATURE**2 * divergence) / 2

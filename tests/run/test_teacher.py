@@ -1,0 +1,120 @@
+"""Distillation: the full network's logits, once per image, kept where a killed pass goes on; and the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from offload_sparse import load_pruned
+from offload_sparse.cli.main import main
+from offload_sparse.config.run import RunConfig, TrainConfig
+from offload_sparse.run import teacher as teacher_module
+from offload_sparse.run.teacher import TEMPERATURE, Teacher, distilled
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.images import ImageSet
+from offload_sparse.workloads.data.normalise import normalise_for
+from offload_sparse.workloads.data.source import load_splits
+from tests.support.image_runs import options
+
+
+class Images:
+    """Twenty images of two pixels."""
+
+    def __init__(self) -> None:
+        self.pixels = torch.randint(255, (20, 1, 1, 2), generator=torch.Generator().manual_seed(0)).byte()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def decode(self, indices: Tensor) -> Any:
+        return SimpleNamespace(pixels=self.pixels[indices])
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(teacher_module, "_IMAGES_PER_FILE", 8)
+    monkeypatch.setattr(teacher_module, "_BATCH", 3)
+    built: list[nn.Module] = []
+
+    def make() -> Teacher:
+        def build() -> nn.Module:
+            built.append(network())
+            return built[-1]
+
+        return Teacher(build, Images(), lambda x: x / 255, tmp_path / "teacher", 3)  # type: ignore[arg-type]
+
+    return make, built, tmp_path / "teacher"
+
+
+def test_every_image_has_the_logits_of_the_network(made: Any) -> None:
+    """Whichever rank has computed them."""
+    make, built, _ = made
+    for rank in range(2):
+        make().compute(rank, 2, quiet=True)
+    teacher = make()
+    teacher.open()
+    indices = torch.tensor([19, 0, 8, 7, 7])
+    expected = network()(Images().pixels[indices] / 255)
+    torch.testing.assert_close(teacher(indices), expected, rtol=1e-3, atol=1e-3)
+    assert len(built) == 2
+
+
+def test_a_pass_that_was_killed_goes_on_where_it_was(made: Any) -> None:
+    make, built, folder = made
+    make().compute(quiet=True)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(whole) == 3
+    (folder / "000001.bin").unlink()
+    (folder / "000002.bin").write_bytes(b"half")
+    make().compute(quiet=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    make().compute(quiet=True)
+    assert len(built) == 2, "nothing was missing the third time"
+
+
+def test_the_loss_is_half_that_of_the_labels_and_half_the_divergence() -> None:
+    logits, theirs = torch.randn(5, 4).double(), torch.randn(5, 4).double()
+    loss = torch.tensor(1.5).double()
+    p, q = (torch.softmax(x / TEMPERATURE, 1) for x in (theirs, logits))
+    expected = 0.5 * loss + 0.5 * TEMPERATURE**2 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(distilled(loss, logits, theirs), expected)
+    torch.testing.assert_close(distilled(loss, logits, logits), loss / 2)
+
+
+def train(images: Path, run_dir: Path, *more: str) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(options(images, run_dir, "--train.check", "false", "--train.max_steps", "3", *more))
+
+
+def test_a_run_learns_from_the_logits_of_its_start(images: Path, tmp_path: Path) -> None:
+    assert train(images, tmp_path / "dense", "--method", "dense") == 0
+    more = ("--model.weights", str(tmp_path / "dense"), "--method", "static")
+    assert train(images, tmp_path / "plain", *more) == 0
+    assert train(images, tmp_path / "run", *more, "--train.distill", "true") == 0
+    config = DataConfig(name=str(images))
+    split = load_splits(config).train
+    pixels = ImageSet(split, config, 1)
+    found = np.fromfile(tmp_path / "run" / "teacher" / "000000.bin", np.float16).reshape(len(split), -1)
+    full = load_pruned(tmp_path / "dense" / "model")
+    with torch.no_grad():
+        expected = full(normalise_for(pixels, config)(pixels.decode(torch.arange(len(split))).pixels))
+    torch.testing.assert_close(torch.from_numpy(found).float(), expected, rtol=1e-2, atol=1e-2)
+    ends = [load_pruned(tmp_path / name / "model").state_dict() for name in ("plain", "run")]
+    assert not torch.equal(ends[0]["features.0.weight"], ends[1]["features.0.weight"])
+
+
+def test_there_is_nothing_to_learn_from_without_weights() -> None:
+    with pytest.raises(ValueError, match=r"give its weights with model\.weights"):
+        RunConfig(train=TrainConfig(distill=True))
