@@ -48,7 +48,7 @@ def run(quick: bool) -> BenchResult:
         torch.set_num_threads(threads)
     base = rates["torchvision"]
     ratios = {
-        "input.vs_torchvision": rates["ours, decode scaled"] / base,
+        "input.vs_torchvision": rates["ours"] / base,
         "input.cached_vs_torchvision": rates["cached"] / base,
         "input.on_cpu_vs_torchvision": rates["ours, all on the CPU"] / base,
         "input.cached_on_cpu_vs_torchvision": rates["cached, all on the CPU"] / base,
@@ -68,13 +68,12 @@ def contenders(folder: Path) -> dict[str, Iterator[Any]]:
     def ours(device: str = "cuda", **settings: Any) -> Iterator[Any]:
         loader = TrainLoader(load_splits(config(**settings)).train, config(**settings), write=write_file)
         # The device's part is left undone, whether or not there is one.
-        loader._batches.device = torch.device(device)
-        return (loader._batches[step] for step in count())
+        loader.device = torch.device(device)
+        return (loader[step] for step in count())
 
     return {
         "torchvision": _without_end(partial(_torchvision, f"{images}/train")),
         "ours": ours(),
-        "ours, decode scaled": ours(decode="scaled"),
         "ours, all on the CPU": ours("cpu"),
         "cached": ours(cache=str(folder / "cache")),
         "cached, all on the CPU": ours("cpu", cache=str(folder / "cache")),

@@ -33,8 +33,8 @@ from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import declared_data
 from offload_sparse.workloads.models import build_model
 
-ROUNDS, STEPS = 2, 2
-"""Rounds that are run, and steps in each."""
+ROUNDS, STEPS, CLASSES = 2, 2, 10
+"""Rounds that are run, and steps in each; classes of the images."""
 
 _HEADER = ("network", "memory", "allocated", "predicted", "ratio", "resident / written by the plan")
 
@@ -77,14 +77,14 @@ def cases(quick: bool) -> dict[str, RunConfig]:
 def case(
     name: str, size: int, batch: int, rho: float, optimizer: OptimConfig | None = None, **arguments: Any
 ) -> RunConfig:
-    """A run on random images of ten classes."""
+    """A run on random images."""
     return RunConfig(
         model=ModelConfig(name, arguments=arguments),
         data=DataConfig(
             "random",
             batch_size=batch,
             image_size=size,
-            declared={"num_classes": 10, "channels": 3, "train_images": 10_000},
+            declared={"num_classes": CLASSES, "channels": 3, "train_images": 10_000},
         ),
         policy=PolicyConfig.paper(rho=rho),
         round=RoundConfig(k=STEPS, freeze_at=1),
@@ -176,7 +176,7 @@ def tiny(config: RunConfig) -> RunConfig:
 
 def build_session(config: RunConfig) -> SparseOffload:
     data, arguments = config.data, config.model.arguments
-    factory = partial(build_model, config.model.name, data.num_classes, 3, data.image_size, **arguments)
+    factory = partial(build_model, config.model.name, CLASSES, 3, data.image_size, **arguments)
     bound_memory(factory)  # as a run does
     return SparseOffload(
         factory,
@@ -194,5 +194,5 @@ def train(config: RunConfig, session: SparseOffload) -> None:
     """``ROUNDS`` rounds of ``STEPS`` steps on random images."""
     data, generator = config.data, torch.Generator().manual_seed(0)
     for _ in range(ROUNDS * STEPS):
-        batch = random_batch(data.batch_size, data.image_size, data.num_classes, session.device, generator)
+        batch = random_batch(data.batch_size, data.image_size, CLASSES, session.device, generator)
         session.step(partial(loss_of, batch=batch))

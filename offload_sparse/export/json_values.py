@@ -38,17 +38,11 @@ _hints = functools.cache(get_type_hints)
 
 
 def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES, sealed_by: str = "") -> _T:
-    """The contents of a JSON file as a dataclass.
-
-    Where the file has a key ``digest`` and the dataclass does not, it must be that of all the other keys.
-    Raises FileNotFoundError: there is none; ValueError: it is no regular file, too large, no JSON, or not of
-    this kind; one line that names the place in the file and never shows a whole value.
-
-    Args:
-        path: the file.
-        kind: the dataclass; a key that it lacks is an error, as is one without default that is missing.
-        max_bytes: what the file may have.
-        sealed_by: a key that only files with a digest have; one that has lost its digest is damaged."""
+    """The contents of a JSON file as the dataclass ``kind``: a key that it lacks is an error, as is one
+    without default that is missing. Where the file has a key ``digest`` and the dataclass does not, it must
+    be that of all the other keys; a file with the key ``sealed_by`` must have one. Raises FileNotFoundError:
+    there is none; ValueError: it is no regular file, larger than ``max_bytes``, no JSON, or not of this kind;
+    one line that names the place in the file and never shows a whole value."""
     try:
         value = parse(_contents(path, max_bytes))
         own = getattr(kind, "__dataclass_fields__", {"digest": None})
@@ -90,6 +84,11 @@ def digest(value: Any) -> str:
     """BLAKE2b of a JSON value whatever its layout and the order of its keys, 16 bytes in hexadecimal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def sealed(body: dict[str, Any]) -> str:
+    """The text of a file with ``body`` and its digest, as ``read`` wants it."""
+    return json.dumps(body | {"digest": digest(body)}, allow_nan=False) + "\n"
 
 
 def json_value(value: Any) -> Any:

@@ -9,7 +9,6 @@ model/
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -117,8 +116,7 @@ class FinalNetwork:
 
     Attributes:
         module: an ordinary module with memory of its own, in evaluation mode.
-        mask: bool[C], the atoms that it keeps of the full network.
-        channel_map: the map of the full network.
+        mask: bool[C], the atoms of ``channel_map``, that of the full network, that it keeps.
         factory: builds the full network, for reading back what is written; None if that is not known.
         example_inputs: what the network can be called with."""
 
@@ -150,10 +148,8 @@ class FinalNetwork:
         not this network (and is made unreadable), or ``preprocessing`` has other fields.
 
         Args:
-            path: a folder, created when missing.
             model: how the full network is built: ``name`` and ``arguments`` of
-                ``offload_sparse.workloads.models.build_model``; None when ``load_pruned`` will be given the
-                model.
+                ``workloads.models.build_model``; None when ``load_pruned`` will be given the model.
             preprocessing: fields of ``export.description.Preprocessing``, for the reader."""
         # Safetensors refuses views of one storage, and a module may have been extracted as such.
         own = tensors_of(self.module)
@@ -209,13 +205,10 @@ def read_structure(folder: Path) -> Structure:
 
 
 def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn.Module:
-    """Read an exported network. No code of the files is run. Returns the narrow network in evaluation mode,
-    on the CPU, with a value for every tensor. Raises ValueError: a file is missing or damaged, or the files
-    do not belong together.
-
-    Args:
-        path: folder with ``weights.safetensors`` and ``structure.json``.
-        model: builds the full network, for a model that the package cannot build by name."""
+    """The narrow network of a folder with ``weights.safetensors`` and ``structure.json``, in evaluation mode,
+    on the CPU, with a value for every tensor. No code of the files is run. ``model`` builds the full network,
+    where the package cannot build it by name. Raises ValueError: a file is missing or damaged, or the files
+    do not belong together."""
     folder = Path(path)
     structure, tensors = _read(folder)
     module = build_on_meta(model) if model is not None else _build_named(structure)
@@ -317,8 +310,7 @@ def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor], spars
         temporary.chmod(mode)
         digest = file_digest(temporary)
     body = asdict(replace(structure, sparse=tuple(sparse), weights_digest=digest))
-    text = json.dumps(body | {"digest": json_values.digest(body)})
-    write_file(folder / STRUCTURE_FILE, text + "\n")
+    write_file(folder / STRUCTURE_FILE, json_values.sealed(body))
 
 
 def _read(folder: Path) -> tuple[Structure, dict[str, Tensor]]:

@@ -16,14 +16,14 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from offload_sparse.export.json_values import Count, convert, digest, parse, read
+from offload_sparse.export.json_values import Count, convert, parse, read, sealed
 from offload_sparse.store.files import TEMPORARY, remove, replacing, sync_folder, write_file
 from offload_sparse.store.tensor_file import blocks_of
 
@@ -48,17 +48,9 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``: how a run stood, and how each file must look.
-
-    Attributes:
-        step: optimizer steps of the run that are done.
-        world_size: ranks that wrote it.
-        config: configuration of the run, by dotted name.
-        run: what the loop around the method remembers.
-        method: ``MethodState.meta``.
-        files: one for each rank.
-        format: version of the layout.
-        digest: of everything else."""
+    """``manifest.json``: how a run stood, and how each file must look. ``config`` is the configuration of the
+    run by dotted name, ``run`` what the loop around the method remembers, ``method`` its
+    ``MethodState.meta``; ``files`` has one for each of the ranks that wrote it."""
 
     step: Count
     world_size: Count
@@ -67,31 +59,22 @@ class Manifest:
     method: dict[str, Any]
     files: dict[str, FileRecord]
     format: int = FORMAT
-    digest: str = ""
 
     def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"it is of format {self.format}, this version reads {FORMAT}")
         ranks = min(self.world_size, len(self.files) + 1)
         if set(self.files) != {rows_file(rank) for rank in range(ranks)}:
             raise ValueError(f"its files are not those of {self.world_size} ranks")
-
-    def text(self) -> str:
-        """As a file."""
-        return json.dumps(asdict(replace(self, digest=digest(self._body()))), allow_nan=False) + "\n"
 
     @staticmethod
     def read(folder: Path) -> Manifest:
         """The manifest of a checkpoint. Raises ValueError: there is none, or it is damaged, of another
         version, or points out of its folder."""
         try:
-            manifest = read(folder / MANIFEST_FILE, Manifest)
+            return read(folder / MANIFEST_FILE, Manifest, sealed_by="files")
         except FileNotFoundError:
             raise ValueError(f"{folder} holds no {MANIFEST_FILE}; it is no complete checkpoint") from None
-        if manifest.format != FORMAT or manifest.digest != digest(manifest._body()):
-            raise ValueError(f"{folder / MANIFEST_FILE} is damaged, or of another version")
-        return manifest
-
-    def _body(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "digest"}
 
 
 class CheckpointFolder:
@@ -121,7 +104,7 @@ class CheckpointFolder:
         if os.path.lexists(final):  # the same step once more, after a rollback or on other ranks
             self.discard(final)
         with replacing(final) as partial:
-            write_file(partial / MANIFEST_FILE, manifest.text())
+            write_file(partial / MANIFEST_FILE, sealed(asdict(manifest)))
         sync_folder(self.path.parent)  # where this folder may be new
         for pointer in (LATEST, BEST) if best else (LATEST,):
             write_file(self.path / pointer, final.name + "\n")
@@ -170,16 +153,13 @@ def rows_file(rank: int) -> str:
 def write_rows(
     path: Path, tensors: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], on_read: Callable[[], None]
 ) -> FileRecord:
-    """Write a file and wait until it is on the disk.
+    """Write tensors (on the CPU, contiguous) and wait until they are on the disk. ``rows`` has, of those that
+    are part of a larger tensor, (the first row, *the shape of the whole); ``on_read`` is called when
+    ``tensors`` may change again, before the wait.
 
     What has been written leaves the page cache from time to time: the same pages serve for what follows,
     where new ones would have to be found, in competition with the training. Raises OSError: the disk is full,
-    or cannot be written.
-
-    Args:
-        tensors: on the CPU, contiguous.
-        rows: of those that are part of a larger tensor, (the first row, *the shape of the whole).
-        on_read: called when ``tensors`` may change again, before the wait."""
+    or cannot be written."""
     size, crc, waiting = 0, 0, 0
     with path.open("wb") as file:
         for block in blocks_of(tensors, {_ROWS: json.dumps(rows)}):
@@ -215,10 +195,7 @@ def check_file(path: Path, record: FileRecord) -> None:
 
 
 class RowsFile:
-    """A file that is read from. Raises ValueError: it is damaged.
-
-    Attributes:
-        rows: as they were written."""
+    """A file that is read from; ``rows`` are as they were written. Raises ValueError: it is damaged."""
 
     def __init__(self, path: Path) -> None:
         try:

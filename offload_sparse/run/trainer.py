@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,8 @@ from offload_sparse.workloads.models import build_model, input_channels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_Loader = TypeVar("_Loader", TrainLoader, EvalLoader)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -109,10 +111,12 @@ class Run:
         with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
             self.splits: Splits = load_splits(config.data)
         self.channels = input_channels(config.model.name, self.splits.in_channels)
-        self.train_loader = self._train_loader()
-        self.test_loader = self._eval_loader(self.splits.test)
+        self.train_loader: TrainLoader = self._loader(
+            TrainLoader, self.splits.train, seed=config.train.seed, device=accelerator.device
+        )
+        self.test_loader: EvalLoader = self._loader(EvalLoader, self.splits.test)
         held_out = self.splits.validation
-        self.watch_loader = self._eval_loader(held_out) if held_out else self.test_loader
+        self.watch_loader = self._loader(EvalLoader, held_out) if held_out else self.test_loader
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
@@ -362,32 +366,18 @@ class Run:
         }
         return own | self.config.model.arguments
 
-    def _train_loader(self) -> TrainLoader:
-        config, ranks = self.config, self.accelerator
-        return TrainLoader(
-            self.splits.train,
-            config.data,
-            ranks.process_index,
-            ranks.num_processes,
-            config.train.seed,
-            channels=self.channels,
-            progress=not config.quiet,
-            corrupt=self.corrupt,
-            device=ranks.device,
-            write=write_file,
-        )
-
-    def _eval_loader(self, split: Split) -> EvalLoader:
-        config, ranks = self.config, self.accelerator
-        return EvalLoader(
+    def _loader(self, kind: Callable[..., _Loader], split: Split, **more: Any) -> _Loader:
+        """This rank's batches of a split."""
+        return kind(
             split,
-            config.data,
-            ranks.process_index,
-            ranks.num_processes,
+            self.config.data,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
             channels=self.channels,
-            progress=not config.quiet,
+            progress=not self.config.quiet,
             corrupt=self.corrupt,
             write=write_file,
+            **more,
         )
 
     def _to_device(self, batch: Batch) -> Batch | Taught:

@@ -9,7 +9,6 @@ from offload_sparse.channels.config import Residual
 from offload_sparse.channels.require import require
 
 TrainCrop = Literal["pad", "resized"]
-Decode = Literal["exact", "scaled"]
 
 
 @dataclass
@@ -39,8 +38,6 @@ class DataConfig:
             cut out for evaluation; 0 takes ``image_size``.
         cache: folder for decoded images, which later runs read instead of the files; empty keeps none. With
             ``train_crop`` resized, images are kept at about their final size, which is a little smoother.
-        decode: ``exact``, or ``scaled``: JPEGs are decoded at a half, a quarter or an eighth of their size
-            where what is cut out of them keeps the pixels that are wanted: faster, a little smoother.
         random_crop: pixels of zero padding of a random crop; 0 crops nothing.
         random_flip: flip images horizontally at random.
         mean: mean per channel of images in [0, 1]; empty measures it on training images.
@@ -71,7 +68,6 @@ class DataConfig:
     train_crop: TrainCrop = "pad"
     eval_resize: int = 0
     cache: str = ""
-    decode: Decode = "exact"
     random_crop: int = 0
     random_flip: bool = False
     mean: list[float] = field(default_factory=list)
@@ -115,21 +111,6 @@ class DataConfig:
         )
 
     @property
-    def num_classes(self) -> int:
-        """Classes as declared; 0 if they are not."""
-        return int(self.declared.get("num_classes", 0))
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images as declared; 0 if they are not."""
-        return int(self.declared.get("channels", 0))
-
-    @property
-    def train_images(self) -> int:
-        """Images of the training split as declared; 0 if they are not."""
-        return int(self.declared.get("train_images", 0))
-
-    @property
     def image_column(self) -> str:
         """Column of the images."""
         return self.columns[0]
@@ -138,16 +119,6 @@ class DataConfig:
     def label_column(self) -> str:
         """Column of the class labels."""
         return self.columns[1]
-
-    @property
-    def train_split(self) -> str:
-        """Name of the split to train on."""
-        return self.splits[0]
-
-    @property
-    def test_split(self) -> str:
-        """Name of the split that accuracy is reported on."""
-        return self.splits[1]
 
     @property
     def validation_size(self) -> float:
@@ -160,15 +131,11 @@ class DataConfig:
     @property
     def validation_split(self) -> str:
         """Name of the split of the validation images; empty where a share is held out, or nothing."""
-        return "" if _is_number(str(self.validation)) else str(self.validation)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        try:
+            float(self.validation)
+        except ValueError:
+            return str(self.validation)
+        return ""
 
 
 @dataclass

@@ -19,20 +19,20 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.models import build_model
 
-ROUNDS, STEPS = 2, 2
+ROUNDS, STEPS, CLASSES = 2, 2, 10
 
 
 def case(
     name: str, size: int, batch: int, rho: float, optimizer: OptimConfig | None = None, **arguments: Any
 ) -> RunConfig:
-    """A run on random images of ten classes."""
+    """A run on random images."""
     return RunConfig(
         model=ModelConfig(name, arguments=arguments),
         data=DataConfig(
             "random",
             batch_size=batch,
             image_size=size,
-            declared={"num_classes": 10, "channels": 3, "train_images": 10_000},
+            declared={"num_classes": CLASSES, "channels": 3, "train_images": 10_000},
         ),
         policy=PolicyConfig.paper(rho=rho),
         round=RoundConfig(k=STEPS, freeze_at=1),
@@ -56,9 +56,7 @@ def build_session(config: RunConfig) -> SparseOffload:
     """A session of ``ROUNDS`` rounds."""
     data = config.data
     return SparseOffload(
-        partial(
-            build_model, config.model.name, data.num_classes, 3, data.image_size, **config.model.arguments
-        ),
+        partial(build_model, config.model.name, CLASSES, 3, data.image_size, **config.model.arguments),
         (torch.empty(1, 3, data.image_size, data.image_size, device="meta"),),
         optimizer_factory(config.optim),
         total_steps=ROUNDS * STEPS,
@@ -74,7 +72,7 @@ def train(session: SparseOffload, config: RunConfig, after_step: Callable[[], ob
     data, generator = config.data, torch.Generator().manual_seed(0)
     for _ in range(ROUNDS * STEPS):
         images = torch.randn(data.batch_size, 3, data.image_size, data.image_size, generator=generator)
-        labels = torch.randint(data.num_classes, (data.batch_size,), generator=generator)
+        labels = torch.randint(CLASSES, (data.batch_size,), generator=generator)
         session.step(partial(loss_fn, batch=(images, labels)))
         after_step()
 

@@ -37,41 +37,37 @@ _FILE_BYTES = 128 << 20
 _CHUNK = 64
 
 
-class Rows(NamedTuple):
-    """Decoded images, row by row.
+class Decoded(NamedTuple):
+    """Images as they go into a batch.
 
     Attributes:
-        pixels: uint8[n, C, H, W].
-        shown: int64[n], the images that these are.
-        sides: int64[n, 2], their height and width as they are stored.
-        corrupt: what could not be decoded on the way."""
+        pixels: uint8[b, channels, height, width].
+        indices: int64[b], the images that these are: where one is corrupt, the one in its place.
+        corrupt: what could not be decoded on the way.
+        sides: int64[b, 2], their height and width as they are stored; empty where nobody asks."""
 
     pixels: Tensor
-    shown: Tensor
-    sides: Tensor
-    corrupt: tuple[Corrupt, ...]
+    indices: Tensor
+    corrupt: tuple[Corrupt, ...] = ()
+    sides: Tensor = torch.empty(0)
 
 
-Decode = Callable[[Tensor], Rows]
+Decode = Callable[[Tensor], Decoded]
 """The images at these indices int64[n]; several threads may call it at once."""
 
 
 class PixelCache:
-    """The rows of a split, by index, read from the files of a cache that is built where it lacks any. Raises
-    ValueError: a file of the cache cannot be read or written.
+    """The rows of a split, by index, read from the files below ``folder``; those that are missing are built.
+    Raises ValueError: a file of the cache cannot be read or written.
 
     Args:
-        folder: ``data.cache``.
-        split: the images.
-        recipe: what their pixels depend on beside the images themselves.
+        recipe: what the pixels depend on beside the images themselves.
         row_bytes: bytes of a decoded image.
-        decode: decodes some of them.
-        write: writes a file.
+        decode, write: decodes some images, writes a file.
         progress: draw a bar while building.
 
     Attributes:
-        shown, sides: of ``Rows``, of the whole split.
-        corrupt: of the whole split."""
+        shown, sides, corrupt: ``indices``, ``sides`` and ``corrupt`` of ``Decoded``, of the whole split."""
 
     def __init__(
         self,
@@ -99,7 +95,7 @@ class PixelCache:
                 f"data.cache {folder} cannot be used ({reason}); remove it, or give another"
             ) from error
         self._pixels = [rows.pixels for rows in read]
-        self.shown = torch.cat([rows.shown for rows in read])
+        self.shown = torch.cat([rows.indices for rows in read])
         self.sides = torch.cat([rows.sides for rows in read])
         self.corrupt = tuple(image for rows in read for image in rows.corrupt)
 
@@ -121,26 +117,26 @@ def _build(parts: dict[Path, Tensor], name: str, decode: Decode, write: WriteFil
     ):
         for file, indices in missing.items():
             chunks = _counted(pool.map(decode, indices.split(_CHUNK)), bar)
-            pixels, shown, sides, corrupt = zip(*chunks, strict=True)
+            pixels, shown, corrupt, sides = zip(*chunks, strict=True)
             tensors = {"pixels": torch.cat(pixels), "shown": torch.cat(shown), "sides": torch.cat(sides)}
             found = json.dumps([list(image) for images in corrupt for image in images])
             write(file, safetensors.torch.save(tensors, {"corrupt": found}))
 
 
-def _counted(chunks: Iterator[Rows], bar: tqdm[Any]) -> Iterator[Rows]:
+def _counted(chunks: Iterator[Decoded], bar: tqdm[Any]) -> Iterator[Decoded]:
     for chunk in chunks:
-        bar.update(len(chunk.shown))
+        bar.update(len(chunk.indices))
         yield chunk
 
 
-def _read(file: Path) -> Rows:
+def _read(file: Path) -> Decoded:
     """A file's rows, whose pixels are read from the disk when they are used."""
     with safetensors.safe_open(file, "pt") as content:
         pixels, shown, sides = (content.get_tensor(name) for name in ("pixels", "shown", "sides"))
         corrupt = tuple(Corrupt(*image) for image in json.loads(content.metadata()["corrupt"]))
     if pixels.dtype != torch.uint8 or not len(pixels) == len(shown) == len(sides):
         raise ValueError(f"{file.name} does not hold what its name says")
-    return Rows(pixels, shown, sides, corrupt)
+    return Decoded(pixels, shown, corrupt, sides)
 
 
 def _key(split: Split, recipe: str) -> str:

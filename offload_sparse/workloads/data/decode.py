@@ -165,40 +165,28 @@ def pixels_of(image: Image.Image, channels: int) -> Tensor:
     return F.pil_to_tensor(image.convert(_PIL_MODES[channels]))
 
 
-def decode_part(stored: Stored, channels: int, choose: Choose | None = None, least: int = 0) -> Tensor:
-    """A part of an image, uint8[channels, h, w]. Raises UndecodableError: as ``decode``.
-
-    Args:
-        choose: which part; ``None`` takes all.
-        least: a JPEG may be decoded at a half, a quarter or an eighth of its size as long as the part's
-            shorter side keeps this many pixels; 0 decodes it whole."""
-    return _guarded(stored, lambda content: _part(content, channels, choose, least))
+def decode_part(stored: Stored, channels: int, choose: Choose | None = None) -> Tensor:
+    """The part of an image that ``choose`` names (``None`` takes all), uint8[channels, h, w]. Raises
+    UndecodableError: as ``decode``."""
+    return _guarded(stored, lambda content: _part(content, channels, choose))
 
 
-def _part(content: bytes, channels: int, choose: Choose | None, least: int) -> Tensor:
+def _part(content: bytes, channels: int, choose: Choose | None) -> Tensor:
     image = open_image(content)
     plain = image.format == "JPEG" and image.mode == "RGB" and channels == 3
-    if plain and image.getexif().get(ExifTags.Base.Orientation) is None:
-        box = choose(image.height, image.width) if choose else Box(0, 0, image.height, image.width)
-        shrink = _shrink(box, least)
-        if shrink == 1 and (pixels := _whole_jpeg(content)) is not None:
-            part = pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
-            # Whole pixels next to each other are scaled several times faster.
-            return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        image.draft("RGB", (image.width // shrink, image.height // shrink))
-        image.load()
-        return pixels_of(_cut(image, Box(*(side // shrink for side in box))), channels)
-    image = _decode(image)
-    return pixels_of(_cut(image, choose(image.height, image.width)) if choose else image, channels)
-
-
-def _cut(image: Image.Image, box: Box) -> Image.Image:
-    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-
-
-def _shrink(box: Box, least: int) -> int:
-    side = min(box.height, box.width)
-    return next((shrink for shrink in (8, 4, 2) if least and side // shrink >= least), 1)
+    plain = plain and image.getexif().get(ExifTags.Base.Orientation) is None
+    pixels = _whole_jpeg(content) if plain else None
+    if pixels is None:
+        image = _decode(image)
+        if choose is not None:
+            top, left, height, width = choose(image.height, image.width)
+            image = image.crop((left, top, left + width, top + height))
+        return pixels_of(image, channels)
+    if choose is not None:
+        top, left, height, width = choose(*pixels.shape[1:])
+        pixels = pixels[:, top : top + height, left : left + width]
+    # Whole pixels next to each other are scaled several times faster.
+    return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def _whole_jpeg(content: bytes) -> Tensor | None:

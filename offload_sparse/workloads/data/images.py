@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.augmentation import Box, cut
-from offload_sparse.workloads.data.cache import PixelCache, Rows, WriteFile
+from offload_sparse.workloads.data.cache import Decoded, PixelCache, WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages, substitute
 from offload_sparse.workloads.data.decode import Stored, UndecodableError, decode_part
 from offload_sparse.workloads.data.source import Split
@@ -29,45 +29,22 @@ Crop = Callable[[int, int, int], Box]
 """(position in the batch, height, width of the image) -> the part of it that is scaled to the image size."""
 
 
-class Decoded(NamedTuple):
-    """Images as they go into a batch.
-
-    Attributes:
-        pixels: uint8[b, channels, height, width].
-        indices: int64[b], the images that these are: where one is corrupt, the one in its place.
-        corrupt: what could not be decoded on the way."""
-
-    pixels: Tensor
-    indices: Tensor
-    corrupt: tuple[Corrupt, ...]
-
-
 class ImageSet:
-    """The images and labels of one split, by index.
+    """The images uint8[channels, height, width] and labels int64[N] of one split, by index.
 
-    A split that takes no more than ``data.cache_bytes`` when decoded is decoded here, once; others are
-    decoded by ``gather`` each time, or once for all runs into ``data.cache``. So is a training split with
-    ``data.train_crop`` resized, which needs the images in their own sizes; in ``data.cache`` these are kept
-    as squares, stretched, from which the same parts are cut. Raises ValueError: the images differ in size and
-    ``data.image_size`` is 0, an image cannot be decoded, the cache cannot be used, or ``channels`` cannot be
-    had.
+    A split that takes no more than ``data.cache_bytes`` when decoded is decoded here, once (``cached``);
+    others are decoded by ``gather`` each time, or once for all runs into ``data.cache``. So is a training
+    split with ``data.train_crop`` resized, which needs the images in their own sizes; in ``data.cache`` these
+    are kept as ``squares``, stretched, from which the same parts are cut. Raises ValueError: the images
+    differ in size and ``data.image_size`` is 0, an image cannot be decoded, the cache cannot be used, or
+    ``channels`` cannot be had.
 
     Args:
-        split: what to decode.
-        config: image sizes, ``cache`` and ``cache_bytes`` are read from it.
         channels: channels that ``gather`` returns, 3 repeats grey images; ``None`` takes those of the images.
         progress: draw a progress bar while decoding if that takes longer than 5 seconds.
         corrupt: counts what cannot be decoded; ``None`` counts up to ``data.corrupt_limit`` without a log.
         training: whether the images are for training.
-        write: writes the files of ``data.cache``; ``None`` does without it.
-
-    Attributes:
-        channels: channels of the images that ``gather`` returns.
-        height: their height in pixels.
-        width: their width in pixels.
-        labels: int64[N].
-        cached: whether the split is held decoded in memory.
-        squares: whether it is kept as squares."""
+        write: writes the files of ``data.cache``; ``None`` does without it."""
 
     def __init__(
         self,
@@ -88,7 +65,6 @@ class ImageSet:
         self.corrupt = CorruptImages(config.corrupt_limit) if corrupt is None else corrupt
         self._split = split
         self._image_size = config.image_size
-        self._scaled = config.decode == "scaled"
         self._shorter_side = config.image_size if training else config.eval_resize or config.image_size
         self.height, self.width = split.image_shape(config.image_size)
         decoded_bytes = len(split) * split.channels * self.height * self.width
@@ -116,22 +92,18 @@ class ImageSet:
         return found.pixels
 
     def decode(self, indices: Tensor, crop: Crop | None = None) -> Decoded:
-        """The images at ``indices`` int64[b], another in the place of each corrupt one.
-
-        What is corrupt is not counted here: this may run in a worker process. Raises ValueError: a hundred
-        images in a row cannot be decoded.
-
-        Args:
-            crop: what to cut out of each image before it is scaled; by default its middle."""
+        """The parts that ``crop`` chooses (their middles by default) of the images at ``indices`` int64[b],
+        another image in the place of each corrupt one, which is not counted here: this may run in a worker
+        process. Raises ValueError: a hundred images in a row cannot be decoded."""
         if self.squares:
             found = self.decode_squares(indices)
             pixels = cut(found.pixels, self.parts(indices, crop or _middle), self._image_size)
             return found._replace(pixels=pixels)
         if self._pixels is not None:
             assert crop is None, "a cached split has lost the sizes of its images"
-            found = Decoded(self._pixels[indices], self._shown[indices], ())
+            found = Decoded(self._pixels[indices], self._shown[indices])
         elif self._cache is not None:
-            found = Decoded(self._cache.gather(indices), self._cache.shown[indices], ())
+            found = Decoded(self._cache.gather(indices), self._cache.shown[indices])
         else:
             found = self._decode_anew(indices, crop)
         return found._replace(pixels=found.pixels.expand(-1, self.channels, -1, -1))
@@ -140,7 +112,7 @@ class ImageSet:
         """The images at ``indices`` int64[b] as squares, for ``cut``."""
         assert self._cache is not None, "only data.cache holds squares"
         pixels = self._cache.gather(indices).expand(-1, self.channels, -1, -1)
-        return Decoded(pixels, self._cache.shown[indices], ())
+        return Decoded(pixels, self._cache.shown[indices])
 
     def parts(self, indices: Tensor, crop: Crop) -> Tensor:
         """What to cut out of the squares of ``indices``, int64[b, 4]: the parts of the images that ``crop``
@@ -160,10 +132,11 @@ class ImageSet:
     def _open_cache(self, config: DataConfig, write: WriteFile, progress: bool) -> PixelCache:
         side = _square_side(self._image_size)
         height, width = (side, side) if self.squares else (self.height, self.width)
-        recipe = f"{height}x{width} {'square' if self.squares else self._shorter_side} {config.decode}"
+        # ``exact`` was one of two ways to decode in earlier versions, whose caches serve on.
+        recipe = f"{height}x{width} {'square' if self.squares else self._shorter_side} exact"
         size, lock = self._split.channels * height * width, Lock()
 
-        def decode(indices: Tensor) -> Rows:
+        def decode(indices: Tensor) -> Decoded:
             sides = torch.zeros(len(indices), 2, dtype=torch.int64)
 
             def whole(position: int, height: int, width: int) -> Box:
@@ -171,7 +144,7 @@ class ImageSet:
                 return Box(0, 0, height, width)
 
             found = self._decode_anew(indices, whole if self.squares else None, side, lock)
-            return Rows(found.pixels, found.indices, sides, found.corrupt)
+            return found._replace(sides=sides)
 
         folder = Path(config.cache).expanduser()
         return PixelCache(folder, self._split, recipe, size, decode, write, progress)
@@ -221,9 +194,9 @@ class ImageSet:
     def _pixels_of(self, stored: Stored, position: int, crop: Crop | None, side: int) -> Tensor:
         channels, size = self._split.channels, self._image_size
         if crop is not None:
-            part = decode_part(stored, channels, partial(crop, position), self._scaled * side)
+            part = decode_part(stored, channels, partial(crop, position))
             return F.resize(part, [side, side], antialias=True)
-        pixels = decode_part(stored, channels, None, self._scaled * self._shorter_side)
+        pixels = decode_part(stored, channels)
         if size:
             pixels = resize(pixels, size, self._shorter_side)
         if pixels.shape[1:] != (self.height, self.width):

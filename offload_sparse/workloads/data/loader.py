@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.augmentation import Box, Draws, augment, cut, draw, image_keys, random_part
+from offload_sparse.workloads.data.augmentation import Draws, augment, cut, draw, image_keys, random_part
 from offload_sparse.workloads.data.cache import WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages
 from offload_sparse.workloads.data.images import Crop, ImageSet
@@ -51,89 +51,32 @@ class _Item(NamedTuple):
     draws: Draws | None = None
 
 
-class _TrainBatches(Dataset[_Item]):
-    """This rank's part of the batch of every optimizer step, by the step's number."""
+class _Loader(Dataset[_Item]):
+    """Batches by number, and in an order; ``images`` is the decoded split."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        split: Split,
-        config: DataConfig,
-        rank: int,
-        world_size: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.images = images
-        self.split = split
-        self.config = config
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.device = device
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-
-    def __getitem__(self, step: int) -> _Item:
-        config = self.config
-        epoch, step = divmod(step, steps_per_epoch(len(self.images), config.batch_size))
-        indices = rank_part(self._global_batch(epoch, step), self.rank, self.world_size)
-        crop, parts = self._crop(epoch, indices), None
-        if crop is not None and self.images.squares:
-            found, parts = self.images.decode_squares(indices), self.images.parts(indices, crop)
-        else:
-            found = self.images.decode(indices, crop)
-        batch = Batch(found.pixels, self.images.labels[found.indices], found.indices)
-        item = _Item(batch, found.corrupt, parts, draw(self.seed, epoch, indices, config.random_crop))
-        return self.finished(item) if self.device.type == "cpu" else item
+    def __init__(self, images: ImageSet, num_workers: int) -> None:
+        self.images, self._num_workers = images, num_workers
 
     def finished(self, item: _Item) -> _Item:
-        """The item on the device, its images cut and augmented there; nothing waits for it."""
-        if item.draws is None:
-            return item
-        config, moved = self.config, partial(Tensor.to, device=self.device, non_blocking=True)
-        images = moved(item.batch.images)
-        if item.parts is not None:
-            images = cut(images, moved(item.parts), config.image_size)
-        images = augment(images, Draws(*map(moved, item.draws)), config.random_crop, config.random_flip)
-        return _Item(Batch(images, moved(item.batch.labels), item.batch.indices), item.corrupt)
-
-    def _global_batch(self, epoch: int, step: int) -> Tensor:
-        size = self.config.batch_size
-        if not isinstance(self.split.table, ParquetStream):
-            return global_batch(self.seed, epoch, step, len(self.images), size)
-        if self._order[0] != epoch:
-            self._order = (epoch, self.split.table.order(self.seed, epoch))
-        return self._order[1][step * size : (step + 1) * size].clone()
-
-    def _crop(self, epoch: int, indices: Tensor) -> Crop | None:
-        if self.config.train_crop != "resized":
-            return None
-        keys = image_keys(self.seed, epoch, indices)
-
-        def crop(position: int, height: int, width: int) -> Box:
-            return random_part(keys[position], height, width)
-
-        return crop
-
-
-class _EvalBatches(Dataset[_Item]):
-    """This rank's images in batches, by the batch's number; corrupt ones are left out."""
-
-    def __init__(self, images: ImageSet, parts: tuple[Tensor, ...]) -> None:
-        self.images = images
-        self.parts = parts
-
-    def finished(self, item: _Item) -> _Item:
+        """The item with what is left to do done, in the process that trains."""
         return item
 
-    def __getitem__(self, number: int) -> _Item:
-        indices = self.parts[number]
-        found = self.images.decode(indices)
-        labels = self.images.labels[indices]
-        if torch.equal(found.indices, indices):
-            return _Item(Batch(found.pixels, labels, indices), found.corrupt)
-        intact = found.indices == indices
-        return _Item(Batch(found.pixels[intact], labels[intact], indices[intact]), found.corrupt)
+    def _in_order(self, order: Sampler[int] | range) -> Iterator[Batch]:
+        """The batches in ``order``, after counting what was corrupt in each."""
+        loader: DataLoader[_Item] = DataLoader(
+            self,
+            batch_size=None,  # an item is a whole batch already
+            sampler=order,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each iterator would take a number from the global generator
+            worker_init_fn=_leave_signals_to_the_run,
+        )
+        with _signals_wait():  # a worker that has just begun has torch's handler, which ends it
+            items = iter(loader)
+        for item in items:
+            self.images.corrupt.add(item.corrupt)
+            yield self.finished(item).batch
 
 
 class _From(Sampler[int]):
@@ -144,26 +87,6 @@ class _From(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return count(self.start)
-
-
-def _iterate(
-    batches: _TrainBatches | _EvalBatches, order: Sampler[int] | range, num_workers: int
-) -> Iterator[Batch]:
-    """The batches in ``order``, after counting what was corrupt in each."""
-    loader: DataLoader[_Item] = DataLoader(
-        batches,
-        batch_size=None,  # an item is a whole batch already
-        sampler=order,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each iterator would take a number from the global generator
-        worker_init_fn=_leave_signals_to_the_run,
-    )
-    with _signals_wait():  # a worker that has just begun has torch's handler, which ends it
-        items = iter(loader)
-    for item in items:
-        batches.images.corrupt.add(item.corrupt)
-        yield batches.finished(item).batch
 
 
 @contextmanager
@@ -185,29 +108,19 @@ def _leave_signals_to_the_run(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
-class TrainLoader:
+class TrainLoader(_Loader):
     """Training batches without end; the position is the number of the optimizer step and nothing else.
 
     The batches do not depend on ``config.num_workers``, and those of R ranks, laid end to end by rank, are
-    the batches of one rank. Raises ValueError: the global batch does not divide over the ranks or exceeds the
+    the batches of one rank. ``steps_per_epoch`` counts whole batches; the images that are left over wait for
+    another permutation. Raises ValueError: the global batch does not divide over the ranks or exceeds the
     split, or the images cannot be read.
 
     Args:
-        split: training images.
-        config: batch size, augmentation, workers.
-        rank: rank of this process.
-        world_size: number of ranks.
         seed: seed of data order and augmentation, the same on every rank.
-        channels: channels of the batches' images; 3 repeats grey images; ``None`` takes those of the images.
-        progress: draw a bar (on rank 0) if decoding takes longer than 5 seconds.
-        corrupt: counts and logs images that cannot be decoded; ``None`` only counts them.
+        channels, progress, corrupt, write: as for ``ImageSet``; the bar is drawn on rank 0.
         device: where batches are wanted. For one that is not the CPU, images are cut out and augmented there.
-        write: writes the files of ``data.cache``; ``None`` does without it.
-
-    Attributes:
-        images: the decoded split.
-        steps_per_epoch: optimizer steps in one pass; the images that are left over wait for another
-            permutation."""
+    """
 
     def __init__(
         self,
@@ -225,32 +138,62 @@ class TrainLoader:
     ) -> None:
         check_batch(config.batch_size, world_size)
         self.steps_per_epoch = steps_per_epoch(len(split), config.batch_size)
-        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt, True, write)
-        self._batches = _TrainBatches(self.images, split, config, rank, world_size, seed, device)
-        self._num_workers = config.num_workers
+        images = ImageSet(split, config, channels, progress and rank == 0, corrupt, True, write)
+        super().__init__(images, config.num_workers)
+        self._split, self._config, self._seed = split, config, seed
+        self._rank, self._world_size = rank, world_size
+        self.device = device
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of the steps ``start_step``, ``start_step + 1``, … over as many epochs as are
         read."""
-        return _iterate(self._batches, _From(start_step), self._num_workers)
+        return self._in_order(_From(start_step))
+
+    def __getitem__(self, step: int) -> _Item:
+        config, images = self._config, self.images
+        epoch, step = divmod(step, self.steps_per_epoch)
+        indices = rank_part(self._global_batch(epoch, step), self._rank, self._world_size)
+        crop, parts = self._crop(epoch, indices), None
+        if crop is not None and images.squares:
+            found, parts = images.decode_squares(indices), images.parts(indices, crop)
+        else:
+            found = images.decode(indices, crop)
+        batch = Batch(found.pixels, images.labels[found.indices], found.indices)
+        item = _Item(batch, found.corrupt, parts, draw(self._seed, epoch, indices, config.random_crop))
+        return self.finished(item) if self.device.type == "cpu" else item
+
+    def finished(self, item: _Item) -> _Item:
+        """The item on the device, its images cut and augmented there; nothing waits for it."""
+        if item.draws is None:
+            return item
+        config, moved = self._config, partial(Tensor.to, device=self.device, non_blocking=True)
+        images = moved(item.batch.images)
+        if item.parts is not None:
+            images = cut(images, moved(item.parts), config.image_size)
+        images = augment(images, Draws(*map(moved, item.draws)), config.random_crop, config.random_flip)
+        return _Item(Batch(images, moved(item.batch.labels), item.batch.indices), item.corrupt)
+
+    def _global_batch(self, epoch: int, step: int) -> Tensor:
+        size, table = self._config.batch_size, self._split.table
+        if not isinstance(table, ParquetStream):
+            return global_batch(self._seed, epoch, step, len(self.images), size)
+        if self._order[0] != epoch:
+            self._order = (epoch, table.order(self._seed, epoch))
+        return self._order[1][step * size : (step + 1) * size].clone()
+
+    def _crop(self, epoch: int, indices: Tensor) -> Crop | None:
+        if self._config.train_crop != "resized":
+            return None
+        keys = image_keys(self._seed, epoch, indices)
+        return lambda position, height, width: random_part(keys[position], height, width)
 
 
-class EvalLoader:
+class EvalLoader(_Loader):
     """Every image of a split that can be decoded, once: rank r reads the images r, r + R, r + 2R, …
 
     Ranks may read different numbers of images and batches, so sums are to be reduced over ranks, not means.
-    Raises ValueError: the images cannot be read.
-
-    Args:
-        split: images to evaluate on.
-        config: workers and image size.
-        rank: rank of this process.
-        world_size: number of ranks.
-        channels, progress, corrupt, write: as for ``TrainLoader``.
-
-    Attributes:
-        images: the decoded split.
-        size: images of the whole split, over all ranks."""
+    ``size`` counts the images of all ranks. Arguments and errors are those of ``TrainLoader``."""
 
     def __init__(
         self,
@@ -264,30 +207,32 @@ class EvalLoader:
         corrupt: CorruptImages | None = None,
         write: WriteFile | None = None,
     ) -> None:
-        self.images = ImageSet(split, config, channels, progress and rank == 0, corrupt, write=write)
+        images = ImageSet(split, config, channels, progress and rank == 0, corrupt, write=write)
+        super().__init__(images, config.num_workers)
         self.size = len(split)
         mine = torch.arange(self.size)[rank::world_size]
         self._parts = mine.split(max(1, _EVALUATION_BATCH // world_size)) if len(mine) else ()
-        self._num_workers = config.num_workers
 
     def __len__(self) -> int:
         """Batches of this rank."""
         return len(self._parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = _EvalBatches(self.images, self._parts)
-        return _iterate(batches, range(len(self._parts)), self._num_workers)
+        return self._in_order(range(len(self._parts)))
+
+    def __getitem__(self, number: int) -> _Item:
+        """Corrupt images are left out."""
+        indices = self._parts[number]
+        found = self.images.decode(indices)
+        intact = found.indices == indices
+        indices = indices[intact]
+        return _Item(Batch(found.pixels[intact], self.images.labels[indices], indices), found.corrupt)
 
 
 @dataclass(frozen=True)
 class DeclaredData:
-    """A data set, unread.
-
-    Attributes:
-        num_classes: classes.
-        channels: channels of the images.
-        image_size: their side in pixels.
-        train_images: images that training reads per epoch, after what is held out and limited."""
+    """A data set, unread: ``image_size`` is the side in pixels, ``train_images`` what training reads per
+    epoch, after what is held out and limited."""
 
     num_classes: int
     channels: int
@@ -299,7 +244,8 @@ def declared_data(config: DataConfig) -> DeclaredData:
     """The data set as ``config`` declares it. Raises ValueError: the configuration leaves something open;
     names the key."""
     known = _EMBEDDED if config.name == "fashion_mnist_small" else {}
-    values = {name: getattr(config, name) or known.get(name, 0) for name in _EMBEDDED}
+    given = config.declared | {"image_size": config.image_size}
+    values = {name: int(given.get(name) or known.get(name, 0)) for name in _EMBEDDED}
     for name, value in values.items():
         if not value:
             raise ValueError(

@@ -73,7 +73,6 @@ class Split:
     """The images, still encoded, and labels of one split.
 
     Attributes:
-        name: the split's name, for messages.
         table: its images, in the column ``image``, or parquet files to stream.
         labels: int64[N], class numbers.
         channels: channels to decode the images to: 1 if those of the training split are grey, else 3."""
@@ -143,9 +142,7 @@ class Splits:
 
     Attributes:
         train: training images, without those held out for validation.
-        test: images of the reported accuracy.
         validation: images of the accuracy shown while training, if there are any.
-        class_names: names of the classes, by number.
         in_channels: channels of the images, 1 or 3.
         image_shape: their height and width in pixels (after ``data.image_size``).
         stored_as: modes and sizes of a sample of the training images as they are stored, for people."""
@@ -181,21 +178,20 @@ def load_splits(config: DataConfig) -> Splits:
     """Read the splits that ``config`` names. What is held out and what the limits leave depends on no seed of
     the run. Raises ValueError: no such dataset, file, split or column; unusable labels; no images left. One
     line, with advice."""
-    names = [config.train_split, config.test_split] + (
-        [config.validation_split] if config.validation_split else []
-    )
+    (train_name, test_name), held = config.splits, config.validation_split
+    names = [train_name, test_name, held] if held else config.splits
     tables = _load_tables(config, list(dict.fromkeys(names)))
     class_map = read_class_map(config.class_map) if config.class_map else {}
     labels = {name: _labels(table, name, config.label_column) for name, table in tables.items()}
-    classes = class_names(labels[config.train_split], class_map)
+    classes = class_names(labels[train_name], class_map)
     numbers = {name: class_numbers(found, name, classes, class_map) for name, found in labels.items()}
     images = {name: _image_column(table, config.image_column) for name, table in tables.items()}
     splits = {name: Split(name, images[name], numbers[name]) for name in tables}
-    sample = splits[config.train_split].sample(config.corrupt_limit)
+    sample = splits[train_name].sample(config.corrupt_limit)
     channels = 1 if {image.mode for image in sample} <= set(GREY_MODES) else 3
     splits = {name: replace(split, channels=channels) for name, split in splits.items()}
-    train, test = splits[config.train_split], _limit(splits[config.test_split], config.limit)
-    validation = splits[config.validation_split] if config.validation_split else None
+    train, test = splits[train_name], _limit(splits[test_name], config.limit)
+    validation = splits[held] if held else None
     if validation is None and config.validation_size > 0:
         train, validation = _hold_out(train, config.validation_size)
     train = _limit(train, config.limit)
@@ -251,10 +247,10 @@ def _resolve(config: DataConfig) -> _Source:
 def _resolve_folder(path: Path, config: DataConfig) -> _Source:
     for suffix in (".parquet", ".tar", *LISTINGS):
         present = split_names(path, suffix)
-        if present and (suffix not in LISTINGS or _called(config.train_split, present)):
+        if present and (suffix not in LISTINGS or _called(config.splits[0], present)):
             return present, lambda split, suffix=suffix: _read_files(split_files(path, split, suffix), config)
     present = class_folders(path)
-    usual = {config.train_split, config.test_split, *_ALSO_CALLED, *sum(_ALSO_CALLED.values(), ())}
+    usual = {*config.splits, *_ALSO_CALLED, *sum(_ALSO_CALLED.values(), ())}
     if len(set(present) - usual) > 1 and not any(
         class_folders(path / name) for name in present if name in usual
     ):

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,18 +21,18 @@ _OWN: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "lenet_300_100": (lenet.LeNet300, 28),
     "resnet18_cifar": (resnet.ResNet18, 1),
     "mlp": (mlp.MLP, 1),
-    "resnet20_cifar": (resnet.resnet20_cifar, 1),
-    "resnet32_cifar": (resnet.resnet32_cifar, 1),
+    "resnet20_cifar": (partial(resnet.ResNet, 3), 1),
+    "resnet32_cifar": (partial(resnet.ResNet, 5), 1),
     "resnet32_wide_cifar": (resnet.resnet32_wide_cifar, 1),
-    "vgg16_cifar": (vgg.vgg16_cifar, 32),
-    "vgg16_dst_cifar": (vgg.vgg16_dst_cifar, 16),
-    "vgg19_cifar": (vgg.vgg19_cifar, 32),
-    "vgg_small": (vgg.vgg_small, 8),
-    "wrn28_10_cifar": (resnet.wrn28_10_cifar, 1),
+    "vgg16_cifar": (partial(vgg.VGG, vgg.VGG16), 32),
+    "vgg16_dst_cifar": (partial(vgg.VGG, vgg.VGG16, hidden=512), 16),
+    "vgg19_cifar": (partial(vgg.VGG, vgg.VGG19), 32),
+    "vgg_small": (partial(vgg.VGG, vgg.SMALL), 8),
+    "wrn28_10_cifar": (partial(resnet.WideResNet, 4, 10), 1),
 }
 
-# Networks that flatten their last feature map take images of one side only.
-_FIXED_SIDES = {"lenet5_caffe": 28, "lenet_300_100": 28}
+_ONE_SIDE = ("lenet5_caffe", "lenet_300_100")
+"""Networks that flatten their last feature map, and take images of their smallest side only."""
 
 # Auxiliary heads would make the output a tuple; these networks have them unless told otherwise.
 _WITHOUT_AUXILIARY_HEADS: dict[str, dict[str, Any]] = {
@@ -53,16 +54,13 @@ _RESERVED = (
 def build_model(
     name: str, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, **arguments: Any
 ) -> nn.Module:
-    """Build a classifier with fresh weights, drawn from torch's global generator.
-
-    Works under ``torch.device("meta")``. Returns a module that maps float[N, in_channels, H, W] to float[N,
-    num_classes]. Raises ValueError: the name is unknown, an argument does not fit the model, or the images do
-    not.
+    """A classifier with fresh weights, drawn from torch's global generator (or none, under
+    ``torch.device("meta")``): float[N, in_channels, H, W] to float[N, num_classes]. Raises ValueError: the
+    name is unknown, an argument does not fit the model, or the images do not.
 
     Args:
         name: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
-        num_classes: outputs of the network.
-        in_channels: channels of its images; torchvision's networks take 3 only.
+        in_channels: torchvision's networks take 3 only.
         image_size: shorter side of the images in pixels; only checked against what the network can pool.
         arguments: further keyword arguments of the constructor."""
     family, _, short = name.partition("/")
@@ -137,14 +135,10 @@ def _build_own(
     short: str, num_classes: int, in_channels: int, image_size: int, arguments: dict[str, Any]
 ) -> nn.Module:
     constructor, smallest = _OWN[short]
-    if image_size < smallest:
+    if image_size < smallest or (short in _ONE_SIDE and image_size > smallest):
+        least = "" if short in _ONE_SIDE else "at least "
         raise ValueError(
-            f"offload_sparse/{short} needs images of at least {smallest} pixels, not {image_size}; "
-            "set data.image_size or choose another model"
-        )
-    if image_size != _FIXED_SIDES.get(short, image_size):
-        raise ValueError(
-            f"offload_sparse/{short} needs images of {_FIXED_SIDES[short]} pixels, not {image_size}; set "
+            f"offload_sparse/{short} needs images of {least}{smallest} pixels, not {image_size}; set "
             "data.image_size or choose another model"
         )
     parameters = set(inspect.signature(constructor).parameters)

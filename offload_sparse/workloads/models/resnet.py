@@ -87,10 +87,7 @@ class _SmallImageResNet(nn.Module):
 
 
 class ResNet(_SmallImageResNet):
-    """ResNet of depth 6·blocks + 2 with stages of 16, 32 and 64 channels times ``width``.
-
-    Shape: float[N, in_channels, H, W] → float[N, num_classes].
-    """
+    """ResNet of depth 6·blocks + 2 with stages of 16, 32 and 64 channels times ``width``."""
 
     def __init__(self, blocks: int, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__(
@@ -99,12 +96,8 @@ class ResNet(_SmallImageResNet):
 
 
 class ResNet18(_SmallImageResNet):
-    """ResNet-18 (He et al. 2016) with the stem for small images: a 3×3 convolution of stride 1, no max pool.
-
-    Four stages of two blocks with 64, 128, 256 and 512 channels times ``width``.
-
-    Shape: float[N, in_channels, H, W] → float[N, num_classes].
-    """
+    """ResNet-18 (He et al. 2016) with the stem for small images, a 3×3 convolution of stride 1 without max
+    pool: four stages of two blocks with 64, 128, 256 and 512 channels times ``width``."""
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__(
@@ -114,12 +107,7 @@ class ResNet18(_SmallImageResNet):
 
 class WideResNet(nn.Module):
     """Pre-activation Wide ResNet of depth 6·blocks + 4 whose stages are ``factor`` times as wide as those of
-    ResNet.
-
-    ``width`` multiplies the channels of every layer, the first convolution's 16 included.
-
-    Shape: float[N, in_channels, H, W] → float[N, num_classes].
-    """
+    ResNet; ``width`` multiplies the channels of every layer, the first convolution's 16 included."""
 
     def __init__(
         self, blocks: int, factor: int, num_classes: int = 10, in_channels: int = 3, width: float = 1.0
@@ -139,21 +127,6 @@ class WideResNet(nn.Module):
         return self.fc(torch.flatten(self.pool(out), 1))
 
 
-def resnet20_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
-    """ResNet-20."""
-    return ResNet(3, num_classes, in_channels, width)
-
-
-def resnet32_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
-    """ResNet-32."""
-    return ResNet(5, num_classes, in_channels, width)
-
-
 def resnet32_wide_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
     """ResNet-32 with doubled channels, as in the CIFAR experiments of Zhou et al. 2021 (remark 5)."""
     return ResNet(5, num_classes, in_channels, 2 * width)
-
-
-def wrn28_10_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> WideResNet:
-    """Wide ResNet 28-10."""
-    return WideResNet(4, 10, num_classes, in_channels, width)

@@ -89,7 +89,7 @@ def test_a_build_that_was_interrupted_goes_on(config: DataConfig) -> None:
     assert len(set(written)) == len(written) == 1 + 5
 
 
-@pytest.mark.parametrize("setting", [{"image_size": 12}, {"decode": "scaled"}, {"limit": 20}])
+@pytest.mark.parametrize("setting", [{"image_size": 12}, {"limit": 20}])
 def test_other_pixels_have_files_of_their_own(setting: dict[str, Any], tmp_path: Path) -> None:
     write_folder(tmp_path / "data")
     batches(config_of(tmp_path))
@@ -179,7 +179,7 @@ def test_what_is_left_to_a_device_gives_the_batches_of_the_host(
     write_folder(tmp_path / "data")
     config = config_of(tmp_path, **settings)
     expected = batches(config)
-    made = TrainLoader(load_splits(config).train, config, write=write_file)._batches
+    made = TrainLoader(load_splits(config).train, config, write=write_file)
     for step, batch in enumerate(expected):
         made.device = torch.device("cuda")
         item = made[step]
