@@ -34,8 +34,7 @@ class Importance:
         kind: ``l1``, ``l2``, ``norm_scale``, or ``random``, which looks at no weight.
         channel_map: the channels of the network.
         network: on any device; tells which dimension of a weight gives channels.
-        seed: of ``random``.
-    """
+        seed: of ``random``."""
 
     def __init__(self, kind: StartName, channel_map: ChannelMap, network: nn.Module, seed: int = 0) -> None:
         self._kind, self._map, self._seed = kind, channel_map, seed

@@ -33,19 +33,14 @@ class FittedWeights:
     Attributes:
         stored: by the name of a parameter or buffer, where its values are.
         lines: what was found, for people.
-        preprocessing: of the images that the weights were trained on, as far as it is known.
-    """
+        preprocessing: of the images that the weights were trained on, as far as it is known."""
 
     stored: Mapping[str, Stored]
     lines: tuple[str, ...] = ()
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def fill(self, store: WeightStore) -> int:
-        """Read this rank's rows into ``store``, of every tensor that the files have.
-
-        Returns:
-            bytes read.
-        """
+        """Read this rank's rows into ``store``, of every tensor that the files have. Returns bytes read."""
         count = 0
         for name, stored in self.stored.items():
             if not stored.dtype.is_floating_point:
@@ -73,15 +68,12 @@ class FittedWeights:
 
 
 class WeightSource:
-    """Weights in files, whatever network they are of.
+    """Weights in files, whatever network they are of. Raises ValueError: there are none, they are damaged, or
+    of a narrow network; one line, on every rank.
 
     Args:
         source: a file (safetensors, or a state_dict of ``torch.save``), a folder of such files with an index,
-            a run's folder or its ``model/``; ``NEW_HEAD`` may stand behind it.
-
-    Raises:
-        ValueError: there are none, they are damaged, or of a narrow network; one line, on every rank.
-    """
+            a run's folder or its ``model/``; ``NEW_HEAD`` may stand behind it."""
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         text = os.fspath(source)
@@ -123,11 +115,8 @@ class WeightSource:
         on_first_rank(check, 0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size())
 
     def fitted(self, network: nn.Module) -> FittedWeights:
-        """The same, known to fit ``network`` (on any device; only names and shapes matter).
-
-        Raises:
-            ValueError: tensors are missing or of other shapes; one line that counts and names them.
-        """
+        """The same, known to fit ``network`` (on any device; only names and shapes matter). Raises
+        ValueError: tensors are missing or of other shapes; one line that counts and names them."""
         shared = dict(network.named_parameters(remove_duplicate=False))
         own = named_tensors(network)
         names = {id(tensor): name for name, tensor in network.named_parameters()}

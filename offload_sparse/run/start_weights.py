@@ -13,11 +13,8 @@ from offload_sparse.workloads.models.weight_cache import PRETRAINED, CachedWeigh
 
 
 def weight_source(config: RunConfig) -> WeightSource | None:
-    """What ``model.weights`` names, opened; None where training starts afresh.
-
-    Raises:
-        ValueError: there are no weights, or they cannot be read; one line, on every rank.
-    """
+    """What ``model.weights`` names, opened; None where training starts afresh. Raises ValueError: there are
+    no weights, or they cannot be read; one line, on every rank."""
     text = config.model.weights
     published = _published(config)
     if published is None:
@@ -34,8 +31,7 @@ def prepared_images(
     it gives its own; and what to tell about them and what else differs.
 
     Args:
-        shape: channels, height and width of the run's images.
-    """
+        shape: channels, height and width of the run's images."""
     data = config.data
     if weights is None:
         return data, ()

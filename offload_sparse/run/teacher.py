@@ -33,8 +33,7 @@ class Teacher:
         images: the split.
         normalise: uint8 images to what the network takes.
         folder: where the logits are kept; what an interrupted pass has left there is not computed again.
-        classes: outputs of the network.
-    """
+        classes: outputs of the network."""
 
     def __init__(
         self,
@@ -51,8 +50,7 @@ class Teacher:
     @torch.no_grad()
     def compute(self, rank: int = 0, world_size: int = 1, quiet: bool = False) -> None:
         """Compute what is missing of this rank's share; every rank then waits for the others, and calls
-        ``open``.
-        """
+        ``open``."""
         make_folder(self._folder)
         parts = list(enumerate(torch.arange(len(self._images)).split(_IMAGES_PER_FILE)))[rank::world_size]
         missing = [(number, part) for number, part in parts if not self._is_whole(number, part)]
@@ -105,8 +103,7 @@ def distilled(loss: Tensor, logits: Tensor, teacher: Tensor) -> Tensor:
     Args:
         loss: of the labels, a scalar.
         logits: of the network, float[b, classes].
-        teacher: of the full network, float[b, classes].
-    """
+        teacher: of the full network, float[b, classes]."""
     ours, theirs = ((x / TEMPERATURE).log_softmax(1) for x in (logits, teacher.to(logits)))
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return (loss + TEMPERATURE**2 * divergence) / 2

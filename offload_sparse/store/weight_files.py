@@ -37,8 +37,7 @@ class Stored:
     Attributes:
         path, offset: the file, and the byte at which the first entry lies.
         shape, stride: in entries.
-        dtype: of the entries.
-    """
+        dtype: of the entries."""
 
     path: Path
     offset: int
@@ -48,11 +47,8 @@ class Stored:
 
 
 def tensors_in(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file, or of the files in a folder, by name. Reads no values.
-
-    Raises:
-        ValueError: there is nothing to read, or it is damaged, or holds more than tensors; one line.
-    """
+    """Every tensor of a file, or of the files in a folder, by name. Reads no values. Raises ValueError: there
+    is nothing to read, or it is damaged, or holds more than tensors; one line."""
     if path.is_dir():
         return _in_folder(path)
     if not path.is_file():
@@ -75,16 +71,10 @@ def tensors_in(path: Path) -> dict[str, Stored]:
 
 def read_rows(stored: Stored, low: int, high: int, out: Tensor) -> int:
     """Read the rows (entries of the first dimension) from ``low`` to ``high`` into ``out``, in its type.
+    Returns bytes read. Raises ValueError: the file ends before.
 
     Args:
-        out: contiguous, on the CPU, with as many entries.
-
-    Returns:
-        bytes read.
-
-    Raises:
-        ValueError: the file ends before.
-    """
+        out: contiguous, on the CPU, with as many entries."""
     _, length = row_shape(stored.shape)
     flat, size = out.detach().view(-1), stored.dtype.itemsize
     assert flat.numel() == (high - low) * length, "another number of entries"

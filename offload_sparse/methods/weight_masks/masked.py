@@ -158,11 +158,8 @@ _OVERALL = (
 
 
 def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]], Sparsity]) -> MaskedTraining:
-    """The full network, initialised as the seed says, with all weights of Linear and Conv2d layers masked.
-
-    Args:
-        task: what is trained.
-        sparsity_of: makes the masks of the given weights."""
+    """The full network, initialised as the seed says, with all weights of Linear and Conv2d layers masked by
+    what ``sparsity_of`` makes of them."""
     network = task.network()
     channel_map = undivided_map(network)
     cost = CostModel(meta_copy(network), channel_map, task.example_inputs)

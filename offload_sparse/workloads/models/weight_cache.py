@@ -22,8 +22,7 @@ class CachedWeights:
         mean, std: per channel, of pixels in [0, 1].
         crop: side of the square that is cut out of the middle, in pixels.
         resize: of the shorter side before.
-        interpolation: by which.
-    """
+        interpolation: by which."""
 
     path: Path
     mean: tuple[float, ...]
@@ -34,15 +33,12 @@ class CachedWeights:
 
 
 def cached_weights(name: str, tag: str = "") -> CachedWeights:
-    """The weights that a model's name stands for. Fetches nothing.
+    """The weights that a model's name stands for. Fetches nothing. Raises ValueError: there are none, or they
+    have not been fetched: says which file to fetch.
 
     Args:
         name: ``torchvision/<name>``, ``timm/<name>`` or ``timm/<name>.<tag>``.
-        tag: of torchvision's weights; empty takes the best ones.
-
-    Raises:
-        ValueError: there are none, or they have not been fetched: says which file to fetch.
-    """
+        tag: of torchvision's weights; empty takes the best ones."""
     family, _, short = name.partition("/")
     if family == "torchvision":
         return _torchvision(name, short, tag)
