@@ -9,6 +9,7 @@ same share of the dense FLOPs, and as many steps as give a row the same train FL
     taper       by hand: late layers narrower (VGG-19 only)
     none        one even mask of the full network's initial values
     probe       widths searched by probes in cycles
+    family      one run with a member for each of ``--flops``, of the train FLOPs of ``even`` at all of them
     found       fixed from the start, with the widths that ``probe`` ended with
     default     the default search: masks that persist, frozen after a twentieth of the steps
     sampled     the paper's masks, K = 50, frozen after four fifths of the steps
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -91,6 +92,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "taper": {"method": "static"},
     "none": {"policy.search": "none"},
     "probe": {"policy.search": "probe", "round.freeze_at": SEARCH_SHARE},
+    "family": {"policy.search": "none"},
     "found": {"method": "static"},
     "default": {"policy.hard_cap": 2},
     "sampled": _PAPER | {"policy.estimator": "rloo"},
@@ -156,11 +158,18 @@ class Cell:
     @property
     def run_dir(self) -> Path:
         data = Path(self.config.data or "embedded").name
-        name = f"{self.config.set}-{self.name}-flops{self.flops:g}-steps{self.steps}-seed{self.seed}-{data}"
+        flops = "_".join(f"{share:g}" for share in (self._members if self.name == "family" else [self.flops]))
+        name = f"{self.config.set}-{self.name}-flops{flops}-steps{self.steps}-seed{self.seed}-{data}"
         return self.folder / name
+
+    @property
+    def _members(self) -> list[float]:
+        return sorted(self.config.flops)
 
     def possible(self) -> bool:
         """Whether the setting has what the method needs."""
+        if self.name == "family":
+            return len(self._members) > 1
         return bool({"published": self.setting.published, "taper": self.setting.taper}.get(self.name, True))
 
     def options(self) -> dict[str, Any]:
@@ -176,12 +185,13 @@ class Cell:
             raise ValueError(f"--set {self.config.set} needs images; give a folder of them with --data")
         options = _COMMON | dict(self.setting.options) | METHODS[self.name]
         options |= {"static.widths": widths} if widths else {}
+        options |= {"policy.budgets": self._members} if self.name == "family" else {}
         options |= {"data.name": self.config.data} if self.config.data else {}
         return options | {
-            "policy.rho": self.flops,
+            "policy.rho": self._members[0] if self.name == "family" else self.flops,
             "train.seed": self.seed,
             "train.epochs": 1 + self.steps * _BATCH // self.setting.images,
-            "train.max_steps": equal_steps(self.name, self.steps, self.setting.groups),
+            "train.max_steps": equal_steps(self.name, self.steps, self.setting.groups, self._members),
         }
 
     def figures(self) -> dict[str, Any]:
@@ -189,12 +199,13 @@ class Cell:
         options = {} if (self.run_dir / "summary.json").exists() else self.options()
         summary, lines = finished_run(self.run_dir, options)
         structure = json.loads((self.run_dir / "model" / "structure.json").read_text())
+        member = summary.get("members", {}).get(f"{self.flops:g}", summary)
+        part = self.flops / sum(self._members) if self.name == "family" else 1
         return {
-            "accuracy": 100 * summary["test_accuracy"],
-            "test_loss": summary["test_loss"],
-            "params_ratio": summary["params_ratio"],
-            "flops_ratio": summary["flops_ratio"],
-            "train_flops": [line["train_flops"] for line in lines if "train_flops" in line][-1],
+            "accuracy": 100 * member["test_accuracy"],
+            "params_ratio": member["params_ratio"],
+            "flops_ratio": member["flops_ratio"],
+            "train_flops": part * [line["train_flops"] for line in lines if "train_flops" in line][-1],
             "steps": summary["steps"],
             "seconds": summary["seconds"],
             "widths": [len(group["kept"]) for group in structure["groups"].values()],
@@ -202,11 +213,15 @@ class Cell:
         }
 
 
-def equal_steps(name: str, steps: int, groups: int) -> int:
+def equal_steps(name: str, steps: int, groups: int, members: Sequence[float] = ()) -> int:
     """Steps that take the train FLOPs of so many steps of ``even``: a forward and a backward pass each.
 
-    A step of a sampled search evaluates a second subnet. A pair of a probe is two forward passes.
+    A step of a sampled search evaluates a second subnet. A pair of a probe is two forward passes. A step of a
+    family trains the largest of ``members`` (shares of the FLOPs), the smallest, and one of those between.
     """
+    if name == "family":
+        trained = members[0] + members[-1] + (fmean(members[1:-1]) if len(members) > 2 else 0)
+        return round(steps * sum(members) / trained)
     if name == "probe":
         cycles, pairs = cycles_and_pairs(groups, steps)
         return round(steps - 2 * cycles * pairs / 3)

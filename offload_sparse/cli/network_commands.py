@@ -97,10 +97,12 @@ class ExportConfig:
             model card for the Hugging Face Hub, which is not uploaded.
         output: folder to write to; empty takes ``export/<format>`` in the folder of the run, and
             ``export/step_<n>_<format>`` for a checkpoint.
+        budget: which member of a family, by its share in ``policy.budgets``; 0 takes the largest.
         json: print one JSON object instead of a table.
     """
 
     path: Path
+    budget: float = 0.0
     format: Literal["safetensors", "torch_export", "onnx", "hub"] = "safetensors"
     output: str = ""
     json: bool = False
@@ -114,9 +116,13 @@ def export(argv: Sequence[str]) -> int:
     )
     config = Options(ExportConfig, f"{PROGRAM} export", examples).parse(argv)
     from offload_sparse.export.convert import export_network
-    from offload_sparse.run.checkpoint_network import exported, is_checkpoint, run_of
+    from offload_sparse.run.checkpoint_network import exported, is_checkpoint, member_of, run_of
 
     output = Path(config.output).expanduser() if config.output else None
+    if config.budget:
+        path = member_of(config.path, config.budget)
+        show(export_network(path, config.format, output or path / "export" / config.format), config.json)
+        return 0
     if output is None and is_checkpoint(config.path):
         output = run_of(config.path) / "export" / f"{config.path.name}_{config.format}"
     with exported(config.path) as path:

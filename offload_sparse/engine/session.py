@@ -309,7 +309,7 @@ class SparseOffload(Rounds):
             with torch.compiler.set_stance("force_eager"):
                 if average is not None:
                     side.arrays[WEIGHTS].copy_(average)
-                self._reestimate(side.module, batches)
+                self.reestimate(side.module, batches)
                 yield side.module.eval()
         finally:
             for kind, values in kept.items():
@@ -342,7 +342,7 @@ class SparseOffload(Rounds):
         side.bind(None)
         module = self._extract(side)
         self.transfers.close()
-        self._reestimate(module, batches)
+        self.reestimate(module, batches)
         self._ended = True
         # What is left must not live until the interpreter ends, when process groups cannot be freed any more.
         self._drop_round()
@@ -405,7 +405,7 @@ class SparseOffload(Rounds):
         set_additions(module, side.selection, self.device)
         return module
 
-    def _reestimate(self, module: nn.Module, batches: Iterable[Any] | None) -> None:
+    def reestimate(self, module: nn.Module, batches: Iterable[Any] | None) -> None:
         """Replace the BatchNorm statistics by those of ``batches``, or of the last closures."""
         if self.forward.frozen_batch_norm:
             return

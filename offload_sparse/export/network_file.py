@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -118,13 +118,15 @@ class FinalNetwork:
         module: an ordinary module with memory of its own, in evaluation mode.
         mask: bool[C], the atoms of ``channel_map``, that of the full network, that it keeps.
         factory: builds the full network, for reading back what is written; None if that is not known.
-        example_inputs: what the network can be called with."""
+        example_inputs: what the network can be called with.
+        members: by their share of the budget, the smaller networks of a family that are parts of this one."""
 
     module: nn.Module
     mask: Tensor
     channel_map: ChannelMap
     factory: _Build | None = None
     example_inputs: Inputs = ()
+    members: Mapping[float, FinalNetwork] = field(default_factory=dict)
 
     def kept_channels(self) -> dict[str, Kept]:
         """Per group the channels of the layer that it is named after, and which of them are kept."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from offload_sparse.engine.durable import DurableRounds
+from offload_sparse.engine.family import Family
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
@@ -32,11 +33,37 @@ class SparseOffloadMethod:
         self.channel_map, self.cost = session.channel_map, session.cost
         self.durable = durable
         self._loss_fn, self._steps = task.loss_fn, task.total_steps
+        self._seed = task.config.train.seed
 
     def train_step(self, batch: Any, lr: float) -> None:
-        for group in self.session.optimizer.param_groups:
+        session = self.session
+        for group in session.optimizer.param_groups:
             group["lr"] = lr
-        self.session.step(partial(self._loss_fn, batch=batch))
+        step = session.steps_done
+        session.step(partial(self._loss, batch=batch, step=step))
+        if session.frozen and len(self._family_masks) > 1:
+            trained = (self._family_masks[number] for number in self._family.chosen(step))
+            session.forward_flops += 3 * sum(map(session.cost.flops, trained))
+
+    def _loss(self, network: nn.Module, batch: Any, step: int) -> Any:
+        """Of the network in training; in the final phase of a family that of several members."""
+        loss_fn = partial(self._loss_fn, batch=batch)
+        if not self.session.frozen or len(self._family_masks) < 2:
+            return loss_fn(network)
+        return self._family.loss(loss_fn, network, step)
+
+    @cached_property
+    def _family_masks(self) -> list[Tensor]:
+        """Of the members, once the search has ended."""
+        policy = self.session.policy
+        return policy.family() if isinstance(policy, WidthSearch) else []
+
+    @cached_property
+    def _family(self) -> Family:
+        session = self.session
+        return Family(
+            session.meta_model, session.channel_map, self._family_masks, self._seed, session.device
+        )
 
     def span(self, step: int) -> tuple[int, int]:
         policy = self.session.policy
@@ -76,7 +103,14 @@ class SparseOffloadMethod:
         return self.session.evaluation(batches)
 
     def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
-        return self.session.finalize(batches)
+        session, batches = self.session, list(batches)
+        network = session.finalize(batches)
+        members = {}
+        for number, share in enumerate(sorted(session.policy.config.budgets)[:-1]):
+            module = self._family.extract(number, network.module)
+            session.reestimate(module, batches)
+            members[share] = replace(network, module=module, mask=self._family_masks[number])
+        return replace(network, members=members)
 
     def costs(self) -> Costs:
         session = self.session

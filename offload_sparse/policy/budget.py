@@ -99,6 +99,10 @@ class Budget:
         """What ``config`` allows."""
         return cls(config.budget, config.rho, groups, costs, (config.floor, 1 - config.floor))
 
+    def at(self, rho: float) -> Budget:
+        """The budget of another share."""
+        return Budget(self._kind, rho, self._groups, self._costs, self._bounds)
+
     def spent(self, s: Tensor) -> float:
         """Expected cost of a draw from ``s`` (float64[C]), in the unit of the limit."""
         return float(self._expected(s))

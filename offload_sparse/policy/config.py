@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from offload_sparse.channels.require import require
@@ -30,6 +30,9 @@ class PolicyConfig:
     Attributes:
         rho: remaining ratio of what ``budget`` counts, in (0, 1]. With ``count`` it is the paper's: the sum
             of s is at most rho times the atoms (an atom is one channel unless ``atoms.block`` is larger).
+        budgets: shares, as rho is one, of the members of a family of networks: the final phase trains the
+            largest of them, the others as parts of it (see ``engine.family``). Needs ``search`` ``probe`` or
+            ``none``, whose widths are those of rho. Empty trains the one network of rho.
         budget: what rho is a share of: ``count`` (atoms), ``params`` (parameters of the network) or ``flops``
             (its forward FLOPs). The last two are products of widths and are linearised at every step of s.
         search: how the structure is found. ``sampled`` draws masks from keep probabilities that it learns
@@ -65,6 +68,7 @@ class PolicyConfig:
     """Share of the atoms that ``persistent`` redraws per round, in (0, 1]."""
 
     rho: float = 0.25
+    budgets: list[float] = field(default_factory=list)
     budget: BudgetName = "count"
     search: SearchName = "sampled"
     start: StartName = "uniform"
@@ -78,6 +82,14 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         require(
             0 < self.rho <= 1, f"policy.rho is {self.rho}; give a remaining ratio in (0, 1], such as 0.25"
+        )
+        require(
+            all(0 < share <= 1 for share in self.budgets) and len(set(self.budgets)) == len(self.budgets),
+            f"policy.budgets is {self.budgets}; give different ratios in (0, 1], such as [0.06, 0.25]",
+        )
+        require(
+            not self.budgets or self.search != "sampled",
+            "policy.budgets makes a family around one mask; set policy.search to probe or none",
         )
         require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
         require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")

@@ -91,6 +91,7 @@ class WidthSearch:
         if importance is not None:
             self.mask = of_least_margin(self.mask, -importance, self.groups)
         self.trained = self.mask.clone()
+        self._margin = 1 - start
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
         self._worth = Worth(stages(self.groups, self._budget.slopes(torch.ones_like(start))))
         cycles, self.pairs = cycles_and_pairs(len(self.groups), 0 if self.trivial else total_steps)
@@ -126,7 +127,19 @@ class WidthSearch:
         return (self.mask,) * (1 + ranks)
 
     def candidates(self, count: int, round: int = 0) -> list[Tensor]:  # noqa: ARG002
-        return [self.mask]
+        return [self.family()[-1]]
+
+    def family(self) -> list[Tensor]:
+        """bool[C] of every member of ``policy.budgets``, the smallest first: the present widths, scaled, of
+        which each has the channels of those before it. Without budgets the present mask.
+        """
+        masks: list[Tensor] = []
+        for share in sorted(self.config.budgets):
+            budget = self._budget.at(share)
+            rates = self._rates_of(self._affordable(self._log_widths, budget))
+            mask = budget.mask(rates, self._margin, self.config.min_width)
+            masks.append(mask | masks[-1] if masks else mask)
+        return masks or [self.mask]
 
     def freeze(self) -> None:
         """Nothing moves any more."""
@@ -181,9 +194,10 @@ class WidthSearch:
         advantage, spread = self._worth.advantage()
         # Fractions of an atom add up over cycles; what the rounding to atoms has given away does not.
         start = torch.minimum(torch.maximum(self._log_widths, (before - 0.5).log()), (before + 0.5).log())
-        self._log_widths = self._affordable(start + move(advantage, spread, slopes, cost))
+        moved = start + move(advantage, spread, slopes, cost)
+        self._log_widths = self._affordable(moved, self._budget)
         order = torch.where(self.mask, importance / importance.max().clamp_min(1e-30), -1.0)
-        margin = -torch.where(~self.mask & self.trained, -0.5, order)
+        margin = self._margin = -torch.where(~self.mask & self.trained, -0.5, order)
         least = self.config.min_width
         mask = self._budget.mask(self._rates_of(self._log_widths), margin, least)
         self.mask = respect_size(mask, margin, self.groups, least, self._costs.parameters, self.size_cap)
@@ -198,7 +212,7 @@ class WidthSearch:
         """Copies of all that has been found; configuration and seed are the caller's."""
         tensors = {"s": self.s, "trained": self.trained, "log_widths": self._log_widths}
         tensors |= {"precision": self._worth.precision, "weighted": self._worth.weighted}
-        tensors |= {"history": self._history}
+        tensors |= {"history": self._history, "margin": self._margin}
         return {"tensors": {n: t.clone() for n, t in tensors.items()}, "frozen": self.frozen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -214,7 +228,7 @@ class WidthSearch:
                 "same model with policy.search probe"
             )
         self.mask, self.trained = tensors["s"] > 0, tensors["trained"].clone()
-        self._log_widths = tensors["log_widths"].clone()
+        self._log_widths, self._margin = tensors["log_widths"].clone(), tensors["margin"].clone()
         self._worth.precision = tensors["precision"].clone()
         self._worth.weighted = tensors["weighted"].clone()
         self._history, self.frozen = tensors["history"].clone(), bool(state["frozen"])
@@ -229,18 +243,20 @@ class WidthSearch:
     def _slopes(self) -> Tensor:
         return self._budget.slopes(self._rates_of(present_widths(self.mask, self.groups).log()))
 
-    def _affordable(self, log_widths: Tensor) -> Tensor:
-        """The same widths times the one factor that spends the budget."""
+    def _affordable(self, log_widths: Tensor, budget: Budget) -> Tensor:
+        """The same widths times the one factor that spends ``budget``."""
         low, high = -10.0, 10.0
         for _ in range(60):
             middle = (low + high) / 2
-            fits = self._budget.spent(self._rates_of(log_widths + middle)) <= self._budget.limit
+            fits = budget.spent(self._rates_of(log_widths + middle)) <= budget.limit
             low, high = (middle, high) if fits else (low, middle)
         return log_widths + low
 
     def _largest(self) -> int:
-        """Parameters of the first mask, with room for moves, within the whole network."""
-        first = self._costs.parameters(self.mask)
+        """Parameters of the first mask, or of the largest member, with room for moves, within the whole
+        network.
+        """
+        first = max(map(self._costs.parameters, (self.mask, self.family()[-1])))
         if self.trivial or not self.boundaries:
             return first
         room = 1.05 if self.config.budget == "params" else self.config.hard_cap**4

@@ -12,7 +12,7 @@ from pathlib import Path
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
 from offload_sparse.run.checkpoint_files import MANIFEST_FILE
-from offload_sparse.run.log import CONFIG_FILE, MODEL_FOLDER
+from offload_sparse.run.log import CONFIG_FILE, MEMBERS_FOLDER, MODEL_FOLDER
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -23,6 +23,17 @@ def is_checkpoint(path: Path) -> bool:
 def run_of(checkpoint: Path) -> Path:
     """The folder of the run that a checkpoint belongs to."""
     return checkpoint.resolve().parents[1]
+
+
+def member_of(run: Path, share: float) -> Path:
+    """The folder of a member of the family that a run has trained; ``run`` itself for the largest. Raises
+    ValueError: there is no such member; says which there are."""
+    members, config = run / MEMBERS_FOLDER, run / CONFIG_FILE
+    budgets = sorted(arguments.parse(["--config", str(config)]).policy.budgets) if config.is_file() else []
+    if share not in budgets:
+        known = ", ".join(f"{budget:g}" for budget in budgets) or "none (no policy.budgets)"
+        raise ValueError(f"{run} has no member {share:g}; those of the run: {known}")
+    return run if share == budgets[-1] else members / f"{share:g}"
 
 
 @contextmanager

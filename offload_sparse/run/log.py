@@ -38,12 +38,13 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 MODEL_FOLDER = "model"
+MEMBERS_FOLDER = "members"
 TRACKERS_FOLDER = "trackers"
 
 Track = Callable[[dict[str, float], int], None]
 """Receives the finite numbers of a line of metrics, and the step."""
 
-_OUTCOME = (SUMMARY_FILE, MODEL_FOLDER)
+_OUTCOME = (SUMMARY_FILE, MODEL_FOLDER, MEMBERS_FOLDER)
 _PARTS = (*_OUTCOME, CHECKPOINT_FOLDER, TRACKERS_FOLDER, TEACHER_FOLDER)
 _KNOWN = (CONFIG_FILE, METRICS_FILE, *_PARTS)
 

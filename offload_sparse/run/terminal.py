@@ -179,6 +179,9 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     for key, label, text in SUMMARY_ROWS:
         if summary.get(key) is not None:
             table.add_row(label, text(summary[key]))
+    for share, member in summary.get("members", {}).items():
+        accuracy, kept = 100 * member["test_accuracy"], 100 * member["params_ratio"]
+        table.add_row(f"member {share}", f"{accuracy:.2f} %, {kept:.2f} % of the parameters")
     return table
 
 

@@ -29,7 +29,7 @@ from offload_sparse.methods.method import Method, Task
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
 from offload_sparse.run.launch import as_launched, launched, sole_job, start_trackers
-from offload_sparse.run.log import Recorder
+from offload_sparse.run.log import MEMBERS_FOLDER, MODEL_FOLDER, Recorder
 from offload_sparse.run.plan.dry_run import Structure, knob, model_on_meta
 from offload_sparse.run.plan.fit import beside_dense, check, out_of_memory
 from offload_sparse.run.plan.machine import process_bytes, this_machine
@@ -267,7 +267,9 @@ class Run:
                 "shape": list(self.image_shape),
                 "class_names": list(self.splits.class_names),
             }
-            network.save(self.config.run_dir / "model", model, preprocessing)
+            for share, member in network.members.items():
+                member.save(self.config.run_dir / MEMBERS_FOLDER / f"{share:g}", model, preprocessing)
+            network.save(self.config.run_dir / MODEL_FOLDER, model, preprocessing)
         return network
 
     def summary(self, network: FinalNetwork) -> dict[str, Any]:
@@ -275,7 +277,13 @@ class Run:
         result = self._evaluate(network.module, self.test_loader)
         costs = self.method.costs()
         cuda = self.device.type == "cuda"
-        params_ratio = count_parameters(network.module) / costs.dense_parameters
+        sizes = self._sizes(network.module)
+        params_ratio = sizes["params_ratio"]
+        members = {
+            f"{share:g}": {"test_accuracy": self._evaluate(member.module, self.test_loader).accuracy}
+            | self._sizes(member.module)
+            for share, member in network.members.items()
+        }
         report = self.method.report()
         if self.accelerator.is_main_process:
             kept = report.get("params_ratio", params_ratio)
@@ -291,8 +299,7 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "test_accuracy": result.accuracy,
             "test_loss": result.loss,
-            "params_ratio": params_ratio,
-            "flops_ratio": count_flops(network.module, self.task.example_inputs) / costs.dense_flops,
+            **sizes,
             "train_cost_saving": self._saving(self.total_steps),
             "seconds": self.recorder.seconds,
             "step_seconds_median": self.progress.step_seconds_median,
@@ -301,9 +308,18 @@ class Run:
             "store_bytes": costs.store_bytes,
             "subnet_bytes_peak": costs.subnet_bytes_peak,
             "corrupt_images": len(self.corrupt),
+            **({"members": members} if members else {}),
         } | report
 
     # --- parts ---
+
+    def _sizes(self, module: nn.Module) -> dict[str, float]:
+        """Parameters and FLOPs of a network as shares of the full one's."""
+        costs = self.method.costs()
+        return {
+            "params_ratio": count_parameters(module) / costs.dense_parameters,
+            "flops_ratio": count_flops(module, self.task.example_inputs) / costs.dense_flops,
+        }
 
     def _task(self, resumes: bool, weights: FittedWeights | None) -> Task:
         config = self.config

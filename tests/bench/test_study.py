@@ -27,12 +27,13 @@ def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
 ) -> None:
     config = StudyConfig(set="vgg19", data="cifar10", flops=[0.0169], seeds=2, cache=str(tmp_path))
     steps = 40 * 351
-    for name in METHODS:
+    alone = [name for name in METHODS if name != "family"]
+    for name in alone:
         for seed in range(2):
             finished(Cell(config, name, 0.0169, seed, steps, tmp_path).run_dir, 0.8 + 0.02 * seed)
     monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
     result = study.run(False, config)
-    for name in METHODS:
+    for name in alone:
         key = f"study.vgg19.flops0.0169.{name}"
         assert result.ratios[f"{key}.accuracy"] == pytest.approx(81)
         assert result.ratios[f"{key}.spread"] == pytest.approx(2**0.5)
@@ -62,6 +63,23 @@ def test_steps_of_a_row_take_the_same_train_flops() -> None:
     assert 3 * fewer + 2 * CYCLES * 18 * groups == pytest.approx(3 * steps, rel=1e-3)
     assert 3.8 * equal_steps("sampled", steps, groups) == pytest.approx(3 * steps, rel=1e-3)
     assert equal_steps("probe", 100, groups) == 100, "no time for a cycle"
+
+
+def test_a_family_costs_what_its_members_cost_alone(tmp_path: Path) -> None:
+    """Three members are all trained in every step; of five, the three in the middle take turns."""
+    assert equal_steps("family", 900, 16, [0.1, 0.2, 0.4]) == 900
+    turns = equal_steps("family", 900, 16, [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert turns * (0.1 + 0.3 + 0.5) == pytest.approx(900 * 1.5, rel=1e-3)
+    config = StudyConfig(set="vgg19", data="cifar10", flops=[0.4, 0.1])
+    small, large = (Cell(config, "family", share, 0, 100, tmp_path) for share in config.flops)
+    assert small.run_dir == large.run_dir
+    assert small.options()["policy.budgets"] == [0.1, 0.4]
+    finished(small.run_dir, 0.8)
+    summary = json.loads((small.run_dir / "summary.json").read_text())
+    member = {"test_accuracy": 0.7, "params_ratio": 0.1, "flops_ratio": 0.1}
+    (small.run_dir / "summary.json").write_text(json.dumps(summary | {"members": {"0.1": member}}))
+    assert [round(cell.figures()["accuracy"]) for cell in (small, large)] == [80, 70]
+    assert not Cell(StudyConfig(), "family", 0.1, 0, 100, tmp_path).possible()
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,3 +164,25 @@ def test_a_search_moves_on_from_the_widths_that_there_are() -> None:
     widths = present_widths(found.mask, GROUPS)
     assert float(widths.sum()) <= 0.2 * MAP.num_atoms
     assert float(widths[0] / widths[1]) == pytest.approx(60 / round(0.2 * 128), rel=0.1)
+
+
+@pytest.mark.parametrize("budget", ["count", "params", "flops"])
+def test_a_family_has_the_widths_that_were_found_at_every_budget(budget: str) -> None:
+    shares = [0.6, 0.1, 0.3]
+    found = search(budget, budgets=shares)
+    wanted = torch.tensor([1.0, 30.0], dtype=torch.float64)
+    cycle(found, wanted, noise=0.01)
+    masks = found.family()
+    assert torch.equal(found.candidates(1)[0], masks[-1])
+    whole = {"count": len(found.mask), "params": COSTS.dense_parameters, "flops": COSTS.dense_flops}[budget]
+    cost = {"count": lambda mask: int(mask.sum()), "params": COSTS.parameters, "flops": COSTS.flops}[budget]
+    for share, mask in zip(sorted(shares), masks, strict=True):
+        assert cost(mask) == pytest.approx(share * whole, rel=0.1)
+        widths = present_widths(mask, GROUPS)
+        even = present_widths(search(budget).mask, GROUPS)
+        assert widths[1] / widths[0] > even[1] / even[0], "what was worth more is wider in all"
+    assert all(bool((large >= small).all()) for small, large in pairwise(masks))
+    assert COSTS.parameters(masks[-1]) <= found.size_cap
+    resumed = search(budget, budgets=shares)
+    resumed.load_state_dict(found.state_dict())
+    assert all(map(torch.equal, resumed.family(), masks))

@@ -78,7 +78,30 @@ def _learning(runs: Sequence[RunData]) -> Iterator[Chart | None]:
         yield accuracy(runs, EVALUATED, f"accuracy_{axis}", title, "accuracy (%)", caption, axis=axis)
 
 
+def _families(runs: Sequence[RunData]) -> Chart | None:
+    """What the members of families cost, and what they are worth."""
+    found = {}
+    for run in runs:
+        members = [*run.summary.get("members", {}).values(), run.summary]
+        if len(members) > 1:
+            points = np.array([[100 * m["flops_ratio"], 100 * m["test_accuracy"]] for m in members])
+            found[run.name] = (points[:, 0], points[:, 1])
+    if not found:
+        return None
+    title = "Accuracy of the members"
+    return Chart(
+        "members",
+        title,
+        "Networks that one run has trained as parts of one another.",
+        _told({name: _pairs(*points) for name, points in found.items()}),
+        lambda theme: figures.curves(
+            theme, title, found, "FLOPs (% of dense)", "accuracy (%)", places=_places(runs)
+        ),
+    )
+
+
 def _structure(runs: Sequence[RunData]) -> Iterator[Chart | None]:
+    yield _families(runs)
     for i, run in enumerate(runs):
         names, epochs, values = run.group_keep
         if run.probes:
@@ -263,6 +286,10 @@ def _share(width: tuple[int, int] | None) -> float:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else np.nan
+
+
+def _pairs(shares: np.ndarray, accuracies: np.ndarray) -> str:
+    return ", ".join(f"{y:.1f} % at {x:.2g} %" for x, y in zip(shares, accuracies, strict=True))
 
 
 def _told(facts: dict[str, str]) -> str:

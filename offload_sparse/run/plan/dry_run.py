@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,8 +80,10 @@ def knob(config: RunConfig) -> str:
         "dst": f"alpha {config.dst.alpha:g}",
         "dfbst": f"alpha {config.dst.alpha:g}, beta {config.dfbst.beta:g}",
     }
-    budget = "" if config.policy.budget == "count" else f" of the {config.policy.budget}"
-    return knobs.get(config.method, f"rho {config.policy.rho:g}{budget}")
+    policy = config.policy
+    budget = "" if policy.budget == "count" else f" of the {policy.budget}"
+    shares = ", ".join(f"{share:g}" for share in sorted(policy.budgets) or [policy.rho])
+    return knobs.get(config.method, f"rho {shares}{budget}")
 
 
 def model_on_meta(config: RunConfig, data: DeclaredData) -> tuple[nn.Module, int]:
@@ -126,7 +128,8 @@ def trained_mask(config: RunConfig, structure: Structure) -> Tensor:
     if config.method == "static":
         return static_mask(config.static.widths, config.policy, channel_map, structure.cost)
     if config.method == "sparse_offload":
-        return evenly_narrowed(config.policy, channel_map, structure.cost)
+        largest = max(config.policy.budgets, default=config.policy.rho)
+        return evenly_narrowed(replace(config.policy, rho=largest), channel_map, structure.cost)
     return channel_map.full_mask()
 
 

@@ -240,6 +240,16 @@ def test_a_search_by_probes_shows_its_widths_and_what_channels_are_worth(tmp_pat
     np.testing.assert_allclose(shown.reshape(2, 3), [[1, 9 / 8, 11 / 8], [1, 3 / 4, 1 / 2]])
 
 
+def test_the_members_of_a_family_are_a_curve(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    members = {"0.02": {"flops_ratio": 0.02, "params_ratio": 0.03, "test_accuracy": 0.75}}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"members": members}))
+    charts = {chart.name: chart for chart in sections(read_runs([run]))["Structure"]}
+    assert charts["members"].text == "run: 75.0 % at 2 %, 87.5 % at 5 %."
+    [line] = charts["members"].draw(THEMES["light"]).axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[2, 75], [5, 87.5]])
+
+
 def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
