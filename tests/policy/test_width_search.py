@@ -169,7 +169,7 @@ def test_a_search_moves_on_from_the_widths_that_there_are() -> None:
 @pytest.mark.parametrize("budget", ["count", "params", "flops"])
 def test_a_family_has_the_widths_that_were_found_at_every_budget(budget: str) -> None:
     shares = [0.6, 0.1, 0.3]
-    found = search(budget, budgets=shares)
+    found = search(budget, budgets=shares, search="probe")
     wanted = torch.tensor([1.0, 30.0], dtype=torch.float64)
     cycle(found, wanted, noise=0.01)
     masks = found.family()
@@ -183,6 +183,6 @@ def test_a_family_has_the_widths_that_were_found_at_every_budget(budget: str) ->
         assert widths[1] / widths[0] > even[1] / even[0], "what was worth more is wider in all"
     assert all(bool((large >= small).all()) for small, large in pairwise(masks))
     assert COSTS.parameters(masks[-1]) <= found.size_cap
-    resumed = search(budget, budgets=shares)
+    resumed = search(budget, budgets=shares, search="probe")
     resumed.load_state_dict(found.state_dict())
     assert all(map(torch.equal, resumed.family(), masks))
