@@ -12,9 +12,11 @@ Algorithm 1, with cost = 1; the multiplier is the one of the budget constraint i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,58 +212,79 @@ def project(
     Raises:
         ValueError: a shape, dtype or value is wrong, or no point meets the budget.
     """
-    cost = torch.ones_like(z) if cost is None else cost
     _check(z, budget, lower, upper, cost)
-    slack = SLACK * float(cost.sum()) * max(abs(lower), abs(upper), 1.0)
-    cheapest = lower * float(cost.sum())
+    whole = float(len(z)) if cost is None else float(cost.sum())
+    slack = SLACK * whole * max(abs(lower), abs(upper), 1.0)
+    cheapest = lower * whole
     if budget < cheapest - slack:
         raise ValueError(
             f"no probabilities meet the budget {budget:g}: the lower bound {lower:g} costs {cheapest:g}; "
             "raise the budget or lower the bound"
         )
     clipped = z.clamp(lower, upper)
-    if float((cost * clipped).sum()) <= budget + slack:
+    if float((clipped if cost is None else cost * clipped).sum()) <= budget + slack:
         return clipped
     if budget <= cheapest:
-        return torch.where(cost > 0, torch.full_like(z, lower), clipped)
+        least = torch.full_like(z, lower)
+        return least if cost is None else torch.where(cost > 0, least, clipped)
     return _spend(z, budget, lower, upper, cost)
 
 
-def _check(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor) -> None:
+def _check(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> None:
     if z.dtype != torch.float64 or z.dim() != 1:
         raise ValueError(f"z is {z.dtype}{list(z.shape)}; give one float64 vector")
-    if cost.dtype != torch.float64 or cost.shape != z.shape:
+    if cost is not None and (cost.dtype != torch.float64 or cost.shape != z.shape):
         raise ValueError(f"cost is {cost.dtype}{list(cost.shape)}; give float64{list(z.shape)}")
-    if not bool(torch.isfinite(z).all()) or not bool(torch.isfinite(cost).all()) or budget != budget:
+    if budget != budget or not all(map(_finite, (z,) if cost is None else (z, cost))):
         raise ValueError("z, cost and budget must be finite numbers")
-    if bool((cost < 0).any()):
+    if cost is not None and bool((cost < 0).any()):
         raise ValueError("cost has negative entries; give 0 or more per atom")
     if lower > upper:
         raise ValueError(f"the lower bound {lower:g} is above the upper bound {upper:g}")
 
 
-def _spend(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor) -> Tensor:
+def _finite(values: Tensor) -> bool:
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())  # large ones may overflow
+
+
+def _spend(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> Tensor:
     """clip(z - v * cost) with the v > 0 that costs exactly ``budget``; the caller made sure there is one.
 
-    The cost is a falling, piecewise linear function of v. Its corners are where an atom leaves the upper
-    bound or reaches the lower one; a binary search over the sorted corners finds the piece that holds the
-    budget, and on it v follows from the atoms strictly between the bounds (the active set).
+    The cost is a falling, piecewise linear function of v, and on the piece that holds the budget v follows
+    from the atoms strictly between the bounds (the active set).
     """
-    payers = cost > 0
-    corners = torch.cat([(z[payers] - upper) / cost[payers], (z[payers] - lower) / cost[payers]])
-    corners = torch.cat([corners.new_zeros(1), corners[corners > 0].sort().values])
+    unit: Tensor | float = 1.0 if cost is None else cost
+    start = z - _middle(z, budget, lower, upper, cost) * unit
+    active = (start > lower) & (start < upper)
+    if cost is None:
+        weight = float(active.sum())
+    else:
+        active &= cost > 0
+        weight = float((cost[active] ** 2).sum())
+    s = start.clamp(lower, upper)
+    # Twice: the second pass removes the rounding of the first where z is large against the bounds.
+    for _ in range(2 if weight > 0 else 0):
+        excess = float((unit * s).sum()) - budget
+        s = torch.where(active, (s - excess / weight * unit).clamp(lower, upper), s)
+    return s
+
+
+def _middle(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> float:
+    """A v amid the piece that holds the budget: a binary search over its sorted corners, at which an atom
+    leaves the upper bound or reaches the lower one. Equal atoms are looked at once.
+    """
+    if cost is None:
+        values, weights = np.unique(z.numpy(), return_counts=True)
+        costs = np.ones(1)
+    else:
+        payers = (cost > 0).numpy()
+        values, weights = z.numpy()[payers], cost.numpy()[payers]
+        costs = weights
+    corners = np.concatenate([(values - upper) / costs, (values - lower) / costs])
+    corners = np.concatenate([[0.0], np.sort(corners[corners > 0])])
     low, high = 0, len(corners) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        spent = float((cost * (z - corners[middle] * cost).clamp(lower, upper)).sum())
+        spent = float(weights @ (values - corners[middle] * costs).clip(lower, upper))
         low, high = (middle, high) if spent > budget else (low, middle)
-    start = z - 0.5 * (corners[low] + corners[high]) * cost
-    active = payers & (start > lower) & (start < upper)
-    s = start.clamp(lower, upper)
-    # Twice: the second pass removes the rounding of the first where z is large against the bounds.
-    for _ in range(2):
-        excess = float((cost * s).sum()) - budget
-        weight = float((cost[active] ** 2).sum())
-        if weight > 0:
-            s[active] = (s[active] - excess / weight * cost[active]).clamp(lower, upper)
-    return s
+    return float(0.5 * (corners[low] + corners[high]))

@@ -33,17 +33,18 @@ class Diagnostics:
         self._mask = torch.zeros(len(s), dtype=torch.bool)
         self._dead = self._at_floor(s)
 
-    def compared(self, difference: float, mask: Tensor, round: int) -> None:
-        """Note one comparison: L(m) - L(m'), and the mask m bool[C] of its round."""
-        if round != self._sums[_ROUND]:
-            if self._sums[_ROUND] >= 0:
-                self._sums[_OVERLAPS] += 1
-                self._sums[_OVERLAP_SUM] += float((mask & self._mask).sum()) / max(1, int(mask.sum()))
-            self._sums[_ROUND] = round
+    def compared(self, differences: Sequence[float], mask: Tensor, round: int) -> None:
+        """Note comparisons: L(m) - L(m') of each, and the mask m bool[C] of their round."""
+        sums = self._sums
+        if round != sums[_ROUND]:
+            if sums[_ROUND] >= 0:
+                sums[_OVERLAPS] += 1
+                sums[_OVERLAP_SUM] += float((mask & self._mask).sum()) / max(1, int(mask.sum()))
+            sums[_ROUND] = round
             self._mask = mask.clone()
-        self._sums[_DIFFERENCES] += 1
-        self._sums[_SUM] += difference
-        self._sums[_SQUARES] += difference * difference
+        sums[_DIFFERENCES] += len(differences)
+        sums[_SUM] = sum(differences, float(sums[_SUM]))
+        sums[_SQUARES] = sum([d * d for d in differences], float(sums[_SQUARES]))
 
     def report(self, s: Tensor) -> dict[str, float | dict[str, float]]:
         """The figures since the last report, which begin anew; those that nothing was counted for are left

@@ -160,12 +160,20 @@ class MaskPolicy:
 
     # --- learning ---
 
-    def update(self, loss: float, reference_loss: float, m1: Tensor, m2: Tensor, round: int = 0) -> None:
-        """One step on s from L(m1) and L(m2); a trivial or frozen policy stays as it is.
+    def update(
+        self,
+        loss: float | Sequence[float],
+        reference_loss: float | Sequence[float],
+        m1: Tensor,
+        m2: Tensor,
+        round: int = 0,
+    ) -> None:
+        """One step on s from L(m1) and L(m2), or one after the other from those of all steps of a round; a
+        trivial or frozen policy stays as it is.
 
         Args:
-            loss: L(m1).
-            reference_loss: L(m2).
+            loss: L(m1), of every comparison.
+            reference_loss: L(m2), likewise.
             m1: bool[C], the mask of ``round``.
             m2: bool[C], its reference.
             round: which atoms were drawn for the reference anew depends on it.
@@ -174,38 +182,45 @@ class MaskPolicy:
             FloatingPointError: a loss is not a finite number.
             ValueError: a mask is not bool[C].
         """
-        difference = loss - reference_loss
-        if not math.isfinite(difference):
-            raise FloatingPointError(
-                f"the loss difference L(m1) - L(m2) is {difference}: the training diverged; lower optim.lr"
-            )
+        losses = [loss] if isinstance(loss, int | float) else loss
+        references = [reference_loss] if isinstance(reference_loss, int | float) else reference_loss
+        pairs = list(zip(losses, references, strict=True))
+        differences = [a - b for a, b in pairs]
+        for difference in differences:
+            if not math.isfinite(difference):
+                found = f"the loss difference L(m1) - L(m2) is {difference}"
+                raise FloatingPointError(f"{found}: the training diverged; lower optim.lr")
         for mask in (m1, m2):
             if mask.dtype != torch.bool or mask.shape != (self.num_atoms,):
                 raise ValueError(f"a mask is {mask.dtype}{list(mask.shape)}; give bool[{self.num_atoms}]")
         if self.trivial or self.frozen:
             return
         name = self.config.estimator
-        mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
-        control = self._control.of_round(round) if name == CONTROLLED else None
-        pair = Comparison(loss, reference_loss, m1, m2, self.s, mean, control)
-        g = ESTIMATORS[name](pair)
-        if control is not None:
-            self._control.compared(difference, pair.step)
-        self._diagnostics.compared(difference, m1, round)
-        self._move(torch.where(self._sampler.redrawn(round), g, 0.0))
+        redrawn, kept, other = self._sampler.redrawn(round), m1.double(), m2.double()
+        self._diagnostics.compared(differences, m1, round)
+        for (first, second), difference in zip(pairs, differences, strict=True):
+            mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
+            control = self._control.of_round(round) if name == CONTROLLED else None
+            g = ESTIMATORS[name](Comparison(first, second, kept, other, self.s, mean, control))
+            if control is not None:
+                self._control.compared(difference, kept - other)
+            self._move(g, redrawn)
 
     def update_from_ranks(self, losses: Tensor, masks: Tensor, round: int = 0) -> None:
-        """One step on s by leave-one-out over R + 1 masks.
+        """Steps on s by leave-one-out over R + 1 masks, one after the other.
 
         Args:
-            losses: float64[R + 1].
+            losses: float64[R + 1], or float64[steps, R + 1].
             masks: bool[R + 1, C].
             round: as in ``update``.
         """
         if not (self.trivial or self.frozen):
-            self._diagnostics.compared(float(losses[0] - losses[1:].mean()), masks[0], round)
-            g = leave_one_out(losses, masks, self.s)
-            self._move(torch.where(self._sampler.redrawn(round), g, 0.0))
+            rows = losses.view(-1, len(masks))
+            differences = (rows[:, 0] - rows[:, 1:].mean(1)).tolist()
+            self._diagnostics.compared(differences, masks[0], round)
+            redrawn = self._sampler.redrawn(round)
+            for row in rows:
+                self._move(leave_one_out(row, masks, self.s), redrawn)
 
     def freeze(self) -> None:
         """Stop learning s; masks can still be drawn."""
@@ -275,8 +290,9 @@ class MaskPolicy:
     def _uniform_widths(self) -> list[int]:
         return [int(self._uniform[g.start : g.stop].sum()) for g in self.groups]
 
-    def _move(self, gradient: Tensor) -> None:
-        z = self._learned.move(precondition(gradient, self.s, ALPHA))
+    def _move(self, gradient: Tensor, redrawn: Tensor) -> None:
+        """One step by the gradient of those atoms that were drawn for the reference anew."""
+        z = self._learned.move(precondition(torch.where(redrawn, gradient, 0.0), self.s, ALPHA))
         self._learned.settle(self._project(z))
 
     def _project(self, z: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.config import MOMENTUM, PolicyConfig
+
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 class Parametrisation:
@@ -31,9 +33,13 @@ class Parametrisation:
         self._group_of = torch.repeat_interleave(torch.arange(len(groups)), sizes)
         self._sizes = sizes.to(torch.float64)
         self._name = "s" if config.parametrisation == "atom" else "rates"
-        self._parameter = nn.Parameter(self._reduced(s).clone())
-        self._optimizer = self._build_optimizer()
         self.settle(s)
+        # A state that exists from the start keeps the same keys and shapes for the whole run, which lets
+        # checkpoints be loaded in place; zeros are what both optimizers would start from.
+        zeros = torch.zeros_like(self._value)
+        self._slots = {"momentum_buffer": zeros}
+        if config.optimizer == "adam":
+            self._slots = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
     @property
     def s(self) -> Tensor:
@@ -50,24 +56,33 @@ class Parametrisation:
         Returns:
             float64[C], where s would be without bounds and budget; tell ``settle`` where it is with them.
         """
-        self._parameter.grad = self._reduced(gradient)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        value = self._parameter.detach()
-        return value if self._name == "s" else value[self._group_of] + self._rounding
+        step = self._adam if self._config.optimizer == "adam" else self._sgd
+        value = step(self._reduced(gradient))
+        return value if self._name == "s" else value.index_select(0, self._group_of) + self._rounding
+
+    def _sgd(self, g: Tensor) -> Tensor:
+        """As ``torch.optim.SGD``, in a tenth of the time of its step on so few numbers."""
+        buffer = self._slots["momentum_buffer"].mul_(MOMENTUM).add_(g)
+        return self._value.add(buffer, alpha=-self._config.lr)
+
+    def _adam(self, g: Tensor) -> Tensor:
+        """As ``torch.optim.Adam``."""
+        count, mean, square = self._slots["step"], self._slots["exp_avg"], self._slots["exp_avg_sq"]
+        steps = float(count.add_(1))
+        mean.lerp_(g, 1 - _BETAS[0])
+        square.mul_(_BETAS[1]).addcmul_(g, g, value=1 - _BETAS[1])
+        scale = (square.sqrt() / (1 - _BETAS[1] ** steps) ** 0.5).add_(_EPSILON)
+        return self._value.addcdiv(mean, scale, value=-(self._config.lr / (1 - _BETAS[0] ** steps)))
 
     def settle(self, s: Tensor) -> None:
-        """Go on from ``s``."""
-        self._s = s.clone()
-        with torch.no_grad():
-            self._parameter.copy_(self._reduced(s))
+        """Go on from ``s``, which is not changed from now on."""
+        self._s, self._value = s, self._reduced(s)
         if self._name == "rates":
-            self._rounding = s - self._parameter.detach()[self._group_of]
+            self._rounding = s - self._value.index_select(0, self._group_of)
 
     def slots(self) -> dict[str, Tensor]:
         """The optimizer's state by ``parameter.slot``."""
-        state = self._optimizer.state[self._parameter]
-        return {f"{self._name}.{slot}": value for slot, value in state.items()}
+        return {f"{self._name}.{slot}": value for slot, value in self._slots.items()}
 
     def load(self, s: Tensor, slots: Mapping[str, Tensor]) -> None:
         """Resume from ``s`` and ``slots``, bit for bit.
@@ -82,29 +97,12 @@ class Parametrisation:
                 f"{self._config.optimizer!r} and policy.parametrisation {self._config.parametrisation!r} "
                 f"({', '.join(mine) or 'none'}); set those of the checkpoint"
             )
-        with torch.no_grad():
-            for name, value in slots.items():
-                mine[name].copy_(value)
-        self.settle(s)
+        for name, value in slots.items():
+            mine[name].copy_(value)
+        self.settle(s.clone())
 
     def _reduced(self, values: Tensor) -> Tensor:
         """float64[C] as it is, or its means over groups."""
         if self._name == "s":
             return values
         return torch.zeros_like(self._sizes).index_add(0, self._group_of, values) / self._sizes
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        """Adam or SGD, with the state of its first step (zeros) already there.
-
-        A state that exists from the start keeps the same keys and shapes for the whole run, which lets
-        checkpoints be loaded in place; zeros are what both optimizers would start from.
-        """
-        zeros = torch.zeros_like(self._parameter, requires_grad=False)
-        if self._config.optimizer == "adam":
-            adam = torch.optim.Adam([self._parameter], lr=self._config.lr, foreach=False)
-            slots = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-            adam.state[self._parameter] = slots
-            return adam
-        sgd = torch.optim.SGD([self._parameter], lr=self._config.lr, momentum=MOMENTUM, foreach=False)
-        sgd.state[self._parameter] = {"momentum_buffer": zeros}
-        return sgd

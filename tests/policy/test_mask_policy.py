@@ -357,3 +357,22 @@ def test_a_report_has_the_fields_of_a_line_of_metrics() -> None:
     }
     assert report["group_keep"].keys() == {"a", "b", "c"}
     assert 0 < report["mask_overlap"] < 1
+
+
+@pytest.mark.parametrize("sampler", ["persistent", "bernoulli", "fixed_width"])
+@pytest.mark.parametrize("estimator", ["vr_pge", "auto"])
+def test_the_steps_of_a_round_taken_at_once_are_those_taken_one_by_one(estimator: str, sampler: str) -> None:
+    """To the bit, with everything that is saved."""
+    at_once, one_by_one = (
+        policy(estimator=estimator, sampler=sampler, parametrisation="auto", lr=0.3) for _ in range(2)
+    )
+    for round in range(4):
+        m1, m2 = at_once.sample(round)
+        generator = torch.Generator().manual_seed(round)
+        losses = torch.randn(2, 7, generator=generator, dtype=torch.float64).tolist()
+        at_once.update(*losses, m1, m2, round)
+        for pair in zip(*losses, strict=True):
+            one_by_one.update(*pair, m1, m2, round)
+    found, expected = (learner.state_dict()["tensors"] for learner in (at_once, one_by_one))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not torch.equal(at_once.s, policy(sampler=sampler, parametrisation="auto").s)

@@ -1,5 +1,7 @@
 """Probabilities per atom or per group: the same numbers in other coordinates, each with its own rate."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,20 @@ def test_loaded_slots_resume_bit_for_bit(parametrisation: str, optimizer: str) -
         resumed.load(other.s.clone(), {name: value.clone() for name, value in other.slots().items()})
         other = resumed
     assert torch.equal(straight.s, other.s)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_step_is_that_of_the_optimizer_of_torch(optimizer: str) -> None:
+    """To the bit."""
+    found, parameter = learner(optimizer=optimizer), torch.nn.Parameter(START.clone())
+    make = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}[optimizer]
+    theirs = make([parameter], lr=0.1, foreach=False)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        parameter.grad = torch.randn(5, dtype=torch.float64, generator=generator)
+        found.settle(found.move(parameter.grad))
+        theirs.step()
+        assert torch.equal(found.s, parameter.detach())
 
 
 def test_slots_of_another_parametrisation_are_an_error() -> None:
