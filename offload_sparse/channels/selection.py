@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,32 +64,25 @@ class Selection:
             raise ValueError(
                 f"the mask must be bool[{channel_map.num_atoms}], not {mask.dtype}{list(mask.shape)}"
             )
-        for group in channel_map.groups:
-            if not bool(mask[group.start : group.stop].any()):
-                raise ValueError(f"the mask drops all of group {group.name!r}, which disconnects the network")
+        starts = [group.start for group in channel_map.groups]
+        if starts and not (some := np.logical_or.reduceat(mask.numpy(), starts)).all():
+            name = channel_map.groups[int(some.argmin())].name
+            raise ValueError(f"the mask drops all of group {name!r}, which disconnects the network")
         self.channel_map = channel_map
         self.mask = mask
         alive = self.alive = channel_map.alive(mask)
-        memo: dict[int, Kept] = {}
-
-        def resolve(axis: Axis) -> Kept:
-            if axis is None:
-                return None
-            if id(axis) not in memo:  # axes are shared: a norm's four vectors name the same atoms
-                kept = alive[axis]
-                memo[id(axis)] = None if bool(kept.all()) else kept.nonzero().flatten()
-            return memo[id(axis)]
-
+        there, memo = alive.numpy(), dict[int, Kept]({id(None): None})
+        for axis in chain.from_iterable(channel_map.axes.values()):
+            if axis is not None and id(axis) not in memo:  # the vectors of a norm share theirs
+                kept = np.flatnonzero(there[axis.numpy()])
+                memo[id(axis)] = None if len(kept) == len(axis) else torch.from_numpy(kept)
         self.kept: dict[str, tuple[Kept, ...]] = {
-            name: tuple(resolve(axis) for axis in axes) for name, axes in channel_map.axes.items()
+            name: tuple([memo[id(axis)] for axis in axes]) for name, axes in channel_map.axes.items()
         }
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(
-                size if kept is None else kept.numel()
-                for size, kept in zip(channel_map.shapes[name], self.kept[name], strict=True)
-            )
-            for name in channel_map.shapes
-        }
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in channel_map.shapes.items():
+            pairs = zip(shape, self.kept[name], strict=True)
+            self.shapes[name] = tuple([size if kept is None else kept.numel() for size, kept in pairs])
         self.additions: dict[str, tuple[Tensor, Tensor]] = {
             name: (alive[a.left][alive[a.out]], alive[a.right][alive[a.out]])
             for name, a in channel_map.additions.items()

@@ -17,7 +17,9 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +95,6 @@ class Rounds(Requests):
         masks: the masks of that round, or of one that was restored in the middle.
         round_step, round_length: steps of that round: made, and in all.
         statistics: flat BatchNorm statistics of the subnets of a round that was restored in the middle.
-        next_masks: the masks of the round after it, drawn ahead.
         final_mask: bool[C], the mask that training ends with, once it is chosen.
         steps_done, rounds_done, forward_flops: optimizer steps, rounds, and FLOPs per image so far; a
             backward pass counts as two forward passes.
@@ -117,7 +118,7 @@ class Rounds(Requests):
         compare_until: int = 0,
     ) -> None:
         super().__init__(ranks)
-        self.channel_map, self.policy, self.transfers, self.cost = channel_map, policy, transfers, cost
+        self.channel_map, self._policy, self.transfers, self.cost = channel_map, policy, transfers, cost
         self.forward, self.rounds, self.final = forward, rounds, final
         self.on_nonfinite, self.freeze_step = on_nonfinite, freeze_step
         self.reducer = Reducer(ranks.world_size, TAIL, LIVE, GRADIENT_SUM)
@@ -127,7 +128,7 @@ class Rounds(Requests):
         self.masks: Masks | None = None
         self.round_step, self.round_length = 0, 0
         self.statistics: list[Tensor] = []
-        self.next_masks: Masks | None = None
+        self._next_masks: Callable[[], Masks] | None = None
         self.final_mask: Tensor | None = channel_map.full_mask() if policy.trivial else None
         self.round_bytes, self._bytes_before = 0, 0
         self._mask_flops = 0, 0  # of subnets a and b of the open round
@@ -137,7 +138,7 @@ class Rounds(Requests):
         self.loss_scale = None if scaler is None else LossScale(scaler, transfers.device)
         self._unproven = True  # that a closure leaves backward to the session
         self._skipped, self._skipped_in_a_row = 0, 0
-        self._s_before = policy.state_dict()
+        self._s_before: dict[str, Any] = {}
         self._pending: list[StepRecord] = []
         self._recent: deque[Sequence[Closure]] = deque(maxlen=final.selection_batches)
 
@@ -237,14 +238,15 @@ class Rounds(Requests):
         """The masks of the round that begins: the final one, those drawn a round ago, or new ones."""
         if self.final_mask is not None:
             return self.final_mask, self.final_mask
-        drawn, self.next_masks = self.next_masks, None
-        return drawn or self._drawn(self.rounds_done)
+        drawn = self.next_masks
+        self.next_masks = None
+        return drawn or self.transfers.aside(partial(self._drawn, self.rounds_done))()
 
     def _drawn(self, number: int) -> Masks:
         """The masks of round ``number``, with a reference for all ranks, or one for each."""
         if self.rounds.references == "shared" or self.ranks.world_size == 1:
-            return self.policy.sample(number)
-        return self.policy.sample_for_ranks(number, self.ranks.world_size)
+            return self._policy.sample(number)
+        return self._policy.sample_for_ranks(number, self.ranks.world_size)
 
     def _length(self, first_step: int) -> int:
         length = self.rounds.k
@@ -267,7 +269,8 @@ class Rounds(Requests):
         self.statistics = []
         moved = self.transfers.bytes_fetched + self.transfers.bytes_returned
         self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
-        self._s_before = self.policy.state_dict()
+        if self.on_nonfinite == "rollback":
+            self._s_before = self.policy.state_dict()
         self._look_ahead(self.steps_done - self.round_step + self.round_length)
         if self.rounds.check_ranks:
             self._check_ranks(pair)
@@ -284,23 +287,29 @@ class Rounds(Requests):
             return
         if self._cycle_ends(next_step):
             return
-        if self.next_masks is None:  # a session that was restored has them
-            self.next_masks = self._drawn(self.rounds_done + 1)
-        self.transfers.prefetch(self._transfer(self.next_masks, self._length(next_step)))
+        length = self._length(next_step)
+        if self._next_masks is None:  # a session that was restored has them
+            self._next_masks = self.transfers.aside(partial(self._drawn, self.rounds_done + 1))
+        masks = self._next_masks
+        self.transfers.prefetch(lambda: self._comparison(masks(), length))
 
     def _transfer(self, masks: Masks, length: int) -> Transfer:
         """The way to the subnets of ``masks`` on this rank."""
-        first = Selection(self.channel_map, masks[0])
-        if self.frozen:
-            if self.ema:
-                self.transfers.add_kind(EMA)
-            return Transfer(first)
+        if not self.frozen:
+            return self._comparison(masks, length)
+        if self.ema:
+            self.transfers.add_kind(EMA)
+        return Transfer(self.transfers.selection(masks[0]))
+
+    def _comparison(self, masks: Masks, length: int) -> Transfer:
+        """``_transfer`` of a round that compares."""
+        first = self.transfers.selection(masks[0])
         if self.rounds.references == "shared":
-            second = Selection(self.channel_map, masks[1])
+            second = self.transfers.selection(masks[1])
             return Transfer(first, second, self.rounds.reference == "turns" and length > 1)
         ranks = self.transfers.store.ranks
         everyone = range(ranks.first, ranks.first + ranks.world_size)
-        selections = tuple(Selection(self.channel_map, reference_of(masks, rank)) for rank in everyone)
+        selections = tuple(self.transfers.selection(reference_of(masks, rank)) for rank in everyone)
         return Transfer(first, selections[ranks.rank], per_rank=selections)
 
     # --- between the steps of a round ---
@@ -369,7 +378,7 @@ class Rounds(Requests):
 
     def catch_up(self) -> None:
         """Learn from the steps made so far. Waits for the device; every rank calls it at the same step."""
-        faults = []
+        faults, compared = [], []
         per_rank = self.rounds.references == "per_rank" and not self.frozen
         for entry in self.losses.read(self.steps_done, per_rank, self.loss_scale is not None):
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if entry.fault else 0
@@ -377,22 +386,28 @@ class Rounds(Requests):
                 self._skipped += 1
                 faults.append(entry.fault)
             if entry.compared is not None and not self.frozen:
-                self._learn(entry)
+                compared.append(entry)
             self._pending.append(dataclasses.replace(entry, losses=None))
+        if compared:
+            self._learn(compared)
         if faults:
             self._handle(faults)
 
-    def _learn(self, entry: StepRecord) -> None:
-        """One step on s from the losses of one optimizer step."""
+    def _learn(self, entries: Sequence[StepRecord]) -> None:
+        """A step on s from the losses of each of these optimizer steps."""
         assert self.masks is not None
-        assert entry.compared is not None
-        assert isinstance(self.policy, MaskPolicy), "one mask at a time has nothing to compare"
-        if entry.losses is None:
-            self.policy.update(*entry.compared, self.masks[0], self.masks[1], self.rounds_done)
+        policy = self._policy
+        assert isinstance(policy, MaskPolicy), "one mask at a time has nothing to compare"
+        of_ranks = [paired_losses(*entry.losses) for entry in entries if entry.losses is not None]
+        if not of_ranks:
+            first, second = zip(*(entry.compared for entry in entries if entry.compared), strict=True)
+            m1, m2 = self.masks[:2]
+            self.transfers.aside(partial(policy.update, first, second, m1, m2, self.rounds_done))
             return
         references = [reference_of(self.masks, rank) for rank in range(self.ranks.world_size)]
         masks = torch.stack([self.masks[0], *references])
-        self.policy.update_from_ranks(paired_losses(*entry.losses), masks, self.rounds_done)
+        losses = torch.stack(of_ranks)
+        self.transfers.aside(partial(policy.update_from_ranks, losses, masks, self.rounds_done))
 
     def _estimate(self) -> bool:
         """Learn from the round that ends; False if it is rolled back instead."""
@@ -438,6 +453,21 @@ class Rounds(Requests):
             self.transfers.settle()
 
     @property
+    def policy(self) -> MaskPolicy | WidthSearch:
+        """The keep probabilities, with all that has been asked of them."""
+        self.transfers.finish_asides()
+        return self._policy
+
+    @property
+    def next_masks(self) -> Masks | None:
+        """The masks of the round after the open one, drawn ahead."""
+        return None if self._next_masks is None else self._next_masks()
+
+    @next_masks.setter
+    def next_masks(self, masks: Masks | None) -> None:
+        self._next_masks = None if masks is None else lambda: masks
+
+    @property
     def frozen(self) -> bool:
         """The final mask is chosen; s no longer moves."""
         return self.final_mask is not None
@@ -467,9 +497,13 @@ class Rounds(Requests):
         self.policy.freeze()
         self.next_masks = None
 
+    def span(self, step: int, steps: int) -> tuple[int, int]:
+        """The cycle of a search by probes that ``step`` lies in, of another run all of its ``steps``."""
+        return self._policy.cycle(step, steps) if isinstance(self._policy, WidthSearch) else (0, steps)
+
     def _cycle_ends(self, step: int) -> bool:
         """Whether the widths of a search by probes move before ``step``."""
-        return isinstance(self.policy, WidthSearch) and step in self.policy.boundaries
+        return isinstance(self._policy, WidthSearch) and step in self._policy.boundaries
 
     def _probe(self) -> None:
         """Compare the present widths with thinner ones in pairs of forward passes, and move them."""

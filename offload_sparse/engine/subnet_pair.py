@@ -275,7 +275,7 @@ class SubnetPair:
         regions = Regions(b.selection, [a.selection])
         for kind in (WEIGHTS, BUFFERS):
             self._shared[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
-            send_tables(self._shared[kind], self._device)
+        send_tables(self._shared.values(), self._device)
 
     def copy_shared(self, side: int) -> None:
         """Copy the entries that ``side`` has just trained to the other side, where that keeps them too."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from offload_sparse.store.copy.copy import copy_blocks, send_tables
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, fetch_plan, fetch_plan_per_rank, return_plan
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
+
+T = TypeVar("T")
 
 Load = tuple[Side, list[str], tuple[Side, ...], TransferPlan]
 """A side to be filled, its arrays that come from the same places, the sides that hold some of their entries
@@ -85,6 +88,7 @@ class Transfers:
         bytes_fetched, bytes_returned: bytes that have left, and come back to, this rank's rows.
         bytes_peak: largest bytes of subnets and gradients so far.
         before_return: called before the store is written to.
+        finish_asides: waits for all that ``aside`` was given.
         steps_done: optimizer steps of the run, as far as told.
         timeline: when transfers began and ended.
     """
@@ -108,8 +112,11 @@ class Transfers:
         self._reduce_memory = torch.empty(capacity + TAIL, dtype=store.dtype, device=device)
         self._side_stream = SideStream(device) if overlap else None
         self._ahead = False  # the pair in training knows more than the store
-        self._prefetched: tuple[Transfer, Future[None]] | None = None
+        self._bound_ahead = False  # the pair that is taken next has its modules at its arrays already
+        self._prefetched: Future[Transfer] | None = None
         self._returning: Future[None] | None = None
+        self._selections: list[Selection] = []  # those asked for last
+        self.finish_asides: Callable[[], object] = lambda: None
         self.bytes_fetched = 0
         self.bytes_returned = 0
         self.bytes_peak = 0
@@ -141,7 +148,9 @@ class Transfers:
                 self._reload(transfer)
             else:
                 self._exchange(transfer)
-        self.pair.bind(self._gradient_memory())
+        if not self._bound_ahead:
+            self.pair.bind(self._gradient_memory(self.pair))
+        self._bound_ahead = False
         self.bytes_peak = max(self.bytes_peak, self.nbytes)
         return self.pair
 
@@ -151,17 +160,44 @@ class Transfers:
             if kind not in pair.trained_kinds:
                 pair.trained_kinds = (*pair.trained_kinds[:-1], kind, BUFFERS)
 
-    def prefetch(self, transfer: Transfer) -> None:
-        """Begin to fetch what the next round needs and the present one does not train."""
-        if self._side_stream is not None:
-            target = self._pairs[1 - self._current]
-            transfer.source, transfer.target = self._source, target
+    def selection(self, mask: Tensor) -> Selection:
+        """``mask`` resolved; that of a round that was fetched ahead has been already."""
+        found = next((known for known in self._selections if known.mask is mask), None)
+        if found is None:
+            found = Selection(self.store.channel_map, mask)
+            self._selections = [*self._selections, found][-1 - self.store.ranks.world_size :]
+        return found
 
-            def fetch() -> None:
+    def aside(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Begin ``work`` of the host behind the transfers under way and all earlier asides, or do it if
+        transfers do not overlap; returns what waits for its result.
+        """
+        if self._side_stream is None:
+            done = work()
+            return lambda: done
+        before = self.finish_asides
+
+        def in_turn() -> T:
+            before()  # it is done; what it has raised is raised again
+            return work()
+
+        asked = self.finish_asides = self._side_stream.submit(in_turn).result
+        return asked
+
+    def prefetch(self, plan: Callable[[], Transfer]) -> None:
+        """Begin to fetch what the next round, that of ``plan``, needs and the present one does not train."""
+        if self._side_stream is not None:
+            source, target = self._source, self._pairs[1 - self._current]
+
+            def fetch() -> Transfer:
+                transfer = plan()
+                transfer.source, transfer.target = source, target
                 self._fetch(transfer)
                 target.plan_shared()  # here, not in the first step of the round
+                target.bind(self._gradient_memory(target))
+                return transfer
 
-            self._prefetched = transfer, self._side_stream.submit(fetch)
+            self._prefetched = self._side_stream.submit(fetch)
 
     @property
     def ahead(self) -> bool:
@@ -187,7 +223,7 @@ class Transfers:
         self.finish_returns()
         if self._prefetched is not None:
             assert self._side_stream is not None
-            self._side_stream.wait(self._prefetched[1])
+            self._side_stream.wait(self._prefetched)
 
     def scratch(self) -> Side:
         """A side for other uses than training; the next round starts afresh from the store."""
@@ -224,7 +260,7 @@ class Transfers:
     def _exchange(self, transfer: Transfer) -> None:
         prefetched = self._take_prefetched()
         if prefetched is not None and prefetched.target is not None and transfer.leads_to(prefetched.target):
-            transfer = prefetched
+            transfer, self._bound_ahead = prefetched, True
         else:
             transfer.source, transfer.target = self._source, self._pairs[1 - self._current]
             self._fetch(transfer)
@@ -244,7 +280,9 @@ class Transfers:
         """The transfer that was begun ahead, its fetch done; what the last round has evicted is back, too."""
         self.join()
         prefetched, self._prefetched = self._prefetched, None
-        return prefetched[0] if prefetched is not None and prefetched[0].source is self._source else None
+        if prefetched is None or prefetched.result().source is not self._source:
+            return None
+        return prefetched.result()
 
     def finish_returns(self) -> None:
         """Wait until what the last round has evicted is back."""
@@ -261,9 +299,8 @@ class Transfers:
             for side, kinds, _, plan in transfer.loads:
                 self.bytes_fetched += self.store.fetch(plan, [(kind, side.arrays[kind]) for kind in kinds])
                 fault_point("gather", self.steps_done)
-        for _, _, _, plan in transfer.loads:
-            for blocks in plan.carried.values():
-                send_tables(blocks, self._reduce_memory.device)
+        carried = [blocks for *_, plan in transfer.loads for blocks in plan.carried.values()]
+        send_tables(carried, self._reduce_memory.device)
 
     def _carry(self, transfer: Transfer) -> None:
         """Copy what the source, or an earlier side of the target, holds. The order of the loads matters."""
@@ -329,8 +366,8 @@ class Transfers:
                 fault_point("scatter", self.steps_done)
             known.append(side)
 
-    def _gradient_memory(self) -> Tensor:
-        needed = max(side.arrays[WEIGHTS].numel() for side in self.pair.trained) + TAIL
+    def _gradient_memory(self, pair: SubnetPair) -> Tensor:
+        needed = max(side.arrays[WEIGHTS].numel() for side in pair.trained) + TAIL
         if self._reduce_memory.numel() < needed:  # a mask that minimum widths have taken beyond the cap
             self._reduce_memory = self._reduce_memory.new_empty(needed)
         return self._reduce_memory
@@ -349,14 +386,14 @@ class SideStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._worker = ThreadPoolExecutor(1, "transfer", self._begin)
 
-    def submit(self, work: Callable[[], None]) -> Future[None]:
+    def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run ``work`` in the background."""
         if self._stream is None:
             return self._worker.submit(work)
         ready = torch.cuda.current_stream(self._stream.device).record_event()
         return self._worker.submit(self._on_stream, ready, work)
 
-    def wait(self, pending: Future[None]) -> None:
+    def wait(self, pending: Future[Any]) -> None:
         """Wait for the thread, make the caller's stream wait for the device; raises what the work raised."""
         pending.result()
         if self._stream is not None:
@@ -371,8 +408,8 @@ class SideStream:
         if self._stream is not None:
             torch.cuda.set_device(self._stream.device)
 
-    def _on_stream(self, ready: torch.cuda.Event, work: Callable[[], None]) -> None:
+    def _on_stream(self, ready: torch.cuda.Event, work: Callable[[], T]) -> T:
         assert self._stream is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            work()
+            return work()

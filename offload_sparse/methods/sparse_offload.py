@@ -66,8 +66,7 @@ class SparseOffloadMethod:
         )
 
     def span(self, step: int) -> tuple[int, int]:
-        policy = self.session.policy
-        return policy.cycle(step, self._steps) if isinstance(policy, WidthSearch) else (0, self._steps)
+        return self.session.span(step, self._steps)
 
     def records(self) -> list[StepRecord]:
         return [record for record in self.session.records() if not record.fault]

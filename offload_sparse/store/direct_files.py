@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -170,7 +170,7 @@ def windows(plan: BlockPlan, size: int, align: int) -> list[Window]:
 def _window(blocks: Sequence[Block], target_size: int, align: int) -> Window:
     first = min(block.begin(block.source) for block in blocks) // align * align
     last = -(-max(block.end(block.source) for block in blocks) // align) * align
-    moved = [replace(block, source=_moved(block, first)) for block in blocks]
+    moved = [block._replace(source=_moved(block, first)) for block in blocks]
     return Window(first, last, BlockPlan(moved, (last - first, target_size)))
 
 
@@ -194,10 +194,10 @@ def _cut(block: Block, first: int, last: int) -> Block:
     sides = []
     for grid in (block.source, block.target):
         if grid.rows is None:
-            sides.append(replace(grid, start=grid.start + first * grid.row_length))
+            sides.append(grid._replace(start=grid.start + first * grid.row_length))
         else:
-            sides.append(replace(grid, rows=grid.rows[first:last]))
-    return replace(block, n_rows=last - first, source=sides[0], target=sides[1])
+            sides.append(grid._replace(rows=grid.rows[first:last]))
+    return block._replace(n_rows=last - first, source=sides[0], target=sides[1])
 
 
 # --- DeepNVMe ---

@@ -172,7 +172,7 @@ def test_arrays_that_do_not_fit_are_refused(source: Tensor, target: Tensor, mess
 
 def test_blocks_with_wrong_counts_or_negative_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="names 3 of them"):
-        Block(2, 1, 1, Grid(0, 1, torch.arange(3)), Grid(0, 1))
+        BlockPlan([Block(2, 1, 1, Grid(0, 1, torch.arange(3)), Grid(0, 1))])
     with pytest.raises(ValueError, match="0 or more"):
         BlockPlan([Block(1, 1, 1, Grid(-1, 1), Grid(0, 1))])
 

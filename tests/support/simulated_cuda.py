@@ -506,7 +506,6 @@ def simulated_cuda(triton: bool = True, pinned: bool = True, zero_copy: bool = T
         patch.setattr(device_copy, "triton_works", lambda device: triton)
         patch.setattr(device_copy, "zero_copy_is_faster", lambda *_: triton and zero_copy)
         patch.setattr(device_copy, "launch", _launched)
-        patch.setattr(device_copy, "DeviceTables", _sent_tables)
         try:
             yield sim
         finally:
@@ -517,16 +516,10 @@ def _launched(plan: Any, source: Tensor, target: Tensor, reverse: bool, device: 
     """The copy kernel: reads and writes device memory and page-locked host memory."""
     sim = present()
     assert all(isinstance(t, Simulated) or t.is_pinned() for t in (source, target)), "not page-locked"
-    device_copy.tables_of(plan, device)
+    device_copy.send_to_kernel([plan], device)
     sim.operations["copy_blocks"] += 1
+    tables = [table.inner for table in plan.sent[device]]
     giver, taker = (target, source) if reverse else (source, target)
     written = [t.inner for t in (taker,) if isinstance(t, Simulated)]
-    sim.accessed([t.inner for t in (giver,) if isinstance(t, Simulated)], written, [])
+    sim.accessed([t.inner for t in (giver,) if isinstance(t, Simulated)] + tables, written, [])
     torch_copy.copy_by_torch(plan, *of_inner((source, target)), reverse)
-
-
-def _sent_tables(blocks: Any, device: torch.device, program: int) -> bool:
-    """The tables of a plan, which the kernel would read."""
-    del blocks, device, program
-    present().upload()
-    return True

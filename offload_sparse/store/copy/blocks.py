@@ -14,17 +14,16 @@ is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """Where the entries of a block lie in a flat array.
 
     Attributes:
@@ -39,8 +38,7 @@ class Grid:
     units: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """``n_rows`` x ``n_units`` x ``unit`` contiguous entries, in the same order in both arrays."""
 
     n_rows: int
@@ -49,7 +47,8 @@ class Block:
     source: Grid
     target: Grid
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError: the numbers of rows or units are not as many as there are."""
         for grid in (self.source, self.target):
             for numbers, count in ((grid.rows, self.n_rows), (grid.units, self.n_units)):
                 if numbers is not None and numbers.numel() != count:
@@ -80,7 +79,7 @@ class Block:
 
 class BlockPlan:
     """Blocks of all tensors, ready to be copied any number of times, for weights and every optimizer slot.
-    Raises ValueError: a block begins before the array.
+    Raises ValueError: a block begins before the array, or names too many rows or units.
 
     Args:
         blocks: the blocks.
@@ -90,15 +89,19 @@ class BlockPlan:
     Attributes:
         blocks: those that hold any entries.
         entries: entries that are copied.
-        source_size, target_size: least number of entries of the arrays (or ``sizes``)."""
+        source_size, target_size: least number of entries of the arrays (or ``sizes``).
+        sent: the ``DeviceTables`` by the device that has them."""
 
     def __init__(self, blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> None:
         self.blocks = tuple([block for block in blocks if block.entries])
         self.entries = sum([block.entries for block in self.blocks])
         self._derived: dict[tuple[object, ...], Any] = {}
+        self.sent: dict[torch.device, Any] = {}
         if sizes is not None:
             self.source_size, self.target_size = sizes
             return
+        for block in self.blocks:
+            block.check()
         self.source_size = max((b.end(b.source) for b in self.blocks), default=0)
         self.target_size = max((b.end(b.target) for b in self.blocks), default=0)
         lows = [b.begin(g) for b in self.blocks for g in (b.source, b.target)]

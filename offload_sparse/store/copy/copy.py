@@ -15,7 +15,7 @@ All ways move bytes unchanged, so they agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,13 +49,13 @@ def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse
             copy_with_device(plan, source, target, reverse)
 
 
-def send_tables(plan: BlockPlan, device: torch.device) -> None:
-    """Send what copies of ``plan`` look up on a CUDA device, on the current stream: the first copy, which may
-    be on another stream that waits for this one, then sends nothing."""
-    if device.type == "cuda" and plan.entries:
-        from offload_sparse.store.copy.device_copy import tables_of
+def send_tables(plans: Iterable[BlockPlan], device: torch.device) -> None:
+    """Send what copies of ``plans`` look up on a CUDA device, in one piece and on the current stream: their
+    first copies, which may be on another stream that waits for this one, then send nothing."""
+    if device.type == "cuda":
+        from offload_sparse.store.copy import device_copy
 
-        tables_of(plan, device)
+        device_copy.send_tables([plan for plan in plans if plan.entries], device)
 
 
 def _check(plan: BlockPlan, source: Tensor, target: Tensor) -> None:

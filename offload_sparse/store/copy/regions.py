@@ -53,7 +53,7 @@ class Geometry:
     """The unit shapes of all tensors of a map by name, and their axes by identity."""
 
     def __init__(self, channel_map: ChannelMap) -> None:
-        self.axes: dict[int, Tensor] = {}
+        self.axes: dict[int, NDArray[np.int64]] = {}
         self.shapes = {name: self._of(channel_map, name) for name in channel_map.shapes}
 
     def _of(self, channel_map: ChannelMap, name: str) -> UnitShape:
@@ -66,8 +66,18 @@ class Geometry:
         return UnitShape(rows, units, prod(shape[last + 1 :]), prod(shape[1:]))
 
     def _dimensions(self, axes: Sequence[Axis], shape: Sequence[int]) -> Dimensions:
-        self.axes |= {id(axis): axis for axis in axes if axis is not None}
+        self.axes |= {id(axis): axis.numpy() for axis in axes if axis is not None}
         return tuple(-size if axis is None else id(axis) for axis, size in zip(axes, shape, strict=True))
+
+    def spread(self, codes: Codes, dimensions: Dimensions) -> Codes:
+        """uint8[positions]: the bits of ``codes`` (uint8[ids + 2], as ``ChannelMap.alive``) that a position
+        has in all of its dimensions; all bits where it is always kept.
+        """
+        found = np.full(1, 255, np.uint8)
+        for key in dimensions:
+            axis = np.full(-key, 255, np.uint8) if key <= 0 else codes[self.axes[key]]
+            found = axis if len(found) == 1 else (found[:, None] & axis).reshape(-1)
+        return found
 
 
 class Region(NamedTuple):
@@ -91,35 +101,21 @@ class Places:
         if channel_map not in _geometries:
             _geometries[channel_map] = Geometry(channel_map)
         self.geometry = _geometries[channel_map]
-        self._alive = selection.alive.numpy()
-        self._kept: dict[Dimensions, Codes] = {}
+        self.alive = selection.alive.numpy().view(np.uint8)
         self._before: dict[Dimensions, NDArray[np.int64]] = {}
         # The positions are held, too, so that their id stays theirs.
         self._known: dict[tuple[Dimensions, int], tuple[Tensor, Tensor]] = {}
-
-    def kept(self, dimensions: Dimensions) -> Codes:
-        """uint8[positions]: 1 where a position is kept."""
-        if dimensions not in self._kept:
-            kept = np.ones(1, np.uint8)
-            for key in dimensions:
-                kept = (kept[:, None] & self._axis(key)[None, :]).reshape(-1)
-            self._kept[dimensions] = kept
-        return self._kept[dimensions]
 
     def of(self, dimensions: Dimensions, positions: Tensor) -> Tensor:
         """int64: the numbers of kept ``positions`` in the narrow tensors."""
         known = self._known.get((dimensions, id(positions)))
         if known is None:
             if dimensions not in self._before:
-                self._before[dimensions] = np.cumsum(self.kept(dimensions), dtype=np.int64) - 1
+                kept = self.geometry.spread(self.alive, dimensions) != 0
+                self._before[dimensions] = np.cumsum(kept, dtype=np.int64) - 1
             numbers = torch.from_numpy(self._before[dimensions][positions.numpy()])
             known = self._known[dimensions, id(positions)] = positions, numbers
         return known[1]
-
-    def _axis(self, key: int) -> Codes:
-        if key <= 0:
-            return np.ones(-key, np.uint8)
-        return self._alive[self.geometry.axes[key].numpy()].view(np.uint8)
 
 
 _geometries: weakref.WeakKeyDictionary[ChannelMap, Geometry] = weakref.WeakKeyDictionary()
@@ -139,8 +135,10 @@ class Regions:
 
     def __init__(self, target: Selection, holders: Sequence[Selection] = ()) -> None:
         assert len(holders) <= MOST_HOLDERS
-        self._places = [places_of(selection) for selection in (target, *holders)]
-        self._shapes = self._places[0].geometry.shapes
+        self._geometry = places_of(target).geometry
+        self._shapes = self._geometry.shapes
+        alive = [places_of(selection).alive for selection in (target, *holders)]
+        self._codes: Codes = np.bitwise_or.reduce([kept << np.uint8(bit) for bit, kept in enumerate(alive)])
         self._classes: dict[Dimensions, _Classes] = {}
         self._found: dict[tuple[Dimensions, Dimensions], list[Region]] = {}
         self._first = _first_holder(len(holders))
@@ -175,10 +173,7 @@ class Regions:
 
     def _class(self, dimensions: Dimensions) -> _Classes:
         if dimensions not in self._classes:
-            codes = self._places[0].kept(dimensions).copy()
-            for bit, places in enumerate(self._places[1:], 1):
-                codes |= places.kept(dimensions) << np.uint8(bit)
-            self._classes[dimensions] = _Classes(codes)
+            self._classes[dimensions] = _Classes(self._geometry.spread(self._codes, dimensions))
         return self._classes[dimensions]
 
 
@@ -197,9 +192,10 @@ class _Classes:
     def where(self, codes: tuple[int, ...]) -> Tensor:
         """int64, sorted: the positions whose code is one of ``codes``."""
         if codes not in self._known:
-            wanted = np.zeros(256, bool)
-            wanted[list(codes)] = True
-            self._known[codes] = torch.from_numpy(np.flatnonzero(wanted[self._codes]))
+            wanted = self._codes == codes[0]
+            for code in codes[1:]:
+                wanted |= self._codes == code
+            self._known[codes] = torch.from_numpy(np.flatnonzero(wanted))
         return self._known[codes]
 
 

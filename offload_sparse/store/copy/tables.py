@@ -18,6 +18,7 @@ A device's, in its own memory, so that a copy sends nothing there:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -144,45 +145,58 @@ class Tables:
         return self._size - len(numbers)
 
 
-class DeviceTables:
-    """Blocks for a kernel on a device.
+class DeviceTables(NamedTuple):
+    """Blocks for a kernel on a device: int64[programs, 3], int64[blocks, 10], int64[*]."""
 
-    Args:
-        blocks: at least one.
-        device: where the tables are.
-        program: entries per program.
+    programs: Tensor
+    blocks: Tensor
+    indices: Tensor
 
-    Attributes:
-        programs: int64[programs, 3].
-        blocks: int64[blocks, 10].
-        indices: int64[*]."""
+    @staticmethod
+    def of(plans: Sequence[Sequence[Block]], device: torch.device, program: int) -> list[DeviceTables]:
+        """Those of several plans of at least one block each, sent in one piece.
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device, program: int) -> None:
-        size = max(max(block.n_rows, block.n_units) for block in blocks)
-        chunks = [torch.arange(size)]  # serves rows and units that are 0, 1, 2, …
-        at = {id(None): 0}
+        Args:
+            plans: the blocks of each.
+            device: where the tables shall be.
+            program: entries per program."""
+        parts = [part for blocks in plans for part in _device_parts(blocks, program)]
+        sent = to_device(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
+        return [
+            DeviceTables(programs.view(-1, 3), blocks.view(-1, 10), indices)
+            for programs, blocks, indices in zip(sent[::3], sent[1::3], sent[2::3], strict=True)
+        ]
 
-        def place(numbers: Tensor | None) -> int:
-            nonlocal size
-            if id(numbers) not in at:
-                assert numbers is not None
-                at[id(numbers)] = size
-                chunks.append(numbers)
-                size += numbers.numel()
-            return at[id(numbers)]
 
-        def columns(grid: Grid) -> tuple[int, ...]:
-            return grid.start, grid.row_length, place(grid.rows), place(grid.units)
+def _device_parts(blocks: Sequence[Block], program: int) -> tuple[Numbers, Numbers, Numbers]:
+    """Programs, blocks and indices, each flat."""
+    size = max(max(block.n_rows, block.n_units) for block in blocks)
+    chunks = [np.arange(size)]  # serves rows and units that are 0, 1, 2, …
+    at = {id(None): 0}
 
-        table = [(b.unit, b.n_units, *columns(b.source), *columns(b.target)) for b in blocks]
-        counts = np.array([-(-block.entries // program) for block in blocks])
-        number = np.repeat(np.arange(len(blocks)), counts)
-        first = (np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)) * program
-        last = np.minimum(first + program, np.array([block.entries for block in blocks])[number])
-        parts = [torch.from_numpy(np.stack([number, first, last], 1)), torch.tensor(table), torch.cat(chunks)]
-        sent = to_device(torch.cat([part.flatten() for part in parts]), device)
-        split = sent.split([part.numel() for part in parts])
-        self.programs, self.blocks, self.indices = split[0].view(-1, 3), split[1].view(-1, 10), split[2]
+    def place(numbers: Tensor | None) -> int:
+        nonlocal size
+        if (found := at.get(id(numbers))) is None:
+            assert numbers is not None
+            found = at[id(numbers)] = size
+            chunks.append(numbers.numpy())
+            size += len(chunks[-1])
+        return found
+
+    table = [
+        (b.unit, b.n_units, s.start, s.row_length, place(s.rows), place(s.units))
+        + (t.start, t.row_length, place(t.rows), place(t.units), b.n_rows)
+        for b in blocks
+        for s, t in (b[3:],)
+    ]
+    columns = np.array(table, np.int64)
+    entries = columns[:, 0] * columns[:, 1] * columns[:, 10]
+    counts = -(-entries // program)
+    number = np.repeat(np.arange(len(blocks)), counts)
+    first = (np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)) * program
+    last = np.minimum(first + program, entries[number])
+    programs = np.stack([number, first, last], 1)
+    return programs.ravel(), columns[:, :10].ravel(), np.concatenate(chunks)
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
