@@ -38,14 +38,7 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def run(quick: bool) -> BenchResult:
     """256 images and 6 turns with ``quick``, else 1024 and 16."""
     images, turns = (256, 6) if quick else (1024, 16)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            size = write_photographs(Path(folder) / "images", images)
-            rates = _rates(contenders(Path(folder)), turns)
-    finally:
-        torch.set_num_threads(threads)
+    rates, size = measure(images, turns)
     base = rates["torchvision"]
     ratios = {
         "input.vs_torchvision": rates["ours"] / base,
@@ -56,6 +49,18 @@ def run(quick: bool) -> BenchResult:
     rows = [[name, f"{rate:.0f}", f"{rate / base:.2f}"] for name, rate in rates.items()]
     raw = {"images_per_core_second": rates, "bytes_per_image": size, "quality": _QUALITY, "batch": _BATCH}
     return BenchResult(ratios, raw, ("loader", "images/s and core", "of torchvision"), rows)
+
+
+def measure(images: int, turns: int) -> tuple[dict[str, float], int]:
+    """Images per second of CPU time by loader, over so many images and turns; bytes of an image."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            size = write_photographs(Path(folder) / "images", images)
+            return _rates(contenders(Path(folder)), turns), size
+    finally:
+        torch.set_num_threads(threads)
 
 
 def contenders(folder: Path) -> dict[str, Iterator[Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -97,13 +97,22 @@ class RoundTimes:
         return median(len(a) * (median(a) - median(b)) for a, b in pairs)
 
 
-def measure(network: str, k: int, rounds: int, device: torch.device) -> RoundTimes:
+def measure(
+    network: str, k: int, rounds: int, device: torch.device, setup: Setup | None = None
+) -> RoundTimes:
     """Rounds of both sides in turns, after one of each that does not count."""
-    return measure_model(partial(network_of, network), batch_of(network, device), k, rounds, device)
+    images, labels = batch_of(network, device)
+    batch = (images.to((setup or Setup()).dtype), labels)
+    return measure_model(partial(network_of, network), batch, k, rounds, device, setup)
 
 
 def measure_model(
-    factory: Callable[[], nn.Module], batch: Batch, k: int, rounds: int, device: torch.device
+    factory: Callable[[], nn.Module],
+    batch: Batch,
+    k: int,
+    rounds: int,
+    device: torch.device,
+    setup: Setup | None = None,
 ) -> RoundTimes:
     """``measure`` for any classifier and batch."""
     optim = OptimConfig(lr=0.01)
@@ -116,7 +125,7 @@ def measure_model(
         policy=PolicyConfig.paper(rho=RHO),
         rounds=RoundConfig(k=k, reference="turns"),
         device=device,
-        setup=Setup(verify=False),
+        setup=replace(setup or Setup(), verify=False),
     )
     times = RoundTimes()
     for number in range(rounds + 1):

@@ -138,14 +138,14 @@ def _register(tensor: Tensor, memory: mmap.mmap, required: bool) -> bool:
         f"CUDA could not page-lock {size / 2**30:.1f} GiB of host memory (error {error}); "
         "raise the limit `ulimit -l`, free memory, or set store.pin to off"
     )
-    _clear_cuda_error()
+    forget_cuda_error()
     if required:
         raise RuntimeError(message)
     logger.warning("%s. Transfers go on through ordinary memory, which is slower.", message)
     return False
 
 
-def _clear_cuda_error() -> None:
+def forget_cuda_error() -> None:
     """Take the error that a refusal has left with the CUDA runtime, which would fail the next kernel."""
     try:
         torch.zeros(1, device="cuda")

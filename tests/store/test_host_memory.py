@@ -116,7 +116,7 @@ def test_auto_goes_on_without_page_locks_and_on_does_not(
 
     taken: list[str] = []
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
-    monkeypatch.setattr(host_memory, "_clear_cuda_error", lambda: taken.append("error"))
+    monkeypatch.setattr(host_memory, "forget_cuda_error", lambda: taken.append("error"))
     assert host_zeros(10, torch.float32, "auto").shape == (10,)
     assert "ulimit" in caplog.text
     with pytest.raises(RuntimeError, match=r"store\.pin"):
@@ -134,7 +134,7 @@ def test_the_error_of_a_refusal_is_taken_by_a_kernel_that_may_fail(monkeypatch: 
 
     monkeypatch.setattr(torch, "zeros", launch)
     monkeypatch.setattr(torch.cuda, "synchronize", launch)
-    host_memory._clear_cuda_error()
+    host_memory.forget_cuda_error()
     assert not pending
 
 

@@ -1,0 +1,50 @@
+"""What to run first on a new card: no part stops the next, and without a card its own rows are empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+import torch
+
+from offload_sparse.bench import gpu
+from offload_sparse.config.run import MethodName
+
+CPU = torch.device("cpu")
+
+
+def test_a_part_that_fails_is_a_row_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device, quick: bool) -> Iterator[gpu.Row]:
+        yield "broken.first", 1.0, "before"
+        raise RuntimeError(f"CUDA error: on {device}, {quick}")
+
+    def fine(device: torch.device, quick: bool) -> Iterator[gpu.Row]:
+        del device, quick
+        yield "fine.figure", None, "of a card"
+
+    monkeypatch.setattr(gpu, "PARTS", (broken, fine))
+    result = gpu.run(quick=True)
+    assert [row[:2] for row in result.table] == [
+        ["broken.first", 1.0],
+        ["broken", "failed"],
+        ["fine.figure", ""],
+    ]
+    assert result.ratios == {"gpu.broken.first": 1.0}
+    assert "CUDA error" in result.raw["broken.failed"]
+
+
+@pytest.mark.parametrize("part", [gpu.page_locking, gpu.copies])
+def test_rows_of_a_card_are_empty_without_one(part: object) -> None:
+    rows = list(part(CPU, True))  # type: ignore[operator]
+    assert rows
+    assert all(figure is None for _, figure, _ in rows)
+
+
+def test_the_engine_on_a_cpu_has_the_bits_of_the_cpu() -> None:
+    assert [figure for _, figure, _ in gpu.engine(CPU, True)] == [0.0, 0.0]
+
+
+def test_every_method_takes_steps() -> None:
+    found = {key: figure for key, figure, _ in gpu.methods(CPU, True)}
+    assert found == {f"methods.{name}.finite": 1.0 for name in get_args(MethodName)}
