@@ -1,11 +1,10 @@
 """A training loop of one's own: any module, any data, any number of processes; saved and resumed.
 
-    accelerate launch launch/own_loop.py --steps 60 --save runs/own_loop.pt --until 25   # stops after 25
-    steps accelerate launch launch/own_loop.py --steps 60 --resume runs/own_loop.pt            # goes on to
-    the end
+    accelerate launch launch/own_loop.py --save runs/own_loop.pt --until 25                  (stops early)
+    accelerate launch launch/own_loop.py --resume runs/own_loop.pt --export runs/own_network (to the end)
 
 Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2
-launch/own_loop.py …
+launch/own_loop.py. Whoever calls ``session.state_dict()`` or ``session.finalize()`` does so on every rank.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,9 @@ def digest(state: dict[str, dict[str, Tensor]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--until", type=int, help="stop after so many steps")
     parser.add_argument("--save", help="write the state there at the end")
@@ -92,6 +94,7 @@ def main() -> None:
     state = session.state_dict()
     accelerator.print("state", session.steps_done, digest(state) if accelerator.is_main_process else "")
     if arguments.save and accelerator.is_main_process:
+        Path(arguments.save).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"session": state, "schedule": schedule.state_dict()}, arguments.save)
     if not arguments.until:
         network = session.finalize()

@@ -157,10 +157,10 @@ def train_ours(settings: argparse.Namespace) -> Result:
     )
     checkpoint, flops = settings.out / "session.pt", 0.0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         session.load_state_dict(saved["session"])
         flops = saved["flops"]
-        print(f"resumed at step {session.steps_done}")
+        show(f"resumed at step {session.steps_done}")
     for step in range(session.steps_done, settings.steps):
         set_rate(session.optimizer, step, settings.steps)
         x, y = (t.to(session.device) for t in batch_of(text, settings.batch_size, step * world + rank))
@@ -170,16 +170,22 @@ def train_ours(settings: argparse.Namespace) -> Result:
             flops += sum(forward * (4 if r.compared else 3) for r in session.records())
             with session.evaluation() as network:
                 found = validation_loss(network, held_out, session.device)
-            print(f"step {step + 1:5d}  loss {float(loss):.3f}  validation {found:.3f}", flush=True)
+            show(f"step {step + 1:5d}  loss {float(loss):.3f}  validation {found:.3f}")
             state = {"session": session.state_dict(), "flops": flops}
             if rank == 0:
                 save(state, checkpoint)
     final = session.finalize()
     if rank == 0:
         final.save(settings.out / "model")
-        print(sample(final.module, "def ", 300, session.device))
+    show(sample(final.module, "def ", 300, session.device))
     found = validation_loss(final.module, held_out, session.device)
     return Result("sparse_offload", settings.steps, found, count_parameters(final.module), flops)
+
+
+def show(text: str) -> None:
+    """Print it, once for all ranks."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
 
 
 def save(state: object, path: Path) -> None:
@@ -216,9 +222,9 @@ def train_plain(settings: argparse.Namespace) -> Result:
         loss.backward()
         optimizer.step()
         if (step + 1) % EVERY == 0:
-            print(f"step {step + 1:5d}  loss {float(loss):.3f}", flush=True)
+            show(f"step {step + 1:5d}  loss {float(loss):.3f}")
     found = validation_loss(network.eval(), held_out, device)
-    print(sample(network, "def ", 300, device))
+    show(sample(network, "def ", 300, device))
     return Result(settings.method, steps, found, count_parameters(network), float(per_step * steps))
 
 
@@ -242,8 +248,7 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(settings.seed)
     result = train_ours(settings) if settings.method == "sparse_offload" else train_plain(settings)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps(vars(result)))
+    show(json.dumps(vars(result)))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import json
 import os
 import pkgutil
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from offload_sparse.run.terminal import console
 
 _PACKAGES = ("offload-sparse", "torch", "torchvision", "accelerate", "timm", "numpy")
 
@@ -89,9 +89,8 @@ def print_result(result: BenchResult, title: str) -> None:
     table = Table(*result.header, title=title)
     for row in result.table:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 120)
     if result.table:
-        console.print(table)
+        console().print(table)
     for name, ratio in result.ratios.items():
         print(f"{name}: {ratio:.4g}")
 

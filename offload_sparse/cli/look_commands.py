@@ -53,10 +53,12 @@ def _print(findings: Sequence[Any], json_wanted: bool) -> None:
     if json_wanted:
         print(json.dumps({"ok": not states["error"], "findings": [asdict(finding) for finding in findings]}))
         return
+    from offload_sparse.run.terminal import fitted
+
     for finding in findings:
-        print(f"{_SIGNS[finding.state]}  {finding.name}: {finding.found}")
+        print(fitted(f"{_SIGNS[finding.state]}  {finding.name}: {finding.found}", f"{'':<11}"))
         if finding.fix:
-            print(f"{'':<9}fix: {finding.fix}")
+            print(fitted(f"{'':<9}fix: {finding.fix}"))
     print(f"{states['ok']} ok, {states['warning']} warnings, {states['error']} errors")
 
 
@@ -105,10 +107,11 @@ def bench(argv: Sequence[str]) -> int:
     )
     config = Options(options_of(argv), f"{PROGRAM} bench", examples, positional="name").parse(argv)
     from offload_sparse.bench import contract
+    from offload_sparse.run.terminal import fitted
 
     if not config.name:
         for name, line in contract.available().items():
-            print(f"{name:<16}{line}")
+            print(fitted(f"{name:<16}{line}", f"{'':<16}"))
         return 0
     run = contract.load(config.name)
     result = run(config.quick) if type(config) is BenchConfig else run(config.quick, config)

@@ -99,10 +99,13 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _help() -> str:
+    from offload_sparse.run.terminal import fitted
+
     lines = [f"usage: {PROGRAM} COMMAND [--KEY VALUE ...]"]
     for title, commands in GROUPS.items():
         lines += ["", f"{title}:"]
-        lines += [f"  {name:<10}{(run.__doc__ or '').splitlines()[0]}" for name, run in commands.items()]
+        whats = {name: (run.__doc__ or "").splitlines()[0] for name, run in commands.items()}
+        lines += [fitted(f"  {name:<10}{what}", f"{'':<10}") for name, what in whats.items()]
     lines += ["", f"`{PROGRAM} COMMAND --help` lists a command's options. `--version` prints the version."]
     train_it = f"{PROGRAM} train --config configs/quickstart.yaml"
     lines += ["", "examples:", f"  {train_it}", f"  {train_it} --policy.rho 0.1 --run_dir runs/rho_0.1"]

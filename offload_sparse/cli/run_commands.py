@@ -48,13 +48,12 @@ def _searches_as_the_paper(config: RunConfig) -> bool:
 
 
 def _dry_run(config: RunConfig) -> int:
-    from rich.console import Console
-
     from offload_sparse.run.plan.dry_run import dry_run, dry_run_table
+    from offload_sparse.run.terminal import console
 
     table = dry_run_table(dry_run(config))
     if os.environ.get("RANK", "0") == "0":
-        Console().print(table)
+        console().print(table)
     return 0
 
 
@@ -118,8 +117,9 @@ def _plan(config: PlanConfig) -> dict[str, Any]:
 
 def _show_beside(beside: Mapping[str, Mapping[str, Any]], ranks: int) -> None:
     """What a rank takes by each method, side by side."""
-    from rich.console import Console
     from rich.table import Table
+
+    from offload_sparse.run.terminal import console
 
     table = Table("", *beside, title=f"memory of each of {ranks} ranks")
     rows = {
@@ -134,7 +134,7 @@ def _show_beside(beside: Mapping[str, Mapping[str, Any]], ranks: int) -> None:
     for label, name in rows.items():
         values = [figures[name] for figures in beside.values()]
         table.add_row(label, *(("yes" if v else "no") if name == "fits" else _size(v) for v in values))
-    Console().print(table)
+    console().print(table)
 
 
 def _readable(name: str, value: Any) -> Any:

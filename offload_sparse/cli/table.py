@@ -14,10 +14,11 @@ def show(figures: Mapping[str, Any], json_wanted: bool) -> None:
 
         print(json.dumps(json_value(figures), allow_nan=False))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from offload_sparse.run.terminal import console
 
     table = Table(show_header=False)
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    console().print(table)

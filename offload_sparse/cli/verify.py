@@ -12,6 +12,7 @@ from typing import Any
 from offload_sparse.channels.config import Residual
 from offload_sparse.cli.table import show
 from offload_sparse.config.parse import PROGRAM, Options
+from offload_sparse.run.terminal import fitted
 
 
 @dataclass
@@ -85,7 +86,7 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
     from offload_sparse.channels.check import verify as compare
     from offload_sparse.channels.discovery import discover
     from offload_sparse.channels.subnet import build_on_meta
-    from offload_sparse.workloads.models import build_model
+    from offload_sparse.workloads.models import build_model, takes_tokens
 
     size = config.image_size or (32 if config.model.startswith("offload_sparse/") else 64)
     channels = config.in_channels or 3
@@ -95,6 +96,8 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
 
     start = time.perf_counter()
     model, inputs = build_on_meta(build), (torch.empty(2, channels, size, size, device="meta"),)
+    if takes_tokens(config.model):
+        inputs = (torch.arange(16).view(2, 8) % config.num_classes,)
     channel_map = discover(model, inputs, config.residual)
     discover_seconds = time.perf_counter() - start
     result = compare(build, inputs, channel_map, config.rho, config.seed)
@@ -121,7 +124,7 @@ def _verify_all(config: VerifyConfig) -> int:
     start, rows, known = time.perf_counter(), _read_rows(config.results), {c.name: c for c in coverage.CASES}
     done = {row["model"] for row in rows}
     if not config.json:
-        titles = ("model", "streams", "atoms", "groups", "discover", "output", "gradient", "export", "")
+        titles = ("model", "streams", "atoms", "groups", "search", "output", "gradient", "export")
         print(_ROW.format(*titles))
     for row in [] if config.json else rows:
         print(_row(row))
@@ -161,7 +164,7 @@ def _append_rows(path: str, rows: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-_ROW = "{:<46}{:<9}{:>6}{:>7}{:>9}{:>8}{:>9}{:>8}  {}"
+_ROW = "{:<46}{:<9}{:>6}{:>7}{:>8}{:>7}{:>9}{:>7}"
 
 
 def _row(figures: dict[str, Any]) -> str:
@@ -170,6 +173,6 @@ def _row(figures: dict[str, Any]) -> str:
     errors = ["" if figures[key] is None else f"{figures[key]:.0e}" for key in keys]
     note = "other in training" if figures["modes_differ"] else ""
     note = f"refused: {figures['reason']}" if figures["reason"] else note
-    return _ROW.format(
-        figures["model"], figures["residual"], figures["atoms"], figures["groups"], seconds, *errors, note
-    )
+    about = (figures[key] for key in ("model", "residual", "atoms", "groups"))
+    row = _ROW.format(*about, seconds, *errors)
+    return f"{row}\n{fitted(f'    {note}')}" if note else row

@@ -20,6 +20,7 @@ from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.store.initialisation import build_seeded
+from offload_sparse.store.tiers import Mode
 
 LossFunction = Callable[..., tuple[Tensor, Metrics]]
 """(module, batch) -> mean loss of the batch, and further scalars to be averaged over ranks."""
@@ -34,7 +35,7 @@ class Task:
         example_inputs: tensors that the network can be called with, on the meta device.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
-        resumes: the run has an earlier part, which weights in files belong to.
+        store_mode: how weights in files are taken: those of an earlier part of the run, or new ones.
         weights: what to start from, in place of the network's own initialisation."""
 
     config: RunConfig
@@ -45,7 +46,7 @@ class Task:
     device: torch.device
     dtype: torch.dtype
     forward: Forward
-    resumes: bool = False
+    store_mode: Mode = "replace"
     weights: FittedWeights | None = None
 
     def network(self) -> nn.Module:

@@ -22,7 +22,7 @@ from offload_sparse.engine.state import IN_PLACE, MethodState, recall, restore_s
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Method, Task
 from offload_sparse.policy.width_search import WidthSearch
-from offload_sparse.store.tiers import is_filled
+from offload_sparse.store.tiers import Mode, is_filled
 
 
 class SparseOffloadMethod:
@@ -152,7 +152,7 @@ def build(task: Task) -> Method:
     """A session for ``task``; one with a store in files resumes from these by itself."""
     config = task.config
     folder = Path(config.store.path or config.run_dir / "store")
-    resumes = task.resumes and is_filled(folder)
+    mode: Mode = task.store_mode if is_filled(folder) else "replace"
     # In a run folder without a run whatever there is of this run's store was left by a start that died.
     setup = Setup(
         residual=config.model.residual,
@@ -163,7 +163,7 @@ def build(task: Task) -> Method:
         dtype=task.dtype,
         store=replace(config.store, path=str(folder)),
         run_id=str(config.run_dir.resolve()),
-        store_mode="resume" if resumes else "replace",
+        store_mode=mode,
     )
     session = SparseOffload(
         task.factory,
@@ -182,6 +182,8 @@ def build(task: Task) -> Method:
     if config.store.tier == "ram":
         return SparseOffloadMethod(session, task)
     durable = DurableRounds(session)
-    if resumes:
+    if mode != "replace":
         durable.restore()
+    if mode == "look":
+        session.after_round = None  # nothing is logged
     return SparseOffloadMethod(session, task, durable)

@@ -118,9 +118,11 @@ class Checkpointer:
                 if self._rank == 0:
                     logger.warning("checkpoint %s cannot be used: %s", folder, error)
         if problem:
+            other = "it is of" in problem
+            advice = "give the settings that it was made with" if other else "repair or remove it"
             raise ValueError(
-                f"no checkpoint in {source or self.folder.path} can be used ({problem}); repair or "
-                "remove it, or start anew with --overwrite true"
+                f"no checkpoint in {source or self.folder.path} can be used ({problem}); {advice}, or start "
+                "anew with --overwrite true"
             )
         if source is not None:
             raise ValueError(f"{source} holds no checkpoint; give a run folder or one of its checkpoints")

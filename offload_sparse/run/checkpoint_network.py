@@ -11,7 +11,7 @@ from pathlib import Path
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
-from offload_sparse.run.checkpoint_files import MANIFEST_FILE
+from offload_sparse.run.checkpoint_files import MANIFEST_FILE, Manifest
 from offload_sparse.run.log import CONFIG_FILE, MEMBERS_FOLDER, MODEL_FOLDER
 
 
@@ -41,29 +41,36 @@ def exported(path: Path) -> Iterator[Path]:
     """A folder with the exported network of a checkpoint, which is gone afterwards; another path as it is.
 
     The run is set up once more, in a folder of its own and on one process; nothing of it is trained. Raises
-    ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights are in the files of
-    a store, which go on."""
+    ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights were in the files of
+    a store, which has gone on."""
     if not is_checkpoint(path):
         yield path
         return
     config = arguments.parse(["--config", str(run_of(path) / CONFIG_FILE)])
-    if config.store.tier != "ram":
-        raise ValueError(f"{path} refers to the store of its run, which goes on; let the run end instead")
+    store = config.store
+    if store.tier != "ram":
+        store = replace(store, path=store.path or str(run_of(path) / "store"))
     with tempfile.TemporaryDirectory() as folder:
         train = replace(config.train, check=False)
-        again = replace(config, run_dir=Path(folder), resume=str(path), train=train, trackers=[], quiet=True)
+        again = replace(config, run_dir=Path(folder), store=store, train=train, trackers=[], quiet=True)
         with redirect_stdout(StringIO()):
-            _finalize(again)
+            _finalize(again, path)
         yield Path(folder) / MODEL_FOLDER
 
 
-def _finalize(config: RunConfig) -> None:
+def _finalize(config: RunConfig, checkpoint: Path) -> None:
     from offload_sparse.run.launch import launched
-    from offload_sparse.run.resume import start_of
+    from offload_sparse.run.resume import Start
     from offload_sparse.run.trainer import Run
 
     with launched(config) as accelerator:
-        run = Run(config, accelerator, start_of(config))
+        run = Run(config, accelerator, Start("look", checkpoint))
         with run.recorder, run.progress as progress:
             progress.begin(run.total_steps, run.steps_per_epoch)
+            step = Manifest.read(checkpoint).step
+            if progress.step != step:  # only a store in files can be elsewhere
+                raise ValueError(
+                    f"{checkpoint} is of step {step}, and its weights are in files that have gone on to step "
+                    f"{progress.step}; take the newest checkpoint, or the run when it is finished"
+                )
             run.finalize()

@@ -40,11 +40,12 @@ class Start:
     """How a run begins in its folder.
 
     Attributes:
-        status: ``new``, ``started`` (there is an earlier part) or ``finished``.
+        status: ``new``, ``started`` (there is an earlier part), ``finished``, or ``look``: nothing is
+            trained, and weights in files stay as they are.
         source: the checkpoint or run to start from where the folder has no checkpoint of its own.
         goes_back: ``source`` is a checkpoint of this run, and what came after it is dropped."""
 
-    status: Literal["new", "started", "finished"]
+    status: Literal["new", "started", "finished", "look"]
     source: Path | None = None
     goes_back: bool = False
 

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -161,13 +162,27 @@ def warn_of_collapse(method: str, params_ratio: float, one_class: bool) -> None:
 def tell(*lines: str) -> None:
     """Print lines on stderr, above a bar if there is one."""
     for line in lines:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(fitted(line), file=sys.stderr)
     sys.stderr.flush()
+
+
+def fitted(line: str, indent: str = "  ") -> str:
+    """``line`` in as many lines of at most 100 columns as it takes, all but the first indented; a word stays
+    whole.
+    """
+    first = line[: len(line) - len(line.lstrip())]
+    form = textwrap.TextWrapper(_LINE, first, first + indent, break_long_words=False, break_on_hyphens=False)
+    return form.fill(line.strip())
+
+
+def console() -> Console:
+    """Where tables are printed: stdout, in at most 100 columns."""
+    return Console(width=min(_LINE, shutil.get_terminal_size((_LINE, 24)).columns))
 
 
 def print_summary(summary: Mapping[str, Any], config: RunConfig) -> None:
     """The table that closes a run, on stdout."""
-    Console().print(closing_table(summary))
+    console().print(closing_table(summary))
     print(f"run folder: {config.run_dir}", flush=True)
 
 

@@ -40,8 +40,9 @@ from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
 from offload_sparse.run.start_weights import prepared_images, weight_source
 from offload_sparse.run.teacher import TEACHER_FOLDER, Taught, Teacher, distilled
-from offload_sparse.run.terminal import tell, warn_of_collapse
+from offload_sparse.run.terminal import fitted, tell, warn_of_collapse
 from offload_sparse.store.files import write_file
+from offload_sparse.store.tiers import Mode
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.normalise import normalise_for
@@ -67,7 +68,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         if start.status == "finished":
             if accelerator.is_main_process:
                 more = "--overwrite true trains it anew, a larger train.epochs trains it on"
-                print(f"run folder: {config.run_dir} holds this run, finished; {more}")
+                print(fitted(f"run folder: {config.run_dir} holds this run, finished; {more}"))
             return finished_summary(config)
         run = Run(config, accelerator, start)
         try:
@@ -122,11 +123,12 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.device = self.accelerator.device
         self.image_shape = (self.channels, *self.splits.image_shape)
-        model, _ = model_on_meta(config, self._declared())  # which says what does not fit together
+        model = model_on_meta(config, self._declared())  # which says what does not fit together
         weights = source.fitted(model) if source is not None else None
         images, self.lines = prepared_images(config, weights, self.image_shape)
         self.normalise = normalise_for(self.train_loader.images, images, self.dtype).to(self.device)
-        self.task = self._task(resumes, weights)
+        mode: Mode = "look" if start.status == "look" else "resume" if resumes else "replace"
+        self.task = self._task(mode, weights)
         if config.train.check:
             self._check_plan()
         bound_memory(self.task.factory)
@@ -249,7 +251,7 @@ class Run:
     def _expected(self) -> str:
         """FLOPs and memory beside those of dense training, by the plan."""
         data = self._declared()
-        model, _ = model_on_meta(self.config, data)
+        model = model_on_meta(self.config, data)
         structure = Structure(self.method.channel_map, self.method.cost, model, self.task.example_inputs)
         machine = this_machine(self.device, self.accelerator.num_processes)
         return beside_dense(Planner(self.config, data, structure), machine)
@@ -321,7 +323,7 @@ class Run:
             "flops_ratio": count_flops(module, self.task.example_inputs) / costs.dense_flops,
         }
 
-    def _task(self, resumes: bool, weights: FittedWeights | None) -> Task:
+    def _task(self, store_mode: Mode, weights: FittedWeights | None) -> Task:
         config = self.config
         factory = partial(build_model, config.model.name, **self._model_arguments())
         frozen, scaler = config.train.batch_norm == "frozen", self.accelerator.scaler
@@ -335,7 +337,7 @@ class Run:
             self.device,
             self.dtype,
             forward,
-            resumes,
+            store_mode,
             weights,
         )
 

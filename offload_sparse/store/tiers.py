@@ -37,9 +37,10 @@ from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.lock import lock_folder
 
 FORMAT = 1
-Mode = Literal["new", "resume", "replace"]
+Mode = Literal["new", "resume", "replace", "look"]
 """``new`` makes a store where there is none, ``resume`` opens one that is complete, ``replace`` makes one
-whatever there is of the same run."""
+whatever there is of the same run; ``look`` opens a complete one of any run, and what is written to its arrays
+stays in this process."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class FileTier(MemoryTier):
         except ValueError:
             unlock()
             raise
-        self.filled = mode == "resume"
+        self.filled = mode in ("resume", "look")
+        self._access: Literal["c", "r+"] = "c" if mode == "look" else "r+"  # copy on write
         self._sizes: dict[str, int] = dict(found["sizes"]) if self.filled and found else {}
         self._maps: list[np.memmap[Any, Any]] = []
         self._paths: dict[str, Path] = {}
@@ -135,7 +137,7 @@ class FileTier(MemoryTier):
             return torch.empty(0, dtype=self._dtype)
         if not self.filled:
             _reserve(path, self._file_bytes(size))
-        mapped = np.memmap(path, np.uint8, "r+", shape=(size * self._dtype.itemsize,))
+        mapped = np.memmap(path, np.uint8, self._access, shape=(size * self._dtype.itemsize,))
         self._maps.append(mapped)
         return torch.from_numpy(mapped).view(self._dtype)
 
@@ -176,10 +178,12 @@ class FileTier(MemoryTier):
 
     def _refuse(self, found: dict[str, Any] | None, mode: Mode) -> None:
         if found is None:
-            if mode == "resume":
+            if mode in ("resume", "look"):
                 raise ValueError(f"there is no store in {self.folder}; start the run anew, or set store.path")
             return
         expected = {"format": FORMAT, **asdict(self._identity)}
+        if mode == "look":
+            del expected["run"]
         for key, value in expected.items():
             if found[key] != value:
                 raise ValueError(
@@ -191,7 +195,7 @@ class FileTier(MemoryTier):
                 f"{self.folder} holds the weights of this run; resume it, delete the folder, "
                 "or set store.path"
             )
-        if mode == "resume" and not found["initialised"]:
+        if mode in ("resume", "look") and not found["initialised"]:
             raise ValueError(f"the store in {self.folder} was never filled; start the run anew")
 
     def _begin(self) -> None:
@@ -253,7 +257,8 @@ def open_tier(
         if mode == "resume":
             raise ValueError("a store in memory does not outlive its run; set store.tier file")
         return MemoryTier(dtype, pin)
-    return FileTier(folder, identity, dtype, mode, open_handle if tier == "nvme" else None)
+    direct = open_handle if tier == "nvme" and mode != "look" else None
+    return FileTier(folder, identity, dtype, mode, direct)
 
 
 def digest(channel_map: ChannelMap) -> str:

@@ -9,6 +9,7 @@ from offload_sparse.channels.config import Residual
 from offload_sparse.channels.require import require
 
 TrainCrop = Literal["pad", "resized"]
+_DECLARED = ("num_classes", "channels", "tokens", "train_images")
 
 
 @dataclass
@@ -44,7 +45,7 @@ class DataConfig:
         std: standard deviation per channel of images in [0, 1]; empty measures it on training images.
         limit: use only this many training images and this many test images; 0 uses all.
         declared: ``num_classes``, ``channels`` and ``train_images`` of the images, for ``dry_run`` and
-            ``plan``, which read none.
+            ``plan``, which read none; of a language model words, ``tokens`` of a sequence, and sequences.
     """
 
     cache_bytes: ClassVar[int] = 1 << 30
@@ -87,8 +88,8 @@ class DataConfig:
         )
         for key, value in self.declared.items():
             require(
-                key in ("num_classes", "channels", "train_images") and type(value) is int and value >= 0,
-                f"data.declared.{key} is {value}; give whole numbers for num_classes, channels, train_images",
+                key in _DECLARED and type(value) is int and value >= 0,
+                f"data.declared.{key} is {value}; give whole numbers for {', '.join(_DECLARED)}",
             )
         require(bool(self.name), "data.name is empty; give the name of a dataset, or a path")
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; give at least 1 image per step")

@@ -30,7 +30,7 @@ def start(folder: Path, tier: Any, resumes: bool = False) -> SparseOffloadMethod
         store=StoreConfig(tier=tier),
         train=TrainConfig(on_nonfinite="rollback"),
     )
-    method = build_method(replace(make_task(config), resumes=resumes))
+    method = build_method(replace(make_task(config), store_mode="resume" if resumes else "replace"))
     assert isinstance(method, SparseOffloadMethod)
     return method
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,31 @@ from accelerate.state import AcceleratorState
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
+from offload_sparse.run.position import Progress
+
+OPTIONS = {
+    "model.name": "offload_sparse/vgg_small",
+    "model.arguments.width": "0.25",
+    "data.limit": "128",
+    "data.batch_size": "32",
+    "train.epochs": "2",
+    "checkpoint.every": "2",
+    "checkpoint.keep": "9",
+    "trackers": "[]",
+    "quiet": "true",
+}
+
+
+def train(folder: Path, **more: str) -> Path:
+    words = [word for name, value in (OPTIONS | more).items() for word in (f"--{name}", value)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["train", *words, "--run_dir", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    options = {
-        "model.name": "offload_sparse/vgg_small",
-        "model.arguments.width": "0.25",
-        "data.limit": "128",
-        "data.batch_size": "32",
-        "train.epochs": "2",
-        "checkpoint.every": "2",
-        "checkpoint.keep": "9",
-        "trackers": "[]",
-        "quiet": "true",
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(["train", *words, "--run_dir", str(folder)]) == 0
-    return folder
+    return train(tmp_path_factory.mktemp("runs") / "run")
 
 
 def told(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -78,3 +85,45 @@ def test_a_damaged_checkpoint_is_one_line(run: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert main(["evaluate", str(first)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_store_in_files_is_only_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was stopped within a round gives what one in memory gives, and goes on as it was."""
+    short = {"round.k": "3", "checkpoint.every": "1"}
+    in_memory = train(tmp_path / "ram", **short)
+    advance = Progress.advance
+
+    def stop_at_five(progress: Progress) -> None:
+        advance(progress)
+        if progress.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "advance", stop_at_five)
+        on_disk = train(tmp_path / "file", **short, **{"store.tier": "file"})
+    assert checkpoints(on_disk)[-1].name == "step_00000005"
+    before = contents(on_disk)
+    for folder in (in_memory, on_disk):
+        told(
+            capsys,
+            "export",
+            str(folder / "checkpoints" / "step_00000005"),
+            "--output",
+            str(tmp_path / "exported" / folder.name),
+        )
+    assert contents(on_disk) == before
+    ours, other = (load_pruned(tmp_path / "exported" / name).state_dict() for name in ("ram", "file"))
+    assert ours.keys() == other.keys()
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert main(["evaluate", str(on_disk / "checkpoints" / "step_00000004")]) == 2
+    assert re.search(
+        r"step_00000004 is of step 4, .* gone on to step 5; take the newest", capsys.readouterr().err
+    )

@@ -226,6 +226,19 @@ def test_a_run_that_cannot_be_carried_on_is_refused_and_left_alone(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_a_start_from_another_run_names_the_setting_that_differs(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(images, tmp_path / "first", "--method", "dense") == 0
+    capsys.readouterr()
+    more = ("--method", "dense", "--optim.lr", "0.01", "--resume", str(tmp_path / "first"))
+    assert train(images, tmp_path / "second", *more) == 2
+    said = capsys.readouterr().err
+    assert "with optim.lr 0.1 instead of 0.01); give the settings that it was made with" in said
+
+
 def test_checkpoints_that_are_all_damaged_are_an_error_and_stay(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

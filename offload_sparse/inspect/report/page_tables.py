@@ -14,7 +14,7 @@ _FIGURES: tuple[tuple[str, str, str, int], ...] = (
     ("method", "method", "", 0),
     ("model", "model", "", 0),
     ("dataset", "data set", "", 0),
-    ("rho", "rho", "", 0),
+    ("knob", "set by", "", 0),
     ("test_accuracy", "test accuracy", "%", 1),
     ("test_loss", "test loss", "", -1),
     ("params_ratio", "parameters kept", "%", 0),

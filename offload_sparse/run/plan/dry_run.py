@@ -20,13 +20,16 @@ from offload_sparse.policy.published_widths import static_mask
 from offload_sparse.policy.width_search import cycles_and_pairs
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from offload_sparse.workloads.data.order import steps_per_epoch
-from offload_sparse.workloads.models import build_model, input_channels
+from offload_sparse.workloads.models import build_model, input_channels, takes_tokens
+
+_SHORT = 8
+"""Tokens of the sequence that channels are looked for with."""
 
 
 @dataclass(frozen=True)
 class Structure:
     """The channels of a network and what they cost; the full network and the tensors that it can be called
-    with, one image, are on the meta device."""
+    with, one image or sequence, are on the meta device."""
 
     channel_map: ChannelMap
     cost: CostModel
@@ -86,39 +89,60 @@ def knob(config: RunConfig) -> str:
     return knobs.get(config.method, f"rho {shares}{budget}")
 
 
-def model_on_meta(config: RunConfig, data: DeclaredData) -> tuple[nn.Module, int]:
-    """The network of ``config`` on the meta device, and the channels of its images. Raises ValueError: it
-    cannot be built, or takes no images of this size."""
-    channels, size = input_channels(config.model.name, data.channels), data.image_size
-    arguments: dict[str, Any] = {
+def model_on_meta(config: RunConfig, data: DeclaredData) -> nn.Module:
+    """The network of ``config`` on the meta device. Raises ValueError: it cannot be built, or does not take
+    these data."""
+    (inputs,) = example_inputs(config, data, 2)
+    given = {
         "num_classes": data.num_classes,
-        "in_channels": channels,
-        "image_size": size,
+        "in_channels": input_channels(config.model.name, data.channels),
+        "image_size": data.image_size,
     }
-    chosen = arguments | config.model.arguments
+    chosen: dict[str, Any] = given | config.model.arguments
     model = build_on_meta(lambda: build_model(config.model.name, **chosen))
     try:
         with torch.no_grad():
-            model(torch.empty(2, channels, size, size, device="meta"))
+            model(inputs)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         if "meta" in str(error):  # it wants values, which the search for its channels will tell
-            return model, channels
+            return model
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        size, what = " x ".join(map(str, inputs.shape[1:])), "tokens" if data.tokens else "images"
         raise ValueError(
-            f"{config.model.name} does not take {channels} x {size} x {size} images ({reason}); set "
-            "data.image_size, or the model's own argument for it"
+            f"{config.model.name} does not take {size} {what} ({reason}); set data.image_size, or the "
+            "model's own argument for it"
         ) from None
-    return model, channels
+    return model
+
+
+def example_inputs(config: RunConfig, data: DeclaredData, number: int) -> tuple[Tensor]:
+    """So many images, or sequences of tokens, on the meta device.
+
+    Raises:
+        ValueError: images are declared for a network of tokens, or the other way round.
+    """
+    name, size = config.model.name, data.image_size
+    if takes_tokens(name) != bool(data.tokens):
+        raise ValueError(
+            f"{name} reads tokens, and no command trains on those; `plan` takes their number as "
+            "data.declared.tokens, and launch/own_loop_lm.py is a loop of one's own"
+            if takes_tokens(name)
+            else f"{name} reads images; remove data.declared.tokens"
+        )
+    if data.tokens:
+        return (torch.zeros(number, data.tokens, dtype=torch.int64, device="meta"),)
+    return (torch.empty(number, input_channels(name, data.channels), size, size, device="meta"),)
 
 
 def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
     """The network of ``config``, built on the meta device, and its channels."""
     from offload_sparse.channels.discovery import discover
 
-    model, channels = model_on_meta(config, data)
-    with torch.device("meta"):
-        inputs = (torch.empty(1, channels, data.image_size, data.image_size),)
-    channel_map = block_atoms(discover(model, inputs, config.model.residual), config.atoms.block)
+    model, inputs = model_on_meta(config, data), example_inputs(config, data, 1)
+    # What goes with what is the same in a short sequence; every layer of a deep network takes its time.
+    short = example_inputs(config, replace(data, tokens=min(data.tokens, _SHORT)), 1)
+    limit = 600.0 if data.tokens else 60.0
+    channel_map = block_atoms(discover(model, short, config.model.residual, limit), config.atoms.block)
     return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
 
 
@@ -189,7 +213,7 @@ def dry_run_table(figures: dict[str, Any]) -> Table:
     table.add_row(
         "parameters", million(figures["dense_parameters"] / 1e6), million(figures["parameters"] / 1e6)
     )
-    table.add_row("FLOPs per image", million(figures["dense_flops"] / 1e6), million(figures["flops"] / 1e6))
+    table.add_row("FLOPs per input", million(figures["dense_flops"] / 1e6), million(figures["flops"] / 1e6))
     params, flops = (f"{100 * figures[f'{name}_ratio']:.2f} %" for name in ("params", "flops"))
     table.add_row("parameters kept", "100 %", params, goal("params"))
     table.add_row("FLOPs kept", "100 %", flops, goal("flops"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from offload_sparse.config.run import RunConfig
-from offload_sparse.run.plan.dry_run import dry_run, model_on_meta, structure_of
+from offload_sparse.run.plan.dry_run import dry_run, example_inputs, model_on_meta, structure_of
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import PLANNED, Memory, Planner
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
@@ -123,7 +123,7 @@ def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: 
     planner = Planner(config, data, structure)
     progress("the memory of a step")
     memories = {method: planner.with_method(method).memory(machine) for method in PLANNED}
-    memory = planner.memory(machine)
+    memory = memories.get(config.method) or planner.memory(machine)
     missing = shortage(memory, machine)
     run = dry_run(config, structure, data)
     found = {
@@ -190,15 +190,15 @@ def readable(size: float) -> str:
 def _surely_fits(config: RunConfig, data: DeclaredData, machine: Machine) -> bool:
     """A bound that needs no search for channels: two dense subnets with everything that they could have, and
     ten times the images and weights for activations would fit in a tenth of the memory."""
-    model, channels = model_on_meta(config, data)
+    model = model_on_meta(config, data)
     item = getattr(torch, config.train.dtype).itemsize
     weights = sum(p.numel() for p in model.parameters()) * item
-    forward = _forward_bytes(model, data, channels) * item * config.data.batch_size
+    forward = _forward_bytes(model, example_inputs(config, data, 1)) * item * config.data.batch_size
     room = machine.host / machine.local_ranks if machine.device is None else machine.device
     return 12 * weights + 4 * forward < min(room, machine.host / machine.local_ranks) / 4
 
 
-def _forward_bytes(model: torch.nn.Module, data: DeclaredData, channels: int) -> int:
+def _forward_bytes(model: torch.nn.Module, inputs: tuple[torch.Tensor]) -> int:
     """Entries of every layer's output for one image, dense."""
     total = 0
 
@@ -208,7 +208,7 @@ def _forward_bytes(model: torch.nn.Module, data: DeclaredData, channels: int) ->
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
     with torch.no_grad():
-        model.eval()(torch.empty(1, channels, data.image_size, data.image_size, device="meta"))
+        model.eval()(*inputs)
     for hook in hooks:
         hook.remove()
     return total

@@ -25,6 +25,11 @@ Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
 """(module, (images, labels)) -> mean loss."""
 
 
+def labels_shape(images: Tensor) -> torch.Size:
+    """One label for each image, or for each token."""
+    return images.shape[:1] if images.is_floating_point() else images.shape
+
+
 class LiveBytes(TorchDispatchMode):
     """Inside, counts the bytes of storages that operations make, and the most that lived at once.
 
@@ -73,42 +78,43 @@ class LiveBytes(TorchDispatchMode):
 def step_peak(
     model: nn.Module,
     selection: Selection,
-    image_shape: tuple[int, ...],
+    images: Tensor,
     loss_fn: Loss,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
-) -> tuple[int, int]:
-    """Bytes that a subnet's passes take beside its weights, gradients, statistics and the batch: (peak of a
-    forward and backward pass, peak of a forward pass without a graph).
+    trained: bool = True,
+) -> int:
+    """The most bytes that live at once in a subnet's pass, beside its weights, gradients, statistics and the
+    batch.
 
     Args:
         model: the full model on the meta device, additions exposed.
-        image_shape: [b, C, H, W] of this rank's part of a batch.
+        images: [b, C, H, W], or int64[b, L] tokens, of this rank's part of a batch; its values do not matter.
         dtype: type of weights and images.
-        autocast: type that forward passes compute in, if not that of the weights."""
-    # Meta tensors serve and are several times faster, but nothing can be autocast on them.
-    device = torch.device("meta" if autocast is None else "cpu")
+        autocast: type that forward passes compute in, if not that of the weights.
+        trained: whether a backward pass follows; a forward pass alone has no graph."""
+    # Meta tensors serve and are several times faster, but nothing can be autocast on them, and attention has
+    # no fused kernel there.
+    tokens = not images.is_floating_point()
+    device = torch.device("cpu" if tokens or autocast is not None else "meta")
     fake: AbstractContextManager[Any] = nullcontext()
-    if autocast is not None:
+    if device.type == "cpu":
         fake = FakeTensorMode(allow_non_fake_inputs=True)
     subnet = Subnet(model, device)
     with fake, device:
         weights = torch.empty(selection.layout(subnet.parameter_names).size, dtype=dtype)
         buffers = torch.empty(selection.layout(subnet.buffer_names).size, dtype=dtype)
         gradients = torch.empty_like(weights)
-        images = torch.empty(image_shape, dtype=dtype)
-        labels = torch.empty(image_shape[0], dtype=torch.int64)
+        given = torch.empty(images.shape, dtype=images.dtype if tokens else dtype)
+        labels = torch.empty(labels_shape(images), dtype=torch.int64)
     subnet.bind(selection, weights, gradients, buffers)
     subnet.module.train()
-    peaks = []
-    for trained in (True, False):
-        counter = LiveBytes()
-        counter.ignore(weights, gradients, buffers, images, labels)
-        casting = torch.autocast("cpu", autocast, enabled=autocast is not None)
-        with fake, counter, torch.set_grad_enabled(trained):
-            with casting:
-                loss = loss_fn(subnet.module, (images, labels))
-            if trained:
-                loss.backward()
-        peaks.append(counter.peak)
-    return peaks[0], peaks[1]
+    counter = LiveBytes()
+    counter.ignore(weights, gradients, buffers, given, labels)
+    casting = torch.autocast("cpu", autocast, enabled=autocast is not None)
+    with fake, counter, torch.set_grad_enabled(trained):
+        with casting:
+            loss = loss_fn(subnet.module, (given, labels))
+        if trained:
+            loss.backward()
+    return counter.peak

@@ -29,7 +29,7 @@ from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.run.plan.dry_run import Structure, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
-from offload_sparse.run.plan.live_bytes import step_peak
+from offload_sparse.run.plan.live_bytes import labels_shape, step_peak
 from offload_sparse.run.plan.machine import Machine, process_bytes
 from offload_sparse.store.copy.device_copy import STAGE
 from offload_sparse.store.copy.plans import WIRE
@@ -138,7 +138,7 @@ class Planner:
         )
         held = weights * (2 + len(self._slots) + (machine.ranks > 1)) + buffers
         images = self._images(machine)
-        passes, _ = self._step_peak(selection, images[0])
+        passes = self._step_peak(selection, images, True)
         whole = sum(prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS])
         built = 4 * whole if self.config.method == "dense" else self.initialising_bytes()
         activations, on_host = passes + self._batch_bytes(images), machine.device is None
@@ -175,7 +175,7 @@ class Planner:
         learns = config.policy.rho < 1
         kept = max(1, FinalConfig.selection_batches) if learns else 1
         largest = max(first.rounds, key=lambda sides: max(first.entries(s, WEIGHTS) for s in sides))
-        passes = self._passes(first, largest, images[0])
+        passes = self._passes(first, largest, images)
         cuda = machine.device is not None
         moved = self._part_bytes(first, WIRE) if machine.ranks > 1 else 0
         moved += self._part_bytes(first, STAGE) if cuda else 0
@@ -207,29 +207,28 @@ class Planner:
         whole = max(first.entries(s, WEIGHTS) for sides in first.rounds for s in sides)
         return max(tensor, min(limit, whole)) * self._item
 
-    def _passes(self, first: FirstRounds, sides: tuple[Side, ...], batch: int) -> int:
+    def _passes(self, first: FirstRounds, sides: tuple[Side, ...], images: Tensor) -> int:
         """Most bytes of the passes of a round, the copy of the trained side's statistics included."""
-        peaks = []
-        for side in sides:
-            trained, evaluated = self._step_peak(side.selection, batch)
-            peaks.append(trained if side.trained else evaluated)
+        peaks = [self._step_peak(side.selection, images, side.trained) for side in sides]
         statistics = max(first.entries(s, BUFFERS) for s in sides if s.trained)
         return max(peaks) + statistics * self._item
 
-    def _step_peak(self, selection: Selection, batch: int) -> tuple[int, int]:
+    def _step_peak(self, selection: Selection, images: Tensor, trained: bool) -> int:
         train = self.config.train
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
-        shape = (batch, *self.structure.inputs[0].shape[1:])
         dtype = getattr(torch, train.dtype)
-        return step_peak(self.structure.model, selection, shape, self._loss, dtype, autocast)
+        return step_peak(self.structure.model, selection, images, self._loss, dtype, autocast, trained)
 
-    def _images(self, machine: Machine) -> tuple[int, ...]:
-        """Shape of a rank's part of a batch."""
-        return (-(-self.config.data.batch_size // machine.ranks), *self.structure.inputs[0].shape[1:])
+    def _images(self, machine: Machine) -> Tensor:
+        """A rank's part of a batch, on the meta device."""
+        (example,) = self.structure.inputs
+        shape = (-(-self.config.data.batch_size // machine.ranks), *example.shape[1:])
+        return torch.empty(shape, dtype=example.dtype, device="meta")
 
-    def _batch_bytes(self, images: tuple[int, ...]) -> int:
-        return prod(images) * self._item + images[0] * torch.int64.itemsize
+    def _batch_bytes(self, images: Tensor) -> int:
+        item = self._item if images.is_floating_point() else images.itemsize
+        return images.numel() * item + labels_shape(images).numel() * torch.int64.itemsize
 
     def _loss(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        smoothing = self.config.optim.label_smoothing
-        return F.cross_entropy(module(batch[0]), batch[1], label_smoothing=smoothing)
+        smoothing, labels = self.config.optim.label_smoothing, batch[1].flatten()
+        return F.cross_entropy(module(batch[0]).flatten(0, -2), labels, label_smoothing=smoothing)

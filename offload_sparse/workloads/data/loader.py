@@ -232,22 +232,25 @@ class EvalLoader(_Loader):
 @dataclass(frozen=True)
 class DeclaredData:
     """A data set, unread: ``image_size`` is the side in pixels, ``train_images`` what training reads per
-    epoch, after what is held out and limited."""
+    epoch, after what is held out and limited. Of sequences of ``tokens`` the classes are words, the images
+    sequences, and ``channels`` and ``image_size`` 0."""
 
     num_classes: int
     channels: int
     image_size: int
     train_images: int
+    tokens: int = 0
 
 
 def declared_data(config: DataConfig) -> DeclaredData:
     """The data set as ``config`` declares it. Raises ValueError: the configuration leaves something open;
     names the key."""
-    known = _EMBEDDED if config.name == "fashion_mnist_small" else {}
+    tokens = int(config.declared.get("tokens", 0))
+    known = _EMBEDDED if config.name == "fashion_mnist_small" and not tokens else {}
     given = config.declared | {"image_size": config.image_size}
     values = {name: int(given.get(name) or known.get(name, 0)) for name in _EMBEDDED}
     for name, value in values.items():
-        if not value:
+        if not value and not (tokens and name in ("channels", "image_size")):
             raise ValueError(
                 f"{name} is 0, but the images of {config.name!r} are not read here; set "
                 f"{'data.image_size' if name == 'image_size' else f'data.declared.{name}'}"
@@ -256,4 +259,4 @@ def declared_data(config: DataConfig) -> DeclaredData:
         values["train_images"] -= round(config.validation_size * values["train_images"])
     if config.limit:
         values["train_images"] = min(values["train_images"], config.limit)
-    return DeclaredData(**values)
+    return DeclaredData(**values, tokens=tokens)

@@ -3,6 +3,11 @@
 Importing this room loads neither torchvision nor timm; both wait until a model of theirs is asked for.
 """
 
-from offload_sparse.workloads.models.registry import build_model, input_channels, model_names
+from offload_sparse.workloads.models.registry import (
+    build_model,
+    input_channels,
+    model_names,
+    takes_tokens,
+)
 
-__all__ = ["build_model", "input_channels", "model_names"]
+__all__ = ["build_model", "input_channels", "model_names", "takes_tokens"]

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from offload_sparse.workloads.models import lenet, mlp, resnet, vgg
+from offload_sparse.workloads.models import decoder, lenet, mlp, resnet, vgg
 
 FAMILIES = ("offload_sparse", "torchvision", "timm")
 
-# Constructor and the smallest side of an image that its pooling leaves something of.
+# Constructor and the smallest side of an image that its pooling leaves something of; 0 for one of tokens.
 _OWN: dict[str, tuple[Callable[..., nn.Module], int]] = {
+    "decoder": (decoder.Decoder, 0),
     "lenet5_caffe": (lenet.LeNet5, 28),
     "lenet_300_100": (lenet.LeNet300, 28),
     "resnet18_cifar": (resnet.ResNet18, 1),
@@ -62,7 +63,10 @@ def build_model(
         name: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         in_channels: torchvision's networks take 3 only.
         image_size: shorter side of the images in pixels; only checked against what the network can pool.
-        arguments: further keyword arguments of the constructor."""
+        arguments: further keyword arguments of the constructor.
+
+    Returns a module that maps float[N, in_channels, H, W] to float[N, num_classes], or int64[N, L] to
+    float[N, L, num_classes] where ``takes_tokens``."""
     family, _, short = name.partition("/")
     if not _is_known(family, short):
         raise ValueError(_unknown(name))
@@ -93,6 +97,12 @@ def input_channels(name: str, image_channels: int) -> int:
 
     The data room repeats grey images for networks that take 3 channels."""
     return 3 if name.startswith("torchvision/") else image_channels
+
+
+def takes_tokens(name: str) -> bool:
+    """Whether a network reads sequences of tokens, and not images."""
+    family, _, short = name.partition("/")
+    return family == "offload_sparse" and short in _OWN and not _OWN[short][1]
 
 
 def _short_names(family: str) -> list[str]:
@@ -142,9 +152,8 @@ def _build_own(
             "data.image_size or choose another model"
         )
     parameters = set(inspect.signature(constructor).parameters)
-    fixed: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
-    if "image_size" in parameters:
-        fixed["image_size"] = image_size
+    given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    fixed: dict[str, Any] = {name: value for name, value in given.items() if name in parameters}
     accepted = parameters - set(_RESERVED) - {"image_size"}
     for argument in arguments:
         if argument not in accepted:

@@ -33,7 +33,7 @@ from offload_sparse.workloads.models import build_model
 SUMMARY = {
     "method": "sparse_offload",
     "model": "offload_sparse/vgg_small",
-    "rho": 0.25,
+    "knob": "rho 0.25",
     "test_accuracy": 0.875,
     "params_ratio": 0.0625,
     "flops_ratio": 0.05,

@@ -18,7 +18,9 @@ from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.fit import check, largest_rho, shortage
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import PLANNED, Planner
+from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.weight_store import WEIGHTS, Ranks, WeightStore
+from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import declared_data
 from tests.support.planned_runs import CASES, SMALL, build_session, case, train
 
@@ -195,3 +197,36 @@ def test_half_precision_halves_what_convolutions_keep() -> None:
     assert less.subnets == full.subnets
     assert less.activations < 0.8 * full.activations
     assert torch.get_default_dtype() == torch.float32
+
+
+DECODER = RunConfig(
+    data=DataConfig("text", batch_size=4, declared={"num_classes": 64, "tokens": 32, "train_images": 800}),
+    model=ModelConfig(
+        "offload_sparse/decoder",
+        "internal",
+        {"width": 32, "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2},
+    ),
+    store=StoreConfig("file"),
+    policy=PolicyConfig(rho=0.5),
+)
+
+
+@pytest.mark.usefixtures("_quiet")
+def test_a_language_model_is_planned_by_its_tokens() -> None:
+    planner = planner_of(DECODER)
+    weights = sum(p.numel() for p in planner.structure.model.parameters())
+    memory = planner.memory(LARGE)
+    assert memory.files == 2 * 4 * weights, "with momentum"
+    longer = replace(DECODER, data=replace(DECODER.data, declared=DECODER.data.declared | {"tokens": 256}))
+    ratio = planner_of(longer).memory(LARGE).activations / memory.activations
+    assert 7 < ratio < 9, "attention by its fused kernel keeps no scores: 8 times the tokens, not 64"
+    assert fit.figures(DECODER, LARGE)["fits"]
+
+
+def test_tokens_and_images_are_not_mistaken_for_each_other() -> None:
+    images = replace(DECODER, data=SMALL.data)
+    with pytest.raises(ValueError, match=r"reads tokens, .*data\.declared\.tokens"):
+        planner_of(images)
+    tokens = replace(SMALL, data=DECODER.data)
+    with pytest.raises(ValueError, match=r"reads images; remove data\.declared\.tokens"):
+        planner_of(tokens)

@@ -1,0 +1,107 @@
+"""Whatever a command prints fits a hundred columns, of whatever width the terminal is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from offload_sparse.bench.contract import BenchResult, print_result
+from offload_sparse.cli import main as cli
+from offload_sparse.config.run import MethodName
+from offload_sparse.inspect import coverage, doctor
+from offload_sparse.inspect.doctor import Finding
+from offload_sparse.run.terminal import fitted
+
+MODEL = ("--model.name", "offload_sparse/vgg_small", "--model.arguments.width", "0.1")
+DATA = ("--data.limit", "64", "--data.batch_size", "32")
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+    """What a command prints, all of whose lines fit."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert cli.main(list(argv)) == code
+    out, err = capsys.readouterr()
+    text = err + out
+    assert text
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+    return text
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_a_run_by_any_method(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its start with its own knob, its epochs, its end; evaluated, exported; started once more."""
+    monkeypatch.chdir(tmp_path)
+    argv = ("train", "--method", method, *MODEL, *DATA, "--train.epochs", "2", "--run_dir", "r")
+    text = printed(capsys, *argv)
+    assert [line.split(":")[0] for line in text.splitlines()[:3]] == ["device", "model", "data"]
+    knobs = {"rigl": "density", "dst": "alpha", "dfbst": "alpha", "dense": "all weights"}
+    started = next(line for line in text.splitlines() if line.startswith("train: "))
+    assert knobs.get(method, "rho") in started
+    assert ("rho" in started) == (method in ("static", "sparse_offload", "grow_efficient"))
+    assert "finished" in printed(capsys, *argv)
+    assert "accuracy" in printed(capsys, "evaluate", "r")
+    assert "output" in printed(capsys, "export", "r", "--format", "safetensors")
+
+
+def test_what_is_said_before_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "plan", *MODEL)
+    printed(capsys, "train", *MODEL, "--dry_run")
+    printed(capsys, "verify", "--model", "offload_sparse/vgg_small", code=0)
+    for command in ((), *([name, "--help"] for name in cli.COMMANDS)):
+        printed(capsys, *command)
+
+
+def test_a_machine_with_much_to_find(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "a word and another " * 12
+    findings = [Finding("limits", state, words, words) for state in ("warning", "error")]
+    findings.append(Finding("limits", "ok", words))
+    monkeypatch.setattr(doctor, "examine", lambda _: findings)
+    assert printed(capsys, "doctor", code=1).count("fix: ") == 2
+
+
+def test_the_table_of_all_networks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longest = max(coverage.CASES, key=lambda case: len(case.name))
+    reason = "a layer meets another one of which nobody has ever heard; " * 3
+
+    def cover(cases: object, **_: object) -> object:
+        rows = coverage.Outcome(longest, "internal", 100, 123_456, 1234.5, 2000.0, None, reason, None, True)
+        yield [rows]
+
+    monkeypatch.setattr(coverage, "cover", cover)
+    assert "refused: a layer" in printed(capsys, "verify", "--all", code=1)
+
+
+def test_the_figures_of_a_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    row = ["a setting with a long name of many words"] * 2 + [0.123456] * 9
+    print_result(BenchResult({"ratio": 0.5}, {}, [f"column {i}" for i in range(11)], [row]), "a bench")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    printed(capsys, "bench")
+
+
+def test_a_line_is_broken_between_words_only() -> None:
+    path = "/folder" * 20
+    lines = fitted(f"  run folder: {path} holds " + "a run " * 20).splitlines()
+    assert lines[0] == "  run folder:"
+    assert lines[1] == f"    {path}"
+    assert all(line.startswith("    ") and len(line) <= 100 for line in lines[2:])
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any length, so that a program can read it."""
+    assert cli.main(["train", "--model.nam", "x" * 150]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
