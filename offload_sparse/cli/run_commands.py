@@ -93,7 +93,8 @@ def plan(argv: Sequence[str]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     beside = figures.pop("beside")
-    show({name: _readable(name, value) for name, value in figures.items()}, json_wanted=False)
+    shown = {name: _readable(name, value) for name, value in figures.items() if value != ""}
+    show(shown, json_wanted=False)
     _show_beside(beside, int(figures["ranks"]))
     return 0 if figures["fits"] else 1
 
