@@ -181,8 +181,9 @@ class Transfers:
             before()  # it is done; what it has raised is raised again
             return work()
 
-        asked = self.finish_asides = self._side_stream.submit(in_turn).result
-        return asked
+        asked = self._side_stream.submit(in_turn)
+        self.finish_asides = lambda: None if asked.cancelled() else asked.result()
+        return asked.result
 
     def prefetch(self, plan: Callable[[], Transfer]) -> None:
         """Begin to fetch what the next round, that of ``plan``, needs and the present one does not train."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -370,3 +371,17 @@ def test_passes_are_counted_as_they_are_run() -> None:
             session.step(loss_of(batch))
         expected += (3 * a + b) + (3 * b + a)
     assert session.forward_flops == expected
+
+
+def test_what_an_abandoned_policy_was_asked_is_left_out() -> None:
+    """Whoever asks for it afterwards, to report an error, does not meet another one."""
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2, transfer="overlap"))
+    for batch in batches(2):
+        session.step(loss_of(batch))
+    s, begin = session.policy.s.clone(), threading.Event()
+    session.transfers.aside(begin.wait)
+    session.transfers.aside(lambda: None)
+    assert session.transfers._side_stream is not None
+    session.transfers._side_stream._worker.shutdown(wait=False, cancel_futures=True)
+    begin.set()
+    assert torch.equal(session.policy.s, s)
