@@ -99,6 +99,37 @@ class StudyConfig(BenchConfig):
 
 
 @dataclass
+class PretrainedConfig(BenchConfig):
+    """Narrow networks fine-tuned from the weights of a dense one: cuts, searches and their controls.
+
+    Attributes:
+        set: ``resnet20`` or ``vgg16`` (CIFAR-10, accuracy on validation images), or ``fashion_mnist`` (a
+            small VGG, images of 14×14).
+        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
+        rho: shares of the channels that are kept.
+        epochs: lengths of the fine-tuning.
+        dense_epochs: of the dense network; 0 takes 30, with ``quick`` 1.
+        arms: which ones, by name; empty runs all.
+        seeds: runs of each kind; 0 takes 2, with ``quick`` 1.
+        cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
+    """
+
+    set: Literal["fashion_mnist", "resnet20", "vgg16"] = "fashion_mnist"
+    data: str = ""
+    rho: list[float] = field(default_factory=lambda: [0.5, 0.25])
+    epochs: list[int] = field(default_factory=lambda: [1, 3, 10])
+    dense_epochs: int = 0
+    arms: list[str] = field(default_factory=list)
+    seeds: int = 0
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self, {"seeds": 0, "dense_epochs": 0})
+        for share in self.rho:
+            _check_rho(share)
+
+
+@dataclass
 class VarianceConfig(BenchConfig):
     """Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
 
@@ -126,6 +157,7 @@ class VarianceConfig(BenchConfig):
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
     "peers": PeersConfig,
+    "pretrained": PretrainedConfig,
     "study": StudyConfig,
     "variance": VarianceConfig,
 }

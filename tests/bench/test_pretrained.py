@@ -1,0 +1,67 @@
+"""Cells of pretrained networks: their options, what is compared with what, and what loading reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offload_sparse.bench import cells, pretrained
+from offload_sparse.bench.options import PretrainedConfig
+from offload_sparse.bench.pretrained import ARMS, SETTINGS, Cell
+
+
+def finished(folder: Path, accuracy: float, steps: int = 10) -> None:
+    folder.mkdir(parents=True)
+    summary = {"test_accuracy": accuracy, "params_ratio": 0.3, "flops_ratio": 0.3, "train_cost_saving": 2.0}
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": steps, "seconds": 2.0}))
+    lines = [{"step": 4, "test_accuracy": accuracy - 0.1}, {"step": 8, "test_accuracy": accuracy - 0.005}]
+    flops = {"step": steps, "train_flops": 3.0 * 128 * steps}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, flops]))
+
+
+def cell(config: PretrainedConfig, folder: Path, arm: str = "dense", seed: int = 0) -> Cell:
+    return Cell(config, SETTINGS[config.set], folder, False, arm, 0.5, 3, seed)
+
+
+def test_finished_cells_are_compared_with_the_best_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PretrainedConfig(set="resnet20", data="cifar10", rho=[0.5], epochs=[3], cache=str(tmp_path))
+    finished(cell(config, tmp_path).run_dir, 0.9)
+    for number, arm in enumerate(ARMS):
+        for seed in range(2):
+            finished(cell(config, tmp_path, arm, seed).run_dir, 0.8 + 0.01 * number + 0.02 * seed)
+    monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(pretrained, "loading", lambda quick: {"pretrained.read": 1.0})
+    result = pretrained.run(False, config)
+    key = "pretrained.resnet20.rho0.5.epochs3"
+    assert result.ratios["pretrained.resnet20.dense.accuracy"] == pytest.approx(90)
+    for number, arm in enumerate(ARMS):
+        assert result.ratios[f"{key}.{arm}.accuracy"] == pytest.approx(81 + number)
+        assert result.ratios[f"{key}.{arm}.spread"] == pytest.approx(2**0.5)
+    assert result.ratios[f"{key}.search_vs_cut"] == pytest.approx(1), "norm_scale is the best of the cuts"
+    assert all(len(row) == len(result.header) for row in result.table)
+    runs = result.raw[f"{key}.distilled_forward"]
+    assert runs[1]["steps_to"] == 8, "0.885, and two points below the dense network are 0.88"
+    assert runs[0]["teacher_flops"] == pytest.approx(45_000 * 2.0), "a forward pass per image, of 2 FLOPs"
+
+
+def test_arms_start_from_the_dense_run_and_scratch_does_not(tmp_path: Path) -> None:
+    config = PretrainedConfig()
+    dense = cell(config, tmp_path)
+    assert dense.options()["method"] == "dense"
+    for arm in ARMS:
+        options = cell(config, tmp_path, arm).options()
+        assert options.get("model.weights") == (None if arm == "scratch" else dense.run_dir)
+        assert options["policy.rho"] == 0.5
+    with pytest.raises(ValueError, match="--data"):
+        cell(PretrainedConfig(set="vgg16"), tmp_path).options()
+
+
+def test_a_rank_reads_its_rows_and_holds_little_else() -> None:
+    """On a file of 0.13 GB; the bench takes 2 GB."""
+    found = pretrained.loading(quick=True)
+    assert found["pretrained.read"] <= 1.1
+    assert found["pretrained.rss"] <= 50e6
