@@ -15,15 +15,20 @@ from statistics import stdev
 from typing import Any
 
 
-def finished_run(run_dir: Path, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def finished_run(
+    run_dir: Path, options: Mapping[str, Any], ranks: int = 1
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary and the lines of metrics of a run with ``options`` by dotted name, which is started, or
-    resumed, if it has not finished; single-threaded, so that several can share a machine. Raises
-    RuntimeError: it ended before it was finished; what it said is on stderr."""
+    resumed, if it has not finished; a thread for each of ``ranks``, so that several can share a machine.
+    Raises RuntimeError: it ended before it was finished; what it said is on stderr."""
     summary = run_dir / "summary.json"
     if not summary.exists():
         written = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "offload_sparse.cli", "train", *written, "--run_dir", str(run_dir)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        started = [*(launcher if ranks > 1 else []), "-m", "offload_sparse.cli", "train"]
+        command = [sys.executable, *started, *written, "--run_dir", str(run_dir)]
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        threads |= {"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}
         done = subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
         if done.returncode or not summary.exists():
             raise RuntimeError(f"{run_dir.name} has not finished; the same command resumes it")

@@ -70,6 +70,24 @@ class DFBSTBenchConfig(BenchConfig):
 
 
 @dataclass
+class LinksConfig(BenchConfig):
+    """Two ranks on a slow link: dense DDP, ranks that talk at every step, and ranks that talk once per round.
+
+    Attributes:
+        models: ``vgg19``, ``resnet50``; empty takes both, with ``quick`` the first.
+        rates: ``1gbit``, ``100mbit``; empty takes both, with ``quick`` the second.
+        images: of each rank in a step; 0 takes those of the network, with ``quick`` 4.
+    """
+
+    models: list[Literal["vgg19", "resnet50"]] = field(default_factory=list)
+    rates: list[Literal["1gbit", "100mbit"]] = field(default_factory=list)
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, {"images": 0})
+
+
+@dataclass
 class StudyConfig(BenchConfig):
     """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
@@ -130,6 +148,30 @@ class PretrainedConfig(BenchConfig):
 
 
 @dataclass
+class SyncBenchConfig(BenchConfig):
+    """Accuracy of ranks that talk once per round beside that of ranks that talk at every step, over seeds.
+
+    Attributes:
+        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
+        images: how many to train on, and to test on.
+        modes: which modes, by name; empty runs all.
+        seeds: runs of each kind; 0 takes 2, with ``quick`` 1.
+        epochs: passes over the images; 0 takes 8, with ``quick`` 40 steps.
+        cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
+    """
+
+    data: str = ""
+    images: int = 6400
+    modes: list[str] = field(default_factory=list)
+    seeds: int = 0
+    epochs: int = 0
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self, {"images": 1, "seeds": 0, "epochs": 0})
+
+
+@dataclass
 class VarianceConfig(BenchConfig):
     """Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
 
@@ -156,9 +198,11 @@ class VarianceConfig(BenchConfig):
 
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
+    "links": LinksConfig,
     "peers": PeersConfig,
     "pretrained": PretrainedConfig,
     "study": StudyConfig,
+    "sync": SyncBenchConfig,
     "variance": VarianceConfig,
 }
 """Benches with options of their own; their ``run`` takes the configuration behind ``quick``."""

@@ -6,6 +6,10 @@ and what grows is the exchange. Nothing overlaps, so it errs on the slow side.
     step(N)  = compute + all-reduce(G)            round overhead(N) = bus(2 W / N) + all-gather(W)
     round(N) = K step(N) + round overhead(N)      efficiency(N)     = K compute / round(N)
 
+With ``round.sync round`` only scalars are reduced in a step, and W is brought to the owners of its rows
+before it is sent to all: step(N) = compute + all-reduce(scalars), and the all-gather of W is a whole
+all-reduce.
+
 G are the bytes of a subnet's gradients, W those of both subnets with their optimizer slots: gathered from
 the host's shards over the bus, sent to all, and scattered back over the bus, each GPU its own 1/N.
 Collectives are rings: all-reduce 2 (N-1)/N bytes/bandwidth + 2 (N-1) latency, all-gather half of that;
@@ -14,7 +18,8 @@ beyond one node the gradients are first reduced within nodes, then 1/node of the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -30,12 +35,23 @@ from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
+
+LINKS: Mapping[str, Mapping[str, float]] = {
+    "nvlink": {"gpus_per_node": 512},
+    "400gbit": {"network_gbs": 50},
+    "25gbit": {"network_gbs": 3.125, "gpus_per_node": 1},
+    "1gbit": {"network_gbs": 0.125, "gpus_per_node": 1},
+}
+"""What differs from ``Cluster``: one domain of NVLink, nodes of eight with 400 Gbit/s for each GPU between
+them, and machines of one GPU on slower networks.
+"""
 
 _MEASURED = "offload_sparse/vgg19_cifar"
 _MODELLED = "torchvision/resnet50"
@@ -97,6 +113,15 @@ def run(quick: bool) -> BenchResult:
         share = ratios[f"scale.model.n{n}.efficiency"] = efficiency(n, constants, cluster)
         exchanged = (constants.gradient_bytes / 2**20, constants.round_bytes * (n - 1) / n / 2**20)
         rows.append(["modelled", n, f"{constants.k / seconds:.2f}", *exchanged, f"{share:.3f}"])
+    for link, changes in LINKS.items():
+        changed = replace(cluster, **changes)  # type: ignore[arg-type]
+        for sync in ("step", "round"):
+            found_at = {n: efficiency(n, constants, changed, sync) for n in GPUS}
+            ratios |= {f"scale.model.{link}.{sync}.n{n}": share for n, share in found_at.items()}
+            for n in GPUS[:: len(GPUS) // 2]:
+                seconds = round_seconds(n, constants, changed, sync)
+                row = [f"modelled, {link}, sync {sync}", n, f"{constants.k / seconds:.2f}", "", ""]
+                rows.append([*row, f"{found_at[n]:.3f}"])
     lines = assumptions(constants, cluster)
     rows += [[line, *[""] * 5] for line in lines]
     raw = {"measured": measured, "constants": asdict(constants), "assumptions": lines, "round_seconds": curve}
@@ -159,16 +184,21 @@ def modelled_constants(cluster: Cluster) -> Constants:
     return Constants(flops / (cluster.gpu_tflops * 1e12), weights, 2 * (2 * weights + buffers), _K)
 
 
-def efficiency(gpus: int, constants: Constants, cluster: Cluster) -> float:
+def efficiency(gpus: int, constants: Constants, cluster: Cluster, sync: str = "step") -> float:
     """Share of a round that computes."""
-    return constants.k * constants.compute_seconds / round_seconds(gpus, constants, cluster)
+    return constants.k * constants.compute_seconds / round_seconds(gpus, constants, cluster, sync)
 
 
-def round_seconds(gpus: int, constants: Constants, cluster: Cluster) -> float:
-    """Seconds of a round on ``gpus`` GPUs, nothing overlapped; an all-gather is half of an all-reduce."""
-    step = constants.compute_seconds + all_reduce_seconds(gpus, constants.gradient_bytes, cluster)
+def round_seconds(gpus: int, constants: Constants, cluster: Cluster, sync: str = "step") -> float:
+    """Seconds of a round on ``gpus`` GPUs, nothing overlapped; an all-gather is half of an all-reduce, and so
+    is the way to the owners of the rows.
+    """
+    local = sync == "round"
+    reduced = 4 * TAIL if local else constants.gradient_bytes
+    step = constants.compute_seconds + all_reduce_seconds(gpus, reduced, cluster)
     bus = 2 * constants.round_bytes / gpus / (1e9 * cluster.bus_gbs)
-    return constants.k * step + bus + all_reduce_seconds(gpus, constants.round_bytes, cluster) / 2
+    exchange = all_reduce_seconds(gpus, constants.round_bytes, cluster) * (1 if local else 0.5)
+    return constants.k * step + bus + exchange
 
 
 def all_reduce_seconds(gpus: int, size: float, cluster: Cluster) -> float:

@@ -55,10 +55,8 @@ class DFBSTConfig:
 
 @dataclass
 class RigLConfig:
-    """The method ``rigl`` (Evci et al. 2020): drop by magnitude, grow by gradient.
-
-    Attributes:
-        density: share of the weights that is kept, in (0, 1]."""
+    """The method ``rigl`` (Evci et al. 2020): drop by magnitude, grow by gradient. ``policy.rho`` is the
+    share of the weights that is kept."""
 
     interval: ClassVar[int] = 100
     """Steps between replacements."""
@@ -66,11 +64,6 @@ class RigLConfig:
     """Share of a layer's weights that the first replacement would take."""
     stop: ClassVar[float] = 0.75
     """Share of the steps after which nothing is replaced any more."""
-
-    density: float = 0.1
-
-    def __post_init__(self) -> None:
-        require(0 < self.density <= 1, f"rigl.density is {self.density}; give a share in (0, 1]")
 
 
 @dataclass

@@ -204,7 +204,8 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
     """
     transfer, pin = config.round.transfer, config.store.pin
     if transfer == "auto":
-        transfer = "overlap" if config.round.overlaps(device == "cuda") else "delta"
+        rounds = config.round
+        transfer = "overlap" if rounds.overlaps(device == "cuda") else "delta" if rounds.delta else "full"
     if pin == "auto" and device != "cuda":
         pin = "off"
     return replace(

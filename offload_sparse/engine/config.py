@@ -11,6 +11,8 @@ from offload_sparse.policy.config import PolicyConfig
 OnNonFinite = Literal["stop", "skip", "rollback"]
 Reference = Literal["every_step", "turns", "round_start"]
 Transfer = Literal["auto", "full", "delta", "overlap"]
+Sync = Literal["step", "round"]
+Subnets = Literal["shared", "references", "per_rank", "partition"]
 
 
 @dataclass
@@ -23,9 +25,19 @@ class RoundConfig:
         reference: when the second loss is measured. ``every_step`` trains m1 and evaluates m2 at each step
             (paper); ``turns`` trains m1 on even and m2 on odd steps and evaluates the other; ``round_start``
             compares both at the first step of a round only.
-        references: ``shared`` gives all ranks the same reference mask; ``per_rank`` lets each evaluate one of
-            its own, and s is learned from all of them by leave-one-out (one more all-gather of scalars, less
-            variance). Not with ``turns``, which trains the reference.
+        sync: when ranks talk. ``step`` averages the gradients of every step. ``round`` lets each rank train
+            its copy of the subnet by itself, exchanges nothing but losses on the way, and averages weights,
+            optimizer slots and statistics once, at the end of a round (local SGD; Stich 2019): for slow
+            links. During ``optim.warmup_epochs`` ranks talk at every step in any case.
+        subnets: which masks ranks share. ``shared``: all. ``references``: each rank evaluates a reference of
+            its own. ``per_rank`` (with ``sync round``): each trains a subnet of its own, and no reference is
+            evaluated; an entry is averaged over the ranks that held it. ``partition``: the same with masks
+            that overlap as little as they can, not at all while rho times the ranks is at most 1. All but
+            ``shared`` learn s by leave-one-out over the ranks, and exclude ``turns`` where there are
+            references.
+        outer_momentum: with ``sync round``, the averaged movement of a round is a gradient, along which the
+            weights take a step of SGD with this Nesterov momentum (DiLoCo; Douillard et al. 2023). 0 is the
+            plain average. It takes one more slot per weight in the store.
         freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
             (the short fine-tune of the paper). 1 chooses it after the last step.
         prefetch: draw the masks of a round while the one before is trained, so that their weights can be
@@ -35,17 +47,19 @@ class RoundConfig:
             of subnets instead of one. ``overlap`` is ``delta`` while the steps go on (needs ``prefetch``).
             ``auto`` is ``overlap`` on a GPU with ``prefetch``, else ``delta``: on a CPU the transfers would
             take the cores of the steps.
-        check_ranks: compare checksums of s, masks and subnet weights over all ranks in every round (slow, for
-            debugging).
     """
+
+    outer_lr: ClassVar[float] = 1.0
+    """Learning rate of the outer step; 1 serves best (SlowMo; Wang et al. 2020)."""
 
     k: int = 50
     reference: Reference = "turns"
-    references: Literal["shared", "per_rank"] = "shared"
+    sync: Sync = "step"
+    subnets: Subnets = "shared"
+    outer_momentum: float = 0.0
     freeze_at: float = 0.05
     prefetch: bool = True
     transfer: Transfer = "auto"
-    check_ranks: bool = False
 
     def __post_init__(self) -> None:
         require(self.k >= 1, f"round.k is {self.k}; give at least 1 step per round")
@@ -54,9 +68,26 @@ class RoundConfig:
             f"round.freeze_at is {self.freeze_at}; give a share of the steps in [0, 1]",
         )
         require(
-            self.references == "shared" or self.reference != "turns",
-            "round.references per_rank needs references that are only evaluated; set round.reference to "
+            self.subnets != "references" or self.reference != "turns",
+            "round.subnets references needs references that are only evaluated; set round.reference to "
             "every_step or round_start",
+        )
+        require(
+            self.sync == "round" or self.subnets in ("shared", "references"),
+            f"round.subnets {self.subnets} trains another subnet on every rank; set round.sync to round",
+        )
+        require(
+            0 <= self.outer_momentum < 1,
+            f"round.outer_momentum is {self.outer_momentum}; give a value in [0, 1)",
+        )
+        require(
+            self.sync == "round" or self.outer_momentum == 0,
+            "round.outer_momentum is of round.sync round; set it, or remove the momentum",
+        )
+        require(
+            self.sync == "step" or self.transfer in ("auto", "full"),
+            f"round.transfer {self.transfer} leaves entries on the device, but round.sync round averages "
+            "them with those of other ranks; set it to auto",
         )
         require(
             self.transfer != "overlap" or self.prefetch,
@@ -66,11 +97,22 @@ class RoundConfig:
     @property
     def delta(self) -> bool:
         """Whether what two successive rounds share stays on the device."""
-        return self.transfer != "full"
+        return self.transfer != "full" and self.sync == "step"
 
     def overlaps(self, on_cuda: bool) -> bool:
         """Whether transfers run beside the steps."""
-        return self.transfer == "overlap" or (self.transfer == "auto" and on_cuda and self.prefetch)
+        auto = self.transfer == "auto" and on_cuda and self.prefetch
+        return self.delta and (self.transfer == "overlap" or auto)
+
+    @property
+    def own_subnets(self) -> bool:
+        """Whether every rank trains a subnet of its own."""
+        return self.subnets in ("per_rank", "partition")
+
+    @property
+    def outer(self) -> bool:
+        """Whether a round's movement is more, or less, than the average of the ranks'."""
+        return (self.outer_lr, self.outer_momentum) != (1, 0)
 
 
 @dataclass
@@ -142,9 +184,18 @@ def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:
         ValueError: they exclude each other.
     """
     require(
-        rounds.references == "shared" or policy.estimator == "rloo",
-        f"round.references per_rank learns by leave-one-out, not by {policy.estimator}; set policy.estimator "
-        "to rloo, or round.references to shared",
+        rounds.subnets == "shared" or policy.estimator == "rloo",
+        f"round.subnets {rounds.subnets} learns by leave-one-out, not by {policy.estimator}; set "
+        "policy.estimator to rloo, or round.subnets to shared",
+    )
+    require(
+        rounds.subnets != "partition" or policy.sampler == "bernoulli",
+        f"round.subnets partition draws all masks of a round at once, not by {policy.sampler}; set "
+        "policy.sampler to bernoulli",
+    )
+    require(
+        not rounds.own_subnets or policy.search == "sampled",
+        f"policy.search {policy.search} has one mask at a time; set round.subnets to shared",
     )
     require(
         policy.search != "probe" or rounds.freeze_at >= _SHORTEST_SEARCH,

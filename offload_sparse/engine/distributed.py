@@ -36,10 +36,14 @@ class Reducer:
         self._tail, self._live, self._gradient_sum = tail, live, gradient_sum
         self._buckets: dict[int, Buckets] = {}
         self._present: Buckets | None = None
+        self._local = False
 
-    def new_round(self) -> None:
-        """The parameters of the round before are no more."""
+    def new_round(self, local: bool) -> None:
+        """The parameters of the round before are no more. ``local``: in this one every rank goes on with its
+        own gradients, and only the scalars are averaged.
+        """
         self._buckets.clear()
+        self._local = local
 
     def begin(
         self, side: int, parameters: Callable[[], Sequence[nn.Parameter]], buffer: Tensor, passes: int
@@ -54,7 +58,7 @@ class Reducer:
         """
         gradients = buffer[: -self._tail]
         self._present = None
-        if not goes_in_buckets(gradients, self._world_size):
+        if self._local or not goes_in_buckets(gradients, self._world_size):
             return
         if side not in self._buckets:
             self._buckets[side] = Buckets(parameters(), gradients)
@@ -75,10 +79,11 @@ class Reducer:
             return own
         if buckets is not None:
             buckets.send_rest()  # before the scalars, so that the order is the same on every rank
-        dist.all_reduce(buffer if buckets is None else tail)
+        together = buffer if buckets is None and not self._local else tail
+        dist.all_reduce(together)
         live = tail[self._live].clone()
         if buckets is None:
-            buffer.div_(live)
+            together.div_(live)
         else:
             tail.div_(live)
             buckets.finish(live)

@@ -11,13 +11,14 @@ What a killed process loses are the steps since the last round, or the last ``sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from offload_sparse.engine.averaging import Agreed
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import MethodState, restore_small, small_state
 from offload_sparse.engine.subnet_pair import Side
@@ -90,7 +91,7 @@ class DurableRounds:
         elif session.steps_done > max(self.log.rounds(), default=0):
             self._log(())  # a rollback: the store holds the weights, no log yet where the run is
 
-    def _log(self, sides: tuple[Side, ...]) -> None:
+    def _log(self, sides: Sequence[Side | Agreed]) -> None:
         """Before any of what ``sides`` have learned goes back to the store.
 
         The logs that ``settle`` deletes are older than the newest: what they hold has been returned, or has

@@ -65,7 +65,9 @@ class Losses:
         """Forget the steps that have not been read."""
         self._steps.clear()
 
-    def read(self, steps_done: int, per_rank: bool = False, scaled: bool = False) -> list[StepRecord]:
+    def read(
+        self, steps_done: int, per_rank: bool = False, scaled: bool = False, own_subnets: bool = False
+    ) -> list[StepRecord]:
         """The records of the steps since the last time, in order. Waits for the device; every rank calls it
         at the same step.
 
@@ -73,6 +75,7 @@ class Losses:
             steps_done: optimizer steps of the run so far.
             per_rank: with the losses of every rank.
             scaled: losses are scaled, so that a gradient that is not finite is no fault.
+            own_subnets: every rank has trained a subnet of its own; the first is compared with all others.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -93,6 +96,8 @@ class Losses:
             whole = ranks is None or bool(ranks[:, i, LIVE - LOSS_A].all())  # every rank had a batch
             pair = (row[LOSS_A], row[LOSS_A + 1]) if compared and whole else None
             of_ranks = None if ranks is None else ranks[:, i, :2].T
+            if own_subnets and of_ranks is not None and whole:
+                pair = float(of_ranks[0, 0]), float(of_ranks[0, 1:].mean())
             records.append(StepRecord(row[LOSS], pair, metrics, losses=of_ranks))
         return records
 

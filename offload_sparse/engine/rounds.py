@@ -13,10 +13,10 @@ still, so L(a) - L(b) falls below zero whatever the masks are; ``turns`` treats 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import os
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -28,7 +28,8 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import batch_statistics
-from offload_sparse.engine.config import FinalConfig, OnNonFinite, Reference, RoundConfig
+from offload_sparse.engine.averaging import Agreed, Averaging
+from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig
 from offload_sparse.engine.distributed import Reducer, assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound
@@ -42,9 +43,11 @@ from offload_sparse.engine.losses import (
     put,
     share,
 )
+from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import LossScale
 from offload_sparse.engine.probing import run_probe
 from offload_sparse.engine.request import Ask, Request, Requests
+from offload_sparse.engine.roles import Masks, Roles, reference_of, roles, subnet_of
 from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.transfers import Transfer, Transfers
 from offload_sparse.policy.estimators import paired_losses
@@ -52,26 +55,16 @@ from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
-logger = logging.getLogger(__name__)
-
 EMA = "ema"
 """The kind of arrays of the store that holds the moving average of the weights."""
 
-MOST_SKIPPED = 10
-"""As many steps that are not finite, one after the other, are no bad luck with a batch; nor are more than
-these that are one in a hundred.
+CHECK_RANKS = "OFFLOAD_SPARSE_CHECK_RANKS"
+"""Variable of the environment; 1 compares checksums of s, masks and subnet weights over all ranks in every
+round (slow, for debugging).
 """
 
 ROUNDS_OF_PAIRS = 10
 """Rounds of pairs of forward passes in the place of one of training: so many new masks in K steps."""
-
-Masks = tuple[Tensor, ...]
-"""bool[C] each: the mask of subnet a, then those of b (one for all ranks, or one for each)."""
-
-_CONSEQUENCES = {
-    "skip": "the batch has been skipped",
-    "rollback": "the run goes on from the end of the round before",
-}
 
 
 class Rounds(Requests):
@@ -89,17 +82,21 @@ class Rounds(Requests):
         freeze_step: optimizer steps after which the final mask is chosen.
         ema: decay of the moving average of the weights that is kept once it is; 0 keeps none.
         compare_until: steps before this one compare masks by forward passes, and train nothing.
+        local_from: optimizer steps after which, with ``round.sync round``, ranks talk once per round.
 
     Attributes:
         pair: the subnets of the round that is open, if one is.
         masks: the masks of that round, or of one that was restored in the middle.
         round_step, round_length: steps of that round: made, and in all.
-        statistics: flat BatchNorm statistics of the subnets of a round that was restored in the middle.
+        local: every rank trains the open round by itself.
+        live_steps: steps of that round that this rank had a batch for.
+        restored: by kind, arrays of the subnets of a round that was restored in the middle, those that ranks
+            have of their own: BatchNorm statistics, and of a local round all.
         final_mask: bool[C], the mask that training ends with, once it is chosen.
         steps_done, rounds_done, forward_flops: optimizer steps, rounds, and FLOPs per image so far; a
             backward pass counts as two forward passes.
         round_bytes: bytes that have crossed the bus between the last two rounds.
-        after_round: called with the subnets that a round has trained, before any of it is scattered.
+        after_round: called with what a round has learned, before any of it is scattered.
     """
 
     def __init__(
@@ -116,6 +113,7 @@ class Rounds(Requests):
         freeze_step: int = sys.maxsize,
         ema: float = 0.0,
         compare_until: int = 0,
+        local_from: int = 0,
     ) -> None:
         super().__init__(ranks)
         self.channel_map, self._policy, self.transfers, self.cost = channel_map, policy, transfers, cost
@@ -127,17 +125,21 @@ class Rounds(Requests):
         self.pair: SubnetPair | None = None
         self.masks: Masks | None = None
         self.round_step, self.round_length = 0, 0
-        self.statistics: list[Tensor] = []
+        begins = max(local_from, compare_until)
+        self.roles, self.local, self.live_steps = Roles(rounds, ranks.world_size, begins), False, 0
+        self.averaging = Averaging(transfers.store, ranks, rounds)
+        self.restored: list[Mapping[str, Tensor]] = []
         self._next_masks: Callable[[], Masks] | None = None
         self.final_mask: Tensor | None = channel_map.full_mask() if policy.trivial else None
         self.round_bytes, self._bytes_before = 0, 0
         self._mask_flops = 0, 0  # of subnets a and b of the open round
-        self.after_round: Callable[[tuple[Side, ...]], None] | None = None
+        self.after_round: Callable[[Sequence[Side | Agreed]], None] | None = None
+        self.check_ranks = os.environ.get(CHECK_RANKS) == "1"
         self.ema, self.ema_steps, self.compare_until = ema, 0, compare_until
         scaler = forward.scaler if forward.scaler is not None and forward.scaler.is_enabled() else None
         self.loss_scale = None if scaler is None else LossScale(scaler, transfers.device)
         self._unproven = True  # that a closure leaves backward to the session
-        self._skipped, self._skipped_in_a_row = 0, 0
+        self._nonfinite = NonFinite(on_nonfinite, ranks.rank)
         self._s_before: dict[str, Any] = {}
         self._pending: list[StepRecord] = []
         self._recent: deque[Sequence[Closure]] = deque(maxlen=final.selection_batches)
@@ -185,16 +187,14 @@ class Rounds(Requests):
                             self._scaled(share(mean, len(closures))).backward()
                         side.take_buffers()
                     losses[LIVE] = float(request is not Ask.JOIN)
-                    # One all-reduce over the ranks; the losses ride behind the gradients.
+                    # One all-reduce over the ranks: losses ride behind the gradients, alone in a local round.
                     own = self.reducer.finish(buffer)
                     if request is Ask.JOIN and self._all_joined(request, losses):
                         request = None
                         continue
                     # The optimizer moves the trained subnet, or nothing where a value is not finite.
                     not_finite = (~losses[:LIVE].isfinite().all()).to(torch.float32)
-                    self._unscale(pair.gradients(trained), not_finite)
-                    if not self.only_compares:
-                        pair.optimizer_step(trained, not_finite, self.steps_done)
+                    self._move(pair, trained, not_finite, len(closures))
                     torch.where(not_finite > 0, before, statistics, out=statistics)
                     # Shared entries: what both subnets keep is one weight with one momentum.
                     if self._shared_entries_are_read(pair):
@@ -205,10 +205,9 @@ class Rounds(Requests):
             # Estimate: s <- project(s - eta * estimate(L(m1) - L(m2))). No mask of this round depends on it.
             if not self._estimate():
                 continue
-            # Scatter: BatchNorm statistics as the mean over ranks, weights once the next masks are known.
-            for side in pair.trained:
-                average(side.arrays[BUFFERS], self.ranks.world_size)
-            self._end_round(pair)
+            # Scatter: BatchNorm statistics as the mean over ranks, weights once the next masks are known;
+            # of a local round all as the mean, right now.
+            self._end_round(pair, self._agreed(pair))
             request = None if request is Ask.FINISH else request
 
     # --- asking for it ---
@@ -225,13 +224,14 @@ class Rounds(Requests):
     def _sample(self) -> None:
         """Sample the masks of the round that begins; one that was restored in the middle has them."""
         restored = self.masks is not None
+        self.local = self.roles.local(self.steps_done - (self.round_step if restored else 0))
         if not (restored or self.frozen) and self._cycle_ends(self.steps_done):
             self._probe()
         if not (restored or self.frozen) and self.steps_done >= self.freeze_step:
             self._choose_final_mask()
         fault_point("sample", self.steps_done)
         if not restored:
-            self.masks, self.round_step = self._draw(), 0
+            self.masks, self.round_step, self.live_steps = self._draw(), 0, 0
             self.round_length = self._length(self.steps_done)
 
     def _draw(self) -> Masks:
@@ -240,13 +240,16 @@ class Rounds(Requests):
             return self.final_mask, self.final_mask
         drawn = self.next_masks
         self.next_masks = None
-        return drawn or self.transfers.aside(partial(self._drawn, self.rounds_done))()
+        return drawn or self._drawn(self.rounds_done, self.steps_done)()
 
-    def _drawn(self, number: int) -> Masks:
-        """The masks of round ``number``, with a reference for all ranks, or one for each."""
-        if self.rounds.references == "shared" or self.ranks.world_size == 1:
-            return self._policy.sample(number)
-        return self._policy.sample_for_ranks(number, self.ranks.world_size)
+    def _drawn(self, number: int, first_step: int) -> Callable[[], Masks]:
+        """The masks of a round, to be waited for."""
+        return self.transfers.aside(partial(self.roles.drawn, self._policy, number, first_step))
+
+    @property
+    def own_subnets(self) -> bool:
+        """Whether every rank has a subnet of its own in the open round."""
+        return self.local and not self.frozen and self.roles.own_subnets(self.steps_done)
 
     def _length(self, first_step: int) -> int:
         length = self.rounds.k
@@ -262,19 +265,24 @@ class Rounds(Requests):
         assert self.masks is not None
         of_a, of_b = self.masks[0], reference_of(self.masks, self.ranks.rank)
         self._mask_flops = self.cost.flops(of_a), self.cost.flops(of_b)
+        if self.own_subnets:  # the mean, so that every rank counts the same
+            self._mask_flops = sum(map(self.cost.flops, self.masks)) // len(self.masks), 0
         with self.transfers.timeline.exchanging():
             pair = self.transfers.open(self._transfer(self.masks, self.round_length))
-        for side, statistics in zip(pair.trained, self.statistics, strict=False):
-            side.arrays[BUFFERS].copy_(statistics)
-        self.statistics = []
+        for side, arrays in zip(pair.trained, self.restored, strict=False):
+            for kind, values in arrays.items():
+                side.arrays[kind].copy_(values)
+        if self.restored and self.local and len(pair.trained) == 1:
+            pair.copy_shared(0)  # the reference comes from the store, which does not know this round
+        self.restored = []
         moved = self.transfers.bytes_fetched + self.transfers.bytes_returned
         self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
         if self.on_nonfinite == "rollback":
             self._s_before = self.policy.state_dict()
         self._look_ahead(self.steps_done - self.round_step + self.round_length)
-        if self.rounds.check_ranks:
+        if self.check_ranks:
             self._check_ranks(pair)
-        self.reducer.new_round()
+        self.reducer.new_round(self.local)
         self.pair = pair
         return pair
 
@@ -289,9 +297,10 @@ class Rounds(Requests):
             return
         length = self._length(next_step)
         if self._next_masks is None:  # a session that was restored has them
-            self._next_masks = self.transfers.aside(partial(self._drawn, self.rounds_done + 1))
+            self._next_masks = self._drawn(self.rounds_done + 1, next_step)
         masks = self._next_masks
-        self.transfers.prefetch(lambda: self._comparison(masks(), length))
+        if self.rounds.delta:
+            self.transfers.prefetch(lambda: self._comparison(masks(), length))
 
     def _transfer(self, masks: Masks, length: int) -> Transfer:
         """The way to the subnets of ``masks`` on this rank."""
@@ -303,12 +312,15 @@ class Rounds(Requests):
 
     def _comparison(self, masks: Masks, length: int) -> Transfer:
         """``_transfer`` of a round that compares."""
-        first = self.transfers.selection(masks[0])
-        if self.rounds.references == "shared":
-            second = self.transfers.selection(masks[1])
-            return Transfer(first, second, self.rounds.reference == "turns" and length > 1)
         ranks = self.transfers.store.ranks
         everyone = range(ranks.first, ranks.first + ranks.world_size)
+        if self.own_subnets:
+            subnets = tuple(self.transfers.selection(subnet_of(masks, rank)) for rank in everyone)
+            return Transfer(subnets[ranks.rank], per_rank=subnets)
+        first = self.transfers.selection(masks[0])
+        if self.rounds.subnets != "references":
+            second = self.transfers.selection(masks[1])
+            return Transfer(first, second, self.rounds.reference == "turns" and length > 1)
         selections = tuple(self.transfers.selection(reference_of(masks, rank)) for rank in everyone)
         return Transfer(first, selections[ranks.rank], per_rank=selections)
 
@@ -352,6 +364,13 @@ class Rounds(Requests):
                 raise ValueError(OWN_BACKWARD)
         return loss, metrics
 
+    def _move(self, pair: SubnetPair, trained: int, not_finite: Tensor, batches: int) -> None:
+        """Step one side, if this rank has had a batch or takes part in what others learn from theirs."""
+        self._unscale(pair.gradients(trained), not_finite)
+        if (batches or not self.local) and not self.only_compares:
+            pair.optimizer_step(trained, not_finite, self.steps_done)
+        self.live_steps += bool(batches)
+
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
@@ -372,42 +391,46 @@ class Rounds(Requests):
             self.forward_flops += self._mask_flops[reference]
         self.round_step += 1
         self.steps_done += 1
-        self.transfers.stepped(self.steps_done)
+        self.transfers.stepped(self.steps_done, ahead=not self.local)
 
     # --- estimate ---
 
     def catch_up(self) -> None:
         """Learn from the steps made so far. Waits for the device; every rank calls it at the same step."""
-        faults, compared = [], []
-        per_rank = self.rounds.references == "per_rank" and not self.frozen
-        for entry in self.losses.read(self.steps_done, per_rank, self.loss_scale is not None):
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if entry.fault else 0
-            if entry.fault:
-                self._skipped += 1
-                faults.append(entry.fault)
+        compared = []
+        own = self.own_subnets
+        per_rank = own or (self.rounds.subnets == "references" and not self.frozen)
+        for entry in self.losses.read(self.steps_done, per_rank, self.loss_scale is not None, own):
+            self._nonfinite.seen(entry.fault)
             if entry.compared is not None and not self.frozen:
                 compared.append(entry)
             self._pending.append(dataclasses.replace(entry, losses=None))
         if compared:
             self._learn(compared)
-        if faults:
-            self._handle(faults)
+        if self._nonfinite.rolls_back(self.steps_done):
+            self.transfers.forget()
+            self.policy.load_state_dict(self._s_before)
+            self._drop_round()
+            self.next_masks = None
+            self.rounds_done += 1  # new masks: those that led here are not drawn again
 
     def _learn(self, entries: Sequence[StepRecord]) -> None:
         """A step on s from the losses of each of these optimizer steps."""
         assert self.masks is not None
         policy = self._policy
         assert isinstance(policy, MaskPolicy), "one mask at a time has nothing to compare"
-        of_ranks = [paired_losses(*entry.losses) for entry in entries if entry.losses is not None]
-        if not of_ranks:
+        seen = [entry.losses for entry in entries if entry.losses is not None]
+        if not seen:
             first, second = zip(*(entry.compared for entry in entries if entry.compared), strict=True)
             m1, m2 = self.masks[:2]
             self.transfers.aside(partial(policy.update, first, second, m1, m2, self.rounds_done))
             return
-        references = [reference_of(self.masks, rank) for rank in range(self.ranks.world_size)]
-        masks = torch.stack([self.masks[0], *references])
-        losses = torch.stack(of_ranks)
-        self.transfers.aside(partial(policy.update_from_ranks, losses, masks, self.rounds_done))
+        own, references = self.own_subnets, range(self.ranks.world_size)
+        losses = torch.stack([of_ranks[0] if own else paired_losses(*of_ranks) for of_ranks in seen])
+        masks = self.masks if own else (self.masks[0], *(reference_of(self.masks, r) for r in references))
+        apart = own and self.rounds.subnets == "partition"
+        learn = partial(policy.update_from_ranks, losses, torch.stack(masks), self.rounds_done, apart)
+        self.transfers.aside(learn)
 
     def _estimate(self) -> bool:
         """Learn from the round that ends; False if it is rolled back instead."""
@@ -418,37 +441,33 @@ class Rounds(Requests):
             fault_point("estimate", self.steps_done)
         return self.pair is not None
 
-    def _handle(self, faults: list[str]) -> None:
-        """Losses or gradients were not finite; the steps themselves have moved nothing."""
-        if self.on_nonfinite == "stop":
-            raise FloatingPointError(faults[0])
-        most = max(MOST_SKIPPED, self.steps_done // 100)
-        if self._skipped_in_a_row >= MOST_SKIPPED or self._skipped > most:
-            many = f"{self._skipped_in_a_row} in a row, {self._skipped} of {self.steps_done} steps"
-            raise FloatingPointError(f"too many steps are not finite ({many}); the last one: {faults[-1]}")
-        if self.ranks.rank == 0:
-            for fault in faults:
-                logger.warning("%s; %s", fault, _CONSEQUENCES[self.on_nonfinite])
-        if self.on_nonfinite == "rollback":
-            self.transfers.forget()
-            self.policy.load_state_dict(self._s_before)
-            self._drop_round()
-            self.next_masks = None
-            self.rounds_done += 1  # new masks: those that led here are not drawn again
-
     def _drop_round(self) -> None:
         """No round is open any more; the next request begins one."""
-        self.pair, self.masks, self.statistics, self._training = None, None, [], None
+        self.pair, self.masks, self.restored, self._training = None, None, [], None
 
     # --- the end of a round, and of the search ---
 
-    def _end_round(self, pair: SubnetPair) -> None:
-        if self.rounds.check_ranks:
+    def _agreed(self, pair: SubnetPair) -> Sequence[Side | Agreed]:
+        """What all ranks know of the round that ends: their mean."""
+        if not self.local:
+            for side in pair.trained:
+                average(side.arrays[BUFFERS], self.ranks.world_size)
+            return pair.trained
+        assert self.masks is not None
+        own, ranks = self.own_subnets, range(self.ranks.world_size)
+        subnets = [Selection(self.channel_map, subnet_of(self.masks, rank)) for rank in ranks if own]
+        with self.transfers.timeline.exchanging(), self.transfers.timeline.span("scatter"):
+            return self.averaging.agreed(pair.trained, subnets, self.live_steps)
+
+    def _end_round(self, pair: SubnetPair, agreed: Sequence[Side | Agreed]) -> None:
+        if self.check_ranks:
             self._check_ranks(pair)
         self.pair, self.masks = None, None
         self.rounds_done += 1
         if self.after_round is not None:
-            self.after_round(pair.trained)
+            self.after_round(agreed)
+        if self.local:
+            self.transfers.put_back(agreed)
         if self.on_nonfinite == "rollback":
             self.transfers.settle()
 
@@ -522,27 +541,37 @@ class Rounds(Requests):
 
     def _check_ranks(self, pair: SubnetPair) -> None:
         assert self.masks is not None
-        sides = pair.active if self.rounds.references == "shared" else pair.trained
+        sides = pair.trained if self.rounds.subnets == "references" else pair.active
         named = {"keep probabilities": [self.policy.s], "masks": list(self.masks)}
-        named["subnet weights"] = [side.arrays[WEIGHTS] for side in sides]
+        if not self.local or (self.round_step == 0 and not self.own_subnets):
+            named["subnet weights"] = [side.arrays[WEIGHTS] for side in sides]
         assert_equal_on_ranks(named, self.ranks.world_size, sides[0].subnet.device)
 
     # --- going on with a state ---
 
-    def reopen(self, masks: Masks | None, step: int, length: int, statistics: Sequence[Tensor]) -> None:
+    def reopen(
+        self,
+        masks: Masks | None,
+        step: int,
+        length: int,
+        live_steps: int,
+        restored: Sequence[Mapping[str, Tensor]],
+    ) -> None:
         """Go on with the store as it is, in the middle of a round or (without masks) between two; a round
         that is open is dropped.
 
         Args:
             masks: of the round.
             step, length: steps of the round: made, and in all.
-            statistics: flat BatchNorm statistics of the subnets that it trains, on this rank.
+            live_steps: those of them that this rank had a batch for.
+            restored: by kind, arrays of the subnets that it trains, on this rank.
         """
         self.transfers.forget()
         self.transfers.steps_done = self.steps_done
         self._drop_round()
         self.masks, self.round_step, self.round_length = masks, step, length
-        self.statistics = list(statistics)
+        self.live_steps, self.restored = live_steps, list(restored)
+        self.local = masks is not None and self.roles.local(self.steps_done - step)
         self.losses.clear()
         self._pending.clear()
         self._recent.clear()
@@ -550,17 +579,3 @@ class Rounds(Requests):
     def remember(self, closures: Iterable[Closure]) -> None:
         """Take ``closures`` for the last ones that were trained on: the final mask is chosen on them."""
         self._recent.extend([bound(closure)] for closure in closures)
-
-
-def roles(reference: Reference, step: int, same: bool) -> tuple[int, int | None]:
-    """Which side is trained, and which is evaluated beside it, at a step of a round (0 is a, 1 is b)."""
-    if same:
-        return 0, None
-    if reference == "turns":
-        return step % 2, 1 - step % 2
-    return 0, 1 if reference == "every_step" or step == 0 else None
-
-
-def reference_of(masks: Masks, rank: int) -> Tensor:
-    """The mask of subnet b on ``rank``."""
-    return masks[1 + rank % (len(masks) - 1)]

@@ -31,6 +31,7 @@ from offload_sparse.channels.config import Residual
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
+from offload_sparse.engine.averaging import OUTER
 from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
 from offload_sparse.engine.distributed import average
@@ -80,6 +81,8 @@ class Setup:
         run_id: what a store in files is known by.
         store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
             ``replace`` initialises whatever files of this run there are.
+        local_from: with ``round.sync round``, optimizer steps after which ranks talk once per round; before,
+            at every step.
     """
 
     residual: Residual = "coupled"
@@ -93,6 +96,7 @@ class Setup:
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
     run_id: str = ""
     store_mode: Mode = "new"
+    local_from: int = 0
 
 
 class SparseOffload(Rounds):
@@ -166,7 +170,7 @@ class SparseOffload(Rounds):
         self._factory = partial(copy.deepcopy, self.meta_model) if isinstance(model, nn.Module) else model
         parameter_groups = group_parameters(self.meta_model, groups, no_decay)
         weights_optimizer = SubnetOptimizer(optimizer, parameter_groups, kept, self.device, clip_norm)
-        slots = (*kept.slots, *([EMA] if ema else []))
+        slots = (*kept.slots, *([EMA] if ema else []), *([OUTER] if rounds.outer_momentum else []))
         order = list(chain.from_iterable(group.names for group in parameter_groups))
         self.store = _store(prepared, order, slots, setup, ranks, shard, self.device)
         self.tier = self.store.tier
@@ -214,6 +218,7 @@ class SparseOffload(Rounds):
             0 if chosen.search == "none" else sys.maxsize if freeze_step is None else freeze_step,
             ema,
             (freeze_step or 0) // 2 if chosen.search == "forward" else 0,
+            setup.local_from,
         )
         self._ended = False
 
@@ -288,8 +293,9 @@ class SparseOffload(Rounds):
 
     @contextmanager
     def evaluation(self, batches: Iterable[Any] | None = None) -> Iterator[nn.Module]:
-        """The subnet now in training, in evaluation mode. Every rank enters it; one that has had fewer
-        batches waits here for the others.
+        """The subnet now in training, in evaluation mode; of a round that ranks train by themselves their
+        mean, or each rank's own where they differ. Every rank enters it; one that has had fewer batches waits
+        here for the others.
 
         Args:
             batches: training batches for the BatchNorm statistics, such as a loader; of one with more parts
@@ -299,16 +305,18 @@ class SparseOffload(Rounds):
         self._check_open()
         self._join()
         side = self._open().sides[0]
-        average = side.arrays.get(EMA) if self.ema_steps else None
-        kinds = (BUFFERS,) if average is None else (BUFFERS, WEIGHTS)
+        ema = side.arrays.get(EMA) if self.ema_steps else None
+        kinds = (BUFFERS,) if ema is None and not self.local else (BUFFERS, WEIGHTS)
         kept = {kind: side.arrays[kind].clone() for kind in kinds}
         self.forward.train_mode(side.module)
         modes = [(layer, layer.training) for layer in side.module.modules()]
         try:
             # Other batch sizes and modes than those of training are not worth compiling for.
             with torch.compiler.set_stance("force_eager"):
-                if average is not None:
-                    side.arrays[WEIGHTS].copy_(average)
+                if ema is not None:
+                    side.arrays[WEIGHTS].copy_(ema)
+                if self.local and not self.own_subnets:
+                    average(side.arrays[WEIGHTS], self.ranks.world_size)
                 self.reestimate(side.module, batches)
                 yield side.module.eval()
         finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import chain
 from pickle import UnpicklingError
 from typing import Any
 
@@ -19,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.engine.forward import Closure
-from offload_sparse.engine.rounds import Masks, Rounds
+from offload_sparse.engine.roles import Masks
+from offload_sparse.engine.rounds import Rounds
 from offload_sparse.store.weight_store import BUFFERS
+
+_LIVE = "live_steps"
 
 IN_PLACE = "steps_in_place"
 """In the meta of a method whose own files hold its state: the optimizer steps that they have seen."""
@@ -106,11 +110,13 @@ def small_state(session: Rounds) -> MethodState:
     if session.masks is not None:
         tensors |= {f"open/{i}": mask.clone() for i, mask in enumerate(session.masks)}
         meta |= {"round_steps": session.round_step, "round_length": session.round_length}
-        statistics = session.statistics
+        held: Sequence[Mapping[str, Tensor]] = session.restored
         if session.pair is not None:
-            statistics = [side.arrays[BUFFERS] for side in session.pair.trained]
+            held = [side.arrays for side in session.pair.trained]
+        kinds = (BUFFERS,) if not session.local else dict.fromkeys(chain.from_iterable(held))
         # On the CPU, where any rank, on any device or none, can read them.
-        local = {f"statistics/{i}": value.to("cpu", copy=True) for i, value in enumerate(statistics)}
+        local = {f"{kind}/{i}": v[kind].to("cpu", copy=True) for i, v in enumerate(held) for kind in kinds}
+        local[_LIVE] = torch.tensor(float(session.live_steps))
     return MethodState({}, tensors, local, meta)
 
 
@@ -139,8 +145,18 @@ def restore_small(session: Rounds, state: MethodState) -> None:
         step, length = int(meta.get("round_steps", 0)), int(meta.get("round_length", 0))
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the state does not fit this session ({error}); is it of another model?") from None
-    statistics = [state.local[name] for name in ("statistics/0", "statistics/1") if name in state.local]
-    session.reopen(opened, step, length, statistics)
+    restored: list[dict[str, Tensor]] = [{}, {}]
+    for name, values in state.local.items():
+        kind, _, side = name.rpartition("/")
+        if side.isdecimal():
+            restored[int(side)][kind] = values
+    live_steps = int(state.local.get(_LIVE, torch.tensor(step)))
+    session.reopen(opened, step, length, live_steps, [arrays for arrays in restored if arrays])
+    if session.local and step and not session.restored:
+        raise ValueError(
+            "the state was saved in the middle of a round that every rank trained by itself; resume it on as "
+            "many ranks"
+        )
     session.next_masks, session.final_mask = drawn, final[0] if final else None
 
 
@@ -175,8 +191,9 @@ def whole_state(session: Rounds) -> dict[str, Any]:
 def load_state(session: Rounds, state: Mapping[str, Any]) -> None:
     """Resume from what ``whole_state`` returned, on any number of ranks. Every rank calls it.
 
-    BatchNorm statistics that each rank has gathered in a round are averaged on another number of ranks.
-    Raises ValueError: the state belongs to another session (on every rank)."""
+    What each rank has learned by itself in a round (BatchNorm statistics; with ``round.sync round`` all) is
+    averaged on another number of ranks; subnets of their own cannot be. Raises ValueError: the state belongs
+    to another session (on every rank)."""
     store, ranks = session.transfers.store, session.ranks
     problem, small = _problem(session, state)
     problems = [problem]
@@ -207,6 +224,9 @@ def _problem(session: Rounds, state: Mapping[str, Any]) -> tuple[str, dict[str, 
     if groups != len(session.transfers.optimizer.groups):
         own = len(session.transfers.optimizer.groups)
         return f"the state has {groups} parameter groups, this session {own}; give it the same groups", {}
+    between = not small["meta"].get("round_steps") or "final_mask" in small["replicated"]
+    if session.rounds.own_subnets and not between and len(small["local"]) != session.ranks.world_size:
+        return "the state is of the middle of a round of a subnet per rank; resume it on as many ranks", {}
     rows = state.get("rows", {})
     wanted: dict[str, tuple[int, ...]] = {}
     for kind, partition in store.partitions.items():

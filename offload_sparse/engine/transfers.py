@@ -16,7 +16,7 @@ returned, then all of the next one fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.selection import Selection
+from offload_sparse.engine.averaging import Agreed
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import SubnetOptimizer
@@ -32,7 +33,7 @@ from offload_sparse.engine.subnet_pair import Side, SubnetPair
 from offload_sparse.engine.timeline import Timeline
 from offload_sparse.store.copy.copy import copy_blocks, send_tables
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, fetch_plan, fetch_plan_per_rank, return_plan
-from offload_sparse.store.copy.regions import Regions
+from offload_sparse.store.copy.regions import MOST_HOLDERS, Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
 
 T = TypeVar("T")
@@ -51,7 +52,8 @@ class Transfer:
         first: selection of subnet a, which is trained.
         second: selection of subnet b; None when there is nothing to compare.
         train_second: b takes turns in training.
-        per_rank: the selections of b on every rank that shares the store, where they differ.
+        per_rank: the selections of b (of a, without a b) on every rank that shares the store, where they
+            differ.
         source: the pair of the round before; None when nothing on the device can be used.
         target: the pair to fill.
         loads: how the arrays of the target come about, side a first.
@@ -205,10 +207,20 @@ class Transfers:
         """The pair in training knows more than the store."""
         return self._ahead
 
-    def stepped(self, steps_done: int) -> None:
-        """Note that the pair has been trained since the store last saw it."""
-        self._ahead = True
+    def stepped(self, steps_done: int, ahead: bool = True) -> None:
+        """Note that the pair has been trained since the store last saw it; not ``ahead``: what it has learned
+        is this rank's alone, and never returned as it is.
+        """
+        self._ahead = ahead
         self.steps_done = steps_done
+
+    def put_back(self, pieces: Sequence[Side | Agreed]) -> None:
+        """Write this rank's entries of ``pieces``; the next pair is filled from the store."""
+        self.join()
+        self.before_return()
+        with self.timeline.span("scatter"):
+            self._put_back(pieces, ())
+        self.pair.loaded = False
 
     def settle(self) -> None:
         """Bring the store up to date: after this it holds every weight, no transfer is under way, and any
@@ -328,7 +340,7 @@ class Transfers:
             for (_, holders), kinds in groups.items():
                 if transfer.per_rank:  # every rank must know what the others lack
                     holders = tuple(h for h in holders if h in [pair.sides[0] for pair in self._pairs])
-                own = transfer.per_rank if side is target.sides[1] else ()
+                own = transfer.per_rank if side is target.sides[transfer.second is not None] else ()
                 if not own and holders not in known:
                     known[holders] = Regions(side.selection, [holder.selection for holder in holders])
                 yield side, kinds, holders, self._plan(side, kinds[0], holders, own, known.get(holders))
@@ -353,11 +365,11 @@ class Transfers:
         """Write this rank's entries of what ``left`` has trained and no side of ``keepers`` still trains."""
         self.before_return()
         with self.timeline.span("scatter"):
-            self._put_back(left, keepers)
+            self._put_back(left.trained, keepers)
 
-    def _put_back(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
-        known = list(keepers)
-        for side in left.trained:
+    def _put_back(self, left: Sequence[Side | Agreed], keepers: tuple[Side, ...]) -> None:
+        known: list[Side | Agreed] = list(keepers)
+        for side in left:
             regions = Regions(side.selection, [keeper.selection for keeper in known])
             for kinds in ([k for k in side.arrays if k != BUFFERS], [BUFFERS]):
                 partition, rank = self.store.partitions[kinds[0]], self.store.ranks.rank
@@ -365,7 +377,8 @@ class Transfers:
                 plan = return_plan(partition, rank, side.narrow(kinds[0]), places, regions)
                 self.bytes_returned += self.store.put_back(plan, [(k, side.arrays[k]) for k in kinds])
                 fault_point("scatter", self.steps_done)
-            known.append(side)
+            # What several hold is equal in all of them, so that it does not matter which of many writes it.
+            known = [*known, side][:MOST_HOLDERS]
 
     def _gradient_memory(self, pair: SubnetPair) -> Tensor:
         needed = max(side.arrays[WEIGHTS].numel() for side in pair.trained) + TAIL

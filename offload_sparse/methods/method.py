@@ -36,7 +36,8 @@ class Task:
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
         store_mode: how weights in files are taken: those of an earlier part of the run, or new ones.
-        weights: what to start from, in place of the network's own initialisation."""
+        weights: what to start from, in place of the network's own initialisation.
+        warmup_steps: steps in which the learning rate rises."""
 
     config: RunConfig
     factory: Callable[[], nn.Module]
@@ -48,6 +49,7 @@ class Task:
     forward: Forward
     store_mode: Mode = "replace"
     weights: FittedWeights | None = None
+    warmup_steps: int = 0
 
     def network(self) -> nn.Module:
         """The full network with the values that training starts from."""

@@ -126,6 +126,8 @@ class SparseOffloadMethod:
         session = self.session
         if session.on_nonfinite == "rollback" and session.masks is not None and session.round_step:
             return None  # a step to come may lead back to the begin of this round, which nothing would hold
+        if session.local and session.round_step and session.steps_done < self._steps and self.durable is None:
+            return None  # what every rank has learned by itself would be of use to as many ranks only
         if self.durable is None:
             return session_state(self.session)
         self.durable.save()
@@ -164,6 +166,7 @@ def build(task: Task) -> Method:
         store=replace(config.store, path=str(folder)),
         run_id=str(config.run_dir.resolve()),
         store_mode=mode,
+        local_from=task.warmup_steps,
     )
     session = SparseOffload(
         task.factory,

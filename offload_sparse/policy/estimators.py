@@ -116,6 +116,18 @@ def leave_one_out(losses: Tensor, masks: Tensor, s: Tensor) -> Tensor:
     return weights @ _over_variance(masks.to(s.dtype) - s, s)
 
 
+def apart_factor(s: Tensor, ranks: int) -> Tensor:
+    """By what masks drawn apart (``Bernoulli.draw_apart``) make ``leave_one_out`` too large, float64[C].
+
+    Rs rounded down or up of R masks keep an atom, with the variance v = {Rs}(1 - {Rs}). So two of them have
+    the mean correlation c = (v / (R s(1-s)) - 1) / (R - 1), and since atoms are independent of each other,
+    the baseline of a mask takes c times the gradient away: what is left is 1 - c times it. Where s <= 1/R
+    masks are disjoint and 1 - c = 1 / (1-s); for R = 2 that is ``disarm_cv`` without its control.
+    """
+    share = (ranks * s) % 1.0
+    return (ranks - _ratio(share * (1 - share), ranks * s * (1 - s))) / (ranks - 1)
+
+
 def paired_losses(first: Tensor, references: Tensor) -> Tensor:
     """Losses of R + 1 masks measured on R ranks (float64[R], L(m) on each, and L(m_i) on rank i), freed of
     what ranks' own images add: float64[R + 1], of m, m_1, …, m_R.

@@ -26,6 +26,7 @@ from offload_sparse.policy.estimators import (
     ESTIMATORS,
     Comparison,
     ControlVariate,
+    apart_factor,
     leave_one_out,
     precondition,
 )
@@ -141,6 +142,16 @@ class MaskPolicy:
         references = [self._draw(round, RANKS + rank) for rank in range(1, ranks)]
         return *self.sample(round), *references
 
+    def sample_subnets(self, round: int, ranks: int, disjoint: bool = False) -> tuple[Tensor, ...]:
+        """A mask for each of ``ranks`` ranks, independent, or with ``disjoint`` as far apart as s allows; the
+        first is that of ``sample``.
+        """
+        if disjoint:
+            assert isinstance(self._sampler, Bernoulli), "checked with the settings"
+            return tuple(map(self._usable, self._sampler.draw_apart(self.s, round, ranks)))
+        others = [self._draw(round, RANKS + rank) for rank in range(1, ranks)]
+        return self._draw(round, FIRST), *others
+
     def candidates(self, count: int, round: int = 0) -> list[Tensor]:
         """Masks bool[C] to choose the final network from: the most probable atoms, then ``count`` drawn from
         p(m | s). All have the expected widths of their groups and are as close to the budget as their atoms
@@ -206,13 +217,16 @@ class MaskPolicy:
                 self._control.compared(difference, kept - other)
             self._move(g, redrawn)
 
-    def update_from_ranks(self, losses: Tensor, masks: Tensor, round: int = 0) -> None:
-        """Steps on s by leave-one-out over R + 1 masks, one after the other.
+    def update_from_ranks(
+        self, losses: Tensor, masks: Tensor, round: int = 0, disjoint: bool = False
+    ) -> None:
+        """Steps on s by leave-one-out over R masks, one after the other.
 
         Args:
-            losses: float64[R + 1], or float64[steps, R + 1].
-            masks: bool[R + 1, C].
+            losses: float64[R], or float64[steps, R].
+            masks: bool[R, C].
             round: as in ``update``.
+            disjoint: they have been drawn apart (see ``sample_subnets``).
         """
         if not (self.trivial or self.frozen):
             rows = losses.view(-1, len(masks))
@@ -220,7 +234,8 @@ class MaskPolicy:
             self._diagnostics.compared(differences, masks[0], round)
             redrawn = self._sampler.redrawn(round)
             for row in rows:
-                self._move(leave_one_out(row, masks, self.s), redrawn)
+                g = leave_one_out(row, masks, self.s)
+                self._move(g / apart_factor(self.s, len(masks)) if disjoint else g, redrawn)
 
     def freeze(self) -> None:
         """Stop learning s; masks can still be drawn."""

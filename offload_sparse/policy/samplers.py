@@ -2,6 +2,7 @@
 
     bernoulli    m = 1[u < s] with new uniforms u in every round (Zhou et al. 2021)
     antithetic   the same, but m = 1[1 - u < s] beside m' = 1[u < s]
+    apart        R masks m_r = 1[frac(u + r/R) < s]: disjoint where s <= 1/R, else with little in common
     persistent   u_c = hash(seed, c, floor(q·round + φ_c)): the atom c is redrawn every 1/q rounds
     fixed_width  Bernoulli given the width of every group (``ConditionalBernoulli``)
 
@@ -94,6 +95,13 @@ class Bernoulli(Sampler):
         u = uniforms(self._count, mask_generator(self._seed, round, SECOND if mirrored else stream))
         u = 1 - u if mirrored else u
         return Drawn(u < s, u / s)
+
+
+    def draw_apart(self, s: Tensor, round: int, count: int) -> list[Drawn]:
+        """Masks that overlap as little as they can; each by itself is an exact draw."""
+        first = uniforms(self._count, mask_generator(self._seed, round, FIRST))
+        shifted = [(first + rank / count) % 1.0 for rank in range(count)]
+        return [Drawn(u < s, u / s) for u in shifted]
 
 
 class Persistent(Sampler):

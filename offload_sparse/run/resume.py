@@ -27,7 +27,7 @@ _FREE_SECTIONS = ("checkpoint", "paper")
 _FREE = (
     *("run_dir", "overwrite", "resume", "dry_run", "quiet", "trackers"),
     *("train.log_every", "train.eval_every", "train.check", "train.timeout", "train.on_nonfinite"),
-    *("round.check_ranks", "round.transfer", "store.pin", "data.num_workers"),
+    *("round.transfer", "store.pin", "data.num_workers"),
 )
 """Settings that may change between the parts of a run, because its weights do not depend on them."""
 

@@ -35,7 +35,7 @@ _LESS_PRUNING = {
     "dense": "train for more epochs",
     "static": "raise policy.rho",
     "sparse_offload": "raise policy.rho",
-    "rigl": "raise rigl.density",
+    "rigl": "raise policy.rho",
     "dst": "lower dst.alpha",
     "dfbst": "lower dst.alpha",
     "grow_efficient": "raise policy.rho",

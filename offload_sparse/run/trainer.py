@@ -339,6 +339,7 @@ class Run:
             forward,
             store_mode,
             weights,
+            round(config.optim.warmup_epochs * self.steps_per_epoch),
         )
 
     def _teacher(self) -> Teacher | None:

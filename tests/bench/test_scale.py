@@ -6,6 +6,7 @@ import pytest
 
 from offload_sparse.bench import scale
 from offload_sparse.bench.scale import Cluster, Constants, all_reduce_seconds, efficiency, round_seconds
+from offload_sparse.engine.losses import TAIL
 
 CONFIG = Cluster(bus_gbs=1, link_gbs=10, network_gbs=2, latency_us=0, gpus_per_node=4)
 CONSTANTS = Constants(compute_seconds=0.1, gradient_bytes=8e9, round_bytes=16e9, k=10)
@@ -33,6 +34,12 @@ def test_a_round_is_its_steps_one_gather_and_one_scatter() -> None:
     assert round_seconds(4, CONSTANTS, CONFIG) == pytest.approx(steps + bus + gather)
 
 
+def test_a_local_round_reduces_scalars_and_exchanges_its_subnets_twice() -> None:
+    steps = 10 * (0.1 + all_reduce_seconds(4, 4.0 * TAIL, CONFIG))
+    bus, exchange = 2 * 16 / 4 / 1, all_reduce_seconds(4, 16e9, CONFIG)
+    assert round_seconds(4, CONSTANTS, CONFIG, "round") == pytest.approx(steps + bus + exchange)
+
+
 def test_efficiency_is_the_share_that_computes() -> None:
     assert efficiency(4, CONSTANTS, CONFIG) == pytest.approx(1.0 / round_seconds(4, CONSTANTS, CONFIG))
     free = Constants(0.1, 0.0, 0.0, 10)
@@ -52,6 +59,8 @@ def test_the_table_holds_measured_and_modelled_rows_and_all_assumptions(
     result = scale.run(True)
     assert result.ratios["scale.p2_vs_p1"] == 1.6
     assert {f"scale.model.n{n}.efficiency" for n in scale.GPUS} < set(result.ratios)
+    for link in scale.LINKS:
+        assert {f"scale.model.{link}.{sync}.n8" for sync in ("step", "round")} < set(result.ratios)
     assert all(len(row) == len(result.header) for row in result.table)
     text = "\n".join(str(row[0]) for row in result.table)
     for value in ("1 GB/s", "10 GB/s", "2 GB/s", "4 GPUs per node", "K = 10"):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from offload_sparse import load_pruned
+from offload_sparse.engine.rounds import CHECK_RANKS
 from tests.support.launches import ROOT, SMALL, launch, two_ranks
 
 
@@ -40,14 +41,17 @@ REQUIRED = {
 }
 
 
-def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
+def test_two_processes_train_what_one_process_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same losses, the same s, the same final network, from the same global batches, in float64.
 
     BatchNorm normalises with its running statistics: per-rank batch statistics would differ by construction.
     """
     options = [*SMALL, "--train.precision", "float64", "--train.batch_norm", "frozen"]
     options += ["--train.max_steps", "12", "--train.log_every", "1"]
-    options += ["--round.freeze_at", "0.75", "--round.check_ranks", "true"]
+    options += ["--round.freeze_at", "0.75"]
+    monkeypatch.setenv(CHECK_RANKS, "1")
     alone = launch([*options, "--run_dir", str(tmp_path / "one")], ["--cpu", "--num_processes", "1"])
     assert alone.returncode == 0, alone.stderr
     together = two_ranks([*options, "--run_dir", str(tmp_path / "two")], port=29611)

@@ -24,7 +24,7 @@ def trained(method: str) -> dict[str, Tensor]:
         method=cast(Any, method),
         dst=DSTConfig(alpha=5e-2),
         dfbst=DFBSTConfig(alpha=5e-2, beta=50.0),
-        rigl=configured(RigLConfig, density=0.4, interval=3, fraction=0.5),
+        rigl=configured(RigLConfig, interval=3, fraction=0.5),
     )
     network = make_method(config, frozen_batch_norm=True)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

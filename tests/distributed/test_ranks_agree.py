@@ -32,8 +32,9 @@ POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
 
 def train_rounds(batch_norm: bool, reference: str) -> dict[str, Any]:
     """Three rounds; the state of the session at their end."""
-    rounds = RoundConfig(k=4, reference=reference, check_ranks=True)  # type: ignore[arg-type]
+    rounds = RoundConfig(k=4, reference=reference)  # type: ignore[arg-type]
     session = make_session(small_net(batch_norm), POLICY, rounds, forward=Forward(frozen_batch_norm=True))
+    session.check_ranks = True
     for batch in batches(12):
         session.step(loss_of(own_part(batch)))
     session.settle()
@@ -90,16 +91,16 @@ def test_every_way_to_move_and_average_gives_the_same_bits(
                 assert torch.equal(other[name], expected), name
 
 
-def with_references(references: str, transfer: str) -> dict[str, Any]:
+def with_references(subnets: str, transfer: str) -> dict[str, Any]:
     """Three rounds whose s stands still, so that the masks of subnet a do not depend on the references."""
     rounds = RoundConfig(
         k=3,
         reference="every_step",
-        references=references,  # type: ignore[arg-type]
+        subnets=subnets,  # type: ignore[arg-type]
         transfer=transfer,  # type: ignore[arg-type]
-        check_ranks=True,
     )
     session = make_session(small_net(), PolicyConfig.paper(rho=0.5, lr=0.0), rounds)
+    session.check_ranks = True
     for batch in batches(8):
         session.step(loss_of(own_part(batch)))
     second = session.transfers.pair.sides[1]
@@ -123,7 +124,7 @@ def with_references(references: str, transfer: str) -> dict[str, Any]:
 @pytest.mark.parametrize("transfer", ["delta", "overlap"])
 def test_each_rank_may_have_a_reference_of_its_own(transfer: str) -> None:
     """It holds the store's weights for its own mask, and what is trained is the same as with a shared one."""
-    own = run_ranks(2, with_references, "per_rank", transfer)
+    own = run_ranks(2, with_references, "references", transfer)
     shared = run_ranks(2, with_references, "shared", "delta")
     assert not torch.equal(own[0]["mask"], own[1]["mask"])
     assert torch.equal(shared[0]["mask"], shared[1]["mask"])
@@ -135,7 +136,7 @@ def test_each_rank_may_have_a_reference_of_its_own(transfer: str) -> None:
 
 def learned_from_ranks() -> tuple[Tensor, Tensor]:
     """s after one round of one step, and the same by hand from losses of the masked full network."""
-    rounds = RoundConfig(k=1, reference="every_step", references="per_rank", freeze_at=1.0)
+    rounds = RoundConfig(k=1, reference="every_step", subnets="references", freeze_at=1.0)
     net = small_net()
     session = make_session(net, PolicyConfig.paper(rho=0.5, lr=0.05), rounds)
     start = session.policy.s.clone()
@@ -176,8 +177,8 @@ def on_two_nodes(shard: str) -> dict[str, Any]:
     """Four ranks, two to a node, as far as the launcher's variables say."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     store = StoreConfig(shard=shard)  # type: ignore[arg-type]
-    rounds = RoundConfig(k=3, check_ranks=True)
-    session = make_session(small_net(), POLICY, rounds, store=store)
+    session = make_session(small_net(), POLICY, RoundConfig(k=3), store=store)
+    session.check_ranks = True
     for batch in batches(9):
         session.step(loss_of(own_part(batch)))
     session.settle()
@@ -293,7 +294,8 @@ def test_a_subnet_is_assembled_from_all_ranks(world_size: int) -> None:
 
 
 def tampered() -> str:
-    session = make_session(small_net(), POLICY, RoundConfig(k=2, check_ranks=True))
+    session = make_session(small_net(), POLICY, RoundConfig(k=2))
+    session.check_ranks = True
     if dist.get_rank() == 1:
         session.policy.s[0] += 1e-12
     try:

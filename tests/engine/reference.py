@@ -107,3 +107,62 @@ class MaskedTrainer:
             inside = kept[name].bool()
             self.momentum[name] = torch.where(inside, momentum, self.momentum[name])
             self.weights[name] = torch.where(inside, weight - self.optim.lr * self.momentum[name], weight)
+
+
+class LocalTrainer(MaskedTrainer):
+    """The same by ranks that talk once per round, all of them here: K steps of each on full weights of its
+    own, then the mean of every entry over the ranks that held it, and the outer step along it.
+
+    ``net`` has no buffers. s moves as it does when ranks talk at every step, by the mean losses; with a
+    subnet per rank, by leave-one-out over these, divided by what masks drawn apart make it too large.
+    """
+
+    def train(self, batches: list[tuple[Tensor, Tensor]], world_size: int) -> None:
+        """Every batch is of all ranks; each takes its contiguous part."""
+        rounds, k = self.rounds, self.rounds.k
+        own = rounds.subnets in ("per_rank", "partition") and world_size > 1
+        velocity = {n: torch.zeros_like(w) for n, w in self.weights.items()}
+        for number in range(len(batches) // k):
+            apart = rounds.subnets == "partition"
+            drawn = (
+                self.policy.sample_subnets(number, world_size, apart) if own else self.policy.sample(number)
+            )
+            start = copy.deepcopy((self.weights, self.momentum))
+            ended, kept, losses = [], [], torch.zeros(world_size, k, 2, dtype=torch.float64)
+            for rank in range(world_size):
+                self.weights, self.momentum = copy.deepcopy(start)
+                self.masks = (drawn[rank], drawn[rank]) if own else drawn
+                for step, (x, y) in enumerate(batches[number * k : (number + 1) * k]):
+                    size = len(x) // world_size
+                    part = slice(rank * size, (rank + 1) * size)
+                    trained = step % 2 if rounds.reference == "turns" and not own else 0
+                    for side in range(2):
+                        loss, gradients, _ = self._pass(x[part], y[part], self.masks[side])
+                        losses[rank, step, side] = loss
+                        if side == trained:
+                            move = gradients
+                    self._move(move, self.masks[trained])
+                ended.append((self.weights, self.momentum))
+                sides = self.masks if rounds.reference == "turns" and k > 1 else self.masks[:1]
+                either = [entry_masks(self.channel_map, mask) for mask in sides]
+                kept.append({n: torch.stack([e[n] for e in either]).amax(0) for n in self.weights})
+            self.weights, self.momentum = start
+            for name, weight in self.weights.items():
+                held = torch.stack([one[name] for one in kept])
+                inside = held.sum(0) > 0
+                mean_weight, mean_momentum = (
+                    (torch.stack([one[place][name] for one in ended]) * held).sum(0) / held.sum(0)
+                    for place in range(2)
+                )
+                moved = torch.where(inside, mean_weight - weight, 0.0)
+                faster = rounds.outer_momentum * velocity[name] + moved
+                velocity[name] = torch.where(inside, faster, velocity[name])
+                along = moved + rounds.outer_momentum * velocity[name]
+                self.weights[name] = torch.where(inside, weight + rounds.outer_lr * along, weight)
+                self.momentum[name] = torch.where(inside, mean_momentum, self.momentum[name])
+            for step in range(k):
+                if own:
+                    masks = torch.stack(drawn)
+                    self.policy.update_from_ranks(losses[:, step, 0], masks, number, apart)
+                elif not torch.equal(*drawn):
+                    self.policy.update(*losses[:, step].mean(0).tolist(), *drawn, number)

@@ -29,7 +29,7 @@ def session_of(
 ) -> SparseOffload:
     rounds = RoundConfig(
         k=4,
-        references="shared" if reference == "turns" else "per_rank",
+        subnets="shared" if reference == "turns" else "references",
         reference=reference,  # type: ignore[arg-type]
         freeze_at=0.7,
         prefetch=prefetch,

@@ -204,18 +204,18 @@ def test_evaluation_final_network_and_resuming_equal_the_cpu() -> None:
         assert_same(run(DEVICE), expected)
 
 
-def on_two_ranks(simulated: bool, references: str, transfer: str) -> dict[str, Tensor]:
+def on_two_ranks(simulated: bool, subnets: str, transfer: str) -> dict[str, Tensor]:
     """What one of two ranks ends with, its groups like NCCL's if the device is simulated."""
 
     def make(device: torch.device) -> dict[str, Tensor]:
-        reference = "turns" if references == "shared" else "every_step"
+        reference = "turns" if subnets == "shared" else "every_step"
         rounds = RoundConfig(
             k=K,
-            references=references,  # type: ignore[arg-type]
+            subnets=subnets,  # type: ignore[arg-type]
             reference=reference,  # type: ignore[arg-type]
             transfer=transfer,  # type: ignore[arg-type]
         )
-        policy = POLICY if references == "shared" else PolicyConfig.paper(rho=0.5, estimator="rloo")
+        policy = POLICY if subnets == "shared" else PolicyConfig.paper(rho=0.5, estimator="rloo")
         session = make_session(small_net(), policy, rounds, device=device)
         for batch in on_device([own_part(batch) for batch in batches(STEPS)], device):
             session.step(loss_of(batch))
@@ -230,11 +230,11 @@ def on_two_ranks(simulated: bool, references: str, transfer: str) -> dict[str, T
 
 
 @pytest.mark.parametrize(
-    ("references", "transfer"), [("shared", "overlap"), ("shared", "full"), ("per_rank", "overlap")]
+    ("subnets", "transfer"), [("shared", "overlap"), ("shared", "full"), ("references", "overlap")]
 )
-def test_two_ranks_give_their_groups_what_nccl_takes(references: str, transfer: str) -> None:
-    expected = run_ranks(2, on_two_ranks, False, references, transfer)
-    found = run_ranks(2, on_two_ranks, True, references, transfer)
+def test_two_ranks_give_their_groups_what_nccl_takes(subnets: str, transfer: str) -> None:
+    expected = run_ranks(2, on_two_ranks, False, subnets, transfer)
+    found = run_ranks(2, on_two_ranks, True, subnets, transfer)
     for mine, other in zip(found, expected, strict=True):
         assert_same(mine, other)
 

@@ -18,6 +18,7 @@ from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.methods.weight_masks.dst import TrainableThresholds
 from offload_sparse.methods.weight_masks.masked import MaskedTraining, build_masked
+from offload_sparse.policy.config import PolicyConfig
 from tests.methods.tasks import batches, make_method, make_task, small_net, train
 from tests.support.constants import configured
 
@@ -31,9 +32,9 @@ def config_of(method: str, **more: Any) -> RunConfig:
         method=cast(Any, method),
         dst=DSTConfig(alpha=5e-2),
         dfbst=DFBSTConfig(beta=50.0),
-        rigl=configured(RigLConfig, density=0.4, interval=3, fraction=0.5),
+        rigl=configured(RigLConfig, interval=3, fraction=0.5),
         round=RoundConfig(freeze_at=0.8),
-        **more,
+        **({"policy": PolicyConfig(rho=0.4)} if method == "rigl" else {}) | more,
     )
 
 
@@ -199,7 +200,6 @@ def test_thresholds_are_not_decayed() -> None:
     [
         (lambda: DSTConfig(alpha=-1), "dst.alpha"),
         (lambda: DFBSTConfig(beta=-1), "dfbst.beta"),
-        (lambda: RigLConfig(density=0), "rigl.density"),
         (lambda: OptimConfig(milestones=[2]), "optim.milestones"),
     ],
 )

@@ -17,6 +17,7 @@ from offload_sparse.methods.weight_masks.rigl import (
     erk_densities,
     update_fraction,
 )
+from offload_sparse.policy.config import PolicyConfig
 from tests.methods.tasks import batches, make_method, train
 from tests.support.constants import configured
 
@@ -53,8 +54,8 @@ def test_the_share_replaced_is_a_cosine_that_ends_at_zero() -> None:
 def test_a_replacement_drops_small_weights_and_grows_others() -> None:
     """It drops the smallest weights and grows where the gradient is largest."""
     weight = torch.nn.Parameter(torch.zeros(1, 8))
-    options = configured(RigLConfig, density=0.5, fraction=0.6, interval=1)
-    sparsity = DropAndGrow({"weight": weight}, options, total_steps=1000, seed=0)
+    options = configured(RigLConfig, fraction=0.6, interval=1)
+    sparsity = DropAndGrow({"weight": weight}, 0.5, options, total_steps=1000, seed=0)
     alive = sparsity.masks()["weight"].flatten().nonzero().flatten()
     dead = (~sparsity.masks()["weight"]).flatten().nonzero().flatten()
     with torch.no_grad():
@@ -70,7 +71,8 @@ def test_a_replacement_drops_small_weights_and_grows_others() -> None:
 
 
 def test_counts_stay_and_nothing_lives_outside_the_masks() -> None:
-    config = RunConfig(method="rigl", rigl=configured(RigLConfig, density=0.3, interval=2, fraction=0.5))
+    rigl = configured(RigLConfig, interval=2, fraction=0.5)
+    config = RunConfig(method="rigl", rigl=rigl, policy=PolicyConfig(rho=0.3))
     method = make_method(config, total_steps=16)
     seen = [method.sparsity.masks()]
     for batch in batches(16):

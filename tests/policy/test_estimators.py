@@ -12,6 +12,7 @@ from offload_sparse.policy.estimators import (
     ESTIMATORS,
     Comparison,
     ControlVariate,
+    apart_factor,
     leave_one_out,
     paired_losses,
     precondition,
@@ -176,6 +177,26 @@ def test_leave_one_out_over_ranks_is_unbiased() -> None:
         mean += p[chosen].prod() * g
     gradients = torch.stack([enumerated_gradient(masks, losses, s) for losses in on_rank])
     torch.testing.assert_close(mean, gradients.mean(dim=0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_leave_one_out_over_masks_drawn_apart_is_unbiased(ranks: int) -> None:
+    """Exact expectation over where the common uniform of each atom lies; the first atom is in one mask."""
+    masks, losses, _ = random_problem(3)
+    s = torch.tensor([0.3, 0.55, 0.8], dtype=torch.float64)
+    shifts = torch.arange(ranks, dtype=torch.float64) / ranks
+    cases = []
+    for keep in s:  # between two cuts the masks of an atom are the same for every u
+        cuts = torch.cat([(-shifts) % 1, (keep - shifts) % 1, torch.tensor([0.0, 1.0])]).sort().values
+        middles, lengths = (cuts[1:] + cuts[:-1]) / 2, cuts.diff()
+        cases.append([((m + shifts) % 1 < keep, p) for m, p in zip(middles, lengths, strict=True) if p > 0])
+    mean = torch.zeros_like(s)
+    for atoms in itertools.product(*cases):
+        drawn = torch.stack([kept for kept, _ in atoms], dim=1)
+        own = torch.stack([losses[index_of(mask)] for mask in drawn])
+        mean += torch.stack([p for _, p in atoms]).prod() * leave_one_out(own, drawn, s)
+    torch.testing.assert_close(mean / apart_factor(s, ranks), enumerated_gradient(masks, losses, s))
+    assert not bool((cases[0][0][0].sum() > 1).any())
 
 
 def test_more_samples_vary_less() -> None:

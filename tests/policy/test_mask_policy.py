@@ -336,7 +336,7 @@ def test_what_is_left_open_is_chosen_to_go_together(
 
 
 def test_references_of_ranks_are_learned_from_by_leave_one_out_only() -> None:
-    rounds = RoundConfig(reference="every_step", references="per_rank")
+    rounds = RoundConfig(reference="every_step", subnets="references")
     check_combination(PolicyConfig(estimator="rloo"), rounds)
     with pytest.raises(ValueError, match=r"set policy\.estimator to rloo"):
         check_combination(PolicyConfig(estimator="vr_pge"), rounds)

@@ -9,7 +9,6 @@ import pytest
 
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
-from offload_sparse.config.methods import RigLConfig
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
@@ -64,10 +63,10 @@ def test_the_controls_pay_for_one_forward_and_one_backward() -> None:
 
 
 def test_rigl_keeps_its_density_of_the_layers_that_it_masks() -> None:
-    figures = dry_run(RunConfig(method="rigl", rigl=RigLConfig(0.1)))
+    figures = dry_run(RunConfig(method="rigl", policy=PolicyConfig(rho=0.1)))
     assert 0.1 < figures["params_ratio"] < 0.12, "biases and norms are not masked"
     assert 0.1 < figures["flops_ratio"] < 0.6, "early layers are denser, and spend more"
-    assert figures["knob"] == "density 0.1"
+    assert figures["knob"] == "rho 0.1"
 
 
 def test_the_passes_count_one_backward_per_step() -> None:

@@ -275,7 +275,7 @@ def test_lines_of_a_long_run_fit_their_columns(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("method", "setting"),
-    [("grow_efficient", "raise policy.rho"), ("rigl", "raise rigl.density")],
+    [("grow_efficient", "raise policy.rho"), ("rigl", "raise policy.rho")],
 )
 def test_a_network_that_collapses_is_a_warning(
     method: str, setting: str, caplog: pytest.LogCaptureFixture

@@ -22,12 +22,12 @@ from tests.support.constants import configured
 OPTIM = OptimConfig(lr=0.05, momentum=0.9, weight_decay=1e-2)
 
 
-def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+def batches(steps: int, seed: int = 0, size: int = 8) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
         (
-            torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64),
-            torch.randint(4, (8,), generator=generator),
+            torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(4, (size,), generator=generator),
         )
         for _ in range(steps)
     ]

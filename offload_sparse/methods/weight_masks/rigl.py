@@ -54,13 +54,18 @@ class DropAndGrow(Sparsity):
     so it is called as it is."""
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], options: RigLConfig, total_steps: int, seed: int
+        self,
+        weights: Mapping[str, nn.Parameter],
+        density: float,
+        options: RigLConfig,
+        total_steps: int,
+        seed: int,
     ) -> None:
         super().__init__(weights)
         self._options = options
         self._end = options.stop * total_steps
         self._changed = False
-        shares = erk_densities([tuple(weight.shape) for weight in self.weights.values()], options.density)
+        shares = erk_densities([tuple(weight.shape) for weight in self.weights.values()], density)
         self.kept = [
             max(1, round(share * w.numel())) for share, w in zip(shares, self.weights.values(), strict=True)
         ]
@@ -132,5 +137,5 @@ class DropAndGrow(Sparsity):
 
 def build(task: Task) -> Method:
     """RigL on the network of ``task``."""
-    options, seed = task.config.rigl, task.config.train.seed
-    return build_masked(task, lambda weights: DropAndGrow(weights, options, task.total_steps, seed))
+    options, seed, density = task.config.rigl, task.config.train.seed, task.config.policy.rho
+    return build_masked(task, lambda weights: DropAndGrow(weights, density, options, task.total_steps, seed))

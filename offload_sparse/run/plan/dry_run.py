@@ -79,7 +79,6 @@ def knob(config: RunConfig) -> str:
     """The setting that decides how much a method keeps, as its users know it."""
     knobs = {
         "dense": "all weights",
-        "rigl": f"density {config.rigl.density:g}",
         "dst": f"alpha {config.dst.alpha:g}",
         "dfbst": f"alpha {config.dst.alpha:g}, beta {config.dfbst.beta:g}",
     }
@@ -172,7 +171,7 @@ def _kept_by_rigl(config: RunConfig, structure: Structure) -> tuple[float, float
 
     weights = maskable_weights(structure.model)
     flops = flops_by_module(structure.model, structure.inputs)
-    densities = erk_densities([tuple(weight.shape) for weight in weights.values()], config.rigl.density)
+    densities = erk_densities([tuple(weight.shape) for weight in weights.values()], config.policy.rho)
     parameters, left = float(structure.cost.dense_parameters), float(flops[""])
     for (name, weight), density in zip(weights.items(), densities, strict=True):
         parameters -= (1 - density) * weight.numel()

@@ -35,7 +35,8 @@ class Side:
 
 class FirstRounds:
     """What ``engine.transfers`` will hold and move in the first ``rounds`` rounds of a run; ``names`` has,
-    per kind of array, the tensors that it consists of."""
+    per kind of array, the tensors that it consists of; each of several ``ranks`` may have a subnet of its
+    own."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class FirstRounds:
         cost: CostModel,
         names: Mapping[str, tuple[str, ...]],
         rounds: int,
+        ranks: int = 1,
     ) -> None:
         self._map, self._names = channel_map, names
         self._whole = {kind: _entries(channel_map.shapes, tensors) for kind, tensors in names.items()}
@@ -55,11 +57,13 @@ class FirstRounds:
         self._pairs = 1 + (config.round.delta and not policy.trivial)
         trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
         turns = config.round.reference == "turns" and config.round.k > 1
+        self._outer = (WEIGHTS,) if config.round.outer_momentum else ()
+        self.own_subnets = config.round.own_subnets and ranks > 1
         self.rounds: list[tuple[Side, ...]] = []
         for number in range(1 if policy.trivial else rounds):
             first, second = map(self._selection, policy.sample(number))
             sides: tuple[Side, ...] = (Side(first, trained, True),)
-            if not torch.equal(first.mask, second.mask):
+            if not (self.own_subnets or torch.equal(first.mask, second.mask)):
                 sides += (Side(second, trained if turns else (WEIGHTS, BUFFERS), turns),)
             self.rounds.append(sides)
 
@@ -124,7 +128,7 @@ class FirstRounds:
         keepers = [side.selection for side in new if side.trained] if self._pairs > 1 else []
         total = 0
         for side in (s for s in old if s.trained):
-            total += sum(self._missing(side, kind, keepers) for kind in side.kinds)
+            total += sum(self._missing(side, kind, keepers) for kind in (*side.kinds, *self._outer))
             keepers.append(side.selection)
         return total
 

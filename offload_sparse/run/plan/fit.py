@@ -149,6 +149,7 @@ def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: 
     return found | {
         "tier": config.store.tier,
         "bus_bytes_per_round": sum(planner.traffic(machine)),
+        "sent_bytes_per_step": planner.sent(machine),
         "advice": "" if missing is None else f"{missing}; {advice(planner, machine)}",
         "largest_rho": largest_rho(planner, machine),
         "beside": beside,

@@ -114,14 +114,15 @@ class Planner:
             return self._network_memory(machine)
         if method != "sparse_offload":
             raise ValueError(f"only {', '.join(PLANNED)} runs are planned, not {method}; set method to one")
-        first = self.first_rounds(rounds)
+        first = self.first_rounds(rounds, machine.ranks)
         rows, on_disk = self.store_bytes(machine.ranks), self.config.store.tier != "ram"
         cuda = machine.device is not None
         return Memory(
             store=0 if on_disk else rows,
             files=rows if on_disk else 0,
             initialising=self.initialising_bytes(),
-            staging=(2 * self._part_bytes(first, STAGE) if cuda else 0) + self._window_bytes(),
+            staging=(2 * self._part_bytes(first, STAGE) + self._averaged(first, machine) if cuda else 0)
+            + self._window_bytes(),
             subnets=(first.reserved if cuda else first.touched) * self._item,
             reserved=first.reserved * self._item,
             activations=self.step_bytes(first, machine),
@@ -144,9 +145,9 @@ class Planner:
         activations, on_host = passes + self._batch_bytes(images), machine.device is None
         return Memory(0, 0, built, 0, held, held, activations, on_host, process_bytes())
 
-    def first_rounds(self, rounds: int) -> FirstRounds:
+    def first_rounds(self, rounds: int, ranks: int = 1) -> FirstRounds:
         """The subnets of the first rounds."""
-        return FirstRounds(self.config, self.channel_map, self.structure.cost, self._names, rounds)
+        return FirstRounds(self.config, self.channel_map, self.structure.cost, self._names, rounds, ranks)
 
     def store_bytes(self, ranks: int) -> int:
         """Bytes of the largest share of weights, slots and statistics that a rank holds."""
@@ -155,7 +156,8 @@ class Planner:
             kind: Partition(Layout.of({n: tuple(shapes[n]) for n in self._names[kind]}), ranks)
             for kind in (WEIGHTS, BUFFERS)
         }
-        copies = {WEIGHTS: 1 + len(self._slots), BUFFERS: 1}
+        outer = self.config.round.outer_momentum > 0
+        copies = {WEIGHTS: 1 + len(self._slots) + outer, BUFFERS: 1}
         held = [sum(copies[k] * part.shard(r).size for k, part in parts.items()) for r in range(ranks)]
         return max(held) * self._item
 
@@ -178,14 +180,31 @@ class Planner:
         passes = self._passes(first, largest, images)
         cuda = machine.device is not None
         moved = self._part_bytes(first, WIRE) if machine.ranks > 1 else 0
-        moved += self._part_bytes(first, STAGE) if cuda else 0
+        moved += self._part_bytes(first, STAGE) if cuda else self._averaged(first, machine)
         overlaps = config.round.overlaps(cuda) and learns
         return kept * batch + (passes + moved if overlaps else max(passes, moved))
 
     def traffic(self, machine: Machine, rounds: int = ROUNDS) -> tuple[float, float]:
         """Bytes that a rank moves from one round to the next: (to the device, back), means over rounds."""
-        to_device, back = self.first_rounds(rounds).traffic()
-        return to_device * self._item / machine.ranks, back * self._item / machine.ranks
+        first = self.first_rounds(rounds, machine.ranks)
+        to_device, back = first.traffic()
+        share = self._item / (1 if first.own_subnets else machine.ranks)
+        return to_device * share, back * share
+
+    def sent(self, machine: Machine, rounds: int = ROUNDS) -> float:
+        """Bytes that a rank sends to other ranks per step of the search, a mean over rounds: the gradients of
+        every step in a ring, or what ranks agree on at the end of a round; and what subnets are made from.
+        """
+        ranks, k = machine.ranks, self.config.round.k
+        first = self.first_rounds(rounds, ranks)
+        learned = [[s for s in sides if s.trained] for sides in first.rounds]
+        if self.config.round.sync == "round":
+            agreed = [sum(first.entries(s, kind) for s in sides for kind in s.kinds) for sides in learned]
+            per_step = sum(agreed) / len(agreed) / k
+        else:
+            gradients = [sum(first.entries(s, WEIGHTS) for s in sides) / len(sides) for sides in learned]
+            per_step = 2 * sum(gradients) / len(gradients)
+        return (per_step + first.traffic()[0] / k) * self._item * (ranks - 1) / ranks
 
     def with_method(self, method: str) -> Planner:
         """The same run by another method."""
@@ -206,6 +225,15 @@ class Planner:
         tensor = max(prod(shapes[name]) for shapes in subnets for name in self._names[WEIGHTS])
         whole = max(first.entries(s, WEIGHTS) for sides in first.rounds for s in sides)
         return max(tensor, min(limit, whole)) * self._item
+
+    def _averaged(self, first: FirstRounds, machine: Machine) -> int:
+        """Bytes in host memory of what a rank sends and receives at the end of a round that it has trained by
+        itself, one side after the other, and of the means.
+        """
+        if self.config.round.sync == "step" or machine.ranks == 1:
+            return 0
+        sides = [side for sides in first.rounds for side in sides if side.trained]
+        return 2 * max(sum(first.entries(s, kind) for kind in s.kinds) for s in sides) * self._item
 
     def _passes(self, first: FirstRounds, sides: tuple[Side, ...], images: Tensor) -> int:
         """Most bytes of the passes of a round, the copy of the trained side's statistics included."""

@@ -145,14 +145,22 @@ class _Wire:
         return grid
 
 
-def shared_plan(target: Narrow, holder: Narrow, regions: Regions | None = None) -> BlockPlan:
+def shared_plan(
+    target: Narrow,
+    holder: Narrow,
+    regions: Regions | None = None,
+    owner: tuple[Partition, int] | None = None,
+) -> BlockPlan:
     """From ``holder`` to ``target``: the entries that both keep.
 
     Args:
         target, holder: the buffers.
         regions: those of their selections, if they are known already.
+        owner: only entries of the rows that this rank of a partition owns.
     """
     pieces = _divided(target, [holder], regions)[1].get(0, [])
+    if owner is not None:
+        pieces = list(_Shard(*owner, target).own(pieces))
     return BlockPlan(target.blocks(holder, target, pieces), (holder.layout.size, target.layout.size))
 
 

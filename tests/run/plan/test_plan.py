@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan import fit
@@ -40,7 +41,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair"])
+@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair", "local"])
 def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None:
     """Entries of every array of both pairs, and of those how many are written."""
     config = CASES[name]
@@ -70,7 +71,7 @@ def turns(config: RunConfig) -> int:
 
 
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair"])
+@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair", "local"])
 def test_predicted_traffic_is_what_a_run_moves(name: str) -> None:
     """A run whose probabilities stand still."""
     config = replace(CASES[name], policy=PolicyConfig(rho=0.25, lr=0))
@@ -114,6 +115,20 @@ def test_a_second_rank_halves_the_store_and_the_batch() -> None:
     assert two.subnets == one.subnets
     assert 0.45 * one.activations < two.activations < 0.9 * one.activations
     assert sum(planner.traffic(Machine(2, 2, 1 << 50, None))) == sum(planner.traffic(LARGE)) / 2
+
+
+def test_ranks_that_talk_once_per_round_send_a_twentieth() -> None:
+    """Every entry of the trained subnet once to the owners of its rows and once back; outer momentum is one
+    more slot in the store.
+    """
+    step = replace(SMALL, round=RoundConfig(k=50, reference="every_step"))
+    local = replace(SMALL, round=RoundConfig(k=50, reference="every_step", sync="round", outer_momentum=0.5))
+    machine = Machine(2, 2, 1 << 50, None)
+    assert planner_of(local).sent(machine) < planner_of(step).sent(machine) / 20
+    assert planner_of(step).sent(LARGE) == 0
+    plain, outer = (planner_of(config).store_bytes(1) for config in (step, local))
+    weights = sum(p.numel() for p in planner_of(SMALL).structure.model.parameters())
+    assert outer - plain == 4 * weights
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:

@@ -1,0 +1,208 @@
+"""Two ranks on a slow link: dense DDP, ranks that talk at every step, and ranks that talk once per round.
+
+    namespace 0 | rank 0 | veth ──── rate limited by tc, both ways ──── veth | rank 1 | namespace 1
+
+Steps per second are of whole rounds of ours and of a few steps of DDP, with all rates in turn; bytes are
+those that the kernel counts at both interfaces. The reference is evaluated at every step, so one subnet is
+trained. Needs root, ``ip`` and ``tc`` (iproute2).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.measure import Batch, loss_of, random_batch
+from offload_sparse.bench.options import LinksConfig
+from offload_sparse.engine.config import OptimConfig, RoundConfig, Sync
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.workloads.models import build_model
+
+MODELS: dict[str, tuple[str, int, int, int]] = {
+    "vgg19": ("offload_sparse/vgg19_cifar", 32, 16, 10),
+    "resnet50": ("torchvision/resnet50", 64, 8, 1000),
+}
+"""Name, image side, images per rank, classes."""
+
+RATES = {"unlimited": "", "1gbit": "1gbit", "100mbit": "100mbit"}
+MODES = ("dense", "step", "round")
+
+_RHO, _LIMIT = 0.25, 3600
+_HEADER = ("network", "mode", "rate", "steps/s", "of its own without limit", "MiB on the wire per step")
+
+
+def run(quick: bool, config: LinksConfig) -> BenchResult:
+    """Both networks at both rates, K = 50; ``quick`` takes VGG-19 at 100 Mbit/s, K = 10, a few images."""
+    models: list[str] = [*config.models] or (["vgg19"] if quick else list(MODELS))
+    rates = ["unlimited", *(config.rates or (["100mbit"] if quick else list(RATES)[1:]))]
+    images = config.images or (4 if quick else 0)
+    settings = {"models": models, "rates": rates, "k": 10 if quick else 50, "images": images}
+    try:
+        with _linked() as names:
+            found = _on_both(names, settings)
+    except PermissionError as error:
+        return BenchResult({}, {"skipped": str(error)}, _HEADER, [[f"skipped: {error}", *[""] * 5]])
+    ratios, rows = {}, []
+    for model in models:
+        for mode in MODES:
+            alone = found[f"{model}.{mode}.unlimited"]["steps_per_second"]
+            for rate in rates:
+                figures = found[f"{model}.{mode}.{rate}"]
+                share = figures["steps_per_second"] / alone
+                sent = figures["bytes_per_step"] / 2**20
+                rows.append([model, mode, rate, figures["steps_per_second"], share, sent])
+                if rate != "unlimited":
+                    ratios[f"links.{model}.{rate}.{mode}"] = share
+        step, once = (found[f"{model}.{mode}.{rates[-1]}"]["bytes_per_step"] for mode in MODES[1:])
+        ratios[f"links.{model}.wire.round_vs_step"] = once / step
+    return BenchResult(ratios, settings | {"measured": found}, _HEADER, rows)
+
+
+# --- the link ---
+
+
+@contextmanager
+def _linked() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, each with one end of a veth pair. Raises PermissionError: they cannot be
+    made."""
+    names = (f"offload{os.getpid()}a", f"offload{os.getpid()}b")
+    try:
+        for name in names:
+            _call("ip", "netns", "add", name)
+        _call(
+            "ip", "-n", names[0], "link", "add", "veth0", "type", "veth", "peer", "veth0", "netns", names[1]
+        )
+        for rank, name in enumerate(names):
+            _call("ip", "-n", name, "addr", "add", f"10.77.0.{rank + 1}/30", "dev", "veth0")
+            for device in ("lo", "veth0"):
+                _call("ip", "-n", name, "link", "set", device, "up")
+            _call("tc", "-n", name, *_limit("100mbit"))
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def _limit(rate: str) -> tuple[str, ...]:
+    """Arguments of tc that limit what leaves; no rate takes the limit away."""
+    if not rate:
+        return ("qdisc", "replace", "dev", "veth0", "root", "pfifo")
+    bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+    return ("qdisc", "replace", "dev", "veth0", "root", *bucket)
+
+
+def _call(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise PermissionError(f"there is no {command[0]}; install iproute2") from None
+    if done.returncode:
+        said = (done.stderr.strip() or "no reason given").splitlines()[0]
+        raise PermissionError(f"network namespaces need root and a kernel that has them ({said})")
+
+
+def _on_both(names: tuple[str, str], settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What both ranks have measured: the slower one's speed, and what both have sent."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = (sys.executable, "-m", "offload_sparse.bench.links", folder, json.dumps(settings))
+        ranks = [
+            subprocess.Popen(["ip", "netns", "exec", name, *command, str(rank)])
+            for rank, name in enumerate(names)
+        ]
+        try:
+            codes = [rank.wait(_LIMIT) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        if any(codes):
+            raise RuntimeError(f"the ranks have ended with the codes {codes}")
+        one, other = (json.loads((Path(folder) / f"result{r}").read_text()) for r in range(2))
+    speed, sent = "steps_per_second", "bytes_per_step"
+    return {n: {speed: min(one[n][speed], other[n][speed]), sent: one[n][sent] + other[n][sent]} for n in one}
+
+
+# --- a rank ---
+
+
+def _rank(folder: str, settings: dict[str, Any], rank: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "veth0"
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "rendezvous"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    found = {}
+    for model in settings["models"]:
+        name, side, images, classes = MODELS[model]
+        images = settings["images"] or images
+        batch = random_batch(images, side, classes, torch.device("cpu"), torch.Generator().manual_seed(rank))
+        for mode in MODES:
+            steps = 2 if mode == "dense" else settings["k"]
+            build = partial(build_model, name, classes, 3, side)
+            step = _dense(build, batch) if mode == "dense" else _ours(build, batch, steps, mode)
+            step()  # not counted: what happens once; the round that has begun is ended by the first rate
+            for rate in settings["rates"]:
+                found[f"{model}.{mode}.{rate}"] = _measured(step, steps, RATES[rate])
+    (Path(folder) / f"result{rank}").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)
+
+
+def _measured(step: Callable[[], object], steps: int, rate: str) -> dict[str, float]:
+    """Steps per second of ``steps`` steps on a link of this rate, and the bytes that have left."""
+    _call("tc", *_limit(rate))
+    dist.barrier()
+    sent, start = _sent_bytes(), time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    seconds = time.perf_counter() - start
+    return {"steps_per_second": steps / seconds, "bytes_per_step": (_sent_bytes() - sent) / steps}
+
+
+def _sent_bytes() -> int:
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("veth0:"))
+
+
+def _dense(build: Callable[[], torch.nn.Module], batch: Batch) -> Callable[[], object]:
+    module = DistributedDataParallel(build().train())
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_of(module, batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def _ours(build: Callable[[], torch.nn.Module], batch: Batch, k: int, sync: str) -> Callable[[], object]:
+    session = SparseOffload(
+        build,
+        (batch[0][:1].to("meta"),),
+        optimizer_factory(OptimConfig(lr=0.01)),
+        total_steps=1000 * k,
+        policy=PolicyConfig.paper(rho=_RHO),
+        rounds=RoundConfig(k=k, reference="every_step", sync=cast(Sync, sync)),
+        setup=Setup(verify=False),
+    )
+    return lambda: session.step(partial(loss_of, batch=batch))
+
+
+if __name__ == "__main__":
+    _rank(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))

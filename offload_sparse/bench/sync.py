@@ -1,0 +1,82 @@
+"""Accuracy of ranks that talk once per round beside that of ranks that talk at every step, over seeds.
+
+Two ranks on CPUs train a small VGG on equally many images, in whole runs of ``offload-sparse train`` in
+folders of their own under ``--cache``: cut short, they resume; finished, they are not run again.
+
+    step             gradients averaged at every step, K = 50
+    round10, round50 K steps of each rank by itself, then the average
+    outer50          the same with outer momentum 0.5
+    per_rank         a subnet of its own on every rank, K = 50
+    partition        the same, disjoint
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from offload_sparse.bench.cells import finished_run, spread
+from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.options import SyncBenchConfig
+
+RANKS = 2
+
+_COMMON: dict[str, Any] = {
+    "model.name": "offload_sparse/vgg_small",
+    "data.batch_size": 64,
+    "data.random_flip": "true",
+    "optim.lr": 0.05,
+    "optim.warmup_epochs": 0.2,
+    "policy.rho": 0.5,
+    "policy.sampler": "bernoulli",
+    "policy.estimator": "rloo",
+    "round.freeze_at": 0.5,
+    "round.prefetch": "false",
+    "train.eval_every": 0,
+    "train.check": "false",
+    "quiet": "true",
+    "trackers": "[]",
+}
+_LOCAL: dict[str, Any] = {"round.sync": "round", "round.k": 50}
+
+MODES: Mapping[str, dict[str, Any]] = {
+    "step": {"round.k": 50},
+    "round10": _LOCAL | {"round.k": 10},
+    "round50": _LOCAL,
+    "outer50": _LOCAL | {"round.outer_momentum": 0.5},
+    "per_rank": _LOCAL | {"round.subnets": "per_rank"},
+    "partition": _LOCAL | {"round.subnets": "partition"},
+}
+
+_HEADER = ("mode", "runs", "test accuracy %", "spread", "difference from step", "its spread")
+
+
+def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
+    """Every mode over the same seeds; ``quick`` makes few steps of one seed."""
+    seeds, epochs = config.seeds or (1 if quick else 2), config.epochs or 8
+    options = _COMMON | {"data.limit": 512 if quick else config.images, "train.epochs": epochs}
+    options |= {"train.max_steps": 40} if quick else {}
+    options |= {"data.name": config.data, "data.splits": "[train, validation]"} if config.data else {}
+    modes = config.modes or (["step", "round10"] if quick else list(MODES))
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as kept:
+        for seed in range(seeds):
+            for mode in modes:
+                size = f"{options['data.limit']}x{epochs}"
+                folder = Path(config.cache or kept) / f"sync-{mode}-{size}-seed{seed}"
+                summary, _ = finished_run(folder, options | MODES[mode] | {"train.seed": seed}, RANKS)
+                found.setdefault(mode, []).append(100 * summary["test_accuracy"])
+    ratios: dict[str, float] = {}
+    rows: list[list[Any]] = []
+    for mode, accuracy in found.items():
+        ratios |= {f"sync.{mode}.accuracy": fmean(accuracy), f"sync.{mode}.spread": spread(accuracy)}
+        beside: list[Any] = ["", ""]
+        if mode != "step" and "step" in found:
+            apart = [a - b for a, b in zip(accuracy, found["step"], strict=True)]
+            beside = [fmean(apart), spread(apart)]
+            ratios |= {f"sync.{mode}.vs_step": beside[0], f"sync.{mode}.vs_step_spread": beside[1]}
+        rows.append([mode, len(accuracy), fmean(accuracy), spread(accuracy), *beside])
+    return BenchResult(ratios, {"accuracy": found, "options": options}, _HEADER, rows)

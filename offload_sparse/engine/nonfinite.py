@@ -1,0 +1,56 @@
+"""What follows from steps whose loss or gradient was not finite."""
+
+from __future__ import annotations
+
+import logging
+
+from offload_sparse.engine.config import OnNonFinite
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 10
+"""As many steps that are not finite, one after the other, are no bad luck with a batch; nor are more than
+these that are one in a hundred.
+"""
+
+_CONSEQUENCES = {
+    "skip": "the batch has been skipped",
+    "rollback": "the run goes on from the end of the round before",
+}
+
+
+class NonFinite:
+    """Counts the steps that were left out.
+
+    Args:
+        mode: what one of them leads to.
+        rank: of this process; the first one says so.
+    """
+
+    def __init__(self, mode: OnNonFinite, rank: int) -> None:
+        self._mode, self._rank = mode, rank
+        self._skipped, self._in_a_row = 0, 0
+        self._faults: list[str] = []
+
+    def seen(self, fault: str) -> None:
+        """Note one more step: what was not finite in it, or ""."""
+        self._in_a_row = self._in_a_row + 1 if fault else 0
+        self._skipped += bool(fault)
+        self._faults += [fault] if fault else []
+
+    def rolls_back(self, steps_done: int) -> bool:
+        """Whether the steps since the last call lead back to the end of the round before. Those that were not
+        finite have moved nothing. Raises FloatingPointError: they end the run.
+        """
+        faults, self._faults = self._faults, []
+        if not faults:
+            return False
+        if self._mode == "stop":
+            raise FloatingPointError(faults[0])
+        if self._in_a_row >= MOST_SKIPPED or self._skipped > max(MOST_SKIPPED, steps_done // 100):
+            many = f"{self._in_a_row} in a row, {self._skipped} of {steps_done} steps"
+            raise FloatingPointError(f"too many steps are not finite ({many}); the last one: {faults[-1]}")
+        if self._rank == 0:
+            for fault in faults:
+                logger.warning("%s; %s", fault, _CONSEQUENCES[self._mode])
+        return self._mode == "rollback"

@@ -1,0 +1,66 @@
+"""Which subnets a round has, which of them a rank trains or evaluates, and when ranks talk."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from offload_sparse.engine.config import Reference, RoundConfig
+from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.width_search import WidthSearch
+
+Masks = tuple[Tensor, ...]
+"""bool[C] each: the mask of subnet a, then those of b (one for all ranks, or one for each); or the mask of
+every rank, where each trains a subnet of its own.
+"""
+
+
+class Roles:
+    """The part of every rank.
+
+    Args:
+        rounds: settings.
+        world_size: number of ranks.
+        local_from: optimizer steps after which, with ``round.sync round``, ranks talk once per round.
+    """
+
+    def __init__(self, rounds: RoundConfig, world_size: int, local_from: int) -> None:
+        self._rounds, self._world_size, self._local_from = rounds, world_size, local_from
+
+    def local(self, first_step: int) -> bool:
+        """Whether ranks talk once in the round that begins with this step."""
+        return self._rounds.sync == "round" and first_step >= self._local_from
+
+    def own_subnets(self, first_step: int) -> bool:
+        """Whether every rank has a subnet of its own in the round (of the search) that begins with it."""
+        return self._rounds.own_subnets and self._world_size > 1 and self.local(first_step)
+
+    def drawn(self, policy: MaskPolicy | WidthSearch, number: int, first_step: int) -> Masks:
+        """The masks of round ``number``, which begins with this step."""
+        subnets = self._rounds.subnets
+        if subnets == "shared" or self._world_size == 1:
+            return policy.sample(number)
+        assert isinstance(policy, MaskPolicy), "one mask at a time has nothing to compare"
+        if self.own_subnets(first_step):
+            return policy.sample_subnets(number, self._world_size, disjoint=subnets == "partition")
+        if subnets == "references":
+            return policy.sample_for_ranks(number, self._world_size)
+        return policy.sample(number)
+
+
+def roles(reference: Reference, step: int, same: bool) -> tuple[int, int | None]:
+    """Which side is trained, and which is evaluated beside it, at a step of a round (0 is a, 1 is b)."""
+    if same:
+        return 0, None
+    if reference == "turns":
+        return step % 2, 1 - step % 2
+    return 0, 1 if reference == "every_step" or step == 0 else None
+
+
+def subnet_of(masks: Masks, rank: int) -> Tensor:
+    """The mask of the subnet that ``rank`` alone trains."""
+    return masks[rank % len(masks)]
+
+
+def reference_of(masks: Masks, rank: int) -> Tensor:
+    """The mask of subnet b on ``rank``."""
+    return masks[1 + rank % (len(masks) - 1)]
