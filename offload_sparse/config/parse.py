@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 import re
+import shutil
 import typing
 from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,9 @@ class MistakesError(ValueError):
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(100, shutil.get_terminal_size().columns - 2))
+
     def _format_action_invocation(self, action: Action) -> str:
         # jsonargparse lists its own "--name+" beside every list; here lists are given whole.
         return re.sub(r", --\S+\+ .*$", "", super()._format_action_invocation(action))

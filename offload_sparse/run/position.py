@@ -122,7 +122,7 @@ class Progress:
         run = loaded.manifest.run if loaded else {}
         origin = str(start.source) if start.source else None
         self._recorder.begin(total_steps, steps_per_epoch, self.step, run.get("seconds", 0.0), origin)
-        if self.step and self._rank == 0:
+        if self.step and self._rank == 0 and start.status != "look":
             where = "its own store" if loaded is None or in_place else str(loaded.folder)
             tell(f"resuming at step {self.step} from {where}")
             if run.get("total_steps", total_steps) != total_steps:
