@@ -129,8 +129,7 @@ def measure_way(
 
 def one_round(session: SparseOffload) -> tuple[float, float]:
     """CPU seconds of this thread and of that of the transfers, from the end of one round's steps to the next
-    round's, whose losses are random.
-    """
+    round's, whose losses are random."""
     session._open()
     session.transfers.join()
     count = session.round_length - session.round_step

@@ -61,8 +61,7 @@ _BATCH, _RHO, _K = 16, 0.25, 50
 @dataclass(frozen=True)
 class Cluster:
     """What the model takes for granted: sustained arithmetic of a GPU on the narrow network in TFLOP/s, GB/s
-    per GPU (host to device; within a node and between nodes per direction), microseconds per hop.
-    """
+    per GPU (host to device; within a node and between nodes per direction), microseconds per hop."""
 
     gpu_batch: int = 32
     gpu_tflops: float = 20.0
@@ -81,8 +80,7 @@ class Constants:
         compute_seconds: forward and backward pass of one subnet and the reference loss of the other.
         gradient_bytes: gradients of one subnet.
         round_bytes: weights, optimizer slots and statistics of both subnets.
-        k: steps per round.
-    """
+        k: steps per round."""
 
     compute_seconds: float
     gradient_bytes: float
@@ -171,8 +169,7 @@ def _round(session: SparseOffload, batch: Batch, k: int) -> None:
 def modelled_constants(cluster: Cluster) -> Constants:
     """Counted on ResNet-50 with ``_RHO`` of every width, 224 pixels, SGD with momentum, float32.
 
-    A step is a forward and backward pass (3 forward passes' work) and the reference loss (1).
-    """
+    A step is a forward and backward pass (3 forward passes' work) and the reference loss (1)."""
     image = torch.empty(1, 3, 224, 224, device="meta")
     model = build_on_meta(partial(build_model, _MODELLED, 1000, 3, 224))
     channel_map = discover(model, (image,))
@@ -191,8 +188,7 @@ def efficiency(gpus: int, constants: Constants, cluster: Cluster, sync: str = "s
 
 def round_seconds(gpus: int, constants: Constants, cluster: Cluster, sync: str = "step") -> float:
     """Seconds of a round on ``gpus`` GPUs, nothing overlapped; an all-gather is half of an all-reduce, and so
-    is the way to the owners of the rows.
-    """
+    is the way to the owners of the rows."""
     local = sync == "round"
     reduced = 4 * TAIL if local else constants.gradient_bytes
     step = constants.compute_seconds + all_reduce_seconds(gpus, reduced, cluster)

@@ -141,8 +141,7 @@ class Cell:
 
     Attributes:
         steps: optimizer steps of ``even``.
-        folder: where the folders of runs are.
-    """
+        folder: where the folders of runs are."""
 
     config: StudyConfig
     name: str
@@ -173,11 +172,8 @@ class Cell:
         return bool({"published": self.setting.published, "taper": self.setting.taper}.get(self.name, True))
 
     def options(self) -> dict[str, Any]:
-        """Of the run; the widths of ``found`` are those that ``probe`` has left.
-
-        Raises:
-            ValueError: there are no images.
-        """
+        """Of the run; the widths of ``found`` are those that ``probe`` has left. Raises ValueError: there are
+        no images."""
         widths = {"published": self.setting.published, "taper": self.setting.taper}.get(self.name, "")
         if self.name == "found":
             widths = " ".join(map(str, replace(self, name="probe").figures()["widths"]))
@@ -217,8 +213,7 @@ def equal_steps(name: str, steps: int, groups: int, members: Sequence[float] = (
     """Steps that take the train FLOPs of so many steps of ``even``: a forward and a backward pass each.
 
     A step of a sampled search evaluates a second subnet. A pair of a probe is two forward passes. A step of a
-    family trains the largest of ``members`` (shares of the FLOPs), the smallest, and one of those between.
-    """
+    family trains the largest of ``members`` (shares of the FLOPs), the smallest, and one of those between."""
     if name == "family":
         trained = members[0] + members[-1] + (fmean(members[1:-1]) if len(members) > 2 else 0)
         return round(steps * sum(members) / trained)

@@ -33,8 +33,7 @@ class Family:
         channel_map: its channels.
         masks: bool[C] each, from the smallest to the largest; each holds the one before.
         seed: of the choice of the members in training; equal on all ranks.
-        device: of the network.
-    """
+        device: of the network."""
 
     def __init__(
         self,
@@ -98,8 +97,7 @@ class Family:
 
         Args:
             loss_fn: (network, of one input that gives logits) -> (loss, metrics).
-            network: the largest.
-        """
+            network: the largest."""
         seen: list[tuple[Any, Tensor]] = []
 
         def recorded(inputs: Any) -> Tensor:

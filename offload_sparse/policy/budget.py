@@ -55,21 +55,9 @@ def evenly_narrowed(config: PolicyConfig, channel_map: ChannelMap, costs: Costs)
 
 
 class Budget:
-    """What masks and probabilities may cost.
-
-    Args:
-        kind: what is counted.
-        rho: share of the full network's that is allowed, in (0, 1].
-        groups: the groups of the atoms.
-        costs: of the network; ``count`` needs none.
-        bounds: smallest and largest keep probability.
-
-    Attributes:
-        limit: rho times what the full network has.
-
-    Raises:
-        ValueError: no probabilities within the bounds meet the budget, or there are no costs to count.
-    """
+    """What masks and probabilities may cost: ``limit``, rho times what the full network has of ``kind``
+    (``count`` needs no costs); ``bounds`` are the smallest and largest keep probability. Raises ValueError:
+    no probabilities within the bounds meet the budget, or there are no costs to count."""
 
     def __init__(
         self,
@@ -138,8 +126,7 @@ class Budget:
         ones.
 
         Budgets of products are linearised anew until that settles, which gives the nearest ones, too, unless
-        two layers can be traded for each other at almost no difference.
-        """
+        two layers can be traded for each other at almost no difference."""
         low, high = self._bounds
         if self._kind == "count":
             return project(z, self.limit, low, high)
@@ -180,8 +167,7 @@ class Budget:
         Args:
             s: float64[C].
             margin: float64[C], how readily an atom goes.
-            min_width: smallest width of a group.
-        """
+            min_width: smallest width of a group."""
         return of_expected_widths(s, margin, self._groups, min_width, self._pays_for)
 
     def _pays_for(self, mask: Tensor) -> bool:
@@ -198,20 +184,15 @@ def project(
     z: Tensor, budget: float, lower: float = 0.0, upper: float = 1.0, cost: Tensor | None = None
 ) -> Tensor:
     """The point nearest to ``z`` whose entries lie in [lower, upper] and that costs no more than the budget.
+    Returns a new float64[C]. The budget is met to ``SLACK``; a second projection returns the same bits.
+    Raises ValueError: a shape, dtype or value is wrong, or no point meets the budget.
 
     Args:
         z: float64[C], any finite values.
         budget: largest value of sum(cost * s), in the unit of ``cost`` (atoms when that is None).
         lower: smallest entry allowed.
         upper: largest entry allowed.
-        cost: float64[C], non-negative cost per atom; None: every atom costs 1.
-
-    Returns:
-        A new float64[C]. The budget is met to ``SLACK``; a second projection returns the same bits.
-
-    Raises:
-        ValueError: a shape, dtype or value is wrong, or no point meets the budget.
-    """
+        cost: float64[C], non-negative cost per atom; None: every atom costs 1."""
     _check(z, budget, lower, upper, cost)
     whole = float(len(z)) if cost is None else float(cost.sum())
     slack = SLACK * whole * max(abs(lower), abs(upper), 1.0)
@@ -251,8 +232,7 @@ def _spend(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | 
     """clip(z - v * cost) with the v > 0 that costs exactly ``budget``; the caller made sure there is one.
 
     The cost is a falling, piecewise linear function of v, and on the piece that holds the budget v follows
-    from the atoms strictly between the bounds (the active set).
-    """
+    from the atoms strictly between the bounds (the active set)."""
     unit: Tensor | float = 1.0 if cost is None else cost
     start = z - _middle(z, budget, lower, upper, cost) * unit
     active = (start > lower) & (start < upper)
@@ -271,8 +251,7 @@ def _spend(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | 
 
 def _middle(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> float:
     """A v amid the piece that holds the budget: a binary search over its sorted corners, at which an atom
-    leaves the upper bound or reaches the lower one. Equal atoms are looked at once.
-    """
+    leaves the upper bound or reaches the lower one. Equal atoms are looked at once."""
     if cost is None:
         values, weights = np.unique(z.numpy(), return_counts=True)
         costs = np.ones(1)

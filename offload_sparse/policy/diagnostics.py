@@ -23,8 +23,7 @@ class Diagnostics:
     Args:
         groups: the groups of the atoms.
         floor: smallest keep probability.
-        s: float64[C] at the start.
-    """
+        s: float64[C] at the start."""
 
     def __init__(self, groups: Sequence[Group], floor: float, s: Tensor) -> None:
         self._groups, self._floor = groups, floor
@@ -48,8 +47,7 @@ class Diagnostics:
 
     def report(self, s: Tensor) -> dict[str, float | dict[str, float]]:
         """The figures since the last report, which begin anew; those that nothing was counted for are left
-        out.
-        """
+        out."""
         dead, sums = self._at_floor(s), self._sums
         figures: dict[str, float | dict[str, float]] = {
             "deaths": int((dead & ~self._dead).sum()),

@@ -54,7 +54,8 @@ class MaskPolicy:
     s starts at the same value everywhere and stays in [floor, 1 - floor]. With rho = 1 the policy is
     ``trivial``: s = 1, every mask keeps everything, nothing is learned. Minimum widths and hard caps change a
     few drawn atoms after the fact; the estimators treat these masks as if they had been drawn from p(m|s), a
-    bias that is small when groups are much wider than ``min_width`` and caps are rarely reached.
+    bias that is small when groups are much wider than ``min_width`` and caps are rarely reached. Raises
+    ValueError: there are no groups, or the budget cannot be met.
 
     Args:
         config: rho, estimator, sampler, optimizer and bounds; its sampler ``auto`` is ``bernoulli`` here.
@@ -67,11 +68,7 @@ class MaskPolicy:
             minimum widths, at most C), else C.
         size_cap: most parameters that the subnet of any mask of the run has: hard_cap^2 times those of a
             network that is narrowed evenly to the budget, since a network narrowed by a factor
-            shrinks by its square. More only where minimum widths demand it. 0 without ``costs``.
-
-    Raises:
-        ValueError: there are no groups, or the budget cannot be met.
-    """
+            shrinks by its square. More only where minimum widths demand it. 0 without ``costs``."""
 
     def __init__(
         self,
@@ -131,21 +128,18 @@ class MaskPolicy:
 
     def sample(self, round: int) -> tuple[Tensor, Tensor]:
         """m1 and its reference m2, bool[C], paired as the estimator needs them; a function of (s, seed,
-        round).
-        """
+        round)."""
         return self._draw(round, FIRST), self._draw(round, SECOND)
 
     def sample_for_ranks(self, round: int, ranks: int) -> tuple[Tensor, ...]:
         """m1 and a reference mask for each of ``ranks`` ranks, all independent; the first is that of
-        ``sample``.
-        """
+        ``sample``."""
         references = [self._draw(round, RANKS + rank) for rank in range(1, ranks)]
         return *self.sample(round), *references
 
     def sample_subnets(self, round: int, ranks: int, disjoint: bool = False) -> tuple[Tensor, ...]:
         """A mask for each of ``ranks`` ranks, independent, or with ``disjoint`` as far apart as s allows; the
-        first is that of ``sample``.
-        """
+        first is that of ``sample``."""
         if disjoint:
             assert isinstance(self._sampler, Bernoulli), "checked with the settings"
             return tuple(map(self._usable, self._sampler.draw_apart(self.s, round, ranks)))
@@ -153,17 +147,9 @@ class MaskPolicy:
         return self._draw(round, FIRST), *others
 
     def candidates(self, count: int, round: int = 0) -> list[Tensor]:
-        """Masks bool[C] to choose the final network from: the most probable atoms, then ``count`` drawn from
-        p(m | s). All have the expected widths of their groups and are as close to the budget as their atoms
-        allow.
-
-        Equal masks are listed once, so that no subnet is measured twice; the list may be shorter than 1 +
-        count.
-
-        Args:
-            count: how many are drawn.
-            round: the round that is next; persistent masks are those that it and the following would have.
-        """
+        """Masks bool[C] to choose the final network from before ``round``: the most probable atoms, then
+        ``count`` drawn from p(m | s). All have the expected widths of their groups and are as close to the
+        budget as their atoms allow. Equal masks are listed once, so that no subnet is measured twice."""
         first = round if self.config.sampler == "persistent" else 0
         drawn = [self._sampler.draw(self.s, index, CANDIDATES) for index in range(first, first + count)]
         masks = [self._final(margin) for margin in (1 - self.s, *(draw.margin for draw in drawn))]
@@ -180,19 +166,15 @@ class MaskPolicy:
         round: int = 0,
     ) -> None:
         """One step on s from L(m1) and L(m2), or one after the other from those of all steps of a round; a
-        trivial or frozen policy stays as it is.
+        trivial or frozen policy stays as it is. Raises FloatingPointError: a loss is not a finite number;
+        ValueError: a mask is not bool[C].
 
         Args:
             loss: L(m1), of every comparison.
             reference_loss: L(m2), likewise.
             m1: bool[C], the mask of ``round``.
             m2: bool[C], its reference.
-            round: which atoms were drawn for the reference anew depends on it.
-
-        Raises:
-            FloatingPointError: a loss is not a finite number.
-            ValueError: a mask is not bool[C].
-        """
+            round: which atoms were drawn for the reference anew depends on it."""
         losses = [loss] if isinstance(loss, int | float) else loss
         references = [reference_loss] if isinstance(reference_loss, int | float) else reference_loss
         pairs = list(zip(losses, references, strict=True))
@@ -226,8 +208,7 @@ class MaskPolicy:
             losses: float64[R], or float64[steps, R].
             masks: bool[R, C].
             round: as in ``update``.
-            disjoint: they have been drawn apart (see ``sample_subnets``).
-        """
+            disjoint: they have been drawn apart (see ``sample_subnets``)."""
         if not (self.trivial or self.frozen):
             rows = losses.view(-1, len(masks))
             differences = (rows[:, 0] - rows[:, 1:].mean(1)).tolist()
@@ -256,11 +237,8 @@ class MaskPolicy:
         return {"tensors": {n: t.clone() for n, t in tensors.items()}, "frozen": self._frozen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from ``state_dict()`` bit for bit.
-
-        Raises:
-            ValueError: the state belongs to another number of atoms or to another optimizer.
-        """
+        """Resume from ``state_dict()`` bit for bit. Raises ValueError: the state belongs to another number of
+        atoms or to another optimizer."""
         tensors: Mapping[str, Tensor] = state["tensors"]
         s = tensors["s"]
         if s.dtype != torch.float64 or s.shape != (self.num_atoms,):

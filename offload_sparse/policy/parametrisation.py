@@ -24,8 +24,7 @@ class Parametrisation:
     Args:
         config: parametrisation, optimizer and learning rate.
         groups: the groups of the atoms.
-        s: float64[C], where to start.
-    """
+        s: float64[C], where to start."""
 
     def __init__(self, config: PolicyConfig, groups: Sequence[Group], s: Tensor) -> None:
         self._config = config
@@ -47,15 +46,12 @@ class Parametrisation:
         return self._s
 
     def move(self, gradient: Tensor) -> Tensor:
-        """One optimizer step.
+        """One optimizer step. Returns float64[C], where s would be without bounds and budget; tell ``settle``
+        where it is with them.
 
         Args:
             gradient: float64[C], of the loss by s. A rate sees its mean over the group; by the chain rule it
-                would be the sum, by which large groups would move more than small ones.
-
-        Returns:
-            float64[C], where s would be without bounds and budget; tell ``settle`` where it is with them.
-        """
+                would be the sum, by which large groups would move more than small ones."""
         step = self._adam if self._config.optimizer == "adam" else self._sgd
         value = step(self._reduced(gradient))
         return value if self._name == "s" else value.index_select(0, self._group_of) + self._rounding
@@ -85,11 +81,8 @@ class Parametrisation:
         return {f"{self._name}.{slot}": value for slot, value in self._slots.items()}
 
     def load(self, s: Tensor, slots: Mapping[str, Tensor]) -> None:
-        """Resume from ``s`` and ``slots``, bit for bit.
-
-        Raises:
-            ValueError: the slots are those of another optimizer or parametrisation.
-        """
+        """Resume from ``s`` and ``slots``, bit for bit. Raises ValueError: the slots are those of another
+        optimizer or parametrisation."""
         mine = self.slots()
         if {n: v.shape for n, v in slots.items()} != {n: v.shape for n, v in mine.items()}:
             raise ValueError(

@@ -67,8 +67,7 @@ class WidthSearch:
         boundaries: steps at which the widths move.
         pairs: of each probe, on each rank.
         history: float64[probes, 5, G]: of each probe the widths before, the loss per share of the cost, its
-            standard error, the shrunk advantage over the mean, and the widths after.
-    """
+            standard error, the shrunk advantage over the mean, and the widths after."""
 
     def __init__(
         self,
@@ -131,8 +130,7 @@ class WidthSearch:
 
     def family(self) -> list[Tensor]:
         """bool[C] of every member of ``policy.budgets``, the smallest first: the present widths, scaled, of
-        which each has the channels of those before it. Without budgets the present mask.
-        """
+        which each has the channels of those before it. Without budgets the present mask."""
         masks: list[Tensor] = []
         for share in sorted(self.config.budgets):
             budget = self._budget.at(share)
@@ -176,15 +174,9 @@ class WidthSearch:
         return Comparisons(self.groups)
 
     def move(self, found: Comparisons, importance: Tensor) -> None:
-        """Take in a probe, and move the widths; too few comparisons (the losses were not finite) move none.
-
-        Of a group that shrinks, the least important atoms leave; one that grows gets back atoms that were
-        trained before, then new ones.
-
-        Args:
-            found: comparisons of all ranks.
-            importance: float64[C], of the present atoms.
-        """
+        """Take in a probe, the comparisons of all ranks, and move the widths; too few comparisons (the losses
+        were not finite) move none. Of a group that shrinks, the least important atoms (float64[C]) leave; one
+        that grows gets back atoms that were trained before, then new ones."""
         if found.count <= len(self.groups) + 1:
             return
         before = present_widths(self.mask, self.groups)
@@ -216,11 +208,7 @@ class WidthSearch:
         return {"tensors": {n: t.clone() for n, t in tensors.items()}, "frozen": self.frozen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from ``state_dict()`` bit for bit.
-
-        Raises:
-            ValueError: the state belongs to another model.
-        """
+        """Resume from ``state_dict()`` bit for bit. Raises ValueError: the state belongs to another model."""
         tensors: Mapping[str, Tensor] = state["tensors"]
         if tensors["s"].shape != (self.num_atoms,) or "log_widths" not in tensors:
             raise ValueError(
@@ -254,8 +242,7 @@ class WidthSearch:
 
     def _largest(self) -> int:
         """Parameters of the first mask, or of the largest member, with room for moves, within the whole
-        network.
-        """
+        network."""
         first = max(map(self._costs.parameters, (self.mask, self.family()[-1])))
         if self.trivial or not self.boundaries:
             return first
@@ -272,16 +259,13 @@ def build_policy(
     total_steps: int | None,
     importance: Tensor | None = None,
 ) -> MaskPolicy | WidthSearch:
-    """The policy that ``config.search`` names.
+    """The policy that ``config.search`` names. Raises ValueError: a search in cycles must know the end of the
+    run.
 
     Args:
         freeze_step: step at which the final mask is chosen; None without an end of the run.
         total_steps: of the run, if it is known.
-        importance: float64[C], by which the atoms are ranked at the start; None tells none apart.
-
-    Raises:
-        ValueError: a search in cycles must know the end of the run.
-    """
+        importance: float64[C], by which the atoms are ranked at the start; None tells none apart."""
     if config.search == "forward" and freeze_step is None:
         raise ValueError("policy.search forward goes on up to a share of a run; give total_steps")
     if config.search in ("sampled", "forward"):

@@ -137,11 +137,8 @@ class Recorder:
         self.terminal.advance()
 
     def log(self, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl, in which NaN and infinities become null. Only after ``begin``.
-
-        Args:
-            step: optimizer steps done.
-            values: numbers, text or tensors of one element."""
+        """Append one line of numbers, text or tensors of one element after ``step`` steps to metrics.jsonl,
+        in which NaN and infinities become null. Only after ``begin``."""
         if not self.is_main:
             return
         assert self._metrics is not None, "log() needs begin() before it"

@@ -168,8 +168,7 @@ def tell(*lines: str) -> None:
 
 def fitted(line: str, indent: str = "  ") -> str:
     """``line`` in as many lines of at most 100 columns as it takes, all but the first indented; a word stays
-    whole.
-    """
+    whole."""
     first = line[: len(line) - len(line.lstrip())]
     form = textwrap.TextWrapper(_LINE, first, first + indent, break_long_words=False, break_on_hyphens=False)
     return form.fill(line.strip())

@@ -71,8 +71,7 @@ class Geometry:
 
     def spread(self, codes: Codes, dimensions: Dimensions) -> Codes:
         """uint8[positions]: the bits of ``codes`` (uint8[ids + 2], as ``ChannelMap.alive``) that a position
-        has in all of its dimensions; all bits where it is always kept.
-        """
+        has in all of its dimensions; all bits where it is always kept."""
         found = np.full(1, 255, np.uint8)
         for key in dimensions:
             axis = np.full(-key, 255, np.uint8) if key <= 0 else codes[self.axes[key]]
