@@ -230,15 +230,15 @@ def loading(quick: bool) -> dict[str, float]:
 
 
 def load(path: str, arguments: Mapping[str, int]) -> dict[str, float]:
-    """On this rank: bytes read over bytes of its rows, and the peak of its memory above the store."""
+    """On this rank: bytes read over bytes of its rows, and the peak of memory above the store."""
     network = _network(arguments)
     buffers = tuple(name for name, b in network.named_buffers() if b.is_floating_point())
     names = tuple(name for name, _ in network.named_parameters())
-    reset_peak()
-    idle = peak_resident()
     store = WeightStore(undivided_map(network), names, buffers, ranks=Ranks.current())
+    reset_peak()  # the rows have been touched when they were allocated
+    idle = peak_resident()
     read = WeightSource(path).fitted(network).fill(store)
-    return {"read": read / store.nbytes, "rss": peak_resident() - idle - store.nbytes}
+    return {"read": read / store.nbytes, "rss": peak_resident() - idle}
 
 
 def _network(arguments: Mapping[str, int]) -> torch.nn.Module:

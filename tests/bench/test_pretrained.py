@@ -64,4 +64,4 @@ def test_a_rank_reads_its_rows_and_holds_little_else() -> None:
     """On a file of 0.13 GB; the bench takes 2 GB."""
     found = pretrained.loading(quick=True)
     assert found["pretrained.read"] <= 1.1
-    assert found["pretrained.rss"] <= 50e6
+    assert found["pretrained.rss"] <= 60e6, "less than the rows of the other rank"
