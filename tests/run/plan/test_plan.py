@@ -117,14 +117,15 @@ def test_a_second_rank_halves_the_store_and_the_batch() -> None:
     assert sum(planner.traffic(Machine(2, 2, 1 << 50, None))) == sum(planner.traffic(LARGE)) / 2
 
 
-def test_ranks_that_talk_once_per_round_send_a_twentieth() -> None:
+def test_ranks_that_talk_once_per_round_send_about_a_twentieth() -> None:
     """Every entry of the trained subnet once to the owners of its rows and once back; outer momentum is one
-    more slot in the store.
+    more slot in the store. Masks that persist leave most of a subnet on the device with ``step``, which then
+    sends little beside the gradients.
     """
     step = replace(SMALL, round=RoundConfig(k=50, reference="every_step"))
     local = replace(SMALL, round=RoundConfig(k=50, reference="every_step", sync="round", outer_momentum=0.5))
     machine = Machine(2, 2, 1 << 50, None)
-    assert planner_of(local).sent(machine) < planner_of(step).sent(machine) / 20
+    assert planner_of(local).sent(machine) < planner_of(step).sent(machine) / 19
     assert planner_of(step).sent(LARGE) == 0
     plain, outer = (planner_of(config).store_bytes(1) for config in (step, local))
     weights = sum(p.numel() for p in planner_of(SMALL).structure.model.parameters())
