@@ -1,169 +1,399 @@
-"""Random ``kill -9``: restarted by ``accelerate launch``, two ranks must end with the undisturbed weights.
+"""Kills at every file-system call of short runs, once and twice, and losses of power: all must survive them.
 
-Every run is killed three times, at a random step, rank and phase, with transfers overlapping the steps in
-every second one; the launcher (``--max_restarts 3``) starts it again, and it resumes from its last
-checkpoint. ``steps_repeated`` counts from the step at which a rank died to the one that the next attempt
-resumes from; the mean is half of the steps between checkpoints, and one or two for the checkpoint that was
-being written.
+A run is watched (``watched_disk``): its folder is noted as it is at every call, which is what a kill there
+leaves, and as a loss of power there might leave it. From every folder that was noted the same command is
+given again, in a process of its own: it must end with the bits of the run that was never disturbed. The runs
+after a kill are watched in turn, for the second one. Equal folders are tried once.
+
+All processes are forked from one that has everything imported. In them clocks stand still, so that the same
+moment leaves the same folder, and what is exported is not read back in a further process. Two ranks under a
+launcher are killed in ``tests/``.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import importlib
+import json
 import os
-import random
+import pickle
 import re
 import shlex
-import socket
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
-from statistics import fmean, median
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.larger import RESUMED
-from offload_sparse.engine.faults import PHASES, VARIABLE, Fault
+from offload_sparse.bench.watched_disk import Tree, WatchedDisk
+from offload_sparse.config.parse import RUN_OPTIONS
+from offload_sparse.engine import timeline
+from offload_sparse.export import network_file
+from offload_sparse.run import log, position, trainer
+from offload_sparse.run.trainer import train
+from offload_sparse.store.files import write_file
 
-KILLS, QUICK_KILLS = 100, 3
-RESTARTS = 3
-STEPS, LAST_KILL = 60, 45
-SEED = 0
-_LIMIT_SECONDS = 400.0
 _OPTIONS = shlex.split(
-    "train --model.name offload_sparse/mlp --model.arguments '{stream: 12, hidden: 24, depth: 1}' "
-    "--data.limit 320 --data.batch_size 16 "
-    f"--train.max_steps {STEPS} --train.check false --quiet true "
-    "--train.eval_every 0 --train.log_every 5 --train.timeout 60 "
-    "--round.k 4 --round.freeze_at 0.9 "
-    "--checkpoint.every 5 --optim.lr 0.02"
+    "--model.name offload_sparse/mlp --model.arguments '{stream: 12, hidden: 24, depth: 1}' "
+    "--data.name {images} --data.batch_size 8 --data.random_crop 2 --train.log_every 1 --train.eval_every 1 "
+    "--train.max_steps 5 --train.check false --quiet true --trackers [] --round.k 2 --round.freeze_at 0.8 "
+    "--policy.lr 0.05 --optim.lr 0.02 --checkpoint.every 2 --checkpoint.keep 1"
 )
-_DEATH = re.compile(r"fault: rank (\d+) dies at step (\d+) in (\S+) of attempt (\d+)")
+_FILE, _SHORT, _OTHER = ["--store.tier", "file"], ["--train.max_steps", "3"], ["--train.seed", "5"]
+_KEEP, _OVER = ["--checkpoint.keep", "9"], ["--overwrite", "true"]
+
+WAYS: dict[str, tuple[dict[str, list[str]], list[str]]] = {
+    "start": ({}, []),
+    "start, file": ({}, _FILE),
+    "overwrite": ({"it": _OTHER}, _OVER),
+    "overwrite, file": ({"it": [*_OTHER, *_FILE]}, [*_OVER, *_FILE]),
+    "resume another": ({"other": _KEEP}, ["--resume", "{folder}/other/checkpoints/step_00000003"]),
+    "go back": ({"it": _KEEP}, ["--resume", "{folder}/it/checkpoints/step_00000002"]),
+    "grow": ({"it": _SHORT}, []),
+    "grow, file": ({"it": [*_SHORT, *_FILE]}, _FILE),
+}
+"""The runs that are there before, by name, with their options; the options of the command."""
+
+
+KINDS = ("kill", "nothing", "names", "some")
+"""What is left: all, by a kill, or what ``WatchedDisk.after_power_loss`` calls its kinds."""
+
+QUICK = 2
+"""Folders of each way and kind that ``--quick`` tries, spread evenly; without the second kill."""
+
+_MEASURED = ("time", "round_timeline", "_bytes", "_bytes_per_round", "_seconds")
+
+
+QUICK, SECONDS = 2, 3
+"""Points of each way and kind that ``--quick`` tries; second kills after each first one."""
+
+_SECONDS = 240
+_T = TypeVar("_T")
+_PLACE = b"@"
+_UNREAD = re.compile(r"\.tmp(/|$)|\.lock$")
+_MEASURED = ("time", "round_timeline", "_bytes", "_bytes_per_round", "_seconds")
 
 
 @dataclass(frozen=True)
-class Kill:
-    """A kill that took place.
+class Point:
+    """A moment at which a run was cut off.
 
     Attributes:
-        step: optimizer steps done then.
-        resumed: the step that the next attempt resumed from.
+        call: that was about to be made, or was half done.
+        kind: of ``KINDS``.
+        left: digest of the folder.
     """
 
-    rank: int
-    step: int
-    phase: str
-    attempt: int
-    resumed: int
+    call: str
+    kind: str
+    left: str
+
+
+@dataclass
+class Attempt:
+    """One process that was given a command.
+
+    Attributes:
+        wrong: the error that ended it.
+        said: what it printed.
+        ended: what must be equal to the undisturbed run (weights, log, figures); nothing if it did not end.
+        points: where it could have been cut off, if it was watched; the last one is its end.
+    """
+
+    wrong: str = ""
+    said: str = ""
+    ended: Any = None
+    points: list[Point] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One run under the launcher: its kills, and whether it ended with the weights of the undisturbed one."""
+class _Task:
+    """A command, and the digest of the folder that it finds; what it is watched for."""
 
-    kills: tuple[Kill, ...]
-    intact: bool
-    seconds: float
+    found: str
+    arguments: Sequence[str]
+    kinds: Sequence[str] = ()
+
+
+@dataclass
+class Swept:
+    """What became of one way to start a run.
+
+    Attributes:
+        points: number of them by kind; ``twice`` are those in runs that had been killed before.
+        survived: of these.
+        runs: that were made, each from another folder.
+        lost: what went wrong, in words.
+        steps_lost: of a loss of power, beside a kill at the same call; the most.
+    """
+
+    way: str
+    points: Counter[str] = field(default_factory=Counter)
+    survived: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    lost: list[str] = field(default_factory=list)
+    steps_lost: int = 0
+
+    def count(self, kind: str, wrong: str, *points: Point) -> None:
+        self.points[kind] += 1
+        self.survived[kind] += not wrong
+        if wrong:
+            self.lost.append(f"{kind}: {', then '.join(point.call for point in points)}: {wrong}")
 
 
 def run(quick: bool) -> BenchResult:
-    """100 kills, ``quick`` 3."""
-    wanted = QUICK_KILLS if quick else KILLS
-    outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        code, log, straight_seconds = launch(folder / "straight", [], "delta")
-        if code:
-            raise RuntimeError(f"the undisturbed run failed\n{log}")
-        for number, faults in enumerate(plans(wanted)):
-            outcomes.append(_disturbed(folder, number, faults))
-            print(f"run {number}: {outcomes[-1]}", file=sys.stderr, flush=True)
-    return _result(outcomes, straight_seconds)
+    """Every point of every way; ``quick`` a sample, and without the second kill."""
+    with Sweep() as sweep:
+        found = []
+        for way in WAYS:
+            found.append(sweep.way(way, QUICK if quick else None, twice=0 if quick else SECONDS))
+            print(found[-1], file=sys.stderr, flush=True)
+    return _result(found)
 
 
-def plans(kills: int, seed: int = SEED) -> Iterator[list[Fault]]:
-    """The faults of each run, one per attempt, at steps that do not go back."""
-    generator = random.Random(seed)
-    while kills > 0:
-        attempts = min(RESTARTS, kills)
-        kills -= attempts
-        steps = sorted(generator.randrange(1, LAST_KILL) for _ in range(attempts))
-        faults = []
-        for attempt, step in enumerate(steps):
-            phase = generator.choice(PHASES)
-            # Only the first rank commits a checkpoint.
-            rank = 0 if phase == "checkpoint-commit" else generator.randrange(2)
-            faults.append(Fault(phase, step, rank, attempt))
-        yield faults
+class Sweep:
+    """Tries ways to start a run. A context manager: what it has written is removed on leaving it.
 
+    Args:
+        processes: at a time; as many as there are cores unless given.
+    """
 
-def launch(run_dir: Path, faults: list[Fault], transfer: str) -> tuple[int, str, float]:
-    """Exit code, output and seconds of ``accelerate launch`` on two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--max_restarts", str(RESTARTS), "--main_process_port", port, "-m", "offload_sparse.cli"]
-    command += [*_OPTIONS, "--round.transfer", transfer, "--run_dir", str(run_dir)]
-    text = ",".join(f"kill:rank={f.rank}:step={f.step}:phase={f.phase}:restart={f.restart}" for f in faults)
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in ranks}
-    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", VARIABLE: text}
-    begun = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    def __init__(self, processes: int = 0) -> None:
+        self._processes = processes or len(os.sched_getaffinity(0))
+
+    def __enter__(self) -> Sweep:
+        self._temporary = tempfile.TemporaryDirectory(prefix="faults")
+        self._folder = Path(self._temporary.name).resolve()
+        (self._folder / "left").mkdir()
+        _write_images(self._folder / "images")
+        _import_everything()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
+        self._temporary.cleanup()
+
+    def way(self, name: str, sample: int | None = None, twice: int = 0) -> Swept:
+        """Cut the command of a way off everywhere, and give it again.
+
+        Args:
+            name: of ``WAYS``.
+            sample: points of each kind that are tried, spread evenly; all unless given.
+            twice: points of each run that resumes after a kill at which it is killed again.
+        """
+        swept, (before, options) = Swept(name), WAYS[name]
+        found = self._keep({})
+        for run, more in before.items():
+            found = self._undisturbed(_Task(found, self._command(run, more), ["kill"])).points[-1].left
+        command = self._command("it", options)
+        straight = self._undisturbed(_Task(found, command, KINDS))
+        calls = _calls(straight.points)
+        calls = calls if sample is None else _spread(calls, sample)
+        chosen = [point for call in calls for point in call]
+        once = self._resume(chosen, command, ["kill"] if twice else [])
+        pairs = [
+            (point, second)
+            for number, point in enumerate(call[0] for call in calls)
+            if twice
+            for second in _spread(once[point.left].points, twice, number)
+        ]
+        again = self._resume([second for _, second in pairs if second.left not in once], command, [])
+        wrong = {left: _difference(attempt, straight) for left, attempt in (once | again).items()}
+        for point in chosen:
+            swept.count(point.kind, wrong[point.left], point)
+        for point, second in pairs:
+            swept.count("twice", wrong[second.left], point, second)
+        swept.runs = len(wrong)
+        steps = [[_resumed_at(once[point.left]) for point in call] for call in calls]
+        swept.steps_lost = max(after_kill - min(others) for after_kill, *others in steps)
+        return swept
+
+    def _undisturbed(self, task: _Task) -> Attempt:
+        (attempt,) = self._all([task])
+        if attempt.ended is None:
+            raise RuntimeError(f"the undisturbed run failed\n{attempt.said}")
+        return attempt
+
+    def _resume(
+        self, points: Sequence[Point], command: Sequence[str], kinds: Sequence[str]
+    ) -> dict[str, Attempt]:
+        """The command from every folder, those after a kill watched for ``kinds``."""
+        after_kill = {point.left for point in points if point.kind == "kill"}
+        lefts = list(dict.fromkeys(point.left for point in points))
+        tasks = [_Task(left, command, kinds if left in after_kill else ()) for left in lefts]
+        return dict(zip(lefts, self._all(tasks), strict=True))
+
+    def _command(self, run: str, options: Sequence[str]) -> list[str]:
+        words = [*_OPTIONS, "--run_dir", f"{{folder}}/{run}", *options]
+        return [word.replace("{images}", str(self._folder / "images")) for word in words]
+
+    # --- processes ---
+
+    def _all(self, tasks: Sequence[_Task]) -> list[Attempt]:
+        """Every task in a process of its own."""
+        free = [self._folder / f"slot{number}" for number in range(self._processes)]
+        running: dict[Any, tuple[int, Path, Any]] = {}
+        attempts = [Attempt(said="the process died") for _ in tasks]
+
+        def await_one() -> None:
+            for sentinel in wait(list(running))[:1]:
+                number, slot, process = running.pop(sentinel)
+                process.join()
+                if process.exitcode == 0:
+                    attempts[number] = pickle.loads(slot.with_suffix(".answer").read_bytes())
+                free.append(slot)
+
+        for number, task in enumerate(tasks):
+            if not free:
+                await_one()
+            slot = free.pop()
+            process = get_context("fork").Process(target=self._perform, args=(task, slot))
+            process.start()
+            running[process.sentinel] = number, slot, process
+        while running:
+            await_one()
+        return attempts
+
+    def _perform(self, task: _Task, slot: Path) -> None:
+        """In a process of its own, whose clocks stand still."""
+        signal.alarm(_SECONDS)
+        torch.set_num_threads(1)
+        _lay_out(pickle.loads((self._folder / "left" / task.found).read_bytes()), slot)
+        attempt, output = Attempt(), slot.with_suffix(".output")
+        said = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        _stop_clocks()
+
+        def note(call: str, disk: WatchedDisk) -> None:
+            for kind in task.kinds:
+                tree = disk.as_it_is() if kind == "kill" else disk.after_power_loss(kind, len(attempt.points))
+                attempt.points.append(Point(call, kind, self._keep(tree, slot)))
+
+        disk = WatchedDisk(slot, note) if task.kinds else None
         try:
-            code = process.wait(_LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-        output.seek(0)
-        return code, output.read().decode(errors="replace"), time.perf_counter() - begun
+            train(RUN_OPTIONS.parse([word.replace("{folder}", str(slot)) for word in task.arguments]))
+            attempt.ended = _outcome(slot / "it") if (slot / "it").is_dir() else {}
+        except BaseException as error:
+            attempt.wrong = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        if disk is not None:
+            disk.point("the end", str(slot / "it"))
+        attempt.said = output.read_text(errors="replace")
+        slot.with_suffix(".answer").write_bytes(pickle.dumps(attempt))
+
+    def _keep(self, tree: Tree, slot: Path | None = None) -> str:
+        """The digest of a tree, which is kept under it: equal in every slot, whoever held the locks, and
+        whatever is in files that are being written, which no start reads.
+        """
+        place = str(slot or "").encode()
+        tree = {name: held and held.replace(place, _PLACE * len(place)) for name, held in tree.items()}
+        seen = {name: held and (b"" if _UNREAD.search(name) else held) for name, held in sorted(tree.items())}
+        path = self._folder / "left" / hashlib.blake2b(pickle.dumps(seen), digest_size=12).hexdigest()
+        if not path.exists():
+            write_file(path.with_suffix(f".{os.getpid()}"), pickle.dumps(tree))
+            path.with_suffix(f".{os.getpid()}").rename(path)
+        return path.name
 
 
-def kills_of(log: str) -> tuple[Kill, ...]:
-    """The kills that the output of a launch tells of."""
-    deaths = list(_DEATH.finditer(log))
-    kills = []
-    for number, death in enumerate(deaths):
-        until = deaths[number + 1].start() if number + 1 < len(deaths) else len(log)
-        back = RESUMED.search(log, death.end(), until)
-        rank, step, phase, attempt = death.groups()
-        kills.append(Kill(int(rank), int(step), phase, int(attempt), int(back[1]) if back else 0))
-    return tuple(kills)
+def _lay_out(tree: Tree, slot: Path) -> None:
+    shutil.rmtree(slot, ignore_errors=True)
+    slot.mkdir()
+    place = str(slot).encode()
+    for name, content in tree.items():  # a folder stands before what is in it
+        if content is None:
+            (slot / name).mkdir()
+        else:
+            (slot / name).write_bytes(content.replace(_PLACE * len(place), place))
 
 
-def same_weights(run_dir: Path, straight: Path) -> bool:
-    """Whether both runs have exported the same bits."""
-    files = [folder / "model" / "weights.safetensors" for folder in (run_dir, straight)]
-    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
-
-
-def _disturbed(folder: Path, number: int, faults: list[Fault]) -> Outcome:
-    run_dir = folder / f"run{number}"
-    code, log, seconds = launch(run_dir, faults, "overlap" if number % 2 else "delta")
-    intact = code == 0 and same_weights(run_dir, folder / "straight")
-    if not intact:
-        print(log, file=sys.stderr, flush=True)
-    return Outcome(kills_of(log), intact, seconds)
-
-
-def _result(outcomes: list[Outcome], straight_seconds: float) -> BenchResult:
-    kills = [kill for outcome in outcomes for kill in outcome.kills]
-    survived = sum(len(outcome.kills) for outcome in outcomes if outcome.intact)
-    intact = sum(outcome.intact for outcome in outcomes)
-    groups = {phase: [kill for kill in kills if kill.phase == phase] for phase in PHASES}
-    groups[f"survived {survived} of {len(kills)} in {len(outcomes)} runs ({intact} intact)"] = kills
-    repeated = {name: fmean(k.step - k.resumed for k in group) for name, group in groups.items() if group}
-    rows = [[name, len(groups[name]), steps] for name, steps in repeated.items()]
-    mean = fmean(kill.step - kill.resumed for kill in kills)
-    ratios = {"faults.survived": survived / len(kills), "faults.steps_repeated": mean}
-    raw = {
-        "runs": [asdict(outcome) for outcome in outcomes],
-        "straight_seconds": straight_seconds,
-        "run_seconds": median(outcome.seconds for outcome in outcomes),
-        "seed": SEED,
+def _outcome(run_dir: Path) -> dict[str, Any]:
+    """What must be equal: every weight, the figures, the lines of the log."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    weights = (run_dir / "model" / "weights.safetensors").read_bytes()
+    return {
+        "weights": hashlib.blake2b(weights).hexdigest(),
+        "log": [{k: v for k, v in line.items() if not k.endswith(_MEASURED)} for line in lines],
+        "loss": json.loads((run_dir / "summary.json").read_text())["test_loss"],
     }
-    return BenchResult(ratios, raw, ("phase", "kills", "steps repeated, mean"), rows)
+
+
+def _difference(attempt: Attempt, straight: Attempt) -> str:
+    if attempt.ended is None:
+        return attempt.wrong or "the process died"
+    return ", ".join(
+        f"another {name}" for name, value in straight.ended.items() if attempt.ended[name] != value
+    )
+
+
+def _calls(points: list[Point]) -> list[list[Point]]:
+    """The points of each call, one of each kind."""
+    return [points[at : at + len(KINDS)] for at in range(0, len(points), len(KINDS))]
+
+
+def _spread(points: list[_T], count: int, number: int = 0) -> list[_T]:
+    """So many of them, evenly; for another ``number`` others."""
+    shift = (0.5 + number * 0.381966) % 1
+    return [points[int((i + shift) / count * len(points))] for i in range(count)]
+
+
+def _resumed_at(attempt: Attempt) -> int:
+    found = RESUMED.search(attempt.said)
+    return int(found[1]) if found else 0
+
+
+def _write_images(folder: Path) -> None:
+    for number in range(36):
+        place = folder / ("train" if number < 24 else "test") / str(number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.effect_noise((8, 8), 40 + 40 * (number % 2))
+        image.save(place / f"{number}.png")
+
+
+def _import_everything() -> None:
+    """And keep it out of the way of the collector, so that forked processes share it."""
+    for name in ("accelerate", "torch_pruning", "offload_sparse.methods.sparse_offload"):
+        importlib.import_module(name)
+    RUN_OPTIONS.parse([])
+    gc.collect()
+    gc.freeze()
+
+
+def _stop_clocks() -> None:
+    clock = SimpleNamespace(monotonic=lambda: 0.0, perf_counter=lambda: 0.0)
+    for module in (log, position, timeline):
+        module.time = clock  # type: ignore[attr-defined]
+    trainer.process_bytes = lambda: 0
+    network_file.compare = lambda *_: 0.0
+
+
+def _result(found: Sequence[Swept]) -> BenchResult:
+    points: Counter[str] = sum((swept.points for swept in found), Counter())
+    survived: Counter[str] = sum((swept.survived for swept in found), Counter())
+    kills, losses = ("kill", "twice"), KINDS[1:]
+    columns = ("kill", "twice", *losses)
+    rows = [
+        [swept.way, *(f"{swept.survived[kind]} of {swept.points[kind]}" for kind in columns), swept.runs]
+        for swept in found
+    ]
+    ratios = {
+        "faults.points": sum(points[kind] for kind in kills),
+        "faults.survived": sum(survived[kind] for kind in kills) / sum(points[kind] for kind in kills),
+        "faults.power_loss": sum(survived[kind] for kind in losses) / sum(points[kind] for kind in losses),
+    }
+    header = ("way", "killed", "killed twice", *(f"power loss, {kind}" for kind in losses), "runs")
+    return BenchResult(ratios, [asdict(swept) for swept in found], header, rows)

@@ -14,7 +14,7 @@ from offload_sparse.cli.network_commands import evaluate, export
 from offload_sparse.cli.run_commands import config, plan, train
 from offload_sparse.cli.verify import verify
 from offload_sparse.config.parse import PROGRAM, MistakesError
-from offload_sparse.run.errors import RunError
+from offload_sparse.run.errors import RunError, disk_fails
 
 Command = Callable[[Sequence[str]], int]
 """Takes the arguments behind the name of the command, returns the exit code."""
@@ -52,14 +52,17 @@ def run_command(command: Callable[[], int | None]) -> int:
     launch of several processes shows the line once; with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
 
     A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1; one that failed
-    (``RunError``) by every rank, since the others may not live to tell.
+    (``RunError``) by every rank, since the others may not live to tell. A disk that is full is 1, too.
 
     Returns:
         The command's exit code, 0 where it returns None.
     """
     try:
         return command() or 0
-    except (ValueError, FloatingPointError, RunError, *_FILE_ERRORS) as error:
+    except Exception as error:
+        fails = disk_fails(error) or isinstance(error, FloatingPointError | RunError)
+        if not fails and not isinstance(error, (ValueError, *_FILE_ERRORS)):
+            raise
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RunError):
             if os.environ.get(TRACEBACK_VARIABLE) == "1":
                 traceback.print_exc()
@@ -67,10 +70,12 @@ def run_command(command: Callable[[], int | None]) -> int:
                 line = line if len(line) <= LONGEST_LINE else f"{line[:400]} … {line[-200:]}"
                 printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
                 print(f"{PROGRAM}: error: {printable}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | RunError) else 2
+        return 1 if fails else 2
 
 
 def _one_line(error: Exception) -> str:
+    if disk_fails(error):
+        return f"{error.filename or 'a file'} cannot be written ({error.strerror}); free space"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; check the path"
     text = " ".join(str(error).split()) or type(error).__name__

@@ -25,17 +25,24 @@ class NonFinite:
     Args:
         mode: what one of them leads to.
         rank: of this process; the first one says so.
+
+    Attributes:
+        skipped: number of them.
     """
 
     def __init__(self, mode: OnNonFinite, rank: int) -> None:
         self._mode, self._rank = mode, rank
-        self._skipped, self._in_a_row = 0, 0
+        self.skipped, self._in_a_row = 0, 0
         self._faults: list[str] = []
+
+    def restore(self, skipped: int) -> None:
+        """Go on from a state in which so many steps had been left out."""
+        self.skipped, self._in_a_row, self._faults = skipped, 0, []
 
     def seen(self, fault: str) -> None:
         """Note one more step: what was not finite in it, or ""."""
         self._in_a_row = self._in_a_row + 1 if fault else 0
-        self._skipped += bool(fault)
+        self.skipped += bool(fault)
         self._faults += [fault] if fault else []
 
     def rolls_back(self, steps_done: int) -> bool:
@@ -47,8 +54,8 @@ class NonFinite:
             return False
         if self._mode == "stop":
             raise FloatingPointError(faults[0])
-        if self._in_a_row >= MOST_SKIPPED or self._skipped > max(MOST_SKIPPED, steps_done // 100):
-            many = f"{self._in_a_row} in a row, {self._skipped} of {steps_done} steps"
+        if self._in_a_row >= MOST_SKIPPED or self.skipped > max(MOST_SKIPPED, steps_done // 100):
+            many = f"{self._in_a_row} in a row, {self.skipped} of {steps_done} steps"
             raise FloatingPointError(f"too many steps are not finite ({many}); the last one: {faults[-1]}")
         if self._rank == 0:
             for fault in faults:

@@ -32,7 +32,8 @@ from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.json_values import Count
 from offload_sparse.export.read_back import compare
 from offload_sparse.export.sparse_tensors import decode, encode
-from offload_sparse.store.files import make_folder, replacing, write_file
+from offload_sparse.store.files import make_folder, write_file
+from offload_sparse.store.tensor_file import blocks_of
 
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
@@ -302,15 +303,9 @@ def _restore_views(module: nn.Module, views: dict[str, dict[str, tuple[tuple[Cou
 
 def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor], sparse: list[str]) -> None:
     """Both files; ``tensors`` are as they are stored."""
-    from safetensors.torch import save_file
-
     make_folder(folder)
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # which follows the umask; safetensors' own does not
-        save_file(tensors, temporary)
-        temporary.chmod(mode)
-        digest = file_digest(temporary)
+    write_file(folder / WEIGHTS_FILE, lambda file: file.writelines(blocks_of(tensors)))
+    digest = file_digest(folder / WEIGHTS_FILE)
     body = asdict(replace(structure, sparse=tuple(sparse), weights_digest=digest))
     write_file(folder / STRUCTURE_FILE, json_values.sealed(body))
 

@@ -16,17 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
-from offload_sparse.engine.distributed import average
+from offload_sparse.engine.distributed import average, describe_fault, ranks_where
 from offload_sparse.engine.losses import StepRecord
+from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import optimizer_factory, slot_names
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Task
 
 logger = logging.getLogger(__name__)
-
-SKIPPED_IN_A_ROW = 20
-"""As many steps that are not finite, one after the other, are no bad luck with a batch."""
 
 
 class FixedNetwork:
@@ -55,7 +53,8 @@ class FixedNetwork:
         self._skips = task.config.train.on_nonfinite == "skip"
         self._halted = torch.zeros((), device=task.device)
         self._steps = 0
-        self._skipped, self._skipped_in_a_row = 0, 0
+        rank = dist.get_rank() if self._world_size > 1 else 0
+        self._nonfinite = NonFinite("skip" if self._skips else "stop", rank)
         self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
 
     def train_step(self, batch: Any, lr: float) -> None:
@@ -92,11 +91,14 @@ class FixedNetwork:
         self._pending.clear()
         records = []
         for i, (row, metric_names) in enumerate(zip(values.tolist(), names, strict=True)):
+            fault = ""
             if row[1] > 0:
-                self._report_bad(first + i, own[i, 0])
-                continue
-            self._skipped_in_a_row = 0
-            records.append(StepRecord(row[0], None, dict(zip(metric_names, row[2:], strict=True))))
+                ranks = ranks_where(not bool(own[i, 0].isfinite()), self._world_size)
+                fault = describe_fault(first + i, ranks, row[0])
+            else:
+                records.append(StepRecord(row[0], None, dict(zip(metric_names, row[2:], strict=True))))
+            self._nonfinite.seen(fault)
+        self._nonfinite.rolls_back(self._steps)
         return records
 
     def unread_records(self) -> list[StepRecord]:
@@ -104,7 +106,8 @@ class FixedNetwork:
 
     def status(self) -> dict[str, float]:
         size = float(self._mask.float().mean()) if self._mask.numel() else 1.0
-        return {"expected_size": size} | ({"skipped_steps": float(self._skipped)} if self._skipped else {})
+        left_out = self._nonfinite.skipped
+        return {"expected_size": size} | ({"skipped_steps": float(left_out)} if left_out else {})
 
     def dynamics(self) -> dict[str, Any]:
         cost = self.cost
@@ -143,7 +146,7 @@ class FixedNetwork:
         tensors = {name: t.detach().cpu().clone() for name, t in self._tensors().items()}
         meta = {
             "steps_done": self._steps,
-            "skipped_steps": self._skipped,
+            "skipped_steps": self._nonfinite.skipped,
             "channel_map": self.channel_map.to_json(),
             "mask": self._mask.tolist(),
         }
@@ -165,8 +168,8 @@ class FixedNetwork:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(saved[name])
-        self._steps, self._skipped = int(state.meta["steps_done"]), int(state.meta["skipped_steps"])
-        self._skipped_in_a_row = 0
+        self._steps = int(state.meta["steps_done"])
+        self._nonfinite.restore(int(state.meta["skipped_steps"]))
         self._halted.zero_()
         self._pending.clear()
 
@@ -226,19 +229,6 @@ class FixedNetwork:
         if not self._skips:
             bad = self._halted.clamp_(min=bad).clone()
         return bad
-
-    def _report_bad(self, step: int, own_loss: Tensor) -> None:
-        """Warn of a step that was left out, or raise; names the ranks whose loss was not finite."""
-        ranks = torch.zeros(self._world_size, dtype=torch.float64, device=own_loss.device)
-        ranks[dist.get_rank() if self._world_size > 1 else 0] = float(not own_loss.isfinite())
-        average(ranks, self._world_size)
-        found = ", ".join(map(str, ranks.nonzero().flatten().tolist()))
-        where = f"the loss of step {step} on rank {found}" if found else f"a gradient of step {step}"
-        self._skipped += 1
-        self._skipped_in_a_row += 1
-        if not self._skips or self._skipped_in_a_row >= SKIPPED_IN_A_ROW:
-            raise FloatingPointError(f"{where} is not finite; lower optim.lr or set optim.clip_norm")
-        logger.warning("%s is not finite; the step is left out", where)
 
     def _averaged(self, tensor: Tensor) -> Tensor:
         average(tensor, self._world_size)

@@ -127,10 +127,11 @@ class CheckpointFolder:
                 remove(path)
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: the run goes on from this one."""
+        """Remove the checkpoints of later steps for good: the run goes on from this one."""
         for folder in self.checkpoints():
             if step_of(folder) > step:
                 self.discard(folder)
+                sync_folder(self.path)
 
     def discard(self, folder: Path) -> None:
         """Remove a checkpoint; one that is half removed does not look like a checkpoint."""

@@ -5,10 +5,10 @@ at the start.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.distributed import on_first_rank
-from offload_sparse.run.errors import RunError
+from offload_sparse.run.errors import RunError, disk_fails
 from offload_sparse.run.log import TRACKERS_FOLDER
 from offload_sparse.store.lock import FolderLock, lock_folder
 from offload_sparse.store.weight_store import default_timeout
@@ -41,7 +41,6 @@ _PROJECT = "offload_sparse"
 _PACKAGES = {"comet_ml": "comet-ml", "aim": "'aim<4'"}
 """What is installed under another name than the tracker's."""
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _LOST_RANK = (
     "gloo",
     "Connection closed by peer",
@@ -128,6 +127,9 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
     not find each other, or the device cannot do what is asked; RunError: memory or the disk is too small, or
     another process has died."""
     accelerator = start(config.train, config.run_dir, config.trackers)
+    before = threading.excepthook
+    # A thread of a tracker that meets a full disk ends; this one hears of it with its next line.
+    threading.excepthook = lambda found: None if disk_fails(found.exc_value) else before(found)
     try:
         yield accelerator
         accelerator.end_training()  # which writes what trackers still hold
@@ -138,6 +140,8 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
         if reason:
             raise RunError(reason) from error
         raise
+    finally:
+        threading.excepthook = before
 
 
 def _in_one_line(error: BaseException, config: RunConfig) -> str:
@@ -145,7 +149,7 @@ def _in_one_line(error: BaseException, config: RunConfig) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
     again = "the same command resumes from the last checkpoint"
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if disk_fails(error):
         where = error.filename or config.run_dir
         return f"{where} cannot be written ({error.strerror}); free space, and {again}"
     if not isinstance(error, RuntimeError):

@@ -25,6 +25,7 @@ from offload_sparse.engine.state import IN_PLACE, MethodState
 from offload_sparse.methods.method import Method
 from offload_sparse.run.checkpoint import Checkpointer, Loaded
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
+from offload_sparse.run.errors import RunError
 from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.resume import Start, run_values
@@ -184,9 +185,9 @@ class Progress:
         self._checkpointer.join()
 
     def tell_stopped(self) -> dict[str, Any]:
-        """Say that and where the run was stopped. Raises ValueError: it could not be saved."""
+        """Say that and where the run was stopped. Raises RunError: it could not be saved."""
         if self._saved_step != self.step:
-            raise ValueError(f"asked to stop at step {self.step}, but the checkpoint could not be written")
+            raise RunError(f"asked to stop at step {self.step}, but the checkpoint could not be written")
         if self._rank == 0:
             why = self._interruption.signal_name or "another rank was asked to"
             tell(f"stopped at step {self.step} ({why}); the same command resumes")
@@ -195,7 +196,6 @@ class Progress:
     def _save(self, state: MethodState) -> None:
         state.local |= {_RNG + name: value for name, value in random_state().items()}
         run = self._remembered()
-        self._recorder.sync()
         self._saved_step, self._saved_at, self._wanted = self.step, time.monotonic(), False
         best, self._improved = self._improved, False
         self._checkpointer.save(self.step, state, run, best=best, wait=False)
@@ -206,7 +206,8 @@ class Progress:
             self._method.while_saving(self._checkpointer.release)
 
     def _remembered(self) -> dict[str, Any]:
-        """What the loop would lose with its process."""
+        """What the loop would lose with its process; the lines of its log are on the disk before it."""
+        self._recorder.sync()
         records = self._unlogged + self._method.unread_records()
         return {
             "seconds": self._recorder.seconds,

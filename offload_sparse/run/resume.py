@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
+from offload_sparse.config.yaml_text import shortened as shown
 from offload_sparse.export.description import file_digest
 from offload_sparse.export.network_file import WEIGHTS_FILE, read_structure
 from offload_sparse.run.launch import rank_and_world_size
@@ -62,7 +63,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     (unit, before), (same_unit, now) = _length(saved), _length(wanted)
     if unit == same_unit and now >= before:
         keys = [key for key in keys if key not in _LENGTH]
-    words = [f"{key} {saved.get(key)} instead of {wanted.get(key)}" for key in keys]
+    words = [f"{shown(k)} {shown(saved.get(k))} instead of {shown(wanted.get(k))}" for k in keys]
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,15 +59,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """``mkdir -p`` that lasts.
+    """``mkdir -p`` that lasts, and a folder that a start has made that died before it could wait for it.
 
     Raises:
         OSError: it cannot be made.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in made:
-        sync_folder(folder.parent)
+    for folder in made or [path]:
+        with suppress(PermissionError):  # of a folder that may be entered, but not read
+            sync_folder(folder.parent)
 
 
 def sync(path: Path) -> None:

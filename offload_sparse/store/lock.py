@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_sparse.store.files import make_folder
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
@@ -84,7 +86,7 @@ def lock_folder(folder: Path, shared: bool = False, name: str = LOCK_FILE) -> Fo
         return held
     made = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = _open(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     except OSError as error:
         reason = error.strerror or str(error)

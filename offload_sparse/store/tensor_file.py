@@ -27,6 +27,12 @@ TYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -36,12 +42,18 @@ def blocks_of(
     """The bytes of a file, in order, a few megabytes at a time; a contiguous tensor of the CPU is not copied.
 
     Args:
-        tensors: of any device and type; they must stay as they are until the last block is taken.
+        tensors: of any device; they must stay as they are until the last block is taken.
         metadata: text that is handed back with them.
+
+    Raises:
+        ValueError: the format has no name for the type of a tensor.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so all are aligned
     for name, tensor in tensors.items():
+        if tensor.dtype not in TYPES:
+            raise ValueError(f"{name} is of type {tensor.dtype}, which safetensors cannot hold; convert it")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": TYPES[tensor.dtype],

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap
@@ -35,6 +35,7 @@ from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle, open_h
 from offload_sparse.store.files import TEMPORARY, make_folder, remove, sync, write_file
 from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.lock import lock_folder
+from offload_sparse.store.tensor_file import blocks_of
 
 FORMAT = 1
 Mode = Literal["new", "resume", "replace", "look"]
@@ -142,8 +143,8 @@ class FileTier(MemoryTier):
         return torch.from_numpy(mapped).view(self._dtype)
 
     def complete(self, integers: dict[str, Tensor]) -> None:
-        contiguous = {name: value.contiguous() for name, value in integers.items()}
-        write_file(self.folder / "integers.safetensors", save(contiguous))
+        path = self.folder / "integers.safetensors"
+        write_file(path, lambda file: file.writelines(blocks_of(integers)))
         self.sync()
         self._write(initialised=True)
 

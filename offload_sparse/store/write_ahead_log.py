@@ -70,7 +70,7 @@ class WriteAheadLog:
     ) -> None:
         """Log what is about to be scattered into ``store`` (of which only the layout is read), with small
         JSON and tensors that are handed back with it, under the number of the round, larger than any before.
-        When this returns, the log outlives the process and the machine. Raises ValueError: the disk is full.
+        When this returns, the log outlives the process and the machine. Raises OSError: it cannot be written.
         """
         content: dict[str, Tensor] = {f"state.{name}": t for name, t in (tensors or {}).items()}
         for index, (selection, arrays) in enumerate(pieces):
@@ -79,11 +79,7 @@ class WriteAheadLog:
                 low, high = own_segment(store, selection, kind)
                 content[f"{index}.values.{kind}"] = values[low:high]
         metadata = {"round": str(round), "state": json.dumps(state)}
-        try:
-            write_file(self._path(round), lambda file: file.writelines(blocks_of(content, metadata)))
-        except OSError as error:
-            reason = f"the write-ahead log in {self.folder} cannot be written ({error.strerror})"
-            raise ValueError(f"{reason}; free space on its disk") from error
+        write_file(self._path(round), lambda file: file.writelines(blocks_of(content, metadata)))
 
     def rounds(self) -> list[int]:
         """The rounds whose logs are there, oldest first."""

@@ -1,4 +1,4 @@
-"""Files of an exported network with random changes whose digests fit again: a clean refusal, or no harm.
+"""Files of networks and runs with random changes whose digests fit again: a clean refusal, or no harm.
 
 The default tests try a few of each kind; ``pytest -m slow tests/attacks`` tries all that are promised.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 
 from offload_sparse.cli.main import main
+from offload_sparse.config.parse import RUN_OPTIONS
+from offload_sparse.export import network_file
 from offload_sparse.export.convert import export_network
 from offload_sparse.export.open import open_artefact
+from offload_sparse.run.errors import RunError
+from offload_sparse.run.trainer import train
 from tests.support.hostile_files import (
     RAW,
     attempt,
@@ -26,11 +30,25 @@ from tests.support.hostile_files import (
     run_once,
     save_networks,
     sign_description,
+    sign_manifest,
     sign_structure,
 )
 
-FEW = {"structure": 40, "description": 20, "summary": 20, "header": 20, "onnx": 10}
-ALL = {"structure": 600, "description": 600, "summary": 600, "header": 200, "onnx": 50}
+FEW = {
+    "structure": 40,
+    "description": 20,
+    "summary": 20,
+    "manifest": 10,
+    "store": 10,
+    "header": 20,
+    "onnx": 10,
+}
+ALL = dict.fromkeys(FEW, 600) | {"header": 200, "onnx": 50}
+RUN = [
+    *("--model.name", "offload_sparse/mlp", "--model.arguments", "{stream: 12, hidden: 24, depth: 1}"),
+    *("--data.limit", "24", "--data.batch_size", "8", "--train.max_steps", "6", "--checkpoint.every", "3"),
+    *("--round.k", "3", "--train.check", "false", "--quiet", "true", "--trackers", "[]"),
+]
 COUNTS = [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
 
 
@@ -40,6 +58,26 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for network in save_networks(folder):
         export_network(network, "onnx", folder / f"{network.name}_onnx")
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of three steps, on both tiers."""
+    folder = tmp_path_factory.mktemp("runs")
+    for tier in ("ram", "file"):
+        short = ["--train.max_steps", "3", "--store.tier", tier]
+        outcome = attempt(partial(resume, folder / tier, short), folder / tier, may_write=True)
+        assert not outcome.trouble + outcome.said, outcome
+    return folder
+
+
+def resume(run_dir: Path, more: Sequence[str] = ()) -> None:
+    """Train three more steps."""
+    network_file.compare = lambda *_: 0.0
+    try:
+        train(RUN_OPTIONS.parse([*RUN, "--run_dir", str(run_dir), *more]))
+    except (RunError, FloatingPointError) as error:
+        raise ValueError(str(error)) from error
 
 
 def opened(folder: Path) -> None:
@@ -53,6 +91,7 @@ def tried(
     change: Callable[[Path, random.Random], None],
     tmp_path: Path,
     action: Callable[[Path], object] = opened,
+    may_write: bool = False,
 ) -> int:
     """Change and open ``count`` copies in turn; how many were refused. None may make trouble."""
     refused = 0
@@ -61,7 +100,7 @@ def tried(
         shutil.rmtree(folder.parent, ignore_errors=True)
         shutil.copytree(sources[number % len(sources)], folder)
         change(folder, random.Random(number))
-        outcome = attempt(partial(action, folder), folder)
+        outcome = attempt(partial(action, folder), folder, may_write)
         assert not outcome.trouble, (number, outcome)
         refused += bool(outcome.said)
     return refused
@@ -127,6 +166,31 @@ def card(folder: Path) -> None:
     from offload_sparse.export.network_file import read_structure
 
     model_card(read_structure(folder / "model"), _summary(folder))
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_manifests_of_checkpoints(counts: dict[str, int], runs: Path, tmp_path: Path) -> None:
+    """A command that trains further resumes from them, or says why not."""
+
+    def change(folder: Path, generator: random.Random) -> None:
+        change_document("manifest.json", sign_manifest)(folder / "checkpoints" / "step_00000003", generator)
+
+    assert tried([runs / "ram"], counts["manifest"], change, tmp_path, resume, may_write=True)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_descriptions_of_stores(counts: dict[str, int], runs: Path, tmp_path: Path) -> None:
+    def sign(folder: Path, document: Any) -> None:
+        text = json.dumps(document).replace(str(runs / "file"), str(folder.parents[1]))
+        (folder / "store.json").write_text(text)
+
+    def change(folder: Path, generator: random.Random) -> None:
+        change_document("store.json", sign)(folder / "store" / "rank0", generator)
+
+    action = partial(resume, more=["--store.tier", "file"])
+    assert tried([runs / "file"], counts["store"], change, tmp_path, action, may_write=True)
 
 
 @pytest.mark.timeout(1800)

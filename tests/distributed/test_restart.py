@@ -11,7 +11,7 @@ import torch
 
 from offload_sparse import load_pruned
 from offload_sparse.engine.faults import VARIABLE
-from tests.support.launches import SMALL, two_ranks
+from tests.support.launches import SMALL, launch, two_ranks
 
 OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1"]
 OPTIONS += ["--round.freeze_at", "0.67"]  # rounds end at steps 3, 6 and 9
@@ -40,3 +40,19 @@ def test_a_killed_rank_ends_the_job_and_the_next_launch_carries_on(fault: str, t
     networks = [load_pruned(tmp_path / name / "model").state_dict() for name in ("straight", "parts")]
     for name, value in networks[0].items():
         assert torch.equal(value, networks[1][name]), name
+
+
+@pytest.mark.slow
+def test_a_launcher_restarts_its_ranks_to_the_same_end(tmp_path: Path) -> None:
+    """Three kills of two ranks, in a gather, a scatter and a checkpoint; ``--max_restarts 3``."""
+    options = [*OPTIONS, "--checkpoint.every", "3"]
+    assert two_ranks([*options, "--run_dir", str(tmp_path / "straight")], port=29634).returncode == 0
+    deaths = ("rank=1:step=2:phase=gather", "step=4:phase=scatter", "step=6:phase=checkpoint-commit")
+    faults = ",".join(f"kill:{death}:restart={attempt}" for attempt, death in enumerate(deaths))
+    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "29635", "--max_restarts", "3"]
+    parts = [*options, "--run_dir", str(tmp_path / "parts")]
+    result = launch(parts, launcher, ACCELERATE_USE_CPU="true", **{VARIABLE: faults})
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("dies at step") == 3
+    networks = [tmp_path / name / "model" / "weights.safetensors" for name in ("straight", "parts")]
+    assert networks[0].read_bytes() == networks[1].read_bytes()

@@ -44,16 +44,9 @@ OPTIONS = [
 _META = ("steps_done", "rounds_done", "forward_flops", "policy_frozen", "round_steps", "round_length")
 
 
-KILL_AT = "KILLED_RUN_KILL_AT"
-"""The file-system call, counted from 1, before which the process is killed; 0 writes how many there were."""
-_CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink", "fsync")
-
-
 def main(argv: list[str]) -> int:
     """``FILE ARGUMENTS``: the run of these arguments, with dropout; at its end the state goes to FILE."""
     torch.set_num_threads(1)
-    if KILL_AT in os.environ:
-        _count_calls(int(os.environ[KILL_AT]), Path(f"{argv[0]}.calls"))
     end = trainer.Run.finalize
 
     def finalize(run: trainer.Run) -> FinalNetwork:
@@ -63,26 +56,6 @@ def main(argv: list[str]) -> int:
     trainer.Run.finalize = finalize  # type: ignore[method-assign]
     trainer.classification_loss = _loss_with_dropout
     return cli(["train", *argv[1:]])
-
-
-def _count_calls(kill_at: int, found: Path) -> None:
-    """Die before a call that changes a folder or waits for the disk, or note how many there are."""
-    done = 0
-
-    def counted(call: Any) -> Any:
-        def wrapper(*arguments: Any, **more: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if not kill_at:
-                found.write_text(str(done))
-            return call(*arguments, **more)
-
-        return wrapper
-
-    for name in _CALLS:
-        setattr(os, name, counted(getattr(os, name)))
 
 
 def _loss_with_dropout(
@@ -118,13 +91,11 @@ def run(
     more: list[str],
     fault: str = "",
     hanging: int | None = None,
-    kill_at: int | None = None,
 ) -> tuple[list[int], str]:
     """One attempt of the run ``name``.
 
     Args:
         hanging: rank that never ends; it is killed when the others have.
-        kill_at: see ``KILL_AT``.
 
     Returns:
         how each rank ended, and what they printed.
@@ -135,8 +106,6 @@ def run(
     log = folder / f"{name}.log"
     base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", VARIABLE)}
     base |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", VARIABLE: fault}
-    if kill_at is not None:
-        base[KILL_AT] = str(kill_at)
     with log.open("ab") as file:
         before = file.tell()
         processes = [

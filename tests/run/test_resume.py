@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
 from offload_sparse.run.checkpoint_files import CheckpointFolder
-from offload_sparse.run.log import Recorder
 from offload_sparse.run.trainer import Run
 from tests.support.image_runs import options, poison
 
@@ -184,20 +183,6 @@ def test_a_run_goes_back_to_one_of_its_checkpoints(images: Path, tmp_path: Path)
     assert (tmp_path / "summary.json").read_text() == before, "it is finished"
 
 
-def test_a_disk_that_is_full_is_one_line_and_the_run_resumes(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(recorder: Any, step: int, **_: Any) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "metrics.jsonl"))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "log", full)
-        assert train(images, tmp_path, "--method", "dense") == 1
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
-    assert "metrics.jsonl cannot be written (No space left on device); free space" in line
-    assert train(images, tmp_path, "--method", "dense") == 0
-
-
 @pytest.mark.parametrize(
     ("more", "advice"),
     [
@@ -277,7 +262,7 @@ def test_stop_names_the_step_and_the_rank(
 ) -> None:
     poison(monkeypatch, 5)
     assert train(images, tmp_path, "--method", "dense", "--checkpoint.every", "1") == 1
-    assert "the loss of step 5 on rank 0 is not finite; lower optim.lr" in capsys.readouterr().err
+    assert "step 5 is not finite on rank 0" in capsys.readouterr().err
     newest = CheckpointFolder(tmp_path / "checkpoints").checkpoints()[0]
     assert newest.name == "step_00000005", "what is not finite is never saved"
 
@@ -295,16 +280,19 @@ def test_skip_leaves_out_the_step_and_its_statistics(
     assert all(bool(value.isfinite().all()) for value in network.values())
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dense", "sparse_offload"])
 def test_skip_gives_up_when_no_step_is_finite_any_more(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    poison(monkeypatch, *range(3, 1000))
-    assert (
-        train(images, tmp_path, "--method", "dense", "--train.on_nonfinite", "skip", "--train.epochs", "9")
-        == 1
-    )
-    assert "is not finite" in capsys.readouterr().err
+    poison(monkeypatch, *range(1000))
+    more = ["--train.on_nonfinite", "skip", "--train.log_every", "5"]
+    assert train(images, tmp_path, "--method", method, *more) == 1
+    assert "too many steps are not finite (10 in a row, 10 of 10 steps)" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("method", ["dense", "sparse_offload"])

@@ -9,7 +9,6 @@ import random
 import signal
 import struct
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.export import json_values
 from offload_sparse.export.description import DESCRIPTION_FILE, FILES, file_digest
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, FinalNetwork
+from offload_sparse.run.checkpoint_files import MANIFEST_FILE
 from offload_sparse.workloads.models import build_model
 
 SECONDS, BYTES = 10, 1 << 30
@@ -143,6 +143,14 @@ def sign_description(folder: Path, description: Any) -> None:
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description))
 
 
+def sign_manifest(folder: Path, manifest: Any) -> None:
+    """Write ``manifest.json`` so that its digest fits."""
+    if isinstance(manifest, dict):
+        body = {key: value for key, value in manifest.items() if key != "digest"}
+        manifest["digest"] = json_values.digest(body)
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
 def change_header(path: Path, change: Callable[[Any], Any]) -> None:
     """Rewrite the JSON header of a safetensors file."""
     content = path.read_bytes()
@@ -171,32 +179,33 @@ class Outcome:
     bytes: int
 
 
-def attempt(action: Callable[[], object], folder: Path) -> Outcome:
-    """Do it in a process of its own, which may write nothing beside ``folder`` and what it finds there."""
-    before, base = _listing(folder.parent), _peak(lambda: None)[2]
-    start = time.monotonic()
-    said, status, peak = _peak(action)
-    seconds = time.monotonic() - start
+def attempt(action: Callable[[], object], folder: Path, may_write: bool = False) -> Outcome:
+    """Do it in a process of its own, which may write nothing beside ``folder``, nor into it unless it may."""
+    own = folder if may_write else None
+    before, base = _listing(folder.parent, own), _peak(lambda: None)[2]
+    said, status, peak, seconds = _peak(action)
     trouble = said if status == 1 else f"ended by signal {-status}" if status < 0 else ""
     if "\n" in said and not trouble:
         trouble = f"several lines: {said[:200]!r}"
     if len(said) > 1000 and not trouble:
         trouble = f"a whole value: {said[:200]!r}"
-    if _listing(folder.parent) != before:
+    if _listing(folder.parent, own) != before:
         trouble = trouble or "it wrote something"
     if seconds > SECONDS or peak - base > BYTES:
         trouble = trouble or f"it took {seconds:.0f} s and {(peak - base) >> 20} MiB"
     return Outcome(said, trouble, seconds, peak - base)
 
 
-def _peak(action: Callable[[], object]) -> tuple[str, int, int]:
-    """What the action said, its exit status (1: a traceback; negative: a signal), and its peak memory."""
+def _peak(action: Callable[[], object]) -> tuple[str, int, int, float]:
+    """What the action said, its exit status (1: a traceback; negative: a signal), its peak memory, and its
+    seconds, on however busy a machine: those of its own computing.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(2 * SECONDS)
+        signal.alarm(12 * SECONDS)  # it waits for something
         status, said = 0, ""
         try:
             torch.set_num_threads(1)
@@ -212,11 +221,14 @@ def _peak(action: Callable[[], object]) -> tuple[str, int, int]:
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read().decode()
     _, status, usage = os.wait4(child, 0)
-    return said, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+    seconds = usage.ru_utime + usage.ru_stime
+    return said, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, seconds
 
 
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*"))
+def _listing(folder: Path, own: Path | None) -> list[tuple[str, int, int]]:
+    """What is there, but for what is in ``own``."""
+    found = [path for path in folder.rglob("*") if own is None or not path.is_relative_to(own)]
+    return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in found)
 
 
 def run_once(network: nn.Module, shape: tuple[int, ...]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from offload_sparse.engine.faults import VARIABLE
+from tests.run import killed_run
+from tests.support.fork_server import ForkServer
 
 SMALL = [
     *("train", "--model.name", "offload_sparse/mlp"),
@@ -88,16 +90,28 @@ def test_the_folder_of_a_killed_job_is_free_at_once(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == list(range(1, 13))
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_of_two_starts_at_once_exactly_one_trains(times: int, tmp_path: Path) -> None:
-    for number in range(times):
-        run_dir = tmp_path / str(number)
-        jobs: list[Any] = [start(run_dir) for _ in range(2)]
-        outputs = [job.communicate(timeout=LIMIT) for job in jobs]
-        assert sorted(job.returncode for job in jobs) == [0, 2], outputs
-        refused = outputs[0 if jobs[0].returncode else 1][1]
-        assert "is in use by" in refused
-        assert steps(run_dir) == list(range(1, 13))
+def test_of_two_starts_at_once_exactly_one_trains(tmp_path: Path) -> None:
+    jobs: list[Any] = [start(tmp_path / "run") for _ in range(2)]
+    outputs = [job.communicate(timeout=LIMIT) for job in jobs]
+    assert sorted(job.returncode for job in jobs) == [0, 2], outputs
+    refused = outputs[0 if jobs[0].returncode else 1][1]
+    assert "is in use by" in refused
+    assert steps(tmp_path / "run") == list(range(1, 13))
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_it_is_one_each_time(times: int, tmp_path: Path) -> None:
+    """Processes that are forked with everything imported, and so start within a moment."""
+    with ForkServer(killed_run.MODULES) as server, (tmp_path / "log").open("w") as log:
+        for number in range(times):
+            name = f"{number}"
+            more = ["--train.log_every", "1"]
+            jobs = [
+                killed_run.start(server, tmp_path, name, more, os.environ, log.fileno()) for _ in range(2)
+            ]
+            assert sorted(job.wait(LIMIT) for job in jobs) == [0, 2], (tmp_path / "log").read_text()
+            assert steps(tmp_path / f"run_{name}") == list(range(1, 13))
+    assert (tmp_path / "log").read_text().count("is in use by") == times
 
 
 def test_sigterm_to_the_whole_group_with_loader_workers_saves_and_exits_0(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""A disk that fills is one line and exit code 1, wherever it does; with space again the same command resumes
+and ends with the bits of the run that had it.
+
+What is to be written leads to ``/dev/full``, on which every write says that there is no space left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from offload_sparse.cli.main import main
+from offload_sparse.run import trainer
+from tests.run import killed_run
+
+Fill = Callable[[pytest.MonkeyPatch, Path], None]
+
+
+def before(step: int, place: str) -> Fill:
+    """Before a step, or at the end for -1, have a file of the run lead to the full disk."""
+
+    def fill(patch: pytest.MonkeyPatch, run_dir: Path) -> None:
+        name = "finalize" if step < 0 else "train_step"
+        original = getattr(trainer.Run, name)
+
+        def filled(run: trainer.Run, *arguments: Any) -> Any:
+            if step < 0 or arguments[0] == step:
+                lead_to_full(run_dir, place)
+            return original(run, *arguments)
+
+        patch.setattr(trainer.Run, name, filled)
+
+    return fill
+
+
+def lead_to_full(run_dir: Path, place: str) -> None:
+    found = list(run_dir.glob(place)) or [run_dir / place]
+    found[0].parent.mkdir(exist_ok=True)
+    found[0].unlink(missing_ok=True)
+    found[0].symlink_to("/dev/full")
+
+
+def at_the_log(patch: pytest.MonkeyPatch, run_dir: Path) -> None:
+    original = trainer.Run.train_step
+
+    def train_step(run: trainer.Run, step: int, batch: Any) -> None:
+        if step == 2:
+            run.recorder._metrics = (run_dir.parent / "full").open("a")
+        original(run, step, batch)
+
+    (run_dir.parent / "full").symlink_to("/dev/full")
+    patch.setattr(trainer.Run, "train_step", train_step)
+
+
+FULL: dict[str, Fill] = {
+    "its configuration": lambda patch, run_dir: lead_to_full(run_dir, "config.yaml.tmp"),
+    "its log": at_the_log,
+    "its tracker": before(5, "trackers/*/events.*"),
+    "its write-ahead log": before(5, "store/rank0/log/round-6.safetensors.tmp"),
+    "the weights of its network": before(-1, "model/weights.safetensors.tmp"),
+    "the structure of its network": before(-1, "model/structure.json.tmp"),
+    "its summary": before(-1, "summary.json.tmp"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_per_run() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(run_dir: Path, *more: str) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(["train", *killed_run.OPTIONS, "--store.tier", "file", "--run_dir", str(run_dir), *more])
+
+
+def weights(run_dir: Path) -> str:
+    return hashlib.blake2b((run_dir / "model" / "weights.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    assert run(run_dir) == 0
+    return weights(run_dir)
+
+
+@pytest.mark.parametrize("fill", FULL.values(), ids=FULL)
+def test_a_disk_that_fills_is_one_line_and_the_run_resumes(
+    fill: Fill,
+    undisturbed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        (tmp_path / "run").mkdir()
+        fill(patch, tmp_path / "run")
+        assert run(tmp_path / "run") == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [text for text in said.splitlines() if "error:" in text]
+    assert "cannot be written (No space left on device); free space, and the same command resumes" in line
+    assert run(tmp_path / "run") == 0
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_an_export_to_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run") == 0
+    output = tmp_path / "export"
+    lead_to_full(output, "weights.safetensors.tmp")
+    assert main(["export", str(tmp_path / "run"), "--output", str(output)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "error:" in line
+    assert "No space left on device" in line
+    assert not (output / "weights.safetensors").exists()
