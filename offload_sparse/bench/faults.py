@@ -68,20 +68,13 @@ WAYS: dict[str, tuple[dict[str, list[str]], list[str]]] = {
 }
 """The runs that are there before, by name, with their options; the options of the command."""
 
-
 KINDS = ("kill", "nothing", "names", "some")
 """What is left: all, by a kill, or what ``WatchedDisk.after_power_loss`` calls its kinds."""
 
-QUICK = 2
-"""Folders of each way and kind that ``--quick`` tries, spread evenly; without the second kill."""
+QUICK, SECOND_KILLS = 1, 3
+"""Calls of each way that ``--quick`` tries; second kills after each first one."""
 
-_MEASURED = ("time", "round_timeline", "_bytes", "_bytes_per_round", "_seconds")
-
-
-QUICK, SECONDS = 2, 3
-"""Points of each way and kind that ``--quick`` tries; second kills after each first one."""
-
-_SECONDS = 240
+_LIMIT_SECONDS = 240
 _T = TypeVar("_T")
 _PLACE = b"@"
 _UNREAD = re.compile(r"\.tmp(/|$)|\.lock$")
@@ -160,7 +153,7 @@ def run(quick: bool) -> BenchResult:
     with Sweep() as sweep:
         found = []
         for way in WAYS:
-            found.append(sweep.way(way, QUICK if quick else None, twice=0 if quick else SECONDS))
+            found.append(sweep.way(way, QUICK if quick else None, twice=0 if quick else SECOND_KILLS))
             print(found[-1], file=sys.stderr, flush=True)
     return _result(found)
 
@@ -192,7 +185,7 @@ class Sweep:
 
         Args:
             name: of ``WAYS``.
-            sample: points of each kind that are tried, spread evenly; all unless given.
+            sample: calls that are tried, spread evenly; all unless given.
             twice: points of each run that resumes after a kill at which it is killed again.
         """
         swept, (before, options) = Swept(name), WAYS[name]
@@ -270,7 +263,7 @@ class Sweep:
 
     def _perform(self, task: _Task, slot: Path) -> None:
         """In a process of its own, whose clocks stand still."""
-        signal.alarm(_SECONDS)
+        signal.alarm(_LIMIT_SECONDS)
         torch.set_num_threads(1)
         _lay_out(pickle.loads((self._folder / "left" / task.found).read_bytes()), slot)
         attempt, output = Attempt(), slot.with_suffix(".output")

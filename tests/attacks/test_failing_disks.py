@@ -49,9 +49,9 @@ def at_the_log(patch: pytest.MonkeyPatch, run_dir: Path) -> None:
     original = trainer.Run.train_step
 
     def train_step(run: trainer.Run, step: int, batch: Any) -> None:
+        original(run, step, batch)
         if step == 2:
             run.recorder._metrics = (run_dir.parent / "full").open("a")
-        original(run, step, batch)
 
     (run_dir.parent / "full").symlink_to("/dev/full")
     patch.setattr(trainer.Run, "train_step", train_step)

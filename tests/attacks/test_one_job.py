@@ -99,7 +99,8 @@ def test_of_two_starts_at_once_exactly_one_trains(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == list(range(1, 13))
 
 
-@pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_it_is_one_each_time(times: int, tmp_path: Path) -> None:
     """Processes that are forked with everything imported, and so start within a moment."""
     with ForkServer(killed_run.MODULES) as server, (tmp_path / "log").open("w") as log:
