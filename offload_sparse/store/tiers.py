@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import weakref
@@ -37,7 +38,10 @@ from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.lock import lock_folder
 from offload_sparse.store.tensor_file import blocks_of
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
+_MOST_BYTES = 1 << 20  # of a store.json
 Mode = Literal["new", "resume", "replace", "look"]
 """``new`` makes a store where there is none, ``resume`` opens one that is complete, ``replace`` makes one
 whatever there is of the same run; ``look`` opens a complete one of any run, and what is written to its arrays
@@ -168,14 +172,12 @@ class FileTier(MemoryTier):
                     f"{self.folder} holds files but no store.json; give store.path another folder"
                 )
             return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            missing = {"format", "initialised", "sizes", *asdict(self._identity)} - set(found)
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); give store.path another folder") from error
-        if missing:
+        found = _described(path)
+        types = {"format": int, "initialised": bool, "sizes": dict}
+        types |= {name: type(value) for name, value in asdict(self._identity).items()}
+        if any(type(found.get(name)) is not kind for name, kind in types.items()):
             raise ValueError(f"{path} does not describe a store; give store.path another folder")
-        return dict(found)
+        return found
 
     def _refuse(self, found: dict[str, Any] | None, mode: Mode) -> None:
         if found is None:
@@ -188,7 +190,7 @@ class FileTier(MemoryTier):
         for key, value in expected.items():
             if found[key] != value:
                 raise ValueError(
-                    f"the store in {self.folder} has {key.replace('_', ' ')} {found[key]!r}, "
+                    f"the store in {self.folder} has {key.replace('_', ' ')} {str(found[key])[:100]!r}, "
                     f"this run {value!r}; give store.path another folder"
                 )
         if mode == "new" and found["initialised"]:
@@ -232,13 +234,18 @@ class FileTier(MemoryTier):
 def is_filled(folder: Path) -> bool:
     """Whether ``folder`` holds a store whose first values are complete on some rank; of which run is another
     question."""
-    for path in folder.glob("rank*/store.json"):
-        try:
-            if json.loads(path.read_text(encoding="utf-8")).get("initialised"):
-                return True
-        except (OSError, ValueError, AttributeError):
-            continue
-    return False
+    return any(_described(path).get("initialised") for path in folder.glob("rank*/store.json"))
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What a ``store.json`` says; nothing where it is not what a store writes."""
+    try:
+        if path.is_file() and path.stat().st_size < _MOST_BYTES:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        logger.debug("%s cannot be read", path)
+    return {}
 
 
 def open_tier(

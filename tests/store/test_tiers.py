@@ -126,7 +126,7 @@ def test_a_missing_or_damaged_store_is_refused(tmp_path: Path) -> None:
         store_on(FileTier(tmp_path, IDENTITY, mode="resume"))
     (tmp_path / "rank0" / "store.json").write_text("{")
     for mode in ("new", "resume"):
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match="does not describe a store"):
             FileTier(tmp_path, IDENTITY, mode=mode)  # type: ignore[arg-type]
     (tmp_path / "rank0" / "store.json").write_text("{}")
     with pytest.raises(ValueError, match="does not describe a store"):
