@@ -190,7 +190,7 @@ class FileTier(MemoryTier):
         for key, value in expected.items():
             if found[key] != value:
                 raise ValueError(
-                    f"the store in {self.folder} has {key.replace('_', ' ')} {str(found[key])[:100]!r}, "
+                    f"the store in {self.folder} has {key.replace('_', ' ')} {repr(found[key])[:100]}, "
                     f"this run {value!r}; give store.path another folder"
                 )
         if mode == "new" and found["initialised"]:
