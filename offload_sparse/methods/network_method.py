@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,8 +22,6 @@ from offload_sparse.engine.optimizer import optimizer_factory, slot_names
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Task
-
-logger = logging.getLogger(__name__)
 
 
 class FixedNetwork:
