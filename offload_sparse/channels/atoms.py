@@ -13,17 +13,30 @@ import torch
 
 from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group, View
 
+FEWEST_ATOMS = 8
+"""Of a width whose runs may be shortened."""
 
-def block_atoms(channel_map: ChannelMap, block: int) -> ChannelMap:
+
+def chosen_block(block: str | int, device: str, bf16: bool = False) -> str | int:
+    """``block``, or what ``auto`` is on a device of this type."""
+    if block != "auto":
+        return block
+    return ("<=16" if bf16 else "<=8") if device == "cuda" else 1
+
+
+def block_atoms(channel_map: ChannelMap, block: str | int) -> ChannelMap:
     """The map whose atoms are runs of ``block`` consecutive channels of ``channel_map``; of 1, the map as it
-    is.
+    is. ``<=8`` shortens the runs of 8, to 4, 2 or 1, in groups of which fewer than ``FEWEST_ATOMS`` would be
+    left.
 
     An atom that already stands for several channels everywhere (a group of a grouped convolution, an
     attention head) counts as that many: runs are as short as gives ``block`` channels in every tensor. Raises
     ValueError: ``block`` is less than 1."""
-    if block < 1:
+    text = str(block)
+    most, shortens = int(text.removeprefix("<=")), text.startswith("<=")
+    if most < 1:
         raise ValueError(f"atoms.block is {block}; give at least 1 channel per atom")
-    if block == 1:
+    if most == 1:
         return channel_map
     fewest = _fewest_channels(channel_map)
     groups: list[Group] = []
@@ -32,7 +45,9 @@ def block_atoms(channel_map: ChannelMap, block: int) -> ChannelMap:
     start = 0
     for group in channel_map.groups:
         channels = max(1, int(fewest[group.start : group.stop].min()))
-        run = -(-block // channels)
+        run = -(-most // channels)
+        while shortens and run > 1 and group.size < FEWEST_ATOMS * run:
+            run //= 2
         number[group.start : group.stop] = start + torch.arange(group.size) // run
         groups.append(Group(group.name, start, -(-group.size // run)))
         start = groups[-1].stop

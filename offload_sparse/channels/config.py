@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +18,16 @@ class AtomsConfig:
 
     Attributes:
         block: channels per atom; 8 or 16 keep widths at multiples that matrix units like, and move rows in
-            longer runs. The last atom of a width takes the remainder.
+            longer runs. The last atom of a width takes the remainder. ``<=8`` makes shorter runs of it in
+            widths of which fewer than eight atoms would be left. ``auto`` is 1 on a CPU and ``<=8`` on a CUDA
+            device, ``<=16`` with ``train.precision bf16``.
     """
 
-    block: int = 1
+    block: str | int = "auto"
 
     def __post_init__(self) -> None:
-        require(self.block >= 1, f"atoms.block is {self.block}; give at least 1 channel per atom")
+        self.block = str(self.block)
+        require(
+            re.fullmatch(r"auto|(<=)?[1-9]\d{0,5}", self.block) is not None,
+            f"atoms.block is {self.block}; give at least 1 channel per atom, such as 8 or <=8, or auto",
+        )

@@ -38,6 +38,7 @@ _ADVICE: dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"},
     **{list[str]: "a list such as [tensorboard]", list[float]: "a list such as [0.5, 0.25]"},
     **{dict: "a mapping such as {width: 64}", str | int | float: "text or a number"},
+    str | int: "a number such as 8 or <=8, or auto",
 }
 
 set_loader("yaml_1.2", lambda text: yaml_text.parse(text, "a value"), exceptions=(ValueError,))

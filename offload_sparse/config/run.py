@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from offload_sparse.channels.atoms import chosen_block
 from offload_sparse.channels.config import AtomsConfig
 from offload_sparse.channels.require import require
 from offload_sparse.config.methods import (
@@ -37,7 +38,8 @@ class TrainConfig:
         epochs: passes over the training images.
         max_steps: stop after this many optimizer steps; 0 lets ``epochs`` decide.
         precision: ``bf16`` and ``fp16`` autocast forward passes, while weights, optimizer slots and gradients
-            stay in float32, as with ``no``; ``fp16`` scales the loss. ``float64`` is for everything.
+            stay in float32, as with ``no``; ``fp16`` scales the loss. ``tf32`` casts nothing but lets matrix
+            products round their factors to TF32 where the device has it. ``float64`` is for everything.
         batch_norm: ``batch`` normalises with the statistics of each rank's own images (as
             DistributedDataParallel does), ``frozen`` with the running statistics, which makes a step
             independent of how images are spread over ranks.
@@ -59,7 +61,7 @@ class TrainConfig:
 
     epochs: int = 10
     max_steps: int = 0
-    precision: Literal["no", "bf16", "fp16", "float64"] = "no"
+    precision: Literal["no", "tf32", "bf16", "fp16", "float64"] = "no"
     batch_norm: Literal["batch", "frozen"] = "batch"
     eval_every: int = 1
     log_every: int = 10
@@ -84,7 +86,7 @@ class TrainConfig:
     @property
     def autocast(self) -> str:
         """What forward passes are cast to, as accelerate names it."""
-        return "no" if self.precision == "float64" else self.precision
+        return self.precision if self.precision in ("bf16", "fp16") else "no"
 
 
 @dataclass
@@ -211,6 +213,7 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
     return replace(
         config,
         policy=config.policy.resolved(config.compile),
+        atoms=AtomsConfig(chosen_block(config.atoms.block, device, config.train.precision == "bf16")),
         round=replace(config.round, transfer=transfer),
         store=replace(config.store, pin=pin),
     )

@@ -78,7 +78,7 @@ def prepare(
     ranks: Ranks,
     channel_map: ChannelMap | None = None,
     verify: bool = True,
-    block: int = 1,
+    block: str | int = 1,
 ) -> PreparedModel:
     """Find the channels of a model and check them.
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.atoms import chosen_block
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.selection import Selection
@@ -69,7 +70,8 @@ class Setup:
     Attributes:
         residual: residual policy of the discovery.
         channel_map: a map made by hand, instead of the discovery.
-        block: channels per atom; budgets, caps and minimum widths count atoms.
+        block: channels per atom, as ``atoms.block`` of a run; budgets, caps and minimum widths count atoms. A
+            map made by hand stays as it is with ``auto``.
         verify: check slice = mask on the model before anything trains.
         compile: compile the forward passes of the subnets; ``policy.sampler auto`` then keeps widths fixed.
         final: how the final mask is chosen.
@@ -87,7 +89,7 @@ class Setup:
 
     residual: Residual = "coupled"
     channel_map: ChannelMap | None = None
-    block: int = 1
+    block: str | int = "auto"
     verify: bool = True
     compile: bool = False
     final: FinalConfig = dataclasses.field(default_factory=FinalConfig)
@@ -126,6 +128,7 @@ class SparseOffload(Rounds):
         device: where subnets compute; the CUDA device when there is one.
 
     Attributes:
+        device: where subnets compute; a closure's batch has to be there, such as by ``x.to(session.device)``.
         optimizer: shows the parameter groups, for schedulers of ``torch.optim.lr_scheduler``; its parameters
             are stand-ins.
 
@@ -163,8 +166,10 @@ class SparseOffload(Rounds):
         ranks = Ranks.current()
         shard = Ranks.current(per_node=True) if setup.store.shard == "node" else ranks
         kept = probe(optimizer, self.device)
+        by_hand = setup.channel_map is not None and setup.block == "auto"
+        block = 1 if by_hand else chosen_block(setup.block, self.device.type)
         prepared = prepare(
-            model, self._example_inputs, setup.residual, ranks, setup.channel_map, setup.verify, setup.block
+            model, self._example_inputs, setup.residual, ranks, setup.channel_map, setup.verify, block
         )
         self.meta_model = prepared.meta_model
         self._factory = partial(copy.deepcopy, self.meta_model) if isinstance(model, nn.Module) else model
@@ -357,6 +362,19 @@ class SparseOffload(Rounds):
         self._recent.clear()
         network = module.eval()
         return FinalNetwork(network, self.final_mask, self.channel_map, self._factory, self._example_inputs)
+
+    def close(self, abandon: bool = False) -> None:
+        """End the work beside the loop and free the store's process groups, before the loop destroys its own.
+        A session that is left without ``finalize`` needs it. It cannot be used any more.
+
+        Args:
+            abandon: a rank may be gone, so that what is under way might never end."""
+        if abandon:
+            self.store.ranks.abort()
+        self.transfers.close(abandon)
+        for ranks in (self.ranks, self.store.ranks):
+            ranks.close()
+        self._ended = True
 
     # --- saving ---
 

@@ -252,10 +252,13 @@ class Transfers:
         self._ahead = False
         self.pair.loaded = False
 
-    def close(self) -> None:
-        """Wait for transfers under way and stop their thread."""
+    def close(self, abandon: bool = False) -> None:
+        """Wait for the transfer under way and stop the thread; the next one starts another.
+
+        Args:
+            abandon: leave out those that have not begun: a rank may be gone."""
         if self._side_stream is not None:
-            self._side_stream.close()
+            self._side_stream.close(abandon)
 
     # --- from one pair to the next ---
 
@@ -398,7 +401,13 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._worker = ThreadPoolExecutor(1, "transfer", self._begin)
+        self._thread: ThreadPoolExecutor | None = None
+
+    @property
+    def _worker(self) -> ThreadPoolExecutor:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "transfer", self._begin)
+        return self._thread
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run ``work`` in the background."""
@@ -413,9 +422,11 @@ class SideStream:
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
-    def close(self) -> None:
-        """Let the work end and the thread with it."""
-        self._worker.shutdown(wait=True)
+    def close(self, abandon: bool) -> None:
+        """Let the work end and the thread with it; what has not begun is left out if ``abandon``."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(wait=True, cancel_futures=abandon)
 
     def _begin(self) -> None:
         """A thread begins on device 0, on which the first question for a stream would open a context."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.atoms import chosen_block
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
@@ -62,7 +63,7 @@ def build_static(task: Task) -> Method:
 def prepared_model(task: Task) -> PreparedModel:
     """The network of ``task`` with its channels, as the configuration wants them."""
     config = task.config
-    residual, block = config.model.residual, config.atoms.block
+    residual, block = config.model.residual, chosen_block(config.atoms.block, task.device.type)
     ranks = Ranks.current()
     return prepare(task.factory, task.example_inputs, residual, ranks, verify=config.train.check, block=block)
 

@@ -142,3 +142,6 @@ class Method(Protocol):
     def while_saving(self, release: Callable[[], object]) -> None:
         """``state.sharded`` is being read: call ``release`` before changing what it refers to (any number of
         times)."""
+
+    def close(self, abandon: bool) -> None:
+        """End what works beside the loop, whatever has ended that; ``abandon``: a rank may be gone."""

@@ -176,6 +176,9 @@ class FixedNetwork:
     def while_saving(self, release: Callable[[], object]) -> None:
         del release  # a state is a copy
 
+    def close(self, abandon: bool) -> None:
+        del abandon  # nothing works beside the loop
+
     # --- what another method of training a whole network does otherwise ---
 
     def _network(self) -> nn.Module:

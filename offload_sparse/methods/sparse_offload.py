@@ -146,6 +146,9 @@ class SparseOffloadMethod:
     def recall(self, batches: Iterable[Any]) -> None:
         recall(self.session, (partial(self._loss_fn, batch=batch) for batch in batches))
 
+    def close(self, abandon: bool) -> None:
+        self.session.close(abandon)
+
     def while_saving(self, release: Callable[[], object]) -> None:
         self.session.transfers.before_return = release
 

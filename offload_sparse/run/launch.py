@@ -182,6 +182,8 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
         project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / TRACKERS_FOLDER)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
     )
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ValueError(

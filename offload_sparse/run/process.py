@@ -20,27 +20,33 @@ MAPPED_FROM = 16 << 20
 """Bytes from which freed memory always goes back to the system at once."""
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+PLANS = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"
 
 _KERNELS_PER_LAYER = 8
 """Two subnets, each with a forward pass for training, one for evaluation, and two products of the backward
 pass.
 """
 
+_ROUNDS_OF_PLANS = 4
+"""Rounds whose plans cuDNN keeps: about 200 KiB each, and with blocks of channels widths come back."""
+
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def bound_memory(factory: Callable[[], nn.Module]) -> None:
-    """Have allocations of ``MAPPED_FROM`` bytes and more go back to the system as soon as they are freed, and
-    oneDNN keep the CPU kernels of one round of the network and no more.
+    """Have allocations of ``MAPPED_FROM`` bytes and more go back to the system as soon as they are freed,
+    oneDNN keep the CPU kernels of one round of the network and no more, and cuDNN the plans of a few.
 
     glibc starts like this and then raises the bound to 32 MiB as such memory is freed, after which holes of
     that size stay with the process: a tenth of a run's memory in a measured case. oneDNN compiles a kernel
-    for every new shape and keeps the last 1024 of them, some megabytes per round; it reads the bound once,
-    when the first convolution runs. A value that the user has set stays."""
+    for every new shape and keeps the last 1024 of them, some megabytes per round, cuDNN the last 10,000 plans
+    (2 GiB); they read the bound once, when the first convolution runs. What the user has set stays."""
     _glibc("mallopt", _M_MMAP_THRESHOLD, MAPPED_FROM)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         layers = sum(isinstance(m, (_ConvNd, nn.Linear)) for m in factory().modules())
-    os.environ.setdefault(KERNELS, str(max(64, _KERNELS_PER_LAYER * layers)))
+    of_a_round = max(64, _KERNELS_PER_LAYER * layers)
+    os.environ.setdefault(KERNELS, str(of_a_round))
+    os.environ.setdefault(PLANS, str(_ROUNDS_OF_PLANS * of_a_round))
 
 
 def return_freed_memory() -> None:

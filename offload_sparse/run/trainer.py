@@ -71,10 +71,14 @@ def train(config: RunConfig) -> dict[str, Any]:
                 print(fitted(f"run folder: {config.run_dir} holds this run, finished; {more}"))
             return finished_summary(config)
         run = Run(config, accelerator, start)
+        done = False
         try:
-            return _loop(run)
+            result, done = _loop(run), True
+            return result
         except torch.OutOfMemoryError as error:
             raise RunError(run.out_of_memory()) from error
+        finally:  # before the process groups are destroyed, which might wait for a transfer for ever
+            run.method.close(abandon=not done)
 
 
 def _loop(run: Run) -> dict[str, Any]:

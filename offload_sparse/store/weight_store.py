@@ -14,8 +14,10 @@ holds them.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -81,11 +83,38 @@ class Ranks:
                 assert not isinstance(transfer, int)
                 assert not isinstance(host, int)
                 mine = Ranks(rank - first, size, host, transfer, first)
+                _OWN_GROUPS.update((host, transfer))
         return mine
+
+    def abort(self) -> None:
+        """Break off transfers that a lost rank keeps from ending, where nothing else would: NCCL's."""
+        with suppress(ValueError):  # there is no group any more
+            if self.transfer_group is not None and dist.get_backend(self.transfer_group) == "nccl":
+                dist.distributed_c10d._abort_process_group(self.transfer_group)
+
+    def close(self) -> None:
+        """Free the groups; no transfer may be under way."""
+        _close_groups(group for group in (self.host_group, self.transfer_group) if group is not None)
 
     def global_rank(self, rank: int) -> int:
         """The rank in the default group of member ``rank``."""
         return self.first + rank
+
+
+_OWN_GROUPS: set[dist.ProcessGroup] = set()
+"""Those that stores have made. One that is alive when the interpreter goes down may take the process with it:
+its threads are still there, and there is nobody left to end them.
+"""
+
+
+def _close_groups(groups: Iterable[dist.ProcessGroup]) -> None:
+    for group in tuple(groups):
+        _OWN_GROUPS.discard(group)
+        with suppress(ValueError):  # it has been destroyed with the default group
+            dist.destroy_process_group(group)
+
+
+atexit.register(_close_groups, _OWN_GROUPS)
 
 
 def default_timeout() -> timedelta | None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from offload_sparse.channels.atoms import block_atoms
+from offload_sparse.channels.atoms import block_atoms, chosen_block
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import check, self_test
 from offload_sparse.channels.discovery import discover
@@ -69,6 +69,24 @@ def test_one_channel_per_atom_changes_nothing_and_less_is_refused() -> None:
     assert block_atoms(channel_map, 1) is channel_map
     with pytest.raises(ValueError, match=r"atoms\.block is 0"):
         block_atoms(channel_map, 0)
+
+
+@pytest.mark.parametrize(
+    ("block", "atoms"),
+    [("<=8", [12, 9, 8, 16]), ("<=16", [12, 9, 8, 8]), ("<=1", [12, 36, 64, 128]), ("8", [2, 5, 8, 16])],
+)
+def test_runs_are_shortened_until_eight_atoms_are_left(block: str, atoms: list[int]) -> None:
+    """Of 12, 36, 64 and 128 channels; without ``<=`` runs have the length that is asked for."""
+    widths = [12, 36, 64, 128]
+    layers = [nn.Conv2d(a, b, 1) for a, b in zip([3, *widths], [*widths, 2], strict=True)]
+    found = discover(nn.Sequential(*layers), (torch.zeros(2, 3, 4, 4),))
+    assert [group.size for group in block_atoms(found, block).groups] == atoms
+
+
+def test_auto_is_one_channel_on_a_cpu() -> None:
+    assert chosen_block("auto", "cpu", bf16=True) == 1
+    assert (chosen_block("auto", "cuda"), chosen_block("auto", "cuda", bf16=True)) == ("<=8", "<=16")
+    assert chosen_block("4", "cuda") == "4"
 
 
 def test_an_atom_of_several_channels_counts_as_that_many() -> None:

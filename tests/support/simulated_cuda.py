@@ -370,7 +370,8 @@ def _to(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if device.type == self.device.type or "meta" in (device.type, self.device.type):
             if device.type != "cuda":
                 return original(self, *args, **kwargs)
-            return original(self, dtype, copy=kwargs.get("copy", False))
+            layout = kwargs.get("memory_format", torch.preserve_format)
+            return original(self, dtype, copy=kwargs.get("copy", False), memory_format=layout)
         if device.type == "cuda":
             present().upload()
             if not kwargs.get("non_blocking"):

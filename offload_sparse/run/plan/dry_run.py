@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel, flops_by_module, train_cost_saving
-from offload_sparse.channels.atoms import block_atoms
+from offload_sparse.channels.atoms import block_atoms, chosen_block
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.config.run import RunConfig
@@ -141,7 +141,9 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
     # What goes with what is the same in a short sequence; every layer of a deep network takes its time.
     short = example_inputs(config, replace(data, tokens=min(data.tokens, _SHORT)), 1)
     limit = 600.0 if data.tokens else 60.0
-    channel_map = block_atoms(discover(model, short, config.model.residual, limit), config.atoms.block)
+    device, bf16 = "cuda" if torch.cuda.is_available() else "cpu", config.train.precision == "bf16"
+    block = chosen_block(config.atoms.block, device, bf16)
+    channel_map = block_atoms(discover(model, short, config.model.residual, limit), block)
     return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -93,12 +94,41 @@ def _send(first: BlockPlan, second: BlockPlan, giver: Tensor, taker: Tensor, rev
     arrived.copy_(packed, non_blocking=taker.device.type == "cuda")
     if run is None:
         _copy(second, arrived, taker, reverse)
+    if taker.device.type == "cuda":
+        _HOST.leaves(taker.device)
+
+
+class _HostStaging(threading.local):
+    """Two pieces of page-locked memory per thread, made once, that take turns."""
+
+    def __init__(self) -> None:
+        self._pieces = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._left: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def empty(self, entries: int, dtype: torch.dtype) -> Tensor:
+        """[entries] that no copy to a device reads any more."""
+        turn = self._turn = 1 - self._turn
+        if (left := self._left[turn]) is not None:
+            left.synchronize()
+        size = entries * dtype.itemsize
+        if self._pieces[turn].numel() < size:
+            room, pin = 1 << (size - 1).bit_length(), torch.cuda.is_available()
+            self._pieces[turn] = torch.empty(room, dtype=torch.uint8, pin_memory=pin)
+        return self._pieces[turn][:size].view(dtype)
+
+    def leaves(self, device: torch.device) -> None:
+        """A copy from the last piece to ``device`` is on its way."""
+        self._left[self._turn] = torch.cuda.current_stream(device).record_event()
+
+
+_HOST = _HostStaging()
 
 
 def _empty_near(array: Tensor, entries: int) -> Tensor:
-    """Staging memory; of the page-locked kind torch's cache reuses none before its copy has ended."""
-    pin = array.device.type == "cpu" and torch.cuda.is_available()
-    return torch.empty(entries, dtype=array.dtype, device=array.device, pin_memory=pin)
+    if array.device.type == "cpu":
+        return _HOST.empty(entries, array.dtype)
+    return torch.empty(entries, dtype=array.dtype, device=array.device)
 
 
 def _run_of(plan: BlockPlan, array: Tensor, target_side: bool) -> Tensor | None:
