@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count
+from multiprocessing import util
 from typing import NamedTuple
 
 import torch
@@ -72,6 +74,8 @@ class _Loader(Dataset[_Item]):
             generator=torch.Generator(),  # else each iterator would take a number from the global generator
             worker_init_fn=_leave_signals_to_the_run,
         )
+        if self._num_workers:
+            _end_workers_at_exit()
         with _signals_wait():  # a worker that has just begun has torch's handler, which ends it
             items = iter(loader)
         for item in items:
@@ -106,6 +110,18 @@ def _leave_signals_to_the_run(worker: int) -> None:
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """The interpreter ends the workers that are left by SIGTERM, and waits: ours would not hear it."""
+    util.Finalize(None, _kill_workers, exitpriority=1)
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class TrainLoader(_Loader):

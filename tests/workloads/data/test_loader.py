@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -56,6 +58,23 @@ def test_the_ranks_batches_laid_end_to_end_are_those_of_one_process(
     ranks = [train_batches(splits, config, rank, world_size) for rank in range(world_size)]
     together = [Batch(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
     assert_equal(together, alone)
+
+
+def test_a_process_ends_with_its_workers_in_the_middle_of_the_images() -> None:
+    """Workers leave stop signals to the run, and would not hear the SIGTERM of an interpreter that ends."""
+    script = (
+        "import atexit\n"
+        "from offload_sparse.workloads.config import DataConfig\n"
+        "from offload_sparse.workloads.data.loader import TrainLoader\n"
+        "from offload_sparse.workloads.data.source import load_splits\n"
+        "config = DataConfig(batch_size=8, num_workers=2)\n"
+        "batches = TrainLoader(load_splits(config).train, config).batches()\n"
+        "next(batches)\n"
+        "atexit.register(lambda: batches)  # still there when the interpreter ends\n"
+        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Workers\n"
+        "del Workers._shutdown_workers, Workers.__del__  # as under a load that it does not wait for\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
