@@ -17,13 +17,6 @@ FEWEST_ATOMS = 8
 """Of a width whose runs may be shortened."""
 
 
-def chosen_block(block: str | int, device: str, bf16: bool = False) -> str | int:
-    """``block``, or what ``auto`` is on a device of this type."""
-    if block != "auto":
-        return block
-    return ("<=16" if bf16 else "<=8") if device == "cuda" else 1
-
-
 def block_atoms(channel_map: ChannelMap, block: str | int) -> ChannelMap:
     """The map whose atoms are runs of ``block`` consecutive channels of ``channel_map``; of 1, the map as it
     is. ``<=8`` shortens the runs of 8, to 4, 2 or 1, in groups of which fewer than ``FEWEST_ATOMS`` would be

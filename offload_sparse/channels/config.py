@@ -31,3 +31,10 @@ class AtomsConfig:
             re.fullmatch(r"auto|(<=)?[1-9]\d{0,5}", self.block) is not None,
             f"atoms.block is {self.block}; give at least 1 channel per atom, such as 8 or <=8, or auto",
         )
+
+
+def chosen_block(block: str | int, device: str, bf16: bool = False) -> str | int:
+    """``block``, or what ``auto`` is on a device of this type."""
+    if block != "auto":
+        return block
+    return ("<=16" if bf16 else "<=8") if device == "cuda" else 1

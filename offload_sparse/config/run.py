@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from offload_sparse.channels.atoms import chosen_block
-from offload_sparse.channels.config import AtomsConfig
+from offload_sparse.channels.config import AtomsConfig, chosen_block
 from offload_sparse.channels.require import require
 from offload_sparse.config.methods import (
     DFBSTConfig,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.channels.atoms import chosen_block
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.config import chosen_block
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor

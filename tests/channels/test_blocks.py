@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from offload_sparse.channels.atoms import block_atoms, chosen_block
+from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import check, self_test
+from offload_sparse.channels.config import chosen_block
 from offload_sparse.channels.discovery import discover
 from offload_sparse.export.json_values import Count
 from offload_sparse.export.network_file import FinalNetwork, Kept

@@ -23,7 +23,7 @@ def trained(method: str) -> dict[str, Tensor]:
     config = RunConfig(
         method=cast(Any, method),
         dst=DSTConfig(alpha=5e-2),
-        dfbst=DFBSTConfig(alpha=5e-2, beta=50.0),
+        dfbst=DFBSTConfig(beta=50.0),
         rigl=configured(RigLConfig, interval=3, fraction=0.5),
     )
     network = make_method(config, frozen_batch_norm=True)

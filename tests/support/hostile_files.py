@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import random
+import resource
 import signal
 import struct
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +183,14 @@ class Outcome:
 
 
 def attempt(action: Callable[[], object], folder: Path, may_write: bool = False) -> Outcome:
-    """Do it in a process of its own, which may write nothing beside ``folder``, nor into it unless it may."""
-    own = folder if may_write else None
-    before, base = _listing(folder.parent, own), _peak(lambda: None)[2]
-    said, status, peak, seconds = _peak(action)
+    """Do it in a process of its own, which may write nothing beside ``folder``, nor into it unless it may.
+
+    One that may is fresh, since it may train: threads of torch's autograd do not survive a fork. Its action
+    is pickled.
+    """
+    own, peak_of = (folder, _peak_of_fresh) if may_write else (None, _peak)
+    before, base = _listing(folder.parent, own), peak_of(_nothing)[2]
+    said, status, peak, seconds = peak_of(action)
     trouble = said if status == 1 else f"ended by signal {-status}" if status < 0 else ""
     if "\n" in said and not trouble:
         trouble = f"several lines: {said[:200]!r}"
@@ -196,6 +203,45 @@ def attempt(action: Callable[[], object], folder: Path, may_write: bool = False)
     return Outcome(said, trouble, seconds, peak - base)
 
 
+def _nothing() -> None:
+    pass
+
+
+def _peak_of_fresh(action: Callable[[], object]) -> tuple[str, int, int, float]:
+    """As ``_peak``, in a process that is forked from one that has done nothing but import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["offload_sparse.run.trainer"])
+    read, write = context.Pipe(duplex=False)
+    process = context.Process(target=_send_outcome, args=(write, action))
+    process.start()
+    write.close()
+    try:
+        said, status, peak, seconds = read.recv()
+    except EOFError:
+        said, status, peak, seconds = "", 0, 0, 0.0
+    process.join()
+    return said, status or int(process.exitcode or 0), peak, seconds
+
+
+def _send_outcome(pipe: Connection, action: Callable[[], object]) -> None:
+    status, said = _outcome_of(action)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    pipe.send((said[:60_000], status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime))
+
+
+def _outcome_of(action: Callable[[], object]) -> tuple[int, str]:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(12 * SECONDS)  # it waits for something
+    try:
+        torch.set_num_threads(1)
+        action()
+    except (ValueError, FileNotFoundError) as error:
+        return 0, str(error)
+    except BaseException:
+        return 1, traceback.format_exc()
+    return 0, ""
+
+
 def _peak(action: Callable[[], object]) -> tuple[str, int, int, float]:
     """What the action said, its exit status (1: a traceback; negative: a signal), its peak memory, and its
     seconds, on however busy a machine: those of its own computing.
@@ -204,16 +250,7 @@ def _peak(action: Callable[[], object]) -> tuple[str, int, int, float]:
     child = os.fork()
     if child == 0:
         os.close(read)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(12 * SECONDS)  # it waits for something
-        status, said = 0, ""
-        try:
-            torch.set_num_threads(1)
-            action()
-        except (ValueError, FileNotFoundError) as error:
-            said = str(error)
-        except BaseException:
-            status, said = 1, traceback.format_exc()
+        status, said = _outcome_of(action)
         os.write(write, said.encode("utf-8", "backslashreplace")[:60_000])
         sys.stdout.flush()
         os._exit(status)

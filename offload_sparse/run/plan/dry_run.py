@@ -11,8 +11,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel, flops_by_module, train_cost_saving
-from offload_sparse.channels.atoms import block_atoms, chosen_block
+from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.config import chosen_block
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
