@@ -297,7 +297,8 @@ def test_equal_rows_are_said_once_and_the_best_is_marked(tmp_path: Path) -> None
         ("store per rank (GiB)", "0.00293", "5"),
     )
     assert table.best == {(0, 2), (1, 2)}
-    assert table.shared.startswith("method sparse_offload, model offload_sparse/vgg_small, rho 0.25")
+    started = "method sparse_offload, model offload_sparse/vgg_small, set by rho 0.25"
+    assert table.shared.startswith(started)
 
 
 def test_a_single_run_has_all_its_rows_and_no_best(tmp_path: Path) -> None:
