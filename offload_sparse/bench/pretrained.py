@@ -10,8 +10,9 @@ the channels is kept and fine-tuned, every cell a run of ``offload-sparse train`
     forward        a search from that cut, half of it by pairs of forward passes alone (policy.search forward)
     distilled_cut, distilled_forward    the same two, learning from the dense network's logits
 
-A pair of forward passes takes two thirds of a step and a step of a search four thirds, so that all arms of as
-many epochs have the same train FLOPs; the pass of the teacher comes on top and is listed.
+A pair of forward passes counts two thirds of a step and a step of a search four thirds, so that the steps of
+all arms of as many epochs take the same train FLOPs. The choice of the final mask (36 forward passes) and the
+pass of the teacher come on top; the table lists what each run took.
 
 Loading is measured on two ranks and a file of 2 GB: ``pretrained.read`` is bytes read over bytes of a rank's
 rows, ``pretrained.rss`` the peak of resident memory above the store, in bytes.

@@ -142,7 +142,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     before = (tmp_path / "summary.json").read_text(), (tmp_path / "metrics.jsonl").read_text()
     capsys.readouterr()
     assert train(images, tmp_path, "--method", "dense") == 0
-    assert "finished; --overwrite true trains it anew" in capsys.readouterr().out
+    assert "finished; --overwrite true trains it anew" in " ".join(capsys.readouterr().out.split())
     assert ((tmp_path / "summary.json").read_text(), (tmp_path / "metrics.jsonl").read_text()) == before
     assert train(images, tmp_path, "--method", "dense", "--overwrite", "true") == 0
     assert (tmp_path / "summary.json").read_text() != before[0], "it took another time"
