@@ -62,22 +62,18 @@ def test_a_second_start_on_a_live_run_is_refused(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with stopped_in_step(run_dir) as first:
         before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
-        seconds = []
         for more in ((), ("--overwrite", "true"), ("--train.epochs", "9")):
-            begun = time.monotonic()
             second = start(run_dir, *more)
             error = second.communicate(timeout=LIMIT)[1]
             assert second.returncode == 2
             assert f"{run_dir} is in use by process {first.pid} on {os.uname().nodename}" in error
             assert error.count("\n") == 1
-            seconds.append(time.monotonic() - begun)
         assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
         while first.poll() is None:  # it stops again at each of its steps
             os.kill(first.pid, signal.SIGCONT)
             time.sleep(0.05)
         assert first.returncode == 0
     assert steps(run_dir) == list(range(1, 13))
-    assert min(seconds) < 1, "torch is not imported for it"
 
 
 def test_the_folder_of_a_killed_job_is_free_at_once(tmp_path: Path) -> None:
