@@ -41,16 +41,19 @@ class SparseOffloadMethod:
             group["lr"] = lr
         step = session.steps_done
         session.step(partial(self._loss, batch=batch, step=step))
-        if session.frozen and len(self._family_masks) > 1:
+        if self._trains_family:
             trained = (self._family_masks[number] for number in self._family.chosen(step))
             session.forward_flops += 3 * sum(map(session.cost.flops, trained))
 
     def _loss(self, network: nn.Module, batch: Any, step: int) -> Any:
         """Of the network in training; in the final phase of a family that of several members."""
         loss_fn = partial(self._loss_fn, batch=batch)
-        if not self.session.frozen or len(self._family_masks) < 2:
-            return loss_fn(network)
-        return self._family.loss(loss_fn, network, step)
+        return self._family.loss(loss_fn, network, step) if self._trains_family else loss_fn(network)
+
+    @property
+    def _trains_family(self) -> bool:
+        """The search has ended, and several members are trained."""
+        return self.session.frozen and len(self._family_masks) > 1
 
     @cached_property
     def _family_masks(self) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ SMALL = [
 LIMIT = 240
 
 
-def start(run_dir: Path, *more: str, fault: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "offload_sparse.cli", *SMALL, "--run_dir", str(run_dir), *more]
+def start(run_dir: Path, *more: str, fault: str = "", python: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *python, "-m", "offload_sparse.cli", *SMALL, "--run_dir", str(run_dir), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", VARIABLE: fault}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, env=environment)
@@ -58,7 +59,7 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def test_a_second_start_on_a_live_run_is_refused(tmp_path: Path) -> None:
-    """It exits with 2, and the first run is undisturbed."""
+    """It exits with 2 before it imports torch, and the first run is undisturbed."""
     run_dir = tmp_path / "run"
     with stopped_in_step(run_dir) as first:
         before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
@@ -68,6 +69,9 @@ def test_a_second_start_on_a_live_run_is_refused(tmp_path: Path) -> None:
             assert second.returncode == 2
             assert f"{run_dir} is in use by process {first.pid} on {os.uname().nodename}" in error
             assert error.count("\n") == 1
+        imports = start(run_dir, python=("-X", "importtime")).communicate(timeout=LIMIT)[1]
+        assert re.search(r"\| +json$", imports, re.MULTILINE)
+        assert not re.search(r"\| +torch$", imports, re.MULTILINE)
         assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
         while first.poll() is None:  # it stops again at each of its steps
             os.kill(first.pid, signal.SIGCONT)
