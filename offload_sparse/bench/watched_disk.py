@@ -19,7 +19,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,17 @@ class WatchedDisk:
         return tree
 
     def _now(self, folder: int) -> dict[str, int]:
-        """Names in a folder that is there (a removed one has none), each held from now on."""
-        found = {}
+        """Names in a folder that is there (a removed one has none), each held from now on. Another thread may
+        rename meanwhile: what was read then never stood on the disk, and is read again.
+        """
         path = f"/proc/self/fd/{self._held[folder]}"
-        for name in os.listdir(path) if os.fstat(self._held[folder]).st_nlink else ():
-            found[name] = self._hold(f"{path}/{name}")
-        return found
+        while os.fstat(self._held[folder]).st_nlink:
+            names = os.listdir(path)
+            with suppress(FileNotFoundError):
+                found = {name: self._hold(f"{path}/{name}") for name in names}
+                if sorted(os.listdir(path)) == sorted(names):
+                    return found
+        return {}
 
     def _at_last(self, folder: int) -> dict[str, int]:
         return self._names.get(folder, {})

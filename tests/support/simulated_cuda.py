@@ -87,6 +87,7 @@ class Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.known: dict[int, int] = {}
         self.number = 0
+        self.simulation = present()
 
     def record(self, stream: Stream | None = None) -> None:
         self.known = dict((stream or present().stream()).known)
@@ -102,7 +103,8 @@ class Event:
         (stream or present().stream()).wait_event(self)
 
     def synchronize(self) -> None:
-        present().wait("event.synchronize")
+        """Counted where the event was made: staging memory keeps its events when a simulation has ended."""
+        self.simulation.wait("event.synchronize")
 
 
 class Simulation:
