@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Forward:
         """Loss with its graph."""
         self.train_mode(module)
         with self.autocast():
-            return _checked(closure(module))
+            return _called(closure, module)
 
     @torch.no_grad()
     def evaluated(self, module: nn.Module, closure: Closure) -> Tensor:
@@ -60,7 +61,7 @@ class Forward:
         self.train_mode(module)
         try:
             with self.autocast(), batch_statistics(module):
-                return _checked(closure(module))[0]
+                return _called(closure, module)[0]
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
@@ -73,6 +74,37 @@ def train_mode(module: nn.Module) -> None:
     module.train()
     for layer in fixed:
         layer.training = False
+
+
+def _called(closure: Closure, module: nn.Module) -> tuple[Tensor, Metrics]:
+    """What ``closure`` says of ``module``.
+
+    Raises:
+        ValueError: it is no loss, or the batch is on another device than the network.
+    """
+    try:
+        return _checked(closure(module))
+    except RuntimeError as error:
+        own = next(module.parameters()).device
+        other = other_device(str(error), own)
+        if other is None:
+            raise
+        raise ValueError(
+            f"the session is on {own}, and the closure uses a tensor on {other}; move the batch, such as by "
+            "x.to(session.device), y.to(session.device)"
+        ) from error
+
+
+def other_device(message: str, own: torch.device) -> str | None:
+    """The device beside ``own`` that torch's ``message`` complains of; None if it is of something else."""
+    if re.search("same device|different devices|expected device", message):
+        named: list[str] = re.findall(r"\b(?:cpu|cuda|xpu|mps)\b(?::\d+)?", message)
+        return next((name for name in named if torch.device(name) != own), None)
+    if types := re.search(r"Input type \((.*?)\) and weight type \((.*?)\)", message):
+        on_cuda = ["cuda" in of.lower() for of in types.groups()]
+        if on_cuda[0] != on_cuda[1]:
+            return "cuda" if on_cuda[0] else "cpu"
+    return None
 
 
 def _checked(result: Any) -> tuple[Tensor, Metrics]:

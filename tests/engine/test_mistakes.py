@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offload_sparse import FinalNetwork, SparseOffload
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.forward import bound
+from offload_sparse.engine.forward import bound, other_device
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 X = torch.zeros(2, 12)
@@ -98,6 +99,44 @@ def test_it_is_refused_in_one_line(what: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         attempt()
     assert "\n" not in str(caught.value)
+
+
+_SAME = "Expected all tensors to be on the same device, but "
+_TYPES = "Input type ({}) and weight type ({}) should be the same"
+TORCH_SAYS = {
+    _SAME + "found at least two devices, cuda:1 and cpu!": "cpu",
+    _SAME + "found at least two devices, cuda:1 and cuda:0!": "cuda:0",
+    _SAME + "got mat1 is on cpu, different from other tensors on cuda:1 (in method addmm)": "cpu",
+    "indices should be either on cpu or on the same device as the indexed tensor (cpu)": "cpu",
+    "FakeTensor Device Propagation for aten.mm.default, found two different devices cuda:1, cpu": "cpu",
+    _TYPES.format("torch.FloatTensor", "torch.cuda.FloatTensor"): "cpu",
+    _TYPES.format("CPUFloatType", "CUDAFloatType"): "cpu",
+    _TYPES.format("torch.cuda.HalfTensor", "torch.cuda.FloatTensor"): None,
+    "CUDA out of memory. Tried to allocate 2 MiB. GPU 1 has a total capacity of 80 GiB": None,
+    "mat1 and mat2 must have the same dtype, but got Float and Double": None,
+}
+
+
+@pytest.mark.parametrize("message", TORCH_SAYS)
+def test_torch_s_words_for_mixed_devices_are_known(message: str) -> None:
+    assert other_device(message, torch.device("cuda", 1)) == TORCH_SAYS[message]
+
+
+MIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "convolution": lambda x, own: F.conv2d(x.view(1, 1, 4, 4), own.view(1, 1, 4, 4)),
+    "sum": torch.add,
+    "product": torch.matmul,
+    "labels": lambda x, own: F.cross_entropy(own, x[:, 0].long()),
+    "tokens": lambda x, own: F.embedding(x.long(), own),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_torch_uses_these_words(what: str) -> None:
+    """As far as it does without a device: of tensors without values."""
+    with FakeTensorMode(), pytest.raises(RuntimeError) as caught:
+        MIXED[what](torch.zeros(4, 4), torch.zeros(4, 4, device="cuda:0"))
+    assert other_device(str(caught.value), torch.device("cuda", 0)) == "cpu"
 
 
 def test_a_session_that_has_ended_says_so() -> None:

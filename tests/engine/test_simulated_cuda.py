@@ -176,6 +176,22 @@ def test_a_step_gives_the_device_little_beyond_its_two_networks() -> None:
         assert step.total() - sim.operations.total() - gradients <= BEYOND_THE_NETWORKS
 
 
+@pytest.mark.parametrize("part", ["images", "labels"])
+@pytest.mark.parametrize("reference", ["every_step", "round_start"])
+def test_a_batch_on_another_device_is_one_error_that_names_both(reference: Any, part: str) -> None:
+    """In the pass that is evaluated and in the one that is trained; the right batch then goes on."""
+    with simulated_cuda():
+        rounds = RoundConfig(k=K, reference=reference)
+        session = make_session(small_net(), POLICY, rounds, device=DEVICE)
+        for x, y in batches(2):
+            right = x.to(DEVICE), y.to(DEVICE)
+            wrong = (x, right[1]) if part == "images" else (right[0], y)
+            with pytest.raises(ValueError, match=r"the session is on cuda:1, .* on cpu; move the batch"):
+                session.step(loss_of(wrong))
+            assert session.step(loss_of(right)).device == DEVICE
+        session.transfers.close()
+
+
 def test_evaluation_final_network_and_resuming_equal_the_cpu() -> None:
     def run(device: torch.device) -> dict[str, Tensor]:
         make = partial(

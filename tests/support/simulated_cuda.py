@@ -288,7 +288,8 @@ def _check_mix(name: str, func: Any, tensors: Sequence[Tensor]) -> None:
     if name in _INDEXING and all(t.dtype in (torch.int64, torch.bool) for t in others):
         present().wait("an index on the CPU")
         return
-    raise RuntimeError(f"Expected all tensors to be on the same device: {func} at {place()}")
+    found = f"but found at least two devices, {DEVICE} and cpu!"
+    raise RuntimeError(f"Expected all tensors to be on the same device, {found} ({func} at {place()})")
 
 
 def _note_copy(name: str, args: Any, kwargs: dict[str, Any], here: bool) -> None:
