@@ -45,7 +45,7 @@ from offload_sparse.store.files import write_file
 from offload_sparse.store.tiers import Mode
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
-from offload_sparse.workloads.data.normalise import normalise_for
+from offload_sparse.workloads.data.normalise import normalise_for, takes_channels_last
 from offload_sparse.workloads.data.source import Split, Splits, load_splits
 from offload_sparse.workloads.models import build_model, input_channels
 
@@ -130,7 +130,8 @@ class Run:
         model = model_on_meta(config, self._declared())  # which says what does not fit together
         weights = source.fitted(model) if source is not None else None
         images, self.lines = prepared_images(config, weights, self.image_shape)
-        self.normalise = normalise_for(self.train_loader.images, images, self.dtype).to(self.device)
+        last = takes_channels_last(model, self.image_shape)
+        self.normalise = normalise_for(self.train_loader.images, images, self.dtype, last).to(self.device)
         mode: Mode = "look" if start.status == "look" else "resume" if resumes else "replace"
         self.task = self._task(mode, weights)
         if config.train.check:

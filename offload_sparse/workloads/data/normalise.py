@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.images import ImageSet
@@ -16,16 +18,21 @@ _CHUNK = 256
 
 class Normalise(nn.Module):
     """(x / 255 - mean) / std per channel: uint8[N, C, H, W] on any device → ``dtype``[N, C, H, W] on the
-    device of the module; both are of images in [0, 1]. On a CUDA device channels come last in memory, as
-    matrix units want them, and what convolutions make of them stays so."""
+    device of the module; both are of images in [0, 1]. With ``channels_last`` these come last in memory, and
+    what convolutions make of them stays so, which is what they are fastest with on every device."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
+        self._layout = torch.channels_last if channels_last else torch.preserve_format
         if any(not value > 0 for value in std):
             raise ValueError(f"data.std is {list(std)}; give values above 0")
         self.register_buffer("mean", torch.tensor(mean, dtype=dtype).view(1, -1, 1, 1))
@@ -33,12 +40,36 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         # The bytes travel, not the floats: a quarter of the traffic to the device.
-        layout = torch.channels_last if self.mean.is_cuda else torch.preserve_format
-        images = images.to(self.mean.device, non_blocking=True).to(self.mean.dtype, memory_format=layout)
+        images = images.to(self.mean.device, non_blocking=True)
+        images = images.to(self.mean.dtype, memory_format=self._layout)
         return images.div(255).sub_(self.mean).div_(self.std)
 
 
-def normalise_for(images: ImageSet, config: DataConfig, dtype: torch.dtype = torch.float32) -> Normalise:
+class _KeptLast(TorchFunctionMode):
+    """Convolutions on the meta device leave channels last, as those on every other device do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.contiguous(memory_format=torch.channels_last) if func is torch.conv2d else result
+
+
+def takes_channels_last(network: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Whether ``network``, on the meta device, computes from images [C, H, W] whose channels come last in
+    memory, in its present modes and in evaluation, which it is left in. One that views its features as if
+    they came first does not."""
+    images = torch.empty(2, *image_shape, device="meta").contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad(), _KeptLast():
+            network(images)
+            network.eval()(images)
+    except Exception:  # whatever it is that this network cannot do with them
+        return False
+    return True
+
+
+def normalise_for(
+    images: ImageSet, config: DataConfig, dtype: torch.dtype = torch.float32, channels_last: bool = False
+) -> Normalise:
     """The normalisation of a run: ``data.mean`` and ``data.std``, each measured on ``images`` where it is
     empty.
 
@@ -55,7 +86,7 @@ def normalise_for(images: ImageSet, config: DataConfig, dtype: torch.dtype = tor
         measured_mean, measured_std = measure(images)
         mean, std = mean or measured_mean, std or measured_std
     repeat = images.channels
-    return Normalise(mean * (repeat // len(mean)), std * (repeat // len(std)), dtype)
+    return Normalise(mean * (repeat // len(mean)), std * (repeat // len(std)), dtype, channels_last)
 
 
 def measure(images: ImageSet, limit: int = _MEASURED_IMAGES) -> tuple[list[float], list[float]]:

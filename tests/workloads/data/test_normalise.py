@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.images import ImageSet
-from offload_sparse.workloads.data.normalise import Normalise, measure, normalise_for
+from offload_sparse.workloads.data.normalise import Normalise, measure, normalise_for, takes_channels_last
 from offload_sparse.workloads.data.source import load_splits
 from tests.workloads.data.images import parquet_folder, pixels, table, write_parquet
 
@@ -53,6 +54,32 @@ def test_given_statistics_are_used_per_channel(dtype: torch.dtype) -> None:
     out = Normalise(mean, std, dtype)(images)
     assert out.dtype == dtype
     assert torch.allclose(out.double(), expected, atol=1e-6)
+
+
+class Viewed(nn.Sequential):
+    """Flattens its features with ``view``, which wants channels that come first: always, or in one mode."""
+
+    def __init__(self, when: tuple[bool, ...]) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self._when = when
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = super().forward(x)
+        flat = features.view(len(x), -1) if self.training in self._when else features.flatten(1)
+        return flat.sum(1)
+
+
+@pytest.mark.parametrize("when", [(), (True,), (False,), (True, False)])
+def test_channels_come_last_for_networks_that_compute_so(when: tuple[bool, ...]) -> None:
+    assert takes_channels_last(Viewed(when).to("meta"), (3, 8, 8)) is (not when)
+
+
+def test_the_order_in_memory_changes_no_value() -> None:
+    images = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8)
+    first, last = (Normalise([0.1], [0.4], channels_last=last)(images) for last in (False, True))
+    assert torch.equal(first, last)
+    assert first.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_float_images_are_left_unchanged_for_the_caller() -> None:
