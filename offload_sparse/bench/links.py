@@ -2,9 +2,9 @@
 
     namespace 0 | rank 0 | veth ──── rate limited by tc, both ways ──── veth | rank 1 | namespace 1
 
-Steps per second are of whole rounds of ours and of a few steps of DDP, with all rates in turn; bytes are
-those that the kernel counts at both interfaces. The reference is evaluated at every step, so one subnet is
-trained. Needs root, ``ip`` and ``tc`` (iproute2).
+Steps per second are of whole rounds of ours (two at each rate, in turns, behind one that is not counted) and
+of a few steps of DDP; bytes are those that the kernel counts at both interfaces. The reference is evaluated
+at every step, so one subnet is trained. Needs root, ``ip`` and ``tc`` (iproute2).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,19 +44,21 @@ MODELS: dict[str, tuple[str, int, int, int]] = {
 RATES = {"unlimited": "", "1gbit": "1gbit", "100mbit": "100mbit"}
 MODES = ("dense", "step", "round")
 
-_RHO, _LIMIT = 0.25, 3600
+_RHO, _TURNS, _LIMIT = 0.25, 2, 3600
 _HEADER = ("network", "mode", "rate", "steps/s", "of its own without limit", "MiB on the wire per step")
 
 
 def run(quick: bool, config: LinksConfig) -> BenchResult:
-    """Both networks at both rates, K = 50; ``quick`` takes VGG-19 at 100 Mbit/s, K = 10, a few images."""
+    """Both networks at both rates, K = 50; ``quick`` takes VGG-19 at 100 Mbit/s, K = 10, few images, once."""
     models: list[str] = [*config.models] or (["vgg19"] if quick else list(MODELS))
     rates = ["unlimited", *(config.rates or (["100mbit"] if quick else list(RATES)[1:]))]
     images = config.images or (4 if quick else 0)
-    settings = {"models": models, "rates": rates, "k": 10 if quick else 50, "images": images}
+    settings = {"rates": rates, "images": images, "k": 10 if quick else 50, "turns": 1 if quick else _TURNS}
+    found: dict[str, dict[str, Any]] = {}
     try:
         with _linked() as names:
-            found = _on_both(names, settings)
+            for model, mode in product(models, MODES):
+                found |= _cell(names, {"model": model, "mode": mode} | settings, config.cache)
     except PermissionError as error:
         return BenchResult({}, {"skipped": str(error)}, _HEADER, [[f"skipped: {error}", *[""] * 5]])
     ratios, rows = {}, []
@@ -117,7 +120,20 @@ def _call(*command: str) -> None:
         raise PermissionError(f"network namespaces need root and a kernel that has them ({said})")
 
 
-def _on_both(names: tuple[str, str], settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _cell(names: tuple[str, str], settings: dict[str, Any], cache: str) -> dict[str, dict[str, Any]]:
+    """What was measured of one network and mode, now or by an earlier start with this ``cache``."""
+    values = (value if isinstance(value, list) else [value] for value in settings.values())
+    file = Path(cache) / f"links-{'-'.join(str(v) for part in values for v in part)}.json"
+    if cache and file.exists():
+        return dict(json.loads(file.read_text()))
+    found = _on_both(names, settings)
+    if cache:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found
+
+
+def _on_both(names: tuple[str, str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What both ranks have measured: the slower one's speed, and what both have sent."""
     with tempfile.TemporaryDirectory() as folder:
         command = (sys.executable, "-m", "offload_sparse.bench.links", folder, json.dumps(settings))
@@ -133,8 +149,17 @@ def _on_both(names: tuple[str, str], settings: dict[str, Any]) -> dict[str, dict
         if any(codes):
             raise RuntimeError(f"the ranks have ended with the codes {codes}")
         one, other = (json.loads((Path(folder) / f"result{r}").read_text()) for r in range(2))
-    speed, sent = "steps_per_second", "bytes_per_step"
-    return {n: {speed: min(one[n][speed], other[n][speed]), sent: one[n][sent] + other[n][sent]} for n in one}
+    found = {}
+    for name, turns in one.items():
+        steps, seconds, sent = zip(*turns, strict=True)
+        _, seconds_there, sent_there = zip(*other[name], strict=True)
+        slower = sum(map(max, seconds, seconds_there))
+        found[name] = {
+            "steps_per_second": sum(steps) / slower,
+            "bytes_per_step": (sum(sent) + sum(sent_there)) / sum(steps),
+            "seconds": list(map(max, seconds, seconds_there)),
+        }
+    return found
 
 
 # --- a rank ---
@@ -145,33 +170,33 @@ def _rank(folder: str, settings: dict[str, Any], rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "rendezvous"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = {}
-    for model in settings["models"]:
-        name, side, images, classes = MODELS[model]
-        images = settings["images"] or images
-        batch = random_batch(images, side, classes, torch.device("cpu"), torch.Generator().manual_seed(rank))
-        for mode in MODES:
-            steps = 2 if mode == "dense" else settings["k"]
-            build = partial(build_model, name, classes, 3, side)
-            step = _dense(build, batch) if mode == "dense" else _ours(build, batch, steps, mode)
-            step()  # not counted: what happens once; the round that has begun is ended by the first rate
-            for rate in settings["rates"]:
-                found[f"{model}.{mode}.{rate}"] = _measured(step, steps, RATES[rate])
+    found: dict[str, list[tuple[int, float, int]]] = {}
+    model, mode, k = (settings[key] for key in ("model", "mode", "k"))
+    name, side, images, classes = MODELS[model]
+    images = settings["images"] or images
+    batch = random_batch(images, side, classes, torch.device("cpu"), torch.Generator().manual_seed(rank))
+    build = partial(build_model, name, classes, 3, side)
+    steps = 2 if mode == "dense" else k
+    step = _dense(build, batch) if mode == "dense" else _ours(build, batch, k, mode)
+    for turn in range(settings["turns"] + 1):  # the first is not counted: what happens once
+        for rate in settings["rates"] if turn else ["unlimited"]:
+            figures = _measured(step, steps, RATES[rate])
+            if turn:
+                found.setdefault(f"{model}.{mode}.{rate}", []).append(figures)
     (Path(folder) / f"result{rank}").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)
 
 
-def _measured(step: Callable[[], object], steps: int, rate: str) -> dict[str, float]:
-    """Steps per second of ``steps`` steps on a link of this rate, and the bytes that have left."""
+def _measured(step: Callable[[], object], steps: int, rate: str) -> tuple[int, float, int]:
+    """Steps on a link of this rate, their seconds, and the bytes that have left meanwhile."""
     _call("tc", *_limit(rate))
     dist.barrier()
     sent, start = _sent_bytes(), time.perf_counter()
     for _ in range(steps):
         step()
     dist.barrier()
-    seconds = time.perf_counter() - start
-    return {"steps_per_second": steps / seconds, "bytes_per_step": (_sent_bytes() - sent) / steps}
+    return steps, time.perf_counter() - start, _sent_bytes() - sent
 
 
 def _sent_bytes() -> int:

@@ -77,11 +77,13 @@ class LinksConfig(BenchConfig):
         models: ``vgg19``, ``resnet50``; empty takes both, with ``quick`` the first.
         rates: ``1gbit``, ``100mbit``; empty takes both, with ``quick`` the second.
         images: of each rank in a step; 0 takes those of the network, with ``quick`` 4.
+        cache: folder of the figures of each network and mode, which are not measured again; empty keeps none.
     """
 
     models: list[Literal["vgg19", "resnet50"]] = field(default_factory=list)
     rates: list[Literal["1gbit", "100mbit"]] = field(default_factory=list)
     images: int = 0
+    cache: str = ""
 
     def __post_init__(self) -> None:
         _check(self, {"images": 0})

@@ -3,22 +3,25 @@
 The model is weak scaling: every GPU has its own images, so a step computes the same on any number of them,
 and what grows is the exchange. Nothing overlaps, so it errs on the slow side.
 
-    step(N)  = compute + all-reduce(G)            round overhead(N) = bus(2 W / N) + all-gather(W)
-    round(N) = K step(N) + round overhead(N)      efficiency(N)     = K compute / round(N)
+    step(N)  = compute + all-reduce(G)        overhead(N) = bus((W + T) / N) + all-gather(W)
+    round(N) = K step(N) + overhead(N)        efficiency(N) = K compute / round(N)
 
-With ``round.sync round`` only scalars are reduced in a step, and W is brought to the owners of its rows
-before it is sent to all: step(N) = compute + all-reduce(scalars), and the all-gather of W is a whole
-all-reduce.
+With ``round.sync round`` only scalars are reduced in a step, and T is brought to the owners of its rows by
+way of the hosts:
 
-G are the bytes of a subnet's gradients, W those of both subnets with their optimizer slots: gathered from
-the host's shards over the bus, sent to all, and scattered back over the bus, each GPU its own 1/N.
-Collectives are rings: all-reduce 2 (N-1)/N bytes/bandwidth + 2 (N-1) latency, all-gather half of that;
-beyond one node the gradients are first reduced within nodes, then 1/node of them between nodes.
+    step(N)  = compute + all-reduce(scalars)  overhead(N) = bus(W / N + T) + to-owners(T) + all-gather(W)
+
+G are the bytes of a subnet's gradients, T those of the trained subnet with its optimizer slots, W those of T
+and of the reference: gathered from the host's shards over the bus, sent to all, and T scattered back over the
+bus, each GPU its own 1/N. An all-gather is a ring, (N-1)/N bytes/bandwidth + (N-1) latency; an all-reduce the
+faster of two such rings and a tree, 2 bytes/bandwidth + 2 log2(N) latency; beyond one node the gradients are
+first reduced within nodes, then 1/node of them between nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -61,13 +64,15 @@ _BATCH, _RHO, _K = 16, 0.25, 50
 @dataclass(frozen=True)
 class Cluster:
     """What the model takes for granted: sustained arithmetic of a GPU on the narrow network in TFLOP/s, GB/s
-    per GPU (host to device; within a node and between nodes per direction), microseconds per hop."""
+    per GPU (host to device; within a node, between nodes, and between processes by way of their hosts'
+    memory, per direction), microseconds per hop."""
 
     gpu_batch: int = 32
     gpu_tflops: float = 20.0
     bus_gbs: float = 20.0
     link_gbs: float = 150.0
     network_gbs: float = 20.0
+    host_gbs: float = 5.0
     latency_us: float = 10.0
     gpus_per_node: int = 8
 
@@ -79,12 +84,14 @@ class Constants:
     Attributes:
         compute_seconds: forward and backward pass of one subnet and the reference loss of the other.
         gradient_bytes: gradients of one subnet.
-        round_bytes: weights, optimizer slots and statistics of both subnets.
+        round_bytes: weights and statistics of both subnets, optimizer slots of the trained one.
+        trained_bytes: the part of the trained one.
         k: steps per round."""
 
     compute_seconds: float
     gradient_bytes: float
     round_bytes: float
+    trained_bytes: float
     k: int
 
 
@@ -144,7 +151,7 @@ def measure_here(width: float, k: int, rounds: int) -> dict[str, float]:
         optimizer_factory(OptimConfig()),
         total_steps=1000 * k,
         policy=PolicyConfig.paper(rho=_RHO),
-        rounds=RoundConfig(k=k),
+        rounds=RoundConfig(k=k, reference="every_step"),
         setup=Setup(verify=False),
     )
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -178,7 +185,8 @@ def modelled_constants(cluster: Cluster) -> Constants:
     weights = 4 * sum(torch.Size(shapes[name]).numel() for name, _ in model.named_parameters())
     buffers = 4 * sum(torch.Size(shapes[n]).numel() for n, b in model.named_buffers() if n in shapes)
     flops = 4 * CostModel(model, channel_map, (image,)).flops(mask) * cluster.gpu_batch
-    return Constants(flops / (cluster.gpu_tflops * 1e12), weights, 2 * (2 * weights + buffers), _K)
+    seconds, trained = flops / (cluster.gpu_tflops * 1e12), 2 * weights + buffers
+    return Constants(seconds, weights, trained + weights + buffers, trained, _K)
 
 
 def efficiency(gpus: int, constants: Constants, cluster: Cluster, sync: str = "step") -> float:
@@ -187,21 +195,38 @@ def efficiency(gpus: int, constants: Constants, cluster: Cluster, sync: str = "s
 
 
 def round_seconds(gpus: int, constants: Constants, cluster: Cluster, sync: str = "step") -> float:
-    """Seconds of a round on ``gpus`` GPUs, nothing overlapped; an all-gather is half of an all-reduce, and so
-    is the way to the owners of the rows."""
-    local = sync == "round"
-    reduced = 4 * TAIL if local else constants.gradient_bytes
+    """Seconds of a round on ``gpus`` GPUs, nothing overlapped."""
+    gathered, trained = constants.round_bytes, constants.trained_bytes
+    if sync == "round":
+        reduced, bus = 4.0 * TAIL, gathered / gpus + trained
+        slowest = min(cluster.host_gbs, cluster.network_gbs if gpus > cluster.gpus_per_node else 1e9)
+        exchange = _ring(gpus, trained, slowest, cluster.latency_us)
+    else:
+        reduced, bus, exchange = constants.gradient_bytes, (gathered + trained) / gpus, 0.0
     step = constants.compute_seconds + all_reduce_seconds(gpus, reduced, cluster)
-    bus = 2 * constants.round_bytes / gpus / (1e9 * cluster.bus_gbs)
-    exchange = all_reduce_seconds(gpus, constants.round_bytes, cluster) * (1 if local else 0.5)
-    return constants.k * step + bus + exchange
+    exchange += _hierarchical(_ring, gpus, gathered, cluster) + bus / (1e9 * cluster.bus_gbs)
+    return constants.k * step + exchange
 
 
 def all_reduce_seconds(gpus: int, size: float, cluster: Cluster) -> float:
     """Within nodes first, then between nodes with the part that each GPU owns, then within nodes again."""
+    return _hierarchical(_all_reduce, gpus, size, cluster)
+
+
+def _hierarchical(
+    collective: Callable[[int, float, float, float], float], gpus: int, size: float, cluster: Cluster
+) -> float:
     within, nodes = min(gpus, cluster.gpus_per_node), max(1, gpus // cluster.gpus_per_node)
-    inside = 2 * _ring(within, size, cluster.link_gbs, cluster.latency_us)
-    return inside + 2 * _ring(nodes, size / within, cluster.network_gbs, cluster.latency_us)
+    inside = collective(within, size, cluster.link_gbs, cluster.latency_us)
+    return inside + collective(nodes, size / within, cluster.network_gbs, cluster.latency_us)
+
+
+def _all_reduce(members: int, size: float, gbs: float, latency_us: float) -> float:
+    """Large messages go around a ring, small ones up and down a tree."""
+    if members == 1:
+        return 0.0
+    tree = 2 * (size / (1e9 * gbs) + 1e-6 * latency_us * math.ceil(math.log2(members)))
+    return min(2 * _ring(members, size, gbs, latency_us), tree)
 
 
 def _ring(members: int, size: float, gbs: float, latency_us: float) -> float:
@@ -216,9 +241,10 @@ def assumptions(constants: Constants, cluster: Cluster) -> tuple[str, ...]:
         f"{_MODELLED}, 224 pixels, rho {_RHO:g} in every width, K = {constants.k}, SGD with momentum",
         f"{cluster.gpu_batch} images per GPU and step, {cluster.gpu_tflops:g} TFLOP/s sustained: "
         f"{1000 * constants.compute_seconds:.2f} ms per step (forward, backward, reference loss)",
-        f"float32: gradients {gradients:.1f} MiB, both subnets with momentum {subnets:.1f} MiB",
-        f"{cluster.bus_gbs:g} GB/s per GPU between host and device",
+        f"float32: gradients {gradients:.1f} MiB, both subnets and one momentum {subnets:.1f} MiB",
+        f"{cluster.bus_gbs:g} GB/s per GPU between host and device, {cluster.host_gbs:g} GB/s between hosts' "
+        "memories (sync round)",
         f"{cluster.gpus_per_node} GPUs per node, {cluster.link_gbs:g} GB/s per GPU within a node",
         f"{cluster.network_gbs:g} GB/s per GPU between nodes, {cluster.latency_us:g} us per hop",
-        "rings within nodes, then between nodes; no overlap of any exchange with compute; no stragglers",
+        "rings or trees within nodes, then between them; exchange and compute do not overlap; no stragglers",
     )

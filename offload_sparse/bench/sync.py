@@ -1,7 +1,7 @@
 """Accuracy of ranks that talk once per round beside that of ranks that talk at every step, over seeds.
 
-Two ranks on CPUs train a small VGG on equally many images, in whole runs of ``offload-sparse train`` in
-folders of their own under ``--cache``: cut short, they resume; finished, they are not run again.
+Two ranks on CPUs train a small VGG on equally many images of 16×16 pixels, in whole runs of ``offload-sparse
+train`` in folders of their own under ``--cache``: cut short, they resume; finished, they are not run again.
 
     step             gradients averaged at every step, K = 50
     round10, round50 K steps of each rank by itself, then the average
@@ -27,6 +27,7 @@ RANKS = 2
 _COMMON: dict[str, Any] = {
     "model.name": "offload_sparse/vgg_small",
     "data.batch_size": 64,
+    "data.image_size": 16,
     "data.random_flip": "true",
     "optim.lr": 0.05,
     "optim.warmup_epochs": 0.2,

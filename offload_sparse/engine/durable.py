@@ -86,6 +86,7 @@ class DurableRounds:
     def save(self) -> None:
         """Make the present step durable, in the middle of a round too."""
         session = self._session
+        session.catch_up()  # what the steps have measured is in no log
         if session.transfers.ahead:
             self._log(session.transfers.pair.trained)
         elif session.steps_done > max(self.log.rounds(), default=0):

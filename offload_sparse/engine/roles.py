@@ -34,6 +34,12 @@ class Roles:
         """Whether every rank has a subnet of its own in the round (of the search) that begins with it."""
         return self._rounds.own_subnets and self._world_size > 1 and self.local(first_step)
 
+    def number(self, first_step: int) -> int:
+        """How many masks the round has that begins with this step."""
+        if self.own_subnets(first_step):
+            return self._world_size
+        return 1 + self._world_size if self._rounds.subnets == "references" else 2
+
     def drawn(self, policy: MaskPolicy | WidthSearch, number: int, first_step: int) -> Masks:
         """The masks of round ``number``, which begins with this step."""
         subnets = self._rounds.subnets

@@ -240,7 +240,9 @@ class Rounds(Requests):
             return self.final_mask, self.final_mask
         drawn = self.next_masks
         self.next_masks = None
-        return drawn or self._drawn(self.rounds_done, self.steps_done)()
+        if drawn is not None and len(drawn) == self.roles.number(self.steps_done):
+            return drawn
+        return self._drawn(self.rounds_done, self.steps_done)()  # or on another number of ranks
 
     def _drawn(self, number: int, first_step: int) -> Callable[[], Masks]:
         """The masks of a round, to be waited for."""
@@ -467,7 +469,8 @@ class Rounds(Requests):
         if self.after_round is not None:
             self.after_round(agreed)
         if self.local:
-            self.transfers.put_back(agreed)
+            with self.transfers.timeline.exchanging():
+                self.transfers.put_back(agreed)
         if self.on_nonfinite == "rollback":
             self.transfers.settle()
 

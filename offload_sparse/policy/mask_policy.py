@@ -210,6 +210,7 @@ class MaskPolicy:
             round: as in ``update``.
             disjoint: they have been drawn apart (see ``sample_subnets``)."""
         if not (self.trivial or self.frozen):
+            assert losses.shape[-1] == len(masks), "a loss of every mask"
             rows = losses.view(-1, len(masks))
             differences = (rows[:, 0] - rows[:, 1:].mean(1)).tolist()
             self._diagnostics.compared(differences, masks[0], round)

@@ -25,7 +25,11 @@ def test_without_namespaces_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert "skipped: network namespaces need root" in result.table[0][0]
 
 
-def test_speeds_are_relative_to_the_same_mode_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_are_relative_to_the_same_mode_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And what has been measured with a cache is not measured again."""
+
     @contextmanager
     def linked() -> Iterator[tuple[str, str]]:
         yield "a", "b"
@@ -33,16 +37,20 @@ def test_speeds_are_relative_to_the_same_mode_without_a_limit(monkeypatch: pytes
     def measured(_: tuple[str, str], settings: dict[str, Any]) -> dict[str, dict[str, float]]:
         speed = {"unlimited": 10.0, "1gbit": 9.0, "100mbit": 5.0}
         sent = {"dense": 400.0, "step": 100.0, "round": 4.0}
+        model, mode = settings["model"], settings["mode"]
+        cells.append(f"{model}.{mode}")
         return {
             f"{model}.{mode}.{rate}": {"steps_per_second": speed[rate], "bytes_per_step": sent[mode]}
-            for model in settings["models"]
-            for mode in MODES
             for rate in settings["rates"]
         }
 
+    cells: list[str] = []
     monkeypatch.setattr(links, "_linked", linked)
     monkeypatch.setattr(links, "_on_both", measured)
-    result = links.run(False, LinksConfig())
+    cached = LinksConfig(cache=str(tmp_path / "cells"))
+    assert links.run(False, LinksConfig(models=["vgg19"], cache=cached.cache)).ratios
+    result = links.run(False, cached)
+    assert cells == [f"{model}.{mode}" for model in links.MODELS for mode in MODES]
     assert result.ratios["links.resnet50.100mbit.round"] == 0.5
     assert result.ratios["links.vgg19.1gbit.dense"] == 0.9
     assert result.ratios["links.vgg19.wire.round_vs_step"] == 0.04

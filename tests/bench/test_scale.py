@@ -8,8 +8,8 @@ from offload_sparse.bench import scale
 from offload_sparse.bench.scale import Cluster, Constants, all_reduce_seconds, efficiency, round_seconds
 from offload_sparse.engine.losses import TAIL
 
-CONFIG = Cluster(bus_gbs=1, link_gbs=10, network_gbs=2, latency_us=0, gpus_per_node=4)
-CONSTANTS = Constants(compute_seconds=0.1, gradient_bytes=8e9, round_bytes=16e9, k=10)
+CONFIG = Cluster(bus_gbs=1, link_gbs=10, network_gbs=2, host_gbs=4, latency_us=0, gpus_per_node=4)
+CONSTANTS = Constants(0.1, gradient_bytes=8e9, round_bytes=24e9, trained_bytes=16e9, k=10)
 
 
 def test_an_all_reduce_within_a_node_is_a_ring() -> None:
@@ -22,27 +22,32 @@ def test_between_nodes_every_gpu_sends_its_part_only() -> None:
     assert all_reduce_seconds(8, 8e9, CONFIG) == pytest.approx(within + 2 * 1 / 2 * (8 / 4) / 2)
 
 
-def test_every_hop_has_its_latency() -> None:
-    slow = Cluster(latency_us=1e6, gpus_per_node=4)
-    assert all_reduce_seconds(8, 0.0, slow) == pytest.approx(2 * 3 + 2 * 1)
+def test_scalars_go_up_and_down_a_tree() -> None:
+    slow = Cluster(latency_us=1e6, gpus_per_node=8)
+    assert all_reduce_seconds(8, 0.0, slow) == pytest.approx(2 * 3)
+    assert all_reduce_seconds(64, 0.0, slow) == pytest.approx(2 * 3 + 2 * 3)
 
 
 def test_a_round_is_its_steps_one_gather_and_one_scatter() -> None:
     steps = 10 * (0.1 + all_reduce_seconds(4, 8e9, CONFIG))
-    bus = 2 * 16 / 4 / 1
-    gather = all_reduce_seconds(4, 16e9, CONFIG) / 2
+    bus = (24 + 16) / 4 / 1
+    gather = 3 / 4 * 24 / 10
     assert round_seconds(4, CONSTANTS, CONFIG) == pytest.approx(steps + bus + gather)
 
 
-def test_a_local_round_reduces_scalars_and_exchanges_its_subnets_twice() -> None:
+def test_a_local_round_brings_its_subnet_to_the_owners() -> None:
+    """By way of the hosts, as fast as these and what is between them."""
     steps = 10 * (0.1 + all_reduce_seconds(4, 4.0 * TAIL, CONFIG))
-    bus, exchange = 2 * 16 / 4 / 1, all_reduce_seconds(4, 16e9, CONFIG)
-    assert round_seconds(4, CONSTANTS, CONFIG, "round") == pytest.approx(steps + bus + exchange)
+    bus, gather, owners = 24 / 4 + 16, 3 / 4 * 24 / 10, 3 / 4 * 16 / 4
+    assert round_seconds(4, CONSTANTS, CONFIG, "round") == pytest.approx(steps + bus + gather + owners)
+    steps, bus = 10 * (0.1 + all_reduce_seconds(8, 4.0 * TAIL, CONFIG)), 24 / 8 + 16
+    gather, owners = gather + 1 / 2 * 24 / 4 / 2, 7 / 8 * 16 / 2
+    assert round_seconds(8, CONSTANTS, CONFIG, "round") == pytest.approx(steps + bus + gather + owners)
 
 
 def test_efficiency_is_the_share_that_computes() -> None:
     assert efficiency(4, CONSTANTS, CONFIG) == pytest.approx(1.0 / round_seconds(4, CONSTANTS, CONFIG))
-    free = Constants(0.1, 0.0, 0.0, 10)
+    free = Constants(0.1, 0.0, 0.0, 0.0, 10)
     assert efficiency(512, free, CONFIG) == pytest.approx(1.0)
 
 

@@ -111,58 +111,75 @@ class MaskedTrainer:
 
 class LocalTrainer(MaskedTrainer):
     """The same by ranks that talk once per round, all of them here: K steps of each on full weights of its
-    own, then the mean of every entry over the ranks that held it, and the outer step along it.
+    own, then the mean of every entry (weights, momentum, statistics) over the ranks that held it, and the
+    outer step of the weights along it.
 
-    ``net`` has no buffers. s moves as it does when ranks talk at every step, by the mean losses; with a
-    subnet per rank, by leave-one-out over these, divided by what masks drawn apart make it too large.
+    s moves as it does when ranks talk at every step, by the mean losses; with a reference or a subnet per
+    rank, by leave-one-out over the losses of these, divided by what masks drawn apart make it too large.
     """
 
     def train(self, batches: list[tuple[Tensor, Tensor]], world_size: int) -> None:
         """Every batch is of all ranks; each takes its contiguous part."""
         rounds, k = self.rounds, self.rounds.k
         own = rounds.subnets in ("per_rank", "partition") and world_size > 1
+        turns = rounds.reference == "turns" and not own
         velocity = {n: torch.zeros_like(w) for n, w in self.weights.items()}
+        drawn = ahead = self._drawn(0, world_size)
         for number in range(len(batches) // k):
-            apart = rounds.subnets == "partition"
-            drawn = (
-                self.policy.sample_subnets(number, world_size, apart) if own else self.policy.sample(number)
-            )
-            start = copy.deepcopy((self.weights, self.momentum))
+            drawn = ahead if rounds.prefetch else self._drawn(number, world_size)
+            ahead = self._drawn(number + 1, world_size) if rounds.prefetch else ahead
+            start = copy.deepcopy((self.weights, self.momentum, self.buffers))
             ended, kept, losses = [], [], torch.zeros(world_size, k, 2, dtype=torch.float64)
             for rank in range(world_size):
-                self.weights, self.momentum = copy.deepcopy(start)
-                self.masks = (drawn[rank], drawn[rank]) if own else drawn
+                self.weights, self.momentum, self.buffers = copy.deepcopy(start)
+                pair = (drawn[rank],) * 2 if own else (drawn[0], drawn[1 + rank % (len(drawn) - 1)])
                 for step, (x, y) in enumerate(batches[number * k : (number + 1) * k]):
                     size = len(x) // world_size
                     part = slice(rank * size, (rank + 1) * size)
-                    trained = step % 2 if rounds.reference == "turns" and not own else 0
+                    trained = step % 2 if turns else 0
                     for side in range(2):
-                        loss, gradients, _ = self._pass(x[part], y[part], self.masks[side])
+                        loss, gradients, statistics = self._pass(x[part], y[part], pair[side])
                         losses[rank, step, side] = loss
                         if side == trained:
-                            move = gradients
-                    self._move(move, self.masks[trained])
-                ended.append((self.weights, self.momentum))
-                sides = self.masks if rounds.reference == "turns" and k > 1 else self.masks[:1]
-                either = [entry_masks(self.channel_map, mask) for mask in sides]
-                kept.append({n: torch.stack([e[n] for e in either]).amax(0) for n in self.weights})
-            self.weights, self.momentum = start
-            for name, weight in self.weights.items():
-                held = torch.stack([one[name] for one in kept])
-                inside = held.sum(0) > 0
-                mean_weight, mean_momentum = (
-                    (torch.stack([one[place][name] for one in ended]) * held).sum(0) / held.sum(0)
-                    for place in range(2)
-                )
-                moved = torch.where(inside, mean_weight - weight, 0.0)
-                faster = rounds.outer_momentum * velocity[name] + moved
-                velocity[name] = torch.where(inside, faster, velocity[name])
-                along = moved + rounds.outer_momentum * velocity[name]
-                self.weights[name] = torch.where(inside, weight + rounds.outer_lr * along, weight)
-                self.momentum[name] = torch.where(inside, mean_momentum, self.momentum[name])
+                            move = gradients, statistics
+                    self._move(move[0], pair[trained])
+                    inside = entry_masks(self.channel_map, pair[trained])
+                    for name, value in move[1].items():
+                        self.buffers[name] = torch.where(inside[name].bool(), value, self.buffers[name])
+                ended.append((self.weights, self.momentum, self.buffers))
+                either = [entry_masks(self.channel_map, m) for m in pair[: 2 if turns and k > 1 else 1]]
+                kept.append({n: torch.stack([e[n] for e in either]).amax(0) for n in either[0]})
+            self.weights, self.momentum, self.buffers = start
+            for place, values in enumerate(start):
+                for name, value in values.items():
+                    held = torch.stack([one[name] for one in kept])
+                    mean = (torch.stack([one[place][name] for one in ended]) * held).sum(0) / held.sum(0)
+                    inside = held.sum(0) > 0
+                    if place == 0:
+                        moved = torch.where(inside, mean - value, 0.0)
+                        faster = rounds.outer_momentum * velocity[name] + moved
+                        velocity[name] = torch.where(inside, faster, velocity[name])
+                        mean = value + rounds.outer_lr * (moved + rounds.outer_momentum * velocity[name])
+                    values[name] = torch.where(inside, mean, value)
             for step in range(k):
+                if rounds.reference == "round_start" and step and not own:
+                    continue
                 if own:
                     masks = torch.stack(drawn)
-                    self.policy.update_from_ranks(losses[:, step, 0], masks, number, apart)
+                    self.policy.update_from_ranks(
+                        losses[:, step, 0], masks, number, rounds.subnets == "partition"
+                    )
+                elif rounds.subnets == "references" and world_size > 1:
+                    first, second = losses[:, step].T
+                    mean = first.mean()  # what ranks' images add to both of their losses is taken out
+                    of_all = torch.cat([mean[None], second - first + mean])
+                    self.policy.update_from_ranks(of_all, torch.stack(drawn), number)
                 elif not torch.equal(*drawn):
                     self.policy.update(*losses[:, step].mean(0).tolist(), *drawn, number)
+
+    def _drawn(self, number: int, world_size: int) -> tuple[Tensor, ...]:
+        if self.rounds.subnets == "shared" or world_size == 1:
+            return self.policy.sample(number)
+        if self.rounds.subnets == "references":
+            return self.policy.sample_for_ranks(number, world_size)
+        return self.policy.sample_subnets(number, world_size, self.rounds.subnets == "partition")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from offload_sparse.engine import timeline as timeline_module
-from offload_sparse.engine.timeline import Timeline
+from offload_sparse.engine.config import RoundConfig, Sync
+from offload_sparse.engine.timeline import Lane, Timeline
+from offload_sparse.policy.config import PolicyConfig
+from tests.support.sessions import batches, loss_of, make_session, small_net
 
 
 @pytest.fixture
@@ -58,3 +64,36 @@ def test_the_last_rounds_begin_at_zero_and_are_complete(timeline: Timeline) -> N
 def test_without_a_round_there_is_nothing_to_tell(timeline: Timeline) -> None:
     assert timeline.means() == {}
     assert timeline.last_rounds() == []
+
+
+class Nested(Timeline):
+    """Knows which lanes had work within an exchange, and which had some outside."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.depth, self.within, self.outside = 0, set[Lane](), set[Lane]()
+
+    @contextmanager
+    def span(self, lane: Lane) -> Iterator[None]:
+        (self.within if self.depth else self.outside).add(lane)
+        with super().span(lane):
+            yield
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        self.depth += 1
+        with super().exchanging():
+            yield
+        self.depth -= 1
+
+
+@pytest.mark.parametrize("sync", ["step", "round"])
+def test_all_that_lies_between_two_rounds_counts_as_their_exchange(sync: Sync) -> None:
+    """What ranks agree on at the end of a local round, and its way back to the store, too."""
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2, sync=sync))
+    session.transfers.timeline = timeline = Nested()
+    for batch in batches(7):
+        session.step(loss_of(batch))
+    assert timeline.within == {"gather", "carry", "scatter"}
+    assert not timeline.outside
+    assert {lane for lane, _, _ in timeline.last_rounds()} == {"gather", "carry", "compute", "scatter"}
