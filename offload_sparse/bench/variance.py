@@ -23,6 +23,7 @@ from offload_sparse.bench.measure import default_device
 from offload_sparse.bench.options import VarianceConfig
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.mask_losses import losses_of
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import ALPHA, PolicyConfig
@@ -107,7 +108,9 @@ def draw_pairs(session: SparseOffload, batch: Batch, estimator: str, count: int)
     sampler.load_state_dict(state)
     masks = [sampler.sample(round) for round in range(count)]
     flat = [mask for pair in masks for mask in pair]
-    losses = session.losses_of(flat, [partial(classification_loss, batch=batch)]).view(count, 2)
+    closures, channel_map = [partial(classification_loss, batch=batch)], session.channel_map
+    losses = losses_of(flat, closures, channel_map, session.transfers, session.forward, session.ranks)
+    losses = losses.view(count, 2)
     m, m_ref = (torch.stack(side) for side in zip(*masks, strict=True))
     return m, m_ref, losses[:, :1], losses[:, 1:]
 

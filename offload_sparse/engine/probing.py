@@ -17,9 +17,25 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.engine.batch_norm import flags_restored
 from offload_sparse.engine.forward import Closure, Forward
+from offload_sparse.engine.transfers import Transfers
 from offload_sparse.policy.probe import Comparisons, survivor_scales
 from offload_sparse.policy.width_search import WidthSearch
-from offload_sparse.store.weight_store import Ranks
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
+
+
+def probed(
+    search: WidthSearch,
+    closures: Sequence[Closure],
+    channel_map: ChannelMap,
+    transfers: Transfers,
+    forward: Forward,
+    ranks: Ranks,
+) -> tuple[Comparisons, Tensor]:
+    """``run_probe`` of the weights that are in the store, between two rounds."""
+    side, selection = transfers.scratch(), Selection(channel_map, search.mask)
+    side.load(selection, (WEIGHTS, BUFFERS))
+    side.bind(None)
+    return run_probe(search, side.module, selection, channel_map, closures, forward, ranks)
 
 
 @torch.no_grad()

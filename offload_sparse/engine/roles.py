@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from offload_sparse.engine.config import Reference, RoundConfig
+from offload_sparse.engine.transfers import Transfer, Transfers
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import WidthSearch
 
@@ -51,6 +52,20 @@ class Roles:
         if subnets == "references":
             return policy.sample_for_ranks(number, self._world_size)
         return policy.sample(number)
+
+    def transfer(self, transfers: Transfers, masks: Masks, length: int, own: bool) -> Transfer:
+        """The way to this rank's subnets of a round of the search of ``length`` steps; with ``own``, every
+        rank has one of its own."""
+        ranks, selection = transfers.store.ranks, transfers.selection
+        everyone = range(ranks.first, ranks.first + ranks.world_size)
+        if own:
+            subnets = tuple(selection(subnet_of(masks, rank)) for rank in everyone)
+            return Transfer(subnets[ranks.rank], per_rank=subnets)
+        first = selection(masks[0])
+        if self._rounds.subnets != "references":
+            return Transfer(first, selection(masks[1]), self._rounds.reference == "turns" and length > 1)
+        selections = tuple(selection(reference_of(masks, rank)) for rank in everyone)
+        return Transfer(first, selections[ranks.rank], per_rank=selections)
 
 
 def roles(reference: Reference, step: int, same: bool) -> tuple[int, int | None]:

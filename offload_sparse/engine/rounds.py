@@ -33,19 +33,11 @@ from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig
 from offload_sparse.engine.distributed import Reducer, assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound
-from offload_sparse.engine.losses import (
-    GRADIENT_SUM,
-    LIVE,
-    LOSS_A,
-    TAIL,
-    Losses,
-    StepRecord,
-    put,
-    share,
-)
+from offload_sparse.engine.losses import GRADIENT_SUM, LIVE, LOSS_A, TAIL, Losses, StepRecord, put, share
+from offload_sparse.engine.mask_losses import losses_of
 from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import LossScale
-from offload_sparse.engine.probing import run_probe
+from offload_sparse.engine.probing import probed
 from offload_sparse.engine.request import Ask, Request, Requests
 from offload_sparse.engine.roles import Masks, Roles, reference_of, roles, subnet_of
 from offload_sparse.engine.subnet_pair import Side, SubnetPair
@@ -302,29 +294,17 @@ class Rounds(Requests):
             self._next_masks = self._drawn(self.rounds_done + 1, next_step)
         masks = self._next_masks
         if self.rounds.delta:
-            self.transfers.prefetch(lambda: self._comparison(masks(), length))
+            self.transfers.prefetch(
+                lambda: self.roles.transfer(self.transfers, masks(), length, self.own_subnets)
+            )
 
     def _transfer(self, masks: Masks, length: int) -> Transfer:
         """The way to the subnets of ``masks`` on this rank."""
         if not self.frozen:
-            return self._comparison(masks, length)
+            return self.roles.transfer(self.transfers, masks, length, self.own_subnets)
         if self.ema:
             self.transfers.add_kind(EMA)
         return Transfer(self.transfers.selection(masks[0]))
-
-    def _comparison(self, masks: Masks, length: int) -> Transfer:
-        """``_transfer`` of a round that compares."""
-        ranks = self.transfers.store.ranks
-        everyone = range(ranks.first, ranks.first + ranks.world_size)
-        if self.own_subnets:
-            subnets = tuple(self.transfers.selection(subnet_of(masks, rank)) for rank in everyone)
-            return Transfer(subnets[ranks.rank], per_rank=subnets)
-        first = self.transfers.selection(masks[0])
-        if self.rounds.subnets != "references":
-            second = self.transfers.selection(masks[1])
-            return Transfer(first, second, self.rounds.reference == "turns" and length > 1)
-        selections = tuple(self.transfers.selection(reference_of(masks, rank)) for rank in everyone)
-        return Transfer(first, selections[ranks.rank], per_rank=selections)
 
     # --- between the steps of a round ---
 
@@ -494,27 +474,14 @@ class Rounds(Requests):
         """The final mask is chosen; s no longer moves."""
         return self.final_mask is not None
 
-    def losses_of(self, masks: Sequence[Tensor], closures: Sequence[Closure]) -> Tensor:
-        """float64[masks]: the loss of the subnet of every mask, averaged over ``closures`` and ranks; zeros
-        when there are no closures. Between rounds; every rank calls it.
-        """
-        assert self.pair is None, "the subnets are in use"
-        side = self.transfers.scratch()
-        losses = torch.zeros(len(masks), dtype=torch.float64, device=side.subnet.device)
-        for i, mask in enumerate(masks if closures else ()):
-            side.load(Selection(self.channel_map, mask), (WEIGHTS, BUFFERS))
-            side.bind(None)
-            for closure in closures:
-                losses[i] += self._evaluated(side, closure) / len(closures)
-        average(losses, self.ranks.world_size)
-        return losses.cpu()
-
     def _choose_final_mask(self) -> None:
         """Draw masks from p(m|s), keep the best by training loss (Zhou et al. 2021, final sampling)."""
+        assert self.pair is None, "the subnets are in use"
         candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
         self.forward_flops += len(self._recent) * sum(self.cost.flops(mask) for mask in candidates)
         recent = list(chain.from_iterable(self._recent))
-        losses = self.losses_of(candidates, recent) if len(candidates) > 1 else torch.zeros(1)
+        among = recent, self.channel_map, self.transfers, self.forward, self.ranks
+        losses = losses_of(candidates, *among) if len(candidates) > 1 else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.policy.freeze()
         self.next_masks = None
@@ -531,13 +498,9 @@ class Rounds(Requests):
         """Compare the present widths with thinner ones in pairs of forward passes, and move them."""
         search = self.policy
         assert isinstance(search, WidthSearch)
-        closures = list(chain.from_iterable(self._recent))
-        side, selection = self.transfers.scratch(), Selection(self.channel_map, search.mask)
-        side.load(selection, (WEIGHTS, BUFFERS))
-        side.bind(None)
-        found, importance = run_probe(
-            search, side.module, selection, self.channel_map, closures, self.forward, self.ranks
-        )
+        recent = list(chain.from_iterable(self._recent))
+        among = recent, self.channel_map, self.transfers, self.forward, self.ranks
+        found, importance = probed(search, *among)
         self.forward_flops += 2 * found.count / self.ranks.world_size * self.cost.flops(search.mask)
         search.move(found, importance)
         self.next_masks = None
