@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 
@@ -20,6 +20,17 @@ class BenchConfig:
     name: str = ""
     quick: bool = False
     json: str = ""
+
+    def __post_init__(self) -> None:
+        """Numbers are at least 0 where that is the default, else 1; shares lie in (0, 1)."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in ("rho", "flops"):
+                for rho in value if isinstance(value, list) else [value]:
+                    if not 0 < rho < 1:
+                        raise ValueError(f"rho is {rho}; give a ratio in (0, 1), such as 0.25")
+            elif isinstance(value, int | float) and value < (least := int(bool(option.default))):
+                raise ValueError(f"{option.name} is {value}; give {least} or more")
 
 
 @dataclass
@@ -42,10 +53,10 @@ class PeersConfig(BenchConfig):
     only: str = ""
 
     def __post_init__(self) -> None:
-        _check(self, {"width": 0, "k": 0})
+        super().__post_init__()
         if 0 < self.k < 4:
             raise ValueError(f"k is {self.k}; give at least 4 steps per round")
-        if self.processes not in (1, 2):
+        if self.processes > 2:
             raise ValueError(f"processes is {self.processes}; give 1 or 2")
 
 
@@ -65,9 +76,6 @@ class DFBSTBenchConfig(BenchConfig):
     epochs: int = 0
     cache: str = ""
 
-    def __post_init__(self) -> None:
-        _check(self, {"seeds": 0, "epochs": 0})
-
 
 @dataclass
 class LinksConfig(BenchConfig):
@@ -84,9 +92,6 @@ class LinksConfig(BenchConfig):
     rates: list[Literal["1gbit", "100mbit"]] = field(default_factory=list)
     images: int = 0
     cache: str = ""
-
-    def __post_init__(self) -> None:
-        _check(self, {"images": 0})
 
 
 @dataclass
@@ -111,11 +116,6 @@ class StudyConfig(BenchConfig):
     seeds: int = 0
     epochs: int = 0
     cache: str = ""
-
-    def __post_init__(self) -> None:
-        _check(self, {"seeds": 0, "epochs": 0})
-        for share in self.flops:
-            _check_rho(share)
 
 
 @dataclass
@@ -143,11 +143,6 @@ class PretrainedConfig(BenchConfig):
     seeds: int = 0
     cache: str = ""
 
-    def __post_init__(self) -> None:
-        _check(self, {"seeds": 0, "dense_epochs": 0})
-        for share in self.rho:
-            _check_rho(share)
-
 
 @dataclass
 class SyncBenchConfig(BenchConfig):
@@ -168,9 +163,6 @@ class SyncBenchConfig(BenchConfig):
     seeds: int = 0
     epochs: int = 0
     cache: str = ""
-
-    def __post_init__(self) -> None:
-        _check(self, {"images": 1, "seeds": 0, "epochs": 0})
 
 
 @dataclass
@@ -193,10 +185,6 @@ class VarianceConfig(BenchConfig):
     pairs: int = 0
     checkpoints: int = 3
 
-    def __post_init__(self) -> None:
-        _check(self, {"steps": 0, "pairs": 0, "checkpoints": 1})
-        _check_rho(self.rho)
-
 
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
@@ -213,14 +201,3 @@ OPTIONS: Mapping[str, type[BenchConfig]] = {
 def options_of(argv: Sequence[str]) -> type[BenchConfig]:
     """The configuration class of the bench that a command line names, if that has one of its own."""
     return next((OPTIONS[token] for token in argv if token in OPTIONS), BenchConfig)
-
-
-def _check(config: BenchConfig, least: Mapping[str, float]) -> None:
-    for name, bound in least.items():
-        if getattr(config, name) < bound:
-            raise ValueError(f"{name} is {getattr(config, name)}; give {bound} or more")
-
-
-def _check_rho(rho: float) -> None:
-    if not 0 < rho < 1:
-        raise ValueError(f"rho is {rho}; give a ratio in (0, 1), such as 0.25")

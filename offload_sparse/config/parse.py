@@ -113,7 +113,7 @@ class Options(Generic[Tree]):
         try:
             mappings = self._mappings(given)
             others = [one for one in given if self._mapping_of(one.name) is None]
-            found = self.parser().parse_args([self._token(one) for one in others])
+            found = self._reader.parse_args([self._token(one) for one in others])
         except ArgumentError as error:
             raise ValueError(self._explain(error, given)) from error
         for name in self.leaves:
@@ -144,6 +144,10 @@ class Options(Generic[Tree]):
             hidden = hidden or action.metavar == "CONFIG"  # jsonargparse reads a section from a file, too
             action.help = SUPPRESS if hidden else (action.help or "").replace("``", "`")
         return parser
+
+    @cached_property
+    def _reader(self) -> ArgumentParser:
+        return self.parser()
 
     @cached_property
     def leaves(self) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
 
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.faults import fault_point
@@ -146,10 +146,10 @@ class Checkpointer:
         """Every rank writes its rows; the manifest of all of them."""
         self._on_first(lambda: self.folder.prepare(step))
         sharded = {f"sharded/{name}": shard for name, shard in state.sharded.items() if shard.own.numel()}
-        tensors = {name: as_rows(shard.own) for name, shard in sharded.items()}
-        if self._rank == 0:
-            tensors |= {f"replicated/{name}": _whole(t) for name, t in state.replicated.items()}
-        tensors |= {f"local/{name}": _whole(t) for name, t in state.local.items()}
+        tensors = {name: torch.atleast_1d(shard.own.detach()) for name, shard in sharded.items()}
+        small = {f"replicated/{n}": t for n, t in state.replicated.items() if self._rank == 0}
+        small |= {f"local/{n}": t for n, t in state.local.items()}
+        tensors |= {name: tensor.detach().cpu().contiguous() for name, tensor in small.items()}
         rows = {name: (shard.first_row, *shard.global_shape) for name, shard in sharded.items()}
 
         def write() -> FileRecord:
@@ -179,7 +179,7 @@ class Checkpointer:
         files = [RowsFile(folder / rows_file(rank)) for rank in range(manifest.world_size)]
         shapes = {name: tuple(rows[1:]) for file in files for name, rows in file.rows.items()}
         for name, shard in fresh.sharded.items():
-            own, key = as_rows(shard.own), f"sharded/{name}"
+            own, key = torch.atleast_1d(shard.own.detach()), f"sharded/{name}"
             filled = sum(file.copy_rows(key, shard.first_row, own) for file in files)
             same = shapes.pop(key, tuple(shard.global_shape)) == tuple(shard.global_shape)
             if not same or (own.numel() and filled != len(own)):
@@ -223,12 +223,3 @@ def _checkpoints_of(path: Path) -> list[Path]:
         return [path]
     own = CheckpointFolder(path / checkpoint_files.CHECKPOINT_FOLDER).checkpoints()
     return own or CheckpointFolder(path).checkpoints()
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """``tensor`` with a first dimension: a scalar becomes [1]."""
-    return tensor.detach() if tensor.dim() else tensor.detach().view(1)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()

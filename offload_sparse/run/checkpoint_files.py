@@ -122,9 +122,8 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what runs that died have left half-written."""
-        for path in list(self.path.glob("step_*")):
-            if re.fullmatch(_PARTIAL, path.name):
-                remove(path)
+        for path in [path for path in self.path.glob("step_*") if re.fullmatch(_PARTIAL, path.name)]:
+            remove(path)
 
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps for good: the run goes on from this one."""

@@ -20,7 +20,7 @@ from offload_sparse.channels.check import check, random_mask
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.specs import MapBuilder
 from offload_sparse.channels.subnet import meta_copy, narrow_module
-from tests.support.decoder import Decoder, decoder_map
+from tests.support.decoder import decoder_map, small_decoder
 
 IMAGES = (torch.zeros(2, 3, 32, 32),)
 TOKENS = (torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(0)),)
@@ -90,7 +90,7 @@ def test_attention_keeps_its_meaning_with_all_heads() -> None:
 
 
 def test_a_language_model_drops_gated_widths_and_grouped_heads() -> None:
-    model = Decoder()
+    model = small_decoder()
     found = decoder_map(model)
     assert [(g.name, g.size) for g in found.groups[:2]] == [
         ("blocks.0.gate", 20),
@@ -105,7 +105,7 @@ def test_a_language_model_drops_gated_widths_and_grouped_heads() -> None:
 
 
 def test_a_query_head_on_the_wrong_key_head_is_refused() -> None:
-    model = Decoder(layers=1)
+    model = small_decoder(layers=1)
     found = decoder_map(model)
     axis = found.axes["blocks.0.attention.q.weight"][0]
     assert axis is not None

@@ -18,7 +18,7 @@ from offload_sparse.channels.check import check, random_mask, self_test
 from offload_sparse.channels.discovery import discover, policies
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet, meta_copy, narrow_module
-from tests.support.decoder import Decoder, decoder_map
+from tests.support.decoder import decoder_map, small_decoder
 from tests.support.language_models import (
     WORDS,
     EinsumAttention,
@@ -73,7 +73,7 @@ def test_the_stream_of_a_transformer_is_dense_and_this_is_said(caplog: pytest.Lo
 
 
 def test_grouped_queries_with_rotary_positions_are_the_map_by_hand() -> None:
-    model = Decoder()
+    model = small_decoder()
     by_hand, found = decoder_map(model), discover(model, (torch.randint(11, (4, 7)),))
     for layer in ("q", "k", "v", "o"):
         hand = by_hand.axes[f"blocks.0.attention.{layer}.weight"][int(layer == "o")]
