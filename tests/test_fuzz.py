@@ -20,7 +20,7 @@ from offload_sparse.run import trainer
 from tests.support import malformed
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGURATIONS, CHECKPOINTS, EXPORTS = 400, 50, 70
+CONFIGURATIONS, CHECKPOINTS, EXPORTS = 300, 50, 40
 _RUN = [
     *("train", "--method", "dense", "--model.name", "offload_sparse/mlp", "--data.limit", "64"),
     *("--model.arguments", "{stream: 8, hidden: 8, depth: 1}", "--data.batch_size", "32"),

@@ -7,7 +7,7 @@ What is to be written leads to ``/dev/full``, on which every write says that the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,6 @@ FULL: dict[str, Fill] = {
     "the structure of its network": before(-1, "model/structure.json.tmp"),
     "its summary": before(-1, "summary.json.tmp"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_per_run() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run(run_dir: Path, *more: str) -> int:

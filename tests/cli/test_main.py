@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +20,13 @@ from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.cli import main as cli
 from offload_sparse.config.run import RunConfig
 from offload_sparse.export.network_file import FinalNetwork
+from offload_sparse.inspect import coverage
 from offload_sparse.run.log import Recorder
 from offload_sparse.workloads.models import build_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = "offload_sparse/vgg_small"
+CASES = (coverage.Case(SMALL, 28), coverage.Case("torchvision/shufflenet_v2_x0_5", 64, accepted=False))
 
 
 def start(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -156,15 +162,18 @@ def test_verify_prints_a_table_and_fails_with_1(
     assert "gradient error" in capsys.readouterr().out
 
 
-def test_verify_all_lists_every_network_and_why_it_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from offload_sparse.inspect import coverage
+@pytest.fixture(scope="module")
+def covered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The results of `verify --all` of a network and of one that is refused, and what it printed."""
+    results = tmp_path_factory.mktemp("covered") / "rows.jsonl"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(coverage, "CASES", CASES)
+        assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 0
+    return results, json.loads(printed.getvalue())
 
-    cases = (coverage.Case(SMALL, 28), coverage.Case("torchvision/shufflenet_v2_x0_5", 64, accepted=False))
-    monkeypatch.setattr(coverage, "CASES", cases)
-    assert cli.main(["verify", "--all", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+
+def test_verify_all_lists_every_network_and_why_it_is_refused(covered: tuple[Path, Any]) -> None:
+    found = covered[1]
     assert (found["accepted"], found["refused"], found["ok"]) == (1, 1, True)
     *good_rows, bad = (r for r in found["models"] if r["model"] == SMALL or r["residual"] == "coupled")
     good = good_rows[0]
@@ -174,32 +183,28 @@ def test_verify_all_lists_every_network_and_why_it_is_refused(
     assert set(good) == set(bad) >= {"model", "atoms", "groups", "discover_seconds", "reason"}
     assert max(good["output_error"], good["gradient_error"]) < 1e-8
     assert "cannot be traced" in bad["reason"]
-    assert cli.main(["verify", "--all"]) == 0
-    text = capsys.readouterr().out
-    assert "refused: ShuffleNetV2 cannot be traced" in text
 
 
 def test_verify_all_resumes_from_its_results(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    covered: tuple[Path, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    from offload_sparse.inspect import coverage
-
-    results = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(coverage, "CASES", (coverage.Case(SMALL, 28),))
-    assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 0
-    first = json.loads(capsys.readouterr().out)
+    results = Path(shutil.copy(covered[0], tmp_path))
+    monkeypatch.setattr(coverage, "CASES", CASES)
     monkeypatch.setattr(coverage, "examine", None)  # nothing is computed again
     with results.open("a") as file:
         file.write('{"model": "torn')
     assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 0
-    assert json.loads(capsys.readouterr().out)["models"] == first["models"]
+    assert json.loads(capsys.readouterr().out)["models"] == covered[1]["models"]
+    assert cli.main(["verify", "--all", "--results", str(results)]) == 0
+    assert "refused: ShuffleNetV2 cannot be traced" in capsys.readouterr().out
 
 
 def test_verify_all_fails_when_a_network_that_passed_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from offload_sparse.inspect import coverage
-
     cases = (coverage.Case("torchvision/shufflenet_v2_x0_5", 64),)
     monkeypatch.setattr(coverage, "CASES", cases)
     assert cli.main(["verify", "--all", "--json"]) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -36,12 +34,6 @@ class Spectrogram(nn.Module):
         hidden = F.relu(self.stem(signals))
         hidden = F.relu(hidden + self.mix(hidden))
         return self.head(hidden.mean(dim=2))
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_per_test() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

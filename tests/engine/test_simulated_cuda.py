@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-def watched(session: SparseOffload, sim: Simulation) -> list[tuple[list[Any], list[Any], Counter[str]]]:
+def watched(
+    session: SparseOffload, sim: Simulation, data: list[tuple[Tensor, Tensor]]
+) -> list[tuple[list[Any], list[Any], Counter[str]]]:
     """Per step: what the main thread waited for, every upload of the main thread, all operations."""
     seen = []
-    for batch in on_device(batches(STEPS), DEVICE):
+    for batch in data:
         waits, uploads, operations = len(sim.waits), len(sim.uploads), Counter(sim.operations)
         session.step(loss_of(batch))
         of_main = [wait for wait in sim.waits[waits:] if wait[-1] == "MainThread"]
@@ -76,14 +79,62 @@ def watched(session: SparseOffload, sim: Simulation) -> list[tuple[list[Any], li
     return seen
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A session on the simulated device, twice over the same batches.
+
+    Attributes:
+        steps: as ``watched`` gives them, of the first time.
+        uploads: threads of all uploads of the first time, with what was fetched ahead at its end.
+        again: lines of the uploads of the main thread the second time.
+        wrong_device: as in ``Simulation``.
+        found: the store and s at the end.
+    """
+
+    steps: list[tuple[list[Any], list[Any], Counter[str]]]
+    uploads: list[str]
+    again: list[str]
+    wrong_device: list[str]
+    found: dict[str, Tensor]
+
+
+def rounds_of(transfer: Any, device: torch.device) -> SparseOffload:
+    return make_session(small_net(), POLICY, RoundConfig(k=K, transfer=transfer), device=device)
+
+
+@cache
+def on_the_cpu(transfer: str) -> dict[str, Tensor]:
+    session = rounds_of(transfer, torch.device("cpu"))
+    for batch in batches(STEPS) * 2:
+        session.step(loss_of(batch))
+    found = arrays(session) | {"s": session.policy.s.clone()}
+    session.transfers.close()
+    return found
+
+
+@cache
+def ran(transfer: str, way: str) -> Ran:
+    with simulated_cuda(**WAYS[way]) as sim:
+        session = rounds_of(transfer, DEVICE)
+        data = on_device(batches(STEPS), DEVICE)
+        sim.uploads.clear()
+        steps = watched(session, sim, data)
+        session.transfers.join()
+        uploads = [thread for _, thread in sim.uploads]
+        sim.uploads.clear()
+        for batch in data:
+            session.step(loss_of(batch))
+        again = [line for line, thread in sim.uploads if thread == "MainThread"]
+        found = arrays(session) | {"s": session.policy.s.clone()}
+        session.transfers.close()
+    return Ran(steps, uploads, again, sim.wrong_device, found)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
-def test_every_way_of_moving_weights_ends_with_the_bits_of_the_cpu(transfer: Any, way: str) -> None:
-    make = partial(make_session, small_net(), POLICY, RoundConfig(k=K, transfer=transfer))
-    expected = trained(make, torch.device("cpu"))[1]
-    with simulated_cuda(**WAYS[way]) as sim:
-        assert_same(trained(make, DEVICE)[1], expected)
-    assert sim.wrong_device == []
+def test_every_way_of_moving_weights_ends_with_the_bits_of_the_cpu(transfer: str, way: str) -> None:
+    assert_same(ran(transfer, way).found, on_the_cpu(transfer))
+    assert ran(transfer, way).wrong_device == []
 
 
 @pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
@@ -124,45 +175,29 @@ def test_a_store_in_files_ends_with_the_bits_of_the_cpu(tmp_path: Path, tier: An
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
-def test_nothing_in_a_step_waits_for_the_device_or_sends_to_it(transfer: Any, way: str) -> None:
+def test_nothing_in_a_step_waits_for_the_device_or_sends_to_it(transfer: str, way: str) -> None:
     """Rounds begin and end with waits (s is learned on the host); the steps between have none."""
-    with simulated_cuda(**WAYS[way]) as sim:
-        session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer=transfer), device=DEVICE)
-        seen = watched(session, sim)
-        session.transfers.close()
-    for number, (waits, sent, _) in enumerate(seen):
+    for number, (waits, sent, _) in enumerate(ran(transfer, way).steps):
         if number % K not in (0, K - 1):
             assert (waits, sent) == ([], []), f"step {number}"
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
-def test_a_round_sends_few_tables(transfer: Any, way: str) -> None:
+def test_a_round_sends_few_tables(transfer: str, way: str) -> None:
     """With overlap none of them from the main thread."""
-    with simulated_cuda(**WAYS[way]) as sim:
-        session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer=transfer), device=DEVICE)
-        data = on_device(batches(STEPS), DEVICE)
-        sim.uploads.clear()
-        for batch in data:
-            session.step(loss_of(batch))
-        session.transfers.join()
-        rounds = STEPS // K + (transfer == "overlap")  # one more is fetched ahead
-        assert len(sim.uploads) <= UPLOADS_PER_ROUND[way] * rounds
-        if transfer == "overlap":
-            of_main = len([thread for _, thread in sim.uploads if thread == "MainThread"])
-            sim.uploads.clear()
-            for batch in data:
-                session.step(loss_of(batch))
-            again = [line for line, thread in sim.uploads if thread == "MainThread"]
-            assert of_main, "the first round has nothing that was fetched ahead"
-            assert again == []
-        session.transfers.close()
+    found = ran(transfer, way)
+    rounds = STEPS // K + (transfer == "overlap")  # one more is fetched ahead
+    assert len(found.uploads) <= UPLOADS_PER_ROUND[way] * rounds
+    if transfer == "overlap":
+        assert "MainThread" in found.uploads, "the first round has nothing that was fetched ahead"
+        assert found.again == []
 
 
 def test_a_step_gives_the_device_little_beyond_its_two_networks() -> None:
     with simulated_cuda() as sim:
         session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer="delta"), device=DEVICE)
-        step = watched(session, sim)[1][2]
+        step = watched(session, sim, on_device(batches(2), DEVICE))[1][2]
         session._open()
         closure = loss_of(on_device(batches(1), DEVICE)[0])
         first, second = (side.module for side in session.transfers.pair.sides)

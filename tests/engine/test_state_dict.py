@@ -4,7 +4,6 @@ torch.distributed.checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from offload_sparse.engine.config import RoundConfig
@@ -95,13 +93,6 @@ def test_rates_that_a_scheduler_has_set_are_resumed() -> None:
     assert rates == [group["lr"] for group in first.optimizer.param_groups] == [0.01 / 4, 0.02 / 4]
 
 
-@pytest.fixture
-def _accelerator_of_its_own() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("_accelerator_of_its_own")
 def test_accelerate_saves_a_registered_session(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     session = new_session()

@@ -1,24 +1,15 @@
-"""What the tests of runs share: one process' state per test, and images to train on."""
+"""What the tests of runs share: images to train on."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from PIL import Image
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_per_test() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process; each test stands for a process of its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def png(pixels: np.ndarray) -> dict[str, Any]:

@@ -15,8 +15,9 @@ Values are those of the CPU, bit for bit.
 
 from __future__ import annotations
 
+import linecache
+import sys
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -103,7 +104,7 @@ class Event:
         (stream or present().stream()).wait_event(self)
 
     def synchronize(self) -> None:
-        """Counted where the event was made: staging memory keeps its events when a simulation has ended."""
+        """Counted where the event was made, whatever is simulated by then."""
         self.simulation.wait("event.synchronize")
 
 
@@ -246,9 +247,13 @@ def present() -> Simulation:
 
 def place() -> str:
     """The innermost line of the package, or of a test, that is being run."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/offload_sparse/" in frame.filename or frame.name.startswith("test_"):
-            return f"{frame.filename.rsplit('/', 1)[1]}:{frame.lineno} {frame.line}"
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/offload_sparse/" in file or frame.f_code.co_name.startswith("test_"):
+            line = linecache.getline(file, frame.f_lineno).strip()
+            return f"{file.rsplit('/', 1)[1]}:{frame.f_lineno} {line}"
+        frame = frame.f_back
     return "outside"
 
 
@@ -510,6 +515,7 @@ def simulated_cuda(triton: bool = True, pinned: bool = True, zero_copy: bool = T
         patch.setattr(device_copy, "triton_works", lambda device: triton)
         patch.setattr(device_copy, "zero_copy_is_faster", lambda *_: triton and zero_copy)
         patch.setattr(device_copy, "launch", _launched)
+        patch.setattr(device_copy, "_HOST", device_copy._HostStaging())  # it keeps events of the device
         try:
             yield sim
         finally:
