@@ -72,14 +72,15 @@ def outputs(network: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
         return [leaf.detach() for leaf in tree_leaves(network(*inputs)) if isinstance(leaf, Tensor)]
 
 
-def serve(address: str) -> None:
-    """The reader: answer every question in a child that has seen no other, until nobody is left to ask."""
+def serve(address: str, idle: float) -> None:
+    """The reader: answer every question in a child that has seen no other, until nobody is left to ask, or
+    nobody has for ``idle`` seconds."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children end unattended
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         os.write(1, _READY)
-        while listener.fileno() in select.select([listener.fileno(), 0], [], [], _IDLE_SECONDS)[0]:
+        while listener.fileno() in select.select([listener.fileno(), 0], [], [], idle)[0]:
             connection, _ = listener.accept()
             folder, *modules = connection.makefile().readline().split()
             for name in modules:
@@ -137,7 +138,7 @@ def _start() -> str:
     paths = os.pathsep.join(filter(None, sys.path))
     environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", f"{code}; serve(sys.argv[1])", address],
+        [sys.executable, "-P", "-c", f"{code}; serve(sys.argv[1], {_IDLE_SECONDS})", address],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,

@@ -24,7 +24,6 @@ from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
 from offload_sparse.store.lock import lock_folder
 from tests.run import killed_run
-from tests.support.fork_server import ForkServer
 
 LIMIT = 240
 ENDLESS = ["--train.max_steps", "1000000", "--checkpoint.every", "1000000"]
@@ -57,8 +56,8 @@ def assert_saved_and_free(run_dir: Path) -> None:
 def test_a_rank_saves_and_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run_it", tmp_path / "log"
     environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
-    with ForkServer(killed_run.MODULES) as server, log.open("w") as output:
-        rank = killed_run.start(server, tmp_path, "it", ENDLESS, environment, output.fileno())
+    with log.open("w") as output:
+        rank = killed_run.start(tmp_path, "it", ENDLESS, environment, output.fileno())
         wait_until(lambda: trains(run_dir))
         os.kill(parent_of(rank.pid), signal.SIGKILL)
         wait_until(lambda: not Path(f"/proc/{rank.pid}").exists())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ import pytest
 
 from offload_sparse.engine.faults import VARIABLE
 from tests.run import killed_run
-from tests.support.fork_server import ForkServer
+from tests.support import fork_server
+from tests.support.fork_server import Forked
 
 SMALL = [
     *("train", "--model.name", "offload_sparse/mlp"),
@@ -36,21 +35,24 @@ def start(run_dir: Path, *more: str, fault: str = "", python: tuple[str, ...] = 
     return subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, env=environment)
 
 
-@contextlib.contextmanager
-def stopped_in_step(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
-    """A job that stands still (SIGSTOP) in its third step; it goes on afterwards."""
-    first = start(run_dir, fault="hang:step=3:phase=step")
+def forked(run_dir: Path, *more: str, fault: str = "") -> Forked:
+    """The same job, in a process that is forked with everything imported."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", VARIABLE: fault}
+    command = [*SMALL, "--run_dir", str(run_dir), *more]
+    with run_dir.with_suffix(".log").open("a") as log:
+        server = fork_server.shared()
+        return server.start("offload_sparse.cli.main:main", command, environment, log.fileno())
+
+
+def stopped_in_step(run_dir: Path) -> Forked:
+    """A job that stands still (SIGSTOP) in its third step."""
+    first = forked(run_dir, fault="hang:step=3:phase=step")
     begun = time.monotonic()
     while "State:\tT" not in Path(f"/proc/{first.pid}/status").read_text():
         assert time.monotonic() - begun < LIMIT
-        assert first.poll() is None
+        assert not first.ended()
         time.sleep(0.05)
-    try:
-        yield first
-    finally:
-        if first.poll() is None:
-            first.kill()
-        first.communicate()
+    return first
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -61,35 +63,35 @@ def steps(run_dir: Path) -> list[int]:
 def test_a_second_start_on_a_live_run_is_refused(tmp_path: Path) -> None:
     """It exits with 2 before it imports torch, and the first run is undisturbed."""
     run_dir = tmp_path / "run"
-    with stopped_in_step(run_dir) as first:
-        before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
-        for more in ((), ("--overwrite", "true"), ("--train.epochs", "9")):
-            second = start(run_dir, *more)
-            error = second.communicate(timeout=LIMIT)[1]
-            assert second.returncode == 2
-            assert f"{run_dir} is in use by process {first.pid} on {os.uname().nodename}" in error
-            assert error.count("\n") == 1
-        imports = start(run_dir, python=("-X", "importtime")).communicate(timeout=LIMIT)[1]
-        assert re.search(r"\| +json$", imports, re.MULTILINE)
-        assert not re.search(r"\| +torch$", imports, re.MULTILINE)
-        assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
-        while first.poll() is None:  # it stops again at each of its steps
-            os.kill(first.pid, signal.SIGCONT)
-            time.sleep(0.05)
-        assert first.returncode == 0
+    first = stopped_in_step(run_dir)
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    for more in ((), ("--overwrite", "true"), ("--train.epochs", "9")):
+        second = start(run_dir, *more)
+        error = second.communicate(timeout=LIMIT)[1]
+        assert second.returncode == 2
+        assert f"{run_dir} is in use by process {first.pid} on {os.uname().nodename}" in error
+        assert error.count("\n") == 1
+    imports = start(run_dir, python=("-X", "importtime")).communicate(timeout=LIMIT)[1]
+    assert re.search(r"\| +json$", imports, re.MULTILINE)
+    assert not re.search(r"\| +torch$", imports, re.MULTILINE)
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    while not first.ended():  # it stops again at each of its steps
+        os.kill(first.pid, signal.SIGCONT)
+        time.sleep(0.05)
+    assert first.wait(LIMIT) == 0
     assert steps(run_dir) == list(range(1, 13))
 
 
 def test_the_folder_of_a_killed_job_is_free_at_once(tmp_path: Path) -> None:
-    first = start(tmp_path / "run", "--checkpoint.every", "1", fault="kill:step=5:phase=step")
-    first.communicate(timeout=LIMIT)
-    assert first.returncode == -signal.SIGKILL
-    again = start(tmp_path / "run", "--checkpoint.every", "1")
-    error = again.communicate(timeout=LIMIT)[1]
-    assert again.returncode == 0, error
+    run_dir = tmp_path / "run"
+    first = forked(run_dir, "--checkpoint.every", "1", fault="kill:step=5:phase=step")
+    assert first.wait(LIMIT) == -signal.SIGKILL
+    again = forked(run_dir, "--checkpoint.every", "1")
+    assert again.wait(LIMIT) == 0, run_dir.with_suffix(".log").read_text()
     assert steps(tmp_path / "run") == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_of_two_starts_at_once_exactly_one_trains(tmp_path: Path) -> None:
     jobs: list[Any] = [start(tmp_path / "run") for _ in range(2)]
     outputs = [job.communicate(timeout=LIMIT) for job in jobs]
@@ -103,12 +105,12 @@ def test_of_two_starts_at_once_exactly_one_trains(tmp_path: Path) -> None:
 @pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_it_is_one_each_time(times: int, tmp_path: Path) -> None:
     """Processes that are forked with everything imported, and so start within a moment."""
-    with ForkServer(killed_run.MODULES) as server, (tmp_path / "log").open("w") as log:
+    with (tmp_path / "log").open("w") as log:
         for number in range(times):
             name = f"{number}"
             more = ["--train.log_every", "1"]
             jobs = [
-                killed_run.start(server, tmp_path, name, more, os.environ, log.fileno()) for _ in range(2)
+                killed_run.start(tmp_path, name, more, os.environ, log.fileno()) for _ in range(2)
             ]
             assert sorted(job.wait(LIMIT) for job in jobs) == [0, 2], (tmp_path / "log").read_text()
             assert steps(tmp_path / f"run_{name}") == list(range(1, 13))

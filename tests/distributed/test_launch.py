@@ -54,7 +54,7 @@ def test_two_processes_train_what_one_process_trains(
     monkeypatch.setenv(CHECK_RANKS, "1")
     alone = launch([*options, "--run_dir", str(tmp_path / "one")], ["--cpu", "--num_processes", "1"])
     assert alone.returncode == 0, alone.stderr
-    together = two_ranks([*options, "--run_dir", str(tmp_path / "two")], port=29611)
+    together = two_ranks([*options, "--run_dir", str(tmp_path / "two")], port=29611, typed=True)
     assert together.returncode == 0, together.stderr
     (one, one_lines), (two, two_lines) = read(tmp_path / "one"), read(tmp_path / "two")
     assert one.keys() >= REQUIRED

@@ -6,29 +6,21 @@ AdamW in two parameter groups, one frozen layer, a scheduler of torch, in float6
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.launches import launch
 
 
-def launch(processes: int, port: int, *arguments: str) -> dict[str, str]:
+def started(processes: int, port: int, *arguments: str, typed: bool = False) -> dict[str, str]:
     """Run ``launch/own_loop.py``; what it prints of its state: {"resumed 5": digest, "state 12": digest}."""
-    ours = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-    clean = {name: value for name, value in os.environ.items() if name not in ours}
     several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(port)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *(several if processes > 1 else [])]
-    run = subprocess.run(
-        [*command, "launch/own_loop.py", "--steps", "12", *arguments],
-        cwd=ROOT,
-        env=clean | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    run = launch(
+        ["--steps", "12", *arguments],
+        several if processes > 1 else [],
+        "launch/own_loop.py",
+        typed,
+        ACCELERATE_USE_CPU="true",
     )
     assert run.returncode == 0, run.stdout + run.stderr
     printed = re.findall(r"^(resumed|state) (\d+) (\w+)", run.stdout, re.MULTILINE)
@@ -40,11 +32,11 @@ def test_two_processes_save_and_one_two_and_three_resume(tmp_path: Path) -> None
     on.
     """
     state = str(tmp_path / "state.pt")
-    straight = launch(2, 29871)
-    saved = launch(2, 29872, "--until", "5", "--save", state)["state 5"]
+    straight = started(2, 29871, typed=True)
+    saved = started(2, 29872, "--until", "5", "--save", state)["state 5"]
     for processes in (1, 3):
-        found = launch(processes, 29873, "--resume", state, "--until", "5")
+        found = started(processes, 29873, "--resume", state, "--until", "5")
         assert found == {"resumed 5": saved, "state 5": saved}, processes
-    assert launch(2, 29874, "--resume", state)["state 12"] == straight["state 12"]
-    assert launch(1, 29875, "--resume", state, "--export", str(tmp_path / "network"))["resumed 5"] == saved
+    assert started(2, 29874, "--resume", state)["state 12"] == straight["state 12"]
+    assert started(1, 29875, "--resume", state, "--export", str(tmp_path / "network"))["resumed 5"] == saved
     assert (tmp_path / "network" / "weights.safetensors").exists()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from offload_sparse.cli.main import main
 from offload_sparse.inspect import doctor
 from offload_sparse.inspect.doctor import Finding
 from offload_sparse.store.copy import host_copy
+from tests.support.launches import launch
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -186,22 +184,11 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_doctor_compares_the_launcher_with_accelerate(tmp_path: Path) -> None:
     """Two ranks as a user starts them; one of them speaks."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "29641", "-m", "offload_sparse.cli", "doctor", "--json"]
-    done = subprocess.run(
-        [*command, "--run_dir", str(tmp_path)],
-        env=clean_environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "29641"]
+    arguments = ["doctor", "--json", "--run_dir", str(tmp_path)]
+    done = launch(arguments, launcher, "offload_sparse.cli", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
     found = {finding["name"]: finding["found"] for finding in json.loads(line)["findings"]}
     assert found["launch"] == "2 processes by the launcher, 2 by accelerate"
 
-
-def clean_environment() -> dict[str, str]:
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in names}

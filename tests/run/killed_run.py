@@ -20,14 +20,9 @@ from offload_sparse.engine.faults import VARIABLE
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.run import trainer
 from offload_sparse.workloads.data.loader import Batch
-from tests.support.fork_server import Forked, ForkServer
+from tests.support import fork_server
+from tests.support.fork_server import Forked
 
-MODULES = [
-    "tests.run.killed_run",
-    "offload_sparse.methods.sparse_offload",
-    "accelerate",
-    "torch_pruning",
-]
 STEPS = 12
 OPTIONS = [
     *("--data.limit", "64", "--data.batch_size", "8"),
@@ -84,7 +79,6 @@ def _everything(run: trainer.Run) -> dict[str, Any]:
 
 
 def run(
-    server: ForkServer,
     folder: Path,
     name: str,
     ranks: int,
@@ -109,7 +103,7 @@ def run(
     with log.open("ab") as file:
         before = file.tell()
         processes = [
-            start(server, folder, name, more, base | _places(rank, ranks, port), file.fileno())
+            start(folder, name, more, base | _places(rank, ranks, port), file.fileno())
             for rank in range(ranks)
         ]
         last = processes[-1 if hanging is None else hanging]
@@ -121,10 +115,10 @@ def run(
 
 
 def start(
-    server: ForkServer, folder: Path, name: str, more: list[str], environment: Mapping[str, str], output: int
+    folder: Path, name: str, more: list[str], environment: Mapping[str, str], output: int
 ) -> Forked:
     arguments = [str(folder / name), *OPTIONS, "--run_dir", str(folder / f"run_{name}"), *more]
-    return server.start("tests.run.killed_run:main", arguments, environment, output)
+    return fork_server.shared().start("tests.run.killed_run:main", arguments, environment, output)
 
 
 def _places(rank: int, ranks: int, port: str) -> dict[str, str]:

@@ -15,7 +15,6 @@ import torch
 
 from offload_sparse.engine.faults import PHASES
 from tests.run import killed_run
-from tests.support.fork_server import ForkServer
 
 CONFIGURATIONS = {
     "no_prefetch": ["--round.prefetch", "false"],
@@ -28,19 +27,13 @@ QUICK_ON_TWO_RANKS = [("overlap", "scatter"), ("prefetch", "checkpoint-commit")]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer(killed_run.MODULES) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def straight(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the undisturbed run of a configuration leaves, made once."""
 
     @cache
     def made(configuration: str, ranks: int) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("straight")
-        codes, log = killed_run.run(server, folder, "run", ranks, CONFIGURATIONS[configuration])
+        codes, log = killed_run.run(folder, "run", ranks, CONFIGURATIONS[configuration])
         assert codes == [0] * ranks, log
         return killed_run.left(folder, "run", ranks)
 
@@ -62,17 +55,17 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("ranks", "configuration", "phase"), cases())
 def test_killed_and_started_again_is_the_straight_run(
-    ranks: int, configuration: str, phase: str, server: ForkServer, straight: Any, tmp_path: Path
+    ranks: int, configuration: str, phase: str, straight: Any, tmp_path: Path
 ) -> None:
     # Only the first rank commits a checkpoint; elsewhere the last one dies, and the others notice.
     victim = 0 if phase == "checkpoint-commit" else ranks - 1
     more = CONFIGURATIONS[configuration]
     fault = f"kill:rank={victim}:step=7:phase={phase}"
-    codes, log = killed_run.run(server, tmp_path, "run", ranks, more, fault)
+    codes, log = killed_run.run(tmp_path, "run", ranks, more, fault)
     assert codes[victim] == -signal.SIGKILL, log
     assert f"rank {victim} dies at step" in log
     assert 0 not in codes, "no rank takes a run for finished that has lost one"
-    codes, log = killed_run.run(server, tmp_path, "run", ranks, more)
+    codes, log = killed_run.run(tmp_path, "run", ranks, more)
     assert codes == [0] * ranks, log
     assert "resuming at step" in log
     for expected, found in zip(

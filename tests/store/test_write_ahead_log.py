@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
+import os
 import signal
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from offload_sparse.store import write_ahead_log
 from offload_sparse.store.tiers import FileTier
 from offload_sparse.store.weight_store import WeightStore
 from offload_sparse.store.write_ahead_log import WriteAheadLog, own_segment
-from tests.support import killed_rounds
+from tests.support import fork_server, killed_rounds
 from tests.support.durable import Disk
 from tests.support.killed_rounds import ROUNDS, STAGES, open_store, pieces_of
 
@@ -47,12 +47,9 @@ def holds(store: WeightStore, log: WriteAheadLog, round: int) -> bool:
 def test_killed_at_any_stage_the_run_goes_on_to_the_undisturbed_result(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], stage: str, round: int
 ) -> None:
-    context = mp.get_context("forkserver")  # real processes that need not import torch one by one
-    context.set_forkserver_preload(["tests.support.killed_rounds"])
-    killed = context.Process(target=killed_rounds.rounds, args=(tmp_path, stage, round))
-    killed.start()
-    killed.join(120)
-    assert killed.exitcode == -signal.SIGKILL
+    arguments = [str(tmp_path), stage, str(round)]
+    done = fork_server.shared().run("tests.support.killed_rounds:main", arguments, os.environ, 120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     store, _ = open_store(tmp_path, "resume")
     log = WriteAheadLog(tmp_path / "log")
     entry = log.replay(store)

@@ -5,14 +5,16 @@
 
 Run as a script (``python fork_server.py SOCKET MODULE:FUNCTION ARGUMENT …``) this file is a client that
 stands for the process: same environment, same output, same end, even by a signal. A launcher that starts
-ranks can
-so start them in milliseconds instead of the seconds that importing torch takes. The client imports nothing
-beyond Python's own library.
+ranks can so start them in milliseconds instead of the seconds that importing torch takes. The client imports
+nothing beyond Python's own library.
+
+``shared`` is the one server of a test process.
 """
 
 from __future__ import annotations
 
 import array
+import atexit
 import importlib
 import json
 import os
@@ -24,12 +26,26 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+MODULES = (
+    "tests.run.killed_run",
+    "tests.support.ranks",
+    "offload_sparse.methods.sparse_offload",
+    "accelerate",
+    "accelerate.commands.launch",
+    "torch_pruning",
+    "torch._dynamo",
+    "tests.support.reader",
+)
+"""What a command imports, and a launcher; last, what reads back the exports of all that is forked."""
+
 _POLL_SECONDS = 0.02
 _START_SECONDS = 300.0
+_END_SECONDS = 30.0
 
 
 class ForkServer:
@@ -47,7 +63,8 @@ class ForkServer:
 
     def __enter__(self) -> ForkServer:
         command = [sys.executable, "-m", "tests.support.fork_server", "--serve", self.address]
-        self._process = subprocess.Popen([*command, *self._modules], stdout=subprocess.PIPE)
+        pipe = subprocess.PIPE  # closed with this process, however it ends
+        self._process = subprocess.Popen([*command, *self._modules], stdin=pipe, stdout=pipe)
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)
         if not ready or self._process.stdout.readline() != b"ready\n":
@@ -58,22 +75,54 @@ class ForkServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         self._folder.cleanup()
 
+    def run(
+        self, target: str, arguments: Sequence[str], environment: Mapping[str, str], seconds: float
+    ) -> subprocess.CompletedProcess[str]:
+        """A process from its beginning to its end, as ``subprocess.run`` has them.
+
+        Raises:
+            TimeoutError: it has not ended in time; it is killed.
+        """
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            code = self.start(target, arguments, environment, out.fileno(), err.fileno()).wait(seconds)
+            for file in (out, err):
+                file.seek(0)
+            return subprocess.CompletedProcess([target, *arguments], code, out.read(), err.read())
+
     def start(
-        self, target: str, arguments: Sequence[str], environment: Mapping[str, str], output: int
+        self,
+        target: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        output: int,
+        errors: int | None = None,
     ) -> Forked:
         """Begin a process.
 
         Args:
             target: ``module:function``; called with ``arguments``, returns an exit code or None.
             environment: all of its variables.
-            output: file descriptor that becomes its stdout and stderr.
+            output: file descriptor that becomes its stdout, and its stderr unless ``errors`` is given.
         """
-        return Forked(self.address, target, arguments, environment, (output, output))
+        outputs = output, output if errors is None else errors
+        return Forked(self.address, target, arguments, environment, outputs)
+
+
+@cache
+def shared() -> ForkServer:
+    """The server of this process with ``MODULES``, started when it is first asked for."""
+    server = ForkServer(MODULES).__enter__()
+    atexit.register(server.__exit__, None, None, None)
+    return server
 
 
 class Forked:
@@ -100,6 +149,10 @@ class Forked:
         self._answers = self._connection.makefile("r")
         self.pid = int(self._answers.readline())
 
+    def ended(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return bool(select.select([self._connection], [], [], 0)[0])
+
     def wait(self, seconds: float | None = None) -> int:
         """Its exit code, or minus the signal that ended it.
 
@@ -119,7 +172,7 @@ class Forked:
 
 
 def serve(address: str, modules: Sequence[str]) -> None:
-    """Import, then fork a keeper for every connection; never returns."""
+    """Import, then fork a keeper for every connection, until nobody is left to ask."""
     for module in modules:
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need nobody to wait for them
@@ -127,7 +180,7 @@ def serve(address: str, modules: Sequence[str]) -> None:
     listener.bind(address)
     listener.listen(64)
     os.write(1, b"ready\n")
-    while True:
+    while listener in select.select([listener, 0], [], [])[0]:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
@@ -200,4 +253,5 @@ def stand_in(address: str, target: str, arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         serve(sys.argv[2], sys.argv[3:])
-    stand_in(sys.argv[1], sys.argv[2], sys.argv[3:])
+    else:
+        stand_in(sys.argv[1], sys.argv[2], sys.argv[3:])

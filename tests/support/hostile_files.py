@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
 import struct
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from offload_sparse.export.description import DESCRIPTION_FILE, FILES, file_dige
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, FinalNetwork
 from offload_sparse.run.checkpoint_files import MANIFEST_FILE
 from offload_sparse.workloads.models import build_model
+from tests.support import fork_server
 
 SECONDS, BYTES = 10, 1 << 30
 """What opening a file may take: no longer, and no more over the interpreter."""
@@ -189,7 +191,7 @@ def attempt(action: Callable[[], object], folder: Path, may_write: bool = False)
     is pickled.
     """
     own, peak_of = (folder, _peak_of_fresh) if may_write else (None, _peak)
-    before, base = _listing(folder.parent, own), peak_of(_nothing)[2]
+    before, base = _listing(folder.parent, own), _fresh_base() if may_write else _peak(_nothing)[2]
     said, status, peak, seconds = peak_of(action)
     trouble = said if status == 1 else f"ended by signal {-status}" if status < 0 else ""
     if "\n" in said and not trouble:
@@ -207,26 +209,32 @@ def _nothing() -> None:
     pass
 
 
+@cache
+def _fresh_base() -> int:
+    return _peak_of_fresh(_nothing)[2]
+
+
 def _peak_of_fresh(action: Callable[[], object]) -> tuple[str, int, int, float]:
     """As ``_peak``, in a process that is forked from one that has done nothing but import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["offload_sparse.run.trainer"])
-    read, write = context.Pipe(duplex=False)
-    process = context.Process(target=_send_outcome, args=(write, action))
-    process.start()
-    write.close()
-    try:
-        said, status, peak, seconds = read.recv()
-    except EOFError:
-        said, status, peak, seconds = "", 0, 0, 0.0
-    process.join()
-    return said, status or int(process.exitcode or 0), peak, seconds
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "action").write_bytes(pickle.dumps(action))
+        with (Path(folder) / "printed").open("w") as printed:
+            code = fork_server.shared().start(
+                "tests.support.hostile_files:perform", [folder], os.environ, printed.fileno()
+            ).wait(20 * SECONDS)
+        if code:
+            return "", code, 0, 0.0
+        said, status, peak, seconds = json.loads((Path(folder) / "outcome").read_text())
+    return said, status, peak, seconds
 
 
-def _send_outcome(pipe: Connection, action: Callable[[], object]) -> None:
-    status, said = _outcome_of(action)
+def perform(arguments: list[str]) -> None:
+    """The action that is pickled in a folder; its outcome goes there too."""
+    folder = Path(arguments[0])
+    status, said = _outcome_of(pickle.loads((folder / "action").read_bytes()))
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    pipe.send((said[:60_000], status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime))
+    outcome = said[:60_000], status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+    (folder / "outcome").write_text(json.dumps(outcome))
 
 
 def _outcome_of(action: Callable[[], object]) -> tuple[int, str]:

@@ -98,6 +98,11 @@ def rounds(folder: Path, stage: str, fatal: int, first: int = 0) -> None:
             die()
 
 
+def main(arguments: list[str]) -> None:
+    """``FOLDER STAGE ROUND``: the rounds from the first on."""
+    rounds(Path(arguments[0]), arguments[1], int(arguments[2]))
+
+
 def _append(
     log: WriteAheadLog,
     store: WeightStore,
