@@ -38,8 +38,8 @@ FEW = {
     "structure": 40,
     "description": 20,
     "summary": 20,
-    "manifest": 10,
-    "store": 10,
+    "manifest": 5,
+    "store": 5,
     "header": 20,
     "onnx": 10,
 }

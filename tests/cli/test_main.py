@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +204,14 @@ def test_verify_all_resumes_from_its_results(
 
 
 def test_verify_all_fails_when_a_network_that_passed_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    covered: tuple[Path, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    cases = (coverage.Case("torchvision/shufflenet_v2_x0_5", 64),)
-    monkeypatch.setattr(coverage, "CASES", cases)
-    assert cli.main(["verify", "--all", "--json"]) == 1
+    results = shutil.copy(covered[0], tmp_path)
+    monkeypatch.setattr(coverage, "CASES", (CASES[0], replace(CASES[1], accepted=True)))
+    assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
