@@ -359,7 +359,7 @@ def _write_images(folder: Path) -> None:
 
 def _import_everything() -> None:
     """And keep it out of the way of the collector, so that forked processes share it."""
-    for name in ("accelerate", "torch_pruning", "offload_sparse.methods.sparse_offload"):
+    for name in ("accelerate", "offload_sparse.methods.sparse_offload"):
         importlib.import_module(name)
     RUN_OPTIONS.parse([])
     gc.collect()

@@ -42,7 +42,7 @@ def block_atoms(channel_map: ChannelMap, block: str | int) -> ChannelMap:
         while shortens and run > 1 and group.size < FEWEST_ATOMS * run:
             run //= 2
         number[group.start : group.stop] = start + torch.arange(group.size) // run
-        groups.append(Group(group.name, start, -(-group.size // run)))
+        groups.append(Group(group.name, start, -(-group.size // run), group.shared))
         start = groups[-1].stop
     memo: dict[int, Axis] = {}  # axes that were one tensor stay one
 

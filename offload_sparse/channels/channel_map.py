@@ -76,11 +76,16 @@ class View:
 
 @dataclass(frozen=True)
 class Group:
-    """The atoms ``start … start + size - 1`` of one width, such as the output channels of one convolution."""
+    """The atoms ``start … start + size - 1`` of one width, such as the output channels of one convolution.
+
+    ``shared``: query heads whose key and value are those of all others. A dropped one is gone when the
+    columns that read it are zero; without queries it would still average the values.
+    """
 
     name: str
     start: int
     size: int
+    shared: bool = False
 
     @property
     def stop(self) -> int:
@@ -210,7 +215,7 @@ class ChannelMap:
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form; ``from_json`` is its inverse."""
         return {
-            "groups": [[g.name, g.start, g.size] for g in self.groups],
+            "groups": [[g.name, g.start, g.size, *([True] if g.shared else [])] for g in self.groups],
             "unions": self.unions.tolist(),
             "additions": {
                 name: [a.left.tolist(), a.right.tolist(), a.out.tolist()]
@@ -233,12 +238,13 @@ class ChannelMap:
     def from_json(data: Mapping[str, Any]) -> ChannelMap:
         """Rebuild a map from ``to_json``. Raises ValueError: the data does not describe a valid map."""
         try:
-            groups = tuple(Group(str(name), int(start), int(size)) for name, start, size in data["groups"])
+            groups = tuple(
+                Group(str(name), int(start), int(size), bool(shared))
+                for name, start, size, *shared in data["groups"]
+            )
             tensors: Mapping[str, Any] = data["tensors"]
             shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in tensors.items()}
-            axes = {
-                name: tuple(map(_as_axis, entry["axes"])) for name, entry in tensors.items()
-            }
+            axes = {name: tuple(map(_as_axis, entry["axes"])) for name, entry in tensors.items()}
             unions = torch.tensor(data.get("unions", [[], []]), dtype=torch.int64).view(2, -1)
             additions = {
                 str(name): Addition(*(torch.tensor(a, dtype=torch.int64) for a in vectors))

@@ -201,6 +201,12 @@ def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> Non
     A norm without scale keeps nothing that could be zero, so there the running mean of a dropped channel is.
     """
     alive = channel_map.alive(mask)
+    read = alive.clone()
+    for group in channel_map.groups:
+        read[group.start : group.stop] |= not group.shared
+    for name, parameter in model.named_parameters():
+        for dim, axis in enumerate(channel_map.axes.get(name, ())):
+            _zero_along(parameter, axis, dim, read)
     for name, module in model.named_modules():
         for leaf, dim in _produced(module):
             tensor, full_name = getattr(module, leaf), f"{name}.{leaf}" if name else leaf
@@ -220,7 +226,8 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
         return [("weight", 1), ("bias", 0)]
     if isinstance(module, nn.MultiheadAttention):
         return [("in_proj_weight", 0), ("in_proj_bias", 0)]
-    return []
+    own = module.named_parameters(recurse=False)  # scales and shifts of other modules
+    return [(leaf, dim) for leaf, p in own for dim, size in enumerate(p.shape) if size == p.numel()]
 
 
 def _zero_along(tensor: Tensor, axis: Axis, dim: int, alive: Tensor) -> None:

@@ -13,7 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Inputs = tuple[Any, ...]
 """Positional arguments of a network: tensors, or tuples, lists and dicts that hold some and other values."""
 
-_RATES = ("p", "drop_prob", "drop_rate", "dropout_rate", "dropout", "attn_drop_rate", "drop_path_rate")
+_RATES = (
+    "p",
+    "attn_dropout",
+    "attention_dropout",
+    "drop_prob",
+    "drop_rate",
+    "dropout_rate",
+    "dropout",
+    "attn_drop_rate",
+    "drop_path_rate",
+)
 
 
 def move_inputs(inputs: Inputs, device: str | torch.device) -> Inputs:

@@ -23,7 +23,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload_sparse.channels.closures import connected_components
+from offload_sparse.channels.channel_labels import (
+    compact,
+    connected_components,
+    first,
+    lowest,
+    spread,
+    varying,
+    viewed,
+)
 
 Labels = tuple[Tensor, ...]
 """int64, each of the shape of the labelled tensor: an element lives if all of its labels do; -1: none."""
@@ -33,7 +41,7 @@ _SAME = re.compile(
     r"full)_like|fill_|zero_)"
 )
 _MOVED = re.compile(
-    r"(view|_unsafe_view|permute|transpose|t|expand|slice|select|(un)?squeeze|split|split_with_sizes|unbind|flip|"
+    r"(view|_unsafe_view|permute|transpose|t|slice|select|(un)?squeeze|split|split_with_sizes|unbind|flip|"
     r"roll|repeat|diagonal|index_select|unfold)"
 )
 _REDUCED = re.compile(
@@ -41,33 +49,9 @@ _REDUCED = re.compile(
 )
 _MIXED = re.compile(r"(_(safe_|log_)?softmax|cumsum)")
 _SPATIAL = re.compile(
-    r"(_?(adaptive_)?(avg|max)_pool[123]d(_with_indices)?|upsample_(nearest|bilinear|bicubic)2d)"
+    r"_?((adaptive_)?(avg|max)_pool[123]d(_with_indices)?|upsample_\w+|(reflection|replication)_pad[123]d)"
 )
-_POINTWISE = re.compile(r"(masked_fill|copy|add|mul)_?")
-
-
-def compact(labels: Tensor) -> Tensor:
-    """The same labels with size 1 in every dimension along which they are one repeated entry."""
-    for dim in range(labels.dim()):
-        if labels.shape[dim] > 1 and labels.stride(dim) == 0:
-            labels = labels.narrow(dim, 0, 1)
-    return labels
-
-
-def varying(labels: Tensor) -> frozenset[int]:
-    """The dimensions along which labels differ."""
-    small = compact(labels)
-    return frozenset(
-        dim
-        for dim in range(small.dim())
-        if small.shape[dim] > 1 and bool((small != small.narrow(dim, 0, 1)).any())
-    )
-
-
-def _lowest(labels: Tensor, dims: Iterable[int]) -> Tensor:
-    """The smallest label along ``dims``, with the shape of ``labels``."""
-    dims = sorted(dims)
-    return compact(labels).amin(dims, keepdim=True).expand(labels.shape) if dims else labels
+_POINTWISE = re.compile(r"(masked_fill|copy|add|mul|hardswish|_prelu_kernel|rsub|log_sigmoid_forward)_?")
 
 
 class Propagation(TorchDispatchMode):
@@ -77,19 +61,30 @@ class Propagation(TorchDispatchMode):
         parameters: the tensors whose dimensions are labelled, by name.
         inputs: tensors of the network's inputs, which are not.
         place: says which module runs.
+        repeats: says whether copies are made now whose number cannot be changed (see ``written_sizes``).
 
     Attributes:
         edges: pairs of equally many labels that are tied.
         dense: labels that must be kept, each with the operation that says so.
         consumed: labels that some product sums over.
-        products_of_activations: whether there is one, as in attention.
+        streams: labels of sums of what different layers give, and the module that adds.
+        sums: by name of an addition whose operands stay apart (see ``add``), the labels of the channels of
+            its operands and of its result.
+        constants: tensors that depend on no input and meet labels along one dimension, as the slopes of ALiBi
+            meet heads: the tensor, its dimension, the labels along it, the module that runs.
+        shared: labels of heads that share their values.
+        operations: names of what was computed.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor], place: Callable[[], str]
+        self,
+        parameters: Mapping[str, Tensor],
+        inputs: Iterable[Tensor],
+        place: Callable[[], str],
+        repeats: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
-        self._place = place
+        self._place, self._repeats = place, repeats
         self._merged, self._collapsed = 0, False
         self._seen: dict[int, int] = {}  # how many edges the labels of a tensor know
         self.starts: list[tuple[int, str, int]] = []
@@ -97,7 +92,12 @@ class Propagation(TorchDispatchMode):
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.dense: list[tuple[Tensor, str]] = []
         self.consumed: list[Tensor] = []
-        self.products_of_activations = False
+        self.streams: list[tuple[Tensor, str]] = []
+        self.sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.added: set[str] = set()
+        self.constants: list[tuple[Tensor, int, Tensor, str]] = []
+        self.shared: list[Tensor] = []
+        self.operations: set[str] = set()
         self._labels: dict[int, Labels] = {}
         self._activations: set[int] = set()
         self._alive: list[Tensor] = []  # an id is that of one tensor as long as this lives
@@ -110,10 +110,13 @@ class Propagation(TorchDispatchMode):
             self._activations.add(id(tensor))
 
     def _new(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        """New labels along one dimension of a tensor."""
         self.starts.append((self.size, name, dim))
         labels = torch.arange(self.size, self.size + tensor.shape[dim], device="cpu")
         self.size += tensor.shape[dim]
-        return labels.view([-1 if d == dim else 1 for d in range(tensor.dim())]).expand(tensor.shape)
+        if hasattr(self, "_root"):
+            self._root = torch.cat([self._root[:-1], labels, torch.tensor([-1])])
+        return spread(labels, dim, tensor.shape)
 
     def of(self, tensor: Any) -> Labels:
         """The labels of a tensor that was computed inside; none for anything else."""
@@ -143,12 +146,45 @@ class Propagation(TorchDispatchMode):
         for labels in self.of(tensor):
             self._keep(labels, reason)
 
+    def add(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """``left + right`` with channels (dimension 1) that are not tied: the sum has labels of its own.
+
+        An addition that runs twice, or whose operands are not alike, is an ordinary one.
+        """
+        known = [side for side in map(self._channels, (left, right)) if side is not None]
+        if left.shape != right.shape or len(known) < 2 or name in self.added:
+            self.streams += [(labels, self._place()) for labels in self.of(left) + self.of(right)]
+            return left + right
+        self.added.add(name)
+        with torch.utils._python_dispatch._disable_current_modes():
+            out = left + right
+            if name not in self.sums:
+                self.sums[name] = (known[0], known[1], first(self._new(name, out, 1), 1))
+            for before, side in zip(self.sums[name], known, strict=False):
+                self._tie(before, side)
+                self.consumed.append(side[side >= 0])
+        self._alive.append(out)
+        self._activations.add(id(out))
+        self._labels[id(out)] = (spread(self.sums[name][2], 1, out.shape),)
+        return out
+
+    def _channels(self, x: Tensor) -> Tensor | None:
+        """int64[channels], the labels along dimension 1 (-1: none) if they depend on no other; else None."""
+        comps = self.of(x)
+        if x.dim() < 2 or len(comps) > 1 or any(varying(c) - {1} for c in comps):
+            return None
+        return first(comps[0], 1) if comps else torch.full((x.shape[1],), -1)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)
-        out = func(*args, **kwargs)
+        if args and getattr(args[0], "is_meta", False) and "batch_norm" in func.name():
+            x = args[0]  # torch's own computation of these sizes takes long
+            out = (torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
+        else:
+            out = func(*args, **kwargs)
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         results = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
         self._alive += results
@@ -165,6 +201,7 @@ class Propagation(TorchDispatchMode):
     def _follow(self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor]) -> list[Labels]:
         """Labels of the results, in order; those of further results are none."""
         name = func.overloadpacket.__name__
+        self.operations.add(name)
         rule: Callable[..., Labels] | None = getattr(self, f"_{name.strip('_')}_rule", None)
         if rule is not None:
             return [rule(out, *args, **kwargs)]
@@ -179,7 +216,8 @@ class Propagation(TorchDispatchMode):
         if _SPATIAL.fullmatch(name):
             return [tuple(self._spread(labels, out, name) for labels in self.of(args[0]))]
         if torch.Tag.pointwise in func.tags or _POINTWISE.fullmatch(name):
-            return [self._pointwise(out.shape, given, residual=name in ("add", "add_", "sub", "sub_"))]
+            result = out[0] if isinstance(out, tuple) else out
+            return [self._pointwise(result.shape, given, residual=name in ("add", "add_", "sub", "sub_"))]
         for x in given:
             self.keep(x, name)
         return []
@@ -199,9 +237,16 @@ class Propagation(TorchDispatchMode):
             self._keep(torch.where(both, -1, torch.maximum(a, b)), "a constant")
         return torch.where(both, torch.minimum(a, b), torch.maximum(a, b)).expand(shape)
 
+    def _tie_all(self, vectors: list[Tensor]) -> Tensor:
+        """Tie vectors of one length position by position; the labels of all, -1 where one is always there."""
+        found = torch.stack(vectors)
+        low = found.amin(0)
+        self._tie(found, low)
+        return low
+
     def _collapse(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
         """Tie all labels along ``dims``."""
-        low = _lowest(labels, set(dims))
+        low = lowest(labels, set(dims))
         self._tie(labels, low)
         self._collapsed = True
         return low
@@ -229,7 +274,12 @@ class Propagation(TorchDispatchMode):
             has = {d for labels in self.of(x) for d in varying(labels.expand(shape))}
             for i, (labels, known) in enumerate(found):
                 conflict = (varying(labels) & dims) - has
-                if conflict:
+                fixed = not self.of(x) and id(x) not in self._activations
+                if fixed and conflict and conflict == varying(labels) and len(conflict) == 1:
+                    (dim,) = conflict
+                    met = first(labels, dim)
+                    self.constants.append((x, dim - len(shape) + x.dim(), met, self._place()))
+                elif conflict:
                     found[i] = (self._mix((labels,), conflict, "a constant")[0], known)
         return tuple(labels for labels, _ in found)
 
@@ -249,7 +299,7 @@ class Propagation(TorchDispatchMode):
                 found[i] = (self._mix((labels,), along & beside, "a broadcast")[0], dims)
             else:
                 if residual and self._owners(labels) != self._owners(other):
-                    self._keep(labels, "a residual addition")
+                    self.streams.append((labels, self._place()))
                 found[i] = (self._tie(labels, other), known | dims)
             return
         if along:
@@ -262,7 +312,7 @@ class Propagation(TorchDispatchMode):
 
     def _owners(self, labels: Tensor) -> set[int]:
         starts = torch.tensor([start for start, _, _ in self.starts])
-        small = compact(labels).flatten()
+        small = self.roots()[compact(labels).flatten()]
         return set((torch.searchsorted(starts, small[small >= 0], right=True) - 1).unique().tolist())
 
     def _moved(self, func: Any, args: Any, kwargs: Any, out: Any) -> list[Labels]:
@@ -271,7 +321,7 @@ class Propagation(TorchDispatchMode):
         view = func.overloadpacket.__name__ in ("view", "_unsafe_view")
         for labels in self.of(args[0]):
             if view:
-                per_comp.append([_viewed(labels, out.shape)])
+                per_comp.append([viewed(labels, out.shape)])
             else:
                 moved = func(labels, *args[1:], **kwargs)
                 per_comp.append([moved] if isinstance(moved, Tensor) else list(moved))
@@ -289,7 +339,7 @@ class Propagation(TorchDispatchMode):
         kept = []
         for labels in self._mix(self.of(x), over, name):
             if varying(labels) - over and not varying(labels) & over:
-                kept.append(_lowest(labels, over).amin(sorted(over), keepdim=True).reshape(result.shape))
+                kept.append(lowest(labels, over).amin(sorted(over), keepdim=True).reshape(result.shape))
             else:
                 self._keep(labels, name)
         return tuple(kept)
@@ -297,11 +347,8 @@ class Propagation(TorchDispatchMode):
     def _spread(self, labels: Tensor, out: Any, name: str) -> Tensor:
         """Channels of an operation over the last dimensions of images."""
         result = out[0] if isinstance(out, (tuple, list)) else out
-        spatial = varying(labels) - {0, 1}
-        if spatial:
-            self._keep(labels, name)
-        first = labels[(slice(None),) * 2 + (slice(1),) * (labels.dim() - 2)]
-        return first.expand(result.shape)
+        (labels,) = self._mix((labels,), range(2, labels.dim()), name)
+        return labels[(slice(None),) * 2 + (slice(1),) * (labels.dim() - 2)].expand(result.shape)
 
     def _cat_rule(self, _: Any, tensors: list[Tensor], dim: int = 0) -> Labels:
         width = max(len(self.of(x)) for x in tensors)
@@ -312,6 +359,16 @@ class Propagation(TorchDispatchMode):
     def _stack_rule(self, _: Any, tensors: list[Tensor], dim: int = 0) -> Labels:
         raised = [self._cat_rule(x, [x]) for x in tensors]
         return tuple(torch.stack(parts, dim) for parts in zip(*raised, strict=True))
+
+    def _expand_rule(self, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels:
+        """Copies of the only key-value head for each query head come and go with these."""
+        comps = [labels.expand(out.shape) for labels in self.of(x)]
+        inner = all(varying(c) <= {out.dim() - 2, out.dim() - 1} for c in comps)
+        if inner and out.dim() > 3 and id(x) in self._activations and not self._repeats():
+            had = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
+            wider = [d for d in range(1, out.dim() - 2) if had[d] < out.shape[d]]
+            comps += [self._new(f"copies in {self._place()}", out, d) for d in wider]
+        return tuple(comps)
 
     def _constant_pad_nd_rule(self, _: Any, x: Tensor, pad: list[int], *__: Any) -> Labels:
         return tuple(torch.constant_pad_nd(labels, pad, -1) for labels in self.of(x))
@@ -325,9 +382,23 @@ class Propagation(TorchDispatchMode):
     def _index_rule(self, out: Tensor, x: Tensor, indices: list[Tensor | None]) -> Labels:
         if len(indices) == 1 and indices[0] is not None and indices[0].dtype != torch.bool:
             return self._rows(self.of(x), indices[0], out)
+        if not any(i is not None and (i.is_meta or id(i) in self._activations) for i in indices):
+            return tuple(torch.ops.aten.index(labels, indices) for labels in self.of(x))
+        places = [dim for dim, i in enumerate(indices) if i is not None]
+        masks = any(i is not None and i.dtype == torch.bool for i in indices)
+        if masks or places[-1] - places[0] >= len(places):
+            places = list(range(x.dim()))
+        found = []
         for labels in self.of(x):
-            self._keep(labels, "index")
-        return ()
+            if varying(labels) & set(places):
+                self._keep(labels, "index")
+            else:  # positions of images are picked, as upsampling does: channels go on
+                rest = labels[tuple(0 if dim in places else slice(None) for dim in range(x.dim()))]
+                inner = (None,) * (out.dim() - rest.dim())
+                found.append(rest[(slice(None),) * places[0] + inner].expand(out.shape))
+        return tuple(found)
+
+    _unsafe_index_rule = _index_rule
 
     def _rows(self, comps: Labels, indices: Tensor, out: Tensor) -> Labels:
         """Rows of a table: which of them exist is fixed, its other dimensions go on."""
@@ -358,39 +429,44 @@ class Propagation(TorchDispatchMode):
         return self.of(x)
 
     def _native_batch_norm_rule(self, _: Any, x: Tensor, *rest: Any) -> Labels:
-        channels = [t for t in rest if isinstance(t, Tensor)]
-        comps = list(self.of(x))
-        for t in channels:
-            for labels in self.of(t):
-                raised = labels.view([-1 if d == 1 else 1 for d in range(x.dim())]).expand(x.shape)
-                comps = [self._tie(c, raised) if varying(c) == {1} else c for c in comps]
-                if not any(varying(c) == {1} for c in comps):
-                    self._keep(labels, "a batch norm")
-        return tuple(comps)
+        mixed = self._mix(self.of(x), set(range(x.dim())) - {1}, "a batch norm")
+        vectors = [first(c, 1) for c in mixed if varying(c) == {1}]
+        alone = [] if vectors else [torch.full((x.shape[1],), -1)]
+        self._tie_all([*vectors, *alone, *(self.of(t)[0] for t in rest if self.of(t))])
+        return tuple(spread(vector, 1, x.shape) for vector in vectors)
 
     _native_batch_norm_legit_rule = _native_batch_norm_legit_no_training_rule = _native_batch_norm_rule
     _cudnn_batch_norm_rule = _native_batch_norm_rule
 
     def _convolution_rule(self, out: Tensor, x: Tensor, w: Tensor, bias: Any, *rest: Any) -> Labels:
         transposed, groups = rest[3], rest[5]
-        rows, columns = (self.of(w)[1], self.of(w)[0]) if transposed else self.of(w)[:2]
-        rows = compact(rows).flatten()[: out.shape[1]]
-        result = rows.view([-1 if d == 1 else 1 for d in range(out.dim())]).expand(out.shape)
-        found = [c for c in self.of(x) if 1 in varying(c)]
-        for labels in self.of(x):
-            if varying(labels) - {1}:
+        outer, inner = (self._vector(w, dim, "a weight") for dim in (0, 1))
+        comps = self._mix(self.of(x), range(2, x.dim()), "a convolution")
+        incoming = [first(c, 1) for c in comps if varying(c) == {1}]
+        for labels in comps:
+            if varying(labels) != {1}:
                 self._keep(labels, "a convolution")
-        incoming = [c.transpose(0, 1).flatten(1)[:, 0] for c in found]
         if groups == 1:
-            self._contract(incoming, [compact(columns).flatten()])
-        elif groups == x.shape[1] == out.shape[1] and incoming:
-            rows = self._tie(rows, incoming[0])
-        else:
-            for labels in (*incoming, rows):
-                self._keep(labels, "a grouped convolution")
+            rows, columns = (inner, outer) if transposed else (outer, inner)
+            self._contract(incoming, [columns])
+        else:  # its weight has no entry between two groups: each is dropped whole
+            sides = (outer, *(incoming or [torch.full_like(outer, -1)]))
+            group = self._tie_all([*torch.cat([side.view(groups, -1) for side in sides], 1).T])
+            rows = group.repeat_interleave(out.shape[1] // groups)
         if bias is not None:
-            self._tie(rows, self.of(bias)[0])
-        return (result,)
+            rows = self._tie(rows, self._vector(bias, 0, "a bias"))
+        return (spread(rows, 1, out.shape),) if bool((rows >= 0).any()) else ()
+
+    def _vector(self, x: Tensor, dim: int, reason: str) -> Tensor:
+        """int64[positions of ``dim``], the labels along it (-1: none); those along others too are kept."""
+        found = torch.full((x.shape[dim],), -1)
+        for labels in self.of(x):
+            along = varying(labels)
+            if along == {dim}:
+                found = first(labels, dim)
+            elif dim in along:
+                self._keep(labels, reason)
+        return found
 
     def _addmm_rule(self, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Labels:
         self._labels[id(out)] = self._mm_rule(out, a, b)
@@ -414,11 +490,10 @@ class Propagation(TorchDispatchMode):
     ) -> Labels:
         """Labels of a [n, i, k] times b [n, k, j], which is [n, i, j]."""
         activations = id(a) in self._activations and id(b) in self._activations
-        self.products_of_activations |= activations
         found: list[Tensor] = []
         heads = [c for c in (*left, *right) if 0 in varying(c)]
         if heads:
-            one = torch.stack([_lowest(c, {1, 2})[:, 0, 0] for c in heads]).amin(0)
+            one = torch.stack([lowest(c, {1, 2})[:, 0, 0] for c in heads]).amin(0)
             for c in heads:
                 self._tie(c, one[:, None, None].expand(c.shape))
             if not (any(0 in varying(c) for c in left) and any(0 in varying(c) for c in right)):
@@ -426,8 +501,14 @@ class Propagation(TorchDispatchMode):
             self._collapsed = True
             found.append(one[:, None, None].expand(shape))
         left, right = ([c for c in side if 0 not in varying(c)] for side in (left, right))
+        if heads and activations:
+            for c in (*left, *right):
+                self._keep(c, "a width that all heads share")
+            if any(varying(c) == {1} for c in left) or any(varying(c) == {2} for c in right):
+                self.shared.append(one)
+            return tuple(found)
         inner = [
-            [_lowest(c, {0, 3 - k})[0].select(2 - k, 0) for c in s if k in varying(c)]
+            [lowest(c, {0, 3 - k})[0].select(2 - k, 0) for c in s if k in varying(c)]
             for s, k in ((left, 2), (right, 1))
         ]
         self._contract(*inner)
@@ -451,16 +532,3 @@ class Propagation(TorchDispatchMode):
         else:
             for labels in (*left, *right):
                 self._keep(labels, "a constant")
-
-
-def _viewed(labels: Tensor, shape: torch.Size) -> Tensor:
-    """Labels as a tensor of ``shape`` that holds the same elements in the same order."""
-    lead = 0
-    while (
-        lead < min(labels.dim(), len(shape))
-        and labels.shape[lead] == shape[lead]
-        and labels.stride(lead) == 0
-    ):
-        lead += 1
-    inner = labels[(0,) * lead] if lead else labels
-    return inner.reshape(shape[lead:]).expand(shape)

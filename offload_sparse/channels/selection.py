@@ -136,7 +136,7 @@ def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
     groups, start = [], 0
     for group in channel_map.groups:
         width = selection.widths[group.name]
-        groups.append(Group(group.name, start, width))
+        groups.append(Group(group.name, start, width, group.shared))
         start += width
     unions = channel_map.unions[:, mask[channel_map.unions[1]]]
     unions = torch.stack([number[channel_map.num_atoms + unions[0]] - start, number[unions[1]]])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_leaves
@@ -229,7 +229,7 @@ def fit_attributes(module: nn.Module) -> None:
             _fit_convolution(layer)
         elif isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = layer.weight.shape
-        elif isinstance(layer, _BatchNorm):
+        elif isinstance(layer, _NormBase):
             reference = layer.weight if layer.weight is not None else layer.running_mean
             if reference is not None:
                 layer.num_features = reference.numel()

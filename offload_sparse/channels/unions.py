@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import ALWAYS, Addition
-from offload_sparse.channels.closures import Closures, SeparatedAdd
 
 
 class Unions:
@@ -49,35 +48,36 @@ class Unions:
 
 
 def follow_additions(
-    closures: Closures,
-    sums: Mapping[str, SeparatedAdd],
-    atom_of_class: Tensor,
+    sums: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    root: Tensor,
     dense: Tensor,
+    atoms: Tensor,
     num_atoms: int,
 ) -> tuple[Tensor, Tensor, dict[str, Addition]]:
     """Give every position behind an addition the union of what is added there.
 
     Args:
-        closures: classes of channels, those behind an addition apart from those before it.
-        sums: the additions in the order in which the network computes them.
-        atom_of_class: int64[classes], the atom of each class or ``ALWAYS``.
-        dense: bool[classes], classes in which everything is kept.
+        sums: labels of the channels of both operands and of the sum of each addition, in the order in which
+            the network computes them; see ``propagation``.
+        root: int64[labels + 1], the class of each label.
+        dense: bool[labels + 1], classes in which everything is kept.
+        atoms: int64[labels + 1], the atom of each class or ``ALWAYS``.
         num_atoms: atoms of the map.
 
     Returns:
-        int64[classes], the atom or union of each class; the members of the unions; the additions that do not
-        keep everything.
+        int64[labels + 1], the atom or union of each class; the members of the unions; the additions that do
+        not keep everything.
 
     Raises:
         ValueError: what an addition gives is tied to another sum or to the channels of another layer.
     """
-    ids = atom_of_class.clone()
+    ids = atoms.clone()
     unions = Unions(num_atoms)
     done = dense.clone()
     found = {}
-    for name, add in sums.items():
-        left, right = (_ids(ids, closures.side(stub, False)) for stub in (add.left, add.right))
-        classes = closures.side(add.out, True)
+    for name, labels in sums.items():
+        left, right = (ids[root[side]] for side in labels[:2])
+        classes = root[labels[2]]
         free = ~done[classes]
         if bool((ids[classes][free] >= 0).any()) or bool((done & ~dense)[classes].any()):
             raise ValueError(
@@ -91,8 +91,3 @@ def follow_additions(
         if bool((torch.stack([left, right, out]) != ALWAYS).any()):
             found[name] = Addition(left, right, out)
     return ids, unions.pairs(), found
-
-
-def _ids(ids: Tensor, classes: Tensor) -> Tensor:
-    """Ids of classes; a position that no layer produces (class -1) is always there."""
-    return torch.where(classes >= 0, ids[classes], ALWAYS)

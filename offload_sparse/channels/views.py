@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Fit = tuple[int, int] | None
@@ -24,9 +25,19 @@ Fit = tuple[int, int] | None
 CHUNKS: set[Any] = {Tensor.chunk, torch.chunk}
 SPLITS: set[Any] = {*CHUNKS, Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
 UNFLATTENS: set[Any] = {Tensor.unflatten, torch.unflatten}
-_EXPANDS: set[Any] = {Tensor.expand}
+PLACES = 16  # the place of a dimension: number of the argument · PLACES + dimension, counted from the last
+EXPANDS: set[Any] = {Tensor.expand}
 SLICES: set[Any] = {Tensor.__getitem__}
-SIZED: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape} | SPLITS | UNFLATTENS | _EXPANDS | SLICES
+SIZED: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape} | SPLITS | UNFLATTENS | EXPANDS | SLICES
+REPEATS: set[Any] = {Tensor.repeat_interleave, torch.repeat_interleave}
+MEETINGS: set[Any] = {Tensor.add, torch.add, Tensor.add_, Tensor.baddbmm, torch.baddbmm}
+MEETINGS |= {Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, functional.scaled_dot_product_attention}
+"""Where a constant meets the scores of heads; numbered by themselves, from -1 down."""
+
+
+def meets(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is one of ``MEETINGS``: of tensors, for batch norms add a number in one mode only."""
+    return func in MEETINGS and all(isinstance(x, Tensor) for x in args[:2])
 
 
 def indexed(x: Tensor, key: Any) -> list[tuple[int, int]]:
@@ -78,14 +89,33 @@ def _fitted(
         pieces = [fit[1] for fit in fits if fit is not None]
         return (x, pieces, *args[2:]) if sum(pieces) == width else args
     sizes = list(flat)
-    if func in _EXPANDS:
+    if func in EXPANDS:
         shape = [1] * (len(sizes) - x.dim()) + list(x.shape)
         return (x, [_size(n, f) if have == 1 else -1 for n, f, have in zip(sizes, fits, shape, strict=True)])
     whole = x.shape[args[1]] if func in UNFLATTENS else x.numel()
     agree = all(fit is None or fit[0] or n in (fit[1], -1) for n, fit in zip(sizes, fits, strict=True))
-    if -1 not in sizes and prod(sizes) == whole and agree:  # the code follows its tensors
+    batch = place == 1 and fits[0] is None
+    stale = batch and any(f and n == f[0] != f[1] for n, f in zip(sizes, fits, strict=True))
+    if -1 not in sizes and prod(sizes) == whole and agree and not stale:  # the code follows its tensors
         return args
-    return (*args[:place], [_size(n, fit) for n, fit in zip(sizes, fits, strict=True)])
+    sizes = [_size(n, fit) for n, fit in zip(sizes, fits, strict=True)]
+    if batch and -1 not in sizes and prod(sizes) != whole:
+        sizes[0] = -1  # a batch that the code found by dividing by its number of heads
+    return (*args[:place], sizes)
+
+
+def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any], fits: tuple[Fit, ...]) -> tuple[Any, Any]:
+    """The arguments with one of which only the positions of kept heads are left; see ``written_sizes``."""
+    (place, _), *heads = (fit for fit in fits if fit is not None)
+    values = [*args, *kwargs.values()]
+    number, dim = divmod(place, PLACES)
+    x = values[number]
+    dim = x.dim() - 1 - dim
+    if x.shape[dim] % len(heads) == 0:
+        copies = x.unflatten(dim, (-1, len(heads))).unbind(dim + 1)  # an index would make a device wait
+        kept = [copies[position] for position, alive in heads if alive]
+        values[number] = torch.stack(kept, dim + 1).flatten(dim, dim + 1)
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
 def _size(written: int, fit: Fit) -> int:
@@ -99,11 +129,15 @@ def _size(written: int, fit: Fit) -> int:
 class _Refit(TorchFunctionMode):
     def __init__(self, calls: Mapping[int, tuple[Fit, ...]]) -> None:
         super().__init__()
-        self.calls, self.count = calls, 0
+        self.calls, self.count, self.meetings = calls, 0, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SIZED:
+        if meets(func, args):
+            self.meetings -= 1
+            if self.meetings in self.calls:
+                args, kwargs = _chosen(args, kwargs, self.calls[self.meetings])
+        elif func in SIZED:
             fits = self.calls.get(self.count)
             self.count += 1
             if fits is not None:
@@ -145,42 +179,3 @@ def fitted_views(model: nn.Module) -> Iterator[tuple[str, dict[int, tuple[Fit, .
         forward = module.__dict__.get("forward")
         if isinstance(forward, FittedForward):
             yield name, forward.calls
-
-
-class Sizes(TorchFunctionMode):
-    """Notes the calls of ``SIZED`` functions, and the module whose ``forward`` made them.
-
-    Attributes:
-        calls: (module, number of the call in this run of its forward, function, arguments, result).
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int, Any, Any, Any, Any]] = []
-        self._stack: list[list[Any]] = []
-        self._hooks = []
-        for name, module in network.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(self._entered(name)))
-            self._hooks.append(module.register_forward_hook(self._left, always_call=True))
-
-    def _entered(self, name: str) -> Callable[..., None]:
-        return lambda *_: self._stack.append([name, 0])
-
-    def _left(self, *_: Any) -> None:
-        self._stack.pop()
-
-    def place(self) -> str:
-        """Name of the module that runs."""
-        return self._stack[-1][0] if self._stack else ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in SIZED and self._stack:
-            self.calls.append((*self._stack[-1], func, args, kwargs or {}, out))
-            for frame in self._stack:
-                frame[1] += 1
-        return out
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual
+from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tensors
 from offload_sparse.engine.distributed import on_first_rank
@@ -103,9 +104,6 @@ def prepare(
         if any(value.is_meta for value in other_tensors(meta_model)):
             meta_model = build_on_meta(source)
     if channel_map is None:
-        # Loaded here because Torch-Pruning takes seconds to import, and a map made by hand does not need it.
-        from offload_sparse.channels.discovery import discover
-
         channel_map = discover(meta_model, example_inputs, residual)
     channel_map = block_atoms(channel_map, block)
     expose_additions(meta_model, channel_map.additions)

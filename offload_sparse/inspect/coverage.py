@@ -26,9 +26,6 @@ from offload_sparse.channels.model_call import Inputs, modes_differ, move_inputs
 from offload_sparse.channels.subnet import build_on_meta, hollow_copy, narrow_module
 from offload_sparse.export.network_file import FinalNetwork
 
-TIME_LIMIT = 15.0
-"""Seconds that the discovery of one network may take, by each residual policy."""
-
 _TWIN_PARAMETERS = 500_000
 
 
@@ -132,6 +129,11 @@ _GPT2: dict[str, Any] = {
     "use_cache": False,
 }
 
+_FALCON: dict[str, Any] = {
+    key: n for key, n in _ENCODER.items() if key not in ("max_position_embeddings", "intermediate_size")
+}
+_FALCON |= {"ffn_hidden_size": 80, "use_cache": False}
+
 
 def _cases(
     family: str, names: str, size: int = 64, accepted: bool = True, **arguments: Any
@@ -167,6 +169,29 @@ CASES: tuple[Case, ...] = (
     *_cases("transformers", "GPTNeoXForCausalLM BertForSequenceClassification", 0, **_ENCODER),
     *_cases("transformers", "RobertaForSequenceClassification", 0, **_ENCODER),
     *_cases("transformers", "ViTForImageClassification DeiTForImageClassification", 32, **_VISION),
+    *_cases(
+        "transformers",
+        "StableLmForCausalLM CohereForCausalLM Starcoder2ForCausalLM PhiForCausalLM",
+        0,
+        **_DECODER,
+    ),
+    *_cases(
+        "transformers",
+        "BloomForCausalLM",
+        0,
+        vocab_size=50,
+        hidden_size=48,
+        n_layer=2,
+        n_head=6,
+        use_cache=False,
+    ),
+    *_cases(
+        "transformers", "MptForCausalLM", 0, vocab_size=50, d_model=48, n_layers=2, n_heads=6, use_cache=False
+    ),
+    *_cases("transformers", "GPTBigCodeForCausalLM", 0, **_GPT2),
+    *_cases("transformers", "FalconForCausalLM", 0, **_FALCON),
+    *_cases("transformers", "OPTForCausalLM", 0, **_ENCODER, ffn_dim=80),
+    *_cases("transformers", "ElectraForSequenceClassification", 0, **_ENCODER, embedding_size=48),
 )
 """The networks of ``offload-sparse verify --all``."""
 
@@ -198,11 +223,7 @@ def cover(
 
 
 def examine(
-    case: Case,
-    build: Callable[[Case], nn.Module] = build,
-    rho: float = 0.5,
-    seed: int = 0,
-    time_limit: float = TIME_LIMIT,
+    case: Case, build: Callable[[Case], nn.Module] = build, rho: float = 0.5, seed: int = 0
 ) -> list[Outcome]:
     """What becomes of one network with each residual policy that makes a difference for it.
 
@@ -211,18 +232,17 @@ def examine(
         build: builds it.
         rho: probability that an atom is kept.
         seed: seed of masks, parameters and inputs.
-        time_limit: seconds that a discovery may take.
     """
     start = time.perf_counter()
     inputs = _inputs(case)
     try:
         model = build_on_meta(lambda: build(case))
         model = build(case) if lacks_values(model) else model
-        possible = policies(model, inputs, time_limit)
+        possible = policies(model, inputs)
         differ = modes_differ(hollow_copy(model), move_inputs(inputs, "cpu"))
     except Exception as error:  # whatever a constructor or a forward raises is the reason
         return [_refusal(case, "coupled", start, error)]
-    attempt = partial(_attempt, case, build, model, inputs, differ, (rho, seed, time_limit))
+    attempt = partial(_attempt, case, build, model, inputs, differ, rho, seed)
     return [attempt(residual) for residual in possible]
 
 
@@ -239,13 +259,13 @@ def _attempt(
     model: nn.Module,
     inputs: Inputs,
     differ: bool,
-    settings: tuple[float, int, float],
+    rho: float,
+    seed: int,
     residual: Residual,
 ) -> Outcome:
     start = time.perf_counter()
-    rho, seed, time_limit = settings
     try:
-        channel_map = discover(model, inputs, residual, time_limit)
+        channel_map = discover(model, inputs, residual)
         discover_seconds = time.perf_counter() - start
         twin, twin_map = reduced(model, channel_map, _TWIN_PARAMETERS)
         found = verify(twin, inputs, twin_map, rho, seed)

@@ -11,6 +11,7 @@ from offload_sparse.channels.accounting import CostModel, count_flops, count_par
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import random_mask
 from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.specs import MapBuilder
 from offload_sparse.channels.subnet import narrow_module
 from tests.support.channel_maps import SmallNet
 
@@ -60,8 +61,10 @@ class _ChannelProduct(nn.Module):
 
 def test_flops_outside_the_layers_that_depend_on_the_mask_are_refused() -> None:
     model = _ChannelProduct()
+    by_hand = MapBuilder(model)
+    by_hand.width(("a",), "b")
     with pytest.raises(ValueError, match="_ChannelProduct spends FLOPs outside"):
-        CostModel(model, discover(model, IMAGE), IMAGE)
+        CostModel(model, by_hand.build(), IMAGE)
 
 
 def test_one_backward_and_two_forwards_per_step_save_as_the_paper_says() -> None:

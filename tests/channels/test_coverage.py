@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -23,12 +22,6 @@ class Network(nn.Module):
         return self.b(self.middle(self.a(x)))
 
 
-class Slow(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        while True:
-            time.monotonic()
-
-
 def test_the_table_is_wide() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names) >= 40
@@ -36,6 +29,7 @@ def test_the_table_is_wide() -> None:
     families = "vgg resnet resnext wide_resnet densenet googlenet inception mobilenet_v2 mobilenet_v3"
     families += " mobilenetv1 efficientnet regnet mnasnet squeezenet convnext vit swin shufflenet maxvit"
     families += " Llama Mistral Qwen2 Qwen3 Phi3 Gemma GPT2 GPTNeoX Bert Roberta ViT DeiT"
+    families += " StableLm Cohere Starcoder2 PhiFor Bloom Mpt GPTBigCode Falcon OPT Electra"
     for family in families.split():
         assert any(family in name for name in names), family
 
@@ -45,7 +39,7 @@ def test_the_table_is_wide() -> None:
     [
         ("offload_sparse/vgg_small", "coupled"),
         ("torchvision/squeezenet1_1", "coupled"),
-        ("timm/convnext_atto", "internal"),
+        ("timm/convnext_atto", "coupled"),
         ("transformers/GPT2LMHeadModel", "internal"),
     ],
 )
@@ -71,11 +65,6 @@ def test_a_refusal_gives_its_reason_and_the_table_goes_on() -> None:
     assert "KeyError: 'depth'" in outcomes[0].reason
     assert "slice differs from mask" in outcomes[1].reason
     assert all("\n" not in outcome.reason for outcome in outcomes)
-
-
-def test_discovery_is_given_up_after_the_time_limit() -> None:
-    (outcome,) = examine(Case("slow", 8), lambda case: Network(Slow()), time_limit=0.3)
-    assert "did not finish" in outcome.reason
 
 
 def test_buffers_that_are_read_keep_their_values() -> None:

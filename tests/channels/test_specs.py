@@ -118,7 +118,7 @@ def test_a_query_head_on_the_wrong_key_head_is_refused() -> None:
 
 
 class Own(nn.Module):
-    """A network that discovery refuses: it reorders the channels."""
+    """A network that discovery refuses: it does not know the transform."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Own(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.stem(x)).relu().flip(1).mean((2, 3)))
+        return self.head(torch.fft.rfft2(self.norm(self.stem(x)).relu()).abs().mean((2, 3)))
 
 
 def own_map(model: nn.Module) -> Any:
@@ -134,7 +134,7 @@ def own_map(model: nn.Module) -> Any:
     channels = builder.group("stem", 8)
     builder.rows("stem", channels)
     builder.rows("norm", channels)
-    builder.columns("head", channels.flip(0))
+    builder.columns("head", channels)
     return builder.build()
 
 

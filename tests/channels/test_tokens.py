@@ -21,10 +21,12 @@ from offload_sparse.channels.subnet import Subnet, meta_copy, narrow_module
 from tests.support.decoder import decoder_map, small_decoder
 from tests.support.language_models import (
     WORDS,
+    AlibiAttention,
     EinsumAttention,
     FusedAttention,
     GatedUnit,
     LanguageModel,
+    MultiQueryAttention,
     SeparateAttention,
     SlicedAttention,
     TorchEncoder,
@@ -44,6 +46,13 @@ OWN: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[int, int
         (TOKENS,),
         (6, 20),
     ),
+    "slopes": (lambda: LanguageModel(lambda: AlibiAttention(24, 4)), (TOKENS,), (4, 40)),
+    "one key-value head": (
+        lambda: LanguageModel(lambda: MultiQueryAttention(24, 6, False)),
+        (TOKENS,),
+        (6, 40),
+    ),
+    "copies of one": (lambda: LanguageModel(lambda: MultiQueryAttention(24, 6, True)), (TOKENS,), (6, 40)),
     "torch": (TorchEncoder, (TOKENS, PADDING), (6, 40)),
     "torch, length first": (lambda: TorchEncoder(False), (TOKENS,), (6, 40)),
     "torch, norm first": (lambda: TorchEncoder(norm_first=True), (TOKENS,), (6, 40)),
@@ -83,9 +92,27 @@ def test_grouped_queries_with_rotary_positions_are_the_map_by_hand() -> None:
         assert torch.equal(hand - hand.min(), own - own.min())
 
 
-def test_a_narrow_network_serves_other_batches_and_lengths() -> None:
+def test_the_only_key_value_head_is_always_there() -> None:
+    model = LanguageModel(lambda: MultiQueryAttention(24, 6, True))
+    found = discover(model, (TOKENS,))
+    assert all(axis is None for n in ("k", "v") for axis in found.axes[f"blocks.0.attn.{n}.weight"])
+    assert [group.shared for group in found.groups] == [True, False] * 2
+    again = ChannelMap.from_json(found.to_json())
+    assert again.groups == found.groups
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda: FusedAttention(24, 6, True),
+        lambda: AlibiAttention(24, 6),
+        lambda: MultiQueryAttention(24, 6, True),
+    ],
+    ids=["fused", "slopes", "one key-value head"],
+)
+def test_a_narrow_network_serves_other_batches_and_lengths(attention: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    model = LanguageModel(lambda: FusedAttention(24, 6, True)).eval()
+    model = LanguageModel(attention).eval()
     found = discover(model, (TOKENS,))
     mask = random_mask(found, 0.5, torch.Generator().manual_seed(0))
     narrow = narrow_module(model, found, mask)
@@ -217,6 +244,20 @@ _VISION: dict[str, Any] = {
     "patch_size": 8,
 }
 _GPT2: dict[str, Any] = {"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 32}
+_BLOOM: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "hidden_size": 24,
+    "n_layer": 2,
+    "n_head": 6,
+    "use_cache": False,
+}
+_FALCON: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "use_cache": False,
+}
 _IMAGES = (torch.zeros(2, 3, 32, 32),)
 
 PUBLISHED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[int]]] = {
@@ -233,6 +274,8 @@ PUBLISHED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[int
         (TOKENS,),
         [6, 40] * 2 + [24],
     ),
+    "bloom": (_published("BloomForCausalLM", "BloomConfig", **_BLOOM), (TOKENS,), [6, 96] * 2),
+    "falcon": (_published("FalconForCausalLM", "FalconConfig", **_FALCON), (TOKENS,), [6, 96] * 2),
     "opt": (_published("OPTForCausalLM", "OPTConfig", **_ENCODER, ffn_dim=40), (TOKENS,), [6, 40] * 2),
     "vit": (_published("ViTForImageClassification", "ViTConfig", **_VISION), _IMAGES, [6, 40] * 2),
 }

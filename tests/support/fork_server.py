@@ -37,7 +37,6 @@ MODULES = (
     "offload_sparse.methods.sparse_offload",
     "accelerate",
     "accelerate.commands.launch",
-    "torch_pruning",
     "torch._dynamo",
     "tests.support.reader",
 )

@@ -79,6 +79,36 @@ class EinsumAttention(SeparateAttention):
         return self.o(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
 
 
+class AlibiAttention(SeparateAttention):
+    """Positions as a slope per head, made of a number of the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        slopes = 2.0 ** -torch.arange(1, self.heads + 1, device=x.device).to(x.dtype)
+        places = torch.arange(x.shape[1], device=x.device)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = scores + slopes.view(-1, 1, 1) * (places[None] - places[:, None])
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class MultiQueryAttention(nn.Module):
+    """One head of keys and values for all queries, broadcast or copied."""
+
+    def __init__(self, width: int, heads: int, copied: bool) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(width, width), nn.Linear(width, width)
+        self.k, self.v = nn.Linear(width, width // heads), nn.Linear(width, width // heads)
+        self.heads, self.copied = heads, copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        k, v = self.k(x)[:, None], self.v(x)[:, None]
+        if self.copied:
+            k, v = (t.expand(-1, self.heads, -1, -1) for t in (k, v))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
 class GatedUnit(nn.Module):
     """SwiGLU whose gate and value come from one layer."""
 

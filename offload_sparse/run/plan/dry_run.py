@@ -141,10 +141,9 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
     model, inputs = model_on_meta(config, data), example_inputs(config, data, 1)
     # What goes with what is the same in a short sequence; every layer of a deep network takes its time.
     short = example_inputs(config, replace(data, tokens=min(data.tokens, _SHORT)), 1)
-    limit = 600.0 if data.tokens else 60.0
     device, bf16 = "cuda" if torch.cuda.is_available() else "cpu", config.train.precision == "bf16"
     block = chosen_block(config.atoms.block, device, bf16)
-    channel_map = block_atoms(discover(model, short, config.model.residual, limit), block)
+    channel_map = block_atoms(discover(model, short, config.model.residual), block)
     return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
 
 

@@ -1,0 +1,70 @@
+"""Labels of the elements of a tensor: int64 of its shape, -1 for none; repeated entries have stride 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def compact(labels: Tensor) -> Tensor:
+    """The same labels with size 1 in every dimension along which they are one repeated entry."""
+    for dim in range(labels.dim()):
+        if labels.shape[dim] > 1 and labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def varying(labels: Tensor) -> frozenset[int]:
+    """The dimensions along which labels differ."""
+    small = compact(labels)
+    return frozenset(
+        dim
+        for dim in range(small.dim())
+        if small.shape[dim] > 1 and bool((small != small.narrow(dim, 0, 1)).any())
+    )
+
+
+def lowest(labels: Tensor, dims: Iterable[int]) -> Tensor:
+    """The smallest label along ``dims``, with the shape of ``labels``."""
+    dims = sorted(dims)
+    return compact(labels).amin(dims, keepdim=True).expand(labels.shape) if dims else labels
+
+
+def spread(vector: Tensor, dim: int, shape: Iterable[int]) -> Tensor:
+    """Labels of a tensor of ``shape`` that are those of a vector along one of its dimensions."""
+    shape = tuple(shape)
+    return vector.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def first(labels: Tensor, dim: int) -> Tensor:
+    """The labels along ``dim`` at position 0 of all others."""
+    return labels[tuple(slice(None) if d == dim else 0 for d in range(labels.dim()))]
+
+
+def viewed(labels: Tensor, shape: torch.Size) -> Tensor:
+    """Labels as a tensor of ``shape`` that holds the same elements in the same order."""
+    lead = 0
+    while (
+        lead < min(labels.dim(), len(shape))
+        and labels.shape[lead] == shape[lead]
+        and labels.stride(lead) == 0
+    ):
+        lead += 1
+    inner = labels[(0,) * lead] if lead else labels
+    return inner.reshape(shape[lead:]).expand(shape)
+
+
+def connected_components(size: int, u: Tensor, v: Tensor) -> Tensor:
+    """Union-find over all edges (u[i], v[i]) at once: int64[size], the smallest member of each component."""
+    root = torch.arange(size)
+    while True:
+        ru, rv = root[u], root[v]
+        open_edges = ru != rv
+        if not bool(open_edges.any()):
+            return root
+        low, high = torch.minimum(ru, rv)[open_edges], torch.maximum(ru, rv)[open_edges]
+        root.scatter_reduce_(0, high, low, "amin")
+        while not torch.equal(root, root[root]):
+            root = root[root]
