@@ -125,7 +125,7 @@ def run(quick: bool) -> BenchResult:
             ratios |= {f"scale.model.{link}.{sync}.n{n}": share for n, share in found_at.items()}
             for n in GPUS[:: len(GPUS) // 2]:
                 seconds = round_seconds(n, constants, changed, sync)
-                row = [f"modelled, {link}, sync {sync}", n, f"{constants.k / seconds:.2f}", "", ""]
+                row = [f"{link}, sync {sync}", n, f"{constants.k / seconds:.2f}", "", ""]
                 rows.append([*row, f"{found_at[n]:.3f}"])
     lines = assumptions(constants, cluster)
     rows += [[line, *[""] * 5] for line in lines]
