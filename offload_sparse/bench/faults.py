@@ -280,7 +280,7 @@ class Sweep:
         disk = WatchedDisk(slot, note) if task.kinds else None
         try:
             train(RUN_OPTIONS.parse([word.replace("{folder}", str(slot)) for word in task.arguments]))
-            attempt.ended = _outcome(slot / "it") if (slot / "it").is_dir() else {}
+            attempt.ended = outcome(slot / "it") if (slot / "it").is_dir() else {}
         except BaseException as error:
             attempt.wrong = f"{type(error).__name__}: {error}"
             traceback.print_exc()
@@ -314,7 +314,7 @@ def _lay_out(tree: Tree, slot: Path) -> None:
             (slot / name).write_bytes(content.replace(_PLACE * len(place), place))
 
 
-def _outcome(run_dir: Path) -> dict[str, Any]:
+def outcome(run_dir: Path) -> dict[str, Any]:
     """What must be equal: every weight, the figures, the lines of the log."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     weights = (run_dir / "model" / "weights.safetensors").read_bytes()

@@ -52,9 +52,8 @@ class WatchedDisk:
         self._content: dict[int, bytes] = {}  # of files, likewise
         self._held: dict[int, int] = {}  # descriptors, so that the number of a file is not given to another
         for folder, _, files in os.walk(self.root):
-            self._sync(Path(folder))
-            for name in files:
-                self._sync(Path(folder, name))
+            for path in (folder, *(os.path.join(folder, name) for name in files)):
+                self._sync(self._hold(path))
         self._watch()
 
     # --- what would be left ---
@@ -77,9 +76,8 @@ class WatchedDisk:
         while pending:
             prefix, folder = pending.pop()
             for name, inode in sorted(names(folder).items()):
-                is_folder = stat.S_ISDIR(os.fstat(self._held[inode]).st_mode)
-                tree[prefix + name] = None if is_folder else content(inode)
-                if is_folder:
+                tree[prefix + name] = None if self._is_folder(inode) else content(inode)
+                if self._is_folder(inode):
                     pending.append((f"{prefix}{name}/", inode))
         return tree
 
@@ -120,18 +118,22 @@ class WatchedDisk:
 
     # --- watching ---
 
-    def _hold(self, path: str) -> int:
-        inode = os.lstat(path).st_ino
-        if inode not in self._held:
-            self._held[inode] = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    def _hold(self, path: str, follow: int = os.O_NOFOLLOW) -> int:
+        """The number of what ``path`` leads to, opened first: the name may be another's a moment later."""
+        descriptor = os.open(path, os.O_PATH | follow)
+        inode = os.fstat(descriptor).st_ino
+        if self._held.setdefault(inode, descriptor) != descriptor:
+            os.close(descriptor)
         return inode
 
-    def _sync(self, path: Path) -> None:
-        inode = self._hold(str(path))
-        if path.is_dir():
+    def _sync(self, inode: int) -> None:
+        if self._is_folder(inode):
             self._names[inode] = self._now(inode)
         else:
             self._content[inode] = self._whole(inode)
+
+    def _is_folder(self, inode: int) -> bool:
+        return stat.S_ISDIR(os.fstat(self._held[inode]).st_mode)
 
     def _watch(self) -> None:
         opening = io.open
@@ -159,11 +161,12 @@ class WatchedDisk:
 
     def _fsync(self, descriptor: Any) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        path = os.readlink(f"/proc/self/fd/{number}")
+        link = f"/proc/self/fd/{number}"
+        path = os.readlink(link)
         self.point("fsync", path)
         with self._alone():
-            if self._inside(path) and os.path.lexists(path):
-                self._sync(Path(path))
+            if self._inside(path):
+                self._sync(self._hold(link, follow=0))
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _EVENTS or (event == "open" and not (arguments[2] or 0) & _WRITING):

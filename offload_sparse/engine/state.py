@@ -60,6 +60,13 @@ class MethodState:
     local: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
+    def count(self, name: str, default: int | None = None) -> int:
+        """A number of steps or bytes in ``meta``. Raises ValueError: it is none."""
+        value = self.meta.get(name, default)
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} of the state is no count; it is damaged, or of another method")
+        return value
+
 
 def session_state(session: Rounds) -> MethodState:
     """The state of ``session``; read its records first. The shards are views of the store."""
@@ -130,20 +137,20 @@ def restore_small(session: Rounds, state: MethodState) -> None:
             own.copy_(tensors[f"integer_buffers/{name}"])
         for name, scalar in _scalars(session).items():
             _set_scalar(session, name, scalar, tensors[name])
-        session.steps_done, session.rounds_done = int(meta["steps_done"]), int(meta["rounds_done"])
+        session.steps_done, session.rounds_done = state.count("steps_done"), state.count("rounds_done")
         session.forward_flops = float(meta["forward_flops"])
-        session.ema_steps = int(meta["ema_steps"])
+        session.ema_steps = state.count("ema_steps")
         transfers = session.transfers
-        transfers.bytes_peak = max(transfers.bytes_peak, int(meta["subnet_bytes_peak"]))
-        transfers.bytes_fetched = int(meta["bytes_fetched"])
-        transfers.bytes_returned = int(meta["bytes_returned"])
+        transfers.bytes_peak = max(transfers.bytes_peak, state.count("subnet_bytes_peak"))
+        transfers.bytes_fetched = state.count("bytes_fetched")
+        transfers.bytes_returned = state.count("bytes_returned")
         final = _masks(session, tensors, ["final_mask"])
         if final is None and session.policy.trivial:
             final = (session.channel_map.full_mask(),)
         drawn = _masks(session, tensors, _numbered(tensors, "next"))
         opened = _masks(session, tensors, _numbered(tensors, "open"))
-        step, length = int(meta.get("round_steps", 0)), int(meta.get("round_length", 0))
-    except (KeyError, TypeError, RuntimeError) as error:
+        step, length = state.count("round_steps", 0), state.count("round_length", 0)
+    except (KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"the state does not fit this session ({error}); is it of another model?") from None
     restored: list[dict[str, Tensor]] = [{}, {}]
     for name, values in state.local.items():

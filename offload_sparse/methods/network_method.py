@@ -165,8 +165,8 @@ class FixedNetwork:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(saved[name])
-        self._steps = int(state.meta["steps_done"])
-        self._nonfinite.restore(int(state.meta["skipped_steps"]))
+        self._steps = state.count("steps_done")
+        self._nonfinite.restore(state.count("skipped_steps"))
         self._halted.zero_()
         self._pending.clear()
 

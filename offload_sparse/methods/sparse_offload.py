@@ -141,7 +141,7 @@ class SparseOffloadMethod:
             restore_session(self.session, state)
         elif IN_PLACE not in state.meta:
             raise ValueError("the checkpoint holds the weights of a run with store.tier ram; set it to ram")
-        elif int(state.meta[IN_PLACE]) > self.session.steps_done:
+        elif state.count(IN_PLACE) > self.session.steps_done:
             raise ValueError("the weights of the checkpoint are in the store of its own run; resume that one")
         else:
             self.durable.restore_random_state()

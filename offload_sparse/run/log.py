@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from typing import Any, TextIO
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
+from offload_sparse.export import json_values
 from offload_sparse.export.json_values import json_value
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.teacher import TEACHER_FOLDER
@@ -113,7 +115,7 @@ class Recorder:
     def logged_at(self, step: int) -> set[str]:
         """The names of all values that the log has of ``step``; empty where nothing is recorded."""
         lines = kept_lines(self.config.run_dir / METRICS_FILE, step) if self.is_main else []
-        return {name for line in lines if step_of(line) == step for name in json.loads(line)}
+        return {name for line in lines if step_of(line) == step for name in parsed_line(line)}
 
     def go_back(self, step: int) -> None:
         """After a rollback to ``step``: later lines go, as if they had not been written."""
@@ -186,20 +188,32 @@ class Recorder:
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
-    """The whole lines of a metrics file that belong to the first ``step`` steps."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    """The whole lines of a metrics file that belong to the first ``step`` steps; none if it is no file."""
+    if not path.is_file():
         return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line for line in lines if step_of(line) <= step]
 
 
 def step_of(line: str) -> float:
-    """The step of a line of metrics; infinity for half a line: the process died while it wrote."""
+    """The step of a line of metrics; infinity for what ``parsed_line`` takes for none."""
+    step: float = parsed_line(line).get("step", math.inf)
+    return step
+
+
+def parsed_line(line: str) -> dict[str, Any]:
+    """A line of metrics; nothing for half a line (the process is writing it, or died while it did), or what
+    no run writes."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        value = json_values.parse(line.encode())
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) and is_number(value.get("step")) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a line can be drawn or compared: one that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_writable(run_dir: Path) -> None:

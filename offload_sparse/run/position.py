@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, fields
 from statistics import median
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,8 @@ from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.durable import random_state, set_random_state
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.state import IN_PLACE, MethodState
+from offload_sparse.export import json_values
+from offload_sparse.export.json_values import Count
 from offload_sparse.methods.method import Method
 from offload_sparse.run.checkpoint import Checkpointer, Loaded
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
@@ -39,6 +41,48 @@ MOST_ROLLBACKS = 10
 """Rollbacks of one run, after which it is the run that is wrong and not a batch."""
 
 _RNG = "run/rng/"
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What the loop itself would lose with its process: a part of every checkpoint and write-ahead log.
+
+    Attributes:
+        recent: places in the order of the data of the last batches.
+        best: the highest score of an evaluation.
+        unlogged: what the steps measured that no line of the log has in it, as of ``StepRecord``.
+        seconds: of training.
+    """
+
+    skipped_batches: Count
+    rollbacks: Count
+    recent: tuple[Count, ...]
+    best: float | None
+    unlogged: tuple[tuple[Any, ...], ...]
+    seconds: float = 0.0
+    total_steps: int = 0
+
+    def records(self) -> list[StepRecord]:
+        """``unlogged``. Raises ValueError: it is none."""
+        names = [field.name for field in fields(_Measured)]
+        found = [
+            json_values.convert(dict(zip(names, values, strict=False)), _Measured) for values in self.unlogged
+        ]
+        return [StepRecord(**vars(record)) for record in found]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The numbers of a ``StepRecord``; None is one that was not finite."""
+
+    loss: float | None
+    compared: tuple[float, ...] | None
+    metrics: dict[str, float | None]
+    fault: str = ""
+
+    def __post_init__(self) -> None:
+        if self.compared is not None and len(self.compared) != 2:
+            raise ValueError("two losses are compared")
 
 
 class Progress:
@@ -77,6 +121,7 @@ class Progress:
         self._skipped_batches = 0
         self._recent: deque[int] = deque(maxlen=FinalConfig.selection_batches)
         self._unlogged: list[StepRecord] = []
+        self._kept: Remembered | None = None
         self._best: float | None = None
         self._improved, self._wanted, self._stopping = False, False, False
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -120,14 +165,13 @@ class Progress:
             self._take_up(in_place)
         if start.goes_back and self._rank == 0:
             self._checkpointer.folder.drop_after(self.step)
-        run = loaded.manifest.run if loaded else {}
-        origin = str(start.source) if start.source else None
-        self._recorder.begin(total_steps, steps_per_epoch, self.step, run.get("seconds", 0.0), origin)
+        origin, kept = str(start.source) if start.source else None, self._kept
+        self._recorder.begin(total_steps, steps_per_epoch, self.step, kept.seconds if kept else 0.0, origin)
         if self.step and self._rank == 0 and start.status != "look":
             where = "its own store" if loaded is None or in_place else str(loaded.folder)
             tell(f"resuming at step {self.step} from {where}")
-            if run.get("total_steps", total_steps) != total_steps:
-                tell(f"the run grows from {run['total_steps']} to {total_steps} steps, as does its schedule")
+            if kept and kept.total_steps not in (0, total_steps):
+                tell(f"the run grows from {kept.total_steps} to {total_steps} steps, as does its schedule")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self._mark = time.perf_counter()
 
@@ -206,7 +250,7 @@ class Progress:
             self._method.while_saving(self._checkpointer.release)
 
     def _remembered(self) -> dict[str, Any]:
-        """What the loop would lose with its process; the lines of its log are on the disk before it."""
+        """``Remembered`` as JSON has it; the lines of the log are on the disk before it."""
         self._recorder.sync()
         records = self._unlogged + self._method.unread_records()
         return {
@@ -220,11 +264,16 @@ class Progress:
         }
 
     def _recall(self, run: dict[str, Any]) -> None:
-        self.rollbacks, self._skipped_batches = int(run["rollbacks"]), int(run["skipped_batches"])
-        self._best, self._improved = run["best"], False
-        self._unlogged = [StepRecord(*values) for values in run["unlogged"]]
+        try:
+            kept = json_values.convert(run, Remembered)
+            self._unlogged = kept.records()
+        except ValueError as error:
+            raise ValueError(f"what the run remembers of step {self.step} is damaged: {error}") from None
+        self._kept = kept
+        self.rollbacks, self._skipped_batches = kept.rollbacks, kept.skipped_batches
+        self._best, self._improved = kept.best, False
         self._recent.clear()
-        self._recent.extend(run["recent"])
+        self._recent.extend(kept.recent)
 
     # --- going back ---
 

@@ -7,7 +7,6 @@ again goes on from where the folder is.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
 from offload_sparse.config.yaml_text import shortened as shown
+from offload_sparse.export import json_values
 from offload_sparse.export.description import file_digest
 from offload_sparse.export.network_file import WEIGHTS_FILE, read_structure
 from offload_sparse.run.launch import rank_and_world_size
@@ -91,8 +91,7 @@ def start_of(config: RunConfig) -> Start:
 
 def finished_summary(config: RunConfig) -> dict[str, Any]:
     """The summary of a run that is over."""
-    summary: dict[str, Any] = json.loads((config.run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return summary
+    return json_values.read(config.run_dir / SUMMARY_FILE, dict[str, Any])
 
 
 def _start_of(config: RunConfig) -> Start:
@@ -128,11 +127,11 @@ def _start_of(config: RunConfig) -> Start:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the summary is there, and the network that it is about, undamaged."""
+    """Whether the summary and the network that it is about are there, undamaged."""
     model = folder / MODEL_FOLDER
     try:
-        digest = read_structure(model).weights_digest
-        return (folder / SUMMARY_FILE).is_file() and digest in ("", file_digest(model / WEIGHTS_FILE))
+        json_values.read(folder / SUMMARY_FILE, dict[str, Any])
+        return read_structure(model).weights_digest in ("", file_digest(model / WEIGHTS_FILE))
     except (OSError, ValueError):
         return False
 

@@ -94,7 +94,16 @@ class WriteAheadLog:
         with self._open(rounds[-1]) as log:
             names = [name for name in log.keys() if name.startswith("state.")]  # noqa: SIM118 - no mapping
             tensors = {name.removeprefix("state."): log.get_tensor(name).clone() for name in names}
-            return Entry(rounds[-1], json.loads(log.metadata()["state"]), tensors)
+            return Entry(rounds[-1], self._state(log.metadata() or {}), tensors)
+
+    def _state(self, metadata: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            state = json.loads(metadata["state"])
+        except (ValueError, KeyError, RecursionError):
+            state = None
+        if not isinstance(state, dict):
+            raise ValueError(f"a log in {self.folder} does not say where its run was; it is damaged")
+        return state
 
     def replay(self, store: WeightStore) -> Entry | None:
         """Apply every log that is left, oldest first, and hand back what came with the newest. Raises

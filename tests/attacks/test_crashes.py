@@ -9,14 +9,23 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from offload_sparse.bench.faults import KINDS, WAYS, Sweep
+from offload_sparse.bench import watched_disk
+from offload_sparse.bench.faults import KINDS, WAYS, Sweep, outcome
 from offload_sparse.bench.watched_disk import Tree, WatchedDisk
+from offload_sparse.cli.main import main
+from offload_sparse.engine.faults import VARIABLE
+from offload_sparse.run import trainer
 from offload_sparse.store.files import make_folder, remove, replacing, write_file
+from tests.run import killed_run
+from tests.support.fork_server import shared
 
 FEW = 2
 
@@ -47,6 +56,60 @@ def test_every_point_of_every_way_once_and_twice(way: str, sweep: Sweep) -> None
     assert not swept.lost
     assert swept.points["kill"] > 100
     assert swept.points["twice"] >= swept.points["kill"]
+
+
+# --- with steps that are left out --------------------------------------------------------------------------
+
+POISONED = 8
+
+
+def poisoned(argv: list[str]) -> int:
+    """A run whose loss is NaN once."""
+    loss, step = killed_run._loss_with_dropout, trainer.Run.train_step
+    now: list[bool] = []
+
+    def train_step(run: trainer.Run, number: int, batch: Any) -> None:
+        if number == POISONED and not now:
+            print("poisoned", flush=True)
+            now.append(True)
+        try:
+            step(run, number, batch)
+        finally:
+            now[:] = [False] * len(now)
+
+    def classification_loss(*arguments: Any, **named: Any) -> Any:
+        value, scalars = loss(*arguments, **named)
+        return (value * float("nan") if now == [True] else value), scalars
+
+    torch.set_num_threads(1)
+    trainer.classification_loss = classification_loss
+    trainer.Run.train_step = train_step  # type: ignore[method-assign]
+    return main(["train", *argv])
+
+
+@pytest.mark.parametrize("tier", ["ram", "file"])
+@pytest.mark.parametrize("reaction", ["rollback", "skip"])
+def test_a_kill_before_a_loss_that_is_not_finite_changes_nothing(
+    tier: str, reaction: str, tmp_path: Path
+) -> None:
+    """Saved (in the middle of a round, where nothing is rolled back), killed, resumed, then back to a
+    checkpoint or past the step: weights, log and loss of the run that was not killed.
+    """
+    options = ["--store.tier", tier, "--train.on_nonfinite", reaction]
+
+    def end_of(name: str, fault: str = "") -> int:
+        arguments = [*killed_run.OPTIONS, *options, "--run_dir", str(tmp_path / name)]
+        environment = os.environ | {VARIABLE: fault, "OMP_NUM_THREADS": "1"}
+        with (tmp_path / name).with_suffix(".log").open("a") as log:
+            return shared().start(f"{__name__}:poisoned", arguments, environment, log.fileno()).wait(240)
+
+    assert end_of("straight") == 0
+    assert end_of("parts", "kill:step=5:phase=step") == -signal.SIGKILL
+    assert end_of("parts") == 0
+    logs = [(tmp_path / f"{name}.log").read_text() for name in ("straight", "parts")]
+    assert [log.count("poisoned") for log in logs] == [1, 1], logs
+    assert "resuming at step" in logs[1]
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "straight")
 
 
 # --- what is noted is what happens ------------------------------------------------------------------------
@@ -139,3 +202,63 @@ def test_a_loss_of_power_leaves_only_what_was_waited_for(tmp_path: Path) -> None
     assert last["kill"]["a/lines"] == b"half a line"
     assert last["nothing"]["a/whole/inner"] == b"text", "nor for its removal"
     assert "a/whole/inner" not in last["kill"]
+
+
+class Unwatched(WatchedDisk):
+    """Only asked what is there; hears of no call."""
+
+    def _watch(self) -> None:
+        pass
+
+
+class Interrupted:
+    """The module ``os`` to whoever lists a folder; before one of its calls another thread gets its turn."""
+
+    def __init__(self, at: int, turn: Callable[[], object]) -> None:
+        self._left, self._turn, self.done = at, turn, False
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(os, name)
+        if name not in ("listdir", "open", "fstat", "lstat", "stat", "close"):
+            return value
+
+        def call(*arguments: Any) -> Any:
+            self._left -= 1
+            if self._left == 0:
+                self._turn()
+                self.done = True
+            return value(*arguments)
+
+        return call
+
+
+TURNS: dict[str, Callable[[Path], object]] = {
+    "a rename to a new name": lambda folder: (folder / "a" / "new.tmp").rename(folder / "a" / "new"),
+    "a rename over a file": lambda folder: (folder / "a" / "old.tmp").rename(folder / "a" / "old"),
+    "a file removed": lambda folder: (folder / "a" / "old").unlink(),
+    "a folder removed": lambda folder: (folder / "a" / "empty").rmdir(),
+    "a file made": lambda folder: (folder / "b" / "made").touch(),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS.values(), ids=TURNS)
+def test_a_tree_stood_on_the_disk_whenever_another_thread_has_its_turn(
+    turn: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, done = 0, True
+    while done:
+        folder, at = tmp_path / str(at), at + 1
+        for name in ("a/empty", "b"):
+            (folder / name).mkdir(parents=True)
+        disk = Unwatched(folder, lambda call, disk: None)
+        for name in ("old", "old.tmp", "new.tmp"):
+            (folder / "a" / name).write_text(name)
+        before = tree_of(folder)
+        with monkeypatch.context() as patch:
+            interrupted = Interrupted(at, partial(turn, folder))
+            patch.setattr(watched_disk, "os", interrupted)
+            noted = disk.as_it_is()
+        done = interrupted.done
+        assert noted in (before, tree_of(folder))
+        assert disk.as_it_is() == tree_of(folder)
+    assert at > 10

@@ -1,5 +1,5 @@
 """A disk that fills is one line and exit code 1, wherever it does; with space again the same command resumes
-and ends with the bits of the run that had it.
+and ends with the bits of the run that had it. A run is finished only as long as what it came to is whole.
 
 What is to be written leads to ``/dev/full``, on which every write says that there is no space left.
 """
@@ -7,6 +7,8 @@ What is to be written leads to ``/dev/full``, on which every write says that the
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,10 +80,15 @@ def weights(run_dir: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     assert run(run_dir) == 0
-    return weights(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> str:
+    return weights(finished)
 
 
 @pytest.mark.parametrize("fill", FULL.values(), ids=FULL)
@@ -113,3 +120,38 @@ def test_an_export_to_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.Cap
     assert "error:" in line
     assert "No space left on device" in line
     assert not (output / "weights.safetensors").exists()
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def make_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no network": lambda run_dir: shutil.rmtree(run_dir / "model"),
+    "an empty structure": lambda run_dir: os.truncate(run_dir / "model" / "structure.json", 0),
+    "other weights": lambda run_dir: flip_a_bit(run_dir / "model" / "weights.safetensors"),
+    "half a summary": lambda run_dir: os.truncate(run_dir / "summary.json", 100),
+    "a summary of another kind": lambda run_dir: (run_dir / "summary.json").write_text("[1]"),
+    "a summary that is a pipe": lambda run_dir: make_a_pipe(run_dir / "summary.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_results_are_made_again_by_the_same_command(
+    damage: Callable[[Path], object], undisturbed: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(finished)
+    assert run(finished) == 0
+    assert "finished" not in capsys.readouterr().out
+    assert weights(finished) == undisturbed
+    summary = (finished / "summary.json").read_bytes()
+    assert run(finished) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (finished / "summary.json").read_bytes() == summary

@@ -20,7 +20,9 @@ from offload_sparse.config.parse import RUN_OPTIONS
 from offload_sparse.export import network_file
 from offload_sparse.export.convert import export_network
 from offload_sparse.export.open import open_artefact
+from offload_sparse.inspect.report.run_data import AXES, read_runs
 from offload_sparse.run.errors import RunError
+from offload_sparse.run.log import kept_lines, step_of
 from offload_sparse.run.trainer import train
 from tests.support.hostile_files import (
     RAW,
@@ -40,6 +42,7 @@ FEW = {
     "summary": 20,
     "manifest": 5,
     "store": 5,
+    "log": 20,
     "header": 20,
     "onnx": 10,
 }
@@ -191,6 +194,29 @@ def test_descriptions_of_stores(counts: dict[str, int], runs: Path, tmp_path: Pa
 
     action = partial(resume, more=["--store.tier", "file"])
     assert tried([runs / "file"], counts["store"], change, tmp_path, action, may_write=True)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_logs_of_runs(counts: dict[str, int], runs: Path, tmp_path: Path) -> None:
+    """A line that no run writes counts as none, for the run and for its report."""
+
+    def change(folder: Path, generator: random.Random) -> None:
+        lines = [line.encode() for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        at = generator.randrange(len(lines))
+        new = [json.dumps(mutated(json.loads(lines[at]), generator)).encode(), *RAW]
+        lines[at] = generator.choice(new) if generator.random() < 0.5 else new[0]
+        (folder / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+    tried([runs / "ram"], counts["log"], change, tmp_path, log_read)
+
+
+def log_read(folder: Path) -> None:
+    assert all(step_of(line) <= 3 for line in kept_lines(folder / "metrics.jsonl", 3))
+    (run,) = read_runs([folder])
+    for axis in AXES:
+        for name in {name for line in run.lines for name in line}:
+            run.series(name, axis)
 
 
 @pytest.mark.timeout(1800)

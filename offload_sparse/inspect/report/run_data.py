@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_sparse.config import yaml_text
+from offload_sparse.export import json_values
 from offload_sparse.export.network_file import STRUCTURE_FILE, read_structure
-from offload_sparse.run.log import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, SUMMARY_FILE
+from offload_sparse.run.log import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    SUMMARY_FILE,
+    is_number,
+    parsed_line,
+)
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 """x and y of a curve, both [points]."""
@@ -58,7 +65,7 @@ class RunData:
         are left out, those without ``axis`` are placed by their step.
         """
         for name in [names] if isinstance(names, str) else names:
-            found = [line for line in self.lines if _is_number(line.get(name))]
+            found = [line for line in self.lines if is_number(line.get(name))]
             if found:
                 x = self._along(axis, np.array([line["step"] for line in found], dtype=np.float64))
                 y = np.array([line[name] for line in found], dtype=np.float64)
@@ -94,7 +101,7 @@ class RunData:
         """Where on ``axis`` the run was after ``steps``."""
         if axis == "step":
             return steps
-        known = [(line["step"], line[axis]) for line in self.lines if _is_number(line.get(axis))]
+        known = [(line["step"], line[axis]) for line in self.lines if is_number(line.get(axis))]
         if not known:
             return np.full_like(steps, np.nan)
         x, y = np.array(known, dtype=np.float64).T
@@ -134,10 +141,10 @@ def _read(folder: Path, name: str) -> RunData:
         raise ValueError(f"{folder} holds no run ({CONFIG_FILE} and {METRICS_FILE}); give a run's folder")
     config = _flat(yaml_text.read_keys(folder / CONFIG_FILE))
     text = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
-    lines = tuple(line for line in map(_parsed, text.splitlines()) if line is not None)
+    lines = tuple(filter(None, map(parsed_line, text.splitlines())))
     if not lines:
         raise ValueError(f"{folder / METRICS_FILE} holds no lines yet; wait until the run has logged some")
-    summary = _mapping(folder / SUMMARY_FILE)
+    summary = _summary(folder / SUMMARY_FILE)
     if not (folder / MODEL_FOLDER / STRUCTURE_FILE).is_file():
         return RunData(name, folder, config, lines, summary, {})
     model = read_structure(folder / MODEL_FOLDER)
@@ -146,29 +153,14 @@ def _read(folder: Path, name: str) -> RunData:
     return RunData(name, folder, config, lines, summary, widths, tuple(seen.shape), len(seen.class_names))
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _summary(path: Path) -> dict[str, Any]:
+    """What the run came to; nothing as long as it trains."""
     try:
-        value = json.loads(line)
-    except ValueError:
-        return None  # half a line: the process is writing it, or died while it did
-    return value if isinstance(value, dict) and _is_number(value.get("step")) else None
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """The contents of a JSON file; empty if there is none.
-
-    Raises:
-        ValueError: there is one, but it holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_values.read(path, dict[str, Any])
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; remove it, or finish the run again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; remove it, or finish the run again")
-    return value
+        raise ValueError(f"{error}; remove it, or finish the run again") from None
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -176,7 +168,3 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -459,7 +459,7 @@ def test_damaged_or_doubled_runs_are_one_line_of_advice(
     assert "is given twice" in capsys.readouterr().err
     (run / "summary.json").write_text("{")
     assert main(["report", str(run)]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "summary.json is damaged" in capsys.readouterr().err
     (run / "metrics.jsonl").write_text("")
     assert main(["report", str(run)]) == 2
     assert "holds no lines yet" in capsys.readouterr().err
