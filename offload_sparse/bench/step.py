@@ -28,6 +28,8 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet, narrow_module
+from offload_sparse.engine.gradients import FlatGradients
+from offload_sparse.engine.losses import TAIL
 
 _HEADER = ("network", "rho", "dense ms", "narrow ms", "ours ms", "ours/dense", "FLOPs ratio", "ours/narrow")
 
@@ -84,17 +86,24 @@ def flat_subnet(model: nn.Module, channel_map: ChannelMap, mask: Tensor, device:
     }
     weights = torch.cat([selection.take(n, values[n]).flatten() for n in subnet.parameter_names]).to(device)
     buffers = [selection.take(n, values[n]).flatten() for n in subnet.buffer_names]
-    subnet.bind(selection, weights, torch.zeros_like(weights), torch.cat(buffers).to(device))
+    subnet.bind(selection, weights, torch.cat(buffers).to(device))
     return subnet.module.train()
 
 
 def pass_of(network: nn.Module, batch: Batch, kind: str) -> Callable[[], None]:
-    """One forward and backward pass; the gradients of a subnet stay views of its buffer, others are made
-    anew."""
+    """One forward and backward pass; the gradients of a subnet end in a flat buffer."""
+    if kind == "subnet":
+        parameters = list(network.parameters())
+        size = sum(parameter.numel() for parameter in parameters)
+        gradients = FlatGradients(parameters, parameters[0].new_empty(size + TAIL))
 
     def run_once() -> None:
-        if kind != "subnet":
+        if kind == "subnet":
+            gradients.begin(1)
+        else:
             network.zero_grad(set_to_none=True)
         loss_of(network, batch).backward()
+        if kind == "subnet":
+            gradients.end([])
 
     return run_once

@@ -1,7 +1,7 @@
 """The narrow network of a selection: an ordinary dense ``nn.Module``.
 
 ``Subnet`` keeps one skeleton (the model's modules without weights) and binds it to new flat buffers in every
-round: parameters are views of one buffer, gradients views of another, BatchNorm statistics views of a third.
+round: parameters are views of one buffer, BatchNorm statistics views of another.
 Nothing is built anew, so nothing leaks however many rounds there are. ``narrow_module`` makes an independent
 copy instead.
 """
@@ -57,20 +57,17 @@ class Subnet:
                 value = values.get(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
                 self._set_buffer(name, value.to(device))
 
-    def bind(self, selection: Selection, weights: Tensor, gradients: Tensor | None, buffers: Tensor) -> None:
+    def bind(self, selection: Selection, weights: Tensor, buffers: Tensor) -> None:
         """Make the skeleton the network of ``selection``.
 
         Args:
             selection: the kept channels.
             weights: flat parameters in the order of ``parameter_names``; parameters become views of it.
-            gradients: flat gradients in the same order, or None for a subnet that is only evaluated.
             buffers: flat floating-point buffers in the order of ``buffer_names``.
         """
         layout = selection.layout(self.parameter_names)
         for name in self.parameter_names:
             parameter = nn.Parameter(layout.view(weights, name), requires_grad=self._trainable[name])
-            if gradients is not None and parameter.requires_grad:
-                parameter.grad = layout.view(gradients, name)
             for owner, leaf in self._holders[name]:
                 owner._parameters[leaf] = parameter
         layout = selection.layout(self.buffer_names)

@@ -19,6 +19,34 @@ TAIL = METRICS + MOST_METRICS
 """Scalars behind the gradients."""
 
 
+class Measured:
+    """The scalars of one step of one rank, before they ride.
+
+    Args:
+        passes: micro-batches of the step, of whose values these are the means.
+        like: has their type and device.
+
+    Attributes:
+        values: by place; the others are zero.
+    """
+
+    def __init__(self, passes: int, like: Tensor) -> None:
+        self._passes, self._like = passes, like
+        self.values: dict[int, Tensor] = {}
+
+    def add(self, place: int, value: Tensor) -> None:
+        """A micro-batch's ``value``."""
+        part = share(value.detach(), self._passes)
+        known = self.values.get(place)
+        self.values[place] = (part if known is None else known + part).to(self._like)
+
+    def add_trained(self, side: int, loss: Tensor, metrics: Metrics) -> None:
+        """What a micro-batch has measured of the subnet that is trained."""
+        for place, value in ((LOSS, loss), *enumerate(metrics.values(), METRICS)):
+            self.add(place, value)
+        self.values[LOSS_A + side] = self.values[LOSS]
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What one step measured, averaged over ranks.
@@ -49,17 +77,22 @@ class Losses:
 
     Args:
         world_size: number of ranks.
+        like: has the type and device of the scalars.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, like: Tensor) -> None:
         self._world_size = world_size
+        self._zeros = like.new_zeros(LIVE)
         self._steps: list[tuple[Tensor, Tensor, bool, tuple[str, ...]]] = []
 
     def add(self, averaged: Tensor, own: Tensor, compared: bool, metrics: tuple[str, ...]) -> Tensor:
-        """Keep float[TAIL] of a step, averaged over ranks and of this rank; returns the mean loss, a copy."""
-        averaged = averaged.clone()
+        """Keep float[TAIL] of a step, averaged over ranks and of this rank; returns the mean loss."""
         self._steps.append((averaged, own, compared, metrics))
         return averaged[LOSS]
+
+    def not_finite(self, averaged: Tensor) -> Tensor:
+        """bool scalar on the device: a loss or gradient of a step is not finite on some rank."""
+        return torch.dot(averaged[:LIVE], self._zeros) != 0
 
     def clear(self) -> None:
         """Forget the steps that have not been read."""
@@ -100,13 +133,6 @@ class Losses:
                 pair = float(of_ranks[0, 0]), float(of_ranks[0, 1:].mean())
             records.append(StepRecord(row[LOSS], pair, metrics, losses=of_ranks))
         return records
-
-
-def put(losses: Tensor, trained: int, loss: Tensor, metrics: Metrics, passes: int) -> None:
-    """Add a share of the mean of ``passes`` micro-batches to what rides behind the gradients."""
-    for place, value in enumerate((loss.detach(), *metrics.values())):
-        losses[place + METRICS - 1 if place else LOSS] += share(value, passes)
-    losses[LOSS_A + trained] = losses[LOSS]
 
 
 def share(value: Tensor, passes: int) -> Tensor:

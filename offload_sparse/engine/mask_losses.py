@@ -29,7 +29,7 @@ def losses_of(
     losses = torch.zeros(len(masks), dtype=torch.float64, device=side.subnet.device)
     for i, mask in enumerate(masks if closures else ()):
         side.load(Selection(channel_map, mask), (WEIGHTS, BUFFERS))
-        side.bind(None)
+        side.bind()
         for closure in closures:
             with side.buffers_untouched():
                 losses[i] += forward.evaluated(side.module, closure) / len(closures)

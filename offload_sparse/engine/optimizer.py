@@ -11,6 +11,8 @@ end.
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -32,6 +34,7 @@ Grouping = Callable[[str], Mapping[str, Any] | None]
 
 _ADVICE = "give one whose step of a weight depends on that weight alone, such as SGD, Adam, AdamW or RMSprop"
 _ENTRIES = 6
+_COUNTS_AHEAD = 64
 
 
 def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
@@ -264,6 +267,8 @@ class SubnetOptimizer:
                 known = ", ".join(sorted(self.shown.defaults))
                 raise ValueError(f"{kept.name} has no setting {min(unknown)!r} of a group; it has {known}")
         self.scalars = [self._first_scalars(group, device) for group in self.shown.param_groups]
+        self._counts: deque[Tensor] = deque()
+        self._counted = -1
 
     def _first_scalars(self, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         place = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
@@ -271,6 +276,17 @@ class SubnetOptimizer:
             name: value.to(place, copy=True) if isinstance(value, Tensor) else value
             for name, value in self.kept.scalars.items()
         }
+
+    def counts(self, steps_done: int, like: Tensor) -> Tensor:
+        """[groups], each ``steps_done``, to be used once; made for many steps at once, since each would be an
+        operation of the device."""
+        if steps_done != self._counted or not self._counts:
+            numbers = torch.arange(
+                steps_done, steps_done + _COUNTS_AHEAD, dtype=like.dtype, device=like.device
+            )
+            self._counts = deque(numbers[:, None].repeat(1, len(self.groups)).unbind())
+        self._counted = steps_done + 1
+        return self._counts.popleft()
 
     def over(
         self,
@@ -344,10 +360,13 @@ class FlatOptimizer:
     def _take_settings(self, steps_done: int | None) -> None:
         for own, shown in zip(self._optimizer.param_groups, self._session.shown.param_groups, strict=True):
             own.update({name: value for name, value in shown.items() if name != "params"})
-        for parameter, scalars in zip(self._flat, self._session.scalars, strict=True):
+        known = self._session.scalars[0].get("step")
+        counts: Any = itertools.repeat(steps_done)
+        if steps_done is not None and isinstance(known, Tensor):
+            counts = self._session.counts(steps_done, known).unbind()
+        for parameter, scalars, count in zip(self._flat, self._session.scalars, counts, strict=False):
             if steps_done is not None and "step" in scalars:
-                count = scalars["step"]
-                scalars["step"] = count.fill_(steps_done) if isinstance(count, Tensor) else steps_done
+                scalars["step"] = count
             self._optimizer.state[parameter].update(scalars)
 
     def _step_or_undo(self, not_finite: Tensor) -> None:

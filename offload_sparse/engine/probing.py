@@ -34,7 +34,7 @@ def probed(
     """``run_probe`` of the weights that are in the store, between two rounds."""
     side, selection = transfers.scratch(), Selection(channel_map, search.mask)
     side.load(selection, (WEIGHTS, BUFFERS))
-    side.bind(None)
+    side.bind()
     return run_probe(search, side.module, selection, channel_map, closures, forward, ranks)
 
 

@@ -30,10 +30,11 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import batch_statistics
 from offload_sparse.engine.averaging import Agreed, Averaging
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig
-from offload_sparse.engine.distributed import Reducer, assert_equal_on_ranks, average
+from offload_sparse.engine.distributed import assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound
-from offload_sparse.engine.losses import GRADIENT_SUM, LIVE, LOSS_A, TAIL, Losses, StepRecord, put, share
+from offload_sparse.engine.gradients import FlatGradients, Reducer
+from offload_sparse.engine.losses import LOSS_A, Losses, Measured, StepRecord, share
 from offload_sparse.engine.mask_losses import losses_of
 from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import LossScale
@@ -111,8 +112,9 @@ class Rounds(Requests):
         self.channel_map, self._policy, self.transfers, self.cost = channel_map, policy, transfers, cost
         self.forward, self.rounds, self.final = forward, rounds, final
         self.on_nonfinite, self.freeze_step = on_nonfinite, freeze_step
-        self.reducer = Reducer(ranks.world_size, TAIL, LIVE, GRADIENT_SUM)
-        self.losses = Losses(ranks.world_size)
+        self._like = torch.zeros((), dtype=transfers.store.dtype, device=transfers.device)
+        self.reducer = Reducer(ranks.world_size, self._like)
+        self.losses = Losses(ranks.world_size, self._like)
         self.steps_done, self.rounds_done, self.forward_flops = 0, 0, 0.0
         self.pair: SubnetPair | None = None
         self.masks: Masks | None = None
@@ -163,31 +165,31 @@ class Rounds(Requests):
                 fault_point("step", self.steps_done)
                 with transfers.timeline.stepping():
                     trained, reference = roles(self.rounds.reference, self.round_step, pair.same)
-                    side, buffer = pair.sides[trained], pair.reduce_buffer(trained).zero_()
-                    statistics, losses, metrics = side.arrays[BUFFERS], buffer[-TAIL:], Metrics()
+                    side, gradients = pair.sides[trained], pair.gradients[trained]
+                    measured, metrics = Measured(len(closures), self._like), Metrics()
+                    statistics = side.arrays[BUFFERS]
                     before = statistics.clone()
-                    self.reducer.begin(trained, side.parameters, buffer, len(closures))
+                    self.reducer.begin(gradients, len(closures))
                     for closure in closures:
                         # The reference: a second forward pass, and no backward.
                         if reference is not None:
                             other = self._evaluated(pair.sides[reference], closure)
-                            losses[LOSS_A + reference] += share(other, len(closures))
+                            measured.add(LOSS_A + reference, other)
                         # Forward and backward of the subnet that is trained.
-                        mean, metrics = self._trained(side, closure, buffer)
-                        put(losses, trained, mean, metrics, len(closures))
+                        mean, metrics = self._trained(side, closure, gradients)
+                        measured.add_trained(trained, mean, metrics)
                         if not self.only_compares:
                             self._scaled(share(mean, len(closures))).backward()
                         side.take_buffers()
-                    losses[LIVE] = float(request is not Ask.JOIN)
                     # One all-reduce over the ranks: losses ride behind the gradients, alone in a local round.
-                    own = self.reducer.finish(buffer)
+                    losses, own = self.reducer.finish(measured.values, request is not Ask.JOIN)
                     if request is Ask.JOIN and self._all_joined(request, losses):
                         request = None
                         continue
                     # The optimizer moves the trained subnet, or nothing where a value is not finite.
-                    not_finite = (~losses[:LIVE].isfinite().all()).to(torch.float32)
-                    self._move(pair, trained, not_finite, len(closures))
-                    torch.where(not_finite > 0, before, statistics, out=statistics)
+                    not_finite = self.losses.not_finite(losses)
+                    self._move(pair, trained, not_finite.to(torch.float32), len(closures))
+                    torch.where(not_finite, before, statistics, out=statistics)
                     # Shared entries: what both subnets keep is one weight with one momentum.
                     if self._shared_entries_are_read(pair):
                         pair.copy_shared(trained)
@@ -325,7 +327,7 @@ class Rounds(Requests):
         with side.buffers_untouched():
             return self.forward.evaluated(side.module, closure)
 
-    def _trained(self, side: Side, closure: Closure, gradients: Tensor) -> tuple[Tensor, Metrics]:
+    def _trained(self, side: Side, closure: Closure, gradients: FlatGradients) -> tuple[Tensor, Metrics]:
         """The loss of a subnet, with its graph unless nothing is trained.
 
         Raises:
@@ -340,15 +342,15 @@ class Rounds(Requests):
                 "no gradient reaches the network: the loss that the closure returns does not depend on a "
                 "parameter with requires_grad; return the loss itself, neither detached nor as a number"
             )
-        if self._unproven:  # once, since it waits for the device
+        if self._unproven:
             self._unproven = False
-            if bool(gradients[:-TAIL].any()):
+            if not gradients.empty:
                 raise ValueError(OWN_BACKWARD)
         return loss, metrics
 
     def _move(self, pair: SubnetPair, trained: int, not_finite: Tensor, batches: int) -> None:
         """Step one side, if this rank has had a batch or takes part in what others learn from theirs."""
-        self._unscale(pair.gradients(trained), not_finite)
+        self._unscale(pair.gradients[trained].flat, not_finite)
         if (batches or not self.local) and not self.only_compares:
             pair.optimizer_step(trained, not_finite, self.steps_done)
         self.live_steps += bool(batches)

@@ -351,7 +351,7 @@ class SparseOffload(Rounds):
         side.load(selection, (WEIGHTS, BUFFERS))
         if self.ema_steps:
             self.store.gather(selection, EMA, side.arrays[WEIGHTS])
-        side.bind(None)
+        side.bind()
         module = self._extract(side)
         self.transfers.close()
         self.reestimate(module, batches)

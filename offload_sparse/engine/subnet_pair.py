@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet
+from offload_sparse.engine.gradients import FlatGradients
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import FlatOptimizer, SubnetOptimizer
 from offload_sparse.store.copy.blocks import BlockPlan
@@ -88,9 +89,9 @@ class Side:
         for kind, array in self.arrays.items():
             self._store.gather(self.selection, kind, array)
 
-    def bind(self, gradients: Tensor | None) -> None:
+    def bind(self) -> None:
         """Point the module at the arrays."""
-        self.subnet.bind(self.selection, self.arrays[WEIGHTS], gradients, self.arrays[BUFFERS])
+        self.subnet.bind(self.selection, self.arrays[WEIGHTS], self.arrays[BUFFERS])
         self._slots = sum(len(layer._buffers) for layer in self._layers)
         buffers = ((layer, *entry) for layer in self._layers for entry in layer._buffers.items())
         self._held = [(layer, leaf, value) for layer, leaf, value in buffers if value is not None]
@@ -177,6 +178,7 @@ class SubnetPair:
 
     Attributes:
         trained_kinds: the arrays of a side that is trained.
+        gradients: of the sides that are trained, by number; one buffer, since only one is trained at a time.
     """
 
     def __init__(
@@ -193,7 +195,7 @@ class SubnetPair:
         a, b = (Side(store, model, device, capacity, integer_buffers) for _ in range(2))
         self.sides = a, b
         self._device = device
-        self._reduce_memory = torch.empty(0, dtype=store.dtype, device=device)
+        self.gradients: dict[int, FlatGradients] = {}
         self._optimizers: list[FlatOptimizer | None] = [None, None]
         self._shared: dict[str, BlockPlan] = {}
         self.trained_kinds = (WEIGHTS, *optimizer.kept.slots, BUFFERS)
@@ -211,7 +213,7 @@ class SubnetPair:
         """
         self.same = second is None or torch.equal(first.mask, second.mask)
         self.train_second = train_second and not self.same
-        self._optimizers = [None, None]  # they hold the views of the last round
+        self._optimizers, self.gradients = [None, None], {}  # they hold the views of the last round
         self._shared.clear()
         a, b = self.sides
         a.select(first, self.trained_kinds)
@@ -244,22 +246,14 @@ class SubnetPair:
         """Make the modules and the optimizers those of the arrays, which are full now.
 
         Args:
-            reduce_memory: at least as long as the weights of either side and ``TAIL`` scalars; both sides use
-                it, since only one is trained at a time.
+            reduce_memory: at least as long as the weights of either side and ``TAIL`` scalars.
         """
-        self._reduce_memory = reduce_memory
-        for index, side in enumerate(self.active):
-            trained = side in self.trained
-            side.bind(self.gradients(index) if trained else None)
-            self._optimizers[index] = self._optimizer_of(index) if trained else None
-
-    def gradients(self, side: int) -> Tensor:
-        """Flat gradients of a side."""
-        return self._reduce_memory[: self.sides[side].arrays[WEIGHTS].numel()]
-
-    def reduce_buffer(self, side: int) -> Tensor:
-        """Gradients of a side and, behind them, ``TAIL`` scalars."""
-        return self._reduce_memory[: self.sides[side].arrays[WEIGHTS].numel() + TAIL]
+        for side in self.active:
+            side.bind()
+        for index, side in enumerate(self.trained):
+            size = side.arrays[WEIGHTS].numel() + TAIL
+            self.gradients[index] = FlatGradients(side.parameters(), reduce_memory[:size])
+            self._optimizers[index] = self._optimizer_of(index)
 
     def optimizer_step(self, side: int, not_finite: Tensor, steps_done: int) -> None:
         """Step one side; nothing moves where ``not_finite`` (a scalar on the device) is not 0."""
@@ -291,7 +285,7 @@ class SubnetPair:
         return sum(side.nbytes for side in self.active)
 
     def _optimizer_of(self, side: int) -> FlatOptimizer:
-        arrays, gradients = self.sides[side].arrays, self.gradients(side)
+        arrays, gradients = self.sides[side].arrays, self.gradients[side].flat
         groups = self._optimizer.slices(self.sides[side].weights.layout)
         return self._optimizer.over(
             [arrays[WEIGHTS][group] for group in groups],

@@ -23,7 +23,7 @@ CONVOLUTIONS = {
 def bound(subnet: Subnet, model: nn.Module, channel_map: ChannelMap, mask: torch.Tensor) -> nn.Module:
     selection = Selection(channel_map, mask)
     flat = [selection.take(n, p.detach()).flatten() for n, p in model.named_parameters()]
-    subnet.bind(selection, torch.cat(flat), None, torch.empty(0))
+    subnet.bind(selection, torch.cat(flat), torch.empty(0))
     return subnet.module
 
 

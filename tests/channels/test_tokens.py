@@ -134,7 +134,7 @@ def test_one_skeleton_is_bound_to_one_selection_after_the_other() -> None:
         selection, narrow = Selection(found, mask), narrow_module(model, found, mask)
         weights = torch.cat([dict(narrow.named_parameters())[n].flatten() for n in subnet.parameter_names])
         buffers = torch.cat([torch.zeros(0), *(b.flatten() for _, b in narrow.named_buffers())])
-        subnet.bind(selection, weights.detach(), None, buffers)
+        subnet.bind(selection, weights.detach(), buffers)
         assert torch.equal(subnet.module.eval()(TOKENS), narrow.eval()(TOKENS))
         subnet.release()
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
-from offload_sparse.engine import distributed
+from offload_sparse.engine import gradients
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.forward import Forward
 from offload_sparse.policy.config import PolicyConfig
@@ -68,7 +68,8 @@ def moved(reference: str) -> list[dict[str, Tensor]]:
     """Final state for every way of moving weights and of averaging gradients; BatchNorm per rank."""
     found = []
     for transfer, bucketed in (("full", False), ("delta", True), ("overlap", False)):
-        distributed.goes_in_buckets = lambda gradients, world_size, use=bucketed: use
+        gradients.SENT_BYTES = 1 << 10
+        gradients.goes_in_buckets = lambda flat, world_size, use=bucketed: use
         rounds = RoundConfig(k=3, reference=reference, freeze_at=0.7, transfer=transfer)  # type: ignore[arg-type]
         session = make_session(small_net(), POLICY, rounds, total=20)
         for batch in batches(20):

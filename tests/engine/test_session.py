@@ -293,7 +293,7 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
         from offload_sparse.channels.selection import Selection
 
         side.load(Selection(session.channel_map, mask), (WEIGHTS, "buffers"))
-        side.bind(None)
+        side.bind()
         losses.append(sum(float(session.forward.evaluated(side.module, loss_of(b))) for b in data[-2:]))
     assert torch.equal(network.mask, candidates[losses.index(min(losses))])
     assert len({round(value, 9) for value in losses}) > 1

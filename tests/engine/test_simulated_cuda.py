@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from offload_sparse.channels.subnet import batch_statistics
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
@@ -32,10 +33,22 @@ what is fetched and returned in one each (weights and statistics of two subnets)
 without the kernel, the numbers of every plan by themselves.
 """
 
-BEYOND_THE_NETWORKS = 24
-"""Device operations of a step beside the passes of its two networks and one addition per gradient: the
-reduction of the losses, the optimizer, what is not finite, and the shared entries.
-"""
+REDUCTION = {"_foreach_copy_": 1, "sum": 1, "clone": 1}
+"""Gradients and losses into one buffer, their sum behind them, and the losses to be read later."""
+
+ACROSS_RANKS = {"all_reduce": 1, "div_": 1, "div": 1}
+
+NOT_FINITE = {"dot": 1, "ne": 1, "_to_copy": 1, "clone": 1, "where": 1}
+"""Whether a loss or gradient is, and the statistics of before if so."""
+
+OPTIMIZERS = {
+    "sgd": {"_fused_sgd_": 1, "copy_blocks": 3},
+    "adamw": {"_fused_adamw_": 1, "_foreach_add_": 1, "_foreach_sub_": 1, "copy_blocks": 4},
+}
+"""The step, and shared entries to the other subnet: of weights, slots and statistics."""
+
+MOST_OPERATIONS = 15
+"""Of a step, beyond the passes of its two networks."""
 
 WAYS = {
     "zero_copy": {},
@@ -194,21 +207,45 @@ def test_a_round_sends_few_tables(transfer: str, way: str) -> None:
         assert found.again == []
 
 
-def test_a_step_gives_the_device_little_beyond_its_two_networks() -> None:
+def beyond_the_networks(net: nn.Module, optimizer: str) -> Counter[str]:
+    """Operations of a step less those of its plain networks: one trained, with fresh gradients, and one
+    evaluated, without a trace in its statistics.
+    """
     with simulated_cuda() as sim:
-        session = make_session(small_net(), POLICY, RoundConfig(k=K, transfer="delta"), device=DEVICE)
+        optim = OptimConfig(name=optimizer, lr=0.01)  # type: ignore[arg-type]
+        rounds = RoundConfig(k=K, transfer="delta")
+        session = make_session(net, POLICY, rounds, optimizer=optim, device=DEVICE)
         step = watched(session, sim, on_device(batches(2), DEVICE))[1][2]
         session._open()
         closure = loss_of(on_device(batches(1), DEVICE)[0])
         first, second = (side.module for side in session.transfers.pair.sides)
+        first.zero_grad(set_to_none=True)
         sim.operations.clear()
-        with torch.no_grad():
+        with torch.no_grad(), batch_statistics(second):
             closure(second)
-        for parameter in first.parameters():
-            parameter.grad = None
         closure(first).backward()
-        gradients = len(list(first.parameters()))
-        assert step.total() - sim.operations.total() - gradients <= BEYOND_THE_NETWORKS
+        assert sim.operations <= step
+        session.transfers.close()
+        return step - sim.operations
+
+
+@pytest.mark.parametrize("net", ["shallow", "deep"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_gives_the_device_these_operations_beyond_its_networks(optimizer: str, net: str) -> None:
+    """However many tensors the network has."""
+    found = beyond_the_networks(small_net() if net == "shallow" else ResidualNet().double(), optimizer)
+    assert found == Counter(REDUCTION) + Counter(NOT_FINITE) + Counter(OPTIMIZERS[optimizer])
+    assert found.total() <= MOST_OPERATIONS
+
+
+def on_one_of_two_ranks() -> Counter[str]:
+    return beyond_the_networks(small_net(), "sgd")
+
+
+def test_ranks_add_one_reduction_and_its_divisions() -> None:
+    expected = Counter(REDUCTION) + Counter(ACROSS_RANKS) + Counter(NOT_FINITE) + Counter(OPTIMIZERS["sgd"])
+    assert run_ranks(2, on_one_of_two_ranks) == [expected] * 2
+    assert expected.total() <= MOST_OPERATIONS
 
 
 @pytest.mark.parametrize("part", ["images", "labels"])

@@ -398,7 +398,9 @@ def _to(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _collective(original: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         groups = [g for g in (*args, *kwargs.values()) if isinstance(g, dist.ProcessGroup)]
-        _check_group([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], groups)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        _check_group(tensors, groups)
+        present().operations[original.__name__] += any(isinstance(t, Simulated) for t in tensors)
         return original(*of_inner(args), **of_inner(kwargs))
 
     return checked

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet
+from offload_sparse.engine.gradients import FlatGradients
+from offload_sparse.engine.losses import TAIL
 
 Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
 """(module, (images, labels)) -> mean loss."""
@@ -83,16 +85,18 @@ def step_peak(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     trained: bool = True,
+    kept_gradients: bool = False,
 ) -> int:
-    """The most bytes that live at once in a subnet's pass, beside its weights, gradients, statistics and the
-    batch.
+    """The most bytes that live at once in a subnet's pass, beside its weights, flat gradients, statistics and
+    the batch.
 
     Args:
         model: the full model on the meta device, additions exposed.
         images: [b, C, H, W], or int64[b, L] tokens, of this rank's part of a batch; its values do not matter.
         dtype: type of weights and images.
         autocast: type that forward passes compute in, if not that of the weights.
-        trained: whether a backward pass follows; a forward pass alone has no graph."""
+        trained: whether a backward pass follows; a forward pass alone has no graph.
+        kept_gradients: the pass adds to gradients that were there before, as an ordinary network's."""
     # Meta tensors serve and are several times faster, but nothing can be autocast on them, and attention has
     # no fused kernel there.
     tokens = not images.is_floating_point()
@@ -104,17 +108,25 @@ def step_peak(
     with fake, device:
         weights = torch.empty(selection.layout(subnet.parameter_names).size, dtype=dtype)
         buffers = torch.empty(selection.layout(subnet.buffer_names).size, dtype=dtype)
-        gradients = torch.empty_like(weights)
+        buffer = torch.empty(weights.numel() + TAIL, dtype=dtype)
         given = torch.empty(images.shape, dtype=images.dtype if tokens else dtype)
         labels = torch.empty(labels_shape(images), dtype=torch.int64)
-    subnet.bind(selection, weights, gradients, buffers)
+    subnet.bind(selection, weights, buffers)
     subnet.module.train()
     counter = LiveBytes()
-    counter.ignore(weights, gradients, buffers, given, labels)
+    counter.ignore(weights, buffer, buffers, given, labels)
+    parameters = list(subnet.module.parameters())
+    gradients = FlatGradients(parameters, buffer)
+    gradients.begin(1)
+    for parameter in parameters if kept_gradients else ():
+        parameter.grad = torch.empty_like(parameter)
+        counter.ignore(parameter.grad)
     casting = torch.autocast("cpu", autocast, enabled=autocast is not None)
     with fake, counter, torch.set_grad_enabled(trained):
         with casting:
             loss = loss_fn(subnet.module, (given, labels))
         if trained:
             loss.backward()
+            if not kept_gradients:
+                gradients.end([])
     return counter.peak

@@ -139,7 +139,7 @@ class Planner:
         )
         held = weights * (2 + len(self._slots) + (machine.ranks > 1)) + buffers
         images = self._images(machine)
-        passes = self._step_peak(selection, images, True)
+        passes = self._step_peak(selection, images, True, kept_gradients=True)
         whole = sum(prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS])
         built = 4 * whole if self.config.method == "dense" else self.initialising_bytes()
         activations, on_host = passes + self._batch_bytes(images), machine.device is None
@@ -241,11 +241,15 @@ class Planner:
         statistics = max(first.entries(s, BUFFERS) for s in sides if s.trained)
         return max(peaks) + statistics * self._item
 
-    def _step_peak(self, selection: Selection, images: Tensor, trained: bool) -> int:
+    def _step_peak(
+        self, selection: Selection, images: Tensor, trained: bool, kept_gradients: bool = False
+    ) -> int:
         train = self.config.train
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
         dtype = getattr(torch, train.dtype)
-        return step_peak(self.structure.model, selection, images, self._loss, dtype, autocast, trained)
+        return step_peak(
+            self.structure.model, selection, images, self._loss, dtype, autocast, trained, kept_gradients
+        )
 
     def _images(self, machine: Machine) -> Tensor:
         """A rank's part of a batch, on the meta device."""

@@ -1,0 +1,233 @@
+"""From where backward passes leave gradients into one flat buffer, and from there to the other ranks.
+
+    parameters       p0.grad p1.grad p2.grad p3.grad p4.grad p5.grad   made by autograd, freed when copied
+                        |       |       |       |       |       |      one copy per bucket
+    flat gradients   |  p0   |  p1   |  p2   |  p3   |  p4   |  p5   | losses |
+    buckets          |<----- 2 ----->|<- 1 ->|<--------- 0 --------->|   filled from the right
+
+Gradients that are larger than a bucket are copied bucket by bucket, each as soon as it is whole, so that
+little of them is in memory twice. On a GPU that shares them with other ranks each bucket is also sent at
+once, while the backward pass computes those of earlier layers. Otherwise they go in one piece behind the
+backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from offload_sparse.engine.losses import GRADIENT_SUM, LIVE, TAIL
+
+BUCKET_BYTES = 64 << 20
+"""Size of a bucket; a gradient that is larger has one of its own."""
+
+SENT_BYTES = 8 << 20
+"""Of one that is sent as soon as it is whole."""
+
+
+class FlatGradients:
+    """The gradients of one subnet.
+
+    Args:
+        parameters: all, in the order of the buffer.
+        buffer: [gradients + TAIL], whatever it holds.
+
+    Attributes:
+        buffer, flat, tail: the buffer; its gradients; the ``TAIL`` scalars behind them.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], buffer: Tensor) -> None:
+        self.buffer, self.flat, self.tail = buffer, buffer[:-TAIL], buffer[-TAIL:]
+        self._parameters = list(parameters)
+        pieces = self.flat.split([parameter.numel() for parameter in parameters])
+        self._places = [
+            piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)
+        ]
+        self._scalars = list(self.tail.unbind())
+        self._buckets: list[_Bucket] = []
+        self._sends = False
+        self._whole = 0
+
+    def begin(self, passes: int, sends: bool = False) -> None:
+        """So many backward passes are about to make the gradients; what there was is dropped.
+
+        Args:
+            sends: send each bucket once it is whole; the same in all steps.
+        """
+        if not self._buckets:
+            self._buckets, self._sends = self._cut(SENT_BYTES if sends else BUCKET_BYTES), sends
+        for parameter in self._parameters:
+            parameter.grad = None
+        for bucket in self._buckets:
+            bucket.missing = bucket.trained * passes
+        self._whole = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether no backward pass has left anything since the step began."""
+        return self._whole == 0 and all(parameter.grad is None for parameter in self._parameters)
+
+    def end(self, scalars: Sequence[Tensor]) -> None:
+        """All passes are done: what is left of the gradients is copied, with ``scalars`` to the tail. What no
+        pass has reached is zero.
+
+        Raises:
+            ValueError: a pass has added to a gradient that was sent already.
+        """
+        late = [number for bucket in self._buckets[: self._whole] for number in bucket.numbers]
+        if late := [number for number in late if self._parameters[number].grad is not None]:
+            self._add(late)
+        rest = [number for bucket in self._buckets[self._whole :] for number in bucket.numbers]
+        self._copy(rest, self._scalars[: len(scalars)], scalars)
+        while self._whole < len(self._buckets):
+            self._send()
+
+    def divide(self, count: Tensor) -> None:
+        """Wait for the buckets that were sent, and divide all gradients by ``count``."""
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+        self.flat.div_(count)
+
+    def _arrived(self, bucket: _Bucket) -> None:
+        bucket.missing -= 1
+        while self._whole < len(self._buckets) and self._buckets[self._whole].missing == 0:
+            self._copy(self._buckets[self._whole].numbers)
+            self._send()
+
+    @torch.no_grad()
+    def _copy(
+        self, numbers: Sequence[int], places: Sequence[Tensor] = (), values: Sequence[Tensor] = ()
+    ) -> None:
+        """Gradients of the parameters of these ``numbers`` to their places, with ``values`` to ``places``."""
+        targets, sources = list(places), list(values)
+        absent: list[Tensor] = []
+        for number in numbers:
+            gradient, place = self._parameters[number].grad, self._places[number]
+            if gradient is None:
+                absent.append(place)
+            else:
+                targets.append(place)
+                sources.append(gradient if gradient.layout == torch.strided else gradient.to_dense())
+                self._parameters[number].grad = None
+        if absent:
+            torch._foreach_zero_(absent)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _add(self, late: Sequence[int]) -> None:
+        """Gradients that came twice in a pass, as with reentrant checkpoints, and were copied too early."""
+        if self._sends:
+            raise ValueError(
+                "a backward pass gives a parameter its gradient in several parts; use "
+                "torch.utils.checkpoint with use_reentrant=False"
+            )
+        for number in late:
+            self._places[number].add_(self._parameters[number].grad)
+            self._parameters[number].grad = None
+
+    def _send(self) -> None:
+        bucket = self._buckets[self._whole]
+        self._whole += 1
+        if self._sends:
+            bucket.work = dist.all_reduce(bucket.part, async_op=True)
+
+    def _cut(self, size: int) -> list[_Bucket]:
+        """Cut the gradients from their end into buckets of at least ``size`` bytes; hooks on the parameters
+        of several buckets.
+        """
+        end = start = self.flat.numel()
+        buckets: list[_Bucket] = []
+        numbers: list[int] = []
+        for number in reversed(range(len(self._parameters))):
+            numbers.append(number)
+            start -= self._parameters[number].numel()
+            if number == 0 or (end - start) * self.flat.element_size() >= size:
+                trained = sum(self._parameters[n].requires_grad for n in numbers)
+                buckets.append(_Bucket(self.flat[start:end], numbers, trained))
+                end, numbers = start, []
+        assert start == 0, "the parameters fill the buffer"
+        for bucket in buckets if len(buckets) > 1 else ():
+            for number in bucket.numbers:
+                parameter = self._parameters[number]
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda _, bucket=bucket: self._arrived(bucket)
+                    )
+        return buckets
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """A run of the flat gradients: its part of these, the numbers of its parameters, and how many of them are
+    trained; the gradients that are missing; what is on its way to other ranks.
+    """
+
+    part: Tensor
+    numbers: list[int]
+    trained: int
+    missing: int = field(default=0)
+    work: dist.Work | None = None
+
+
+class Reducer:
+    """Averages the gradients of a subnet, and the scalars behind them, over the ranks that had a batch.
+
+    Args:
+        world_size: number of ranks; with one there is nothing to average.
+        like: has the type and device of the gradients.
+    """
+
+    def __init__(self, world_size: int, like: Tensor) -> None:
+        self._world_size = world_size
+        self._zero, self._one = like.new_zeros(()), like.new_ones(())
+        self._present: FlatGradients
+        self._sends, self._local = False, False
+
+    def new_round(self, local: bool) -> None:
+        """``local``: in this round every rank goes on with its own gradients; only scalars are averaged."""
+        self._local = local
+
+    def begin(self, gradients: FlatGradients, passes: int) -> None:
+        """The backward passes of a step, so many, are about to make ``gradients``."""
+        self._present = gradients
+        self._sends = not self._local and goes_in_buckets(gradients.flat, self._world_size)
+        gradients.begin(passes, self._sends)
+
+    def finish(self, measured: Mapping[int, Tensor], live: bool) -> tuple[Tensor, Tensor]:
+        """Average gradients and scalars over the ranks that had a batch; NaN if none had.
+
+        Args:
+            measured: by place, the scalars of this rank.
+            live: whether this rank had a batch.
+
+        Returns:
+            float[TAIL] each: scalars averaged, and those of this rank (with the sum of its gradients, where
+            that was known); copies.
+        """
+        gradients, tail = self._present, self._present.tail
+        scalars = [measured.get(place, self._zero) for place in range(TAIL)]
+        scalars[LIVE] = self._one if live else self._zero
+        gradients.end(scalars)
+        if not self._sends:
+            torch.sum(gradients.flat, 0, out=tail[GRADIENT_SUM])
+        own = tail.clone()
+        if self._world_size == 1:
+            return own, own
+        dist.all_reduce(tail if self._sends or self._local else gradients.buffer)
+        averaged = tail / tail[LIVE]
+        if not self._local:
+            gradients.divide(tail[LIVE])
+        if self._sends:
+            torch.sum(gradients.flat, 0, out=averaged[GRADIENT_SUM])
+        return averaged, own
+
+
+def goes_in_buckets(gradients: Tensor, world_size: int) -> bool:
+    """Whether gradients are sent in buckets: on a GPU, if there is more than one bucket of them."""
+    return world_size > 1 and gradients.device.type == "cuda" and gradients.nbytes > SENT_BYTES
