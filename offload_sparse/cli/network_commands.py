@@ -46,7 +46,7 @@ def evaluate(argv: Sequence[str]) -> int:
         "path": str(path),
         "dataset": config.data.name,
         "split": config.split,
-        "accuracy": result.accuracy,
+        "accuracy": result.accuracy if config.json else f"{result.accuracy:.2%}",
         "loss": result.loss,
         "images": result.count,
     }

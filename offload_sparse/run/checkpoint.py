@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,27 +106,32 @@ class Checkpointer:
         """Read the newest checkpoint that is intact into the ``sharded`` tensors of ``fresh``, of this run or
         of ``source`` (a checkpoint, or the folder of a run); None when there is none at all. Raises
         ValueError: there are checkpoints, but none can be used (on every rank)."""
-        problem = ""
+        problems: list[tuple[Path, str]] = []
         found = self._all(_checkpoints_of(source) if source else self.folder.checkpoints())[0]
         for folder in found:
             try:
                 manifest = self._agree(lambda f=folder: self._check(f, fresh))  # type: ignore[misc]
                 state = self._agree(lambda f=folder, m=manifest: self._read_state(f, m, fresh))  # type: ignore[misc]
+                self._tell_unusable(problems)
                 return Loaded(manifest, state, folder)
             except CheckpointError as error:
-                problem = problem or f"{folder.name}: {error}"
-                if self._rank == 0:
-                    logger.warning("checkpoint %s cannot be used: %s", folder, error)
-        if problem:
+                problems.append((folder, str(error)))
+        if problems:
+            newest, problem = problems.pop(0)
+            self._tell_unusable(problems)
             other = "it is of" in problem
             advice = "give the settings that it was made with" if other else "repair or remove it"
             raise ValueError(
-                f"no checkpoint in {source or self.folder.path} can be used ({problem}); {advice}, or start "
-                "anew with --overwrite true"
+                f"no checkpoint in {source or self.folder.path} can be used ({newest.name}: {problem}); "
+                f"{advice}, or start anew with --overwrite true"
             )
         if source is not None:
             raise ValueError(f"{source} holds no checkpoint; give a run folder or one of its checkpoints")
         return None
+
+    def _tell_unusable(self, problems: Sequence[tuple[Path, str]]) -> None:
+        for folder, problem in problems if self._rank == 0 else ():
+            logger.warning("checkpoint %s cannot be used: %s", folder, problem)
 
     # --- writing, on the second thread ---
 

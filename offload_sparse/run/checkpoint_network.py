@@ -11,7 +11,8 @@ from pathlib import Path
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
-from offload_sparse.run.checkpoint_files import MANIFEST_FILE, Manifest
+from offload_sparse.export.network_file import STRUCTURE_FILE
+from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER, MANIFEST_FILE, CheckpointFolder, Manifest
 from offload_sparse.run.log import CONFIG_FILE, MEMBERS_FOLDER, MODEL_FOLDER
 
 
@@ -42,8 +43,12 @@ def exported(path: Path) -> Iterator[Path]:
 
     The run is set up once more, in a folder of its own and on one process; nothing of it is trained. Raises
     ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights were in the files of
-    a store, which has gone on."""
+    a store, which has gone on; there is none of this name."""
     if not is_checkpoint(path):
+        folder = next((f for f in (path, path.parent) if f.name == CHECKPOINT_FOLDER), None)
+        if folder is not None and not (path / STRUCTURE_FILE).exists():
+            known = ", ".join(found.name for found in CheckpointFolder(folder).checkpoints())
+            raise ValueError(f"{path} is no checkpoint; {folder} holds {known or 'none'}")
         yield path
         return
     config = arguments.parse(["--config", str(run_of(path) / CONFIG_FILE)])

@@ -69,23 +69,23 @@ class Terminal:
         self._values: dict[str, Any] = {}
         self._total = self._step = self._first = self._epochs_told = 0
         self._per_epoch = 1
-        self._began = self._warm = self._last = 0.0
+        self._began = self._started = self._warm = self._last = 0.0
 
     def begin(self, total_steps: int, steps_per_epoch: int, step: int, seconds: float) -> None:
         """The run is at ``step`` of ``total_steps``, which took ``seconds`` so far."""
         self._total, self._per_epoch = total_steps, steps_per_epoch
         self._step = self._first = step
-        self._warm = self._last = time.monotonic()
-        self._began = self._warm - seconds
+        self._warm = self._last = self._started = time.monotonic()
+        self._began = self._started - seconds
         self._epochs_told = step // steps_per_epoch
         if not self._quiet and sys.stderr.isatty():
-            columns = min(_COLUMNS, shutil.get_terminal_size().columns)
             form = "{bar} {n_fmt}/{total_fmt}{postfix}"
             self._redirected.enter_context(logging_redirect_tqdm())
             logging.captureWarnings(True)
             self._redirected.callback(logging.captureWarnings, False)
+            width = min(_COLUMNS, columns())
             self._bar = tqdm(
-                total=total_steps, initial=step, ncols=columns, bar_format=form, file=sys.stderr
+                total=total_steps, initial=step, ncols=width, bar_format=form, file=sys.stderr, leave=False
             )
 
     def advance(self) -> None:
@@ -121,10 +121,11 @@ class Terminal:
         self._epochs_told = number
         epochs = math.ceil(self._total / self._per_epoch)
         elapsed = tqdm.format_interval(time.monotonic() - self._began)
-        times = f"elapsed {elapsed} left {self._left()}"
-        line = f"epoch {number}/{epochs} step {self._step} {self._words()}".rstrip() + f" {times}"
-        if len(line) > _LINE:
-            line = f"epoch {number}/{epochs} {self._words()} left {self._left()}"
+        words, left = self._words(), f"left {self._left()}"
+        whole = f"epoch {number}/{epochs} step {self._step} {words}".rstrip()
+        forms = (f"{whole} elapsed {elapsed} {left}", f"{whole} {left}")
+        short = fitted(f"epoch {number}/{epochs} {words} {left}")
+        line = next((form for form in forms if len(form) <= columns()), short)
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
         for name in _PERCENT[1:]:
@@ -139,8 +140,10 @@ class Terminal:
 
     def _left(self) -> str:
         """The time that the rest will take, by the steps of this process."""
-        first = self._first + (_WARM_UP if self._step > self._first + _WARM_UP else 0)
-        per_step = (self._last - self._warm) / max(1, self._step - first)
+        done, since = self._step - self._first, self._started
+        if done > _WARM_UP:
+            done, since = done - _WARM_UP, self._warm
+        per_step = (self._last - since) / max(1, done)
         return tqdm.format_interval(per_step * (self._total - self._step))
 
     def _words(self, on_bar: bool = False) -> str:
@@ -167,16 +170,23 @@ def tell(*lines: str) -> None:
 
 
 def fitted(line: str, indent: str = "  ") -> str:
-    """``line`` in as many lines of at most 100 columns as it takes, all but the first indented; a word stays
+    """``line`` in as many lines of ``columns()`` as it takes, all but the first indented; a word stays
     whole."""
     first = line[: len(line) - len(line.lstrip())]
-    form = textwrap.TextWrapper(_LINE, first, first + indent, break_long_words=False, break_on_hyphens=False)
+    form = textwrap.TextWrapper(
+        columns(), first, first + indent, break_long_words=False, break_on_hyphens=False
+    )
     return form.fill(line.strip())
 
 
+def columns() -> int:
+    """Of a line: those of the terminal, and at most 100."""
+    return min(_LINE, shutil.get_terminal_size((_LINE, 24)).columns)
+
+
 def console() -> Console:
-    """Where tables are printed: stdout, in at most 100 columns."""
-    return Console(width=min(_LINE, shutil.get_terminal_size((_LINE, 24)).columns))
+    """Where tables are printed: stdout."""
+    return Console(width=columns())
 
 
 def print_summary(summary: Mapping[str, Any], config: RunConfig) -> None:
@@ -186,12 +196,13 @@ def print_summary(summary: Mapping[str, Any], config: RunConfig) -> None:
 
 
 def closing_table(summary: Mapping[str, Any]) -> Table:
-    """The table that closes a run; quantities that the summary lacks, or that are None, are left out."""
+    """The table that closes a run; quantities that the summary lacks, or that are None, are left out, and the
+    memory of a device that there is not."""
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for key, label, text in SUMMARY_ROWS:
-        if summary.get(key) is not None:
+        if summary.get(key) or (summary.get(key) == 0 and key != "peak_device_bytes"):
             table.add_row(label, text(summary[key]))
     for share, member in summary.get("members", {}).items():
         accuracy, kept = 100 * member["test_accuracy"], 100 * member["params_ratio"]

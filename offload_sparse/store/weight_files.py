@@ -64,6 +64,8 @@ def tensors_in(path: Path) -> dict[str, Stored]:
                 f"{path} was saved by a version of torch before 1.6, or is a pickle; save it once more with "
                 "torch.save(torch.load(FILE, weights_only=True), FILE)"
             )
+        if path.suffix != ".safetensors" and start[8:] != b"{":
+            raise ValueError(f"{path} is no file of weights: neither safetensors nor of torch.save")
         return _of_safetensors(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None

@@ -58,6 +58,25 @@ def test_a_run_by_any_method(
     assert "largest difference" in printed(capsys, "export", "r", "--format", "safetensors")
 
 
+def test_a_run_fits_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    argv = ("train", "--method", "static", *MODEL, *DATA, "--train.max_steps", "2", "--run_dir", "r")
+    for text in (printed(capsys, *argv), printed(capsys, *argv), printed(capsys, "--help")):
+        assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_quiet_run_shows_its_outcome_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("train", "--quiet", "--method", "static", *MODEL, *DATA, "--train.max_steps", "2")
+    printed(capsys, *argv, "--run_dir", str(tmp_path / "r"))
+    assert cli.main([*argv, "--run_dir", str(tmp_path / "r")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "finished" in out
+
+
 def test_what_is_said_before_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed(capsys, "plan", *MODEL)
     printed(capsys, "train", *MODEL, "--dry_run")

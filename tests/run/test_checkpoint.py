@@ -294,13 +294,18 @@ def test_a_damaged_checkpoint_is_told_and_the_older_one_used(
 
 
 @pytest.mark.parametrize("damage", ["a shard is truncated", "another shape", "another configuration"])
-def test_when_none_is_left_it_is_one_line_of_advice(damage: str, tmp_path: Path) -> None:
+def test_when_none_is_left_it_is_one_line_of_advice(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """About the newest; of the others a warning each."""
     two_checkpoints(tmp_path)
     for step in (3, 5):
         DAMAGES[damage](tmp_path / "checkpoints" / f"step_{step:08d}")
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be used .*--overwrite true") as error:
         checkpointer(tmp_path).load(blank())
     assert "\n" not in str(error.value)
+    assert "step_00000005" in str(error.value)
+    assert caplog.text.count("cannot be used") == caplog.text.count("step_00000003 cannot be used") == 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

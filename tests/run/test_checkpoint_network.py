@@ -78,6 +78,17 @@ def test_an_earlier_checkpoint_is_evaluated_and_exported(
     assert again["loss"] == figures["loss"]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step_7"])
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(
+    command: str, name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(run / name)]) == 2
+    error = capsys.readouterr().err
+    assert all(path.name in error for path in checkpoints(run))
+    assert error.count("\n") == 1
+
+
 def test_a_damaged_checkpoint_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = checkpoints(run)[1]
     (first / "manifest.json").write_text("{}")

@@ -55,6 +55,16 @@ def test_bf16_autocast_keeps_weights_in_float32(images: Path, tmp_path: Path) ->
     assert all(p.dtype == torch.float32 for p in load_pruned(tmp_path / "run" / "model").parameters())
 
 
+def test_fp16_scales_the_loss_of_a_run_that_says_what_it_takes(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside dense training, which has no scaled loss of its own."""
+    more = ("--train.precision", "fp16", "--train.max_steps", "2", "--quiet", "false")
+    assert main([*options(images, tmp_path / "run"), *more]) == 0
+    assert "(dense " in capsys.readouterr().err
+    assert all(p.dtype == torch.float32 for p in load_pruned(tmp_path / "run" / "model").parameters())
+
+
 def without_column(images: Path, folder: Path, column: str) -> Path:
     for split in ("train", "test"):
         table = datasets.Dataset.from_parquet(

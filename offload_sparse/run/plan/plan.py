@@ -208,7 +208,11 @@ class Planner:
 
     def with_method(self, method: str) -> Planner:
         """The same run by another method."""
-        return Planner(replace(self.config, method=method), self.data, self.structure)  # type: ignore[arg-type]
+        train = self.config.train
+        if method != "sparse_offload" and train.precision == "fp16":  # refused there, and bf16 takes as much
+            train = replace(train, precision="bf16")
+        config = replace(self.config, method=method, train=train)  # type: ignore[arg-type]
+        return Planner(config, self.data, self.structure)
 
     def with_rho(self, rho: float) -> Planner:
         """The same network at another remaining ratio."""

@@ -156,18 +156,20 @@ class _Seen:
         return new
 
 
-def read_listing(file: Path) -> datasets.Dataset:
+def read_listing(file: Path, columns: Sequence[str] = ()) -> datasets.Dataset:
     """A table whose rows name an image file and its class: CSV, TSV, or a JSON object per line.
 
     The column of paths, relative to the listing's folder, is ``image``, ``path``, ``file_name`` …; that of
-    classes ``label``, ``class`` …; a column ``split`` may say what each row is for. Raises ValueError: it
-    cannot be read, or one of the columns is missing."""
+    classes ``label``, ``class`` …; ``columns`` names the two if they are called otherwise. A column ``split``
+    may say what each row is for. Raises ValueError: it cannot be read, or one of the columns is missing."""
+    usual = (_PATH_COLUMNS, _LABEL_COLUMNS)
+    paths, labels = (tuple(dict.fromkeys((*columns[i : i + 1], *names))) for i, names in enumerate(usual))
     try:
-        table = _parsed(file)
+        table = _parsed(file, paths, labels)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{file} cannot be read as a listing ({reason}); correct data.name") from error
-    path, label = (_first(file, table.column_names, names) for names in (_PATH_COLUMNS, _LABEL_COLUMNS))
+    path, label = (_first(file, table.column_names, names) for names in (paths, labels))
     folder = os.fsencode(file.parent)
     names = map(os.fsencode, table.column(path).to_pylist())
     read = _table([os.path.join(folder, name) for name in names], _numbers(table.column(label)))
@@ -176,17 +178,17 @@ def read_listing(file: Path) -> datasets.Dataset:
     return read
 
 
-def _parsed(file: Path) -> pa.Table:
+def _parsed(file: Path, paths: Sequence[str], labels: Sequence[str]) -> pa.Table:
     if file.suffix.startswith(".json"):
         return pyarrow.json.read_json(file)
     # Paths need not be UTF-8, and labels such as 007 keep their zeros.
-    types = dict.fromkeys(_PATH_COLUMNS, pa.binary()) | dict.fromkeys((*_LABEL_COLUMNS, "split"), pa.string())
+    types = dict.fromkeys(paths, pa.binary()) | dict.fromkeys((*labels, "split"), pa.string())
     options = pyarrow.csv.ConvertOptions(column_types=types)
     tabs = pyarrow.csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",")
     return pyarrow.csv.read_csv(file, parse_options=tabs, convert_options=options)
 
 
-def _first(file: Path, present: list[str], wanted: tuple[str, ...]) -> str:
+def _first(file: Path, present: list[str], wanted: Sequence[str]) -> str:
     found = next((name for name in wanted if name in present), None)
     if found is None:
         raise ValueError(f"{file} has no column {' or '.join(wanted)}, only {', '.join(present)}; rename one")

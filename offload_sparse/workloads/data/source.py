@@ -227,7 +227,7 @@ def _resolve(config: DataConfig) -> _Source:
             [_EMBEDDED_FOLDER / f"{EMBEDDED}-{split}.parquet"], config
         )
     if path.is_file() and path.suffix in LISTINGS:
-        return _in_parts(_named(read_listing(path), config), config)
+        return _in_parts(read_listing(path, config.columns), config)
     if path.is_file() and path.suffix in (".parquet", ".tar"):
         return [""], lambda _: _read_files([path], config)
     if path.is_dir():
@@ -254,7 +254,7 @@ def _resolve_folder(path: Path, config: DataConfig) -> _Source:
     if len(set(present) - usual) > 1 and not any(
         class_folders(path / name) for name in present if name in usual
     ):
-        return _in_parts(_named(read_image_folder(path), config), config)
+        return _in_parts(read_image_folder(path), config)
     return present, lambda split: _named(read_image_folder(path / split), config)
 
 
@@ -280,7 +280,7 @@ def _read_files(files: list[Path], config: DataConfig) -> Table:
     if files[0].suffix == ".tar":
         return _named(read_tar(files), config)
     if files[0].suffix in LISTINGS:
-        return _named(datasets.concatenate_datasets([read_listing(file) for file in files]), config)
+        return _named(datasets.concatenate_datasets([read_listing(f, config.columns) for f in files]), config)
     if config.streaming:
         return ParquetStream([str(file) for file in files], config.shuffle_buffer)
     return read_parquet(files)
@@ -333,9 +333,11 @@ def _missing_split(name: str, split: str, present: list[str]) -> str:
             f"{name!r} is a single file and has no split {split!r}; give a folder that holds train*.parquet "
             "and test*.parquet"
         )
+    if not present:
+        return f"{name!r} is an empty folder; give one with images in <class>/ or <split>/<class>/"
     return (
-        f"dataset {name!r} has no split {split!r}, only {', '.join(present) or 'an empty folder'}; set "
-        "data.splits or data.validation"
+        f"dataset {name!r} has no split {split!r}, only {', '.join(present)}; set data.splits or "
+        "data.validation"
     )
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,8 +18,8 @@ from tests.workloads.data.images import png
 from tests.workloads.data.jpegs import CLASSES, images_of, write_folder
 
 
-def splits_of(name: Path, **settings: str) -> Splits:
-    return load_splits(DataConfig(name=str(name), image_size=16, **settings))  # type: ignore[arg-type]
+def splits_of(name: Path, **settings: Any) -> Splits:
+    return load_splits(DataConfig(name=str(name), image_size=16, **settings))
 
 
 def image(shade: int) -> bytes:
@@ -118,6 +119,22 @@ def test_labels_in_a_listing_keep_their_zeros(flat: Path) -> None:
     splits = splits_of(flat / "all.csv")
     assert splits.class_names == ("000", "001")
     assert splits.test.labels.bincount().tolist() == [1, 1]
+
+
+def test_the_columns_of_a_listing_may_have_any_names(flat: Path) -> None:
+    """Also where usual names are there, which mean something else."""
+    rows = "".join(f"ant/{i}.png,0{i % 2},{i}\n" for i in range(10))
+    (flat / "all.csv").write_text("photo,kind,label\n" + rows)
+    splits = splits_of(flat / "all.csv", columns=["photo", "kind"])
+    assert splits.class_names == ("00", "01")
+    train, test = shades(splits)
+    assert sorted(train + test) == list(range(10))
+    assert splits_of(flat, columns=["photo", "kind"]).class_names == ("ant", "bee", "cow"), "of a folder"
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is an empty folder; give one with images in <class>/"):
+        splits_of(tmp_path)
 
 
 def test_names_in_a_listing_are_bytes(flat: Path) -> None:
