@@ -45,10 +45,10 @@ def exported(path: Path) -> Iterator[Path]:
     ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights were in the files of
     a store, which has gone on; there is none of this name."""
     if not is_checkpoint(path):
-        folder = next((f for f in (path, path.parent) if f.name == CHECKPOINT_FOLDER), None)
-        if folder is not None and not (path / STRUCTURE_FILE).exists():
-            known = ", ".join(found.name for found in CheckpointFolder(folder).checkpoints())
-            raise ValueError(f"{path} is no checkpoint; {folder} holds {known or 'none'}")
+        parent = next((f for f in (path, path.parent) if f.name == CHECKPOINT_FOLDER), None)
+        if parent is not None and not (path / STRUCTURE_FILE).exists():
+            known = ", ".join(found.name for found in CheckpointFolder(parent).checkpoints())
+            raise ValueError(f"{path} is no checkpoint; {parent} holds {known or 'none'}")
         yield path
         return
     config = arguments.parse(["--config", str(run_of(path) / CONFIG_FILE)])
