@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -23,6 +24,10 @@ def _one_reader() -> None:
     from offload_sparse.export import read_back
 
     read_back._IDLE_SECONDS = 3600.0
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # every run collects garbage: what is imported by now is not looked through each time
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import array
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -174,6 +175,7 @@ def serve(address: str, modules: Sequence[str]) -> None:
     """Import, then fork a keeper for every connection, until nobody is left to ask."""
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # nobody's garbage; looking through it would copy its pages in every process
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need nobody to wait for them
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
