@@ -72,7 +72,9 @@ def run(quick: bool, config: LinksConfig) -> BenchResult:
                 rows.append([model, mode, rate, figures["steps_per_second"], share, sent])
                 if rate != "unlimited":
                     ratios[f"links.{model}.{rate}.{mode}"] = share
-        step, once = (found[f"{model}.{mode}.{rates[-1]}"]["bytes_per_step"] for mode in MODES[1:])
+        step, once = (
+            sum(found[f"{model}.{mode}.{rate}"]["bytes_per_step"] for rate in rates) for mode in MODES[1:]
+        )
         ratios[f"links.{model}.wire.round_vs_step"] = once / step
     return BenchResult(ratios, settings | {"measured": found}, _HEADER, rows)
 
