@@ -80,6 +80,7 @@ class _Trace:
     """A copy of the network, the labels that followed its data, and its calls with written sizes."""
 
     network: nn.Module
+    shapes: Mapping[str, tuple[int, ...]]
     found: Propagation
     sizes: Sizes
 
@@ -117,6 +118,8 @@ def _follow(model: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
 
 
 def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
+    given = [*network.named_parameters(), *network.named_buffers()]  # before a forward changes them
+    shapes = {name: tuple(t.shape) for name, t in given if t.is_floating_point()}
     disable_dropout(network)
     if separate:
         expose_additions(network)
@@ -136,7 +139,7 @@ def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
             found.added.clear()
             for x in pytree.tree_leaves(network.train(training)(*inputs)):
                 found.keep(x, "the output")
-    return _Trace(network, found, sizes)
+    return _Trace(network, shapes, found, sizes)
 
 
 def _map(trace: _Trace, residual: Residual) -> ChannelMap:
@@ -160,8 +163,7 @@ def _map(trace: _Trace, residual: Residual) -> ChannelMap:
         )
         ids = atoms[found.roots()]
         views = fitted_calls(network, found, trace.sizes.calls, ids)
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    shapes = {name: tuple(t.shape) for name, t in tensors if t.is_floating_point()}
+    shapes = trace.shapes
     axes: dict[str, list[Axis]] = {name: [None] * len(shape) for name, shape in shapes.items()}
     for start, name, dim in found.starts:
         axis = ids[start : start + shapes[name][dim]] if name in shapes else ids[:0]

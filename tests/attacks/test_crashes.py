@@ -210,6 +210,11 @@ class Unwatched(WatchedDisk):
     def _watch(self) -> None:
         pass
 
+    def close(self) -> None:
+        """Give back the descriptors, which a watched process keeps to its end."""
+        for descriptor in self._held.values():
+            os.close(descriptor)
+
 
 class Interrupted:
     """The module ``os`` to whoever lists a folder; before one of its calls another thread gets its turn."""
@@ -261,4 +266,5 @@ def test_a_tree_stood_on_the_disk_whenever_another_thread_has_its_turn(
         done = interrupted.done
         assert noted in (before, tree_of(folder))
         assert disk.as_it_is() == tree_of(folder)
+        disk.close()
     assert at > 10

@@ -50,5 +50,5 @@ def test_a_model_with_values_of_its_own_starts_from_them() -> None:
 
 def test_a_model_that_cannot_be_narrowed_is_refused_by_name() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3))
-    with pytest.raises(ValueError, match=r"2 \(Conv2d\)"):
+    with pytest.raises(ValueError, match="0 meets pixel_shuffle in 1"):
         prepare(net, (torch.empty(1, 2, 16, 16),), "coupled", Ranks())

@@ -66,7 +66,7 @@ class ForkServer:
         pipe = subprocess.PIPE  # closed with this process, however it ends
         self._process = subprocess.Popen([*command, *self._modules], stdin=pipe, stdout=pipe)
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)
+        ready = _readable(self._process.stdout, _START_SECONDS)
         if not ready or self._process.stdout.readline() != b"ready\n":
             self.__exit__(None, None, None)
             raise RuntimeError("the server of processes did not start; its messages are above")
@@ -117,6 +117,13 @@ class ForkServer:
         return Forked(self.address, target, arguments, environment, outputs)
 
 
+def _readable(file: Any, seconds: float | None) -> bool:
+    """Whether there is something to be read in time; of any descriptor, which ``select`` has not room for."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
+
 @cache
 def shared() -> ForkServer:
     """The server of this process with ``MODULES``, started when it is first asked for."""
@@ -151,7 +158,7 @@ class Forked:
 
     def ended(self) -> bool:
         """Whether ``wait`` would return at once."""
-        return bool(select.select([self._connection], [], [], 0)[0])
+        return _readable(self._connection, 0)
 
     def wait(self, seconds: float | None = None) -> int:
         """Its exit code, or minus the signal that ended it.
@@ -159,7 +166,7 @@ class Forked:
         Raises:
             TimeoutError: it has not ended in time; it is killed.
         """
-        ready, _, _ = select.select([self._connection], [], [], seconds)
+        ready = _readable(self._connection, seconds)
         answer = self._answers.readline() if ready else ""
         self._answers.close()
         self._connection.close()
