@@ -89,7 +89,7 @@ class BlockPlan:
     Attributes:
         blocks: those that hold any entries.
         entries: entries that are copied.
-        source_size, target_size: least number of entries of the arrays (or ``written_sizes``).
+        source_size, target_size: least number of entries of the arrays (or ``sizes``).
         sent: the ``DeviceTables`` by the device that has them."""
 
     def __init__(self, blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> None:
