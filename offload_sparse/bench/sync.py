@@ -47,7 +47,7 @@ MODES: Mapping[str, dict[str, Any]] = {
     "step": {"round.k": 50},
     "round10": _LOCAL | {"round.k": 10},
     "round50": _LOCAL,
-    "outer50": _LOCAL | {"round.outer_momentum": 0.5},
+    "outer50": _LOCAL | {"round.outer": "[1, 0.5]"},
     "per_rank": _LOCAL | {"round.subnets": "per_rank"},
     "partition": _LOCAL | {"round.subnets": "partition"},
 }

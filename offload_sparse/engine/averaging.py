@@ -85,7 +85,7 @@ class Averaging:
             most = max(count for _, _, count in parts)
             held = [(place, part, count / most) for place, part, count in parts if count]
             found += [self._mean(place, held) for place in dict.fromkeys(place for place, _, _ in held)]
-        for piece in found if self._rounds.outer else ():
+        for piece in found if self._rounds.outer_step else ():
             self._step(piece)
         return found
 

@@ -35,9 +35,10 @@ class RoundConfig:
             that overlap as little as they can, not at all while rho times the ranks is at most 1. All but
             ``shared`` learn s by leave-one-out over the ranks, and exclude ``turns`` where there are
             references.
-        outer_momentum: with ``sync round``, the averaged movement of a round is a gradient, along which the
-            weights take a step of SGD with this Nesterov momentum (DiLoCo; Douillard et al. 2023). 0 is the
-            plain average. It takes one more slot per weight in the store.
+        outer: with ``sync round``, learning rate and momentum of an outer step: the averaged movement of a
+            round is a gradient, along which the weights take a step of SGD with Nesterov momentum (DiLoCo,
+            Douillard et al. 2023, whose values are [0.7, 0.9]). [1, 0] is the plain average. Momentum takes
+            one more slot per weight in the store.
         freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
             (the short fine-tune of the paper). 1 chooses it after the last step.
         prefetch: draw the masks of a round while the one before is trained, so that their weights can be
@@ -49,14 +50,11 @@ class RoundConfig:
             take the cores of the steps.
     """
 
-    outer_lr: ClassVar[float] = 1.0
-    """Learning rate of the outer step; 1 serves best (SlowMo; Wang et al. 2020)."""
-
     k: int = 50
     reference: Reference = "turns"
     sync: Sync = "step"
     subnets: Subnets = "shared"
-    outer_momentum: float = 0.0
+    outer: list[float] = field(default_factory=lambda: [1.0, 0.0])
     freeze_at: float = 0.05
     prefetch: bool = True
     transfer: Transfer = "auto"
@@ -77,12 +75,13 @@ class RoundConfig:
             f"round.subnets {self.subnets} trains another subnet on every rank; set round.sync to round",
         )
         require(
-            0 <= self.outer_momentum < 1,
-            f"round.outer_momentum is {self.outer_momentum}; give a value in [0, 1)",
+            len(self.outer) == 2 and 0 < self.outer_lr < float("inf") and 0 <= self.outer_momentum < 1,
+            f"round.outer is {self.outer}; give a learning rate above 0 and a momentum in [0, 1), such as "
+            "[0.7, 0.9]",
         )
         require(
-            self.sync == "round" or self.outer_momentum == 0,
-            "round.outer_momentum is of round.sync round; set it, or remove the momentum",
+            self.sync == "round" or not self.outer_step,
+            "round.outer is of round.sync round; set round.sync to round, or remove round.outer",
         )
         require(
             self.sync == "step" or self.transfer in ("auto", "full"),
@@ -110,7 +109,17 @@ class RoundConfig:
         return self.subnets in ("per_rank", "partition")
 
     @property
-    def outer(self) -> bool:
+    def outer_lr(self) -> float:
+        """Learning rate of the outer step."""
+        return self.outer[0]
+
+    @property
+    def outer_momentum(self) -> float:
+        """Nesterov momentum of the outer step."""
+        return self.outer[1]
+
+    @property
+    def outer_step(self) -> bool:
         """Whether a round's movement is more, or less, than the average of the ranks'."""
         return (self.outer_lr, self.outer_momentum) != (1, 0)
 

@@ -45,7 +45,7 @@ from tests.support.sessions import (
 BERNOULLI = PolicyConfig.paper(rho=0.5, lr=0.05)
 PERSISTENT = redrawing(0.3, PolicyConfig.paper(rho=0.5, sampler="persistent", lr=0.05))
 PLAIN = OptimConfig(lr=0.05, momentum=0.0, weight_decay=1e-2)
-OUTER_STEP = {"k": 2, "outer_lr": 0.7, "outer_momentum": 0.6}
+OUTER_STEP = {"k": 2, "outer": [0.7, 0.6]}
 
 LOCAL = RoundConfig(k=3, sync="round", freeze_at=1.0)
 CASES: dict[str, tuple[RoundConfig, PolicyConfig]] = {
@@ -55,10 +55,10 @@ CASES: dict[str, tuple[RoundConfig, PolicyConfig]] = {
     "every_step, persistent": (dataclasses.replace(LOCAL, k=1, reference="every_step"), PERSISTENT),
     "round_start": (dataclasses.replace(LOCAL, k=2, reference="round_start"), BERNOULLI),
     "references": (dataclasses.replace(LOCAL, reference="every_step", subnets="references"), BERNOULLI),
-    "outer": (configured(RoundConfig, **(vars(LOCAL) | OUTER_STEP)), BERNOULLI),
+    "outer": (RoundConfig(**(vars(LOCAL) | OUTER_STEP)), BERNOULLI),
     "per_rank": (dataclasses.replace(LOCAL, subnets="per_rank", prefetch=False), BERNOULLI),
     "per_rank, persistent": (dataclasses.replace(LOCAL, subnets="per_rank"), PERSISTENT),
-    "partition": (dataclasses.replace(LOCAL, subnets="partition", outer_momentum=0.5), BERNOULLI),
+    "partition": (dataclasses.replace(LOCAL, subnets="partition", outer=[1.0, 0.5]), BERNOULLI),
 }
 
 
@@ -111,7 +111,7 @@ def test_local_rounds_are_local_sgd_on_the_full_weights(world_size: int) -> None
 
 
 STEPS = 14
-SHARED = RoundConfig(k=4, sync="round", freeze_at=0.7, outer_momentum=0.5)
+SHARED = RoundConfig(k=4, sync="round", freeze_at=0.7, outer=[1.0, 0.5])
 KINDS = {
     "turns": SHARED,
     "every_step": dataclasses.replace(SHARED, reference="every_step", subnets="references"),

@@ -15,6 +15,9 @@ from tests.support.launches import SMALL, launch, two_ranks
 
 OPTIONS = [*SMALL, "--train.max_steps", "9", "--train.log_every", "1"]
 OPTIONS += ["--round.freeze_at", "0.67"]  # rounds end at steps 3, 6 and 9
+ONCE = ["--round.sync", "round", "--optim.warmup_epochs", "0"]
+LOCAL = [*ONCE, "--round.subnets", "per_rank"]
+IN_FILES = [*ONCE, "--round.reference", "every_step", "--store.tier", "file"]
 
 
 def losses(run_dir: Path) -> list[Any]:
@@ -43,9 +46,12 @@ def test_a_killed_rank_ends_the_job_and_the_next_launch_carries_on(fault: str, t
 
 
 @pytest.mark.slow
-def test_a_launcher_restarts_its_ranks_to_the_same_end(tmp_path: Path) -> None:
-    """Three kills of two ranks, in a gather, a scatter and a checkpoint; ``--max_restarts 3``."""
-    options = [*OPTIONS, "--checkpoint.every", "3"]
+@pytest.mark.parametrize("more", [[], LOCAL, IN_FILES], ids=["step", "per_rank", "round in files"])
+def test_a_launcher_restarts_its_ranks_to_the_same_end(more: list[str], tmp_path: Path) -> None:
+    """Three kills of two ranks, in a gather, a scatter and a checkpoint; ``--max_restarts 3``. Checkpoints of
+    ranks that talk once per round wait for the end of one.
+    """
+    options = [*OPTIONS, *more, "--checkpoint.every", "3" if not more else "2"]
     assert two_ranks([*options, "--run_dir", str(tmp_path / "straight")], port=29634).returncode == 0
     deaths = ("rank=1:step=2:phase=gather", "step=4:phase=scatter", "step=6:phase=checkpoint-commit")
     faults = ",".join(f"kill:{death}:restart={attempt}" for attempt, death in enumerate(deaths))
@@ -54,5 +60,6 @@ def test_a_launcher_restarts_its_ranks_to_the_same_end(tmp_path: Path) -> None:
     result = launch(parts, launcher, ACCELERATE_USE_CPU="true", **{VARIABLE: faults})
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("dies at step") == 3
+    assert losses(tmp_path / "straight") == losses(tmp_path / "parts")
     networks = [tmp_path / name / "model" / "weights.safetensors" for name in ("straight", "parts")]
     assert networks[0].read_bytes() == networks[1].read_bytes()

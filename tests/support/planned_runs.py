@@ -48,7 +48,7 @@ CASES = {
     "mlp": case("offload_sparse/mlp", 8, 64, 0.2, stream=256, hidden=2048, depth=2),
     "every_step": replace(SMALL, round=RoundConfig(k=2, reference="every_step", freeze_at=1)),
     "one_pair": replace(SMALL, round=RoundConfig(k=2, transfer="full", freeze_at=1)),
-    "local": replace(SMALL, round=RoundConfig(k=2, sync="round", outer_momentum=0.5, freeze_at=1)),
+    "local": replace(SMALL, round=RoundConfig(k=2, sync="round", outer=[1.0, 0.5], freeze_at=1)),
     "depthwise": case("timm/mobilenetv1_100", 32, 16, 0.5, ADAMW),
 }
 

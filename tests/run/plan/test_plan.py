@@ -123,7 +123,7 @@ def test_ranks_that_talk_once_per_round_send_about_a_twentieth() -> None:
     sends little beside the gradients.
     """
     step = replace(SMALL, round=RoundConfig(k=50, reference="every_step"))
-    local = replace(SMALL, round=RoundConfig(k=50, reference="every_step", sync="round", outer_momentum=0.5))
+    local = replace(SMALL, round=RoundConfig(k=50, reference="every_step", sync="round", outer=[1.0, 0.5]))
     machine = Machine(2, 2, 1 << 50, None)
     assert planner_of(local).sent(machine) < planner_of(step).sent(machine) / 19
     assert planner_of(step).sent(LARGE) == 0
