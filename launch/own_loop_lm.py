@@ -222,7 +222,7 @@ def train_plain(settings: argparse.Namespace) -> Result:
         loss.backward()
         optimizer.step()
         if (step + 1) % EVERY == 0:
-            show(f"step {step + 1:5d}  loss {float(loss):.3f}")
+            show(f"step {step + 1:5d}  loss {loss.item():.3f}")
     found = validation_loss(network.eval(), held_out, device)
     show(sample(network, "def ", 300, device))
     return Result(settings.method, steps, found, count_parameters(network), float(per_step * steps))

@@ -14,13 +14,15 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from offload_sparse.run.errors import RunError
+
 
 def finished_run(
     run_dir: Path, options: Mapping[str, Any], ranks: int = 1
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary and the lines of metrics of a run with ``options`` by dotted name, which is started, or
     resumed, if it has not finished; a thread for each of ``ranks``, so that several can share a machine.
-    Raises RuntimeError: it ended before it was finished; what it said is on stderr."""
+    Raises RunError: it ended before it was finished; what it said is on stderr."""
     summary = run_dir / "summary.json"
     if not summary.exists():
         written = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -31,7 +33,7 @@ def finished_run(
         threads |= {"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}
         done = subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
         if done.returncode or not summary.exists():
-            raise RuntimeError(f"{run_dir.name} has not finished; the same command resumes it")
+            raise RunError(f"{run_dir.name} has not finished; the same command resumes it")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return json.loads(summary.read_text()), [json.loads(line) for line in lines]
 

@@ -43,7 +43,7 @@ class TrainConfig:
             DistributedDataParallel does), ``frozen`` with the running statistics, which makes a step
             independent of how images are spread over ranks.
         eval_every: epochs between evaluations while training; 0 evaluates only at the end.
-        log_every: steps between lines in metrics.jsonl.
+        log_every: steps between lines in metrics.jsonl; those of an epoch at most.
         seed: seed of initial weights, masks, data order and augmentation.
         on_nonfinite: what happens when a loss or gradient is not finite on some rank; the weights never see
             it. ``stop`` ends the run, ``skip`` leaves out the step, ``rollback`` goes on behind the

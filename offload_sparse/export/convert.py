@@ -46,12 +46,16 @@ def export_network(path: Path, format: Format, output: Path | None = None) -> di
     target.mkdir(parents=True, exist_ok=True)
     for name in (DESCRIPTION_FILE, *FILES["torch_export"], *FILES["onnx"]):
         (target / name).unlink(missing_ok=True)
-    if format == "safetensors":
-        copy_network(source, target)
-    elif format == "hub":
-        write_hub_folder(source, target, _summary(run_dir))
-    else:
-        network = _write_graph(network, structure, format, target)
+    try:
+        if format == "safetensors":
+            copy_network(source, target)
+        elif format == "hub":
+            write_hub_folder(source, target, _summary(run_dir))
+        else:
+            network = _write_graph(network, structure, format, target)
+    finally:
+        if not any(target.iterdir()):
+            target.rmdir()
     size = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
     try:
         error = _difference(network, target, structure.preprocessing.shape)

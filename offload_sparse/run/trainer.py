@@ -189,7 +189,8 @@ class Run:
         return learning_rate(self.config.optim, step - first, last - first, self.steps_per_epoch)
 
     def log_due(self, step: int) -> bool:
-        return (step + 1) % self.config.train.log_every == 0 or step + 1 == self.total_steps
+        every = min(self.config.train.log_every, self.steps_per_epoch)  # each epoch has figures of its own
+        return (step + 1) % every == 0 or step + 1 == self.total_steps
 
     def epoch_done(self, step: int) -> bool:
         return (step + 1) % self.steps_per_epoch == 0

@@ -185,6 +185,7 @@ def test_a_graph_needs_the_shape_of_the_images(network: FinalNetwork, tmp_path: 
     network.save(tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
     with pytest.raises(ValueError, match="does not say the shape of its images"):
         export_network(tmp_path, "onnx")
+    assert not (tmp_path / "export" / "onnx").exists(), "which would look like an export"
 
 
 def test_missing_packages_are_told_with_what_to_install(

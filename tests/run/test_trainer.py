@@ -40,6 +40,20 @@ def test_a_run_leaves_its_configuration_metrics_summary_and_network(
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(summary["test_accuracy"])
 
 
+def test_every_epoch_has_figures_of_its_own(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However short it is; on the lines for people, too."""
+    more = ("--train.log_every", "50", "--train.check", "false", "--quiet", "false")
+    assert main([*options(images, tmp_path / "run"), *more]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: f"loss {line['loss']:.4g} " for line in lines if "loss" in line}
+    assert list(losses) == [6, 12]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert len(told) == 2
+    assert all(loss in line for loss, line in zip(losses.values(), told, strict=True))
+
+
 def test_the_same_seed_gives_the_same_run(images: Path, tmp_path: Path) -> None:
     networks = []
     for name in ("a", "b"):
