@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
 from tests.support import malformed
+from tests.support.hostile_files import bounded
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS, CHECKPOINTS, EXPORTS = 300, 50, 40
@@ -71,7 +72,9 @@ def test_malformed_configurations(
     for argv, text in malformed.configurations(CONFIGURATIONS):
         write(tmp_path, text)
         count += 1
-        if problem := refusal(["train", *argv], tmp_path, capsys):
+        with bounded():
+            problem = refusal(["train", *argv], tmp_path, capsys)
+        if problem:
             wrong.append((argv if text is None else text[:200], problem))
     assert count == CONFIGURATIONS >= 300
     assert not wrong, f"{len(wrong)}\n" + "\n".join(map(str, wrong))

@@ -5,16 +5,15 @@ leaves, and as a loss of power there might leave it. From every folder that was 
 given again, in a process of its own: it must end with the bits of the run that was never disturbed. The runs
 after a kill are watched in turn, for the second one. Equal folders are tried once.
 
-All processes are forked from one that has everything imported. In them clocks stand still, so that the same
-moment leaves the same folder, and what is exported is not read back in a further process. Two ranks under a
-launcher are killed in ``tests/``.
+All processes are forked from one that has done such a run on both tiers, which spares them what takes a
+process longer the first time. In them clocks stand still, so that the same moment leaves the same folder, and
+what is exported is not read back in a further process. Two ranks under a launcher are killed in ``tests/``.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import importlib
 import json
 import os
 import pickle
@@ -27,20 +26,25 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from multiprocessing import get_context
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.larger import RESUMED
+from offload_sparse.bench.options import FaultsConfig
 from offload_sparse.bench.watched_disk import Tree, WatchedDisk
 from offload_sparse.config.parse import RUN_OPTIONS
+from offload_sparse.config.run import RunConfig
 from offload_sparse.engine import timeline
 from offload_sparse.export import network_file
 from offload_sparse.run import log, position, trainer
@@ -74,6 +78,7 @@ KINDS = ("kill", "nothing", "names", "some")
 QUICK, SECOND_KILLS = 1, 3
 """Calls of each way that ``--quick`` tries; second kills after each first one."""
 
+_FORK = get_context("fork")
 _LIMIT_SECONDS = 240
 _T = TypeVar("_T")
 _PLACE = b"@"
@@ -148,9 +153,10 @@ class Swept:
             self.lost.append(f"{kind}: {', then '.join(point.call for point in points)}: {wrong}")
 
 
-def run(quick: bool) -> BenchResult:
+def run(quick: bool, config: FaultsConfig | None = None) -> BenchResult:
     """Every point of every way; ``quick`` a sample, and without the second kill."""
-    with Sweep() as sweep:
+    cache = config.cache if config else ""
+    with tempfile.TemporaryDirectory(prefix="faults") as folder, Sweep(Path(cache or folder)) as sweep:
         found = []
         for way in WAYS:
             found.append(sweep.way(way, QUICK if quick else None, twice=0 if quick else SECOND_KILLS))
@@ -159,26 +165,31 @@ def run(quick: bool) -> BenchResult:
 
 
 class Sweep:
-    """Tries ways to start a run. A context manager: what it has written is removed on leaving it.
+    """Tries ways to start a run. A context manager.
 
     Args:
+        folder: for everything that is left of runs, and for what became of each, so that none is made twice.
         processes: at a time; as many as there are cores unless given.
     """
 
-    def __init__(self, processes: int = 0) -> None:
+    def __init__(self, folder: Path, processes: int = 0) -> None:
+        self._folder = folder.resolve()
         self._processes = processes or len(os.sched_getaffinity(0))
 
     def __enter__(self) -> Sweep:
-        self._temporary = tempfile.TemporaryDirectory(prefix="faults")
-        self._folder = Path(self._temporary.name).resolve()
-        (self._folder / "left").mkdir()
-        _write_images(self._folder / "images")
-        _import_everything()
+        for name in ("left", "ended"):
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
+        if not (self._folder / "images").exists():
+            _write_images(self._folder / "images")
+        self._asked, asked = _FORK.Pipe()
+        self._forking = _FORK.Process(target=self._serve, args=(asked,))
+        self._forking.start()
+        asked.close()
         return self
 
     def __exit__(self, *_: object) -> None:
-        gc.unfreeze()
-        self._temporary.cleanup()
+        self._asked.close()
+        self._forking.join()
 
     def way(self, name: str, sample: int | None = None, twice: int = 0) -> Swept:
         """Cut the command of a way off everywhere, and give it again.
@@ -216,7 +227,7 @@ class Sweep:
         return swept
 
     def _undisturbed(self, task: _Task) -> Attempt:
-        (attempt,) = self._all([task])
+        (attempt,) = self._attempts([task])
         if attempt.ended is None:
             raise RuntimeError(f"the undisturbed run failed\n{attempt.said}")
         return attempt
@@ -228,13 +239,37 @@ class Sweep:
         after_kill = {point.left for point in points if point.kind == "kill"}
         lefts = list(dict.fromkeys(point.left for point in points))
         tasks = [_Task(left, command, kinds if left in after_kill else ()) for left in lefts]
-        return dict(zip(lefts, self._all(tasks), strict=True))
+        return dict(zip(lefts, self._attempts(tasks), strict=True))
 
     def _command(self, run: str, options: Sequence[str]) -> list[str]:
         words = [*_OPTIONS, "--run_dir", f"{{folder}}/{run}", *options]
         return [word.replace("{images}", str(self._folder / "images")) for word in words]
 
     # --- processes ---
+
+    def _attempts(self, tasks: Sequence[_Task]) -> list[Attempt]:
+        self._asked.send(tasks)
+        return list(self._asked.recv())
+
+    def _serve(self, asked: Connection) -> None:
+        """The process that all others are forked from."""
+        self._asked.close()
+        self._warm()
+        with suppress(EOFError):
+            while True:
+                asked.send(self._all(asked.recv()))
+
+    def _warm(self) -> None:
+        """Do everything once, and keep it from the collector, so that forked processes share it."""
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+            for tier in ([], _FILE):
+                words = [word.replace("{folder}", folder) for word in self._command("".join(tier), tier)]
+                with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                    train(_parsed(tuple(words)))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        gc.collect()
+        gc.freeze()
 
     def _all(self, tasks: Sequence[_Task]) -> list[Attempt]:
         """Every task in a process of its own."""
@@ -247,21 +282,25 @@ class Sweep:
                 number, slot, process = running.pop(sentinel)
                 process.join()
                 if process.exitcode == 0:
-                    attempts[number] = pickle.loads(slot.with_suffix(".answer").read_bytes())
+                    attempts[number] = pickle.loads(self._ended(tasks[number]).read_bytes())
                 free.append(slot)
 
         for number, task in enumerate(tasks):
+            if self._ended(task).exists():
+                attempts[number] = pickle.loads(self._ended(task).read_bytes())
+                continue
             if not free:
                 await_one()
             slot = free.pop()
-            process = get_context("fork").Process(target=self._perform, args=(task, slot))
+            config = _parsed(tuple(word.replace("{folder}", str(slot)) for word in task.arguments))
+            process = _FORK.Process(target=self._perform, args=(task, config, slot))
             process.start()
             running[process.sentinel] = number, slot, process
         while running:
             await_one()
         return attempts
 
-    def _perform(self, task: _Task, slot: Path) -> None:
+    def _perform(self, task: _Task, config: RunConfig, slot: Path) -> None:
         """In a process of its own, whose clocks stand still."""
         signal.alarm(_LIMIT_SECONDS)
         torch.set_num_threads(1)
@@ -279,7 +318,7 @@ class Sweep:
 
         disk = WatchedDisk(slot, note) if task.kinds else None
         try:
-            train(RUN_OPTIONS.parse([word.replace("{folder}", str(slot)) for word in task.arguments]))
+            train(config)
             attempt.ended = outcome(slot / "it") if (slot / "it").is_dir() else {}
         except BaseException as error:
             attempt.wrong = f"{type(error).__name__}: {error}"
@@ -287,7 +326,11 @@ class Sweep:
         if disk is not None:
             disk.point("the end", str(slot / "it"))
         attempt.said = output.read_text(errors="replace")
-        slot.with_suffix(".answer").write_bytes(pickle.dumps(attempt))
+        write_file(self._ended(task), pickle.dumps(attempt))
+
+    def _ended(self, task: _Task) -> Path:
+        """Where it is kept what became of a task."""
+        return self._folder / "ended" / hashlib.blake2b(repr(task).encode(), digest_size=12).hexdigest()
 
     def _keep(self, tree: Tree, slot: Path | None = None) -> str:
         """The digest of a tree, which is kept under it: equal in every slot, whoever held the locks, and
@@ -301,6 +344,9 @@ class Sweep:
             write_file(path.with_suffix(f".{os.getpid()}"), pickle.dumps(tree))
             path.with_suffix(f".{os.getpid()}").rename(path)
         return path.name
+
+
+_parsed = cache(RUN_OPTIONS.parse)
 
 
 def _lay_out(tree: Tree, slot: Path) -> None:
@@ -355,15 +401,6 @@ def _write_images(folder: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         image = Image.effect_noise((8, 8), 40 + 40 * (number % 2))
         image.save(place / f"{number}.png")
-
-
-def _import_everything() -> None:
-    """And keep it out of the way of the collector, so that forked processes share it."""
-    for name in ("accelerate", "offload_sparse.methods.sparse_offload"):
-        importlib.import_module(name)
-    RUN_OPTIONS.parse([])
-    gc.collect()
-    gc.freeze()
 
 
 def _stop_clocks() -> None:

@@ -119,6 +119,17 @@ class StudyConfig(BenchConfig):
 
 
 @dataclass
+class FaultsConfig(BenchConfig):
+    """Kills at every file-system call of short runs, once and twice, and losses of power.
+
+    Attributes:
+        cache: folder of what became of each run, none of which is made twice; empty keeps none.
+    """
+
+    cache: str = ""
+
+
+@dataclass
 class PretrainedConfig(BenchConfig):
     """Narrow networks fine-tuned from the weights of a dense one: cuts, searches and their controls.
 
@@ -188,6 +199,7 @@ class VarianceConfig(BenchConfig):
 
 OPTIONS: Mapping[str, type[BenchConfig]] = {
     "dfbst": DFBSTBenchConfig,
+    "faults": FaultsConfig,
     "links": LinksConfig,
     "peers": PeersConfig,
     "pretrained": PretrainedConfig,

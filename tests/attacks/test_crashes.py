@@ -31,8 +31,8 @@ FEW = 2
 
 
 @pytest.fixture(scope="module")
-def sweep() -> Iterator[Sweep]:
-    with Sweep(processes=2) as sweep:
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
+    with Sweep(tmp_path_factory.mktemp("sweep"), processes=2) as sweep:
         yield sweep
 
 

@@ -40,8 +40,9 @@ FEW = {
     "structure": 40,
     "description": 20,
     "summary": 20,
-    "manifest": 5,
-    "store": 5,
+    "manifest": 10,
+    "store": 10,
+    "ahead": 5,
     "log": 20,
     "header": 20,
     "onnx": 10,
@@ -194,6 +195,23 @@ def test_descriptions_of_stores(counts: dict[str, int], runs: Path, tmp_path: Pa
 
     action = partial(resume, more=["--store.tier", "file"])
     assert tried([runs / "file"], counts["store"], change, tmp_path, action, may_write=True)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_states_beside_a_store(counts: dict[str, int], runs: Path, tmp_path: Path) -> None:
+    """What the newest write-ahead log says of a run."""
+
+    def change(folder: Path, generator: random.Random) -> None:
+        def state(header: Any) -> Any:
+            known = header["__metadata__"]
+            known["state"] = json.dumps(mutated(json.loads(known["state"]), generator))
+            return header if generator.random() < 0.9 else mutated(header, generator)
+
+        change_header(max((folder / "store" / "rank0" / "log").iterdir()), state)
+
+    action = partial(resume, more=["--store.tier", "file"])
+    assert tried([runs / "file"], counts["ahead"], change, tmp_path, action, may_write=True)
 
 
 @pytest.mark.timeout(1800)

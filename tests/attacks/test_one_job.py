@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,9 +45,9 @@ def forked(run_dir: Path, *more: str, fault: str = "") -> Forked:
         return server.start("offload_sparse.cli.main:main", command, environment, log.fileno())
 
 
-def stopped_in_step(run_dir: Path) -> Forked:
+def stopped_in_step(run_dir: Path, *more: str) -> Forked:
     """A job that stands still (SIGSTOP) in its third step."""
-    first = forked(run_dir, fault="hang:step=3:phase=step")
+    first = forked(run_dir, *more, fault="hang:step=3:phase=step")
     begun = time.monotonic()
     while "State:\tT" not in Path(f"/proc/{first.pid}/status").read_text():
         assert time.monotonic() - begun < LIMIT
@@ -61,20 +62,30 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def test_a_second_start_on_a_live_run_is_refused(tmp_path: Path) -> None:
-    """It exits with 2 before it imports torch, and the first run is undisturbed."""
-    run_dir = tmp_path / "run"
-    first = stopped_in_step(run_dir)
-    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    """It exits with 2 before it imports torch, and the first run is undisturbed; also one that has another
+    folder, but the same store.
+    """
+    run_dir, store = tmp_path / "run", ("--store.tier", "file", "--store.path", str(tmp_path / "store"))
+    first = stopped_in_step(run_dir, *store)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for more in ((), ("--overwrite", "true"), ("--train.epochs", "9")):
         second = start(run_dir, *more)
         error = second.communicate(timeout=LIMIT)[1]
         assert second.returncode == 2
         assert f"{run_dir} is in use by process {first.pid} on {os.uname().nodename}" in error
         assert error.count("\n") == 1
+    other = forked(tmp_path / "other", *store)
+    assert other.wait(LIMIT) == 2
+    error = (tmp_path / "other.log").read_text()
+    assert f"{tmp_path / 'store'} is in use by process {first.pid} on" in error
+    assert error.count("error:") == 1
+    assert "Traceback" not in error
     imports = start(run_dir, python=("-X", "importtime")).communicate(timeout=LIMIT)[1]
     assert re.search(r"\| +json$", imports, re.MULTILINE)
     assert not re.search(r"\| +torch$", imports, re.MULTILINE)
-    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    shutil.rmtree(tmp_path / "other", ignore_errors=True)
+    (tmp_path / "other.log").unlink()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     while not first.ended():  # it stops again at each of its steps
         os.kill(first.pid, signal.SIGCONT)
         time.sleep(0.05)

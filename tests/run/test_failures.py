@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from offload_sparse.cli.main import main
+from offload_sparse.engine.faults import PHASES
 from offload_sparse.run import trainer
 from tests.run import killed_run
 from tests.support.image_runs import poison
@@ -44,11 +45,17 @@ def test_a_rank_that_dies_is_one_line_on_the_other_and_ends_the_job(
     assert "Traceback" not in log
 
 
-def test_a_rank_that_hangs_is_given_up_after_the_time_limit(tmp_path: Path) -> None:
-    fault = "hang:rank=1:step=5:phase=step"
+@pytest.mark.parametrize(
+    "phase", [p if p == "step" else pytest.param(p, marks=pytest.mark.slow) for p in PHASES]
+)
+def test_a_rank_that_hangs_is_given_up_after_the_time_limit(phase: str, tmp_path: Path) -> None:
+    """Wherever it does; a checkpoint is committed by the first rank."""
+    hanging = 0 if phase == "checkpoint-commit" else 1
+    fault = f"hang:rank={hanging}:step=5:phase={phase}"
     more = ["--train.timeout", "5"]
-    codes, log = killed_run.run(tmp_path, "run", 2, more, fault, hanging=1)
-    assert codes == [1, -signal.SIGKILL], log
+    codes, log = killed_run.run(tmp_path, "run", 2, more, fault, hanging=hanging)
+    assert codes[1 - hanging] == 1, log
+    assert codes[hanging] == -signal.SIGKILL, log
     errors = [line for line in log.splitlines() if line.startswith("offload-sparse: error:")]
     assert len(errors) == 1, log
     assert "has not answered within train.timeout (5 s)" in errors[0]

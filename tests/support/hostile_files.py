@@ -7,13 +7,16 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -203,6 +206,24 @@ def attempt(action: Callable[[], object], folder: Path, may_write: bool = False)
     if seconds > SECONDS or peak - base > BYTES:
         trouble = trouble or f"it took {seconds:.0f} s and {(peak - base) >> 20} MiB"
     return Outcome(said, trouble, seconds, peak - base)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """What is done inside, in this process, takes no more than opening a file may."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    begun, before = time.process_time(), _peak_now()
+    try:
+        yield
+    finally:
+        assert _peak_now() - before < BYTES
+        assert time.process_time() - begun < SECONDS
+
+
+def _peak_now() -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
 
 
 def _nothing() -> None:
