@@ -9,11 +9,12 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from offload_sparse.cli.main import main
 from offload_sparse.config.parse import RUN_OPTIONS
@@ -21,12 +22,16 @@ from offload_sparse.export import network_file
 from offload_sparse.export.convert import export_network
 from offload_sparse.export.open import open_artefact
 from offload_sparse.inspect.report.run_data import AXES, read_runs
+from offload_sparse.run import resume as starts
+from offload_sparse.run import trainer
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.log import kept_lines, step_of
 from offload_sparse.run.trainer import train
+from offload_sparse.workloads.data.source import load_splits
 from tests.support.hostile_files import (
     RAW,
     attempt,
+    bounded,
     change_header,
     mutated,
     run_once,
@@ -36,17 +41,20 @@ from tests.support.hostile_files import (
     sign_structure,
 )
 
+Change = Callable[[Path, random.Random], None]
+
 FEW = {
     "structure": 40,
     "description": 20,
     "summary": 20,
     "manifest": 10,
     "store": 10,
-    "ahead": 5,
+    "ahead": 10,
     "log": 20,
     "header": 20,
     "onnx": 10,
 }
+TOGETHER = 30
 ALL = dict.fromkeys(FEW, 600) | {"header": 200, "onnx": 50}
 RUN = [
     *("--model.name", "offload_sparse/mlp", "--model.arguments", "{stream: 12, hidden: 24, depth: 1}"),
@@ -79,9 +87,48 @@ def resume(run_dir: Path, more: Sequence[str] = ()) -> None:
     """Train three more steps."""
     network_file.compare = lambda *_: 0.0
     try:
-        train(RUN_OPTIONS.parse([*RUN, "--run_dir", str(run_dir), *more]))
+        train(_parsed((*RUN, "--run_dir", str(run_dir), *more)))
     except (RunError, FloatingPointError) as error:
         raise ValueError(str(error)) from error
+
+
+_parsed = cache(RUN_OPTIONS.parse)
+
+
+def resume_all(
+    folder: Path, source: Path, change: Change, numbers: Sequence[int], more: Sequence[str]
+) -> int:
+    """Change copies of a run in turn, and resume each; how many were refused. What no change touches
+    (settings, images) is read once.
+    """
+    starts._saved = cache(starts._saved)
+    splits = cache(lambda text: load_splits(_parsed(tuple(RUN)).data))
+    trainer.load_splits = lambda config: splits(repr(config))  # type: ignore[attr-defined]
+    refused = 0
+    for number in numbers:
+        shutil.rmtree(folder, ignore_errors=True)
+        move_here(Path(shutil.copytree(source, folder)), source)
+        change(folder, random.Random(number))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        said = ""
+        try:
+            with bounded():
+                resume(folder, more)
+        except (ValueError, FileNotFoundError) as error:
+            said = str(error)
+            refused += 1
+        except BaseException as error:
+            error.add_note(f"change {number}")
+            raise
+        assert "\n" not in said, (number, said)
+        assert len(said) <= 1000, (number, said)
+    return refused
+
+
+def move_here(folder: Path, source: Path) -> None:
+    """A store, which knows its place, is that of ``folder``."""
+    for description in folder.glob("store/*/store.json"):
+        description.write_text(description.read_text().replace(str(source), str(folder)))
 
 
 def opened(folder: Path) -> None:
@@ -92,10 +139,9 @@ def opened(folder: Path) -> None:
 def tried(
     sources: list[Path],
     count: int,
-    change: Callable[[Path, random.Random], None],
+    change: Change,
     tmp_path: Path,
     action: Callable[[Path], object] = opened,
-    may_write: bool = False,
 ) -> int:
     """Change and open ``count`` copies in turn; how many were refused. None may make trouble."""
     refused = 0
@@ -104,13 +150,28 @@ def tried(
         shutil.rmtree(folder.parent, ignore_errors=True)
         shutil.copytree(sources[number % len(sources)], folder)
         change(folder, random.Random(number))
-        outcome = attempt(partial(action, folder), folder, may_write)
+        outcome = attempt(partial(action, folder), folder)
         assert not outcome.trouble, (number, outcome)
         refused += bool(outcome.said)
     return refused
 
 
-def change_document(name: str, sign: Callable[[Path, Any], None]) -> Callable[[Path, random.Random], None]:
+def tried_resuming(
+    source: Path, count: int, change: Change, tmp_path: Path, more: Sequence[str] = ()
+) -> None:
+    """As ``tried``, of runs that are resumed, several in one process; some must be, and some refused."""
+    refused = 0
+    for first in range(0, count, TOGETHER):
+        folder = tmp_path / "place" / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = range(first, min(first + TOGETHER, count))
+        outcome = attempt(partial(resume_all, folder, source, change, numbers, more), folder, may_write=True)
+        assert not outcome.trouble, (numbers, outcome)
+        refused += int(outcome.said)
+    assert 0 < refused < count
+
+
+def change_document(name: str, sign: Callable[[Path, Any], None]) -> Change:
     def change(folder: Path, generator: random.Random) -> None:
         content = (folder / name).read_bytes()
         if generator.random() < 0.05:  # no JSON, or none of a kind that a library writes
@@ -176,42 +237,49 @@ def card(folder: Path) -> None:
 @pytest.mark.parametrize("counts", COUNTS)
 def test_manifests_of_checkpoints(counts: dict[str, int], runs: Path, tmp_path: Path) -> None:
     """A command that trains further resumes from them, or says why not."""
+    tried_resuming(runs / "ram", counts["manifest"], change_manifest, tmp_path)
 
-    def change(folder: Path, generator: random.Random) -> None:
-        change_document("manifest.json", sign_manifest)(folder / "checkpoints" / "step_00000003", generator)
 
-    assert tried([runs / "ram"], counts["manifest"], change, tmp_path, resume, may_write=True)
+def change_manifest(folder: Path, generator: random.Random) -> None:
+    """Half of the time in the run's own part, which is a small one."""
+    checkpoint = folder / "checkpoints" / "step_00000003"
+    if generator.random() < 0.5:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["run"] = mutated(manifest["run"], generator)
+        sign_manifest(checkpoint, manifest)
+    else:
+        change_document("manifest.json", sign_manifest)(checkpoint, generator)
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_descriptions_of_stores(counts: dict[str, int], runs: Path, tmp_path: Path) -> None:
-    def sign(folder: Path, document: Any) -> None:
-        text = json.dumps(document).replace(str(runs / "file"), str(folder.parents[1]))
-        (folder / "store.json").write_text(text)
+    more = ["--store.tier", "file"]
+    tried_resuming(runs / "file", counts["store"], change_store, tmp_path, more)
 
-    def change(folder: Path, generator: random.Random) -> None:
-        change_document("store.json", sign)(folder / "store" / "rank0", generator)
 
-    action = partial(resume, more=["--store.tier", "file"])
-    assert tried([runs / "file"], counts["store"], change, tmp_path, action, may_write=True)
+def change_store(folder: Path, generator: random.Random) -> None:
+    def sign(inner: Path, document: Any) -> None:
+        (inner / "store.json").write_text(json.dumps(document))
+
+    change_document("store.json", sign)(folder / "store" / "rank0", generator)
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_states_beside_a_store(counts: dict[str, int], runs: Path, tmp_path: Path) -> None:
     """What the newest write-ahead log says of a run."""
+    more = ["--store.tier", "file"]
+    tried_resuming(runs / "file", counts["ahead"], change_state, tmp_path, more)
 
-    def change(folder: Path, generator: random.Random) -> None:
-        def state(header: Any) -> Any:
-            known = header["__metadata__"]
-            known["state"] = json.dumps(mutated(json.loads(known["state"]), generator))
-            return header if generator.random() < 0.9 else mutated(header, generator)
 
-        change_header(max((folder / "store" / "rank0" / "log").iterdir()), state)
+def change_state(folder: Path, generator: random.Random) -> None:
+    def state(header: Any) -> Any:
+        known = header["__metadata__"]
+        known["state"] = json.dumps(mutated(json.loads(known["state"]), generator))
+        return header if generator.random() < 0.9 else mutated(header, generator)
 
-    action = partial(resume, more=["--store.tier", "file"])
-    assert tried([runs / "file"], counts["ahead"], change, tmp_path, action, may_write=True)
+    change_header(max((folder / "store" / "rank0" / "log").iterdir()), state)
 
 
 @pytest.mark.timeout(1800)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import os
@@ -34,7 +35,7 @@ from offload_sparse.export.description import DESCRIPTION_FILE, FILES, file_dige
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, FinalNetwork
 from offload_sparse.run.checkpoint_files import MANIFEST_FILE
 from offload_sparse.workloads.models import build_model
-from tests.support import fork_server
+from tests.support.fork_server import ForkServer
 
 SECONDS, BYTES = 10, 1 << 30
 """What opening a file may take: no longer, and no more over the interpreter."""
@@ -176,7 +177,7 @@ class Outcome:
     """What became of an attempt to open something.
 
     Attributes:
-        said: the error, or nothing.
+        said: the error, or what the action returned.
         trouble: a traceback, a signal, or what was taken too much of; empty for a clean refusal or success.
         seconds, bytes: what it took; bytes over those of the interpreter.
     """
@@ -190,8 +191,7 @@ class Outcome:
 def attempt(action: Callable[[], object], folder: Path, may_write: bool = False) -> Outcome:
     """Do it in a process of its own, which may write nothing beside ``folder``, nor into it unless it may.
 
-    One that may is fresh, since it may train: threads of torch's autograd do not survive a fork. Its action
-    is pickled.
+    One that may is no fork of this process, in which a test may have started threads. Its action is pickled.
     """
     own, peak_of = (folder, _peak_of_fresh) if may_write else (None, _peak)
     before, base = _listing(folder.parent, own), _fresh_base() if may_write else _peak(_nothing)[2]
@@ -235,14 +235,23 @@ def _fresh_base() -> int:
     return _peak_of_fresh(_nothing)[2]
 
 
+@cache
+def _trained() -> ForkServer:
+    server = ForkServer(["tests.support.trained", __name__]).__enter__()
+    atexit.register(server.__exit__, None, None, None)
+    return server
+
+
 def _peak_of_fresh(action: Callable[[], object]) -> tuple[str, int, int, float]:
-    """As ``_peak``, in a process that is forked from one that has done nothing but import."""
+    """As ``_peak``, in a process that is forked from one that has trained, and is none of this test's."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "action").write_bytes(pickle.dumps(action))
         with (Path(folder) / "printed").open("w") as printed:
-            code = fork_server.shared().start(
-                "tests.support.hostile_files:perform", [folder], os.environ, printed.fileno()
-            ).wait(20 * SECONDS)
+            code = (
+                _trained()
+                .start("tests.support.hostile_files:perform", [folder], os.environ, printed.fileno())
+                .wait(20 * SECONDS)
+            )
         if code:
             return "", code, 0, 0.0
         said, status, peak, seconds = json.loads((Path(folder) / "outcome").read_text())
@@ -263,12 +272,12 @@ def _outcome_of(action: Callable[[], object]) -> tuple[int, str]:
     signal.alarm(12 * SECONDS)  # it waits for something
     try:
         torch.set_num_threads(1)
-        action()
+        result = action()
     except (ValueError, FileNotFoundError) as error:
         return 0, str(error)
     except BaseException:
         return 1, traceback.format_exc()
-    return 0, ""
+    return 0, "" if result is None else str(result)
 
 
 def _peak(action: Callable[[], object]) -> tuple[str, int, int, float]:
