@@ -1,5 +1,5 @@
-"""Which figures a page shows, and what each says in words. What no run has recorded is not drawn, nor a curve
-that says the same number throughout."""
+"""Which figures a page shows, and what each says in words. What no run has recorded is not drawn, nor curves
+of which each says one number throughout."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ _STRUCTURE = (
     ("loss_difference_std", "Loss difference of the subnets: deviation", "cross entropy", "L(m1) − L(m2)."),
 )
 _EQUAL = 1e-3
+_SEEN = 0.02
+"""Share of an axis from zero by which a curve has to move to be worth drawing."""
+
+_MOST_DENSE = 3
 _SIGNED = "loss_difference_mean"
 _X_AXES = {"step": ("steps", ""), "train_flops": ("training", "FLOP"), "time": ("time", "seconds")}
 
@@ -127,18 +131,24 @@ def _memory(runs: Sequence[RunData]) -> Iterator[Chart | None]:
     plans = {run.name: plan for run in runs if (plan := planned_memory(run))}
     if plans:
         values = {name: list(plan.ours.values()) for name, plan in plans.items()}
-        dense = [list(plan.dense.values()) for plan in plans.values()]
-        if all(row == dense[0] for row in dense):
-            values["dense, planned"] = dense[0]
+        dense: dict[tuple[float, ...], list[str]] = {}
+        for name, plan in plans.items():
+            dense.setdefault(tuple(plan.dense.values()), []).append(name)
+        if len(dense) > _MOST_DENSE:
+            dense = {}
+        for row, names in dense.items():
+            several = f"dense for {names[0]}{' …' if len(names) > 1 else ''}"
+            values["dense, planned" if len(dense) == 1 else several] = list(row)
+        places = _places(runs) | {name: len(runs) + i for i, name in enumerate(list(values)[len(plans) :])}
         title, rows = "Memory of a rank, as planned", list(next(iter(plans.values())).ours)
         yield Chart(
             "memory",
             title,
             "What the network takes, without the libraries: weights and optimizer slots in host memory, "
-            "subnets with their gradients and slots, activations of a step; beside them what training the "
-            "dense network on the device would take.",
+            "subnets with their gradients and slots, activations of a step"
+            + ("; beside them what training the dense network on the device would take." if dense else "."),
             _told({name: ", ".join(map(figures.in_bytes, row)) for name, row in values.items()}),
-            lambda theme: figures.bars(theme, title, rows, values, "bytes", _places(runs)),
+            lambda theme: figures.bars(theme, title, rows, values, "bytes", places),
         )
     caption = "Anonymous memory of rank 0 at the end of each epoch, with the libraries."
     unit = partial(_curves, unit="bytes", from_zero=True)
@@ -191,7 +201,7 @@ def _curves(
     outcome: str = "",
     from_zero: bool = False,
 ) -> Chart | None:
-    """One curve per run that has recorded one of ``names``; None if none has, or all say one number."""
+    """One curve per run that has recorded one of ``names``; None if none has, or none is seen to move."""
     found: dict[str, Series] = {}
     ends: dict[str, tuple[float, float]] = {}
     for run in runs:
@@ -201,8 +211,9 @@ def _curves(
             ends[run.name] = (float(steps[-1]), factor * result)
         if len(x) or run.name in ends:
             found[run.name] = (x, factor * y)
-    said = {float(f"{value:.6g}") for _, y in found.values() for value in y}
-    if not ends and (len(said) < 2 or all(len(y) < 2 for _, y in found.values())):
+    seen = _SEEN * max((float(abs(y).max()) for _, y in found.values() if len(y)), default=0.0)
+    moves = max((float(np.ptp(y)) for _, y in found.values() if len(y)), default=0.0)
+    if not ends and moves <= (seen if from_zero else 1e-6 * seen):
         return None
     last = {name: ends[name][1] if name in ends else y[-1] for name, (_, y) in found.items()}
 
@@ -275,9 +286,8 @@ def _titled(title: str, run: RunData, runs: Sequence[RunData]) -> str:
 
 
 def _places(runs: Sequence[RunData]) -> dict[str, int]:
-    """A run has the same look in every figure; what is not a run has the next one."""
-    places = {run.name: i for i, run in enumerate(runs)}
-    return {"dense, planned": len(places)} | places
+    """A run has the same look in every figure."""
+    return {run.name: i for i, run in enumerate(runs)}
 
 
 def _share(width: tuple[int, int] | None) -> float:

@@ -44,7 +44,8 @@ def curves(
         from_zero: begin the y axis at 0.
     """
     figure, axes = _panel(title)
-    x_scale, x_label = _scaled(x_label, x_unit, [x for x, _ in series.values()])
+    lasts = [np.array([at]) for at, _ in (ends or {}).values()]
+    x_scale, x_label = _scaled(x_label, x_unit, [*(x for x, _ in series.values()), *lasts])
     y_scale, y_label = _scaled(y_label, y_unit, [y for _, y in series.values()])
     for i, (name, (x, y)) in enumerate(series.items()):
         x, y = _thinned(x, y)

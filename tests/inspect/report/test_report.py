@@ -183,6 +183,33 @@ def test_a_curve_that_says_one_number_throughout_is_not_drawn(tmp_path: Path) ->
     assert "revivals" in drawn
 
 
+def test_nor_are_several_of_which_each_says_another_or_moves_less_than_is_seen(tmp_path: Path) -> None:
+    folders = []
+    for name, value in (("a", 0.8), ("b", 0.4)):
+        folder = write_run(tmp_path / name)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in (line for line in lines if "entropy" in line):
+            line["entropy"] = value + 1e-5 * line["step"]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(folder)
+    drawn = [chart.name for charts in sections(read_runs(folders)).values() for chart in charts]
+    assert "entropy" not in drawn
+    assert "expected_size" in drawn
+
+
+def test_dense_training_is_drawn_once_for_runs_that_it_is_equal_for(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / name, **{"policy.rho": 0.25, "data.batch_size": size})
+        for name, size in (("a", 16), ("b", 16), ("c", 32))
+    ]
+    for runs, named in ((folders[:2], "dense, planned:"), (folders, "dense for a …: .*; dense for c:")):
+        (chart,) = (
+            c for charts in sections(read_runs(runs)).values() for c in charts if c.name == "memory"
+        )
+        assert re.search(named, chart.text)
+        assert chart.text.count("dense") == named.count("dense")
+
+
 def test_the_memory_of_a_run_stands_beside_that_of_the_dense_network(tmp_path: Path) -> None:
     """On the plan's own figures, without the libraries: what the product saves is what is seen."""
     (run,) = read_runs([write_run(tmp_path / "run", **{"policy.rho": 0.25, "data.batch_size": 16})])
