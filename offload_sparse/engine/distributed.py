@@ -36,6 +36,15 @@ def ranks_where(condition: bool, world_size: int) -> list[int]:
     return [rank for rank, answer in enumerate(answers) if answer]
 
 
+def first_word(own: str, world_size: int) -> str:
+    """What the first rank says that has something to say; every rank has to ask."""
+    words = [own]
+    if world_size > 1:
+        words = [""] * world_size
+        dist.all_gather_object(words, own)
+    return next(filter(None, words), "")
+
+
 def describe_fault(step: int, ranks: list[int], loss: float) -> str:
     """One line about a step with a loss or gradient that is not finite."""
     where = f"rank {', '.join(map(str, ranks))}" if ranks else "a rank"

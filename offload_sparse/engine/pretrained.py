@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload_sparse.engine.distributed import on_first_rank
+from offload_sparse.engine.distributed import first_word, on_first_rank
 from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, read_structure
 from offload_sparse.store.initialisation import named_tensors
 from offload_sparse.store.partition import row_shape
-from offload_sparse.store.weight_files import Stored, read_rows, tensors_in
+from offload_sparse.store.weight_files import Stored, check_whole, read_rows, tensors_in
 from offload_sparse.store.weight_store import WeightStore
 
 NEW_HEAD = "+new_head"
@@ -32,31 +32,41 @@ class FittedWeights:
 
     Attributes:
         stored: by the name of a parameter or buffer, where its values are.
+        parameters: names of the parameters, whose values have to be finite.
         lines: what was found, for people.
         preprocessing: of the images that the weights were trained on, as far as it is known."""
 
     stored: Mapping[str, Stored]
+    parameters: frozenset[str]
     lines: tuple[str, ...] = ()
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def fill(self, store: WeightStore) -> int:
-        """Read this rank's rows into ``store``, of every tensor that the files have. Returns bytes read."""
-        count = 0
+        """Read this rank's rows into ``store``, of every tensor that the files have. Returns bytes read.
+        Raises ValueError: weights are not finite; one line, on every rank."""
+        count, odd = 0, ""
         for name, stored in self.stored.items():
             if not stored.dtype.is_floating_point:
                 value = torch.empty(stored.shape, dtype=stored.dtype)
                 count += read_rows(stored, 0, row_shape(stored.shape)[0], value)
                 store.integer_buffers[name] = value
                 continue
-            count += read_rows(stored, *store.own_range(name), store.own_rows(name))
+            rows = store.own_rows(name)
+            count += read_rows(stored, *store.own_range(name), rows)
+            odd = odd or self._not_finite(name, rows)
+        if odd := first_word(odd, _place()[1]):
+            raise ValueError(odd)
         return count
 
     def overlaid(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same parameters and buffers, whole, with the values of the files in those that they have."""
+        """The same parameters and buffers, whole, with the values of the files in those that they have.
+        Raises ValueError: weights are not finite."""
         for name, tensor in tensors:
             if name in self.stored:
                 tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                 read_rows(self.stored[name], 0, row_shape(tuple(tensor.shape))[0], tensor)
+                if odd := self._not_finite(name, tensor):
+                    raise ValueError(odd)
             yield name, tensor
 
     def into(self, network: nn.Module) -> None:
@@ -65,6 +75,14 @@ class FittedWeights:
         for name, tensor in self.overlaid(own.items()):
             if tensor is not own[name]:
                 own[name].copy_(tensor)
+
+    def _not_finite(self, name: str, values: Tensor) -> str:
+        """What is wrong with the values of a parameter; found without a mask in memory beside them."""
+        if name not in self.parameters or not values.numel():
+            return ""
+        finite = all(bool(bound.isfinite()) for bound in values.detach().aminmax())
+        advice = "holds values that are not finite; take an earlier checkpoint of its training"
+        return "" if finite else f"{name} in {self.stored[name].path} {advice}"
 
 
 class WeightSource:
@@ -87,6 +105,9 @@ class WeightSource:
         elif (self.path / "checkpoints").is_dir():
             raise ValueError(f"the run in {self.path} has not ended; let it, or give a file of weights")
         self.tensors = tensors_in(exported / WEIGHTS_FILE if exported != self.path else self.path)
+        files = {stored.path for stored in self.tensors.values()}
+        # Where there are checksums, the first rank alone reads all, once, to be sure that it is whole.
+        on_first_rank(lambda: check_whole(files), *_place())
 
     def _open_export(self, folder: Path) -> None:
         structure = read_structure(folder)
@@ -103,8 +124,7 @@ class WeightSource:
                 f"{folder} stores {structure.sparse[0]} without its zeros; write it whole with "
                 "offload-sparse export --format safetensors, and start from that"
             )
-        # The first rank alone reads all of it, once, to be sure that it is whole.
-        file, alone = folder / WEIGHTS_FILE, not (dist.is_available() and dist.is_initialized())
+        file = folder / WEIGHTS_FILE
 
         def check() -> None:
             if structure.weights_digest and (
@@ -112,7 +132,7 @@ class WeightSource:
             ):
                 raise ValueError(f"{file} is missing or damaged; export the network again")
 
-        on_first_rank(check, 0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size())
+        on_first_rank(check, *_place())
 
     def fitted(self, network: nn.Module) -> FittedWeights:
         """The same, known to fit ``network`` (on any device; only names and shapes matter). Raises
@@ -153,7 +173,7 @@ class WeightSource:
         notes += [f"  names begin with {prefix!r} there"] if prefix else []
         notes += [f"  not taken, unknown to the network: {_listed(unexpected)}"] if unexpected else []
         notes += [f"  started afresh: {_listed(head)}"] if self.new_head and head else []
-        return FittedWeights(found, tuple(notes), self.preprocessing)
+        return FittedWeights(found, frozenset(names.values()), tuple(notes), self.preprocessing)
 
     @staticmethod
     def _head(odd: Sequence[str], found: Mapping[str, Stored], own: Mapping[str, Tensor]) -> list[str]:
@@ -161,6 +181,12 @@ class WeightSource:
         pairs = {(found[name].shape[:1], tuple(own[name].shape[:1])) for name in odd}
         alike = all(own[name].dim() and _alike(found[name], own[name], 1) for name in odd)
         return list(odd) if len(pairs) == 1 and alike else []
+
+
+def _place() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    alone = not (dist.is_available() and dist.is_initialized())
+    return (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
 
 def _alike(stored: Stored, tensor: Tensor, first: int = 0) -> bool:

@@ -19,6 +19,7 @@ from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.store.initialisation import build_seeded, named_tensors
 from offload_sparse.store.weight_store import Ranks, WeightStore
 from tests.support.channel_maps import SmallNet, small_map
+from tests.support.ranks import run_ranks
 
 INPUTS = (torch.empty(1, 2, 16, 16, device="meta"),)
 
@@ -49,6 +50,29 @@ def test_ranks_read_their_own_rows_and_no_more(world_size: int, tmp_path: Path) 
     for name, value in named_tensors(net).items():
         if value.is_floating_point():
             assert torch.equal(torch.cat(found[name]).view(value.shape), value), name
+
+
+def test_a_rank_with_a_weight_that_is_not_finite_stops_all(tmp_path: Path) -> None:
+    """A buffer may be infinite: masks of attention are."""
+    net = trained()
+    net.norm1.running_var.fill_(torch.inf)
+    with torch.no_grad():
+        net.head.weight[0, 0] = torch.nan
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    assert run_ranks(2, _refusal, str(tmp_path)) == [
+        f"head.weight in {tmp_path / 'w.safetensors'} holds values that are not finite; take an earlier "
+        "checkpoint of its training"
+    ] * 2
+    with pytest.raises(ValueError, match="not finite"):
+        WeightSource(tmp_path).fitted(SmallNet()).into(SmallNet())
+
+
+def _refusal(folder: str) -> str:
+    prepared = prepare(SmallNet, INPUTS, "coupled", Ranks.current(), verify=False)
+    store = WeightStore(prepared.channel_map, *prepared.tensor_names(), ranks=Ranks.current())
+    with pytest.raises(ValueError, match="finite") as error:
+        WeightSource(folder).fitted(prepared.meta_model).fill(store)
+    return str(error.value)
 
 
 def test_a_session_starts_from_a_path(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_a_run_that_started_from_weights_resumes(
 REFUSED = {
     "nothing there": (lambda folder: "nowhere", "does not exist"),
     "a damaged file": (lambda folder: write(folder / "w.safetensors", b"{" * 90), "no whole safetensors"),
+    "a damaged torch file": (lambda folder: with_a_changed_bit(folder / "w.pt"), "w.pt is damaged"),
+    "values that are not finite": (lambda folder: not_finite(folder / "w.pt"), "not finite"),
     "another network": (lambda folder: save(folder / "w.pt"), "does not fit the network: it lacks"),
     "no such thing as published": (lambda folder: "pretrained", "has no published weights"),
 }
@@ -101,6 +103,19 @@ def write(path: Path, content: bytes) -> str:
 
 def save(path: Path) -> str:
     torch.save({"w": torch.ones(3)}, path)
+    return str(path)
+
+
+def with_a_changed_bit(path: Path) -> str:
+    content = bytearray(Path(save(path)).read_bytes())
+    content[content.index(torch.ones(3).numpy().tobytes())] ^= 1
+    return write(path, bytes(content))
+
+
+def not_finite(path: Path) -> str:
+    network = build_model("offload_sparse/vgg_small", 2, 1, width=0.25)
+    torch.nn.init.constant_(next(network.parameters()), torch.inf)
+    torch.save(network.state_dict(), path)
     return str(path)
 
 
@@ -171,7 +186,8 @@ def test_the_difference_from_published_preparation_is_told(monkeypatch: pytest.M
     known = weight_cache.CachedWeights(Path("w"), (0.5,) * 3, (0.2,) * 3, 224, 232, "bilinear")
     monkeypatch.setattr(start_weights, "cached_weights", lambda name, tag: known)
     config = partial(RunConfig, model=ModelConfig("torchvision/resnet18", weights="pretrained"))
-    fitted = start_weights.FittedWeights({}, (), start_weights.Preprocessing(known.mean, known.std))
+    theirs = start_weights.Preprocessing(known.mean, known.std)
+    fitted = start_weights.FittedWeights({}, frozenset(), preprocessing=theirs)
     data, lines = start_weights.prepared_images(config(), fitted, (3, 224, 224))
     assert (data.mean, data.std) == ([0.5] * 3, [0.2] * 3)
     assert "evaluated on 224 pixels of 232 (bilinear), this run on 224 of 224" in lines[-1]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offload_sparse.store import weight_files
-from offload_sparse.store.weight_files import read_rows, tensors_in
+from offload_sparse.store.weight_files import check_whole, read_rows, tensors_in
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -183,6 +183,16 @@ def test_anything_else_is_one_line_and_runs_nothing(kind: str, tmp_path: Path) -
         tensors_in(path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_changed_bit_of_a_torch_file_is_found(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(500)}, tmp_path / "w.pt")
+    content = bytearray((tmp_path / "w.pt").read_bytes())
+    check_whole([tmp_path / "w.pt"])
+    content[tensors_in(tmp_path)["w"].offset + 999] ^= 4
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pt is damaged \(w/data/0\)"):
+        check_whole([tmp_path / "w.pt"])
 
 
 def test_a_file_that_has_shrunk_since_is_truncated(tmp_path: Path) -> None:
