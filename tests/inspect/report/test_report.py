@@ -183,7 +183,7 @@ def test_a_curve_that_says_one_number_throughout_is_not_drawn(tmp_path: Path) ->
     assert "revivals" in drawn
 
 
-def test_nor_are_several_of_which_each_says_another_or_moves_less_than_is_seen(tmp_path: Path) -> None:
+def test_nor_are_curves_of_which_each_says_a_number_of_its_own(tmp_path: Path) -> None:
     folders = []
     for name, value in (("a", 0.8), ("b", 0.4)):
         folder = write_run(tmp_path / name)
@@ -197,7 +197,7 @@ def test_nor_are_several_of_which_each_says_another_or_moves_less_than_is_seen(t
     assert "expected_size" in drawn
 
 
-def test_dense_training_is_drawn_once_for_runs_that_it_is_equal_for(tmp_path: Path) -> None:
+def test_dense_memory_is_drawn_once_for_equal_runs(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / name, **{"policy.rho": 0.25, "data.batch_size": size})
         for name, size in (("a", 16), ("b", 16), ("c", 32))
