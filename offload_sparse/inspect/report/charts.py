@@ -31,7 +31,7 @@ _STRUCTURE = (
     ("loss_difference_std", "Loss difference of the subnets: deviation", "cross entropy", "L(m1) − L(m2)."),
 )
 _EQUAL = 1e-3
-_SEEN = 0.02
+_SEEN = 0.05
 """Share of an axis from zero by which a curve has to move to be worth drawing."""
 
 _MOST_DENSE = 3
@@ -215,6 +215,8 @@ def _curves(
     moves = max((float(np.ptp(y)) for _, y in found.values() if len(y)), default=0.0)
     if not ends and moves <= (seen if from_zero else 1e-6 * seen):
         return None
+    if not any(len(y) for _, y in found.values()) and (axis != "train_flops" or len(ends) < 2):
+        return None  # outcomes alone say something of several runs, beside what they took
     last = {name: ends[name][1] if name in ends else y[-1] for name, (_, y) in found.items()}
 
     def draw(theme: Theme) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ SIZE = (4.8, 3.3)
 _MOST_POINTS = 300
 _MOST_LABELS = 40
 _LONGEST_NAME = 26
+_LONGEST_TITLE = 44
 
 
 def curves(
@@ -202,7 +204,7 @@ def spans(
 def _panel(title: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title)
+    axes.set_title(textwrap.fill(title, _LONGEST_TITLE))
     return figure, axes
 
 

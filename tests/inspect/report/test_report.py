@@ -197,6 +197,26 @@ def test_nor_are_curves_of_which_each_says_a_number_of_its_own(tmp_path: Path) -
     assert "expected_size" in drawn
 
 
+def test_outcomes_alone_are_drawn_once_and_only_beside_others(tmp_path: Path) -> None:
+    folders = []
+    for name in ("a", "b"):
+        folder = write_run(tmp_path / name)
+        text = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(re.sub(r"(test|validation)_accuracy", "not_evaluated", text))
+        folders.append(folder)
+    for runs, expected in ((folders[:1], []), (folders, ["accuracy_train_flops"])):
+        drawn = [chart.name for charts in sections(read_runs(runs)).values() for chart in charts]
+        assert [name for name in drawn if name.startswith("accuracy")] == expected
+
+
+def test_a_long_title_takes_several_lines() -> None:
+    x = np.array([1.0, 2.0])
+    name = "Keep ratio per group: a-run-whose-name-is-longer-than-any"
+    title = curves(THEMES["light"], name, {"a": (x, x)}, "steps", "loss").axes[0].get_title()
+    assert len(title.splitlines()) == 2
+    assert max(map(len, title.splitlines())) <= 44
+
+
 def test_dense_memory_is_drawn_once_for_equal_runs(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / name, **{"policy.rho": 0.25, "data.batch_size": size})
