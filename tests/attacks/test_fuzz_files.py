@@ -30,6 +30,7 @@ from offload_sparse.run.trainer import train
 from offload_sparse.workloads.data.source import load_splits
 from tests.support.hostile_files import (
     RAW,
+    SECONDS,
     attempt,
     bounded,
     change_header,
@@ -165,7 +166,8 @@ def tried_resuming(
         folder = tmp_path / "place" / "run"
         folder.mkdir(parents=True, exist_ok=True)
         numbers = range(first, min(first + TOGETHER, count))
-        outcome = attempt(partial(resume_all, folder, source, change, numbers, more), folder, may_write=True)
+        action = partial(resume_all, folder, source, change, numbers, more)
+        outcome = attempt(action, folder, may_write=True, seconds=SECONDS * TOGETHER)
         assert not outcome.trouble, (numbers, outcome)
         refused += int(outcome.said)
     assert 0 < refused < count

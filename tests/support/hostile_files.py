@@ -188,14 +188,16 @@ class Outcome:
     bytes: int
 
 
-def attempt(action: Callable[[], object], folder: Path, may_write: bool = False) -> Outcome:
+def attempt(
+    action: Callable[[], object], folder: Path, may_write: bool = False, seconds: float = SECONDS
+) -> Outcome:
     """Do it in a process of its own, which may write nothing beside ``folder``, nor into it unless it may.
 
     One that may is no fork of this process, in which a test may have started threads. Its action is pickled.
     """
     own, peak_of = (folder, _peak_of_fresh) if may_write else (None, _peak)
-    before, base = _listing(folder.parent, own), _fresh_base() if may_write else _peak(_nothing)[2]
-    said, status, peak, seconds = peak_of(action)
+    before, base = _listing(folder.parent, own), _base(peak_of)
+    said, status, peak, took = peak_of(action)
     trouble = said if status == 1 else f"ended by signal {-status}" if status < 0 else ""
     if "\n" in said and not trouble:
         trouble = f"several lines: {said[:200]!r}"
@@ -203,9 +205,9 @@ def attempt(action: Callable[[], object], folder: Path, may_write: bool = False)
         trouble = f"a whole value: {said[:200]!r}"
     if _listing(folder.parent, own) != before:
         trouble = trouble or "it wrote something"
-    if seconds > SECONDS or peak - base > BYTES:
-        trouble = trouble or f"it took {seconds:.0f} s and {(peak - base) >> 20} MiB"
-    return Outcome(said, trouble, seconds, peak - base)
+    if took > seconds or peak - base > BYTES:
+        trouble = trouble or f"it took {took:.0f} s and {(peak - base) >> 20} MiB"
+    return Outcome(said, trouble, took, peak - base)
 
 
 @contextmanager
@@ -226,13 +228,17 @@ def _peak_now() -> int:
     return int(found[1]) * 1024
 
 
+PeakOf = Callable[[Callable[[], object]], tuple[str, int, int, float]]
+
+
 def _nothing() -> None:
     pass
 
 
 @cache
-def _fresh_base() -> int:
-    return _peak_of_fresh(_nothing)[2]
+def _base(peak_of: PeakOf) -> int:
+    """Of a process that does nothing."""
+    return peak_of(_nothing)[2]
 
 
 @cache

@@ -52,6 +52,7 @@ class Decoded(NamedTuple):
     sides: Tensor = torch.empty(0)
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 Decode = Callable[[Tensor], Decoded]
 """The images at these indices int64[n]; several threads may call it at once."""
 
@@ -89,7 +90,7 @@ class PixelCache:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait, and find the files
                 _build(dict(zip(files, parts, strict=True)), split.name, decode, write, progress)
             read = [_read(file) for file in files]
-        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (*_UNREADABLE, safetensors.SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"data.cache {folder} cannot be used ({reason}); remove it, or give another"

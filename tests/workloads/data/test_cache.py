@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from offload_sparse.store.files import write_file
@@ -115,7 +116,15 @@ def test_corrupt_images_are_replaced_and_counted_from_the_cache_too(tmp_path: Pa
         assert len(corrupt) == len(BROKEN)
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 100])
+def remembering(corrupt: str) -> bytes:
+    """A file that is whole, but for what it says of its corrupt images."""
+    tensors = {name: torch.zeros(24, dtype=torch.uint8) for name in ("pixels", "shown", "sides")}
+    return safetensors.torch.save(tensors, {"corrupt": corrupt})
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no tensors", b"\xff" * 100, *map(remembering, ("7", "[7]", "{", "[" * 100_000))]
+)
 def test_a_damaged_cache_is_one_line(content: bytes, tmp_path: Path) -> None:
     write_folder(tmp_path / "data")
     batches(config_of(tmp_path))
