@@ -27,7 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -316,7 +316,7 @@ class Sweep:
                 tree = disk.as_it_is() if kind == "kill" else disk.after_power_loss(kind, len(attempt.points))
                 attempt.points.append(Point(call, kind, self._keep(tree, slot)))
 
-        os.fsync = lambda fd: None  # a run to its end needs none; a watched disk has its own
+        os.fsync = lambda _: None  # type: ignore[assignment]  # a run to its end needs none
         disk = WatchedDisk(slot, note) if task.kinds else None
         try:
             train(config)
@@ -427,4 +427,4 @@ def _result(found: Sequence[Swept]) -> BenchResult:
         "faults.power_loss": sum(survived[kind] for kind in losses) / sum(points[kind] for kind in losses),
     }
     header = ("way", "killed", "killed twice", *(f"power loss, {kind}" for kind in losses), "runs")
-    return BenchResult(ratios, [asdict(swept) for swept in found], header, rows)
+    return BenchResult(ratios, [vars(swept) for swept in found], header, rows)
