@@ -8,6 +8,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,9 +158,8 @@ def lines_bound(plan: BlockPlan) -> float:
     lines = 0
     for block in plan.blocks:
         grid = block.source
-        units = torch.arange(block.n_units) if grid.units is None else grid.units
-        edges = torch.stack([units * block.unit, (units + 1) * block.unit - 1], dim=1) * 4 // LINE
-        first, last = edges.unbind(1)
+        units = np.arange(block.n_units) if grid.units is None else grid.units
+        first, last = units * block.unit * 4 // LINE, ((units + 1) * block.unit - 1) * 4 // LINE
         shared = int((first[1:] == last[:-1]).sum())
         per_row = int((last - first + 1).sum()) - shared
         if block.n_units == 1 and block.unit == grid.row_length:  # rows that are neighbours share lines

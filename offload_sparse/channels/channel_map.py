@@ -23,11 +23,15 @@ member is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ALWAYS, NEVER = -1, -2
@@ -47,6 +51,31 @@ def _as_axis(atoms: list[int] | None) -> Axis:
 
 def _no_unions() -> Tensor:
     return torch.zeros(2, 0, dtype=torch.int64)
+
+
+class DistinctAxes:
+    """The axes of a map, one behind the other, each once however many tensors have it: what depends on a mask
+    is worked out for all of them at a time.
+
+    Attributes:
+        numbers: of every axis, by its identity.
+        atoms: int64[positions], all axes.
+        starts: int64[axes + 1], where each begins in ``atoms``; at the end their length.
+        axis_of: int64[positions], the number of the axis."""
+
+    def __init__(self, axes: Iterable[Axis]) -> None:
+        found = {id(axis): axis.numpy() for axis in axes if axis is not None}
+        self.numbers = {key: number for number, key in enumerate(found)}
+        self.atoms = np.concatenate([np.zeros(0, np.int64), *found.values()])
+        sizes = [len(axis) for axis in found.values()]
+        self.starts = np.cumsum([0, *sizes])
+        self.axis_of = np.repeat(np.arange(len(sizes)), sizes)
+
+    def kept_before(self, alive: Tensor) -> NDArray[np.int64]:
+        """int64[positions + 1]: how many positions before each are kept, by ``ChannelMap.alive``."""
+        kept = np.zeros(len(self.atoms) + 1, np.int64)
+        np.cumsum(alive.numpy()[self.atoms], out=kept[1:])
+        return kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +227,11 @@ class ChannelMap:
                 if axis is not None and bool(((axis >= group.start) & (axis < group.stop)).any()):
                     return axis
         return torch.arange(group.start, group.stop)
+
+    @cached_property
+    def distinct_axes(self) -> DistinctAxes:
+        """The axes of all tensors."""
+        return DistinctAxes(chain.from_iterable(self.axes.values()))
 
     def full_mask(self) -> Tensor:
         """The mask bool[C] that keeps every atom."""

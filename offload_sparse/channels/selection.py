@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from math import prod
 
 import numpy as np
@@ -46,6 +45,14 @@ class Layout:
             size += prod(shape)
         return Layout(dict(shapes), offsets, size)
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """All tensors, in order, as views of ``flat`` ([at least size])."""
+        found = []
+        for shape, offset in zip(self.shapes.values(), self.offsets.values(), strict=True):
+            run = flat.narrow(0, offset, prod(shape))
+            found.append(run if len(shape) == 1 else run.view(shape))
+        return found
+
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The tensor ``name`` as a view of ``flat`` ([at least size])."""
         shape, offset = self.shapes[name], self.offsets[name]
@@ -71,18 +78,16 @@ class Selection:
         self.channel_map = channel_map
         self.mask = mask
         alive = self.alive = channel_map.alive(mask)
-        there, memo = alive.numpy(), dict[int, Kept]({id(None): None})
-        for axis in chain.from_iterable(channel_map.axes.values()):
-            if axis is not None and id(axis) not in memo:  # the vectors of a norm share theirs
-                kept = np.flatnonzero(there[axis.numpy()])
-                memo[id(axis)] = None if len(kept) == len(axis) else torch.from_numpy(kept)
-        self.kept: dict[str, tuple[Kept, ...]] = {
-            name: tuple([memo[id(axis)] for axis in axes]) for name, axes in channel_map.axes.items()
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+        distinct = channel_map.distinct_axes
+        self.kept_before = distinct.kept_before(alive)
+        """int64[positions + 1] of the map's distinct axes: how many positions before each are kept."""
+        self._sizes: list[int] = np.diff(self.kept_before[distinct.starts]).tolist()
+        sizes = dict(zip(distinct.numbers, self._sizes, strict=True))
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(map(sizes.get, map(id, channel_map.axes[name]), shape))
+            for name, shape in channel_map.shapes.items()
         }
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in channel_map.shapes.items():
-            pairs = zip(shape, self.kept[name], strict=True)
-            self.shapes[name] = tuple([size if kept is None else kept.numel() for size, kept in pairs])
         self.additions: dict[str, tuple[Tensor, Tensor]] = {
             name: (alive[a.left][alive[a.out]], alive[a.right][alive[a.out]])
             for name, a in channel_map.additions.items()
@@ -97,9 +102,23 @@ class Selection:
     def _fit(self, size: int, axis: Axis) -> tuple[int, int] | None:
         return None if axis is None else (size, int(self.alive[axis].sum()))
 
+    @cached_property
+    def kept(self) -> dict[str, tuple[Kept, ...]]:
+        """The kept positions of every dimension of every tensor."""
+        distinct, memo = self.channel_map.distinct_axes, dict[int, Kept]({id(None): None})
+        bounds = zip(distinct.starts[:-1], distinct.starts[1:], strict=True)
+        for key, count, (start, stop) in zip(distinct.numbers, self._sizes, bounds, strict=True):
+            kept = np.flatnonzero(np.diff(self.kept_before[start : stop + 1]))
+            memo[key] = None if count == stop - start else torch.from_numpy(kept)
+        axes = self.channel_map.axes
+        return {name: tuple([memo[id(axis)] for axis in of_tensor]) for name, of_tensor in axes.items()}
+
     def layout(self, names: Mapping[str, object] | tuple[str, ...]) -> Layout:
         """The narrow layout of ``names``, in the order given."""
-        return Layout.of({name: self.shapes[name] for name in names})
+        key = tuple(names)
+        if key not in self._layouts:
+            self._layouts[key] = Layout.of({name: self.shapes[name] for name in key})
+        return self._layouts[key]
 
     @cached_property
     def widths(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Subnet:
         self.parameter_names = tuple(name for name, _ in self.module.named_parameters())
         self.buffer_names = tuple(n for n, b in self.module.named_buffers() if b.is_floating_point())
         self.device = device
+        self.parameters: list[nn.Parameter] = []  # as bound, in the order of their names
+        self._fits = _fits(self.module)
         self._owners = {
             name: (self.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
             for name, _ in self.module.named_buffers()
@@ -65,19 +67,23 @@ class Subnet:
             weights: flat parameters in the order of ``parameter_names``; parameters become views of it.
             buffers: flat floating-point buffers in the order of ``buffer_names``.
         """
-        layout = selection.layout(self.parameter_names)
-        for name in self.parameter_names:
-            parameter = nn.Parameter(layout.view(weights, name), requires_grad=self._trainable[name])
+        self.parameters = []
+        views = selection.layout(self.parameter_names).views(weights)
+        for name, view in zip(self.parameter_names, views, strict=True):
+            parameter = nn.Parameter(view, requires_grad=self._trainable[name])
+            self.parameters.append(parameter)
             for owner, leaf in self._holders[name]:
                 owner._parameters[leaf] = parameter
-        layout = selection.layout(self.buffer_names)
-        for name in self.buffer_names:
-            self._set_buffer(name, layout.view(buffers, name))
-        fit_attributes(self.module)
+        views = selection.layout(self.buffer_names).views(buffers)
+        for name, view in zip(self.buffer_names, views, strict=True):
+            self._set_buffer(name, view)
+        for fit in self._fits:
+            fit()
         set_additions(self.module, selection, self.device)
 
     def release(self) -> None:
         """Drop every view, so that the buffers can be freed."""
+        self.parameters = []
         for name in self.parameter_names:
             for owner, leaf in self._holders[name]:
                 owner._parameters[leaf] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
@@ -221,25 +227,41 @@ def fit_attributes(module: nn.Module) -> None:
 
     Layers read these numbers in ``forward`` (the groups of a depthwise convolution) or show them in ``repr``.
     """
-    for layer in module.modules():
-        if isinstance(layer, _ConvNd):
-            _fit_convolution(layer)
-        elif isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = layer.weight.shape
-        elif isinstance(layer, _NormBase):
-            reference = layer.weight if layer.weight is not None else layer.running_mean
-            if reference is not None:
-                layer.num_features = reference.numel()
-        elif isinstance(layer, nn.PReLU):
-            layer.num_parameters = layer.weight.numel()
-        else:
-            fit_attention(layer)
+    for fit in _fits(module):
+        fit()
+
+
+def _fits(module: nn.Module) -> list[Callable[[], None]]:
+    """What makes the attributes of each layer of ``module`` agree with its tensors."""
+    kinds: list[tuple[type[nn.Module], Callable[[Any], None]]] = [
+        (_ConvNd, _fit_convolution),
+        (nn.Linear, _fit_linear),
+        (_NormBase, _fit_norm),
+        (nn.PReLU, _fit_prelu),
+        (nn.MultiheadAttention, fit_attention),
+    ]
+    found = ((layer, [fit for kind, fit in kinds if isinstance(layer, kind)]) for layer in module.modules())
+    return [partial(fits[0], layer) for layer, fits in found if fits]
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether this is a batch norm, also one whose tensors are all buffers, as torchvision's frozen one's."""
     own = {name for name, buffer in module.named_buffers(recurse=False) if buffer.dim() == 1}
     return isinstance(module, _BatchNorm) or own >= {"weight", "bias", "running_mean", "running_var"}
+
+
+def _fit_linear(layer: nn.Linear) -> None:
+    vars(layer).update(zip(("out_features", "in_features"), layer.weight.shape, strict=True))
+
+
+def _fit_norm(layer: _NormBase) -> None:
+    reference = layer.weight if layer.weight is not None else layer.running_mean
+    if reference is not None:
+        vars(layer)["num_features"] = reference.numel()
+
+
+def _fit_prelu(layer: nn.PReLU) -> None:
+    vars(layer)["num_parameters"] = layer.weight.numel()
 
 
 def _fit_convolution(layer: _ConvNd) -> None:
@@ -251,24 +273,9 @@ def _fit_convolution(layer: _ConvNd) -> None:
     if _ROWS_PER_GROUP in layer.__dict__:  # groups are kept or dropped whole, those of one channel included
         layer.groups = first // getattr(layer, _ROWS_PER_GROUP)
     columns = second * layer.groups
-    layer.in_channels, layer.out_channels = (first, columns) if transposed else (columns, first)
+    sizes = (first, columns) if transposed else (columns, first)
+    vars(layer).update(zip(("in_channels", "out_channels"), sizes, strict=True))
 
 
 _ROWS_PER_GROUP = "rows_per_group"
 """Noted on grouped convolutions, because one of which a single group is left looks like an ordinary one."""
-
-
-@contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, training-mode BatchNorm uses batch statistics but leaves the running ones alone.
-
-    A reference loss must not leave traces: only the subnet that is trained moves its statistics.
-    """
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from offload_sparse.channels.subnet import batch_statistics
 
 Metrics = dict[str, Tensor]
 Closure = Callable[[nn.Module], Any]
@@ -42,7 +41,13 @@ class Forward:
     frozen_batch_norm: bool = False
     scaler: torch.amp.GradScaler | None = None
 
+    _switched: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
+
     def train_mode(self, module: nn.Module) -> None:
+        """The module's own training mode; one that is in it already stays as it is."""
+        if module.training and module in self._switched:
+            return
+        self._switched.add(module)
         train_mode(module)
         if self.frozen_batch_norm:
             for layer in module.modules():
@@ -57,10 +62,10 @@ class Forward:
 
     @torch.no_grad()
     def evaluated(self, module: nn.Module, closure: Closure) -> Tensor:
-        """Loss under the same conditions as a trained pass, without a graph and without a trace."""
+        """Loss under the same conditions as a trained pass, without a graph."""
         self.train_mode(module)
         try:
-            with self.autocast(), batch_statistics(module):
+            with self.autocast():
                 return _called(closure, module)[0]
         except RuntimeError as error:
             if "does not require grad" not in str(error):

@@ -27,7 +27,6 @@ from torch import Tensor
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
-from offload_sparse.channels.subnet import batch_statistics
 from offload_sparse.engine.averaging import Agreed, Averaging
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig
 from offload_sparse.engine.distributed import assert_equal_on_ranks, average
@@ -334,7 +333,7 @@ class Rounds(Requests):
             ValueError: it has none, or the closure has run backward already.
         """
         if self.only_compares:
-            with torch.no_grad(), side.buffers_untouched(), batch_statistics(side.module):
+            with torch.no_grad(), side.buffers_untouched():
                 return self.forward.trained(side.module, closure)
         loss, metrics = self.forward.trained(side.module, closure)
         if not loss.requires_grad:

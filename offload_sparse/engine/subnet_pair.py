@@ -49,8 +49,10 @@ class Side:
         self.subnet = Subnet(model, device, integer_buffers)
         self.subnet.parameter_names = tuple(store.partitions[WEIGHTS].layout.shapes)
         self._layers = list(self.subnet.module.modules())
+        self._norms = [layer for layer in self._layers if isinstance(layer, _BatchNorm)]
         self._slots = 0
         self._held: list[tuple[nn.Module, str, Tensor]] = []  # every buffer, as it was bound
+        self._others: list[Tensor] = []  # those that are not of a BatchNorm
         self.arrays: dict[str, Tensor] = {}
         self.weights: Narrow
         self.buffers: Narrow
@@ -95,10 +97,7 @@ class Side:
         self._slots = sum(len(layer._buffers) for layer in self._layers)
         buffers = ((layer, *entry) for layer in self._layers for entry in layer._buffers.items())
         self._held = [(layer, leaf, value) for layer, leaf, value in buffers if value is not None]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters of the module, in the order of the flat buffers."""
-        return [self.module.get_parameter(name) for name in self.subnet.parameter_names]
+        self._others = [own for layer, _, own in self._held if not isinstance(layer, _BatchNorm)]
 
     def take_buffers(self) -> None:
         """After a forward pass: what it has assigned to buffers goes to the places of these.
@@ -125,11 +124,18 @@ class Side:
 
     @contextmanager
     def buffers_untouched(self) -> Iterator[None]:
-        """Inside, forward passes leave no trace in the buffers. (BatchNorm sees to its own.)"""
-        kept = [(own, own.clone()) for layer, _, own in self._held if not isinstance(layer, _BatchNorm)]
+        """Inside, forward passes leave no trace in the buffers: only the subnet that is trained moves them.
+        Training-mode BatchNorm uses batch statistics and leaves the running ones alone.
+        """
+        kept = [(own, own.clone()) for own in self._others]
+        norms = [norm for norm in self._norms if norm.track_running_stats]
+        for norm in norms:
+            norm.track_running_stats = False
         try:
             yield
         finally:
+            for norm in norms:
+                norm.track_running_stats = True
             for layer, leaf, own in self._held:
                 layer._buffers[leaf] = own
             if kept:
@@ -252,7 +258,7 @@ class SubnetPair:
             side.bind()
         for index, side in enumerate(self.trained):
             size = side.arrays[WEIGHTS].numel() + TAIL
-            self.gradients[index] = FlatGradients(side.parameters(), reduce_memory[:size])
+            self.gradients[index] = FlatGradients(side.subnet.parameters, reduce_memory[:size])
             self._optimizers[index] = self._optimizer_of(index)
 
     def optimizer_step(self, side: int, not_finite: Tensor, steps_done: int) -> None:
@@ -266,7 +272,7 @@ class SubnetPair:
         a, b = self.sides
         if self._shared or self.same:
             return
-        regions = Regions(b.selection, [a.selection])
+        regions = Regions(b.selection, [a.selection], wanted=[0])
         for kind in (WEIGHTS, BUFFERS):
             self._shared[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
         send_tables(self._shared.values(), self._device)

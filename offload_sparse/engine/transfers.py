@@ -373,7 +373,7 @@ class Transfers:
     def _put_back(self, left: Sequence[Side | Agreed], keepers: tuple[Side, ...]) -> None:
         known: list[Side | Agreed] = list(keepers)
         for side in left:
-            regions = Regions(side.selection, [keeper.selection for keeper in known])
+            regions = Regions(side.selection, [keeper.selection for keeper in known], wanted=[None])
             for kinds in ([k for k in side.arrays if k != BUFFERS], [BUFFERS]):
                 partition, rank = self.store.partitions[kinds[0]], self.store.ranks.rank
                 places = [keeper.narrow(kinds[0]) for keeper in known]

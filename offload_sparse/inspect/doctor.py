@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from packaging.requirements import Requirement
 
@@ -77,6 +78,8 @@ def check_packages() -> Iterator[Finding]:
     needed = [_required(r) for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = [finding for finding in needed if finding.state != "ok"]
     yield from wrong or [Finding("packages", "ok", f"all {len(needed)} that are needed")]
+
+
 def _required(requirement: Requirement) -> Finding:
     fix = f"pip install '{requirement}'"
     try:
@@ -97,7 +100,7 @@ def check_kernels() -> Finding:
     if load() is None:
         fix = "reinstall numba, or set NUMBA_CACHE_DIR to a folder that can be written"
         return _judged("native kernels", "numba cannot compile them: transfers are slower", fix)
-    rows, columns = torch.arange(0, 64, 2), torch.arange(0, 64, 3)
+    rows, columns = np.arange(0, 64, 2), np.arange(0, 64, 3)
     source = torch.randn(64 * 64)
     out = torch.empty(len(rows) * len(columns))
     block = Block(len(rows), len(columns), 1, Grid(0, 64, rows, columns), Grid(0, len(columns)))

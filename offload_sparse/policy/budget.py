@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap, Group
@@ -25,6 +26,8 @@ from offload_sparse.policy.config import BudgetName, PolicyConfig
 from offload_sparse.policy.widths import of_expected_widths
 
 _STEPS, _PRECISION = 40, 1e-9
+
+Values = NDArray[np.float64]
 
 SLACK = 1e-12
 """Overspending, relative to the budget's scale, that is rounding and not a violation."""
@@ -194,7 +197,7 @@ def project(
         upper: largest entry allowed.
         cost: float64[C], non-negative cost per atom; None: every atom costs 1."""
     _check(z, budget, lower, upper, cost)
-    whole = float(len(z)) if cost is None else float(cost.sum())
+    whole = float(z.numel()) if cost is None else float(cost.sum())
     slack = SLACK * whole * max(abs(lower), abs(upper), 1.0)
     cheapest = lower * whole
     if budget < cheapest - slack:
@@ -202,7 +205,7 @@ def project(
             f"no probabilities meet the budget {budget:g}: the lower bound {lower:g} costs {cheapest:g}; "
             "raise the budget or lower the bound"
         )
-    clipped = z.clamp(lower, upper)
+    clipped = torch.from_numpy(_clipped(z.numpy(), lower, upper))
     if float((clipped if cost is None else cost * clipped).sum()) <= budget + slack:
         return clipped
     if budget <= cheapest:
@@ -225,7 +228,7 @@ def _check(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | 
 
 
 def _finite(values: Tensor) -> bool:
-    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())  # large ones may overflow
+    return math.isfinite(values.numpy().sum()) or bool(values.isfinite().all())  # large ones may overflow
 
 
 def _spend(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> Tensor:
@@ -233,28 +236,34 @@ def _spend(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | 
 
     The cost is a falling, piecewise linear function of v, and on the piece that holds the budget v follows
     from the atoms strictly between the bounds (the active set)."""
-    unit: Tensor | float = 1.0 if cost is None else cost
-    start = z - _middle(z, budget, lower, upper, cost) * unit
+    unit: Values | float = 1.0 if cost is None else cost.numpy()
+    start = z.numpy() - _middle(z, budget, lower, upper, cost) * unit
     active = (start > lower) & (start < upper)
     if cost is None:
-        weight = float(active.sum())
+        weight = float(np.count_nonzero(active))
     else:
-        active &= cost > 0
-        weight = float((cost[active] ** 2).sum())
-    s = start.clamp(lower, upper)
+        active &= unit > 0
+        weight = float((cost[torch.from_numpy(active)] ** 2).sum())
+    s = _clipped(start, lower, upper)
     # Twice: the second pass removes the rounding of the first where z is large against the bounds.
     for _ in range(2 if weight > 0 else 0):
-        excess = float((unit * s).sum()) - budget
-        s = torch.where(active, (s - excess / weight * unit).clamp(lower, upper), s)
-    return s
+        excess = float(torch.from_numpy(unit * s).sum()) - budget
+        np.copyto(s, _clipped(s - excess / weight * unit, lower, upper), where=active)
+    return torch.from_numpy(s)
+
+
+def _clipped(values: Values, lower: float, upper: float) -> Values:
+    return np.minimum(np.maximum(values, lower), upper)
 
 
 def _middle(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> float:
     """A v amid the piece that holds the budget: a binary search over its sorted corners, at which an atom
     leaves the upper bound or reaches the lower one. Equal atoms are looked at once."""
     if cost is None:
-        values, weights = np.unique(z.numpy(), return_counts=True)
-        costs = np.ones(1)
+        ordered = np.sort(z.numpy())
+        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        values, weights = ordered[first], np.diff(first, append=len(ordered))
+        costs = 1.0
     else:
         payers = (cost > 0).numpy()
         values, weights = z.numpy()[payers], cost.numpy()[payers]
@@ -264,6 +273,6 @@ def _middle(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor |
     low, high = 0, len(corners) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        spent = float(weights @ (values - corners[middle] * costs).clip(lower, upper))
+        spent = float(weights @ _clipped(values - corners[middle] * costs, lower, upper))
         low, high = (middle, high) if spent > budget else (low, middle)
     return float(0.5 * (corners[low] + corners[high]))

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -191,13 +192,17 @@ class MaskPolicy:
         name = self.config.estimator
         redrawn, kept, other = self._sampler.redrawn(round), m1.double(), m2.double()
         self._diagnostics.compared(differences, m1, round)
+        if name == "rloo":  # 0 for all other atoms
+            redrawn = redrawn & (m1 != m2)
+            kept, other = kept[redrawn], other[redrawn]
         for (first, second), difference in zip(pairs, differences, strict=True):
-            mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
+            s = self.s[redrawn] if name == "rloo" else self.s
+            mean = self._sampler.mean(s) if name in ("pge", "vr_pge") else None
             control = self._control.of_round(round) if name == CONTROLLED else None
-            g = ESTIMATORS[name](Comparison(first, second, kept, other, self.s, mean, control))
+            g = ESTIMATORS[name](Comparison(first, second, kept, other, s, mean, control))
             if control is not None:
                 self._control.compared(difference, kept - other)
-            self._move(g, redrawn)
+            self._move(g, s, redrawn)
 
     def update_from_ranks(
         self, losses: Tensor, masks: Tensor, round: int = 0, disjoint: bool = False
@@ -217,7 +222,7 @@ class MaskPolicy:
             redrawn = self._sampler.redrawn(round)
             for row in rows:
                 g = leave_one_out(row, masks, self.s)
-                self._move(g / apart_factor(self.s, len(masks)) if disjoint else g, redrawn)
+                self._move(g / apart_factor(self.s, len(masks)) if disjoint else g, self.s, redrawn)
 
     def freeze(self) -> None:
         """Stop learning s; masks can still be drawn."""
@@ -284,10 +289,14 @@ class MaskPolicy:
     def _uniform_widths(self) -> list[int]:
         return [int(self._uniform[g.start : g.stop].sum()) for g in self.groups]
 
-    def _move(self, gradient: Tensor, redrawn: Tensor) -> None:
-        """One step by the gradient of those atoms that were drawn for the reference anew."""
-        z = self._learned.move(precondition(torch.where(redrawn, gradient, 0.0), self.s, ALPHA))
-        self._learned.settle(self._project(z))
+    def _move(self, gradient: Tensor, s: Tensor, redrawn: Tensor) -> None:
+        """One step by the gradient of those atoms that were drawn for the reference anew; it and ``s`` may be
+        given for these alone."""
+        moved, where = precondition(gradient, s, ALPHA).numpy(), redrawn.numpy()
+        owed = np.zeros(len(where))
+        owed[where] = moved if len(moved) < len(where) else moved[where]
+        z = torch.from_numpy(self._learned.move(owed))
+        self._learned.settle(self._project(z).numpy())
 
     def _project(self, z: Tensor) -> Tensor:
         if self.config.sampler != "fixed_width":

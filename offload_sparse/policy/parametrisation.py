@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.config import MOMENTUM, PolicyConfig
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
+
+Values = NDArray[np.float64]
 
 
 class Parametrisation:
@@ -28,14 +32,13 @@ class Parametrisation:
 
     def __init__(self, config: PolicyConfig, groups: Sequence[Group], s: Tensor) -> None:
         self._config = config
-        sizes = torch.tensor([group.size for group in groups])
-        self._group_of = torch.repeat_interleave(torch.arange(len(groups)), sizes)
-        self._sizes = sizes.to(torch.float64)
+        self._counts = np.array([group.size for group in groups], np.float64)
+        self._group_of = np.repeat(np.arange(len(groups)), [group.size for group in groups])
         self._name = "s" if config.parametrisation == "atom" else "rates"
-        self.settle(s)
+        self.settle(s.numpy())
         # A state that exists from the start keeps the same keys and shapes for the whole run, which lets
         # checkpoints be loaded in place; zeros are what both optimizers would start from.
-        zeros = torch.zeros_like(self._value)
+        zeros = torch.zeros(len(self._value), dtype=torch.float64)
         self._slots = {"momentum_buffer": zeros}
         if config.optimizer == "adam":
             self._slots = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
@@ -45,7 +48,7 @@ class Parametrisation:
         """The keep probabilities float64[C]."""
         return self._s
 
-    def move(self, gradient: Tensor) -> Tensor:
+    def move(self, gradient: Values) -> Values:
         """One optimizer step. Returns float64[C], where s would be without bounds and budget; tell ``settle``
         where it is with them.
 
@@ -54,27 +57,32 @@ class Parametrisation:
                 would be the sum, by which large groups would move more than small ones."""
         step = self._adam if self._config.optimizer == "adam" else self._sgd
         value = step(self._reduced(gradient))
-        return value if self._name == "s" else value.index_select(0, self._group_of) + self._rounding
+        return value if self._name == "s" else self._spread(value) + self._rounding
 
-    def _sgd(self, g: Tensor) -> Tensor:
+    def _sgd(self, g: Values) -> Values:
         """As ``torch.optim.SGD``, in a tenth of the time of its step on so few numbers."""
-        buffer = self._slots["momentum_buffer"].mul_(MOMENTUM).add_(g)
-        return self._value.add(buffer, alpha=-self._config.lr)
+        buffer = self._slots["momentum_buffer"].numpy()
+        buffer *= MOMENTUM
+        buffer += g
+        value = torch.from_numpy(self._value).add(self._slots["momentum_buffer"], alpha=-self._config.lr)
+        return value.numpy()
 
-    def _adam(self, g: Tensor) -> Tensor:
+    def _adam(self, gradient: Values) -> Values:
         """As ``torch.optim.Adam``."""
+        g = torch.from_numpy(gradient)
         count, mean, square = self._slots["step"], self._slots["exp_avg"], self._slots["exp_avg_sq"]
         steps = float(count.add_(1))
         mean.lerp_(g, 1 - _BETAS[0])
         square.mul_(_BETAS[1]).addcmul_(g, g, value=1 - _BETAS[1])
         scale = (square.sqrt() / (1 - _BETAS[1] ** steps) ** 0.5).add_(_EPSILON)
-        return self._value.addcdiv(mean, scale, value=-(self._config.lr / (1 - _BETAS[0] ** steps)))
+        rate = -(self._config.lr / (1 - _BETAS[0] ** steps))
+        return torch.from_numpy(self._value).addcdiv(mean, scale, value=rate).numpy()
 
-    def settle(self, s: Tensor) -> None:
-        """Go on from ``s``, which is not changed from now on."""
-        self._s, self._value = s, self._reduced(s)
+    def settle(self, s: Values) -> None:
+        """Go on from ``s``, float64[C], which is not changed from now on."""
+        self._s, self._value = torch.from_numpy(s), self._reduced(s)
         if self._name == "rates":
-            self._rounding = s - self._value.index_select(0, self._group_of)
+            self._rounding = s - self._spread(self._value)
 
     def slots(self) -> dict[str, Tensor]:
         """The optimizer's state by ``parameter.slot``."""
@@ -92,10 +100,14 @@ class Parametrisation:
             )
         for name, value in slots.items():
             mine[name].copy_(value)
-        self.settle(s.clone())
+        self.settle(s.clone().numpy())
 
-    def _reduced(self, values: Tensor) -> Tensor:
+    def _reduced(self, values: Values) -> Values:
         """float64[C] as it is, or its means over groups."""
         if self._name == "s":
             return values
-        return torch.zeros_like(self._sizes).index_add(0, self._group_of, values) / self._sizes
+        return np.bincount(self._group_of, values, len(self._counts)) / self._counts
+
+    def _spread(self, rates: Values) -> Values:
+        """float64[C]: of every atom that of its group."""
+        return rates[self._group_of]

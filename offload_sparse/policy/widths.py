@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import compress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +44,8 @@ def respect_widths(
     if cap < needed:
         raise ValueError(f"a cap of {cap} atoms is below the {needed} of the minimum widths; raise the cap")
     kept = mask.clone()
-    for group in groups:
+    found = np.add.reduceat(mask.numpy(), [group.start for group in groups], dtype=np.int64)
+    for group in compress(groups, found < min_width):
         _fill(kept[group.start : group.stop], s[group.start : group.stop], min_width)
     surplus = int(kept.sum()) - cap
     if surplus > 0:

@@ -184,7 +184,7 @@ def _moved(block: Block, first: int) -> Grid:
 
 def _rows(block: Block) -> npt.NDArray[np.int64]:
     rows = block.source.rows
-    return np.arange(block.n_rows) if rows is None else rows.numpy()
+    return np.arange(block.n_rows) if rows is None else rows
 
 
 def _cut(block: Block, first: int, last: int) -> Block:

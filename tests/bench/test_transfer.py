@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from offload_sparse.bench.transfer import RATIOS, lines_bound, measure, random_mask
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Layout
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid, Numbers
 
 
 def small_map() -> ChannelMap:
@@ -32,9 +33,9 @@ def test_masks_keep_the_ratio_of_every_group() -> None:
 
 @pytest.mark.parametrize(
     ("units", "bound"),
-    [(torch.arange(0, 64, 16), 2 / (1 + 16)), (torch.arange(16), 1.0), (None, 1.0)],
+    [(np.arange(0, 64, 16), 2 / (1 + 16)), (np.arange(16), 1.0), (None, 1.0)],
 )
-def test_the_bound_is_the_share_of_whole_lines(units: torch.Tensor | None, bound: float) -> None:
+def test_the_bound_is_the_share_of_whole_lines(units: Numbers | None, bound: float) -> None:
     count = 64 if units is None else len(units)
     plan = BlockPlan([Block(5, count, 1, Grid(0, 64, None, units), Grid(0, count))])
     assert lines_bound(plan) == pytest.approx(bound)

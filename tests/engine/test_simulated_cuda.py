@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload_sparse.channels.subnet import batch_statistics
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
@@ -218,12 +217,12 @@ def beyond_the_networks(net: nn.Module, optimizer: str) -> Counter[str]:
         step = watched(session, sim, on_device(batches(2), DEVICE))[1][2]
         session._open()
         closure = loss_of(on_device(batches(1), DEVICE)[0])
-        first, second = (side.module for side in session.transfers.pair.sides)
-        first.zero_grad(set_to_none=True)
+        first, second = session.transfers.pair.sides
+        first.module.zero_grad(set_to_none=True)
         sim.operations.clear()
-        with torch.no_grad(), batch_statistics(second):
-            closure(second)
-        closure(first).backward()
+        with torch.no_grad(), second.buffers_untouched():
+            closure(second.module)
+        closure(first.module).backward()
         assert sim.operations <= step
         session.transfers.close()
         return step - sim.operations

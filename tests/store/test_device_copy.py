@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -151,7 +152,7 @@ def test_ways_are_compared_per_direction_and_unit_and_only_once(
 
 @pytest.mark.parametrize(("unit", "kind"), [(1, "NARROW"), (2, "NARROW"), (4, "WIDE"), (9, "WIDE")])
 def test_a_plan_takes_the_way_of_the_unit_that_is_nearer(unit: int, kind: str) -> None:
-    block = Block(4, 5, unit, Grid(0, 10 * unit, None, torch.arange(0, 10, 2)), Grid(0, 5 * unit))
+    block = Block(4, 5, unit, Grid(0, 10 * unit, None, np.arange(0, 10, 2)), Grid(0, 5 * unit))
     assert BlockPlan([block]).derived(device_copy._unit) == getattr(device_copy, kind)
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,7 +145,7 @@ def test_items_are_small_enough_to_be_shared_out_and_cover_everything() -> None:
 
 
 def test_neighbouring_units_become_longer_ones() -> None:
-    eights = torch.cat([torch.arange(8), torch.arange(24, 40)])
+    eights = np.concatenate([np.arange(8), np.arange(24, 40)])
     packed = BlockPlan([Block(5, 24, 1, Grid(0, 48, None, eights), Grid(0, 24))]).derived(Tables)
     unit, lengths_at = packed.blocks[0][:2]
     assert (unit, lengths_at) == (8, -1)
@@ -172,7 +173,7 @@ def test_arrays_that_do_not_fit_are_refused(source: Tensor, target: Tensor, mess
 
 def test_blocks_with_wrong_counts_or_negative_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="names 3 of them"):
-        BlockPlan([Block(2, 1, 1, Grid(0, 1, torch.arange(3)), Grid(0, 1))])
+        BlockPlan([Block(2, 1, 1, Grid(0, 1, np.arange(3)), Grid(0, 1))])
     with pytest.raises(ValueError, match="0 or more"):
         BlockPlan([Block(1, 1, 1, Grid(-1, 1), Grid(0, 1))])
 
@@ -209,8 +210,8 @@ assert "numba" not in sys.modules
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_kernel_looks_ahead_in_the_array_with_the_longer_rows(reverse: bool) -> None:
-    units = torch.arange(0, 24, 2)
-    sides = Grid(0, 24, None, units), Grid(0, 12, None, torch.arange(12))
+    units = np.arange(0, 24, 2)
+    sides = Grid(0, 24, None, units), Grid(0, 12, None, np.arange(12))
     source, target = reversed(sides) if reverse else sides
     packed = BlockPlan([Block(5, 12, 1, source, target)]).derived(Tables)
     columns = [tables.SOURCE + tables.GRID_AHEAD, tables.TARGET + tables.GRID_AHEAD]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid, Numbers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
@@ -24,19 +25,19 @@ class Case:
 
 
 def entries_of(block: Block, grid: Grid) -> Tensor:
-    rows = torch.arange(block.n_rows) if grid.rows is None else grid.rows
-    units = torch.arange(block.n_units) if grid.units is None else grid.units
+    rows = torch.arange(block.n_rows) if grid.rows is None else torch.from_numpy(grid.rows)
+    units = torch.arange(block.n_units) if grid.units is None else torch.from_numpy(grid.units)
     within = (units[:, None] * block.unit + torch.arange(block.unit)).flatten()
     return (grid.start + rows[:, None] * grid.row_length + within).flatten()
 
 
-def numbers(data: st.DataObject, count: int, spread: int) -> tuple[Tensor | None, int]:
+def numbers(data: st.DataObject, count: int, spread: int) -> tuple[Numbers | None, int]:
     """``count`` sorted numbers below a limit, and the limit; None for 0, 1, 2, …"""
     limit = count + data.draw(st.integers(0, spread))
     if data.draw(st.booleans()):
         return None, limit
     drawn = data.draw(st.sets(st.integers(0, limit - 1), min_size=count, max_size=count))
-    return torch.tensor(sorted(drawn)), limit
+    return np.array(sorted(drawn), np.int64), limit
 
 
 @st.composite
@@ -79,7 +80,7 @@ def bits(array: Tensor) -> Tensor:
 
 def wide_case() -> tuple[BlockPlan, Tensor, Tensor]:
     """Enough entries for several threads: scattered units, whole rows, and one long run."""
-    rows, units = torch.arange(0, 600, 2), torch.arange(0, 900, 3)
+    rows, units = np.arange(0, 600, 2), np.arange(0, 900, 3)
     blocks = [
         Block(300, 300, 3, Grid(0, 2700, rows, units), Grid(0, 900)),
         Block(300, 1, 2700, Grid(0, 2700, rows), Grid(270_000, 2700)),

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import compress
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 T = TypeVar("T")
+
+Numbers = NDArray[np.int64]
 
 
 class Grid(NamedTuple):
@@ -29,13 +33,13 @@ class Grid(NamedTuple):
     Attributes:
         start: first entry of row 0.
         row_length: entries per row of the array.
-        rows: int64, sorted row numbers; None: 0, 1, 2, …
-        units: int64, sorted numbers of units within a row; None: 0, 1, 2, …"""
+        rows: sorted row numbers; None: 0, 1, 2, …
+        units: sorted numbers of units within a row; None: 0, 1, 2, …"""
 
     start: int
     row_length: int
-    rows: Tensor | None = None
-    units: Tensor | None = None
+    rows: Numbers | None = None
+    units: Numbers | None = None
 
 
 class Block(NamedTuple):
@@ -51,9 +55,9 @@ class Block(NamedTuple):
         """Raise ValueError: the numbers of rows or units are not as many as there are."""
         for grid in (self.source, self.target):
             for numbers, count in ((grid.rows, self.n_rows), (grid.units, self.n_units)):
-                if numbers is not None and numbers.numel() != count:
+                if numbers is not None and len(numbers) != count:
                     size = f"{self.n_rows} rows x {self.n_units} units"
-                    raise ValueError(f"a block of {size} names {numbers.numel()} of them")
+                    raise ValueError(f"a block of {size} names {len(numbers)} of them")
 
     @property
     def entries(self) -> int:
@@ -93,8 +97,9 @@ class BlockPlan:
         sent: the ``DeviceTables`` by the device that has them."""
 
     def __init__(self, blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> None:
-        self.blocks = tuple([block for block in blocks if block.entries])
-        self.entries = sum([block.entries for block in self.blocks])
+        entries = [n_rows * n_units * unit for n_rows, n_units, unit, *_ in blocks]
+        self.blocks = tuple(compress(blocks, entries))
+        self.entries = sum(entries)
         self._derived: dict[tuple[object, ...], Any] = {}
         self.sent: dict[torch.device, Any] = {}
         if sizes is not None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -314,7 +315,7 @@ def zero_copy_is_faster(device: torch.device, to_host: bool, unit: int) -> bool:
 
 def _probe(unit: int, device: torch.device, size: int, pin: bool) -> tuple[BlockPlan, Tensor, Tensor]:
     """Every other row and unit of a host array [size, size, unit]; the array; room on the device."""
-    kept = torch.arange(0, size, 2)
+    kept = np.arange(0, size, 2)
     block = Block(len(kept), len(kept), unit, Grid(0, size * unit, kept, kept), Grid(0, len(kept) * unit))
     plan = BlockPlan([block])
     host = host_zeros(size * size * unit, torch.float32, "on" if pin else "off")

@@ -18,18 +18,17 @@ from math import prod
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from offload_sparse.channels.selection import Layout, Selection
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid, Numbers
 from offload_sparse.store.copy.regions import Regions, places_of
 from offload_sparse.store.partition import Partition
 
 WIRE = 1 << 24
 """Entries per wire buffer, unless a single tensor needs more."""
 
-Piece = tuple[str, Tensor, Tensor]
-"""Part of a tensor: its name, and int64 numbers of rows and of units in the full one."""
+Piece = tuple[str, Numbers, Numbers]
+"""Part of a tensor: its name, and numbers of rows and of units in the full one."""
 
 
 @dataclass
@@ -71,7 +70,7 @@ class TransferPlan:
 class _Array(Protocol):
     """A flat array that holds pieces of tensors."""
 
-    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
+    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
         """Where it holds these rows and units of the full tensor ``name``."""
 
 
@@ -91,18 +90,23 @@ class Narrow:
         self.shapes = self._places.geometry.shapes
         self._row_lengths = {name: prod(self.layout.shapes[name][1:]) for name in self.names}
 
-    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
-        shape, places = self.shapes[name], self._places
-        numbers = places.of(shape.rows, rows), places.of(shape.units, units)
-        return Grid(self.layout.offsets[name], self._row_lengths[name], *numbers)
+    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
+        of_rows, of_units = self._places.of(self.shapes[name], rows, units)
+        return Grid(self.layout.offsets[name], self._row_lengths[name], of_rows, of_units)
 
     def blocks(self, source: _Array, target: _Array, pieces: Iterable[Piece]) -> list[Block]:
         """``pieces`` from one array that holds them to another."""
-        blocks = []
-        for name, rows, units in pieces:
-            grids = source.grid(name, rows, units), target.grid(name, rows, units)
-            blocks.append(Block(len(rows), len(units), self.shapes[name].unit, *grids))
-        return blocks
+        shapes, source_at, target_at = self.shapes, source.grid, target.grid
+        return [
+            Block(
+                len(rows),
+                len(units),
+                shapes[name].unit,
+                source_at(name, rows, units),
+                target_at(name, rows, units),
+            )
+            for name, rows, units in pieces
+        ]
 
 
 class _Shard:
@@ -112,16 +116,18 @@ class _Shard:
         self._partition, self._rank, self._shapes = partition, rank, subnet.shapes
         self.layout = partition.shard(rank)
 
-    def own(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def own(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
         """What the rank owns of ``pieces``; numbers are the same object where that is all of them."""
+        return pieces if self._partition.world_size == 1 else self._among(pieces)
+
+    def _among(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for name, rows, units in pieces:
-            if self._partition.world_size > 1:
-                first, last = np.searchsorted(rows.numpy(), self._partition.rows(name, self._rank))
-                rows = rows if last - first == len(rows) else rows[first:last]
+            first, last = np.searchsorted(rows, self._partition.rows(name, self._rank))
+            rows = rows if last - first == len(rows) else rows[first:last]
             if len(rows):
                 yield name, rows, units
 
-    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
+    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
         low = self._partition.rows(name, self._rank)[0]
         return Grid(
             self.layout.offsets[name], self._shapes[name].row_length, rows - low if low else rows, units
@@ -139,7 +145,7 @@ class _Wire:
         self._shapes = subnet.shapes
         self.size = 0
 
-    def grid(self, name: str, rows: Tensor, units: Tensor) -> Grid:
+    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
         grid = Grid(self.size, len(units) * self._shapes[name].unit)
         self.size += len(rows) * grid.row_length
         return grid
@@ -158,7 +164,8 @@ def shared_plan(
         regions: those of their selections, if they are known already.
         owner: only entries of the rows that this rank of a partition owns.
     """
-    pieces = _divided(target, [holder], regions)[1].get(0, [])
+    regions = regions or Regions(target.selection, [holder.selection], wanted=[0])
+    pieces = _divided(target, regions)[1].get(0, [])
     if owner is not None:
         pieces = list(_Shard(*owner, target).own(pieces))
     return BlockPlan(target.blocks(holder, target, pieces), (holder.layout.size, target.layout.size))
@@ -180,7 +187,8 @@ def fetch_plan(
         holders: subnets whose buffers hold valid entries, in order of preference.
         regions: those of the selections of ``target`` and ``holders``, if they are known already.
     """
-    fetched, carried = _divided(target, holders, regions)
+    regions = regions or Regions(target.selection, [holder.selection for holder in holders])
+    fetched, carried = _divided(target, regions)
     plan = TransferPlan(_carried(target, holders, carried))
     if partition.world_size == 1:
         plan.fetched = _from_shard(partition, rank, target, fetched)
@@ -204,7 +212,8 @@ def fetch_plan_per_rank(
     """
     if partition.world_size == 1:
         return fetch_plan(partition, rank, targets[0], holders)
-    divided = [_divided(target, holders) for target in targets]
+    shared = [holder.selection for holder in holders]
+    divided = [_divided(target, Regions(target.selection, shared)) for target in targets]
     packs = [
         _packed(_Shard(partition, rank, target), target, fetched)
         for target, (fetched, _) in zip(targets, divided, strict=True)
@@ -229,20 +238,22 @@ def return_plan(
         keepers: subnets of the next round that train on.
         regions: those of the selections of ``subnet`` and ``keepers``, if they are known already.
     """
-    return _from_shard(partition, rank, subnet, _divided(subnet, keepers, regions)[0])
+    regions = regions or Regions(subnet.selection, [k.selection for k in keepers], wanted=[None])
+    return _from_shard(partition, rank, subnet, _divided(subnet, regions)[0])
 
 
-def _divided(
-    target: Narrow, holders: Sequence[Narrow], regions: Regions | None = None
-) -> tuple[list[Piece], dict[int, list[Piece]]]:
+def _divided(target: Narrow, regions: Regions) -> tuple[list[Piece], dict[int, list[Piece]]]:
     """What only the store has, and what each holder has."""
-    regions = regions or Regions(target.selection, [holder.selection for holder in holders])
     fetched: list[Piece] = []
     carried: dict[int, list[Piece]] = {}
     for name in target.names:
         for holder, rows, units in regions.of(name):
-            pieces = fetched if holder is None else carried.setdefault(holder, [])
-            pieces.append((name, rows, units))
+            if holder is None:
+                fetched.append((name, rows, units))
+            elif holder in carried:
+                carried[holder].append((name, rows, units))
+            else:
+                carried[holder] = [(name, rows, units)]
     return fetched, carried
 
 

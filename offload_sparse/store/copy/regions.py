@@ -15,26 +15,27 @@ give the same answer for every unit that there is are taken together.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from offload_sparse.channels.channel_map import Axis, ChannelMap
 from offload_sparse.channels.selection import Selection
+from offload_sparse.store.copy.blocks import Numbers
 
 Codes = NDArray[np.uint8]
 
 Dimensions = tuple[int, ...]
-"""Some dimensions of a tensor, seen as one: their axes by identity, or -size where every position is always
-kept; equal for tensors that name the same atoms there. The axes of a map live as long as the map.
+"""Some dimensions of a tensor, seen as one: for each the number of its axis among the distinct ones of the
+map, or -1 - size where every position is always kept; equal for tensors that name the same atoms there.
 """
 
 _TARGET = 1
+_EVERY = 255
 MOST_HOLDERS = 7
 """Bits of a code beside the target's own."""
 
@@ -50,31 +51,35 @@ class UnitShape(NamedTuple):
 
 
 class Geometry:
-    """The unit shapes of all tensors of a map by name, and their axes by identity."""
+    """The unit shapes of all tensors of a map by name."""
 
     def __init__(self, channel_map: ChannelMap) -> None:
-        self.axes: dict[int, NDArray[np.int64]] = {}
+        self.axes = channel_map.distinct_axes
+        self.bounds = self.axes.starts.tolist()
         self.shapes = {name: self._of(channel_map, name) for name in channel_map.shapes}
 
     def _of(self, channel_map: ChannelMap, name: str) -> UnitShape:
         shape, axes = channel_map.shapes[name], channel_map.axes[name]
         if not shape:
-            return UnitShape((-1,), (), 1, 1)
+            return UnitShape((-2,), (), 1, 1)
         last = max((dim for dim, axis in enumerate(axes) if dim and axis is not None), default=0)
         rows = self._dimensions(axes[:1], shape[:1])
         units = self._dimensions(axes[1 : last + 1], shape[1 : last + 1])
         return UnitShape(rows, units, prod(shape[last + 1 :]), prod(shape[1:]))
 
     def _dimensions(self, axes: Sequence[Axis], shape: Sequence[int]) -> Dimensions:
-        self.axes |= {id(axis): axis.numpy() for axis in axes if axis is not None}
-        return tuple(-size if axis is None else id(axis) for axis, size in zip(axes, shape, strict=True))
+        numbers = self.axes.numbers
+        return tuple(numbers.get(id(axis), -1 - size) for axis, size in zip(axes, shape, strict=True))
 
     def spread(self, codes: Codes, dimensions: Dimensions) -> Codes:
-        """uint8[positions]: the bits of ``codes`` (uint8[ids + 2], as ``ChannelMap.alive``) that a position
-        has in all of its dimensions; all bits where it is always kept."""
-        found = np.full(1, 255, np.uint8)
+        """uint8[positions]: the bits that a position has in all of its dimensions, of ``codes`` (uint8, by
+        position of the distinct axes); all bits where it is always kept."""
+        found = np.full(1, _EVERY, np.uint8)
         for key in dimensions:
-            axis = np.full(-key, 255, np.uint8) if key <= 0 else codes[self.axes[key]]
+            if key < 0:
+                axis = np.full(-1 - key, _EVERY, np.uint8)
+            else:
+                axis = codes[self.bounds[key] : self.bounds[key + 1]]
             found = axis if len(found) == 1 else (found[:, None] & axis).reshape(-1)
         return found
 
@@ -84,12 +89,12 @@ class Region(NamedTuple):
 
     Attributes:
         holder: number of the selection that holds them, or None: the store alone does.
-        rows: int64, sorted row numbers of the full tensor; tensors that they hold for share them.
-        units: int64, sorted unit numbers within a full row, likewise."""
+        rows: sorted row numbers of the full tensor; tensors that they hold for share them.
+        units: sorted unit numbers within a full row, likewise."""
 
     holder: int | None
-    rows: Tensor
-    units: Tensor
+    rows: Numbers
+    units: Numbers
 
 
 class Places:
@@ -101,20 +106,36 @@ class Places:
             _geometries[channel_map] = Geometry(channel_map)
         self.geometry = _geometries[channel_map]
         self.alive = selection.alive.numpy().view(np.uint8)
-        self._before: dict[Dimensions, NDArray[np.int64]] = {}
-        # The positions are held, too, so that their id stays theirs.
-        self._known: dict[tuple[Dimensions, int], tuple[Tensor, Tensor]] = {}
+        self._kept_before = selection.kept_before
+        self._before: dict[Dimensions, Numbers] = {}
+        # Positions are of one place in a tensor only; they are held, too, so that their id stays theirs.
+        self._known: dict[int, tuple[Numbers, Numbers]] = {}
+        self._pairs: dict[tuple[int, int], tuple[Numbers, Numbers]] = {}
 
-    def of(self, dimensions: Dimensions, positions: Tensor) -> Tensor:
-        """int64: the numbers of kept ``positions`` in the narrow tensors."""
-        known = self._known.get((dimensions, id(positions)))
+    def of(self, shape: UnitShape, rows: Numbers, units: Numbers) -> tuple[Numbers, Numbers]:
+        """The numbers of kept rows and units in the narrow tensors; those that share them share these."""
+        key = id(rows), id(units)
+        found = self._pairs.get(key)
+        if found is None:
+            found = self._pairs[key] = self._of(shape.rows, rows), self._of(shape.units, units)
+        return found
+
+    def _of(self, dimensions: Dimensions, positions: Numbers) -> Numbers:
+        known = self._known.get(id(positions))
         if known is None:
-            if dimensions not in self._before:
-                kept = self.geometry.spread(self.alive, dimensions) != 0
-                self._before[dimensions] = np.cumsum(kept, dtype=np.int64) - 1
-            numbers = torch.from_numpy(self._before[dimensions][positions.numpy()])
-            known = self._known[dimensions, id(positions)] = positions, numbers
-        return known[1]
+            before = self._before.get(dimensions)
+            if before is None:
+                before = self._before[dimensions] = self._kept(dimensions)
+            known = self._known[id(positions)] = before[positions], positions
+        return known[0]
+
+    def _kept(self, dimensions: Dimensions) -> Numbers:
+        """int64[positions]: how many positions before each are kept."""
+        if len(dimensions) == 1 and dimensions[0] >= 0:
+            start, stop = self.geometry.bounds[dimensions[0] : dimensions[0] + 2]
+            return self._kept_before[start:stop] - self._kept_before[start]
+        kept = self.geometry.spread(np.diff(self._kept_before).astype(np.uint8), dimensions) != 0
+        return np.cumsum(kept, dtype=np.int64) - kept
 
 
 _geometries: weakref.WeakKeyDictionary[ChannelMap, Geometry] = weakref.WeakKeyDictionary()
@@ -130,75 +151,108 @@ def places_of(selection: Selection) -> Places:
 
 class Regions:
     """The entries of ``target``, divided by the first of ``holders``, selections of the same map in order of
-    preference (at most ``MOST_HOLDERS``), that has them."""
+    preference (at most ``MOST_HOLDERS``), that has them.
 
-    def __init__(self, target: Selection, holders: Sequence[Selection] = ()) -> None:
+    Args:
+        target, holders: the selections.
+        wanted: the holders (None: the store) whose entries are asked for; all if None."""
+
+    def __init__(
+        self,
+        target: Selection,
+        holders: Sequence[Selection] = (),
+        wanted: Collection[int | None] | None = None,
+    ) -> None:
         assert len(holders) <= MOST_HOLDERS
         self._geometry = places_of(target).geometry
-        self._shapes = self._geometry.shapes
+        self._wanted = wanted
+        self._holders = len(holders)
         alive = [places_of(selection).alive for selection in (target, *holders)]
-        self._codes: Codes = np.bitwise_or.reduce([kept << np.uint8(bit) for bit, kept in enumerate(alive)])
+        codes = np.bitwise_or.reduce([kept << np.uint8(bit) for bit, kept in enumerate(alive)])
+        self._codes: Codes = codes[self._geometry.axes.atoms]
+        self._present = self._of_axes()
         self._classes: dict[Dimensions, _Classes] = {}
         self._found: dict[tuple[Dimensions, Dimensions], list[Region]] = {}
-        self._first = _first_holder(len(holders))
 
     def of(self, name: str) -> list[Region]:
         """The regions of tensor ``name``, without empty ones."""
-        shape = self._shapes[name]
-        key = shape.rows, shape.units
-        if key not in self._found:  # tensors with the same axes (all four of a norm, say) share theirs
-            self._found[key] = list(self._divide(self._class(shape.rows), self._class(shape.units)))
-        return self._found[key]
+        key = self._geometry.shapes[name][:2]
+        found = self._found.get(key)
+        if found is None:  # tensors with the same axes (all four of a norm, say) share theirs
+            rows, units = map(self._class, key)
+            found = self._found[key] = [
+                Region(holder, rows.where(of_rows), units.where(of_units))
+                for holder, of_rows, of_units in _divided(self._holders, rows.present, units.present)
+                if self._wanted is None or holder in self._wanted
+            ]
+        return found
 
     def fetched(self, names: Iterable[str]) -> int:
         """How many entries of these tensors no holder has."""
         return sum(
-            len(region.rows) * len(region.units) * self._shapes[name].unit
+            len(region.rows) * len(region.units) * self._geometry.shapes[name].unit
             for name in names
             for region in self.of(name)
             if region.holder is None
         )
 
-    def _divide(self, rows: _Classes, units: _Classes) -> Iterator[Region]:
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for code in rows.present:
-            answers = tuple([self._first[code & other] for other in units.present])
-            alike.setdefault(answers, []).append(code)
-        for answers, codes in alike.items():
-            of_rows = rows.where(tuple(codes))
-            for holder in sorted(set(answers)):
-                chosen = [c for c, answer in zip(units.present, answers, strict=True) if answer == holder]
-                yield Region(None if holder < 0 else holder, of_rows, units.where(tuple(chosen)))
+    def _of_axes(self) -> list[tuple[int, ...]]:
+        """For every distinct axis the codes with the target's bit that occur."""
+        axes = self._geometry.axes
+        counts = np.bincount((axes.axis_of << 8) + self._codes, minlength=len(axes.numbers) << 8)
+        present: list[list[int]] = [[] for _ in axes.numbers]
+        for number, code in zip(*np.nonzero(counts.reshape(-1, 256)[:, _TARGET::2]), strict=True):
+            present[number].append(2 * int(code) + _TARGET)
+        return list(map(tuple, present))
 
     def _class(self, dimensions: Dimensions) -> _Classes:
-        if dimensions not in self._classes:
-            self._classes[dimensions] = _Classes(self._geometry.spread(self._codes, dimensions))
-        return self._classes[dimensions]
+        found = self._classes.get(dimensions)
+        if found is None:
+            codes = self._geometry.spread(self._codes, dimensions)
+            if len(dimensions) == 1 and dimensions[0] >= 0:
+                present = self._present[dimensions[0]]
+            else:
+                present = tuple(np.unique(codes[codes % 2 == _TARGET]).tolist())
+            found = self._classes[dimensions] = _Classes(codes, present)
+        return found
 
 
 class _Classes:
-    """Positions by code.
+    """Positions by code; ``present`` are the codes with the target's bit that occur, in order."""
 
-    Attributes:
-        present: codes with the target's bit that occur, in order."""
+    def __init__(self, codes: Codes, present: tuple[int, ...]) -> None:
+        self._codes, self.present = codes, present
+        self._known: dict[tuple[int, ...], Numbers] = {}
 
-    def __init__(self, codes: Codes) -> None:
-        self._codes = codes
-        counts = np.bincount(codes, minlength=256)[_TARGET::2]
-        self.present: list[int] = (2 * np.flatnonzero(counts) + _TARGET).tolist()
-        self._known: dict[tuple[int, ...], Tensor] = {}
-
-    def where(self, codes: tuple[int, ...]) -> Tensor:
-        """int64, sorted: the positions whose code is one of ``codes``."""
-        if codes not in self._known:
+    def where(self, codes: tuple[int, ...]) -> Numbers:
+        """Sorted: the positions whose code is one of ``codes``."""
+        known = self._known.get(codes)
+        if known is None:
             wanted = self._codes == codes[0]
             for code in codes[1:]:
                 wanted |= self._codes == code
-            self._known[codes] = torch.from_numpy(np.flatnonzero(wanted))
-        return self._known[codes]
+            known = self._known[codes] = wanted.nonzero()[0]
+        return known
 
 
-def _first_holder(count: int) -> list[int]:
-    """For every code, the lowest holder (bit 1 is holder 0) whose bit is set; -1 when none is."""
-    bits = [(code >> 1) & ((1 << count) - 1) for code in range(256)]
-    return [(held & -held).bit_length() - 1 for held in bits]
+@lru_cache(1 << 12)
+def _divided(
+    holders: int, rows: tuple[int, ...], units: tuple[int, ...]
+) -> list[tuple[int | None, tuple[int, ...], tuple[int, ...]]]:
+    """The regions of a tensor with these codes of rows and of units: holder, codes of its rows and units."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for code in rows:
+        answers = tuple([_first_holder(holders, code & other) for other in units])
+        alike.setdefault(answers, []).append(code)
+    found: list[tuple[int | None, tuple[int, ...], tuple[int, ...]]] = []
+    for answers, codes in alike.items():
+        for holder in sorted(set(answers)):
+            chosen = tuple([c for c, answer in zip(units, answers, strict=True) if answer == holder])
+            found.append((None if holder < 0 else holder, tuple(codes), chosen))
+    return found
+
+
+def _first_holder(holders: int, code: int) -> int:
+    """The lowest of so many holders (bit 1 is holder 0) whose bit is set; -1 when none is."""
+    held = (code >> 1) & ((1 << holders) - 1)
+    return (held & -held).bit_length() - 1

@@ -18,14 +18,13 @@ A device's, in its own memory, so that a copy sends nothing there:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, Grid
+from offload_sparse.store.copy.blocks import Block, Grid, Numbers
 
 # Columns of the native kernel's tables, all int64. numba keeps what it compiled until native.py changes:
 # whoever moves a column changes a line there too.
@@ -37,8 +36,6 @@ CALL_FROM, CALL_TO, CALL_SIZE = 3, 4, 5  # addresses of the arrays, bytes per en
 CALL_FROM_GRID, CALL_TO_GRID = 6, 7  # SOURCE and TARGET, or the other way round
 CALL_COUNT, CALL_NEXT = 8, 9  # items, and the next that nobody has taken
 CALL_STREAM, CALL_WIDTH = 10, 11  # whether to write past the caches
-
-Numbers = npt.NDArray[np.int64]
 
 ITEM = 1 << 17
 """Entries per work item, roughly."""
@@ -131,12 +128,12 @@ class Tables:
                 last = min(n_units, first + units)
                 self._items.append((number, row, row_end, first, last))
 
-    def _shared(self, numbers: Tensor) -> int:
+    def _shared(self, numbers: Numbers) -> int:
         """Position of numbers that several blocks may share; they are kept alive, so that ids stay theirs."""
         key = (id(numbers),)
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = (self._add(numbers.numpy()),), numbers
+            known = self._known[key] = (self._add(numbers),), numbers
         return known[0][0]
 
     def _add(self, numbers: Numbers) -> int:
@@ -170,26 +167,20 @@ class DeviceTables(NamedTuple):
 
 def _device_parts(blocks: Sequence[Block], program: int) -> tuple[Numbers, Numbers, Numbers]:
     """Programs, blocks and indices, each flat."""
-    size = max(max(block.n_rows, block.n_units) for block in blocks)
+    n_rows, n_units, unit, sources, targets = zip(*blocks, strict=True)
+    sides: list[Any] = [column for side in (sources, targets) for column in zip(*side, strict=True)]
+    size = max(max(n_rows), max(n_units))
     chunks = [np.arange(size)]  # serves rows and units that are 0, 1, 2, …
-    at = {id(None): 0}
-
-    def place(numbers: Tensor | None) -> int:
-        nonlocal size
-        if (found := at.get(id(numbers))) is None:
-            assert numbers is not None
-            found = at[id(numbers)] = size
-            chunks.append(numbers.numpy())
-            size += len(chunks[-1])
-        return found
-
-    table = [
-        (b.unit, b.n_units, s.start, s.row_length, place(s.rows), place(s.units))
-        + (t.start, t.row_length, place(t.rows), place(t.units), b.n_rows)
-        for b in blocks
-        for s, t in (b[3:],)
-    ]
-    columns = np.array(table, np.int64)
+    places = {id(None): 0}
+    for numbers in (sides[at] for at in (2, 3, 6, 7)):
+        for key, distinct in dict(zip(map(id, numbers), numbers, strict=True)).items():
+            if key not in places:
+                places[key] = size
+                chunks.append(distinct)
+                size += len(distinct)
+    for at in (2, 3, 6, 7):
+        sides[at] = tuple(map(places.__getitem__, map(id, sides[at])))
+    columns = np.array([unit, n_units, *sides, n_rows], np.int64).T
     entries = columns[:, 0] * columns[:, 1] * columns[:, 10]
     counts = -(-entries // program)
     number = np.repeat(np.arange(len(blocks)), counts)
@@ -233,7 +224,7 @@ def _consecutive(grid: Grid) -> bool:
 
 
 def _units(grid: Grid, n_units: int) -> Numbers:
-    return np.arange(n_units, dtype=np.int64) if grid.units is None else grid.units.numpy()
+    return np.arange(n_units, dtype=np.int64) if grid.units is None else grid.units
 
 
 def _breaks(source: Numbers, target: Numbers) -> Numbers:

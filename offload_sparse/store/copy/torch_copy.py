@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,8 @@ def _sent(blocks: Sequence[Block], device: torch.device) -> dict[int, Tensor]:
     """Row and unit numbers on the device, by the identity of those of the blocks."""
     numbers = [n for b in blocks for g in (b.source, b.target) for n in (g.rows, g.units) if n is not None]
     distinct = {id(n): n for n in numbers}
-    sent = to_device(torch.cat([torch.empty(0, dtype=torch.int64), *distinct.values()]), device)
+    together = np.concatenate([np.zeros(0, np.int64), *distinct.values()])
+    sent = to_device(torch.from_numpy(together), device)
     return dict(zip(distinct, sent.split([len(n) for n in distinct.values()]), strict=True))
 
 
