@@ -11,7 +11,7 @@ buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -26,6 +26,12 @@ Kept = Tensor | None
 """int64, the sorted kept positions of one dimension, or None: every position is kept."""
 
 
+def aligned(dtype: torch.dtype) -> int:
+    """Entries that take 16 bytes: matrix units and wide loads want tensors that begin at a multiple of them.
+    """
+    return max(1, 16 // dtype.itemsize)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each tensor lies in one flat buffer of ``size`` entries: shapes, in buffer order, and first
@@ -36,14 +42,31 @@ class Layout:
     size: int
 
     @staticmethod
-    def of(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-        """Lay out tensors one after the other, without gaps."""
+    def of(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> Layout:
+        """Lay out tensors one after the other, each from the next multiple of ``step`` on."""
         offsets: dict[str, int] = {}
         size = 0
         for name, shape in shapes.items():
-            offsets[name] = size
-            size += prod(shape)
+            offsets[name] = -(-size // step) * step
+            size = offsets[name] + prod(shape)
         return Layout(dict(shapes), offsets, size)
+
+    @cached_property
+    def gaps(self) -> list[tuple[int, int]]:
+        """(first entry, entries) of what lies between tensors."""
+        ends = [self.offsets[name] + prod(shape) for name, shape in self.shapes.items()]
+        pairs = zip(ends, list(self.offsets.values())[1:], strict=False)
+        return [(end, begin - end) for end, begin in pairs if begin > end]
+
+    def packed(self, flat: Tensor) -> Tensor:
+        """The tensors of ``flat`` one after the other, a copy only where there are gaps."""
+        return torch.cat([view.flatten() for view in self.views(flat)]) if self.gaps else flat
+
+    def unpack(self, packed: Tensor, flat: Tensor) -> None:
+        """Copy ``packed`` into ``flat``, with the gaps of this layout."""
+        views = self.views(flat) if self.gaps else [flat]
+        for view, values in zip(views, packed.split([view.numel() for view in views]), strict=True):
+            view.copy_(values.view(view.shape))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """All tensors, in order, as views of ``flat`` ([at least size])."""
@@ -78,7 +101,7 @@ class Selection:
         self.channel_map = channel_map
         self.mask = mask
         alive = self.alive = channel_map.alive(mask)
-        self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._layouts: dict[tuple[tuple[str, ...], int], Layout] = {}
         distinct = channel_map.distinct_axes
         self.kept_before = distinct.kept_before(alive)
         """int64[positions + 1] of the map's distinct axes: how many positions before each are kept."""
@@ -113,11 +136,11 @@ class Selection:
         axes = self.channel_map.axes
         return {name: tuple([memo[id(axis)] for axis in of_tensor]) for name, of_tensor in axes.items()}
 
-    def layout(self, names: Mapping[str, object] | tuple[str, ...]) -> Layout:
-        """The narrow layout of ``names``, in the order given."""
-        key = tuple(names)
+    def layout(self, names: Iterable[str], step: int = 1) -> Layout:
+        """The narrow layout of ``names``, in the order given; each from the next multiple of ``step`` on."""
+        key = tuple(names), step
         if key not in self._layouts:
-            self._layouts[key] = Layout.of({name: self.shapes[name] for name in key})
+            self._layouts[key] = Layout.of({name: self.shapes[name] for name in key[0]}, step)
         return self._layouts[key]
 
     @cached_property

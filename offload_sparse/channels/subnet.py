@@ -59,22 +59,23 @@ class Subnet:
                 value = values.get(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
                 self._set_buffer(name, value.to(device))
 
-    def bind(self, selection: Selection, weights: Tensor, buffers: Tensor) -> None:
+    def bind(self, selection: Selection, weights: Tensor, buffers: Tensor, step: int = 1) -> None:
         """Make the skeleton the network of ``selection``.
 
         Args:
             selection: the kept channels.
             weights: flat parameters in the order of ``parameter_names``; parameters become views of it.
             buffers: flat floating-point buffers in the order of ``buffer_names``.
+            step: that of the layouts of both.
         """
         self.parameters = []
-        views = selection.layout(self.parameter_names).views(weights)
+        views = selection.layout(self.parameter_names, step).views(weights)
         for name, view in zip(self.parameter_names, views, strict=True):
             parameter = nn.Parameter(view, requires_grad=self._trainable[name])
             self.parameters.append(parameter)
             for owner, leaf in self._holders[name]:
                 owner._parameters[leaf] = parameter
-        views = selection.layout(self.buffer_names).views(buffers)
+        views = selection.layout(self.buffer_names, step).views(buffers)
         for name, view in zip(self.buffer_names, views, strict=True):
             self._set_buffer(name, view)
         for fit in self._fits:

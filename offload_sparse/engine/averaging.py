@@ -90,9 +90,8 @@ class Averaging:
         return found
 
     def _places(self, like: Agreed, selection: Selection) -> Agreed:
-        return Agreed(
-            selection, Narrow(selection, like.weights.names), Narrow(selection, like.buffers.names), {}
-        )
+        weights, buffers = (Narrow(selection, at.names, at.step) for at in (like.weights, like.buffers))
+        return Agreed(selection, weights, buffers, {})
 
     def _own(self, place: Agreed, kind: str, owner: int | None = None) -> slice:
         """The run of a narrow buffer that lies in the rows of ``owner``, by default this rank's."""
@@ -177,6 +176,11 @@ class Averaging:
             rows[OUTER][own] = moved + momentum * rows[OUTER][own]
             moved = moved + momentum * rows[OUTER][own]
         piece.arrays[WEIGHTS][own] = rows[WEIGHTS][own] + lr * moved
+
+
+def packed(piece: Side | Agreed) -> dict[str, Tensor]:
+    """Its arrays without gaps, as they are saved."""
+    return {kind: piece.narrow(kind).layout.packed(array) for kind, array in piece.arrays.items()}
 
 
 def _length(run: slice) -> int:

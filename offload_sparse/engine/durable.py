@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.engine.averaging import Agreed
+from offload_sparse.engine.averaging import Agreed, packed
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import MethodState, restore_small, small_state
 from offload_sparse.engine.subnet_pair import Side
@@ -98,7 +98,7 @@ class DurableRounds:
         The logs that ``settle`` deletes are older than the newest: what they hold has been returned, or has
         gone on to the next round and is in the newest."""
         session = self._session
-        pieces = [(side.selection, side.arrays) for side in sides]
+        pieces = [(side.selection, packed(side)) for side in sides]
         if len(self.log.rounds()) >= self._settle_every:
             session.transfers.finish_returns()
             self.log.settle(self._tier.sync)

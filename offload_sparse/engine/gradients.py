@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -35,18 +36,35 @@ class FlatGradients:
     Args:
         parameters: all, in the order of the buffer.
         buffer: [gradients + TAIL], whatever it holds.
+        starts: the first entry of each in the buffer, if they do not lie one after the other.
+        zeros: as many as may lie between two of them, for what lies there.
 
     Attributes:
         buffer, flat, tail: the buffer; its gradients; the ``TAIL`` scalars behind them.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], buffer: Tensor) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        buffer: Tensor,
+        starts: Sequence[int] = (),
+        zeros: Tensor | None = None,
+    ) -> None:
         self.buffer, self.flat, self.tail = buffer, buffer[:-TAIL], buffer[-TAIL:]
         self._parameters = list(parameters)
-        pieces = self.flat.split([parameter.numel() for parameter in parameters])
+        sizes = [parameter.numel() for parameter in parameters]
+        self._starts = starts or [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        ends = [start + size for start, size in zip(self._starts, sizes, strict=True)]
+        pieces = [self.flat[start:end] for start, end in zip(self._starts, ends, strict=True)]
         self._places = [
             piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)
         ]
+        # By the number of the parameter before it; zeros are copied there, so that it is no operation more.
+        self._gaps = {
+            number: (self.flat[end:begin], zeros[: begin - end])
+            for number, (end, begin) in enumerate(zip(ends, self._starts[1:], strict=False))
+            if begin > end and zeros is not None
+        }
         self._scalars = list(self.tail.unbind())
         self._buckets: list[_Bucket] = []
         self._sends = False
@@ -115,6 +133,9 @@ class FlatGradients:
                 targets.append(place)
                 sources.append(gradient if gradient.layout == torch.strided else gradient.to_dense())
                 self._parameters[number].grad = None
+            if number in self._gaps:
+                targets.append(self._gaps[number][0])
+                sources.append(self._gaps[number][1])
         if absent:
             torch._foreach_zero_(absent)
         if targets:
@@ -128,7 +149,9 @@ class FlatGradients:
                 "torch.utils.checkpoint with use_reentrant=False"
             )
         for number in late:
-            self._places[number].add_(self._parameters[number].grad)
+            gradient = self._parameters[number].grad
+            assert gradient is not None
+            self._places[number].add_(gradient)
             self._parameters[number].grad = None
 
     def _send(self) -> None:
@@ -141,17 +164,16 @@ class FlatGradients:
         """Cut the gradients from their end into buckets of at least ``size`` bytes; hooks on the parameters
         of several buckets.
         """
-        end = start = self.flat.numel()
+        end = self.flat.numel()
         buckets: list[_Bucket] = []
         numbers: list[int] = []
         for number in reversed(range(len(self._parameters))):
             numbers.append(number)
-            start -= self._parameters[number].numel()
+            start = self._starts[number]
             if number == 0 or (end - start) * self.flat.element_size() >= size:
                 trained = sum(self._parameters[n].requires_grad for n in numbers)
                 buckets.append(_Bucket(self.flat[start:end], numbers, trained))
                 end, numbers = start, []
-        assert start == 0, "the parameters fill the buffer"
         for bucket in buckets if len(buckets) > 1 else ():
             for number in bucket.numbers:
                 parameter = self._parameters[number]

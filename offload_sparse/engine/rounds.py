@@ -266,7 +266,7 @@ class Rounds(Requests):
             pair = self.transfers.open(self._transfer(self.masks, self.round_length))
         for side, arrays in zip(pair.trained, self.restored, strict=False):
             for kind, values in arrays.items():
-                side.arrays[kind].copy_(values)
+                side.narrow(kind).layout.unpack(values, side.arrays[kind])
         if self.restored and self.local and len(pair.trained) == 1:
             pair.copy_shared(0)  # the reference comes from the store, which does not know this round
         self.restored = []

@@ -350,7 +350,7 @@ class SparseOffload(Rounds):
         selection = Selection(self.channel_map, self.final_mask)
         side.load(selection, (WEIGHTS, BUFFERS))
         if self.ema_steps:
-            self.store.gather(selection, EMA, side.arrays[WEIGHTS])
+            self.store.gather(side.weights, EMA, side.arrays[WEIGHTS])
         side.bind()
         module = self._extract(side)
         self.transfers.close()

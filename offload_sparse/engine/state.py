@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from offload_sparse.engine.averaging import packed
 from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.roles import Masks
 from offload_sparse.engine.rounds import Rounds
@@ -119,7 +120,7 @@ def small_state(session: Rounds) -> MethodState:
         meta |= {"round_steps": session.round_step, "round_length": session.round_length}
         held: Sequence[Mapping[str, Tensor]] = session.restored
         if session.pair is not None:
-            held = [side.arrays for side in session.pair.trained]
+            held = [packed(side) for side in session.pair.trained]
         kinds = (BUFFERS,) if not session.local else dict.fromkeys(chain.from_iterable(held))
         # On the CPU, where any rank, on any device or none, can read them.
         local = {f"{kind}/{i}": v[kind].to("cpu", copy=True) for i, v in enumerate(held) for kind in kinds}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.selection import Selection, aligned
 from offload_sparse.channels.subnet import Subnet
 from offload_sparse.engine.gradients import FlatGradients
 from offload_sparse.engine.losses import TAIL
@@ -76,10 +76,14 @@ class Side:
     def select(self, selection: Selection, kinds: tuple[str, ...]) -> None:
         """Make room for ``kinds`` of ``selection``; what the arrays hold is not defined."""
         layouts = {kind: p.layout for kind, p in self._store.partitions.items()}
-        self.weights = Narrow(selection, layouts[WEIGHTS].shapes)
-        self.buffers = Narrow(selection, layouts[BUFFERS].shapes)
+        step = aligned(self._store.dtype)
+        self.weights = Narrow(selection, layouts[WEIGHTS].shapes, step)
+        self.buffers = Narrow(selection, layouts[BUFFERS].shapes, step)
         self.arrays = {}
         self.arrays = {kind: self._reserve(kind, self.narrow(kind).layout.size) for kind in kinds}
+        for kind, array in self.arrays.items():
+            if self.narrow(kind).layout.gaps:
+                array.zero_()  # what no tensor has is 0, as its gradient is, and stays 0
 
     def load(self, selection: Selection, kinds: tuple[str, ...]) -> None:
         """Gather ``kinds`` of ``selection`` from the store."""
@@ -89,11 +93,11 @@ class Side:
     def gather(self) -> None:
         """Fill the arrays from the store."""
         for kind, array in self.arrays.items():
-            self._store.gather(self.selection, kind, array)
+            self._store.gather(self.narrow(kind), kind, array)
 
     def bind(self) -> None:
         """Point the module at the arrays."""
-        self.subnet.bind(self.selection, self.arrays[WEIGHTS], self.arrays[BUFFERS])
+        self.subnet.bind(self.selection, self.arrays[WEIGHTS], self.arrays[BUFFERS], self.weights.step)
         self._slots = sum(len(layer._buffers) for layer in self._layers)
         buffers = ((layer, *entry) for layer in self._layers for entry in layer._buffers.items())
         self._held = [(layer, leaf, value) for layer, leaf, value in buffers if value is not None]
@@ -157,7 +161,7 @@ class Side:
     def _reserve(self, kind: str, size: int) -> Tensor:
         memory = self._memory.get(kind)
         if memory is None or memory.numel() < size:
-            whole = self._store.partitions[kind].layout.size
+            whole = self._store.partitions[kind].layout.size + padding(self._store, kind)
             room = whole if kind == BUFFERS else min(whole, self._capacity)
             # Freed first, so that old and new never exist together. A mask beyond the cap (every channel of a
             # minimum width, say) is the one case that comes here twice.
@@ -165,6 +169,11 @@ class Side:
             self.subnet.release()
             self._memory[kind] = torch.empty(max(size, room), dtype=self._store.dtype, device=self._device)
         return self._memory[kind][:size]
+
+
+def padding(store: WeightStore, kind: str) -> int:
+    """Most entries between the tensors of a narrow array of ``kind``."""
+    return (aligned(store.dtype) - 1) * len(store.partitions[kind].layout.shapes)
 
 
 def _described(buffer: Tensor | None) -> str:
@@ -201,6 +210,7 @@ class SubnetPair:
         a, b = (Side(store, model, device, capacity, integer_buffers) for _ in range(2))
         self.sides = a, b
         self._device = device
+        self._zeros = torch.zeros(aligned(store.dtype), dtype=store.dtype, device=device)
         self.gradients: dict[int, FlatGradients] = {}
         self._optimizers: list[FlatOptimizer | None] = [None, None]
         self._shared: dict[str, BlockPlan] = {}
@@ -258,7 +268,9 @@ class SubnetPair:
             side.bind()
         for index, side in enumerate(self.trained):
             size = side.arrays[WEIGHTS].numel() + TAIL
-            self.gradients[index] = FlatGradients(side.subnet.parameters, reduce_memory[:size])
+            starts = tuple(side.weights.layout.offsets.values())
+            memory = reduce_memory[:size]
+            self.gradients[index] = FlatGradients(side.subnet.parameters, memory, starts, self._zeros)
             self._optimizers[index] = self._optimizer_of(index)
 
     def optimizer_step(self, side: int, not_finite: Tensor, steps_done: int) -> None:

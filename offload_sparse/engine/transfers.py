@@ -29,7 +29,7 @@ from offload_sparse.engine.averaging import Agreed
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import SubnetOptimizer
-from offload_sparse.engine.subnet_pair import Side, SubnetPair
+from offload_sparse.engine.subnet_pair import Side, SubnetPair, padding
 from offload_sparse.engine.timeline import Timeline
 from offload_sparse.store.copy.copy import copy_blocks, send_tables
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, fetch_plan, fetch_plan_per_rank, return_plan
@@ -108,6 +108,7 @@ class Transfers:
         self.store = store
         self.optimizer, self.device = optimizer, device
         self.integer_buffers = {name: value.to(device) for name, value in store.integer_buffers.items()}
+        capacity += padding(store, WEIGHTS)
         parts = (store, model, optimizer, device, capacity, self.integer_buffers)
         self._pairs = [SubnetPair(*parts) for _ in range(1 + delta)]
         self._current = 0
@@ -361,7 +362,7 @@ class Transfers:
         target, places = side.narrow(kind), [holder.narrow(kind) for holder in holders]
         if not per_rank:
             return fetch_plan(partition, rank, target, places, regions)
-        targets = [Narrow(selection, target.names) for selection in per_rank]
+        targets = [Narrow(selection, target.names, target.step) for selection in per_rank]
         return fetch_plan_per_rank(partition, rank, targets, places)
 
     def _return(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:

@@ -251,17 +251,17 @@ class WeightStore:
                 dist.recv(rows[low:high], src=first + rank, group=group)
         return whole
 
-    def gather(self, selection: Selection, kind: str, out: Tensor) -> None:
+    def gather(self, kept: Selection | Narrow, kind: str, out: Tensor) -> None:
         """Assemble the kept entries of ``kind`` on every rank.
 
         Args:
-            selection: the kept channels.
+            kept: the kept channels, or their places where those are not one after the other.
             kind: ``WEIGHTS``, ``BUFFERS`` or a slot.
             out: flat narrow buffer in the store's dtype, on the device; every entry is written.
         """
         partition = self.partitions[kind]
-        whole = fetch_plan(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
-        self.fetch(whole, [(kind, out)])
+        narrow = kept if isinstance(kept, Narrow) else Narrow(kept, partition.layout.shapes)
+        self.fetch(fetch_plan(partition, self.ranks.rank, narrow), [(kind, out)])
 
     def scatter(self, selection: Selection, kind: str, values: Tensor) -> None:
         """Write this rank's entries of a flat narrow buffer back into its rows. Uses no network."""

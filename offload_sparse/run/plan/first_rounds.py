@@ -15,7 +15,7 @@ import torch
 
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.selection import Selection, aligned
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import slot_names
@@ -48,11 +48,15 @@ class FirstRounds:
         ranks: int = 1,
     ) -> None:
         self._map, self._names = channel_map, names
-        self._whole = {kind: _entries(channel_map.shapes, tensors) for kind, tensors in names.items()}
+        self._step = aligned(getattr(torch, config.train.dtype))
+        gaps = {kind: (self._step - 1) * len(tensors) for kind, tensors in names.items()}
+        self._whole = {
+            kind: _entries(channel_map.shapes, tensors) + gaps[kind] for kind, tensors in names.items()
+        }
         chosen = config.policy.resolved(config.compile)
         # Steps do not matter for the first rounds: a search begins with even widths, and room for others.
         policy = build_policy(chosen, channel_map.groups, config.train.seed, cost, 1 << 20, 1 << 21)
-        self.capacity = policy.size_cap
+        self.capacity = policy.size_cap + gaps[WEIGHTS]
         self._trivial = policy.trivial
         self._pairs = 1 + (config.round.delta and not policy.trivial)
         trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
@@ -93,7 +97,7 @@ class FirstRounds:
 
     def entries(self, side: Side, kind: str) -> int:
         """Entries of one array of a subnet."""
-        return _entries(side.selection.shapes, self._names[kind])
+        return side.selection.layout(self._names[kind], self._step).size
 
     def _selection(self, mask: torch.Tensor) -> Selection:
         return Selection(self._map, mask)

@@ -80,12 +80,13 @@ class Narrow:
     Args:
         selection: what is kept.
         names: the tensors, in buffer order.
+        step: each begins at a multiple of so many entries.
     """
 
-    def __init__(self, selection: Selection, names: Iterable[str]) -> None:
-        self.selection = selection
+    def __init__(self, selection: Selection, names: Iterable[str], step: int = 1) -> None:
+        self.selection, self.step = selection, step
         self.names = tuple(names)
-        self.layout: Layout = selection.layout(self.names)
+        self.layout: Layout = selection.layout(self.names, step)
         self._places = places_of(selection)
         self.shapes = self._places.geometry.shapes
         self._row_lengths = {name: prod(self.layout.shapes[name][1:]) for name in self.names}
