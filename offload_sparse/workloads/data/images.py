@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -171,7 +171,7 @@ class ImageSet:
                     shown[position] = substitute(int(indices[position]), attempt, len(self))
                     failed.append(position)
             if not failed:
-                return Decoded(torch.stack(pixels), shown, tuple(corrupt))
+                return Decoded(_stacked(pixels, bool(side)), shown, tuple(corrupt))
             missing = failed
         raise ValueError(
             f"no image of split {self._split.name!r} could be decoded in {_MOST_SUBSTITUTES} tries "
@@ -205,6 +205,14 @@ class ImageSet:
                 f"{pixels.shape[1]}×{pixels.shape[2]} pixels); set data.image_size"
             )
         return pixels
+
+
+def _stacked(pixels: Sequence[Tensor], to_file: bool) -> Tensor:
+    """uint8[b, C, H, W]; colours that lie side by side stay so, unless it goes ``to_file``: pixels are copied
+    in one piece."""
+    if to_file or not all(image.stride(0) == 1 for image in pixels):
+        return torch.stack(list(pixels))
+    return torch.stack([image.permute(1, 2, 0) for image in pixels]).permute(0, 3, 1, 2)
 
 
 def _square_side(image_size: int) -> int:
