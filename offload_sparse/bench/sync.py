@@ -8,6 +8,7 @@ train`` in folders of their own under ``--cache``: cut short, they resume; finis
     outer50          the same with outer momentum 0.5
     per_rank         a subnet of its own on every rank, K = 50
     partition        the same, disjoint
+    alone            one rank with its part of the images, K = 50: what the others are worth
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ MODES: Mapping[str, dict[str, Any]] = {
     "outer50": _LOCAL | {"round.outer": "[1, 0.5]"},
     "per_rank": _LOCAL | {"round.subnets": "per_rank"},
     "partition": _LOCAL | {"round.subnets": "partition"},
+    "alone": {"round.k": 50},
 }
 
 _HEADER = ("mode", "runs", "test accuracy %", "spread", "difference from step", "its spread")
@@ -68,7 +70,11 @@ def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
             for mode in modes:
                 size = f"{options['data.limit']}x{epochs}"
                 folder = Path(config.cache or kept) / f"sync-{mode}-{size}-seed{seed}"
-                summary, _ = finished_run(folder, options | MODES[mode] | {"train.seed": seed}, RANKS)
+                given, ranks = options | MODES[mode] | {"train.seed": seed}, RANKS
+                if mode == "alone":
+                    given |= {key: given[key] // RANKS for key in ("data.limit", "data.batch_size")}
+                    ranks = 1
+                summary, _ = finished_run(folder, given, ranks)
                 found.setdefault(mode, []).append(100 * summary["test_accuracy"])
     ratios: dict[str, float] = {}
     rows: list[list[Any]] = []
