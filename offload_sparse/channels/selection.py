@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from math import prod
+from operator import add
 
 import numpy as np
 import torch
@@ -52,9 +54,13 @@ class Layout:
         return Layout(dict(shapes), offsets, size)
 
     @cached_property
+    def _sizes(self) -> list[int]:
+        return list(map(prod, self.shapes.values()))
+
+    @cached_property
     def gaps(self) -> list[tuple[int, int]]:
         """(first entry, entries) of what lies between tensors."""
-        ends = [self.offsets[name] + prod(shape) for name, shape in self.shapes.items()]
+        ends = map(add, self.offsets.values(), self._sizes)
         pairs = zip(ends, list(self.offsets.values())[1:], strict=False)
         return [(end, begin - end) for end, begin in pairs if begin > end]
 
@@ -70,11 +76,9 @@ class Layout:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """All tensors, in order, as views of ``flat`` ([at least size])."""
-        found = []
-        for shape, offset in zip(self.shapes.values(), self.offsets.values(), strict=True):
-            run = flat.narrow(0, offset, prod(shape))
-            found.append(run if len(shape) == 1 else run.view(shape))
-        return found
+        runs = map(flat.narrow, repeat(0), self.offsets.values(), self._sizes)
+        pairs = zip(runs, self.shapes.values(), strict=True)
+        return [run if len(shape) == 1 else run.view(shape) for run, shape in pairs]
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The tensor ``name`` as a view of ``flat`` ([at least size])."""

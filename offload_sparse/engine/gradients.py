@@ -55,7 +55,10 @@ class FlatGradients:
         sizes = [parameter.numel() for parameter in parameters]
         self._starts = starts or [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
         ends = [start + size for start, size in zip(self._starts, sizes, strict=True)]
-        pieces = [self.flat[start:end] for start, end in zip(self._starts, ends, strict=True)]
+        if ends[:-1] == list(self._starts[1:]):
+            pieces: Sequence[Tensor] = self.flat.split(sizes)
+        else:
+            pieces = [self.flat[start:end] for start, end in zip(self._starts, ends, strict=True)]
         self._places = [
             piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)
         ]
