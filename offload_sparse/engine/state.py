@@ -141,6 +141,8 @@ def restore_small(session: Rounds, state: MethodState) -> None:
         session.steps_done, session.rounds_done = state.count("steps_done"), state.count("rounds_done")
         session.forward_flops = float(meta["forward_flops"])
         session.ema_steps = state.count("ema_steps")
+        if session.ema_steps and not session.ema:
+            raise KeyError("ema_steps")
         transfers = session.transfers
         transfers.bytes_peak = max(transfers.bytes_peak, state.count("subnet_bytes_peak"))
         transfers.bytes_fetched = state.count("bytes_fetched")
