@@ -139,6 +139,8 @@ def restore_small(session: Rounds, state: MethodState) -> None:
         for name, scalar in _scalars(session).items():
             _set_scalar(session, name, scalar, tensors[name])
         session.steps_done, session.rounds_done = state.count("steps_done"), state.count("rounds_done")
+        if type(meta["forward_flops"]) not in (int, float):
+            raise TypeError("forward_flops")
         session.forward_flops = float(meta["forward_flops"])
         session.ema_steps = state.count("ema_steps")
         if session.ema_steps and not session.ema:

@@ -203,7 +203,7 @@ class RowsFile:
             text = (self._file.metadata() or {})[_ROWS]
             self.rows = convert(parse(text.encode()), dict[str, tuple[Count, ...]])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path.name} is damaged: {error}") from None
+            raise ValueError(f"{path.name} is damaged: {str(error)[:200]}") from None
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Every tensor whose name begins with ``prefix``, without it."""

@@ -162,7 +162,8 @@ class WriteAheadLog:
             return safe_open(self._path(round), framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{self._path(round)} is damaged ({error}); the store may be torn, go back to a checkpoint"
+                f"{self._path(round)} is damaged ({str(error)[:200]}); the store may be torn, go back to "
+                "a checkpoint"
             ) from error
 
 
