@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -131,6 +132,18 @@ def test_rounds_that_not_every_rank_logged_are_dropped(tmp_path: Path) -> None:
     assert log.rounds() == [0, 1]
     log.drop_after(-1)
     assert log.latest() is None
+
+
+def test_a_damaged_log_is_told_without_showing_what_is_in_it(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path, "new")
+    log = WriteAheadLog(tmp_path / "log")
+    log.append(0, store, pieces_of(store, 0), {})
+    header = json.dumps("x" * 100_000).encode()
+    path = tmp_path / "log" / "round-0.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        log.latest()
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_damaged_log_is_told_and_not_applied(tmp_path: Path) -> None:
