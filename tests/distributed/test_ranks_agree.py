@@ -105,7 +105,8 @@ def with_references(subnets: str, transfer: str) -> dict[str, Any]:
     for batch in batches(8):
         session.step(loss_of(own_part(batch)))
     second = session.transfers.pair.sides[1]
-    found = {"own": second.arrays[WEIGHTS].clone(), "mask": second.selection.mask}
+    values = second.weights.layout.packed(second.arrays[WEIGHTS]).clone()
+    found = {"own": values, "mask": second.selection.mask}
     session.settle()
     expected = torch.empty_like(found["own"])
     masks = [torch.empty_like(found["mask"]) for _ in range(2)]
