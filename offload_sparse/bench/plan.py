@@ -7,6 +7,7 @@ it is printed beside, because that is what a user sees.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +119,7 @@ def measure_allocated(config: RunConfig) -> dict[str, int]:
     """Bytes that torch's allocator hands out while a session trains, on the CUDA device or without one on the
     CPU. Returns ``device``: its peak while the session trains; ``host``: the store and, beside it, the larger
     of what its construction allocates and, without a CUDA device, of what training does."""
+    gc.collect()  # what goes while it is measured would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         session = build_session(config)
     construction = _peak(profiler)
@@ -131,6 +133,7 @@ def measure_allocated(config: RunConfig) -> dict[str, int]:
             "device": torch.cuda.max_memory_allocated() - before,
             "host": session.store.nbytes + construction,
         }
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train(config, session)
     peak = gradients + _peak(profiler)
