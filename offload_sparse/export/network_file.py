@@ -85,7 +85,8 @@ class Structure:
         tensors: shape of every parameter, buffer and other tensor.
         additions: the sums whose operands hold different channels.
         views: by module and number of a call, sizes that are written in its code with what each becomes,
-            nothing for a size that stays; see ``channels.views``.
+            nothing for a size that stays; negative where places are counted from the end; see
+            ``channels.views``.
         sparse: tensors that are stored without their zeros.
         weights_digest: of the other file; an export that was written by hand may leave it out, and then
             needs no digest of its own either."""
@@ -96,7 +97,7 @@ class Structure:
     groups: dict[str, Kept]
     tensors: dict[str, tuple[Count, ...]]
     additions: dict[str, Addition] = field(default_factory=dict)
-    views: dict[str, dict[str, tuple[tuple[Count, ...], ...]]] = field(default_factory=dict)
+    views: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
     sparse: tuple[str, ...] = ()
     weights_digest: str = ""
 
@@ -288,11 +289,11 @@ def _restore_additions(module: nn.Module, held: dict[str, Addition]) -> None:
         add.hold(sides[0], sides[1], torch.device("cpu"))
 
 
-def _fitted(calls: dict[int, tuple[Fit, ...]]) -> dict[str, tuple[tuple[Count, ...], ...]]:
-    return {str(call): tuple(_counts(fit or ()) for fit in fits) for call, fits in calls.items()}
+def _fitted(calls: dict[int, tuple[Fit, ...]]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {str(call): tuple(tuple(map(int, fit or ())) for fit in fits) for call, fits in calls.items()}
 
 
-def _restore_views(module: nn.Module, views: dict[str, dict[str, tuple[tuple[Count, ...], ...]]]) -> None:
+def _restore_views(module: nn.Module, views: dict[str, dict[str, tuple[tuple[int, ...], ...]]]) -> None:
     missing = sorted(views.keys() - dict(module.named_modules()).keys())
     if missing:
         raise ValueError(f"the network has no module {json_values.shown(missing[0])}")

@@ -159,8 +159,9 @@ CASES: tuple[Case, ...] = (
     *_cases("timm", "maxvit_pico_rw_256", img_size=64),
     *_cases("timm", "vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 mixer_s32_224", 32, img_size=32),
     *_cases("timm", "swin_tiny_patch4_window7_224", 64, img_size=64, window_size=4),
-    *_cases("torchvision", "shufflenet_v2_x1_0", 64, False),
-    *_cases("timm", "ghostnet_100 skresnet18 res2net50_26w_4s dpn68 cspresnet50", 64, False),
+    *_cases("torchvision", "shufflenet_v2_x1_0", 64),
+    *_cases("timm", "ghostnet_100 skresnet18 dpn68 cspresnet50", 64),
+    *_cases("timm", "res2net50_26w_4s", 64, False),
     *_cases(
         "transformers", "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Phi3ForCausalLM", 0, **_DECODER
     ),

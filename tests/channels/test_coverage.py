@@ -41,6 +41,7 @@ def test_the_table_is_wide() -> None:
         ("torchvision/squeezenet1_1", "coupled"),
         ("timm/convnext_atto", "coupled"),
         ("transformers/GPT2LMHeadModel", "internal"),
+        ("transformers/FalconForCausalLM", "internal"),  # places counted from the end
     ],
 )
 def test_a_listed_network_is_accepted(name: str, residual: str) -> None:
