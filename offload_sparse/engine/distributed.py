@@ -36,12 +36,12 @@ def ranks_where(condition: bool, world_size: int) -> list[int]:
     return [rank for rank, answer in enumerate(answers) if answer]
 
 
-def first_word(own: str, world_size: int) -> str:
+def first_word(own: str, world_size: int, group: dist.ProcessGroup | None = None) -> str:
     """What the first rank says that has something to say; every rank has to ask."""
     words = [own]
     if world_size > 1:
         words = [""] * world_size
-        dist.all_gather_object(words, own)
+        dist.all_gather_object(words, own, group=group)
     return next(filter(None, words), "")
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.engine.averaging import packed
+from offload_sparse.engine.distributed import first_word
 from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.roles import Masks
 from offload_sparse.engine.rounds import Rounds
@@ -208,12 +209,8 @@ def load_state(session: Rounds, state: Mapping[str, Any]) -> None:
     to another session (on every rank)."""
     store, ranks = session.transfers.store, session.ranks
     problem, small = _problem(session, state)
-    problems = [problem]
-    if ranks.world_size > 1:
-        problems = [""] * ranks.world_size
-        dist.all_gather_object(problems, problem, group=ranks.host_group)
-    if any(problems):
-        raise ValueError(next(filter(None, problems)))
+    if problem := first_word(problem, ranks.world_size, ranks.host_group):
+        raise ValueError(problem)
     session.transfers.forget()
     for kind, partition in store.partitions.items():
         for name in partition.layout.shapes:
