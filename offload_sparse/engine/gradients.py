@@ -177,6 +177,7 @@ class FlatGradients:
                 trained = sum(self._parameters[n].requires_grad for n in numbers)
                 buckets.append(_Bucket(self.flat[start:end], numbers, trained))
                 end, numbers = start, []
+        assert end == 0, "the parameters fill the buffer"
         for bucket in buckets if len(buckets) > 1 else ():
             for number in bucket.numbers:
                 parameter = self._parameters[number]
