@@ -7,6 +7,7 @@ it, and a batch is augmented in one gather.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,29 +57,35 @@ class Box(NamedTuple):
     width: int
 
 
-def random_part(key: np.uint64, height: int, width: int) -> Box:
-    """The part of an image of height × width pixels that a random resized crop keeps, by a key of
-    ``image_keys``.
+Crop = Callable[[int, int, int], Box]
+"""(position in the batch, height, width of the image) -> the part of it that is scaled to the image size."""
+
+
+def random_parts(keys: npt.NDArray[np.uint64]) -> Crop:
+    """The parts of images that a random resized crop keeps, by the keys uint64[b] of ``image_keys``.
 
     Area uniform on 8-100 % of the image, logarithm of the aspect ratio uniform between those of 3:4 and 4:3;
     ten tries to fit such a part into the image, then the largest middle part whose aspect ratio lies between
     (Szegedy et al. 2015, as in torchvision's RandomResizedCrop)."""
-    with np.errstate(over="ignore"):
-        numbers = mix(key + np.arange(4, 4 + 4 * _TRIES, dtype=np.uint64) * _STRIDE) >> np.uint64(11)
-    uniforms = (numbers.astype(np.float64) * 2.0**-53).reshape(_TRIES, 4).tolist()
-    (least, most), (narrowest, widest) = _AREA, _ASPECT
-    for area, aspect, vertical, horizontal in uniforms:
-        target = height * width * (least + (most - least) * area)
-        ratio = math.exp(math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * aspect)
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return Box(int(vertical * (height - h + 1)), int(horizontal * (width - w + 1)), h, w)
-    w, h = width, height
-    if width < narrowest * height:
-        h = round(width / narrowest)
-    elif width > widest * height:
-        w = round(height * widest)
-    return Box((height - h) // 2, (width - w) // 2, h, w)
+    numbers = mix(keys[:, None] + np.arange(4, 4 + 4 * _TRIES, dtype=np.uint64) * _STRIDE) >> np.uint64(11)
+    uniforms = (numbers.astype(np.float64) * 2.0**-53).reshape(-1, _TRIES, 4).tolist()
+
+    def part(position: int, height: int, width: int) -> Box:
+        (least, most), (narrowest, widest) = _AREA, _ASPECT
+        for area, aspect, vertical, horizontal in uniforms[position]:
+            target = height * width * (least + (most - least) * area)
+            ratio = math.exp(math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * aspect)
+            w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return Box(int(vertical * (height - h + 1)), int(horizontal * (width - w + 1)), h, w)
+        w, h = width, height
+        if width < narrowest * height:
+            h = round(width / narrowest)
+        elif width > widest * height:
+            w = round(height * widest)
+        return Box((height - h) // 2, (width - w) // 2, h, w)
+
+    return part
 
 
 def _uniform(keys: npt.NDArray[np.uint64], count: int) -> Tensor:
@@ -117,13 +124,16 @@ def cut(images: Tensor, parts: Tensor, size: int) -> Tensor:
     in one batched call, whose rounding differs (by two of 256 levels at most)."""
     if images.device.type != "cpu":
         return cut_in_one_call(images, parts, size)
-    boxes = parts.tolist()
-    return torch.stack(
-        [
-            F.resized_crop(image, *box, [size, size], antialias=True)
-            for image, box in zip(images, boxes, strict=True)
-        ]
-    )
+    out = images.new_empty(*images.shape[:2], size, size)
+    for image, (top, left, height, width), place in zip(images, parts.tolist(), out, strict=True):
+        scale(image[:, top : top + height, left : left + width], place)
+    return out
+
+
+def scale(image: Tensor, out: Tensor) -> None:
+    """Scale uint8[C, h, w] into ``out`` uint8[C, H, W] on the host, smoothing where it shrinks: the operator
+    below torchvision's ``resize``, which writes where it is told."""
+    torch.ops.aten._upsample_bilinear2d_aa.out(image[None], out.shape[1:], False, out=out[None])
 
 
 def cut_in_one_call(images: Tensor, parts: Tensor, size: int) -> Tensor:

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from offload_sparse.workloads.data.augmentation import Box
@@ -43,6 +42,10 @@ Choose = Callable[[int, int], Box]
 
 Stored: TypeAlias = dict[str, Any] | None
 """A stored image: its ``bytes``, or the ``path`` (text, or bytes as the file system has them) of its file."""
+
+_FRAMES = (0xC0, 0xC1, 0xC2)  # markers of JPEG: baseline, extended and progressive frames, EXIF data or XMP
+_METADATA = 0xE1
+_RGB = 3  # of torchvision.io.ImageReadMode
 
 # What broken files make the decoders of Pillow raise.
 _DECODING_ERRORS = (
@@ -70,7 +73,7 @@ def decode(stored: Stored) -> Image.Image:
 
     ``info["mode"]`` is the mode that is stored. Raises UndecodableError: it is none, it is broken, or its
     range is not known."""
-    return _guarded(stored, lambda content: _decode(open_image(content)))
+    return _guarded(stored, _upright)
 
 
 def stored_image(value: Any) -> Stored:
@@ -82,9 +85,7 @@ def stored_image(value: Any) -> Stored:
 
 def _guarded(stored: Stored, read: Callable[[bytes], Any]) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the library, about EXIF data and sizes
-            return read(_content(stored))
+        return read(_content(stored))
     except _DECODING_ERRORS as error:
         kind = "" if isinstance(error, UndecodableError) else f"{type(error).__name__}: "
         reason = " ".join(f"{kind}{error}".split())[:200]
@@ -115,11 +116,21 @@ def _content(stored: Stored) -> bytes:
 def _file(path: str | bytes) -> bytes:
     """The bytes of a regular file; a pipe or a device could be read for ever."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
             raise UndecodableError(f"no regular file of at most {_MOST_BYTES >> 20} MiB")
-        return file.read()
+        content = os.read(handle, status.st_size)
+        while len(content) < status.st_size and (more := os.read(handle, status.st_size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(handle)
+
+
+def _upright(content: bytes) -> Image.Image:
+    with warnings.catch_warnings(action="ignore"):  # of the library, about EXIF data and sizes
+        return _decode(open_image(content))
 
 
 def open_image(content: bytes) -> Image.Image:
@@ -172,26 +183,39 @@ def decode_part(stored: Stored, channels: int, choose: Choose | None = None) -> 
 
 
 def _part(content: bytes, channels: int, choose: Choose | None) -> Tensor:
-    image = open_image(content)
-    plain = image.format == "JPEG" and image.mode == "RGB" and channels == 3
-    plain = plain and image.getexif().get(ExifTags.Base.Orientation) is None
-    pixels = _whole_jpeg(content) if plain else None
+    pixels = _whole_jpeg(content) if channels == 3 and _is_plain_jpeg(content) else None
     if pixels is None:
-        image = _decode(image)
-        if choose is not None:
-            top, left, height, width = choose(image.height, image.width)
-            image = image.crop((left, top, left + width, top + height))
-        return pixels_of(image, channels)
-    if choose is not None:
-        top, left, height, width = choose(*pixels.shape[1:])
-        pixels = pixels[:, top : top + height, left : left + width]
-    # Whole pixels next to each other are scaled several times faster.
-    return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        with warnings.catch_warnings(action="ignore"):  # about palettes
+            pixels = pixels_of(_upright(content), channels)
+    if choose is None:
+        return pixels
+    top, left, height, width = choose(*pixels.shape[1:])
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Whether these are 8-bit colours in an upright JPEG; Pillow, ten times slower, is asked where there is
+    metadata that may turn it."""
+    place = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while place + 10 <= len(content) and content[place] == 0xFF:
+        marker, length = struct.unpack_from(">BH", content, place + 1)
+        if marker in _FRAMES:
+            bits, height, width, colours = struct.unpack_from(">BHHB", content, place + 4)
+            return (bits, colours) == (8, 3) and height * width <= MOST_PIXELS
+        if marker == _METADATA:
+            with warnings.catch_warnings(action="ignore"):
+                image = open_image(content)
+                upright = image.getexif().get(ExifTags.Base.Orientation) is None
+            return upright and (image.format, image.mode) == ("JPEG", "RGB")
+        place += 2 + length
+    return False
 
 
 def _whole_jpeg(content: bytes) -> Tensor | None:
-    """The pixels that Pillow would give, by the same library with fewer copies; None if it refuses."""
+    """The pixels that Pillow would give, by the same library with fewer copies; None if it refuses. This is
+    the operator of torchvision's ``decode_jpeg``, which takes a twentieth longer to warn that it will go."""
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return torch.ops.image.decode_jpeg(encoded, _RGB, False)
+    except (RuntimeError, AttributeError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.augmentation import Box, cut
+from offload_sparse.workloads.data.augmentation import Box, Crop, cut, scale
 from offload_sparse.workloads.data.cache import Decoded, PixelCache, WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages, substitute
 from offload_sparse.workloads.data.decode import Stored, UndecodableError, decode_part
@@ -24,9 +23,6 @@ from offload_sparse.workloads.data.source import Split
 _BAR_DELAY_SECONDS = 5.0
 _CHUNK = 256
 _MOST_SUBSTITUTES = 100
-
-Crop = Callable[[int, int, int], Box]
-"""(position in the batch, height, width of the image) -> the part of it that is scaled to the image size."""
 
 
 class ImageSet:
@@ -143,7 +139,7 @@ class ImageSet:
                 sides[position] = torch.tensor([height, width])
                 return Box(0, 0, height, width)
 
-            found = self._decode_anew(indices, whole if self.squares else None, side, lock)
+            found = self._decode_anew(indices, whole if self.squares else None, (height, width), lock)
             return found._replace(sides=sides)
 
         folder = Path(config.cache).expanduser()
@@ -153,10 +149,14 @@ class ImageSet:
         self,
         indices: Tensor,
         crop: Crop | None = None,
-        side: int = 0,
+        to_file: tuple[int, int] | None = None,
         reading: AbstractContextManager[Any] = nullcontext(),  # noqa: B008
     ) -> Decoded:
-        shown, pixels = indices.clone(), [torch.empty(0)] * len(indices)
+        shape = len(indices), self._split.channels, *(to_file or (self.height, self.width))
+        # Colours lie side by side as they do in decoded images, but not in files.
+        layout = torch.contiguous_format if to_file else torch.channels_last
+        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
+        shown = indices.clone()
         corrupt: list[Corrupt] = []
         missing = list(range(len(indices)))
         for attempt in range(_MOST_SUBSTITUTES):
@@ -165,13 +165,13 @@ class ImageSet:
                 encoded = self._split.stored(shown[missing].tolist())
             for position, stored in zip(missing, encoded, strict=True):
                 try:
-                    pixels[position] = self._pixels_of(stored, position, crop, side or self._image_size)
+                    self._read(stored, position, crop, pixels[position])
                 except UndecodableError as error:
                     corrupt.append(Corrupt(self._split.name, int(shown[position]), str(error)))
                     shown[position] = substitute(int(indices[position]), attempt, len(self))
                     failed.append(position)
             if not failed:
-                return Decoded(_stacked(pixels, bool(side)), shown, tuple(corrupt))
+                return Decoded(pixels, shown, tuple(corrupt))
             missing = failed
         raise ValueError(
             f"no image of split {self._split.name!r} could be decoded in {_MOST_SUBSTITUTES} tries "
@@ -191,28 +191,20 @@ class ImageSet:
                 bar.update(len(rows))
         return pixels
 
-    def _pixels_of(self, stored: Stored, position: int, crop: Crop | None, side: int) -> Tensor:
-        channels, size = self._split.channels, self._image_size
+    def _read(self, stored: Stored, position: int, crop: Crop | None, out: Tensor) -> None:
+        """Decode an image into ``out`` uint8[channels, height, width]."""
         if crop is not None:
-            part = decode_part(stored, channels, partial(crop, position))
-            return F.resize(part, [side, side], antialias=True)
-        pixels = decode_part(stored, channels)
-        if size:
-            pixels = resize(pixels, size, self._shorter_side)
-        if pixels.shape[1:] != (self.height, self.width):
+            scale(decode_part(stored, self._split.channels, partial(crop, position)), out)
+            return
+        pixels = decode_part(stored, self._split.channels)
+        if self._image_size:
+            pixels = resize(pixels, self._image_size, self._shorter_side)
+        if pixels.shape != out.shape:
             raise ValueError(
                 f"the images of split {self._split.name!r} differ in size ({self.height}×{self.width} and "
                 f"{pixels.shape[1]}×{pixels.shape[2]} pixels); set data.image_size"
             )
-        return pixels
-
-
-def _stacked(pixels: Sequence[Tensor], to_file: bool) -> Tensor:
-    """uint8[b, C, H, W]; colours that lie side by side stay so, unless it goes ``to_file``: pixels are copied
-    in one piece."""
-    if to_file or not all(image.stride(0) == 1 for image in pixels):
-        return torch.stack(list(pixels))
-    return torch.stack([image.permute(1, 2, 0) for image in pixels]).permute(0, 3, 1, 2)
+        out.copy_(pixels)
 
 
 def _square_side(image_size: int) -> int:

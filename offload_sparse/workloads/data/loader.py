@@ -17,10 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.augmentation import Draws, augment, cut, draw, image_keys, random_part
+from offload_sparse.workloads.data.augmentation import (
+    Crop,
+    Draws,
+    augment,
+    cut,
+    draw,
+    image_keys,
+    random_parts,
+)
 from offload_sparse.workloads.data.cache import WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages
-from offload_sparse.workloads.data.images import Crop, ImageSet
+from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.order import check_batch, global_batch, rank_part, steps_per_epoch
 from offload_sparse.workloads.data.parquet import ParquetStream
 from offload_sparse.workloads.data.source import Split
@@ -201,8 +209,7 @@ class TrainLoader(_Loader):
     def _crop(self, epoch: int, indices: Tensor) -> Crop | None:
         if self._config.train_crop != "resized":
             return None
-        keys = image_keys(self._seed, epoch, indices)
-        return lambda position, height, width: random_part(keys[position], height, width)
+        return random_parts(image_keys(self._seed, epoch, indices))
 
 
 class EvalLoader(_Loader):

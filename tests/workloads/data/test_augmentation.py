@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.augmentation import Box, augment, draw, image_keys, random_part
+from offload_sparse.workloads.data.augmentation import Box, augment, draw, image_keys, random_parts
 from offload_sparse.workloads.data.loader import TrainLoader
 from offload_sparse.workloads.data.order import global_batch
 from offload_sparse.workloads.data.source import load_splits
@@ -80,13 +80,13 @@ def test_without_padding_and_flips_images_stay_what_they_are() -> None:
 
 
 def parts(height: int, width: int, count: int = 4000, seed: int = 0) -> list[Box]:
-    keys = image_keys(seed, 0, torch.arange(count))
-    return [random_part(key, height, width) for key in keys]
+    crop = random_parts(image_keys(seed, 0, torch.arange(count)))
+    return [crop(position, height, width) for position in range(count)]
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**63 - 1))
 def test_a_random_part_lies_in_the_image(height: int, width: int, key: int) -> None:
-    top, left, h, w = random_part(np.uint64(key), height, width)
+    top, left, h, w = random_parts(np.array([key], dtype=np.uint64))(0, height, width)
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
     assert h > 0
@@ -119,9 +119,11 @@ def test_an_image_too_long_for_any_part_gives_its_middle() -> None:
 
 
 def test_a_random_part_depends_on_the_image_and_the_epoch() -> None:
-    once, again = (image_keys(7, 3, torch.tensor([5])) for _ in range(2))
-    assert random_part(once[0], 100, 120) == random_part(again[0], 100, 120)
-    others = {random_part(image_keys(7, epoch, torch.tensor([5]))[0], 100, 120) for epoch in range(20)}
+    def part(epoch: int, *rows: int) -> Box:
+        return random_parts(image_keys(7, epoch, torch.tensor(rows)))(len(rows) - 1, 100, 120)
+
+    assert part(3, 5) == part(3, 2, 5), "whatever batch it is in"
+    others = {part(epoch, 5) for epoch in range(20)}
     assert len(others) == 20
 
 
@@ -139,11 +141,11 @@ def test_a_batch_of_random_parts_is_scaled_as_torchvision_scales_them(tmp_path: 
     split = load_splits(config).train
     batch = next(TrainLoader(split, config, seed=9).batches())
     indices = global_batch(9, 0, 0, 24, 24)
-    keys, flips = image_keys(9, 0, indices), draw(9, 0, indices, 0).flip
+    crop, flips = random_parts(image_keys(9, 0, indices)), draw(9, 0, indices, 0).flip
     for position, index in enumerate(indices.tolist()):
         (image,) = split.read([index])
         pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
-        box = random_part(keys[position], image.height, image.width)
+        box = crop(position, image.height, image.width)
         expected = v2.functional.resized_crop(pixels, *box, [16, 16], antialias=True)
         expected = v2.functional.hflip(expected) if flips[position] else expected
         assert torch.equal(batch.images[position], expected)

@@ -13,7 +13,7 @@ import torch
 from offload_sparse.store.files import write_file
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import cache as cache_module
-from offload_sparse.workloads.data.augmentation import Box, cut, cut_in_one_call, image_keys, random_part
+from offload_sparse.workloads.data.augmentation import Box, cut, cut_in_one_call, image_keys, random_parts
 from offload_sparse.workloads.data.corrupt import CorruptImages
 from offload_sparse.workloads.data.decode import decode_part
 from offload_sparse.workloads.data.images import ImageSet
@@ -154,12 +154,12 @@ def test_the_parts_of_squares_cover_what_was_chosen(tmp_path: Path) -> None:
     config = config_of(tmp_path, train_crop="resized", image_size=56)
     images = ImageSet(load_splits(config).train, config, training=True, write=write_file)
     indices = torch.arange(24)
-    keys = image_keys(0, 0, indices)
-    parts = images.parts(indices, lambda position, h, w: random_part(keys[position], h, w))
+    crop = random_parts(image_keys(0, 0, indices))
+    parts = images.parts(indices, crop)
     for index, (top, left, height, width) in enumerate(parts.tolist()):
         stored = images._split.stored([index])[0]
         whole = decode_part(stored, 3)
-        box = random_part(keys[index], *whole.shape[1:])
+        box = crop(index, *whole.shape[1:])
         for begin, length, side, start, extent in (
             (top, height, whole.shape[1], box.top, box.height),
             (left, width, whole.shape[2], box.left, box.width),

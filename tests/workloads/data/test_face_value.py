@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +164,66 @@ def test_cmyk_and_ycbcr_become_rgb(tmp_path: Path) -> None:
     for name in ("0.jpg", "0.tiff"):
         found = decode_part({"path": str(tmp_path / name)}, 3).float()
         assert (found.flatten(1).mean(1) - torch.tensor([200.0, 30.0, 60.0])).abs().max() < 4
+
+
+def _exif(orientation: int | None) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    if orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "progressive": {"progressive": True},
+    "whole colours": {"subsampling": 0},
+    "as RGB": {"keep_rgb": True},
+    "with EXIF data": {"exif": _exif(None)},
+    "turned": {"exif": _exif(6)},
+    "with XMP": {"xmp": b"<x/>"},
+    "turned by XMP": {"xmp": b'<x tiff:Orientation="8"/>'},
+}
+
+
+def _jpeg(mode: str = "RGB", **options: Any) -> bytes:
+    file = io.BytesIO()
+    photograph(0).resize((37, 23)).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def _or_none(read: Callable[[], torch.Tensor]) -> list[Any] | None:
+    """The pixels, or None if there are none."""
+    try:
+        return read().tolist()
+    except UndecodableError:
+        return None
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_has_the_pixels_that_pillow_gives(kind: str) -> None:
+    stored = {"bytes": _jpeg(**JPEGS[kind])}
+    assert torch.equal(decode_part(stored, 3), pixels_of(decode(stored), 3))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_what_pillow_refuses_of_a_broken_jpeg_is_refused(mode: str) -> None:
+    """Wherever it is cut off, and whatever its header says in place of a byte."""
+    whole = _jpeg(mode, quality=20)
+    header = whole.index(b"\xff\xda")
+    cut = [whole[:length] for length in range(1, len(whole))]
+    changed = [whole[:i] + b"\x00" + whole[i + 1 :] for i in range(header)]
+    given = [_or_none(partial(decode_part, {"bytes": content}, 3)) for content in cut + changed]
+    pillow = [_or_none(lambda c=content: pixels_of(decode({"bytes": c}), 3)) for content in cut + changed]
+    assert given == pillow
+    assert None in pillow[len(cut) :]
+    assert any(pillow)
+
+
+def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = _jpeg()
+    monkeypatch.setattr(decode_module, "open_image", None)
+    assert decode_part({"bytes": content}, 3).shape == (3, 23, 37)
 
 
 # What must not be opened
