@@ -125,15 +125,17 @@ def cut(images: Tensor, parts: Tensor, size: int) -> Tensor:
     if images.device.type != "cpu":
         return cut_in_one_call(images, parts, size)
     out = images.new_empty(*images.shape[:2], size, size)
-    for image, (top, left, height, width), place in zip(images, parts.tolist(), out, strict=True):
-        scale(image[:, top : top + height, left : left + width], place)
+    for image, part, place in zip(images, parts.tolist(), out, strict=True):
+        scale(image, Box(*part), place)
     return out
 
 
-def scale(image: Tensor, out: Tensor) -> None:
-    """Scale uint8[C, h, w] into ``out`` uint8[C, H, W] on the host, smoothing where it shrinks: the operator
-    below torchvision's ``resize``, which writes where it is told."""
-    torch.ops.aten._upsample_bilinear2d_aa.out(image[None], out.shape[1:], False, out=out[None])
+def scale(image: Tensor, part: Box, out: Tensor) -> None:
+    """Scale a part of uint8[C, h, w] into ``out`` uint8[C, H, W] on the host, smoothing where it shrinks: the
+    operator below torchvision's ``resize``, which writes where it is told."""
+    top, left, height, width = part
+    source = image[None, :, top : top + height, left : left + width]
+    torch.ops.aten._upsample_bilinear2d_aa.out(source, out.shape[1:], False, out=out[None])
 
 
 def cut_in_one_call(images: Tensor, parts: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,8 +24,6 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-
-from offload_sparse.workloads.data.augmentation import Box
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; MPO, which cameras write, is a JPEG with more images behind it."""
@@ -36,9 +35,6 @@ MOST_PIXELS = 1 << 26
 _MOST_BYTES = 1 << 30
 _PIL_MODES = {1: "L", 3: "RGB"}
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
-
-Choose = Callable[[int, int], Box]
-"""(height, width) of an image -> the part of it that is wanted."""
 
 Stored: TypeAlias = dict[str, Any] | None
 """A stored image: its ``bytes``, or the ``path`` (text, or bytes as the file system has them) of its file."""
@@ -73,7 +69,7 @@ def decode(stored: Stored) -> Image.Image:
 
     ``info["mode"]`` is the mode that is stored. Raises UndecodableError: it is none, it is broken, or its
     range is not known."""
-    return _guarded(stored, _upright)
+    return _guarded(stored, _decode)
 
 
 def stored_image(value: Any) -> Stored:
@@ -128,11 +124,6 @@ def _file(path: str | bytes) -> bytes:
         os.close(handle)
 
 
-def _upright(content: bytes) -> Image.Image:
-    with warnings.catch_warnings(action="ignore"):  # of the library, about EXIF data and sizes
-        return _decode(open_image(content))
-
-
 def open_image(content: bytes) -> Image.Image:
     """The header of an image whose format and size are acceptable."""
     image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -141,11 +132,13 @@ def open_image(content: bytes) -> Image.Image:
     return image
 
 
-def _decode(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    image.load()
-    if image.getexif().get(ExifTags.Base.Orientation) is not None:
-        image = ImageOps.exif_transpose(image)
+def _decode(content: bytes) -> Image.Image:
+    with warnings.catch_warnings(action="ignore"):  # of the library, about EXIF data and sizes
+        image = open_image(content)
+        mode = image.mode
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation) is not None:
+            image = ImageOps.exif_transpose(image)
     if mode.startswith(("I", "F")):
         image = _in_8_bits(image)
     elif mode == "LAB":
@@ -176,21 +169,17 @@ def pixels_of(image: Image.Image, channels: int) -> Tensor:
     return F.pil_to_tensor(image.convert(_PIL_MODES[channels]))
 
 
-def decode_part(stored: Stored, channels: int, choose: Choose | None = None) -> Tensor:
-    """The part of an image that ``choose`` names (``None`` takes all), uint8[channels, h, w]. Raises
-    UndecodableError: as ``decode``."""
-    return _guarded(stored, lambda content: _part(content, channels, choose))
+def decode_pixels(stored: Stored, channels: int) -> Tensor:
+    """An image, upright, as uint8[channels, h, w]. Raises UndecodableError: as ``decode``."""
+    return _guarded(stored, partial(_pixels, channels=channels))
 
 
-def _part(content: bytes, channels: int, choose: Choose | None) -> Tensor:
+def _pixels(content: bytes, channels: int) -> Tensor:
     pixels = _whole_jpeg(content) if channels == 3 and _is_plain_jpeg(content) else None
-    if pixels is None:
-        with warnings.catch_warnings(action="ignore"):  # about palettes
-            pixels = pixels_of(_upright(content), channels)
-    if choose is None:
+    if pixels is not None:
         return pixels
-    top, left, height, width = choose(*pixels.shape[1:])
-    return pixels[:, top : top + height, left : left + width]
+    with warnings.catch_warnings(action="ignore"):  # about palettes
+        return pixels_of(_decode(content), channels)
 
 
 def _is_plain_jpeg(content: bytes) -> bool:

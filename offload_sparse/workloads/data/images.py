@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,7 +16,7 @@ from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.augmentation import Box, Crop, cut, scale
 from offload_sparse.workloads.data.cache import Decoded, PixelCache, WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages, substitute
-from offload_sparse.workloads.data.decode import Stored, UndecodableError, decode_part
+from offload_sparse.workloads.data.decode import Stored, UndecodableError, decode_pixels
 from offload_sparse.workloads.data.source import Split
 
 _BAR_DELAY_SECONDS = 5.0
@@ -193,10 +192,10 @@ class ImageSet:
 
     def _read(self, stored: Stored, position: int, crop: Crop | None, out: Tensor) -> None:
         """Decode an image into ``out`` uint8[channels, height, width]."""
+        pixels = decode_pixels(stored, self._split.channels)
         if crop is not None:
-            scale(decode_part(stored, self._split.channels, partial(crop, position)), out)
+            scale(pixels, crop(position, *pixels.shape[1:]), out)
             return
-        pixels = decode_part(stored, self._split.channels)
         if self._image_size:
             pixels = resize(pixels, self._image_size, self._shorter_side)
         if pixels.shape != out.shape:

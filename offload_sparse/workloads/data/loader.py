@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.augmentation import (
-    Crop,
-    Draws,
-    augment,
-    cut,
-    draw,
-    image_keys,
-    random_parts,
-)
+from offload_sparse.workloads.data.augmentation import Draws, augment, cut, draw, image_keys, random_parts
 from offload_sparse.workloads.data.cache import WriteFile
 from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages
 from offload_sparse.workloads.data.images import ImageSet
@@ -178,7 +170,8 @@ class TrainLoader(_Loader):
         config, images = self._config, self.images
         epoch, step = divmod(step, self.steps_per_epoch)
         indices = rank_part(self._global_batch(epoch, step), self._rank, self._world_size)
-        crop, parts = self._crop(epoch, indices), None
+        resized, parts = config.train_crop == "resized", None
+        crop = random_parts(image_keys(self._seed, epoch, indices)) if resized else None
         if crop is not None and images.squares:
             found, parts = images.decode_squares(indices), images.parts(indices, crop)
         else:
@@ -205,11 +198,6 @@ class TrainLoader(_Loader):
         if self._order[0] != epoch:
             self._order = (epoch, table.order(self._seed, epoch))
         return self._order[1][step * size : (step + 1) * size].clone()
-
-    def _crop(self, epoch: int, indices: Tensor) -> Crop | None:
-        if self._config.train_crop != "resized":
-            return None
-        return random_parts(image_keys(self._seed, epoch, indices))
 
 
 class EvalLoader(_Loader):

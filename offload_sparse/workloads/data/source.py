@@ -95,14 +95,6 @@ class Split:
         """The images at ``indices``, decoded; in the place of one that cannot be, the reason in one line."""
         return [_or_reason(stored) for stored in self.stored(indices)]
 
-    def read(self, indices: Sequence[int]) -> list[Image.Image]:
-        """The images at ``indices``, decoded. Raises ValueError: one of them cannot be decoded."""
-        images = self.decode(indices)
-        for index, image in zip(indices, images, strict=True):
-            if isinstance(image, str):
-                raise ValueError(self._undecodable(index, image))
-        return [image for image in images if not isinstance(image, str)]
-
     def sample(self, corrupt_limit: int) -> list[Image.Image]:
         """Evenly spaced images; up to ``corrupt_limit`` that cannot be decoded are passed over. Raises
         ValueError: more than that cannot be decoded, or none can."""

@@ -143,7 +143,7 @@ def test_a_batch_of_random_parts_is_scaled_as_torchvision_scales_them(tmp_path: 
     indices = global_batch(9, 0, 0, 24, 24)
     crop, flips = random_parts(image_keys(9, 0, indices)), draw(9, 0, indices, 0).flip
     for position, index in enumerate(indices.tolist()):
-        (image,) = split.read([index])
+        (image,) = split.decode([index])
         pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
         box = crop(position, image.height, image.width)
         expected = v2.functional.resized_crop(pixels, *box, [16, 16], antialias=True)

@@ -15,7 +15,7 @@ from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import cache as cache_module
 from offload_sparse.workloads.data.augmentation import Box, cut, cut_in_one_call, image_keys, random_parts
 from offload_sparse.workloads.data.corrupt import CorruptImages
-from offload_sparse.workloads.data.decode import decode_part
+from offload_sparse.workloads.data.decode import decode_pixels
 from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.source import load_splits
@@ -70,7 +70,7 @@ def test_a_cache_is_built_once(config: DataConfig, monkeypatch: pytest.MonkeyPat
     def refuse(*_: Any) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("offload_sparse.workloads.data.images.decode_part", refuse)
+    monkeypatch.setattr("offload_sparse.workloads.data.images.decode_pixels", refuse)
     assert_equal(batches(config, write=refuse), expected)
 
 
@@ -158,7 +158,7 @@ def test_the_parts_of_squares_cover_what_was_chosen(tmp_path: Path) -> None:
     parts = images.parts(indices, crop)
     for index, (top, left, height, width) in enumerate(parts.tolist()):
         stored = images._split.stored([index])[0]
-        whole = decode_part(stored, 3)
+        whole = decode_pixels(stored, 3)
         box = crop(index, *whole.shape[1:])
         for begin, length, side, start, extent in (
             (top, height, whole.shape[1], box.top, box.height),

@@ -22,7 +22,7 @@ from PIL import EpsImagePlugin, ExifTags, Image
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import decode as decode_module
-from offload_sparse.workloads.data.decode import UndecodableError, decode, decode_part, pixels_of
+from offload_sparse.workloads.data.decode import UndecodableError, decode, decode_pixels, pixels_of
 from offload_sparse.workloads.data.folder import read_image_folder
 from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.source import Splits, load_splits
@@ -93,7 +93,7 @@ def test_sixteen_bits_per_colour_are_scaled() -> None:
     row = b"\0" + b"".join(struct.pack(">HHH", v, v, 65535 - v) for v in range(0, 65536, 257))
     header = struct.pack(">IIBBBBB", 256, 1, 16, 2, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row))
-    found = decode_part({"bytes": content + chunk(b"IEND", b"")}, 3)
+    found = decode_pixels({"bytes": content + chunk(b"IEND", b"")}, 3)
     assert found[0].flatten().tolist() == list(range(256))
     assert found[2].flatten().tolist() == list(range(255, -1, -1))
 
@@ -115,12 +115,12 @@ def tiff(values: np.ndarray, photometric: int, bits: int = 16) -> bytes:
 @pytest.mark.parametrize("bits", [12, 16])
 def test_a_tiff_is_scaled_by_the_bits_that_it_has(bits: int) -> None:
     full = np.linspace(0, 2**bits - 1, 256).round().astype(np.uint16)
-    assert decode_part({"bytes": tiff(full, 1, bits)}, 1).flatten().tolist() == list(range(256))
+    assert decode_pixels({"bytes": tiff(full, 1, bits)}, 1).flatten().tolist() == list(range(256))
 
 
 def test_white_is_zero_in_a_tiff_that_says_so() -> None:
     values = np.linspace(0, 65535, 256).round().astype(np.uint16)
-    assert decode_part({"bytes": tiff(values, 0)}, 1).flatten().tolist() == list(range(255, -1, -1))
+    assert decode_pixels({"bytes": tiff(values, 0)}, 1).flatten().tolist() == list(range(255, -1, -1))
 
 
 # What the pixels mean
@@ -132,7 +132,7 @@ def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
     exif[ExifTags.Base.Orientation] = 6
     image.save(tmp_path / "0.jpg", quality=95, exif=exif)
     image.save(tmp_path / "1.jpg", quality=95)
-    turned, lying = (decode_part({"path": str(tmp_path / f"{i}.jpg")}, 3) for i in range(2))
+    turned, lying = (decode_pixels({"path": str(tmp_path / f"{i}.jpg")}, 3) for i in range(2))
     assert torch.equal(turned, lying.rot90(-1, (1, 2)))
 
 
@@ -143,7 +143,7 @@ def test_what_is_transparent_shows_white(mode: str, tmp_path: Path) -> None:
     drawing.putpixel((1, 1), (0, 0, 0, 255))
     drawing = drawing.quantize() if mode == "P" else drawing.convert(mode)
     drawing.save(tmp_path / "0.png")
-    found = decode_part({"path": str(tmp_path / "0.png")}, 3)
+    found = decode_pixels({"path": str(tmp_path / "0.png")}, 3)
     assert found[:, 1, 1].tolist() == [0, 0, 0]
     assert int((found == 255).sum()) == 3 * 15
 
@@ -153,7 +153,7 @@ def test_of_an_animation_the_first_frame_counts(ending: str, tmp_path: Path) -> 
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if ending == "webp" else {}
     frames[0].save(tmp_path / f"0.{ending}", save_all=True, append_images=frames[1:], **options)
-    found = decode_part({"path": str(tmp_path / f"0.{ending}")}, 3)
+    found = decode_pixels({"path": str(tmp_path / f"0.{ending}")}, 3)
     assert found.flatten(1).unique(dim=1).flatten().tolist() == [255, 0, 0]
 
 
@@ -162,7 +162,7 @@ def test_cmyk_and_ycbcr_become_rgb(tmp_path: Path) -> None:
     colour.convert("CMYK").save(tmp_path / "0.jpg", quality=100)
     colour.convert("YCbCr").save(tmp_path / "0.tiff")
     for name in ("0.jpg", "0.tiff"):
-        found = decode_part({"path": str(tmp_path / name)}, 3).float()
+        found = decode_pixels({"path": str(tmp_path / name)}, 3).float()
         assert (found.flatten(1).mean(1) - torch.tensor([200.0, 30.0, 60.0])).abs().max() < 4
 
 
@@ -203,7 +203,7 @@ def _or_none(read: Callable[[], torch.Tensor]) -> list[Any] | None:
 @pytest.mark.parametrize("kind", JPEGS)
 def test_a_jpeg_has_the_pixels_that_pillow_gives(kind: str) -> None:
     stored = {"bytes": _jpeg(**JPEGS[kind])}
-    assert torch.equal(decode_part(stored, 3), pixels_of(decode(stored), 3))
+    assert torch.equal(decode_pixels(stored, 3), pixels_of(decode(stored), 3))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -213,7 +213,7 @@ def test_what_pillow_refuses_of_a_broken_jpeg_is_refused(mode: str) -> None:
     header = whole.index(b"\xff\xda")
     cut = [whole[:length] for length in range(1, len(whole))]
     changed = [whole[:i] + b"\x00" + whole[i + 1 :] for i in range(header)]
-    given = [_or_none(partial(decode_part, {"bytes": content}, 3)) for content in cut + changed]
+    given = [_or_none(partial(decode_pixels, {"bytes": content}, 3)) for content in cut + changed]
     pillow = [_or_none(lambda c=content: pixels_of(decode({"bytes": c}), 3)) for content in cut + changed]
     assert given == pillow
     assert None in pillow[len(cut) :]
@@ -223,7 +223,7 @@ def test_what_pillow_refuses_of_a_broken_jpeg_is_refused(mode: str) -> None:
 def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     content = _jpeg()
     monkeypatch.setattr(decode_module, "open_image", None)
-    assert decode_part({"bytes": content}, 3).shape == (3, 23, 37)
+    assert decode_pixels({"bytes": content}, 3).shape == (3, 23, 37)
 
 
 # What must not be opened
@@ -256,7 +256,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pyt
     Image.new("1", (1 << 13, (1 << 13) + 1)).save(tmp_path / "0.png")
     monkeypatch.setattr(decode_module, "_decode", None)
     with pytest.raises(UndecodableError, match="8192×8193 pixels are more than"):
-        decode_part({"path": str(tmp_path / "0.png")}, 1)
+        decode_pixels({"path": str(tmp_path / "0.png")}, 1)
 
 
 # Links and names
@@ -326,7 +326,7 @@ def test_names_are_bytes(tmp_path: Path) -> None:
                 Image.new("L", (8, 8), len(name)).save(file, "PNG")
     splits = load_splits(DataConfig(name=str(tmp_path)))
     assert splits.class_names == ("caf\\xe9", "th\\xe9")
-    assert [np.asarray(image).max() for image in splits.train.read([0, 1])] == [4, 3]
+    assert [np.asarray(image).max() for image in splits.train.decode([0, 1])] == [4, 3]
 
 
 def test_an_undecodable_file_is_named_whatever_its_name(tmp_path: Path) -> None:
