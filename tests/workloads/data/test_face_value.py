@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import EpsImagePlugin, ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image, ImageFile
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import decode as decode_module
@@ -254,9 +254,13 @@ def test_what_is_no_image_file_is_one_line_and_no_wait(name: str, tmp_path: Path
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (1 << 13, (1 << 13) + 1)).save(tmp_path / "0.png")
-    monkeypatch.setattr(decode_module, "_decode", None)
-    with pytest.raises(UndecodableError, match="8192×8193 pixels are more than"):
-        decode_pixels({"path": str(tmp_path / "0.png")}, 1)
+    jpeg = bytearray(_jpeg())
+    struct.pack_into(">HH", jpeg, jpeg.index(b"\xff\xc0") + 5, (1 << 13) + 1, 1 << 13)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    monkeypatch.setattr(decode_module, "_whole_jpeg", None)
+    for stored in ({"path": str(tmp_path / "0.png")}, {"bytes": bytes(jpeg)}):
+        with pytest.raises(UndecodableError, match="8192×8193 pixels are more than"):
+            decode_pixels(stored, 3)
 
 
 # Links and names

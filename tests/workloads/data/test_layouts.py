@@ -29,7 +29,7 @@ def image(shade: int) -> bytes:
 def shades(splits: Splits) -> tuple[list[int], list[int]]:
     """The grey values of the training and test images, which stand for the images."""
     found = [
-        [int(np.asarray(i).max()) for i in part.read(range(len(part)))]
+        [int(np.asarray(i).max()) for i in part.decode(range(len(part)))]
         for part in (splits.train, splits.test)
     ]
     return found[0], found[1]

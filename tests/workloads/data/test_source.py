@@ -29,7 +29,7 @@ def message_of(**settings: Any) -> str:
 
 
 def arrays(split: Split) -> list[np.ndarray]:
-    return [np.asarray(image) for image in split.read(range(len(split)))]
+    return [np.asarray(image) for image in split.decode(range(len(split)))]
 
 
 def assert_same_images(split: Split, expected: list[Any]) -> None:
@@ -48,13 +48,13 @@ def test_what_the_embedded_set_holds() -> None:
     assert splits.class_names[0] == "T-shirt/top"
     assert splits.validation is None
     for split in (splits.train, splits.test):
-        assert {(image.mode, image.size) for image in split.read(range(len(split)))} == {("L", (28, 28))}
+        assert {(image.mode, image.size) for image in split.decode(range(len(split)))} == {("L", (28, 28))}
 
 
 def test_no_test_image_of_the_embedded_set_is_a_training_image() -> None:
     splits = load_splits(DataConfig())
-    train = {image.tobytes() for image in splits.train.read(range(len(splits.train)))}
-    assert not train & {image.tobytes() for image in splits.test.read(range(len(splits.test)))}
+    train = {image.tobytes() for image in splits.train.decode(range(len(splits.train)))}
+    assert not train & {image.tobytes() for image in splits.test.decode(range(len(splits.test)))}
 
 
 def test_the_embedded_set_is_small_and_has_its_licence() -> None:

@@ -90,7 +90,7 @@ def test_every_source_gives_the_same_images_labels_and_classes(config: DataConfi
     assert (splits.class_names, splits.in_channels) == (CLASSES, 3)
     assert splits.train.labels.tolist() == [row * 3 // 24 for row in range(24)]
     assert splits.test.labels.tolist() == [row * 3 // 9 for row in range(9)]
-    for row, image in enumerate(splits.train.read(range(24))):
+    for row, image in enumerate(splits.train.decode(range(24))):
         original = photograph(row)
         assert (image.size, image.mode) == (original.size, MODES[row % len(MODES)])
 
@@ -98,7 +98,7 @@ def test_every_source_gives_the_same_images_labels_and_classes(config: DataConfi
 def test_evaluation_resizes_and_crops_as_torchvision_does(config: DataConfig) -> None:
     splits = load_splits(config)
     reference = v2.Compose([v2.PILToTensor(), v2.Resize(20, antialias=True), v2.CenterCrop(16)])
-    originals = splits.test.read(range(9))
+    originals = splits.test.decode(range(9))
     expected = torch.stack([reference(image.convert("RGB")) for image in originals])
     (batch,) = EvalLoader(splits.test, config)
     assert torch.equal(batch.images, expected)
@@ -146,7 +146,7 @@ def test_held_out_images_and_limits_are_those_of_every_source(config: DataConfig
     assert expected.validation is not None
     for split, other in ((splits.train, expected.train), (splits.validation, expected.validation)):
         assert torch.equal(split.labels, other.labels)
-        images, others = (s.read(range(len(s))) for s in (split, other))
+        images, others = (s.decode(range(len(s))) for s in (split, other))
         assert [i.tobytes() for i in images] == [i.tobytes() for i in others]
 
 
