@@ -60,16 +60,13 @@ class DistinctAxes:
     Attributes:
         numbers: of every axis, by its identity.
         atoms: int64[positions], all axes.
-        starts: int64[axes + 1], where each begins in ``atoms``; at the end their length.
-        axis_of: int64[positions], the number of the axis."""
+        starts: int64[axes + 1], where each begins in ``atoms``; at the end their length."""
 
     def __init__(self, axes: Iterable[Axis]) -> None:
         found = {id(axis): axis.numpy() for axis in axes if axis is not None}
         self.numbers = {key: number for number, key in enumerate(found)}
         self.atoms = np.concatenate([np.zeros(0, np.int64), *found.values()])
-        sizes = [len(axis) for axis in found.values()]
-        self.starts = np.cumsum([0, *sizes])
-        self.axis_of = np.repeat(np.arange(len(sizes)), sizes)
+        self.starts = np.cumsum([0, *map(len, found.values())])
 
     def kept_before(self, alive: Tensor) -> NDArray[np.int64]:
         """int64[positions + 1]: how many positions before each are kept, by ``ChannelMap.alive``."""

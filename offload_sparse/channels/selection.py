@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
+from itertools import chain
 from math import prod
-from operator import add
+from operator import add, sub
 
 import numpy as np
 import torch
@@ -74,9 +74,19 @@ class Layout:
         for view, values in zip(views, packed.split([view.numel() for view in views]), strict=True):
             view.copy_(values.view(view.shape))
 
+    @cached_property
+    def _runs(self) -> list[int]:
+        """Entries of every tensor, and of the gap behind it."""
+        begins = [*list(self.offsets.values())[1:], self.size]
+        gaps = map(sub, begins, map(add, self.offsets.values(), self._sizes))
+        return list(chain.from_iterable(zip(self._sizes, gaps, strict=True)))
+
     def views(self, flat: Tensor) -> list[Tensor]:
         """All tensors, in order, as views of ``flat`` ([at least size])."""
-        runs = map(flat.narrow, repeat(0), self.offsets.values(), self._sizes)
+        if not self.shapes:
+            return []
+        sizes = self._runs if self.gaps else self._sizes
+        runs = flat[: self.size].split(sizes)[:: len(sizes) // len(self.shapes)]
         pairs = zip(runs, self.shapes.values(), strict=True)
         return [run if len(shape) == 1 else run.view(shape) for run, shape in pairs]
 

@@ -48,11 +48,13 @@ class Subnet:
         self.parameters: list[nn.Parameter] = []  # as bound, in the order of their names
         self._fits = _fits(self.module)
         self._owners = {
-            name: (self.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            name: (self.module.get_submodule(name.rpartition(".")[0])._buffers, name.rpartition(".")[2])
             for name, _ in self.module.named_buffers()
         }
-        self._holders = {n: holders(self.module, p) for n, p in self.module.named_parameters()}
-        self._trainable = {n: p.requires_grad for n, p in self.module.named_parameters()}
+        self._holders = {
+            n: (p.requires_grad, [(m._parameters, leaf) for m, leaf in holders(self.module, p)])
+            for n, p in self.module.named_parameters()
+        }
         values = integer_buffers or {}
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_floating_point():
@@ -71,10 +73,11 @@ class Subnet:
         self.parameters = []
         views = selection.layout(self.parameter_names, step).views(weights)
         for name, view in zip(self.parameter_names, views, strict=True):
-            parameter = nn.Parameter(view, requires_grad=self._trainable[name])
+            trainable, places = self._holders[name]
+            parameter = nn.Parameter(view, trainable)
             self.parameters.append(parameter)
-            for owner, leaf in self._holders[name]:
-                owner._parameters[leaf] = parameter
+            for held, leaf in places:
+                held[leaf] = parameter
         views = selection.layout(self.buffer_names, step).views(buffers)
         for name, view in zip(self.buffer_names, views, strict=True):
             self._set_buffer(name, view)
@@ -86,14 +89,14 @@ class Subnet:
         """Drop every view, so that the buffers can be freed."""
         self.parameters = []
         for name in self.parameter_names:
-            for owner, leaf in self._holders[name]:
-                owner._parameters[leaf] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+            for held, leaf in self._holders[name][1]:
+                held[leaf] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
         for name in self.buffer_names:
             self._set_buffer(name, torch.empty(0, device="meta"))
 
     def _set_buffer(self, name: str, value: Tensor) -> None:
-        owner, leaf = self._owners[name]
-        owner._buffers[leaf] = value
+        held, leaf = self._owners[name]
+        held[leaf] = value
 
 
 def build_on_meta(build: Callable[[], nn.Module], whole: bool = True) -> nn.Module:
@@ -256,9 +259,10 @@ def _fit_linear(layer: nn.Linear) -> None:
 
 
 def _fit_norm(layer: _NormBase) -> None:
-    reference = layer.weight if layer.weight is not None else layer.running_mean
+    weight = layer._parameters.get("weight")
+    reference = layer._buffers.get("running_mean") if weight is None else weight
     if reference is not None:
-        vars(layer)["num_features"] = reference.numel()
+        vars(layer)["num_features"] = len(reference)
 
 
 def _fit_prelu(layer: nn.PReLU) -> None:

@@ -13,14 +13,15 @@ backward pass.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from offload_sparse.channels.selection import Layout
 from offload_sparse.engine.losses import GRADIENT_SUM, LIVE, TAIL
 
 BUCKET_BYTES = 64 << 20
@@ -36,7 +37,7 @@ class FlatGradients:
     Args:
         parameters: all, in the order of the buffer.
         buffer: [gradients + TAIL], whatever it holds.
-        starts: the first entry of each in the buffer, if they do not lie one after the other.
+        layout: where each is in the buffer, if they do not lie one after the other.
         zeros: as many as may lie between two of them, for what lies there.
 
     Attributes:
@@ -47,26 +48,20 @@ class FlatGradients:
         self,
         parameters: Sequence[nn.Parameter],
         buffer: Tensor,
-        starts: Sequence[int] = (),
+        layout: Layout | None = None,
         zeros: Tensor | None = None,
     ) -> None:
         self.buffer, self.flat, self.tail = buffer, buffer[:-TAIL], buffer[-TAIL:]
         self._parameters = list(parameters)
-        sizes = [parameter.numel() for parameter in parameters]
-        self._starts = starts or [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
-        ends = [start + size for start, size in zip(self._starts, sizes, strict=True)]
-        if ends[:-1] == list(self._starts[1:]):
-            pieces: Sequence[Tensor] = self.flat.split(sizes)
-        else:
-            pieces = [self.flat[start:end] for start, end in zip(self._starts, ends, strict=True)]
-        self._places = [
-            piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)
-        ]
+        if layout is None:
+            layout = Layout.of({str(n): tuple(p.shape) for n, p in enumerate(parameters)})
+        self._starts = list(layout.offsets.values())
+        self._places = layout.views(self.flat)
         # By the number of the parameter before it; zeros are copied there, so that it is no operation more.
         self._gaps = {
-            number: (self.flat[end:begin], zeros[: begin - end])
-            for number, (end, begin) in enumerate(zip(ends, self._starts[1:], strict=False))
-            if begin > end and zeros is not None
+            bisect_left(self._starts, end) - 1: (self.flat[end : end + size], zeros[:size])
+            for end, size in layout.gaps
+            if zeros is not None
         }
         self._scalars = list(self.tail.unbind())
         self._buckets: list[_Bucket] = []

@@ -268,9 +268,8 @@ class SubnetPair:
             side.bind()
         for index, side in enumerate(self.trained):
             size = side.arrays[WEIGHTS].numel() + TAIL
-            starts = tuple(side.weights.layout.offsets.values())
-            memory = reduce_memory[:size]
-            self.gradients[index] = FlatGradients(side.subnet.parameters, memory, starts, self._zeros)
+            parameters, layout = side.subnet.parameters, side.weights.layout
+            self.gradients[index] = FlatGradients(parameters, reduce_memory[:size], layout, self._zeros)
             self._optimizers[index] = self._optimizer_of(index)
 
     def optimizer_step(self, side: int, not_finite: Tensor, steps_done: int) -> None:

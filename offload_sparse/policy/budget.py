@@ -26,6 +26,7 @@ from offload_sparse.policy.config import BudgetName, PolicyConfig
 from offload_sparse.policy.widths import of_expected_widths
 
 _STEPS, _PRECISION = 40, 1e-9
+_MOST_PIECES = 200
 
 Values = NDArray[np.float64]
 
@@ -205,13 +206,13 @@ def project(
             f"no probabilities meet the budget {budget:g}: the lower bound {lower:g} costs {cheapest:g}; "
             "raise the budget or lower the bound"
         )
-    clipped = torch.from_numpy(_clipped(z.numpy(), lower, upper))
-    if float((clipped if cost is None else cost * clipped).sum()) <= budget + slack:
-        return clipped
+    unit = 1.0 if cost is None else cost.numpy()
+    clipped = _clipped(z.numpy(), lower, upper)
+    if _cost(clipped, unit) <= budget + slack:
+        return torch.from_numpy(clipped)
     if budget <= cheapest:
-        least = torch.full_like(z, lower)
-        return least if cost is None else torch.where(cost > 0, least, clipped)
-    return _spend(z, budget, lower, upper, cost)
+        return torch.from_numpy(np.where(np.greater(unit, 0), lower, clipped))
+    return torch.from_numpy(_spend(z.numpy(), budget, lower, upper, unit, slack))
 
 
 def _check(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> None:
@@ -231,48 +232,38 @@ def _finite(values: Tensor) -> bool:
     return math.isfinite(values.numpy().sum()) or bool(values.isfinite().all())  # large ones may overflow
 
 
-def _spend(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> Tensor:
-    """clip(z - v * cost) with the v > 0 that costs exactly ``budget``; the caller made sure there is one.
+def _spend(
+    z: Values, budget: float, lower: float, upper: float, unit: Values | float, slack: float
+) -> Values:
+    """clip(z - v * unit) with the v > 0 that costs exactly ``budget``; the caller made sure there is one.
 
-    The cost is a falling, piecewise linear function of v, and on the piece that holds the budget v follows
-    from the atoms strictly between the bounds (the active set)."""
-    unit: Values | float = 1.0 if cost is None else cost.numpy()
-    start = z.numpy() - _middle(z, budget, lower, upper, cost) * unit
-    active = (start > lower) & (start < upper)
-    if cost is None:
-        weight = float(np.count_nonzero(active))
-    else:
-        active &= unit > 0
-        weight = float((cost[torch.from_numpy(active)] ** 2).sum())
-    s = _clipped(start, lower, upper)
+    The cost is a falling, piecewise linear function of v. Newton's method reaches its zero by way of few
+    pieces; where a step would leave the bounds that are known of v, the next v is amid these. On the piece
+    that holds the budget the rest follows from the atoms strictly between the bounds (the active set)."""
+    low, v = 0.0, 0.0
+    high = float(np.divide(z - lower, unit, out=np.zeros_like(z), where=np.greater(unit, 0)).max())
+    for number in range(_MOST_PIECES):
+        start = z - v * unit
+        s = _clipped(start, lower, upper)
+        active = (start > lower) & (start < upper)
+        weight = float(np.count_nonzero(active) if isinstance(unit, float) else (unit[active] ** 2).sum())
+        excess = _cost(s, unit) - budget
+        low, high = (v, high) if excess > 0 else (low, v)
+        middle = 0.5 * (low + high)
+        if abs(excess) <= slack or not low < middle < high:
+            break
+        step = v + excess / weight if weight > 0 and number < _MOST_PIECES // 2 else middle
+        v = step if low < step < high else middle
     # Twice: the second pass removes the rounding of the first where z is large against the bounds.
     for _ in range(2 if weight > 0 else 0):
-        excess = float(torch.from_numpy(unit * s).sum()) - budget
-        np.copyto(s, _clipped(s - excess / weight * unit, lower, upper), where=active)
-    return torch.from_numpy(s)
+        moved = s - (_cost(s, unit) - budget) / weight * unit
+        np.copyto(s, _clipped(moved, lower, upper), where=active)
+    return s
+
+
+def _cost(s: Values, unit: Values | float) -> float:
+    return float((s if isinstance(unit, float) else unit * s).sum())
 
 
 def _clipped(values: Values, lower: float, upper: float) -> Values:
     return np.minimum(np.maximum(values, lower), upper)
-
-
-def _middle(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> float:
-    """A v amid the piece that holds the budget: a binary search over its sorted corners, at which an atom
-    leaves the upper bound or reaches the lower one. Equal atoms are looked at once."""
-    if cost is None:
-        ordered = np.sort(z.numpy())
-        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-        values, weights = ordered[first], np.diff(first, append=len(ordered))
-        costs = 1.0
-    else:
-        payers = (cost > 0).numpy()
-        values, weights = z.numpy()[payers], cost.numpy()[payers]
-        costs = weights
-    corners = np.concatenate([(values - upper) / costs, (values - lower) / costs])
-    corners = np.concatenate([[0.0], np.sort(corners[corners > 0])])
-    low, high = 0, len(corners) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        spent = float(weights @ _clipped(values - corners[middle] * costs, lower, upper))
-        low, high = (middle, high) if spent > budget else (low, middle)
-    return float(0.5 * (corners[low] + corners[high]))

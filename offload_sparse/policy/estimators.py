@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
@@ -146,6 +147,13 @@ def paired_losses(first: Tensor, references: Tensor) -> Tensor:
 def precondition(g: Tensor, s: Tensor, alpha: float) -> Tensor:
     """H g with H = diag(s(1-s))^alpha (Zhou et al. 2021, equation 4): float64[C]."""
     return _variance(s) ** alpha * g
+
+
+def preconditioned_rloo(
+    difference: float, step: NDArray[np.float64], s: NDArray[np.float64], alpha: float
+) -> NDArray[np.float64]:
+    """``precondition`` of ``rloo``, of some atoms whose s is neither 0 nor 1; ``step`` is their m - m'."""
+    return 0.5 * difference * step * (s * (1 - s)) ** (alpha - 1)
 
 
 class ControlVariate:

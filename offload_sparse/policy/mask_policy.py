@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
@@ -30,6 +31,7 @@ from offload_sparse.policy.estimators import (
     apart_factor,
     leave_one_out,
     precondition,
+    preconditioned_rloo,
 )
 from offload_sparse.policy.parametrisation import Parametrisation
 from offload_sparse.policy.samplers import (
@@ -192,17 +194,19 @@ class MaskPolicy:
         name = self.config.estimator
         redrawn, kept, other = self._sampler.redrawn(round), m1.double(), m2.double()
         self._diagnostics.compared(differences, m1, round)
-        if name == "rloo":  # 0 for all other atoms
-            redrawn = redrawn & (m1 != m2)
-            kept, other = kept[redrawn], other[redrawn]
+        if name == "rloo":  # 0 for all atoms but those that differ
+            where = np.flatnonzero(redrawn & (m1 != m2))
+            step = (kept - other).numpy()[where]
+            for difference in differences:
+                self._settle(preconditioned_rloo(difference, step, self.s.numpy()[where], ALPHA), where)
+            return
         for (first, second), difference in zip(pairs, differences, strict=True):
-            s = self.s[redrawn] if name == "rloo" else self.s
-            mean = self._sampler.mean(s) if name in ("pge", "vr_pge") else None
+            mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
             control = self._control.of_round(round) if name == CONTROLLED else None
-            g = ESTIMATORS[name](Comparison(first, second, kept, other, s, mean, control))
+            g = ESTIMATORS[name](Comparison(first, second, kept, other, self.s, mean, control))
             if control is not None:
                 self._control.compared(difference, kept - other)
-            self._move(g, s, redrawn)
+            self._move(g, redrawn)
 
     def update_from_ranks(
         self, losses: Tensor, masks: Tensor, round: int = 0, disjoint: bool = False
@@ -222,7 +226,7 @@ class MaskPolicy:
             redrawn = self._sampler.redrawn(round)
             for row in rows:
                 g = leave_one_out(row, masks, self.s)
-                self._move(g / apart_factor(self.s, len(masks)) if disjoint else g, self.s, redrawn)
+                self._move(g / apart_factor(self.s, len(masks)) if disjoint else g, redrawn)
 
     def freeze(self) -> None:
         """Stop learning s; masks can still be drawn."""
@@ -289,13 +293,14 @@ class MaskPolicy:
     def _uniform_widths(self) -> list[int]:
         return [int(self._uniform[g.start : g.stop].sum()) for g in self.groups]
 
-    def _move(self, gradient: Tensor, s: Tensor, redrawn: Tensor) -> None:
-        """One step by the gradient of those atoms that were drawn for the reference anew; it and ``s`` may be
-        given for these alone."""
-        moved, where = precondition(gradient, s, ALPHA).numpy(), redrawn.numpy()
-        owed = np.zeros(len(where))
-        owed[where] = moved if len(moved) < len(where) else moved[where]
-        z = torch.from_numpy(self._learned.move(owed))
+    def _move(self, gradient: Tensor, redrawn: Tensor) -> None:
+        """One step by the gradient of those atoms that were drawn for the reference anew."""
+        where = np.flatnonzero(redrawn)
+        self._settle(precondition(gradient, self.s, ALPHA).numpy()[where], where)
+
+    def _settle(self, moved: NDArray[np.float64], where: NDArray[np.int64]) -> None:
+        """One step by a preconditioned gradient, that of the atoms ``where``, and 0 for the others."""
+        z = torch.from_numpy(self._learned.move(moved, where))
         self._learned.settle(self._project(z).numpy())
 
     def _project(self, z: Tensor) -> Tensor:

@@ -48,15 +48,16 @@ class Parametrisation:
         """The keep probabilities float64[C]."""
         return self._s
 
-    def move(self, gradient: Values) -> Values:
+    def move(self, gradient: Values, where: NDArray[np.int64] | None = None) -> Values:
         """One optimizer step. Returns float64[C], where s would be without bounds and budget; tell ``settle``
         where it is with them.
 
         Args:
             gradient: float64[C], of the loss by s. A rate sees its mean over the group; by the chain rule it
-                would be the sum, by which large groups would move more than small ones."""
+                would be the sum, by which large groups would move more than small ones.
+            where: the atoms that ``gradient`` is of, if not of all; it is 0 for the others."""
         step = self._adam if self._config.optimizer == "adam" else self._sgd
-        value = step(self._reduced(gradient))
+        value = step(self._reduced(gradient, where))
         return value if self._name == "s" else self._spread(value) + self._rounding
 
     def _sgd(self, g: Values) -> Values:
@@ -102,11 +103,16 @@ class Parametrisation:
             mine[name].copy_(value)
         self.settle(s.clone().numpy())
 
-    def _reduced(self, values: Values) -> Values:
-        """float64[C] as it is, or its means over groups."""
-        if self._name == "s":
+    def _reduced(self, values: Values, where: NDArray[np.int64] | None = None) -> Values:
+        """Of the atoms ``where`` (None: of all): float64[C] with 0 for others, or its means over groups."""
+        if self._name == "rates":
+            of_groups = self._group_of if where is None else self._group_of[where]
+            return np.bincount(of_groups, values, len(self._counts)) / self._counts
+        if where is None:
             return values
-        return np.bincount(self._group_of, values, len(self._counts)) / self._counts
+        whole = np.zeros(len(self._group_of))
+        whole[where] = values
+        return whole
 
     def _spread(self, rates: Values) -> Values:
         """float64[C]: of every atom that of its group."""

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
@@ -16,6 +18,7 @@ from offload_sparse.policy.estimators import (
     leave_one_out,
     paired_losses,
     precondition,
+    preconditioned_rloo,
     regressed,
     rloo,
     vr_pge,
@@ -145,6 +148,17 @@ def test_the_formulas_are_those_of_the_papers() -> None:
         assert ESTIMATORS[name](pair).tolist() == pytest.approx(values), name
     ones = torch.ones(2, dtype=torch.float64)
     assert precondition(ones, s, 0.5).tolist() == pytest.approx([0.1875**0.5] * 2)
+
+
+@given(st.integers(0, 1000), st.floats(-5, 5))
+def test_rloo_is_preconditioned_in_one_go(seed: int, difference: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    s = 0.005 + 0.99 * torch.rand(9, dtype=torch.float64, generator=generator)
+    m, m_ref = (torch.rand(9, generator=generator) < s for _ in range(2))
+    expected = precondition(rloo(Comparison(difference, 0.0, m, m_ref, s)), s, 0.5)
+    step = (m.double() - m_ref.double()).numpy()
+    found = torch.from_numpy(preconditioned_rloo(difference, step, s.numpy(), 0.5))
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
 def test_rloo_does_not_depend_on_which_mask_comes_first() -> None:

@@ -153,7 +153,7 @@ def test_ways_are_compared_per_direction_and_unit_and_only_once(
 @pytest.mark.parametrize(("unit", "kind"), [(1, "NARROW"), (2, "NARROW"), (4, "WIDE"), (9, "WIDE")])
 def test_a_plan_takes_the_way_of_the_unit_that_is_nearer(unit: int, kind: str) -> None:
     block = Block(4, 5, unit, Grid(0, 10 * unit, None, np.arange(0, 10, 2)), Grid(0, 5 * unit))
-    assert BlockPlan([block]).derived(device_copy._unit) == getattr(device_copy, kind)
+    assert device_copy._unit(BlockPlan([block])) == getattr(device_copy, kind)
 
 
 @pytest.mark.cuda

@@ -18,7 +18,7 @@ from torch import Tensor
 from offload_sparse.store.copy import host_copy, tables, torch_copy
 from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
 from offload_sparse.store.copy.copy import copy_blocks
-from offload_sparse.store.copy.tables import Tables
+from offload_sparse.store.copy.tables import DeviceTables, Tables
 from tests.support.blocks import DTYPES, Case, bits, cases, random_bits, wide_case
 
 Way = Callable[[BlockPlan, Sequence[tuple[Tensor, Tensor]], bool], None]
@@ -47,7 +47,32 @@ def past_the_caches(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], rev
         natively(plan, pairs, reverse)
 
 
-WAYS: list[Way] = [by_torch, by_torch_in_chunks, natively, past_the_caches]
+def from_the_table(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
+    """By blocks that are made of the plan's table again."""
+    natively(BlockPlan(plan.table, (plan.source_size, plan.target_size)), pairs, reverse)
+
+
+def by_programs(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
+    """What the kernel of a device makes of its tables, one program after the other."""
+    plans = [plan, plan] if plan.entries else []
+    for found in DeviceTables.of([p.table for p in plans], torch.device("cpu"), 7) if plans else []:
+        programs, blocks, indices = (table.numpy() for table in found)
+        for number, first, last in programs:
+            unit, n_units, *grids = blocks[number]
+            whole, rest = np.divmod(np.arange(first, last), unit)
+            row, number = np.divmod(whole, n_units)
+            here, there = (
+                start + indices[rows + row] * length + indices[units + number] * unit + rest
+                for start, length, rows, units in (grids[:4], grids[4:])
+            )
+            for source, target in pairs:
+                if reverse:
+                    source[here] = target[there]
+                else:
+                    target[there] = source[here]
+
+
+WAYS: list[Way] = [by_torch, by_torch_in_chunks, natively, past_the_caches, from_the_table, by_programs]
 
 
 @pytest.mark.parametrize("way", WAYS)

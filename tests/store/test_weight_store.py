@@ -12,7 +12,15 @@ from torch import Tensor
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Layout, Selection, open_grid
 from offload_sparse.store.copy.copy import copy_blocks
-from offload_sparse.store.copy.plans import Narrow, fetch_plan, return_plan, shared_plan
+from offload_sparse.store.copy.plans import (
+    Narrow,
+    fetch_plan,
+    fetch_plan_per_rank,
+    return_plan,
+    shared_plan,
+)
+from offload_sparse.store.copy.regions import Regions
+from offload_sparse.store.copy.tables import DeviceTables
 from offload_sparse.store.partition import Partition, row_shape
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from tests.support.channel_maps import channel_maps, masks
@@ -110,6 +118,46 @@ def test_an_entry_is_fetched_only_if_no_subnet_holds_it(
     assert shared_plan(target, a).entries == len(kept_t & kept_a)
     leaving = [return_plan(partition, rank, target, [a]).entries for rank in range(world)]
     assert sum(leaving) == len(kept_t - kept_a)
+
+
+@given(st.data(), channel_maps(), st.integers(2, 4), st.integers(0, 2))
+def test_every_rank_is_sent_a_subnet_of_its_own(
+    data: st.DataObject, channel_map: ChannelMap, world: int, holders: int
+) -> None:
+    names = tuple(channel_map.shapes)
+    selections = [Selection(channel_map, data.draw(masks(channel_map))) for _ in range(world + holders)]
+    drawn = [Narrow(selection, names) for selection in selections]
+    targets, held = drawn[:world], drawn[world:]
+    group = stores(channel_map, world)
+    plans = [fetch_plan_per_rank(s.partitions[WEIGHTS], s.ranks.rank, targets, held) for s in group]
+    for rank, (target, plan) in enumerate(zip(targets, plans, strict=True)):
+        (exchange,) = plan.exchanges
+        wire = [torch.full((entries,), torch.nan) for entries in exchange.received]
+        for store, of_owner, own in zip(group, plans, wire, strict=True):
+            copy_blocks(of_owner.exchanges[0].packs[rank], [(store.arrays[WEIGHTS], own)])
+        found = torch.full((target.layout.size,), torch.nan)
+        copy_blocks(exchange.unpack, [(torch.cat(wire), found)])
+        for holder, carried in plan.carried.items():
+            copy_blocks(carried, [(narrow(channel_map, held[holder].selection), found)])
+        assert torch.equal(found, narrow(channel_map, target.selection))
+
+
+@given(st.data(), channel_maps())
+def test_plans_of_the_same_regions_look_up_the_same_numbers(
+    data: st.DataObject, channel_map: ChannelMap
+) -> None:
+    """Whichever tensors they are of: a device is sent these numbers once."""
+    first, second = (Selection(channel_map, data.draw(masks(channel_map))) for _ in range(2))
+    regions, names = Regions(first, [second]), tuple(channel_map.shapes)
+    plans = []
+    for some in (names[::2], names[1::2]):
+        target, holder = Narrow(first, some), Narrow(second, some)
+        partition = Partition(Layout.of({name: channel_map.shapes[name] for name in some}), 1)
+        plan = fetch_plan(partition, 0, target, [holder], regions)
+        plans += [p for p in (plan.fetched, *plan.carried.values()) if p is not None and p.entries]
+    tables = DeviceTables.of([plan.table for plan in plans], torch.device("cpu"), 64) if plans else []
+    assert len({found.indices.data_ptr() for found in tables}) == (1 if plans else 0)
+    assert sum(len(found.blocks) for found in tables) == sum(len(plan.blocks) for plan in plans)
 
 
 @given(st.data(), channel_maps(), st.integers(1, 4))

@@ -81,25 +81,87 @@ class Block(NamedTuple):
         return one_row and grid.units is None
 
 
+COUNTED = -1
+"""In a table, the place of numbers 0, 1, 2, …, which need none."""
+
+UNIT, N_UNITS, SOURCE, TARGET, N_ROWS, WIDTH = 0, 1, 2, 6, 10, 11
+"""Columns of a table; a grid has those of its start, its row length, and the places of its row and unit
+numbers."""
+
+PLACES = (4, 5, 8, 9)
+"""Those that hold places."""
+
+
+class Table(NamedTuple):
+    """Blocks as numbers.
+
+    Attributes:
+        columns: int64[blocks, WIDTH]; a grid has the places of its row and unit numbers in ``indices``.
+        indices: int64."""
+
+    columns: Numbers
+    indices: Numbers
+
+    @staticmethod
+    def of(blocks: Sequence[Block]) -> Table:
+        """That of ``blocks``; those that share numbers share their place."""
+        places, chunks, size = {id(None): COUNTED}, [np.zeros(0, np.int64)], 0
+        rows = []
+        for n_rows, n_units, unit, *sides in blocks:
+            row = [unit, n_units]
+            for start, row_length, *numbers in sides:
+                for own in numbers:
+                    if own is not None and id(own) not in places:
+                        places[id(own)] = size
+                        chunks.append(own)
+                        size += len(own)
+                row += [start, row_length, *(places[id(own)] for own in numbers)]
+            rows.append([*row, n_rows])
+        return Table(np.array(rows, np.int64).reshape(-1, WIDTH), np.concatenate(chunks))
+
+    def blocks(self) -> list[Block]:
+        """The blocks; those that share a place share their numbers."""
+        known: dict[tuple[int, int], Numbers] = {}
+
+        def numbers(at: int, count: int) -> Numbers | None:
+            if at != COUNTED and (at, count) not in known:
+                known[at, count] = self.indices[at : at + count]
+            return known.get((at, count))
+
+        found = []
+        for unit, n_units, *grids, n_rows in self.columns.tolist():
+            sides = [
+                Grid(start, row_length, numbers(rows, n_rows), numbers(units, n_units))
+                for start, row_length, rows, units in (grids[:4], grids[4:])
+            ]
+            found.append(Block(n_rows, n_units, unit, *sides))
+        return found
+
+
 class BlockPlan:
     """Blocks of all tensors, ready to be copied any number of times, for weights and every optimizer slot.
     Raises ValueError: a block begins before the array, or names too many rows or units.
 
     Args:
-        blocks: the blocks.
+        blocks: the blocks, or their table.
         sizes: entries of the source and the target, from a caller who knows that all blocks lie within them;
             None: look at all numbers.
 
     Attributes:
-        blocks: those that hold any entries.
         entries: entries that are copied.
         source_size, target_size: least number of entries of the arrays (or ``sizes``).
         sent: the ``DeviceTables`` by the device that has them."""
 
-    def __init__(self, blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> None:
-        entries = [n_rows * n_units * unit for n_rows, n_units, unit, *_ in blocks]
-        self.blocks = tuple(compress(blocks, entries))
-        self.entries = sum(entries)
+    def __init__(self, blocks: Sequence[Block] | Table, sizes: tuple[int, int] | None = None) -> None:
+        if isinstance(blocks, Table):
+            entries = blocks.columns[:, (UNIT, N_UNITS, N_ROWS)].prod(1)
+            full = entries.all()
+            self.table = blocks if full else blocks._replace(columns=blocks.columns[entries > 0])
+            self.entries = int(entries.sum())
+        else:
+            counts = [n_rows * n_units * unit for n_rows, n_units, unit, *_ in blocks]
+            self.blocks = tuple(compress(blocks, counts))
+            self.entries = sum(counts)
         self._derived: dict[tuple[object, ...], Any] = {}
         self.sent: dict[torch.device, Any] = {}
         if sizes is not None:
@@ -112,6 +174,16 @@ class BlockPlan:
         lows = [b.begin(g) for b in self.blocks for g in (b.source, b.target)]
         if min(lows, default=0) < 0:
             raise ValueError(f"a block begins at entry {min(lows)}; give starts and numbers of 0 or more")
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those that hold any entries."""
+        return tuple(self.table.blocks())
+
+    @cached_property
+    def table(self) -> Table:
+        """That of the blocks."""
+        return Table.of(self.blocks)
 
     def derived(self, make: Callable[..., T], *arguments: object) -> T:
         """``make(blocks, *arguments)``, worked out when it is first asked for: tables of a kernel, say."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.blocks import N_ROWS, N_UNITS, SOURCE, TARGET, Block, BlockPlan, Grid
 from offload_sparse.store.copy.host_copy import copy_in_host_memory
 from offload_sparse.store.copy.tables import DeviceTables, used_now
 from offload_sparse.store.copy.torch_copy import copy_by_torch, numbers_of
@@ -53,7 +53,6 @@ NARROW, WIDE = 1, 9
 """Entries per unit for which ways are compared: a matrix, and a 3x3 convolution."""
 
 _REPETITIONS = 5
-_SOURCE, _TARGET = 2, 6  # columns of the tables' blocks
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ def copy_with_device(plan: BlockPlan, source: Tensor, target: Tensor, reverse: b
         _copy_on_device(plan, source, target, reverse)
         return
     to_host = (source if reverse else target) is host[0]
-    if host[0].is_pinned() and zero_copy_is_faster(device, to_host, plan.derived(_unit)):
+    if host[0].is_pinned() and zero_copy_is_faster(device, to_host, _unit(plan)):
         launch(plan, source, target, reverse, device)
         if to_host:
             torch.cuda.current_stream(device).synchronize()
@@ -185,7 +184,7 @@ def send_to_kernel(plans: Sequence[BlockPlan], device: torch.device) -> None:
     """``send_tables`` for the kernel."""
     lacking = [plan for plan in plans if device not in plan.sent]
     if lacking:
-        made = DeviceTables.of([plan.blocks for plan in lacking], device, PROGRAM)
+        made = DeviceTables.of([plan.table for plan in lacking], device, PROGRAM)
         for plan, tables in zip(lacking, made, strict=True):
             plan.sent[device] = tables
 
@@ -248,7 +247,7 @@ def launch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool, devic
     send_to_kernel([plan], device)
     tables = plan.sent[device]
     words: Any = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
-    arrays, grids = [source.view(words), target.view(words)], [_SOURCE, _TARGET]
+    arrays, grids = [source.view(words), target.view(words)], [SOURCE, TARGET]
     if reverse:
         arrays.reverse()
         grids.reverse()
@@ -323,10 +322,10 @@ def _probe(unit: int, device: torch.device, size: int, pin: bool) -> tuple[Block
     return plan, host, torch.empty(plan.entries, device=device)
 
 
-def _unit(blocks: Sequence[Block]) -> int:
+def _unit(plan: BlockPlan) -> int:
     """``NARROW`` or ``WIDE``, whichever is nearer to the blocks' units."""
-    units = sum(block.n_rows * block.n_units for block in blocks)
-    return WIDE if sum(block.entries for block in blocks) > 3 * units else NARROW
+    columns = plan.table.columns
+    return WIDE if plan.entries > 3 * columns[:, (N_ROWS, N_UNITS)].prod(1).sum() else NARROW
 
 
 def _seconds(transfer: Callable[[], None]) -> float:

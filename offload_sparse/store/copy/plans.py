@@ -14,21 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
 from offload_sparse.channels.selection import Layout, Selection
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid, Numbers
-from offload_sparse.store.copy.regions import Regions, places_of
+from offload_sparse.store.copy.blocks import COUNTED, WIDTH, BlockPlan, Numbers, Table
+from offload_sparse.store.copy.regions import Pieces, Regions, places_of
 from offload_sparse.store.partition import Partition
 
 WIRE = 1 << 24
 """Entries per wire buffer, unless a single tensor needs more."""
-
-Piece = tuple[str, Numbers, Numbers]
-"""Part of a tensor: its name, and numbers of rows and of units in the full one."""
 
 
 @dataclass
@@ -67,11 +64,19 @@ class TransferPlan:
         return sum(plan.entries for plan in (*packs, self.fetched) if plan is not None)
 
 
+Columns = tuple[Numbers, Numbers, Numbers | int, Numbers | int]
+"""Where an array has pieces: first entries, entries per row, and where the numbers of its rows and units
+begin in the indices of a table.
+"""
+
+
 class _Array(Protocol):
     """A flat array that holds pieces of tensors."""
 
-    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
-        """Where it holds these rows and units of the full tensor ``name``."""
+    @property
+    def size(self) -> int: ...
+
+    def columns(self, pieces: Pieces) -> Columns: ...
 
 
 class Narrow:
@@ -87,52 +92,58 @@ class Narrow:
         self.selection, self.step = selection, step
         self.names = tuple(names)
         self.layout: Layout = selection.layout(self.names, step)
-        self._places = places_of(selection)
-        self.shapes = self._places.geometry.shapes
-        self._row_lengths = {name: prod(self.layout.shapes[name][1:]) for name in self.names}
+        places = places_of(selection)
+        self.full = places.geometry.tensors(self.names)
+        self._starts = np.fromiter(self.layout.offsets.values(), np.int64, len(self.names))
+        self._row_lengths = places.counts[self.full.units] * self.full.unit
 
-    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
-        of_rows, of_units = self._places.of(self.shapes[name], rows, units)
-        return Grid(self.layout.offsets[name], self._row_lengths[name], of_rows, of_units)
+    def among(self, regions: Regions, holder: int | None) -> _Array:
+        """The buffer, as ``regions`` have it: as the target (None), or as this holder."""
+        return _Stretch(self._starts, self._row_lengths, regions.stretch(holder), self.layout.size)
 
-    def blocks(self, source: _Array, target: _Array, pieces: Iterable[Piece]) -> list[Block]:
-        """``pieces`` from one array that holds them to another."""
-        shapes, source_at, target_at = self.shapes, source.grid, target.grid
-        return [
-            Block(
-                len(rows),
-                len(units),
-                shapes[name].unit,
-                source_at(name, rows, units),
-                target_at(name, rows, units),
-            )
-            for name, rows, units in pieces
-        ]
+
+@dataclass
+class _Stretch:
+    """A narrow buffer, and where the numbers of its rows and units are."""
+
+    starts: Numbers
+    row_lengths: Numbers
+    stretch: int
+    size: int
+
+    def columns(self, pieces: Pieces) -> Columns:
+        rows, units = pieces.rows + self.stretch, pieces.units + self.stretch
+        return self.starts[pieces.tensors], self.row_lengths[pieces.tensors], rows, units
 
 
 class _Shard:
     """The rows of the store that a rank owns."""
 
-    def __init__(self, partition: Partition, rank: int, subnet: Narrow) -> None:
-        self._partition, self._rank, self._shapes = partition, rank, subnet.shapes
-        self.layout = partition.shard(rank)
+    def __init__(self, partition: Partition, rank: int, target: Narrow) -> None:
+        self._row_lengths = target.full.row_length
+        shard, names = partition.shard(rank), target.names
+        self.size = shard.size
+        self._starts = np.array([shard.offsets[name] for name in names], np.int64)
+        self._rows: Numbers | None = None
+        if partition.world_size > 1:
+            self._rows = np.array([partition.rows(name, rank) for name in names], np.int64).reshape(-1, 2)
+            self._starts -= self._rows[:, 0] * self._row_lengths
 
-    def own(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
-        """What the rank owns of ``pieces``; numbers are the same object where that is all of them."""
-        return pieces if self._partition.world_size == 1 else self._among(pieces)
+    def own(self, pieces: Pieces, indices: Numbers) -> Pieces:
+        """What the rank owns of ``pieces``."""
+        if self._rows is None:
+            return pieces
+        low, high = self._rows[pieces.tensors].T
+        first, last = indices[pieces.rows], indices[pieces.rows + pieces.n_rows - 1]
+        begin, end = np.where(first < low, pieces.n_rows, 0), np.where(last < high, pieces.n_rows, 0)
+        for cut in np.flatnonzero((first < low) & (low <= last) | (first < high) & (high <= last)):
+            numbers = indices[pieces.rows[cut] :][: pieces.n_rows[cut]]
+            begin[cut], end[cut] = np.searchsorted(numbers, (low[cut], high[cut]))
+        own = pieces._replace(n_rows=end - begin, rows=pieces.rows + begin)
+        return Pieces(*(column[end > begin] for column in own))
 
-    def _among(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for name, rows, units in pieces:
-            first, last = np.searchsorted(rows, self._partition.rows(name, self._rank))
-            rows = rows if last - first == len(rows) else rows[first:last]
-            if len(rows):
-                yield name, rows, units
-
-    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
-        low = self._partition.rows(name, self._rank)[0]
-        return Grid(
-            self.layout.offsets[name], self._shapes[name].row_length, rows - low if low else rows, units
-        )
+    def columns(self, pieces: Pieces) -> Columns:
+        return self._starts[pieces.tensors], self._row_lengths[pieces.tensors], pieces.rows, pieces.units
 
 
 class _Wire:
@@ -142,14 +153,27 @@ class _Wire:
         size: entries so far.
     """
 
-    def __init__(self, subnet: Narrow) -> None:
-        self._shapes = subnet.shapes
+    def __init__(self, target: Narrow) -> None:
+        self._unit = target.full.unit
         self.size = 0
 
-    def grid(self, name: str, rows: Numbers, units: Numbers) -> Grid:
-        grid = Grid(self.size, len(units) * self._shapes[name].unit)
-        self.size += len(rows) * grid.row_length
-        return grid
+    def columns(self, pieces: Pieces) -> Columns:
+        row_lengths = pieces.n_units * self._unit[pieces.tensors]
+        ends = self.size + np.cumsum(pieces.n_rows * row_lengths)
+        self.size = int(ends[-1]) if len(ends) else self.size
+        return ends - pieces.n_rows * row_lengths, row_lengths, COUNTED, COUNTED
+
+
+def _plan(regions: Regions, target: Narrow, moves: Iterable[tuple[Pieces, _Array, _Array]]) -> BlockPlan:
+    """Pieces of ``target`` from arrays that hold them to others, of equal sizes."""
+    parts, sizes = [], (0, 0)
+    for pieces, source, there in moves:
+        parts.append(np.empty((len(pieces.tensors), WIDTH), np.int64))
+        unit, places = target.full.unit[pieces.tensors], (*source.columns(pieces), *there.columns(pieces))
+        for column, values in enumerate((unit, pieces.n_units, *places, pieces.n_rows)):
+            parts[-1][:, column] = values
+        sizes = source.size, there.size
+    return BlockPlan(Table(parts[0] if len(parts) == 1 else np.concatenate(parts), regions.indices), sizes)
 
 
 def shared_plan(
@@ -166,10 +190,10 @@ def shared_plan(
         owner: only entries of the rows that this rank of a partition owns.
     """
     regions = regions or Regions(target.selection, [holder.selection], wanted=[0])
-    pieces = _divided(target, regions)[1].get(0, [])
+    pieces = regions.of(target.names, 0)
     if owner is not None:
-        pieces = list(_Shard(*owner, target).own(pieces))
-    return BlockPlan(target.blocks(holder, target, pieces), (holder.layout.size, target.layout.size))
+        pieces = _Shard(*owner, target).own(pieces, regions.indices)
+    return _plan(regions, target, [(pieces, holder.among(regions, 0), target.among(regions, None))])
 
 
 def fetch_plan(
@@ -189,14 +213,14 @@ def fetch_plan(
         regions: those of the selections of ``target`` and ``holders``, if they are known already.
     """
     regions = regions or Regions(target.selection, [holder.selection for holder in holders])
-    fetched, carried = _divided(target, regions)
-    plan = TransferPlan(_carried(target, holders, carried))
+    plan = TransferPlan(_carried(regions, target, holders))
     if partition.world_size == 1:
-        plan.fetched = _from_shard(partition, rank, target, fetched)
+        plan.fetched = _from_shard(partition, rank, target, regions)
         return plan
     shard = _Shard(partition, rank, target)
-    for batch in _batches(target, fetched):
-        plan.exchanges.append(Exchange([_packed(shard, target, batch)], *_unpacked(partition, target, batch)))
+    for batch in _batches(target, regions.of(target.names, None)):
+        pack = _packed(regions, shard, target, batch)
+        plan.exchanges.append(Exchange([pack], *_unpacked(regions, partition, target, batch)))
     return plan
 
 
@@ -214,14 +238,15 @@ def fetch_plan_per_rank(
     if partition.world_size == 1:
         return fetch_plan(partition, rank, targets[0], holders)
     shared = [holder.selection for holder in holders]
-    divided = [_divided(target, Regions(target.selection, shared)) for target in targets]
+    divided = [Regions(target.selection, shared) for target in targets]
     packs = [
-        _packed(_Shard(partition, rank, target), target, fetched)
-        for target, (fetched, _) in zip(targets, divided, strict=True)
+        _packed(regions, _Shard(partition, rank, target), target, regions.of(target.names, None))
+        for target, regions in zip(targets, divided, strict=True)
     ]
-    target, (fetched, carried) = targets[rank], divided[rank]
-    exchange = Exchange(packs, *_unpacked(partition, target, fetched))
-    return TransferPlan(_carried(target, holders, carried), exchanges=[exchange])
+    target, regions = targets[rank], divided[rank]
+    fetched = regions.of(target.names, None)
+    exchange = Exchange(packs, *_unpacked(regions, partition, target, fetched))
+    return TransferPlan(_carried(regions, target, holders), exchanges=[exchange])
 
 
 def return_plan(
@@ -240,66 +265,50 @@ def return_plan(
         regions: those of the selections of ``subnet`` and ``keepers``, if they are known already.
     """
     regions = regions or Regions(subnet.selection, [k.selection for k in keepers], wanted=[None])
-    return _from_shard(partition, rank, subnet, _divided(subnet, regions)[0])
+    return _from_shard(partition, rank, subnet, regions)
 
 
-def _divided(target: Narrow, regions: Regions) -> tuple[list[Piece], dict[int, list[Piece]]]:
-    """What only the store has, and what each holder has."""
-    fetched: list[Piece] = []
-    carried: dict[int, list[Piece]] = {}
-    for name in target.names:
-        for holder, rows, units in regions.of(name):
-            if holder is None:
-                fetched.append((name, rows, units))
-            elif holder in carried:
-                carried[holder].append((name, rows, units))
-            else:
-                carried[holder] = [(name, rows, units)]
-    return fetched, carried
+def _carried(regions: Regions, target: Narrow, holders: Sequence[Narrow]) -> dict[int, BlockPlan]:
+    """From every holder that has any."""
+    there = target.among(regions, None)
+    found = ((n, holder.among(regions, n), regions.of(target.names, n)) for n, holder in enumerate(holders))
+    return {n: _plan(regions, target, [(p, here, there)]) for n, here, p in found if len(p.tensors)}
 
 
-def _carried(
-    target: Narrow, holders: Sequence[Narrow], carried: dict[int, list[Piece]]
-) -> dict[int, BlockPlan]:
-    size = target.layout.size
-    return {
-        number: BlockPlan(target.blocks(holders[number], target, found), (holders[number].layout.size, size))
-        for number, found in carried.items()
-    }
-
-
-def _from_shard(partition: Partition, rank: int, target: Narrow, pieces: Iterable[Piece]) -> BlockPlan:
-    """From the rows that ``rank`` owns to the narrow buffer."""
+def _from_shard(partition: Partition, rank: int, target: Narrow, regions: Regions) -> BlockPlan:
+    """From the rows that ``rank`` owns to the narrow buffer, what no holder has."""
     shard = _Shard(partition, rank, target)
-    blocks = target.blocks(shard, target, shard.own(pieces))
-    return BlockPlan(blocks, (shard.layout.size, target.layout.size))
+    pieces = shard.own(regions.of(target.names, None), regions.indices)
+    return _plan(regions, target, [(pieces, shard, target.among(regions, None))])
 
 
-def _packed(shard: _Shard, target: Narrow, pieces: Iterable[Piece]) -> BlockPlan:
+def _packed(regions: Regions, shard: _Shard, target: Narrow, pieces: Pieces) -> BlockPlan:
     """Own rows to the wire buffer."""
-    wire = _Wire(target)
-    return BlockPlan(target.blocks(shard, wire, shard.own(pieces)), (shard.layout.size, wire.size))
+    return _plan(regions, target, [(shard.own(pieces, regions.indices), shard, _Wire(target))])
 
 
-def _unpacked(partition: Partition, target: Narrow, pieces: Sequence[Piece]) -> tuple[BlockPlan, list[int]]:
+def _unpacked(
+    regions: Regions, partition: Partition, target: Narrow, pieces: Pieces
+) -> tuple[BlockPlan, list[int]]:
     """From the wire buffer, owners one after the other, to the narrow buffer; entries of each owner."""
-    wire, blocks, ends = _Wire(target), list[Block](), [0]
-    for owner in range(partition.world_size):
-        blocks += target.blocks(wire, target, _Shard(partition, owner, target).own(pieces))
-        ends.append(wire.size)
-    return BlockPlan(blocks, (wire.size, target.layout.size)), np.diff(ends).tolist()
+    wire, there = _Wire(target), target.among(regions, None)
+    shards = [_Shard(partition, owner, target) for owner in range(partition.world_size)]
+    owned = [shard.own(pieces, regions.indices) for shard in shards]
+    plan = _plan(regions, target, [(own, wire, there) for own in owned])
+    return plan, [int(_entries(target, own).sum()) for own in owned]
 
 
-def _batches(target: Narrow, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def _entries(target: Narrow, pieces: Pieces) -> Numbers:
+    return pieces.n_rows * pieces.n_units * target.full.unit[pieces.tensors]
+
+
+def _batches(target: Narrow, pieces: Pieces) -> Iterator[Pieces]:
     """Pieces in runs of at most ``WIRE`` entries (or one piece)."""
-    batch: list[Piece] = []
-    held = 0
-    for name, rows, units in pieces:
-        entries = len(rows) * len(units) * target.shapes[name].unit
-        if batch and held + entries > WIRE:
-            yield batch
-            batch, held = [], 0
-        batch.append((name, rows, units))
+    cuts, held = [0], 0
+    for number, entries in enumerate(_entries(target, pieces).tolist()):
+        if held and held + entries > WIRE:
+            cuts.append(number)
+            held = 0
         held += entries
-    if batch:
-        yield batch
+    for first, end in pairwise([*cuts, len(pieces.tensors)] if len(pieces.tensors) else []):
+        yield Pieces(*(column[first:end] for column in pieces))

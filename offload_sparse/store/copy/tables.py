@@ -18,13 +18,23 @@ A device's, in its own memory, so that a copy sends nothing there:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, Grid, Numbers
+from offload_sparse.store.copy.blocks import (
+    COUNTED,
+    N_ROWS,
+    N_UNITS,
+    PLACES,
+    UNIT,
+    Block,
+    Grid,
+    Numbers,
+    Table,
+)
 
 # Columns of the native kernel's tables, all int64. numba keeps what it compiled until native.py changes:
 # whoever moves a column changes a line there too.
@@ -150,44 +160,46 @@ class DeviceTables(NamedTuple):
     indices: Tensor
 
     @staticmethod
-    def of(plans: Sequence[Sequence[Block]], device: torch.device, program: int) -> list[DeviceTables]:
-        """Those of several plans of at least one block each, sent in one piece.
+    def of(tables: Sequence[Table], device: torch.device, program: int) -> list[DeviceTables]:
+        """Those of several plans of at least one block each, sent in one piece; plans with the same indices
+        share them.
 
         Args:
-            plans: the blocks of each.
+            tables: the blocks of each.
             device: where the tables shall be.
             program: entries per program."""
-        parts = [part for blocks in plans for part in _device_parts(blocks, program)]
+        tables = [_spelled_out(table) for table in tables]
+        indices = {id(table.indices): table.indices for table in tables}
+        parts = [*indices.values()]
+        parts += [part for table in tables for part in _device_parts(table.columns, program)]
         sent = to_device(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
+        there, sent = dict(zip(indices, sent, strict=False)), sent[len(indices) :]
         return [
-            DeviceTables(programs.view(-1, 3), blocks.view(-1, 10), indices)
-            for programs, blocks, indices in zip(sent[::3], sent[1::3], sent[2::3], strict=True)
+            DeviceTables(programs.view(-1, 3), blocks.view(-1, N_ROWS), there[id(table.indices)])
+            for table, programs, blocks in zip(tables, sent[::2], sent[1::2], strict=True)
         ]
 
 
-def _device_parts(blocks: Sequence[Block], program: int) -> tuple[Numbers, Numbers, Numbers]:
-    """Programs, blocks and indices, each flat."""
-    n_rows, n_units, unit, sources, targets = zip(*blocks, strict=True)
-    sides: list[Any] = [column for side in (sources, targets) for column in zip(*side, strict=True)]
-    size = max(max(n_rows), max(n_units))
-    chunks = [np.arange(size)]  # serves rows and units that are 0, 1, 2, …
-    places = {id(None): 0}
-    for numbers in (sides[at] for at in (2, 3, 6, 7)):
-        for key, distinct in dict(zip(map(id, numbers), numbers, strict=True)).items():
-            if key not in places:
-                places[key] = size
-                chunks.append(distinct)
-                size += len(distinct)
-    for at in (2, 3, 6, 7):
-        sides[at] = tuple(map(places.__getitem__, map(id, sides[at])))
-    columns = np.array([unit, n_units, *sides, n_rows], np.int64).T
-    entries = columns[:, 0] * columns[:, 1] * columns[:, 10]
+def _spelled_out(table: Table) -> Table:
+    """With a place for rows and units that are 0, 1, 2, …, too."""
+    columns, indices = table
+    places = columns[:, PLACES]
+    if not (counted := places == COUNTED).any():
+        return table
+    columns = columns.copy()
+    columns[:, PLACES] = np.where(counted, len(indices), places)
+    count = columns[:, (N_ROWS, N_UNITS)].max()
+    return Table(columns, np.append(indices, np.arange(count)))
+
+
+def _device_parts(columns: Numbers, program: int) -> tuple[Numbers, Numbers]:
+    """Programs and blocks, each flat."""
+    entries = columns[:, UNIT] * columns[:, N_UNITS] * columns[:, N_ROWS]
     counts = -(-entries // program)
-    number = np.repeat(np.arange(len(blocks)), counts)
+    number = np.repeat(np.arange(len(columns)), counts)
     first = (np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)) * program
-    last = np.minimum(first + program, entries[number])
-    programs = np.stack([number, first, last], 1)
-    return programs.ravel(), columns[:, :10].ravel(), np.concatenate(chunks)
+    programs = np.stack([number, first, np.minimum(first + program, entries[number])], 1)
+    return programs.ravel(), columns[:, :N_ROWS].ravel()
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
