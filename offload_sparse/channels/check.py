@@ -26,6 +26,7 @@ from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
 from offload_sparse.channels.model_call import Inputs, disable_dropout, enlarge_inputs
 from offload_sparse.channels.selection import Selection, restrict
+from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import is_norm, meta_copy, narrow_module, set_tensor
 
 TOLERANCE = 1e-8
@@ -144,6 +145,7 @@ def reduced(model: nn.Module, channel_map: ChannelMap, max_parameters: int) -> t
         ratio /= 2
         mask = channel_map.uniform_mask(ratio, min_width=4)
         twin = narrow_module(meta_copy(model), channel_map, mask)
+        set_additions(twin, Selection(channel_map, mask), torch.device("cpu"))  # indices need values
     for name, buffer in _constants(model).items():
         if twin.get_buffer(name).shape == buffer.shape:
             set_tensor(twin, name, buffer.clone())

@@ -10,9 +10,10 @@ is kept; slice = mask (see ``check``) is tested all the same before anything tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
-from offload_sparse.channels import specs
 from offload_sparse.channels.attention import HeadAttention, can_drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group
 from offload_sparse.channels.config import Residual
@@ -33,14 +33,17 @@ from offload_sparse.channels.written_sizes import Sizes, fitted_calls
 
 logger = logging.getLogger(__name__)
 
+_LEAST_PART = 1 / 8
+"""Where a network splits what it has shuffled again and again, the runs become shorter and shorter."""
+
 _STREAM = ("a layer norm", "an RMS norm", "a residual addition", "a table", "mean", "a constant")
 
 
 def discover(model: nn.Module, example_inputs: Inputs, residual: Residual = "coupled") -> ChannelMap:
     """Find the atoms of a network, which is left untouched.
 
-    A network that there is a spec for (see ``specs``) gets the map of the spec. The stream of a network on
-    tokens stays dense whatever ``residual`` says, since norms mix all of its channels.
+    The stream of a network on tokens stays dense whatever ``residual`` says, since norms mix all of its
+    channels.
 
     Args:
         model: the network, on any device (``meta`` included).
@@ -53,9 +56,6 @@ def discover(model: nn.Module, example_inputs: Inputs, residual: Residual = "cou
     """
     if residual not in ("coupled", "internal", "filter"):
         raise ValueError(f"residual is {residual!r}; choose coupled, internal or filter")
-    written = specs.find(model)
-    if written is not None:
-        return written
     trace = _follow(model, example_inputs, residual == "filter")
     if trace.on_tokens and residual != "internal":
         logger.warning("residual: internal for %s, whose norms mix its stream", type(model).__name__)
@@ -70,9 +70,8 @@ def policies(model: nn.Module, example_inputs: Inputs) -> tuple[Residual, ...]:
     Raises:
         ValueError: the model cannot be traced.
     """
-    if specs.find(model) is not None or _follow(model, example_inputs, False).on_tokens:
-        return ("internal",)
-    return ("coupled", "internal", "filter")
+    on_tokens = _follow(model, example_inputs, False).on_tokens
+    return ("internal",) if on_tokens else ("coupled", "internal", "filter")
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,8 @@ def _map(trace: _Trace, residual: Residual) -> ChannelMap:
     network, found = trace.network, trace.found
     if residual == "internal":
         found.dense += [(labels, "a residual addition") for labels, _ in found.streams]
-    producers, views = set() if trace.on_tokens else _producers(network), None
-    while views is None:  # sizes that cannot be fitted make labels dense, so atoms are numbered anew
+    producers, fitted = set() if trace.on_tokens else _producers(network), None
+    while fitted is None:  # sizes that cannot be fitted make labels dense, so atoms are numbered anew
         groups, atoms = _atoms(found, producers)
         if not groups:
             raise _refusal(network, found)
@@ -162,7 +161,10 @@ def _map(trace: _Trace, residual: Residual) -> ChannelMap:
             found.sums, found.roots(), _dense(found), atoms, groups[-1].stop
         )
         ids = atoms[found.roots()]
-        views = fitted_calls(network, found, trace.sizes.calls, ids)
+        fitted = fitted_calls(network, found, trace.sizes.calls, ids)
+    views, splits = fitted
+    members = torch.stack([unions[0] + groups[-1].stop, unions[1]])
+    groups = tuple(part for group in groups for part in _divided(group, splits, members))
     shapes = trace.shapes
     axes: dict[str, list[Axis]] = {name: [None] * len(shape) for name, shape in shapes.items()}
     for start, name, dim in found.starts:
@@ -170,6 +172,31 @@ def _map(trace: _Trace, residual: Residual) -> ChannelMap:
         if bool((axis >= 0).any()):
             axes[name][dim] = axis
     return ChannelMap(groups, shapes, _share_equal(axes), unions, sums, views)
+
+
+def _divided(group: Group, splits: Sequence[Sequence[Axis]], members: Tensor) -> Iterator[Group]:
+    """A group as the network splits it: each part is a width of its own, which is never empty. Parts that are
+    no runs of atoms, or smaller than ``_LEAST_PART`` of the group, stay together.
+
+    Args:
+        splits: the atoms or unions in the parts of each width that is split.
+        members: int64[2, members], pairs (id of a union, atom).
+    """
+    cuts = {0, group.size}
+    for parts in splits:
+        part_of = torch.full((group.size,), -1)
+        for number, ids in enumerate(parts):
+            assert ids is not None, "a part of a split has an axis"
+            atoms = torch.cat([ids, members[1, torch.isin(members[0], ids)]]) - group.start
+            part_of[atoms[(atoms >= 0) & (atoms < group.size)]] = number
+        runs, sizes = part_of.unique_consecutive(return_counts=True)
+        more = cuts | set(sizes.cumsum(0).tolist())
+        smallest = min(stop - start for start, stop in pairwise(sorted(more)))
+        if len(runs) == len(part_of.unique()) and smallest >= max(2, _LEAST_PART * group.size):
+            cuts = more
+    for start, stop in pairwise(sorted(cuts)):
+        name = group.name if len(cuts) == 2 else f"{group.name}[{start}:{stop}]"
+        yield Group(name, group.start + start, stop - start, group.shared)
 
 
 def _share_equal(axes: Mapping[str, list[Axis]]) -> dict[str, tuple[Axis, ...]]:

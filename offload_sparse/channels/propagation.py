@@ -151,21 +151,22 @@ class Propagation(TorchDispatchMode):
 
         An addition that runs twice, or whose operands are not alike, is an ordinary one.
         """
-        known = [side for side in map(self._channels, (left, right)) if side is not None]
+        with torch._C.DisableTorchFunction():  # what is done with labels is none of the network's calls
+            known = [side for side in map(self._channels, (left, right)) if side is not None]
         if left.shape != right.shape or len(known) < 2 or name in self.added:
             self.streams += [(labels, self._place()) for labels in self.of(left) + self.of(right)]
             return left + right
         self.added.add(name)
-        with torch.utils._python_dispatch._disable_current_modes():
+        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
             out = left + right
             if name not in self.sums:
                 self.sums[name] = (known[0], known[1], first(self._new(name, out, 1), 1))
             for before, side in zip(self.sums[name], known, strict=False):
                 self._tie(before, side)
                 self.consumed.append(side[side >= 0])
+            self._labels[id(out)] = (spread(self.sums[name][2], 1, out.shape),)
         self._alive.append(out)
         self._activations.add(id(out))
-        self._labels[id(out)] = (spread(self.sums[name][2], 1, out.shape),)
         return out
 
     def _channels(self, x: Tensor) -> Tensor | None:

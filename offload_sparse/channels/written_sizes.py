@@ -81,8 +81,9 @@ class _UnfitError(Exception):
 
 def fitted_calls(
     network: nn.Module, found: Propagation, calls: list[Any], ids: Tensor
-) -> dict[str, tuple[View, ...]] | None:
-    """The calls to fit, by module; None if some cannot be, whose labels are now dense.
+) -> tuple[dict[str, tuple[View, ...]], list[tuple[Axis, ...]]] | None:
+    """The calls to fit, by module, and the atoms of the parts of each width that is split; None if some call
+    cannot be fitted, whose labels are now dense.
 
     Args:
         network: the network that ran.
@@ -92,6 +93,7 @@ def fitted_calls(
     """
     views: dict[str, dict[int, View]] = {}
     seen: dict[tuple[str, int], Any] = {}
+    parts: list[tuple[Axis, ...]] = []
     good = True
     constants = {
         (id(x), place): (dim, ids[met])
@@ -121,11 +123,12 @@ def fitted_calls(
             continue
         if view is not None:
             views.setdefault(name, {})[call] = view
+            parts += [view.axes] if func in SPLITS else []
     for x, _, met, place in found.constants:
         if (id(x), place) in unmet:  # in a call whose arguments cannot be changed
             found.dense.append((met, "a constant"))
             good = False
-    return {name: tuple(of_module.values()) for name, of_module in views.items()} if good else None
+    return ({name: tuple(found.values()) for name, found in views.items()}, parts) if good else None
 
 
 def _meeting(call: int, values: list[Any], constants: dict[int, tuple[int, Tensor]]) -> View | None:

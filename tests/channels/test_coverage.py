@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.check import TOLERANCE
 from offload_sparse.inspect import coverage
-from offload_sparse.inspect.coverage import CASES, Case, cover, examine
+from offload_sparse.inspect.coverage import CASES, Case, examine
 
 
 class Network(nn.Module):
@@ -25,7 +25,6 @@ class Network(nn.Module):
 def test_the_table_is_wide() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names) >= 40
-    assert sum(case.accepted for case in CASES) >= 35
     families = "vgg resnet resnext wide_resnet densenet googlenet inception mobilenet_v2 mobilenet_v3"
     families += " mobilenetv1 efficientnet regnet mnasnet squeezenet convnext vit swin shufflenet maxvit"
     families += " Llama Mistral Qwen2 Qwen3 Phi3 Gemma GPT2 GPTNeoX Bert Roberta ViT DeiT"
@@ -61,7 +60,7 @@ def test_a_refusal_gives_its_reason_and_the_table_goes_on() -> None:
         return Network(middle[case.name])
 
     names = ("no constructor", "sigmoid", "reorders", "fine")
-    outcomes = [found[0] for found in cover([Case(name, 8) for name in names], broken)]
+    outcomes = [examine(Case(name, 8), broken)[0] for name in names]
     assert [outcome.accepted for outcome in outcomes] == [False, False, False, True]
     assert "KeyError: 'depth'" in outcomes[0].reason
     assert "slice differs from mask" in outcomes[1].reason
@@ -89,6 +88,6 @@ def test_buffers_that_are_read_keep_their_values() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_every_case_comes_out_as_the_table_says(case: Case) -> None:
+def test_every_case_is_accepted(case: Case) -> None:
     outcomes = examine(case)
-    assert any(outcome.accepted for outcome in outcomes) == case.accepted, outcomes[0].reason
+    assert any(outcome.accepted for outcome in outcomes), outcomes[0].reason

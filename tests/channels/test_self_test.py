@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import timm
 import torch
+from timm.models.res2net import Bottle2neck
+from timm.models.resnet import ResNet
+from timm.models.sknet import SelectiveKernelBasic
+from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.check import MAX_PARAMETERS, reduced, self_test
+from offload_sparse.channels.check import MAX_PARAMETERS, check, reduced, self_test
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.workloads.models import build_model
@@ -67,3 +74,67 @@ def test_a_wrong_map_is_refused_on_the_twin_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("offload_sparse.channels.check.MAX_PARAMETERS", 4000)
     with pytest.raises(ValueError, match="the channel map is wrong"):
         self_test(net, inputs, channel_map)
+
+
+class SplitStream(nn.Module):
+    """A stream of which one half goes on as it is and the other through residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, x = self.norm(self.stem(x)).relu().chunk(2, 1)
+        x = x + self.inner(x).relu()
+        return self.head(torch.cat([kept, x], 1).mean((2, 3)))
+
+
+class Unequal(SplitStream):
+    """The same with other sizes, written in the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, x, last = torch.split(self.norm(self.stem(x)).relu(), [4, 16, 12], 1)
+        x = self.inner(x).relu() + x
+        return self.head(torch.cat([last, x, first], 1).mean((2, 3)))
+
+
+def small_resnet(block: type[nn.Module], width: int, **arguments: object) -> nn.Module:
+    widths = (16, 16, 16, 16)
+    return ResNet(block, [1] * 4, 5, channels=widths, base_width=width, stem_width=8, block_args=arguments)
+
+
+SPLITTING: dict[str, Callable[[], nn.Module]] = {
+    "a stream in halves": SplitStream,
+    "a stream in parts of other sizes": Unequal,
+    "widths in four": lambda: small_resnet(Bottle2neck, 64, scale=4),
+    "inputs in two": lambda: small_resnet(
+        SelectiveKernelBasic, 64, sk_kwargs={"rd_ratio": 0.25, "rd_divisor": 4, "split_input": True}
+    ),
+    "sums alone": lambda: timm.create_model("resnet10t", num_classes=5),
+}
+
+
+@pytest.mark.parametrize("residual", ["coupled", "internal", "filter"])
+@pytest.mark.parametrize("kind", SPLITTING)
+def test_a_twin_keeps_something_of_every_part_and_knows_its_sums(kind: str, residual: Residual) -> None:
+    """A twin keeps the first atoms of each group: parts that a network splits off are groups of their own."""
+    with torch.device("meta"):
+        model = SPLITTING[kind]()
+    inputs = (torch.empty(2, 3, 32, 32, device="meta"),)
+    channel_map = discover(model, inputs, residual)
+    twin, twin_map = reduced(model, channel_map, count_parameters(model) // 3)
+    assert count_parameters(twin) < count_parameters(model)
+    assert min(group.size for group in twin_map.groups) >= 2
+    assert check(twin, inputs, twin_map).error < 1e-10
+
+
+@pytest.mark.parametrize("network", [SplitStream, Unequal])
+def test_parts_of_a_width_are_groups_of_their_own(network: type[nn.Module]) -> None:
+    """Where an order of the channels has them as runs; the first atoms of each are what even widths keep."""
+    model, inputs = network(), (torch.zeros(2, 3, 8, 8),)
+    groups = discover(model, inputs).groups
+    sizes = [16, 16] if network is SplitStream else [4, 16, 12]
+    assert [group.size for group in groups] == sizes
+    assert len({group.name for group in groups}) == len(sizes)
+    assert all(group.name.startswith("stem[") for group in groups)
