@@ -18,13 +18,11 @@ from typing import Any
 import torch
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import loss_of
+from offload_sparse.bench.measure import loss_of, session_of
 from offload_sparse.config.run import CheckpointConfig
-from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import session_state
-from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.checkpoint import Checkpointer
 from offload_sparse.workloads.models import build_model
 
@@ -60,15 +58,7 @@ def run(quick: bool) -> BenchResult:
 
 def _session(hidden: int) -> tuple[SparseOffload, tuple[torch.Tensor, torch.Tensor]]:
     factory = partial(build_model, "offload_sparse/mlp", 10, 1, 28, stream=1024, hidden=hidden, depth=4)
-    session = SparseOffload(
-        factory,
-        (torch.empty(1, 1, 28, 28, device="meta"),),
-        optimizer_factory(OptimConfig()),
-        total_steps=10**9,
-        policy=PolicyConfig.paper(rho=0.25),
-        rounds=RoundConfig(k=_K),
-        setup=Setup(verify=False),
-    )
+    session = session_of(factory, (1, 28, 28), 0.25, RoundConfig(k=_K))
     images = torch.randn(_BATCH, 1, 28, 28, device=session.device)
     return session, (images, torch.randint(10, (_BATCH,)).to(session.device))
 

@@ -27,14 +27,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_sparse.bench.measure import Batch, loss_of
+from offload_sparse.bench.measure import Batch, loss_of, session_of
 from offload_sparse.bench.options import PeersConfig
 from offload_sparse.channels.subnet import build_on_meta, narrow_module
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import SparseOffload
-from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run.process import bound_memory
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.workloads.models import build_model
 
 OPTIM = OptimConfig(lr=0.01)
@@ -195,17 +192,9 @@ def _deepspeed() -> Any:
 
 
 def ours(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
+    shape, rounds = batch[0].shape[1:], RoundConfig(k=config.k)
     factory = partial(build_network, config)
-    bound_memory(factory)  # as a run does
-    session = SparseOffload(
-        factory,
-        (batch[0][:1].to("meta"),),
-        optimizer_factory(OPTIM),
-        total_steps=1000 * config.k,
-        policy=PolicyConfig.paper(rho=RHO),
-        rounds=RoundConfig(k=config.k),
-        device=device,
-    )
+    session = session_of(factory, shape, RHO, rounds, OPTIM, device=device, setup=Setup())
     return Contender(
         lambda: session.step(lambda network: loss_of(network, batch)),
         lambda: sum(moved_bytes(session)) / config.k,

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from offload_sparse.bench import input as loaders
 from offload_sparse.bench import plan, round, step
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import NETWORKS, Batch, default_device, random_batch
+from offload_sparse.bench.measure import NETWORKS, Batch, default_device, random_batch, session_of
 from offload_sparse.config.run import MethodName, RunConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.forward import Forward, Metrics
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.engine.session import Setup
 from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.method import Task
 from offload_sparse.policy.config import PolicyConfig
@@ -111,17 +110,11 @@ def engine(device: torch.device, quick: bool) -> Iterator[Row]:
         yield f"engine.{name}_difference", difference, "from the CPU's, of the largest value"
 
 
-def _trained(device: torch.device, transfer: str) -> dict[str, Tensor]:
+def _trained(device: torch.device, transfer: Literal["full", "overlap"]) -> dict[str, Tensor]:
     """The store and s after a few rounds."""
-    session = SparseOffload(
-        partial(build_model, _SMALL, 10, 3, 16, width=0.5),
-        (torch.empty(1, 3, 16, 16, device="meta"),),
-        optimizer_factory(OptimConfig(lr=0.01)),
-        policy=PolicyConfig.paper(rho=0.5),
-        rounds=RoundConfig(k=_K, transfer=transfer),  # type: ignore[arg-type]
-        setup=Setup(dtype=torch.float64, verify=False),
-        device=device,
-    )
+    factory, rounds = partial(build_model, _SMALL, 10, 3, 16, width=0.5), RoundConfig(k=_K, transfer=transfer)
+    setup = Setup(dtype=torch.float64, verify=False)
+    session = session_of(factory, (3, 16, 16), 0.5, rounds, OptimConfig(lr=0.01), setup=setup, device=device)
     generator = torch.Generator().manual_seed(0)
     for _ in range(_K * _ROUNDS):
         images, labels = random_batch(8, 16, 10, device, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.optimizer import optimizer_factory
+from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.process import bound_memory
 from offload_sparse.workloads.models import build_model
 
 Batch = tuple[Tensor, Tensor]
@@ -86,6 +91,24 @@ def take_turns(
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def session_of(
+    factory: Callable[[], nn.Module],
+    shape: Sequence[int],
+    rho: float,
+    rounds: RoundConfig,
+    optim: OptimConfig | None = None,
+    **more: Any,
+) -> SparseOffload:
+    """A session on images of ``shape`` (channels, height, width), in a process whose memory is bounded as a
+    run's is: with the masks of the paper, not verified, and without an end, unless ``more`` says otherwise.
+    """
+    bound_memory(factory)
+    usual: dict[str, Any] = {"total_steps": 1 << 30, "setup": Setup(verify=False)}
+    usual["policy"] = PolicyConfig.paper(rho=rho)
+    example, optimizer = torch.empty(1, *shape, device="meta"), optimizer_factory(optim or OptimConfig())
+    return SparseOffload(factory, (example,), optimizer, rounds=rounds, **(usual | more))
 
 
 # --- memory ---

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import loss_of, on_ranks, peak_resident, random_batch, reset_peak, warm_up
-from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import SparseOffload
-from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run.process import bound_memory
+from offload_sparse.bench.measure import (
+    loss_of,
+    on_ranks,
+    peak_resident,
+    random_batch,
+    reset_peak,
+    session_of,
+    warm_up,
+)
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.workloads.models import build_model
 
 BATCH, RHO, STEPS = 16, 0.25, 4
@@ -47,15 +52,8 @@ def measure(width: float) -> dict[str, int]:
     reset_peak()
     idle = peak_resident()
     factory = partial(build_model, "offload_sparse/vgg19_cifar", num_classes=10, in_channels=3, width=width)
-    bound_memory(factory)  # as a run does
-    session = SparseOffload(
-        factory,
-        (torch.empty(1, 3, 32, 32, device="meta"),),
-        optimizer_factory(OptimConfig()),
-        total_steps=10 * STEPS,
-        policy=PolicyConfig.paper(rho=RHO),
-        rounds=RoundConfig(k=2, reference="turns", freeze_at=1.0),
-    )
+    rounds = RoundConfig(k=2, reference="turns", freeze_at=1.0)
+    session = session_of(factory, (3, 32, 32), RHO, rounds, setup=Setup())
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         batch = random_batch(BATCH, 32, 10, session.device, generator)

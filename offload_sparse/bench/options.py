@@ -61,20 +61,29 @@ class PeersConfig(BenchConfig):
 
 
 @dataclass
-class DFBSTBenchConfig(BenchConfig):
-    """Accuracy and remaining weights of the LeNets trained dense, by DST and by DFBST.
+class CellsConfig(BenchConfig):
+    """What benches that train many networks have in common.
 
     Attributes:
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
-        seeds: runs of each kind; 0 takes 5, with ``quick`` 1.
-        epochs: passes over the images; 0 takes 20, with ``quick`` 150 steps.
+        seeds: runs of each kind; 0 takes as many as a record has, with ``quick`` 1.
         cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
     """
 
     data: str = ""
     seeds: int = 0
-    epochs: int = 0
     cache: str = ""
+
+
+@dataclass
+class DFBSTBenchConfig(CellsConfig):
+    """Accuracy and remaining weights of the LeNets trained dense, by DST and by DFBST.
+
+    Attributes:
+        epochs: passes over the images; 0 takes 20, with ``quick`` 150 steps.
+    """
+
+    epochs: int = 0
 
 
 @dataclass
@@ -95,27 +104,21 @@ class LinksConfig(BenchConfig):
 
 
 @dataclass
-class StudyConfig(BenchConfig):
+class StudyConfig(CellsConfig):
     """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
     Attributes:
         set: ``vgg19`` or ``resnet20`` (CIFAR-10, accuracy on validation images), or ``fashion_mnist`` (a
             small VGG, images of 14×14).
-        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         flops: shares of the dense network's FLOPs.
         methods: which methods, by name; empty runs all.
-        seeds: runs of each kind; 0 takes 3, with ``quick`` 1.
         epochs: passes over the images of ``even``; 0 takes those of the set, with ``quick`` 40 steps.
-        cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
     """
 
     set: Literal["fashion_mnist", "resnet20", "vgg19"] = "fashion_mnist"
-    data: str = ""
     flops: list[float] = field(default_factory=lambda: [0.064])
     methods: list[str] = field(default_factory=list)
-    seeds: int = 0
     epochs: int = 0
-    cache: str = ""
 
 
 @dataclass
@@ -130,50 +133,38 @@ class FaultsConfig(BenchConfig):
 
 
 @dataclass
-class PretrainedConfig(BenchConfig):
+class PretrainedConfig(CellsConfig):
     """Narrow networks fine-tuned from the weights of a dense one: cuts, searches and their controls.
 
     Attributes:
         set: ``resnet20`` or ``vgg16`` (CIFAR-10, accuracy on validation images), or ``fashion_mnist`` (a
             small VGG, images of 14×14).
-        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         rho: shares of the channels that are kept.
         epochs: lengths of the fine-tuning.
         dense_epochs: of the dense network; 0 takes 30, with ``quick`` 1.
         arms: which ones, by name; empty runs all.
-        seeds: runs of each kind; 0 takes 2, with ``quick`` 1.
-        cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
     """
 
     set: Literal["fashion_mnist", "resnet20", "vgg16"] = "fashion_mnist"
-    data: str = ""
     rho: list[float] = field(default_factory=lambda: [0.5, 0.25])
     epochs: list[int] = field(default_factory=lambda: [1, 3, 10])
     dense_epochs: int = 0
     arms: list[str] = field(default_factory=list)
-    seeds: int = 0
-    cache: str = ""
 
 
 @dataclass
-class SyncBenchConfig(BenchConfig):
+class SyncBenchConfig(CellsConfig):
     """Accuracy of ranks that talk once per round beside that of ranks that talk at every step, over seeds.
 
     Attributes:
-        data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         images: how many to train on, and to test on.
         modes: which modes, by name; empty runs all.
-        seeds: runs of each kind; 0 takes 2, with ``quick`` 1.
         epochs: passes over the images; 0 takes 8, with ``quick`` 40 steps.
-        cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
     """
 
-    data: str = ""
     images: int = 6400
     modes: list[str] = field(default_factory=list)
-    seeds: int = 0
     epochs: int = 0
-    cache: str = ""
 
 
 @dataclass

@@ -19,17 +19,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import loss_of, on_ranks, peak_resident, random_batch, reset_peak
+from offload_sparse.bench.measure import (
+    loss_of,
+    on_ranks,
+    peak_resident,
+    random_batch,
+    reset_peak,
+    session_of,
+)
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.losses import TAIL
-from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
-from offload_sparse.run.process import bound_memory, return_freed_memory
+from offload_sparse.run.process import return_freed_memory
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import declared_data
 from offload_sparse.workloads.models import build_model
@@ -180,17 +186,9 @@ def tiny(config: RunConfig) -> RunConfig:
 def build_session(config: RunConfig) -> SparseOffload:
     data, arguments = config.data, config.model.arguments
     factory = partial(build_model, config.model.name, CLASSES, 3, data.image_size, **arguments)
-    bound_memory(factory)  # as a run does
-    return SparseOffload(
-        factory,
-        (torch.empty(1, 3, data.image_size, data.image_size, device="meta"),),
-        optimizer_factory(config.optim),
-        total_steps=ROUNDS * STEPS,
-        policy=config.policy,
-        rounds=config.round,
-        setup=Setup(residual=config.model.residual),
-        seed=config.train.seed,
-    )
+    shape, rho, setup = (3, data.image_size, data.image_size), config.policy.rho, Setup()
+    steps = ROUNDS * STEPS
+    return session_of(factory, shape, rho, config.round, config.optim, total_steps=steps, setup=setup)
 
 
 def train(config: RunConfig, session: SparseOffload) -> None:

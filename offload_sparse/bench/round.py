@@ -21,12 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import Batch, batch_of, default_device, loss_of, network_of, timed
+from offload_sparse.bench.measure import (
+    Batch,
+    batch_of,
+    default_device,
+    loss_of,
+    network_of,
+    session_of,
+    timed,
+)
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
-from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run.process import bound_memory
 
 RHO = 0.25
 
@@ -116,17 +122,8 @@ def measure_model(
 ) -> RoundTimes:
     """``measure`` for any classifier and batch."""
     optim = OptimConfig(lr=0.01)
-    bound_memory(factory)  # as a run does
-    session = SparseOffload(
-        factory,
-        (torch.empty(1, *batch[0].shape[1:], device="meta"),),
-        optimizer_factory(optim),
-        total_steps=100 * k * (rounds + 1),
-        policy=PolicyConfig.paper(rho=RHO),
-        rounds=RoundConfig(k=k, reference="turns"),
-        device=device,
-        setup=replace(setup or Setup(), verify=False),
-    )
+    plan, quiet = RoundConfig(k=k, reference="turns"), replace(setup or Setup(), verify=False)
+    session = session_of(factory, batch[0].shape[1:], RHO, plan, optim, device=device, setup=quiet)
     times = RoundTimes()
     for number in range(rounds + 1):
         ours, subnets = our_round(session, batch, k)

@@ -32,16 +32,14 @@ import torch.distributed as dist
 
 from offload_sparse.bench.contenders import moved_bytes
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import Batch, loss_of, on_ranks, random_batch, timed
+from offload_sparse.bench.measure import Batch, loss_of, on_ranks, random_batch, session_of, timed
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import build_on_meta
-from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import Setup, SparseOffload
-from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.engine.session import SparseOffload
 from offload_sparse.workloads.models import build_model
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -145,15 +143,8 @@ def measure(world_size: int, width: float, k: int, rounds: int) -> dict[str, flo
 
 def measure_here(width: float, k: int, rounds: int) -> dict[str, float]:
     """Steps per second of whole rounds (their median) on this rank, and the bytes that ranks exchange."""
-    session = SparseOffload(
-        partial(build_model, _MEASURED, 10, 3, 32, width=width),
-        (torch.empty(1, 3, 32, 32, device="meta"),),
-        optimizer_factory(OptimConfig()),
-        total_steps=1000 * k,
-        policy=PolicyConfig.paper(rho=_RHO),
-        rounds=RoundConfig(k=k, reference="every_step"),
-        setup=Setup(verify=False),
-    )
+    factory = partial(build_model, _MEASURED, 10, 3, 32, width=width)
+    session = session_of(factory, (3, 32, 32), _RHO, RoundConfig(k=k, reference="every_step"))
     rank = dist.get_rank() if dist.is_initialized() else 0
     batch = random_batch(_BATCH, 32, 10, session.device, torch.Generator().manual_seed(rank))
     seconds = [timed(partial(_round, session, batch, k)) for _ in range(rounds + 1)][1:]

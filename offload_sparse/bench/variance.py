@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import default_device
+from offload_sparse.bench.measure import default_device, session_of
 from offload_sparse.bench.options import VarianceConfig
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.mask_losses import losses_of
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import ALPHA, PolicyConfig
 from offload_sparse.policy.estimators import CONTROLLED, ESTIMATORS, Comparison, precondition, regressed
 from offload_sparse.policy.mask_policy import MaskPolicy
@@ -150,15 +149,9 @@ def _estimates(name: str, pairs: tuple[Tensor, ...], s: Tensor, control: Tensor 
 
 def _session(config: VarianceConfig, shape: torch.Size, classes: int) -> SparseOffload:
     channels, height, _ = shape
-    return SparseOffload(
-        partial(build_model, config.model, num_classes=classes, in_channels=channels, image_size=height),
-        (torch.empty(1, *shape, device="meta"),),
-        optimizer_factory(OptimConfig(lr=0.05)),
-        total_steps=1 << 30,
-        policy=PolicyConfig.paper(rho=config.rho),
-        rounds=RoundConfig(k=_K, freeze_at=1.0, prefetch=False),
-        setup=Setup(verify=False),
-    )
+    factory = partial(build_model, config.model, classes, channels, height)
+    rounds = RoundConfig(k=_K, freeze_at=1.0, prefetch=False)
+    return session_of(factory, shape, config.rho, rounds, OptimConfig(lr=0.05))
 
 
 def _batches(images: ImageSet, normalise: Normalise) -> Iterator[Batch]:

@@ -195,15 +195,10 @@ def train_cost_saving(
     per backward pass.
 
     A backward pass counts as two forward passes (Zhou et al. 2021, Appendix C): one backward and two forwards
-    of a subnet per step give 3 / (4 f_S / f_D). Raises ValueError: nothing was run, or a number is negative.
+    of a subnet per step give 3 / (4 f_S / f_D). Raises ValueError: nothing was run.
     """
     cost, backward_passes = 0.0, 0
     for flops, forwards, backwards in passes:
-        if min(flops, forwards, backwards) < 0:
-            raise ValueError(
-                f"the pass ({flops}, {forwards}, {backwards}) has a negative entry; give counts of real "
-                f"passes"
-            )
         cost += flops * (forwards + 2 * backwards)
         backward_passes += backwards
     steps = backward_passes if steps is None else steps

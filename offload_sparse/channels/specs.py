@@ -6,16 +6,13 @@
     builder.columns("fc2", hidden)                       # fc2 reads them
     session = SparseOffload(model, inputs, optimizer, setup=Setup(channel_map=builder.build()))
 
-A network that many will use gets a spec: ``register`` a predicate and a function, and ``discover`` takes its
-map. Every map is checked by slice = mask before anything trains, whoever wrote it.
+Every map is checked by slice = mask before anything trains, whoever wrote it.
 
 In transformers the embedding stays dense, since norms mix all of its channels; with grouped queries a
 key-value head and its queries are one atom.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -105,22 +102,3 @@ class MapBuilder:
         if tensor not in self._shapes:
             raise ValueError(f"the model has no tensor {tensor!r}; give the name of a parameter or buffer")
         return self._shapes[tensor][dim]
-
-
-Predicate = Callable[[nn.Module], bool]
-Spec = Callable[[nn.Module], ChannelMap]
-
-_SPECS: list[tuple[Predicate, Spec]] = []
-
-
-def register(predicate: Predicate, spec: Spec) -> None:
-    """Let ``discover`` take the map of ``spec`` for models that ``predicate`` holds for; the last wins."""
-    _SPECS.append((predicate, spec))
-
-
-def find(model: nn.Module) -> ChannelMap | None:
-    """The map that a spec makes for ``model``; None if there is no spec for it."""
-    for predicate, spec in reversed(_SPECS):
-        if predicate(model):
-            return spec(model)
-    return None

@@ -44,9 +44,6 @@ class DFBSTConfig:
     Attributes:
         beta: factor of the standard deviation of the masked gradients, which trains their thresholds."""
 
-    reset_at: ClassVar[float] = DSTConfig.reset_at
-    """As in DST, for the thresholds of the weights."""
-
     beta: float = 0.01
 
     def __post_init__(self) -> None:

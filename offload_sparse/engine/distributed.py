@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of the default process group; (0, 1) without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def average(buffer: Tensor, world_size: int) -> Tensor:
@@ -80,17 +90,19 @@ def assert_equal_on_ranks(named: dict[str, list[Tensor]], world_size: int, devic
         )
 
 
-def on_first_rank(function: Callable[[], object], rank: int, world_size: int) -> None:
-    """Call ``function`` on rank 0 only, and raise its ValueError on every rank, so that none waits."""
-    message = [""]
+def on_first_rank(function: Callable[[], T]) -> T:
+    """What ``function`` returns on rank 0, which alone calls it, on every rank; its ValueError, too, so that
+    none waits."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return function()
+    answer: list[Any] = [None, ""]
     if rank == 0:
         try:
-            function()
+            answer[0] = function()
         except ValueError as error:
-            message = [str(error)]
-            if world_size == 1:
-                raise
-    if world_size > 1:
-        dist.broadcast_object_list(message, src=0)
-        if message[0]:
-            raise ValueError(message[0])
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]

@@ -18,7 +18,7 @@ from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tenso
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.store.initialisation import Recording, build_seeded, named_tensors, record
-from offload_sparse.store.weight_store import Ranks, WeightStore
+from offload_sparse.store.weight_store import WeightStore
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,6 @@ def prepare(
     source: ModelSource,
     example_inputs: tuple[Tensor, ...],
     residual: Residual,
-    ranks: Ranks,
     channel_map: ChannelMap | None = None,
     verify: bool = True,
     block: str | int = 1,
@@ -87,10 +86,9 @@ def prepare(
         source: a model with values, or a function that builds one.
         example_inputs: inputs that the model can be called with; only shapes and types matter.
         residual: residual policy of the discovery.
-        ranks: the ranks of the run; the check runs on the first.
         channel_map: a map made by hand, which replaces the discovery.
-        verify: check that slice = mask; large models are checked as a narrow twin.
-        block: channels per atom; see ``structure.blocks``.
+        verify: check that slice = mask, on the first rank; large models are checked as a narrow twin.
+        block: channels per atom; see ``channels.atoms``.
 
     Raises:
         ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
@@ -119,5 +117,5 @@ def prepare(
                 expose_additions(model, checked.additions)
             self_test(model, example_inputs, checked)
 
-        on_first_rank(test, ranks.rank, ranks.world_size)
+        on_first_rank(test)
     return PreparedModel(source, meta_model, channel_map, recording)

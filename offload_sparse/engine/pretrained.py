@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload_sparse.engine.distributed import first_word, on_first_rank
+from offload_sparse.engine.distributed import first_word, on_first_rank, rank_and_world_size
 from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, read_structure
 from offload_sparse.store.initialisation import named_tensors
@@ -54,7 +53,7 @@ class FittedWeights:
             rows = store.own_rows(name)
             count += read_rows(stored, *store.own_range(name), rows)
             odd = odd or self._not_finite(name, rows)
-        if odd := first_word(odd, _place()[1]):
+        if odd := first_word(odd, rank_and_world_size()[1]):
             raise ValueError(odd)
         return count
 
@@ -107,7 +106,7 @@ class WeightSource:
         self.tensors = tensors_in(exported / WEIGHTS_FILE if exported != self.path else self.path)
         files = {stored.path for stored in self.tensors.values()}
         # Where there are checksums, the first rank alone reads all, once, to be sure that it is whole.
-        on_first_rank(lambda: check_whole(files), *_place())
+        on_first_rank(lambda: check_whole(files))
 
     def _open_export(self, folder: Path) -> None:
         structure = read_structure(folder)
@@ -119,11 +118,6 @@ class WeightSource:
                 f"{folder} is a narrow network ({kept} of {size} channels of {narrow}); start from the full "
                 "one, as method dense leaves it"
             )
-        if structure.sparse:
-            raise ValueError(
-                f"{folder} stores {structure.sparse[0]} without its zeros; write it whole with "
-                "offload-sparse export --format safetensors, and start from that"
-            )
         file = folder / WEIGHTS_FILE
 
         def check() -> None:
@@ -132,7 +126,7 @@ class WeightSource:
             ):
                 raise ValueError(f"{file} is missing or damaged; export the network again")
 
-        on_first_rank(check, *_place())
+        on_first_rank(check)
 
     def fitted(self, network: nn.Module) -> FittedWeights:
         """The same, known to fit ``network`` (on any device; only names and shapes matter). Raises
@@ -181,12 +175,6 @@ class WeightSource:
         pairs = {(found[name].shape[:1], tuple(own[name].shape[:1])) for name in odd}
         alike = all(own[name].dim() and _alike(found[name], own[name], 1) for name in odd)
         return list(odd) if len(pairs) == 1 and alike else []
-
-
-def _place() -> tuple[int, int]:
-    """This rank, and how many there are."""
-    alone = not (dist.is_available() and dist.is_initialized())
-    return (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
 
 def _alike(stored: Stored, tensor: Tensor, first: int = 0) -> bool:

@@ -167,9 +167,8 @@ class SparseOffload(Rounds):
         kept = probe(optimizer, self.device)
         by_hand = setup.channel_map is not None and setup.block == "auto"
         block = 1 if by_hand else chosen_block(setup.block, self.device.type)
-        prepared = prepare(
-            model, self._example_inputs, setup.residual, ranks, setup.channel_map, setup.verify, block
-        )
+        inputs, given = self._example_inputs, setup.channel_map
+        prepared = prepare(model, inputs, setup.residual, given, setup.verify, block)
         self.meta_model = prepared.meta_model
         self._factory = partial(copy.deepcopy, self.meta_model) if isinstance(model, nn.Module) else model
         parameter_groups = group_parameters(self.meta_model, groups, no_decay)

@@ -1,7 +1,7 @@
 """The final network on disk: written, and read back.
 
 model/
-  weights.safetensors   the narrow tensors; one with many zeros as its values and where they are
+  weights.safetensors   the narrow tensors
   structure.json        how to build the module, the shape of every tensor, the kept channels of every group,
                         the positions of the operands in every sum whose operands hold different channels
 """
@@ -31,7 +31,6 @@ from offload_sparse.export import json_values
 from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.json_values import Count
 from offload_sparse.export.read_back import compare
-from offload_sparse.export.sparse_tensors import decode, encode
 from offload_sparse.store.files import make_folder, write_file
 from offload_sparse.store.tensor_file import blocks_of
 
@@ -87,7 +86,7 @@ class Structure:
         views: by module and number of a call, sizes that are written in its code with what each becomes,
             nothing for a size that stays; negative where places are counted from the end; see
             ``channels.views``.
-        sparse: tensors that are stored without their zeros.
+        sparse: tensors that earlier versions stored without their zeros, which this one does not read.
         weights_digest: of the other file; an export that was written by hand may leave it out, and then
             needs no digest of its own either."""
 
@@ -104,6 +103,8 @@ class Structure:
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ValueError(f"it is of format {self.format}, this version reads {FORMAT}")
+        if self.sparse:
+            raise ValueError("its tensors are stored without their zeros, as by earlier versions")
         if any(prod(shape) > _MAX_ELEMENTS for shape in self.tensors.values()):
             raise ValueError(f"a tensor has more than {_MAX_ELEMENTS:,} elements")
         if any(
@@ -169,7 +170,7 @@ class FinalNetwork:
             {name: _held(add) for name, add in additions(self.module) if add.width},
             {name: _fitted(calls) for name, calls in fitted_views(self.module)},
         )
-        _write(folder, structure, *encode(tensors))
+        _write(folder, structure, tensors)
         return self._read_back(folder, images, by_name=bool(model and "name" in model))
 
     def _read_back(self, folder: Path, images: Preprocessing, by_name: bool) -> float:
@@ -192,10 +193,9 @@ class FinalNetwork:
 
 
 def copy_network(source: Path, target: Path) -> None:
-    """Write an exported network once more, with every tensor whole. Raises ValueError: a file is missing or
-    damaged, or the files do not belong together."""
-    structure, tensors = _read(source)
-    _write(target, structure, tensors, [])
+    """Write an exported network once more. Raises ValueError: a file is missing or damaged, or the files do
+    not belong together."""
+    _write(target, *_read(source))
 
 
 def read_structure(folder: Path) -> Structure:
@@ -302,12 +302,11 @@ def _restore_views(module: nn.Module, views: dict[str, dict[str, tuple[tuple[int
         fit_views(module, {name: fits})
 
 
-def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor], sparse: list[str]) -> None:
-    """Both files; ``tensors`` are as they are stored."""
+def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor]) -> None:
+    """Both files."""
     make_folder(folder)
     write_file(folder / WEIGHTS_FILE, lambda file: file.writelines(blocks_of(tensors)))
-    digest = file_digest(folder / WEIGHTS_FILE)
-    body = asdict(replace(structure, sparse=tuple(sparse), weights_digest=digest))
+    body = asdict(replace(structure, weights_digest=file_digest(folder / WEIGHTS_FILE)))
     write_file(folder / STRUCTURE_FILE, json_values.sealed(body))
 
 
@@ -320,7 +319,7 @@ def _read(folder: Path) -> tuple[Structure, dict[str, Tensor]]:
     try:
         if structure.weights_digest not in ("", file_digest(path)):
             raise ValueError("its digest does not fit")
-        tensors = decode(_stored(path), structure.sparse, structure.tensors)
+        tensors = _stored(path)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != structure.tensors:
             odd = next(n for n in (*found, *structure.tensors) if found.get(n) != structure.tensors.get(n))

@@ -26,7 +26,6 @@ from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.policy.published_widths import static_mask
 from offload_sparse.policy.widths import of_least_margin
 from offload_sparse.store.initialisation import initial_tensors, named_tensors
-from offload_sparse.store.weight_store import Ranks
 
 
 def build_dense(task: Task) -> Method:
@@ -64,8 +63,7 @@ def prepared_model(task: Task) -> PreparedModel:
     """The network of ``task`` with its channels, as the configuration wants them."""
     config = task.config
     residual, block = config.model.residual, chosen_block(config.atoms.block, task.device.type)
-    ranks = Ranks.current()
-    return prepare(task.factory, task.example_inputs, residual, ranks, verify=config.train.check, block=block)
+    return prepare(task.factory, task.example_inputs, residual, verify=config.train.check, block=block)
 
 
 def undivided_map(module: nn.Module) -> ChannelMap:

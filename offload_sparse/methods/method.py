@@ -85,14 +85,9 @@ class Method(Protocol):
         cost: parameters and FLOPs of its subnetworks.
         durable: of a method whose weights are in files: the log of its rounds."""
 
-    @property
-    def channel_map(self) -> ChannelMap: ...
-
-    @property
-    def cost(self) -> CostModel: ...
-
-    @property
-    def durable(self) -> DurableRounds | None: ...
+    channel_map: ChannelMap
+    cost: CostModel
+    durable: DurableRounds | None = None
 
     def train_step(self, batch: Any, lr: float) -> None:
         """One optimizer step on this rank's part of the batch. Does not wait for the device."""
@@ -106,6 +101,7 @@ class Method(Protocol):
 
     def unread_records(self) -> list[StepRecord]:
         """Those of the steps since the last call of ``records`` that are known without waiting."""
+        return []
 
     def status(self) -> dict[str, float]:
         """Figures about the structure as it is now, for the progress bar and the log."""
@@ -116,6 +112,7 @@ class Method(Protocol):
 
     def report(self) -> dict[str, Any]:
         """Figures of the method for ``summary.json``; they replace those that the trainer counts."""
+        return {}
 
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         """The network as it is now, ready to be evaluated; ``batches`` serve the BatchNorm statistics."""
@@ -138,10 +135,13 @@ class Method(Protocol):
 
     def recall(self, batches: Iterable[Any]) -> None:
         """After ``restore``: the last ``final.selection_batches`` batches before its position."""
+        del batches  # by which some structures are chosen
 
     def while_saving(self, release: Callable[[], object]) -> None:
         """``state.sharded`` is being read: call ``release`` before changing what it refers to (any number of
         times)."""
+        del release  # of a state that is no copy
 
     def close(self, abandon: bool) -> None:
         """End what works beside the loop, whatever has ended that; ``abandon``: a rank may be gone."""
+        del abandon  # of a method whose work is all in the loop, as here

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.batch_norm import reestimate_batch_norm
-from offload_sparse.engine.distributed import average, describe_fault, ranks_where
+from offload_sparse.engine.distributed import average, describe_fault, rank_and_world_size, ranks_where
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import optimizer_factory, slot_names
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.network_file import FinalNetwork
-from offload_sparse.methods.method import Costs, Task
+from offload_sparse.methods.method import Costs, Method, Task
 
 
-class FixedNetwork:
+class FixedNetwork(Method):
     """Trains ``module``, which keeps the atoms ``mask`` of the full network, as it stands.
 
     A step whose loss or gradient is not finite on some rank leaves weights and slots as they were, on every
     rank; with ``train.on_nonfinite`` other than ``skip`` no later step moves them either, until ``records``
     has raised the error or a state has been restored. Nothing waits for the device to find out."""
 
-    durable = None
-
     def __init__(
         self, task: Task, module: nn.Module, channel_map: ChannelMap, mask: Tensor, cost: CostModel
     ) -> None:
         self._task = task
         self.channel_map, self._mask, self.cost = channel_map, mask, cost
-        self._world_size = dist.get_world_size() if dist.is_initialized() else 1
+        rank, self._world_size = rank_and_world_size()
         self.module = module.to(task.device, task.dtype)
         self._parallel: nn.Module = self.module
         if self._world_size > 1:
@@ -50,7 +47,6 @@ class FixedNetwork:
         self._skips = task.config.train.on_nonfinite == "skip"
         self._halted = torch.zeros((), device=task.device)
         self._steps = 0
-        rank = dist.get_rank() if self._world_size > 1 else 0
         self._nonfinite = NonFinite("skip" if self._skips else "stop", rank)
         self._pending: list[tuple[Tensor, tuple[str, ...]]] = []
 
@@ -98,9 +94,6 @@ class FixedNetwork:
         self._nonfinite.rolls_back(self._steps)
         return records
 
-    def unread_records(self) -> list[StepRecord]:
-        return []
-
     def status(self) -> dict[str, float]:
         size = float(self._mask.float().mean()) if self._mask.numel() else 1.0
         left_out = self._nonfinite.skipped
@@ -112,9 +105,6 @@ class FixedNetwork:
             "params_ratio": cost.parameters(self._mask) / cost.dense_parameters,
             "flops_ratio": cost.flops(self._mask) / cost.dense_flops,
         }
-
-    def report(self) -> dict[str, Any]:
-        return {}
 
     @contextmanager
     def evaluation(self, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
@@ -169,15 +159,6 @@ class FixedNetwork:
         self._nonfinite.restore(state.count("skipped_steps"))
         self._halted.zero_()
         self._pending.clear()
-
-    def recall(self, batches: Iterable[Any]) -> None:
-        del batches  # the structure is not chosen by any
-
-    def while_saving(self, release: Callable[[], object]) -> None:
-        del release  # a state is a copy
-
-    def close(self, abandon: bool) -> None:
-        del abandon  # nothing works beside the loop
 
     # --- what another method of training a whole network does otherwise ---
 

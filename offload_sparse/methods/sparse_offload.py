@@ -25,7 +25,7 @@ from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.tiers import Mode, is_filled
 
 
-class SparseOffloadMethod:
+class SparseOffloadMethod(Method):
     """Drives a ``SparseOffload`` session."""
 
     def __init__(self, session: SparseOffload, task: Task, durable: DurableRounds | None = None) -> None:
@@ -97,9 +97,6 @@ class SparseOffloadMethod:
             "round_timeline": self.session.transfers.timeline.last_rounds(),
         }
         return figures | self.session.policy.report()
-
-    def report(self) -> dict[str, Any]:
-        return {}
 
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         return self.session.evaluation(batches)

@@ -21,12 +21,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from offload_sparse.config.run import CheckpointConfig
+from offload_sparse.engine.distributed import rank_and_world_size
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.json_values import Count
 from offload_sparse.run import checkpoint_files
 from offload_sparse.run.checkpoint_files import CheckpointFolder, FileRecord, Manifest, RowsFile, rows_file
-from offload_sparse.run.launch import own_group, rank_and_world_size
+from offload_sparse.run.launch import own_group
 from offload_sparse.run.resume import differences
 from offload_sparse.store.files import TEMPORARY
 

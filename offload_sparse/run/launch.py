@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig, TrainConfig
-from offload_sparse.engine.distributed import on_first_rank
+from offload_sparse.engine.distributed import on_first_rank, rank_and_world_size
 from offload_sparse.run.errors import RunError, disk_fails
 from offload_sparse.run.log import TRACKERS_FOLDER
 from offload_sparse.store.lock import FolderLock, lock_folder
@@ -234,7 +234,7 @@ def sole_job(run_dir: Path) -> Iterator[None]:
             locks[0].share()
 
     try:
-        on_first_rank(first, rank, world_size)
+        on_first_rank(first)
         if rank:
             locks.append(lock_folder(run_dir, shared=True))
         yield
@@ -255,13 +255,6 @@ def is_lost_rank(error: BaseException) -> bool:
     if rank_and_world_size()[1] == 1:
         return False
     return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST_RANK)
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Of the default process group; (0, 1) without one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def own_group() -> dist.ProcessGroup | None:

@@ -80,11 +80,6 @@ class Recorder:
             if not resumes:
                 check_run_dir(config.run_dir, config.overwrite)
 
-    @property
-    def model_folder(self) -> Path:
-        """Where the exported network belongs."""
-        return self.config.run_dir / MODEL_FOLDER
-
     def begin(
         self,
         total_steps: int,

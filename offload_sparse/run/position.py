@@ -19,6 +19,7 @@ import torch
 
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import FinalConfig
+from offload_sparse.engine.distributed import rank_and_world_size
 from offload_sparse.engine.durable import random_state, set_random_state
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.state import IN_PLACE, MethodState
@@ -28,7 +29,6 @@ from offload_sparse.methods.method import Method
 from offload_sparse.run.checkpoint import Checkpointer, Loaded
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.errors import RunError
-from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import Recorder
 from offload_sparse.run.resume import Start, run_values
 from offload_sparse.run.signals import Agreement, Interruption

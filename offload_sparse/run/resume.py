@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
 from offload_sparse.config.yaml_text import shortened as shown
+from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.export import json_values
 from offload_sparse.export.description import file_digest
 from offload_sparse.export.network_file import WEIGHTS_FILE, read_structure
-from offload_sparse.run.launch import rank_and_world_size
 from offload_sparse.run.log import CONFIG_FILE, MODEL_FOLDER, SUMMARY_FILE
 
 _FREE_SECTIONS = ("checkpoint", "paper")
@@ -75,18 +73,7 @@ def restarted() -> bool:
 def start_of(config: RunConfig) -> Start:
     """How the run in ``config.run_dir`` begins; rank 0 looks, and all ranks hear. Raises ValueError: the
     folder holds a run of another configuration (on every rank)."""
-    answer: list[Any] = [None, ""]
-    rank, world_size = rank_and_world_size()
-    if rank == 0:
-        try:
-            answer = [_start_of(config), ""]
-        except ValueError as error:
-            answer = [None, str(error)]
-    if world_size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return answer[0]
+    return on_first_rank(lambda: _start_of(config))
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any]:

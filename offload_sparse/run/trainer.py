@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import broadcast_object_list
 
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.config.run import RunConfig, resolve
@@ -164,7 +163,7 @@ class Run:
     def _complete_log(self) -> None:
         """The lines of the last step, which the process may have died before; every rank takes part."""
         step = self.progress.step - 1
-        logged = self._of_first_rank(self.recorder.logged_at(step + 1))
+        logged = on_first_rank(lambda: self.recorder.logged_at(step + 1))
         if self.log_due(step):
             metrics = self.read_metrics(step)
             if "loss" not in logged:
@@ -172,12 +171,6 @@ class Run:
         if self.epoch_done(step) and "params_ratio" not in logged:
             self.recorder.log(step + 1, **self.epoch_metrics(step))
         self.progress.save_when_due()
-
-    def _of_first_rank(self, value: set[str]) -> set[str]:
-        values = [value]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(values)
-        return values[0]
 
     def train_step(self, step: int, batch: Batch | Taught) -> None:
         self.method.train_step(batch, self.learning_rate(step))
@@ -367,9 +360,8 @@ class Run:
 
     def _check_plan(self) -> None:
         """Every rank refuses, or none does: the first one's machine decides for all."""
-        data = self._declared()
-        ranks, world = self.accelerator.process_index, self.accelerator.num_processes
-        on_first_rank(lambda: check(self.config, data, this_machine(self.device, world)), ranks, world)
+        data, world = self._declared(), self.accelerator.num_processes
+        on_first_rank(lambda: check(self.config, data, this_machine(self.device, world)))
 
     def _declared(self) -> DeclaredData:
         splits = self.splits

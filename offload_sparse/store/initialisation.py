@@ -19,9 +19,10 @@ import pickle
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -60,13 +61,13 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass
-class _Chunk:
-    """Operations that run together, then storages that nobody reads any more, then tensors that are final."""
+class _Step:
+    """An operation, and the storages that nothing behind it touches; one on a ``scratch`` tensor only moves
+    the random stream on."""
 
-    operations: list[Operation]
+    operation: Operation
     scratch: bool = False
-    release: set[int] = field(default_factory=set)
-    final: list[tuple[str, View]] = field(default_factory=list)
+    last_of: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Recording:
 
     model: nn.Module
     reason: str = ""
-    _chunks: list[_Chunk] = field(default_factory=list, repr=False)
+    _steps: list[_Step] = field(default_factory=list, repr=False)
+    _named: dict[int, list[tuple[str, View]]] = field(default_factory=dict, repr=False)
     _constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -107,16 +109,26 @@ class Recording:
         held: dict[int, Tensor] = {}
         for name, constant in self._constants.items():
             yield name, constant.clone()
-        for chunk in self._chunks:
+        for step in self._steps:
             with torch.no_grad():
-                for operation in chunk.operations:
-                    _run(operation, {} if chunk.scratch else held, generator)
-            for storage in chunk.release:
-                held.pop(storage, None)
-            for position, (name, view) in enumerate(chunk.final):
-                shared = any(other.storage == view.storage for _, other in chunk.final[position + 1 :])
-                # No local name may hold the tensor while the caller has it.
-                yield name, _handed_over(view, held, keep=shared)
+                _run(step.operation, {} if step.scratch else held, generator)
+            for storage in step.last_of:
+                yield from self._final(storage, held)
+        touched = {storage for step in self._steps for storage in step.last_of}
+        for storage in self._named:
+            if storage not in touched:
+                yield from self._final(storage, held)
+
+    def _final(self, storage: int, held: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What has its place in a storage, which is let go: copies, and at last the storage itself."""
+        names = self._named.get(storage, [])
+        for name, view in names[:-1]:
+            yield name, _tensor(view, held).clone()
+        for name, view in names[-1:]:
+            tensors = [_tensor(view, held)]
+            del held[storage]
+            yield name, tensors.pop()  # no local name may hold the tensor while the caller has it
+        held.pop(storage, None)
 
 
 def record(factory: Callable[[], nn.Module]) -> Recording:
@@ -153,38 +165,36 @@ def _recording(model: nn.Module, recorder: Recorder) -> Recording:
         if on_meta(tensor) and (trouble := recorder.trouble(tensor)):
             recorder.reject(f"{name}: {trouble}")
     constants = {name: tensor.detach().clone() for name, tensor in named if not on_meta(tensor)}
-    views = [(name, view_of(tensor)) for name, tensor in named if on_meta(tensor)]
+    places: dict[int, list[tuple[str, View]]] = defaultdict(list)
+    for name, tensor in named:
+        if on_meta(tensor):
+            places[view_of(tensor).storage].append((name, view_of(tensor)))
     if constants:
         model = model.to("meta")
     if recorder.reason:
         return Recording(model, recorder.reason)
-    return Recording(model, "", _plan(recorder.operations, views), constants)
+    return Recording(model, "", _plan(recorder.operations, set(places)), places, constants)
 
 
-def _plan(operations: Sequence[Operation], named: Sequence[tuple[str, View]]) -> list[_Chunk]:
+def _plan(operations: Sequence[Operation], wanted: set[int]) -> list[_Step]:
     """Order the operations so that random ones keep their order and each tensor is final as early as
-    possible.
-
-    Tensors that are computed from one another form a family, which shares no storage with any other, so that
-    its deterministic operations may run as soon as the random ones before them have."""
-    wanted: dict[int, list[tuple[str, View]]] = defaultdict(list)
-    for name, view in named:
-        wanted[view.storage].append((name, view))
+    possible: a deterministic one runs behind the last operation that has touched any of its storages."""
     live = _live(operations, set(wanted))
-    family_of = _families(live)
-    families: dict[int, list[Operation]] = defaultdict(list)
-    for operation in live:
-        families[family_of[operation.target.storage]].append(operation)
-    chunk_at: dict[Operation, _Chunk] = {}
-    for family in families.values():
-        chunk_at |= _family_chunks(family, wanted)
-    chunks = [
-        chunk_at[operation] if operation in chunk_at else _Chunk([operation], scratch=True)
-        for operation in operations
-        if operation in chunk_at or (operation.random and operation not in live)
-    ]
-    undefined = [(name, view) for name, view in named if view.storage not in family_of]
-    return [*chunks, _Chunk([], final=undefined)]
+    latest: dict[int, int] = {}  # by storage: the place of what touched it last
+    placed: list[tuple[int, _Step]] = []
+    for number, operation in enumerate(operations):
+        if operation in live:
+            places = [latest[storage] for storage in operation.touched if storage in latest]
+            place = number if operation.random else max(places, default=number)
+            latest |= dict.fromkeys(operation.touched, place)
+            placed.append((place, _Step(operation)))
+        elif operation.random:
+            placed.append((number, _Step(operation, scratch=True)))
+    steps = [step for _, step in sorted(placed, key=itemgetter(0))]
+    last = {storage: step for step in steps if not step.scratch for storage in step.operation.touched}
+    for storage, step in last.items():
+        step.last_of.append(storage)
+    return steps
 
 
 def _live(operations: Sequence[Operation], wanted: set[int]) -> dict[Operation, None]:
@@ -197,43 +207,6 @@ def _live(operations: Sequence[Operation], wanted: set[int]) -> dict[Operation, 
                 wanted.discard(operation.target.storage)
             wanted.update(operation.reads)
     return dict.fromkeys(reversed(live))
-
-
-def _families(operations: Iterable[Operation]) -> dict[int, int]:
-    """Storage → representative of all storages connected with it through operations (union-find)."""
-    parent: dict[int, int] = {}
-
-    def find(storage: int) -> int:
-        while parent.setdefault(storage, storage) != storage:
-            storage = parent[storage]
-        return storage
-
-    for operation in operations:
-        for storage in operation.reads:
-            parent[find(storage)] = find(operation.target.storage)
-        find(operation.target.storage)
-    return {storage: find(storage) for storage in tuple(parent)}
-
-
-def _family_chunks(
-    family: Sequence[Operation], wanted: Mapping[int, list[tuple[str, View]]]
-) -> dict[Operation, _Chunk]:
-    """A family's chunks by the operation at whose place in the program they run: one per random operation.
-
-    What follows the last random operation runs at once behind it; a family without any runs at its first
-    operation."""
-    places = [operation for operation in family if operation.random] or [family[0]]
-    chunks = {place: _Chunk([]) for place in places}
-    remaining = list(places)
-    for operation in family:
-        chunks[remaining[0]].operations.append(operation)
-        if operation is remaining[0] and len(remaining) > 1:
-            del remaining[0]
-    storages = dict.fromkeys(s for operation in family for s in (*operation.reads, operation.target.storage))
-    last = chunks[places[-1]]
-    last.release = {storage for storage in storages if storage not in wanted}
-    last.final = [entry for storage in storages if storage in wanted for entry in wanted[storage]]
-    return chunks
 
 
 def _run(operation: Operation, held: dict[int, Tensor], generator: torch.Generator) -> None:
@@ -252,15 +225,6 @@ def _tensor(view: View, held: dict[int, Tensor]) -> Tensor:
     if view.storage not in held:
         held[view.storage] = torch.zeros(view.elements, dtype=view.dtype, device="cpu")
     return held[view.storage].as_strided(view.size, view.stride, view.offset)
-
-
-def _handed_over(view: View, held: dict[int, Tensor], keep: bool) -> Tensor:
-    """The tensor at ``view`` for the caller: a copy to ``keep`` the storage, else taken out of ``held``."""
-    tensor = _tensor(view, held)
-    if keep:
-        return tensor.clone()
-    del held[view.storage]
-    return tensor
 
 
 # --- recording ---
@@ -310,6 +274,11 @@ class Operation:
     overwrites: bool
     reads: tuple[int, ...] = ()
     random: bool = False
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """The storages that it reads or writes."""
+        return (*self.reads, self.target.storage)
 
 
 class Recorder(TorchDispatchMode):

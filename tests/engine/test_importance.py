@@ -53,7 +53,7 @@ def test_filters_and_scales_are_those_of_the_papers(kind: Any) -> None:
 def test_where_no_norm_scales_a_width_both_sides_count() -> None:
     """A wide unit that nobody reads is as little worth as one that gives nothing."""
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    prepared = prepare(net, (torch.empty(1, 3),), "coupled", Ranks(), verify=False)
+    prepared = prepare(net, (torch.empty(1, 3),), "coupled", verify=False)
     gives, reads = torch.tensor([1.0, 2, 4, 1]), torch.tensor([1.0, 8, 0, 1])
     with torch.no_grad():
         net[0].weight.copy_(gives[:, None].expand(4, 3))

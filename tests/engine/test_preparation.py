@@ -11,7 +11,7 @@ from torch import nn
 
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.store.initialisation import build_seeded, named_tensors
-from offload_sparse.store.weight_store import Ranks, WeightStore
+from offload_sparse.store.weight_store import WeightStore
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet
 
@@ -30,7 +30,7 @@ vgg = partial(build_model, "offload_sparse/vgg_small", in_channels=2, image_size
 def test_the_store_holds_what_the_seeded_constructor_gives(
     factory: Callable[[], nn.Module], replayed: bool
 ) -> None:
-    prepared = prepare(factory, (torch.empty(1, 2, 16, 16, device="meta"),), "coupled", Ranks(), verify=False)
+    prepared = prepare(factory, (torch.empty(1, 2, 16, 16, device="meta"),), "coupled", verify=False)
     assert prepared.recording is not None
     assert prepared.recording.replayable == replayed
     store = WeightStore(prepared.channel_map, *prepared.tensor_names())
@@ -42,7 +42,7 @@ def test_the_store_holds_what_the_seeded_constructor_gives(
 
 def test_a_model_with_values_of_its_own_starts_from_them() -> None:
     net = SmallNet()
-    prepared = prepare(net, (torch.empty(1, 2, 16, 16),), "coupled", Ranks())
+    prepared = prepare(net, (torch.empty(1, 2, 16, 16),), "coupled")
     store = WeightStore(prepared.channel_map, *prepared.tensor_names())
     prepared.fill(store, seed=0)
     assert torch.equal(store.own_rows("conv1.weight"), net.conv1.weight)
@@ -51,4 +51,4 @@ def test_a_model_with_values_of_its_own_starts_from_them() -> None:
 def test_a_model_that_cannot_be_narrowed_is_refused_by_name() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3))
     with pytest.raises(ValueError, match="0 meets pixel_shuffle in 1"):
-        prepare(net, (torch.empty(1, 2, 16, 16),), "coupled", Ranks())
+        prepare(net, (torch.empty(1, 2, 16, 16),), "coupled")

@@ -37,7 +37,7 @@ def trained(seed: int = 3, **widths: Any) -> SmallNet:
 def test_ranks_read_their_own_rows_and_no_more(world_size: int, tmp_path: Path) -> None:
     net = trained()
     save_file(net.state_dict(), tmp_path / "w.safetensors")
-    prepared = prepare(SmallNet, INPUTS, "coupled", Ranks(), verify=False)
+    prepared = prepare(SmallNet, INPUTS, "coupled", verify=False)
     weights = WeightSource(tmp_path).fitted(prepared.meta_model)
     found: dict[str, list[Tensor]] = {}
     for rank in range(world_size):
@@ -68,7 +68,7 @@ def test_a_rank_with_a_weight_that_is_not_finite_stops_all(tmp_path: Path) -> No
 
 
 def _refusal(folder: str) -> str:
-    prepared = prepare(SmallNet, INPUTS, "coupled", Ranks.current(), verify=False)
+    prepared = prepare(SmallNet, INPUTS, "coupled", verify=False)
     store = WeightStore(prepared.channel_map, *prepared.tensor_names(), ranks=Ranks.current())
     with pytest.raises(ValueError, match="finite") as error:
         WeightSource(folder).fitted(prepared.meta_model).fill(store)
@@ -94,7 +94,7 @@ def test_what_a_file_lacks_keeps_the_values_of_the_constructor(tmp_path: Path) -
     net = trained()
     kept = {name: t for name, t in net.state_dict().items() if "num_batches" not in name}
     save_file(kept, tmp_path / "w.safetensors")
-    prepared = prepare(WithTable, INPUTS, "coupled", Ranks(), verify=False)
+    prepared = prepare(WithTable, INPUTS, "coupled", verify=False)
     store = WeightStore(prepared.channel_map, *prepared.tensor_names())
     prepared.fill(store, 0, WeightSource(tmp_path).fitted(prepared.meta_model))
     assert store.own_rows("table").tolist() == [0, 1, 2]

@@ -21,7 +21,7 @@ from offload_sparse.cli.main import main
 from offload_sparse.export.convert import Format, export_network
 from offload_sparse.export.description import Kind, Preprocessing, describe
 from offload_sparse.export.hub import model_card
-from offload_sparse.export.json_values import Count
+from offload_sparse.export.json_values import Count, sealed
 from offload_sparse.export.network_file import FinalNetwork, Structure, load_pruned
 from offload_sparse.export.open import open_artefact
 from offload_sparse.workloads.models import build_model
@@ -134,21 +134,14 @@ def test_a_network_in_float64_becomes_onnx_in_float32(network: FinalNetwork, tmp
     assert open_artefact(tmp_path / "export" / "onnx").dtype == torch.float32
 
 
-def test_tensors_without_their_zeros_are_written_whole(tmp_path: Path) -> None:
+def test_an_export_of_an_earlier_version_without_zeros_is_refused(tmp_path: Path) -> None:
     network = narrowed("offload_sparse/vgg_small", "coupled", ARGUMENTS | {"width": 0.25})
-    for parameter in network.module.parameters():
-        parameter.data *= torch.rand_like(parameter) < 0.1
-    model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
-    network.save(tmp_path / "model", model)
-    export_network(tmp_path, "safetensors")
-    sparse = [
-        json.loads((folder / "structure.json").read_text())["sparse"]
-        for folder in (tmp_path / "model", tmp_path / "export" / "safetensors")
-    ]
-    assert sparse[0]
-    assert not sparse[1]
-    images = torch.randn(2, *SHAPE)
-    assert torch.equal(logits(tmp_path / "export" / "safetensors", images), logits(tmp_path, images))
+    network.save(tmp_path, {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}})
+    document = json.loads((tmp_path / "structure.json").read_text()) | {"sparse": ["features.0.weight"]}
+    del document["digest"]
+    (tmp_path / "structure.json").write_text(sealed(document))
+    with pytest.raises(ValueError, match="without their zeros"):
+        load_pruned(tmp_path)
 
 
 # --- the model card ----------------------------------------------------------------------------------

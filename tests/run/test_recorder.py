@@ -35,8 +35,8 @@ def complete_run(config: RunConfig) -> None:
         recorder.begin(4, 2)
         recorder.log(1, loss=1.0)
         recorder.finish(SUMMARY)
-    recorder.model_folder.mkdir()
-    (recorder.model_folder / "weights").write_text("w")
+    (config.run_dir / "model").mkdir()
+    (config.run_dir / "model" / "weights").write_text("w")
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config.methods import DFBSTConfig
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.dst import TrainableThresholds
 from offload_sparse.methods.weight_masks.masked import build_masked
@@ -39,14 +38,8 @@ from offload_sparse.methods.weight_masks.sparsity import by_row, row_sum, step_s
 class ForwardBackwardThresholds(TrainableThresholds):
     """Both masks of DFBST; ``alpha`` is the factor of L_s, ``beta`` that of L_v."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, nn.Parameter],
-        alpha: float,
-        beta: float,
-        reset_at: float = DFBSTConfig.reset_at,
-    ) -> None:
-        super().__init__(weights, alpha, True, reset_at)
+    def __init__(self, weights: Mapping[str, nn.Parameter], alpha: float, beta: float) -> None:
+        super().__init__(weights, alpha, True)
         self.beta = beta
         # No parameters of the module: they have no part in the forward pass, which DistributedDataParallel
         # asks of all parameters.
@@ -104,7 +97,5 @@ def _gradient(weight: nn.Parameter) -> Tensor:
 
 def build(task: Task) -> Method:
     """DFBST on the network of ``task``."""
-    alpha, options = task.config.dst.alpha, task.config.dfbst
-    return build_masked(
-        task, lambda weights: ForwardBackwardThresholds(weights, alpha, options.beta, options.reset_at)
-    )
+    alpha, beta = task.config.dst.alpha, task.config.dfbst.beta
+    return build_masked(task, lambda weights: ForwardBackwardThresholds(weights, alpha, beta))

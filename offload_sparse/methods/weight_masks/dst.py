@@ -88,7 +88,5 @@ class TrainableThresholds(Sparsity):
 
 def build(task: Task) -> Method:
     """DST on the network of ``task``."""
-    options = task.config.dst
-    return build_masked(
-        task, lambda weights: TrainableThresholds(weights, options.alpha, False, options.reset_at)
-    )
+    alpha = task.config.dst.alpha
+    return build_masked(task, lambda weights: TrainableThresholds(weights, alpha, False))

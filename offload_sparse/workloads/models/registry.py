@@ -80,17 +80,6 @@ def build_model(
     return builders[family](short, num_classes, in_channels, image_size, arguments)
 
 
-def model_names(prefix: str = "") -> list[str]:
-    """The names that ``build_model`` knows and that start with ``prefix``, sorted by family, then by name."""
-    return [
-        f"{family}/{short}"
-        for family in FAMILIES
-        if f"{family}/".startswith(prefix) or prefix.startswith(f"{family}/")
-        for short in _short_names(family)
-        if f"{family}/{short}".startswith(prefix)
-    ]
-
-
 def input_channels(name: str, image_channels: int) -> int:
     """Channels that a network must be built with for images of ``image_channels``: 3 for torchvision's, else
     as many.

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from offload_sparse.workloads.models import build_model, input_channels, model_names
+from offload_sparse.workloads.models import build_model, input_channels
+from offload_sparse.workloads.models.registry import _OWN
 
-OWN = model_names("offload_sparse/")
+OWN = [f"offload_sparse/{name}" for name in _OWN]
 
 
 def message_of(name: str, **arguments: object) -> str:
@@ -25,7 +26,6 @@ def test_importing_the_room_loads_neither_torchvision_nor_timm() -> None:
     program = (
         "import sys, offload_sparse.workloads.models as models; "
         "models.build_model('offload_sparse/vgg_small'); "
-        "models.model_names('offload_sparse/'); "
         "print([name for name in ('timm', 'torchvision') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -127,16 +127,3 @@ def test_images_that_the_pooling_leaves_nothing_of_are_refused(name: str, smalle
 @pytest.mark.parametrize("name", ["lenet_300_100", "lenet5_caffe"])
 def test_the_lenets_take_images_of_28_pixels_only(name: str) -> None:
     assert "needs images of 28 pixels, not 32" in message_of(f"offload_sparse/{name}", image_size=32)
-
-
-def test_names_are_listed_by_prefix() -> None:
-    assert model_names("offload_sparse/vgg") == [
-        "offload_sparse/vgg16_cifar",
-        "offload_sparse/vgg16_dst_cifar",
-        "offload_sparse/vgg19_cifar",
-        "offload_sparse/vgg_small",
-    ]
-    assert "torchvision/resnet50" in model_names("torchvision/")
-    everything = model_names()
-    assert {name.split("/")[0] for name in everything} == {"offload_sparse", "torchvision", "timm"}
-    assert len(everything) == len(set(everything))
