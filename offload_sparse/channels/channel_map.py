@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 ALWAYS, NEVER = -1, -2
@@ -63,12 +62,6 @@ class DistinctAxes:
         self.numbers = {key: number for number, key in enumerate(found)}
         self.atoms = np.concatenate([np.zeros(0, np.int64), *found.values()])
         self.starts = np.cumsum([0, *map(len, found.values())])
-
-    def kept_before(self, alive: Tensor) -> NDArray[np.int64]:
-        """int64[positions + 1]: how many positions before each are kept, by ``ChannelMap.alive``."""
-        kept = np.zeros(len(self.atoms) + 1, np.int64)
-        np.cumsum(alive.numpy()[self.atoms], out=kept[1:])
-        return kept
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,9 +117,8 @@ class Selection:
         alive = self.alive = channel_map.alive(mask)
         self._layouts: dict[tuple[tuple[str, ...], int], Layout] = {}
         distinct = channel_map.distinct_axes
-        self.kept_before = distinct.kept_before(alive)
-        """int64[positions + 1] of the map's distinct axes: how many positions before each are kept."""
-        self._sizes: list[int] = np.diff(self.kept_before[distinct.starts]).tolist()
+        self._kept_at = alive.numpy()[distinct.atoms]
+        self._sizes: list[int] = np.diff(np.append(0, self._kept_at.cumsum())[distinct.starts]).tolist()
         sizes = dict(zip(distinct.numbers, self._sizes, strict=True))
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(map(sizes.get, map(id, channel_map.axes[name]), shape))
@@ -145,7 +144,7 @@ class Selection:
         distinct, memo = self.channel_map.distinct_axes, dict[int, Kept]({id(None): None})
         bounds = zip(distinct.starts[:-1], distinct.starts[1:], strict=True)
         for key, count, (start, stop) in zip(distinct.numbers, self._sizes, bounds, strict=True):
-            kept = np.flatnonzero(np.diff(self.kept_before[start : stop + 1]))
+            kept = np.flatnonzero(self._kept_at[start:stop])
             memo[key] = None if count == stop - start else torch.from_numpy(kept)
         axes = self.channel_map.axes
         return {name: tuple([memo[id(axis)] for axis in of_tensor]) for name, of_tensor in axes.items()}

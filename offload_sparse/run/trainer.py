@@ -126,7 +126,7 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.device = self.accelerator.device
         self.image_shape = (self.channels, *self.splits.image_shape)
-        model = model_on_meta(config, self._declared())  # which says what does not fit together
+        model = self._model = model_on_meta(config, self._declared())  # which says what does not fit together
         weights = source.fitted(model) if source is not None else None
         images, self.lines = prepared_images(config, weights, self.image_shape)
         last = takes_channels_last(model, self.image_shape)
@@ -249,11 +249,9 @@ class Run:
 
     def _expected(self) -> str:
         """FLOPs and memory beside those of dense training, by the plan."""
-        data = self._declared()
-        model = model_on_meta(self.config, data)
-        structure = Structure(self.method.channel_map, self.method.cost, model, self.task.example_inputs)
-        machine = this_machine(self.device, self.accelerator.num_processes)
-        return beside_dense(Planner(self.config, data, structure), machine)
+        method, machine = self.method, this_machine(self.device, self.accelerator.num_processes)
+        structure = Structure(method.channel_map, method.cost, self._model, self.task.example_inputs)
+        return beside_dense(Planner(self.config, self._declared(), structure), machine)
 
     # --- the end ---
 

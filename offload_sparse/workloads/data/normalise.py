@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +56,9 @@ class _KeptLast(TorchFunctionMode):
 
 def takes_channels_last(network: nn.Module, image_shape: tuple[int, ...]) -> bool:
     """Whether ``network``, on the meta device, computes from images [C, H, W] whose channels come last in
-    memory, in its present modes and in evaluation, which it is left in. One that views its features as if
-    they came first does not."""
+    memory, in its present modes and in evaluation. One that views its features as if they came first does
+    not."""
+    network = copy.deepcopy(network)
     images = torch.empty(2, *image_shape, device="meta").contiguous(memory_format=torch.channels_last)
     try:
         with torch.no_grad(), _KeptLast():
