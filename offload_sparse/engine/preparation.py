@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.atoms import block_atoms
@@ -63,6 +64,8 @@ class PreparedModel:
                 logger.warning("model built whole on rank 0 and streamed out: %s", self.recording.reason)
             source = self.source
             tensors = named_tensors(source if isinstance(source, nn.Module) else build_seeded(source, seed))
+            shapes = store.channel_map.shapes.items()
+            tensors |= {name: torch.zeros(shape) for name, shape in shapes if name not in tensors}
         store.fill_from_first_rank(tensors)
 
     def tensor_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

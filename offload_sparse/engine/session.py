@@ -35,6 +35,7 @@ from offload_sparse.engine.averaging import OUTER
 from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
 from offload_sparse.engine.distributed import average
+from offload_sparse.engine.family import own_entries, start_own_norms, with_own_norms
 from offload_sparse.engine.forward import Closure, Forward, bound
 from offload_sparse.engine.importance import Importance
 from offload_sparse.engine.losses import StepRecord
@@ -84,6 +85,8 @@ class Setup:
             ``replace`` initialises whatever files of this run there are.
         local_from: with ``round.sync round``, optimizer steps after which ranks talk once per round; before,
             at every step.
+        members: networks smaller than the final one that its caller trains with it, each with norms of its
+            own (``engine.family``).
     """
 
     residual: Residual = "coupled"
@@ -98,6 +101,7 @@ class Setup:
     run_id: str = ""
     store_mode: Mode = "new"
     local_from: int = 0
+    members: int = 0
 
 
 class SparseOffload(Rounds):
@@ -169,23 +173,25 @@ class SparseOffload(Rounds):
         block = 1 if by_hand else chosen_block(setup.block, self.device.type)
         inputs, given = self._example_inputs, setup.channel_map
         prepared = prepare(model, inputs, setup.residual, given, setup.verify, block)
-        self.meta_model = prepared.meta_model
-        self._factory = partial(copy.deepcopy, self.meta_model) if isinstance(model, nn.Module) else model
+        cost = CostModel(prepared.meta_model, prepared.channel_map, inputs)
+        self._factory = partial(copy.deepcopy, prepared.meta_model) if isinstance(model, nn.Module) else model
+        model_of_all, channel_map = with_own_norms(prepared.meta_model, prepared.channel_map, setup.members)
+        with_members = dataclasses.replace(prepared, meta_model=model_of_all, channel_map=channel_map)
+        self.meta_model = model_of_all
         parameter_groups = group_parameters(self.meta_model, groups, no_decay)
         weights_optimizer = SubnetOptimizer(optimizer, parameter_groups, kept, self.device, clip_norm)
         slots = (*kept.slots, *([EMA] if ema else []), *([OUTER] if rounds.outer_momentum else []))
         order = list(chain.from_iterable(group.names for group in parameter_groups))
-        self.store = _store(prepared, order, slots, setup, ranks, shard, self.device)
+        self.store = _store(with_members, order, slots, setup, ranks, shard, self.device)
         self.tier = self.store.tier
         if not self.tier.filled:
             if isinstance(weights, str | os.PathLike):
-                weights = WeightSource(weights).fitted(self.meta_model)
+                weights = WeightSource(weights).fitted(prepared.meta_model)
             prepared.fill(self.store, seed, weights)
             for name, value in kept.initial.items():
                 if value:
                     self.store.arrays[name].fill_(value)
             self.tier.complete(self.store.integer_buffers)
-        cost = CostModel(self.meta_model, prepared.channel_map, self._example_inputs)
         probabilities = policy or PolicyConfig()
         if rho is not None:
             probabilities = dataclasses.replace(probabilities, rho=rho)
@@ -195,21 +201,21 @@ class SparseOffload(Rounds):
         known = None
         if chosen.start != "uniform":
             known = Importance.of_store(chosen.start, self.store, self.meta_model, seed)
-        groups_of_atoms = prepared.channel_map.groups
-        masks = build_policy(chosen, groups_of_atoms, seed, cost, freeze_step, total_steps, known)
+        masks = build_policy(chosen, channel_map.groups, seed, cost, freeze_step, total_steps, known)
+        stays = masks.trivial or chosen.search == "none"  # no round's masks are others than the last one's
         transfers = Transfers(
             self.store,
             self.meta_model,
             weights_optimizer,
             self.device,
-            masks.size_cap,
-            delta=rounds.delta and not masks.trivial,
-            overlap=not masks.trivial and rounds.overlaps(self.device.type == "cuda"),
+            masks.size_cap + own_entries(channel_map),
+            delta=rounds.delta and not stays,
+            overlap=not stays and rounds.overlaps(self.device.type == "cuda"),
         )
         if setup.compile:
             transfers.compile()
         super().__init__(
-            prepared.channel_map,
+            channel_map,
             masks,
             transfers,
             cost,
@@ -223,7 +229,7 @@ class SparseOffload(Rounds):
             (freeze_step or 0) // 2 if chosen.search == "forward" else 0,
             setup.local_from,
         )
-        self._ended = False
+        self._members, self._ended = setup.members, False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -402,6 +408,12 @@ class SparseOffload(Rounds):
         self._ended = False
 
     # --- parts ---
+
+    def _choose_final_mask(self) -> None:
+        super()._choose_final_mask()
+        assert self.final_mask is not None
+        if self._members:
+            start_own_norms(self.transfers, self.final_mask)
 
     def _check_open(self) -> None:
         if self._ended:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload_sparse.engine.durable import DurableRounds
-from offload_sparse.engine.family import Family
+from offload_sparse.engine.family import Family, without_own_norms
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
@@ -48,7 +48,9 @@ class SparseOffloadMethod(Method):
     def _loss(self, network: nn.Module, batch: Any, step: int) -> Any:
         """Of the network in training; in the final phase of a family that of several members."""
         loss_fn = partial(self._loss_fn, batch=batch)
-        return self._family.loss(loss_fn, network, step) if self._trains_family else loss_fn(network)
+        if not self._trains_family:
+            return loss_fn(network)
+        return self._family.loss(loss_fn, network, self._family.chosen(step))
 
     @property
     def _trains_family(self) -> bool:
@@ -109,6 +111,7 @@ class SparseOffloadMethod(Method):
             module = self._family.extract(number, network.module)
             session.reestimate(module, batches)
             members[share] = replace(network, module=module, mask=self._family_masks[number])
+        without_own_norms(network.module)
         return replace(network, members=members)
 
     def costs(self) -> Costs:
@@ -170,6 +173,7 @@ def build(task: Task) -> Method:
         run_id=str(config.run_dir.resolve()),
         store_mode=mode,
         local_from=task.warmup_steps,
+        members=max(0, len(config.policy.budgets) - 1),
     )
     session = SparseOffload(
         task.factory,

@@ -81,7 +81,7 @@ class WidthSearch:
     ) -> None:
         self.config, self.groups, self.seed = config, tuple(groups), seed
         self.num_atoms = self.groups[-1].stop
-        self.trivial, self.frozen = config.rho == 1, False
+        self.trivial, self.frozen = config.rho == 1 and not config.budgets, False
         self._sizes = torch.tensor([g.size for g in self.groups], dtype=torch.float64)
         self._per_atom = torch.repeat_interleave(torch.arange(len(self.groups)), self._sizes.long())
         self._budget = Budget.of(config, self.groups, costs)

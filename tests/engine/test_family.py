@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import meta_copy, narrow_module
-from offload_sparse.engine.family import Family
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.family import Family, own_entries
+from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.store.weight_store import WEIGHTS
 from offload_sparse.workloads.models import build_model
+from tests.support.ranks import run_ranks
+from tests.support.sessions import batches, loss_of, make_session, own_part, small_net, whole
 
 CPU = torch.device("cpu")
 RESIDUALS = ("coupled", "internal", "filter")
@@ -58,11 +63,11 @@ def test_gradients_of_a_member_reach_what_it_keeps_of_the_largest() -> None:
     F.cross_entropy(family(0, largest, x), y).backward()
     alone = narrow_module(full, channel_map, masks[0]).train()
     F.cross_entropy(alone(x), y).backward()
-    for (name, whole), part in zip(largest.named_parameters(), alone.parameters(), strict=True):
-        assert whole.grad is not None, name
+    for (name, large), part in zip(largest.named_parameters(), alone.parameters(), strict=True):
+        assert large.grad is not None, name
         assert part.grad is not None, name
-        assert int((whole.grad != 0).sum()) <= part.numel()
-        torch.testing.assert_close(whole.grad.sum(), part.grad.sum(), rtol=1e-9, atol=1e-12)
+        assert int((large.grad != 0).sum()) <= part.numel()
+        torch.testing.assert_close(large.grad.sum(), part.grad.sum(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_step_trains_the_largest_the_smallest_and_one_between() -> None:
@@ -82,7 +87,7 @@ def test_the_loss_is_that_of_the_labels_and_of_what_the_largest_says() -> None:
     def loss_fn(network: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return F.cross_entropy(network(x), y), {"metric": torch.ones(())}
 
-    loss, metrics = family.loss(loss_fn, largest, 5)
+    loss, metrics = family.loss(loss_fn, largest, family.chosen(5))
     said = largest(x).softmax(1).detach()
     members = [-(said * family(n, largest, x).log_softmax(1)).sum(1).mean() for n in family.chosen(5)]
     expected = (F.cross_entropy(largest(x), y) + sum(members)) / 3
@@ -101,3 +106,23 @@ def test_members_of_other_networks_narrow_what_theirs_do() -> None:
     x = torch.randn(2, 3, 32, 32).double()
     alone = narrow_module(full, channel_map, masks[0])
     torch.testing.assert_close(family(0, largest, x), alone(x), rtol=1e-10, atol=1e-10)
+
+
+def weights_of_an_instance(steps: int) -> Tensor:
+    policy = PolicyConfig(rho=0.3, search="none")
+    session = make_session(small_net(), policy, RoundConfig(k=2), members=2)
+    for batch in batches(steps):
+        session.step(loss_of(own_part(batch)))
+    session.settle()
+    found = whole(session.store, WEIGHTS)
+    assert len(found) == sum(p.numel() for p in small_net().parameters()) + own_entries(session.channel_map)
+    session.transfers.close()
+    return found
+
+
+def test_a_network_that_one_rank_holds_whole_has_norms_of_its_members_on_all() -> None:
+    """Its values are streamed to the ranks; those that it lacks are 0."""
+    alone = weights_of_an_instance(1)
+    first, second = run_ranks(2, weights_of_an_instance, 0)
+    assert torch.equal(first, second)
+    assert int((alone != 0).sum()) > int((first != 0).sum()), "the norms begin with the final mask"

@@ -77,6 +77,16 @@ def test_the_passes_count_one_backward_per_step() -> None:
     assert (probes, backwards) == (2 * 4 * 180, 0)
 
 
+@pytest.mark.parametrize("search", ["none", "probe"])
+def test_a_step_of_a_family_trains_three_members_once_the_search_is_over(search: Any) -> None:
+    policy = PolicyConfig(rho=0.1, budget="flops", budgets=[0.4, 0.1, 0.2, 0.3], search=search)
+    saving, f = saving_of(model=VGG, policy=policy, round=RoundConfig(freeze_at=0.4))
+    assert f == pytest.approx(0.4, rel=0.03)
+    searched = 0.4 if search == "probe" else 0.0
+    per_step = searched * 0.1 + (1 - searched) * (0.1 + 0.25 + 0.4)
+    assert 1 / saving == pytest.approx(per_step, rel=0.05)
+
+
 # Data that is declared, not read
 
 

@@ -21,8 +21,14 @@ CONFIGURATIONS = {
     "prefetch": ["--round.transfer", "delta"],
     "overlap": ["--round.transfer", "overlap"],
     "file": ["--store.tier", "file"],
+    "family": [
+        *("--policy.search", "probe", "--round.freeze_at", "0.5", "--store.tier", "file"),
+        *("--policy.rho", "0.3", "--policy.budgets", "[0.3, 0.5, 0.8]"),
+    ],
 }
-QUICK_ON_ONE_RANK = ("overlap",)
+FATAL_STEP = {"family": killed_run.STEPS // 2}
+"""At which the members' own norms begin."""
+QUICK_ON_ONE_RANK = [("overlap", phase) for phase in PHASES] + [("family", "sample")]
 QUICK_ON_TWO_RANKS = [("overlap", "scatter"), ("prefetch", "checkpoint-commit")]
 
 
@@ -44,8 +50,7 @@ def cases() -> Iterator[Any]:
     for ranks in (1, 2):
         for configuration in CONFIGURATIONS:
             for phase in PHASES:
-                on_two = (configuration, phase) in QUICK_ON_TWO_RANKS
-                quick = on_two if ranks == 2 else configuration in QUICK_ON_ONE_RANK
+                quick = (configuration, phase) in (QUICK_ON_ONE_RANK, QUICK_ON_TWO_RANKS)[ranks - 1]
                 yield pytest.param(
                     *(ranks, configuration, phase),
                     marks=() if quick else pytest.mark.slow,
@@ -60,7 +65,7 @@ def test_killed_and_started_again_is_the_straight_run(
     # Only the first rank commits a checkpoint; elsewhere the last one dies, and the others notice.
     victim = 0 if phase == "checkpoint-commit" else ranks - 1
     more = CONFIGURATIONS[configuration]
-    fault = f"kill:rank={victim}:step=7:phase={phase}"
+    fault = f"kill:rank={victim}:step={FATAL_STEP.get(configuration, 7)}:phase={phase}"
     codes, log = killed_run.run(tmp_path, "run", ranks, more, fault)
     assert codes[victim] == -signal.SIGKILL, log
     assert f"rank {victim} dies at step" in log

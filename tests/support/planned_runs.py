@@ -49,6 +49,10 @@ CASES = {
     "every_step": replace(SMALL, round=RoundConfig(k=2, reference="every_step", freeze_at=1)),
     "one_pair": replace(SMALL, round=RoundConfig(k=2, transfer="full", freeze_at=1)),
     "local": replace(SMALL, round=RoundConfig(k=2, sync="round", outer=[1.0, 0.5], freeze_at=1)),
+    "family": replace(
+        case("offload_sparse/resnet20_cifar", 16, 16, 0.1, ADAMW),
+        policy=PolicyConfig(rho=0.1, budgets=[0.1, 0.2, 0.4], search="none"),
+    ),
     "depthwise": case("timm/mobilenetv1_100", 32, 16, 0.5, ADAMW),
 }
 
@@ -63,7 +67,7 @@ def build_session(config: RunConfig) -> SparseOffload:
         total_steps=ROUNDS * STEPS,
         policy=config.policy,
         rounds=config.round,
-        setup=Setup(residual=config.model.residual),
+        setup=Setup(residual=config.model.residual, members=max(0, len(config.policy.budgets) - 1)),
         seed=config.train.seed,
     )
 

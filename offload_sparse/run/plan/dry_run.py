@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def dry_run(
     steps = config.train.max_steps or config.train.epochs * per_epoch
     dense, parameters = cost.flops(full), cost.parameters(full)
     kept_parameters, kept_flops = _kept(config, structure)
-    run = passes(config, kept_flops, steps, len(channel_map.groups))
+    run = passes(config, kept_flops, steps, len(channel_map.groups), _family_flops(config, structure))
     return {
         "method": config.method,
         "model": config.model.name,
@@ -181,19 +182,39 @@ def _kept_by_rigl(config: RunConfig, structure: Structure) -> tuple[float, float
     return parameters, left
 
 
-def passes(config: RunConfig, flops: float, steps: int, groups: int) -> Iterator[tuple[float, int, int]]:
+def _family_flops(config: RunConfig, structure: Structure) -> list[float]:
+    """Forward FLOPs of the network of rho, and of the members of a family, the smallest first; empty without
+    one."""
+    policy = config.policy
+    if config.method != "sparse_offload" or len(policy.budgets) < 2:
+        return []
+    shares = (replace(policy, rho=share) for share in (policy.rho, *sorted(policy.budgets)))
+    masks = (evenly_narrowed(share, structure.channel_map, structure.cost) for share in shares)
+    return [structure.cost.flops(mask) for mask in masks]
+
+
+def passes(
+    config: RunConfig, flops: float, steps: int, groups: int, family: Sequence[float] = ()
+) -> Iterator[tuple[float, int, int]]:
     """(forward FLOPs, forwards, backwards) of the passes of a run of ``steps`` steps on a network of
     ``flops``.
 
     Every step trains one subnet: a forward and a backward pass. While s is learned, the reference loss takes
     a further forward pass: at each step (``every_step``, ``turns``) or at the first of each round
-    (``round_start``). A probe of a search for widths is two forward passes per pair."""
+    (``round_start``). A probe of a search for widths is two forward passes per pair. Behind the search a step
+    of a ``family`` (see ``_family_flops``) trains the largest, the smallest and one between."""
+    total = steps
+    if family:
+        flops, *members = family
+        steps = round(config.round.freeze_at * total) if config.policy.search == "probe" else 0
+        between = fmean(members[1:-1]) if len(members) > 2 else 0
+        yield members[0] + between + members[-1], total - steps, total - steps
     compared = round(config.round.freeze_at * steps) // 2 if config.policy.search == "forward" else 0
     yield flops, steps, steps - compared
     if config.method != "sparse_offload" or config.policy.rho == 1:
         return
     if config.policy.search == "probe":
-        cycles, pairs = cycles_and_pairs(groups, steps)
+        cycles, pairs = cycles_and_pairs(groups, total)
         yield flops, 2 * cycles * pairs, 0
     elif config.policy.search in ("sampled", "forward"):
         learned = round(config.round.freeze_at * steps)

@@ -17,9 +17,10 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection, aligned
 from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.family import own_entries
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import slot_names
-from offload_sparse.policy.width_search import build_policy
+from offload_sparse.policy.width_search import WidthSearch, build_policy
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
 
@@ -34,9 +35,12 @@ class Side:
 
 
 class FirstRounds:
-    """What ``engine.transfers`` will hold and move in the first ``rounds`` rounds of a run; ``names`` has,
-    per kind of array, the tensors that it consists of; each of several ``ranks`` may have a subnet of its
-    own."""
+    """What ``engine.transfers`` will hold and move in the first ``rounds`` rounds of a run, or in the last
+    ones of a family, which are larger; ``names`` has, per kind of array, the tensors that it consists of;
+    each of several ``ranks`` may have a subnet of its own.
+
+    Attributes:
+        family: bool[C] of the masks of a family, or of the one that a search for widths starts with."""
 
     def __init__(
         self,
@@ -56,16 +60,18 @@ class FirstRounds:
         chosen = config.policy.resolved(config.compile)
         # Steps do not matter for the first rounds: a search begins with even widths, and room for others.
         policy = build_policy(chosen, channel_map.groups, config.train.seed, cost, 1 << 20, 1 << 21)
-        self.capacity = policy.size_cap + gaps[WEIGHTS]
-        self._trivial = policy.trivial
-        self._pairs = 1 + (config.round.delta and not policy.trivial)
+        self.capacity = policy.size_cap + own_entries(channel_map) + gaps[WEIGHTS]
+        self.family = policy.family() if isinstance(policy, WidthSearch) else []
+        stays = policy.trivial or chosen.search == "none"
+        self._pairs = 1 + (config.round.delta and not stays)
         trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
         turns = config.round.reference == "turns" and config.round.k > 1
         self._outer = (WEIGHTS,) if config.round.outer_momentum else ()
         self.own_subnets = config.round.own_subnets and ranks > 1
         self.rounds: list[tuple[Side, ...]] = []
-        for number in range(1 if policy.trivial else rounds):
-            first, second = map(self._selection, policy.sample(number))
+        for number in range(1 if stays else rounds):
+            masks = self.family[-1:] * 2 or policy.sample(number)  # members train together, by the largest
+            first, second = map(self._selection, masks)
             sides: tuple[Side, ...] = (Side(first, trained, True),)
             if not (self.own_subnets or torch.equal(first.mask, second.mask)):
                 sides += (Side(second, trained if turns else (WEIGHTS, BUFFERS), turns),)
@@ -88,7 +94,7 @@ class FirstRounds:
 
     def traffic(self) -> tuple[float, float]:
         """Entries from the rows of all ranks to the device, and back, from one round to the next (means)."""
-        if self._trivial:
+        if len(self.rounds) == 1:
             return 0.0, 0.0
         steps = list(zip(self.rounds, self.rounds[1:], strict=False))
         fetched = sum(self._fetched(old, new) for old, new in steps)

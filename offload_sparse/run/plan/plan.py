@@ -15,6 +15,7 @@ first rounds. Not counted: what libraries allocate by themselves (workspaces of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -26,10 +27,11 @@ from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import FinalConfig
+from offload_sparse.engine.family import Family, with_own_norms
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.run.plan.dry_run import Structure, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
-from offload_sparse.run.plan.live_bytes import labels_shape, step_peak
+from offload_sparse.run.plan.live_bytes import Loss, labels_shape, step_peak
 from offload_sparse.run.plan.machine import Machine, process_bytes
 from offload_sparse.store.copy.device_copy import STAGE
 from offload_sparse.store.copy.plans import WIRE
@@ -96,11 +98,12 @@ class Planner:
     def __init__(self, config: RunConfig, data: DeclaredData, structure: Structure) -> None:
         self.config = config
         self.structure = structure
-        self.channel_map = structure.channel_map
         self.data = data
-        expose_additions(structure.model, self.channel_map.additions)
-        parameters = tuple(name for name, _ in structure.model.named_parameters())
-        floating = ((n, b) for n, b in structure.model.named_buffers() if b.is_floating_point())
+        expose_additions(structure.model, structure.channel_map.additions)
+        members = len(config.policy.budgets) - 1 if config.method == "sparse_offload" else 0
+        self._model, self.channel_map = with_own_norms(structure.model, structure.channel_map, members)
+        parameters = tuple(name for name, _ in self._model.named_parameters())
+        floating = ((n, b) for n, b in self._model.named_buffers() if b.is_floating_point())
         self._slots = slot_names(config.optim)
         self._names = dict.fromkeys((WEIGHTS, *self._slots), parameters)
         self._names |= {BUFFERS: tuple(name for name, _ in floating)}
@@ -139,7 +142,7 @@ class Planner:
         )
         held = weights * (2 + len(self._slots) + (machine.ranks > 1)) + buffers
         images = self._images(machine)
-        passes = self._step_peak(selection, images, True, kept_gradients=True)
+        passes = self._step_peak(selection, images, True, self._loss, kept_gradients=True)
         whole = sum(prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS])
         built = 4 * whole if self.config.method == "dense" else self.initialising_bytes()
         activations, on_host = passes + self._batch_bytes(images), machine.device is None
@@ -241,19 +244,18 @@ class Planner:
 
     def _passes(self, first: FirstRounds, sides: tuple[Side, ...], images: Tensor) -> int:
         """Most bytes of the passes of a round, the copy of the trained side's statistics included."""
-        peaks = [self._step_peak(side.selection, images, side.trained) for side in sides]
+        loss = self._sandwich(first.family) if len(first.family) > 1 else self._loss
+        peaks = [self._step_peak(side.selection, images, side.trained, loss) for side in sides]
         statistics = max(first.entries(s, BUFFERS) for s in sides if s.trained)
         return max(peaks) + statistics * self._item
 
     def _step_peak(
-        self, selection: Selection, images: Tensor, trained: bool, kept_gradients: bool = False
+        self, selection: Selection, images: Tensor, trained: bool, loss: Loss, kept_gradients: bool = False
     ) -> int:
         train = self.config.train
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
         dtype = getattr(torch, train.dtype)
-        return step_peak(
-            self.structure.model, selection, images, self._loss, dtype, autocast, trained, kept_gradients
-        )
+        return step_peak(self._model, selection, images, loss, dtype, autocast, trained, kept_gradients)
 
     def _images(self, machine: Machine) -> Tensor:
         """A rank's part of a batch, on the meta device."""
@@ -268,3 +270,12 @@ class Planner:
     def _loss(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         smoothing, labels = self.config.optim.label_smoothing, batch[1].flatten()
         return F.cross_entropy(module(batch[0]).flatten(0, -2), labels, label_smoothing=smoothing)
+
+    def _sandwich(self, masks: Sequence[Tensor]) -> Loss:
+        """The loss of a step of a family, on the largest of the members that take turns."""
+        values = self.config.train.autocast != "no" or bool(self.data.tokens)
+        family = Family(self._model, self.channel_map, masks, 0, torch.device("cpu" if values else "meta"))
+        beside = list(dict.fromkeys([0, len(masks) - 2]))
+        return lambda module, batch: family.loss(
+            lambda network: (self._loss(network, batch), {}), module, beside
+        )[0]

@@ -41,7 +41,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair", "local"])
+@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair", "local", "family"])
 def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None:
     """Entries of every array of both pairs, and of those how many are written."""
     config = CASES[name]
@@ -63,6 +63,21 @@ def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None
     )
     assert first.reserved == sum(m.numel() for m in memory) + session.transfers._reduce_memory.numel()
     assert first.touched == sum(written.values()) + gradients + TAIL
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_family_is_planned_with_all_members_that_a_step_trains(precision: str) -> None:
+    config = replace(CASES["family"], train=replace(SMALL.train, precision=precision))  # type: ignore[arg-type]
+    planner = planner_of(config)
+    names = [n for n, p in planner.structure.model.named_parameters() if p.dim() == 1 and "fc" not in n]
+    shapes = planner.channel_map.shapes
+    own = sum(shapes[name][0] for name in names)
+    alone = replace(config, policy=replace(config.policy, rho=0.4, budgets=[]))
+    single = Planner(alone, planner.data, planner.structure)
+    assert planner.store_bytes(1) == single.store_bytes(1) + 2 * own * 3 * 4
+    largest, rest = single.memory(LARGE), [single.with_rho(rho).memory(LARGE) for rho in (0.1, 0.2)]
+    together = planner.memory(LARGE).activations
+    assert largest.activations < together < largest.activations + sum(m.activations for m in rest)
 
 
 def turns(config: RunConfig) -> int:
