@@ -31,8 +31,8 @@ class PolicyConfig:
         rho: remaining ratio of what ``budget`` counts, in (0, 1]. With ``count`` it is the paper's: the sum
             of s is at most rho times the atoms (an atom is one channel unless ``atoms.block`` is larger).
         budgets: shares, as rho is one, of the members of a family of networks: the final phase trains the
-            largest of them, the others as parts of it (see ``engine.family``). Needs ``search`` ``probe`` or
-            ``none``, whose widths are those of rho. Empty trains the one network of rho.
+            largest of them, the others as parts of it with norms of their own (see ``engine.family``). Needs
+            ``search`` ``probe`` or ``none``, whose widths are those of rho. Empty trains the network of rho.
         budget: what rho is a share of: ``count`` (atoms), ``params`` (parameters of the network) or ``flops``
             (its forward FLOPs). The last two are products of widths and are linearised at every step of s.
         search: how the structure is found. ``sampled`` draws masks from keep probabilities that it learns

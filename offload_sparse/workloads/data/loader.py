@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -63,7 +63,7 @@ class _Loader(Dataset[_Item]):
         """The item with what is left to do done, in the process that trains."""
         return item
 
-    def _in_order(self, order: Sampler[int] | range) -> Iterator[Batch]:
+    def _in_order(self, order: Sampler[int] | Sequence[int]) -> Iterator[Batch]:
         """The batches in ``order``, after counting what was corrupt in each."""
         loader: DataLoader[_Item] = DataLoader(
             self,
@@ -165,6 +165,10 @@ class TrainLoader(_Loader):
         """This rank's batches of the steps ``start_step``, ``start_step + 1``, … over as many epochs as are
         read."""
         return self._in_order(_From(start_step))
+
+    def at(self, steps: Sequence[int]) -> Iterator[Batch]:
+        """This rank's batches of these steps."""
+        return self._in_order(steps)
 
     def __getitem__(self, step: int) -> _Item:
         config, images = self._config, self.images
