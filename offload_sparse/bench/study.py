@@ -131,6 +131,12 @@ def run(quick: bool, config: StudyConfig) -> BenchResult:
         shares = (100 * means["flops_ratio"], 100 * means["params_ratio"])
         numbers = [*(f"{n:.2f}" for n in (fmean(accuracies), spread(accuracies), *shares)), f"{cost:.3f}"]
         rows.append([config.set, f"{share:g}", name, *numbers, runs[0]["steps"], f"{means['seconds']:.0f}"])
+    gains = [
+        fmean(run["accuracy"] for run in runs) - fmean(run["accuracy"] for run in found[share, "even"])
+        for (share, name), runs in found.items()
+        if name == "family" and (share, "even") in found
+    ]
+    ratios |= {f"study.{config.set}.family.gain": fmean(gains)} if gains else {}
     raw = {f"flops{share:g}.{name}": runs for (share, name), runs in found.items()}
     return BenchResult(ratios, {"runs": raw, "steps": steps}, _HEADER, rows)
 

@@ -82,6 +82,19 @@ def test_a_family_costs_what_its_members_cost_alone(tmp_path: Path) -> None:
     assert not Cell(StudyConfig(), "family", 0.1, 0, 100, tmp_path).possible()
 
 
+def test_a_family_is_compared_with_separate_networks_by_the_mean_over_members(tmp_path: Path) -> None:
+    names, shares, steps = ["even", "family"], [0.1, 0.4], 40 * 351
+    at = {"set": "vgg19", "data": "cifar10", "cache": str(tmp_path)}
+    config = StudyConfig(flops=shares, methods=names, seeds=1, **at)  # type: ignore[arg-type]
+    cells = [Cell(config, name, share, 0, steps, tmp_path) for name in names for share in shares]
+    for cell, accuracy in zip(cells, (0.70, 0.80, 0.83), strict=False):
+        finished(cell.run_dir, accuracy)
+    summary = json.loads((cells[-1].run_dir / "summary.json").read_text())
+    member = {"test_accuracy": 0.69, "params_ratio": 0.1, "flops_ratio": 0.1}
+    (cells[-1].run_dir / "summary.json").write_text(json.dumps(summary | {"members": {"0.1": member}}))
+    assert study.run(False, config).ratios["study.vgg19.family.gain"] == pytest.approx((-1 + 3) / 2)
+
+
 @pytest.mark.slow
 def test_small_cells_run_and_cost_the_same(tmp_path: Path) -> None:
     config = StudyConfig(methods=["even", "probe", "sampled", "none"], seeds=1, epochs=1, cache=str(tmp_path))

@@ -59,6 +59,12 @@ def test_members_share_their_weights_and_have_norms_of_their_own(run: Path) -> N
     second = [name for name in small if name.endswith("running_mean")][1]
     assert norm
     assert not torch.equal(small[second], large[second][: len(small[second])])
+    (_, inside), (_, outside) = list(kept.items())[1], list(of_large.items())[1]
+    rows = [outside.kept.index(channel) for channel in inside.kept]
+    for leaf in ("weight", "bias"):
+        name = second.replace("running_mean", leaf)
+        assert not torch.allclose(small[name], large[name][rows], atol=1e-4), name
+    assert small.keys() == large.keys()
 
 
 def test_a_member_is_evaluated_and_exported_like_a_run(
