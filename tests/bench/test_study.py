@@ -82,7 +82,7 @@ def test_a_family_costs_what_its_members_cost_alone(tmp_path: Path) -> None:
     assert not Cell(StudyConfig(), "family", 0.1, 0, 100, tmp_path).possible()
 
 
-def test_a_family_is_compared_with_separate_networks_by_the_mean_over_members(tmp_path: Path) -> None:
+def test_a_family_is_compared_in_the_mean_over_members(tmp_path: Path) -> None:
     names, shares, steps = ["even", "family"], [0.1, 0.4], 40 * 351
     at = {"set": "vgg19", "data": "cifar10", "cache": str(tmp_path)}
     config = StudyConfig(flops=shares, methods=names, seeds=1, **at)  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ def weights_of_an_instance(steps: int) -> Tensor:
     return found
 
 
-def test_a_network_that_one_rank_holds_whole_has_norms_of_its_members_on_all() -> None:
+def test_a_network_streamed_from_one_rank_has_own_norms_of_members() -> None:
     """Its values are streamed to the ranks; those that it lacks are 0."""
     alone = weights_of_an_instance(1)
     first, second = run_ranks(2, weights_of_an_instance, 0)

@@ -108,7 +108,7 @@ class Sandwich:
         self.optimizer.step()
 
 
-def test_training_equals_three_networks_that_share_weights_and_have_norms_of_their_own() -> None:
+def test_training_equals_a_sandwich_of_three_networks_narrowed_by_hand() -> None:
     method = family()
     sandwich = Sandwich(method)
     for batch in DATA:
@@ -139,7 +139,7 @@ def on_ranks() -> list[dict[str, Tensor]]:
     return networks(trained(family(frozen_batch_norm=True)))
 
 
-def test_two_ranks_train_the_family_that_one_does_and_a_single_one_goes_on_with_it() -> None:
+def test_two_ranks_train_the_family_of_one_which_can_go_on_with_it() -> None:
     """Statistics stand still, since each rank would have those of its own part of a batch."""
     alone = on_ranks()
     together = run_ranks(2, on_ranks)
@@ -152,7 +152,7 @@ def test_two_ranks_train_the_family_that_one_does_and_a_single_one_goes_on_with_
     assert all(torch.equal(a[n], b[n]) for a, b in zip(*together, strict=True) for n in a)
 
 
-def test_own_norms_start_from_what_the_search_has_left_of_the_shared_ones() -> None:
+def test_own_norms_start_from_what_the_search_has_left() -> None:
     """Values and slots; until then they are 0, whatever the weight decay."""
     method = trained(method_of(PolicyConfig(rho=0.3, budgets=SHARES, search="probe")), 0, 4)
     session = method.session

@@ -28,7 +28,7 @@ def search(images: Path, run_dir: Path, *more: str) -> int:
     return main([*command, *given, *more])
 
 
-def test_a_probe_reads_batches_of_before_once_more_and_so_does_a_resumed_run(
+def test_a_probe_reads_batches_once_more_and_so_does_a_resumed_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[list[int]] = []
