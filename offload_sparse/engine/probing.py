@@ -6,7 +6,7 @@ columns that read the survivors of a group are scaled by what makes up for the d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,10 @@ from offload_sparse.policy.probe import Comparisons, survivor_scales
 from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
-MOST_BATCHES = 64
-"""That the pairs of a probe are spread over, if a loop can read so many once more."""
-
 
 def probed(
     search: WidthSearch,
-    closures: Iterable[Closure],
-    count: int,
+    closures: Sequence[Closure],
     channel_map: ChannelMap,
     transfers: Transfers,
     forward: Forward,
@@ -39,7 +35,7 @@ def probed(
     side, selection = transfers.scratch(), Selection(channel_map, search.mask)
     side.load(selection, (WEIGHTS, BUFFERS))
     side.bind()
-    return run_probe(search, side.module, selection, channel_map, closures, count, forward, ranks)
+    return run_probe(search, side.module, selection, channel_map, closures, forward, ranks)
 
 
 @torch.no_grad()
@@ -48,26 +44,25 @@ def run_probe(
     module: nn.Module,
     selection: Selection,
     channel_map: ChannelMap,
-    closures: Iterable[Closure],
-    count: int,
+    closures: Sequence[Closure],
     forward: Forward,
     ranks: Ranks,
 ) -> tuple[Comparisons, Tensor]:
     """Compare ``search.pairs`` pairs on this rank, others on every other rank; every rank calls it.
     ``module`` is the subnet of ``search.mask``, whose weights are put back at the end; ``closures`` are
-    losses of ``count`` of this rank's batches, each read when the pairs of the one before are done. Returns
-    the comparisons of all ranks, and the importance of every present atom, float64[C]."""
+    losses of this rank's batches, in turns. Returns the comparisons of all ranks, and the importance of every
+    present atom, float64[C]."""
     rates = search.rates()
     thinned = _Thinned(module, selection, channel_map, survivor_scales(search.groups, rates))
     found, pairs, differences = search.comparisons(), [], []
     with flags_restored(module):
         module.eval()  # also BatchNorm: a batch's statistics would make up for what is dropped
-        for batch, closure in enumerate(closures):
-            for number in range(search.pairs * batch // count, search.pairs * (batch + 1) // count):
-                pair = search.pair(number * ranks.world_size + ranks.rank, rates)
-                first, second = (thinned.loss(mask, closure, forward) for mask in pair)
-                pairs.append(pair)
-                differences.append(first - second)
+        for number in range(search.pairs if closures else 0):
+            pair = search.pair(number * ranks.world_size + ranks.rank, rates)
+            closure = closures[number % len(closures)]
+            first, second = (thinned.loss(mask, closure, forward) for mask in pair)
+            pairs.append(pair)
+            differences.append(first - second)
     thinned.restore()
     if pairs:
         for difference, pair in zip(torch.stack(differences).tolist(), pairs, strict=True):

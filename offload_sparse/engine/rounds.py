@@ -89,7 +89,6 @@ class Rounds(Requests):
             backward pass counts as two forward passes.
         round_bytes: bytes that have crossed the bus between the last two rounds.
         after_round: called with what a round has learned, before any of it is scattered.
-        replay: gives more of the last closures than are kept, and how many they are: a probe's.
     """
 
     def __init__(
@@ -111,7 +110,6 @@ class Rounds(Requests):
         super().__init__(ranks)
         self.channel_map, self._policy, self.transfers, self.cost = channel_map, policy, transfers, cost
         self.forward, self.rounds, self.final = forward, rounds, final
-        self._among = channel_map, transfers, forward, ranks
         self.on_nonfinite, self.freeze_step = on_nonfinite, freeze_step
         self._like = torch.zeros((), dtype=transfers.store.dtype, device=transfers.device)
         self.reducer = Reducer(ranks.world_size, self._like)
@@ -129,7 +127,6 @@ class Rounds(Requests):
         self.round_bytes, self._bytes_before = 0, 0
         self._mask_flops = 0, 0  # of subnets a and b of the open round
         self.after_round: Callable[[Sequence[Side | Agreed]], None] | None = None
-        self.replay: Callable[[], tuple[Iterable[Closure], int]] | None = None
         self.check_ranks = os.environ.get(CHECK_RANKS) == "1"
         self.ema, self.ema_steps, self.compare_until = ema, 0, compare_until
         scaler = forward.scaler if forward.scaler is not None and forward.scaler.is_enabled() else None
@@ -484,7 +481,8 @@ class Rounds(Requests):
         candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
         self.forward_flops += len(self._recent) * sum(self.cost.flops(mask) for mask in candidates)
         recent = list(chain.from_iterable(self._recent))
-        losses = losses_of(candidates, recent, *self._among) if len(candidates) > 1 else torch.zeros(1)
+        among = recent, self.channel_map, self.transfers, self.forward, self.ranks
+        losses = losses_of(candidates, *among) if len(candidates) > 1 else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.policy.freeze()
         self.next_masks = None
@@ -502,8 +500,8 @@ class Rounds(Requests):
         search = self.policy
         assert isinstance(search, WidthSearch)
         recent = list(chain.from_iterable(self._recent))
-        closures, count = (recent, len(recent)) if self.replay is None else self.replay()
-        found, importance = probed(search, closures, count, *self._among)
+        among = recent, self.channel_map, self.transfers, self.forward, self.ranks
+        found, importance = probed(search, *among)
         self.forward_flops += 2 * found.count / self.ranks.world_size * self.cost.flops(search.mask)
         search.move(found, importance)
         self.next_masks = None

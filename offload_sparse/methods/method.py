@@ -37,8 +37,7 @@ class Task:
         forward: autocast and BatchNorm mode of forward passes.
         store_mode: how weights in files are taken: those of an earlier part of the run, or new ones.
         weights: what to start from, in place of the network's own initialisation.
-        warmup_steps: steps in which the learning rate rises.
-        replay: gives more of the last batches that were trained on, once more, and how many they are."""
+        warmup_steps: steps in which the learning rate rises."""
 
     config: RunConfig
     factory: Callable[[], nn.Module]
@@ -51,7 +50,6 @@ class Task:
     store_mode: Mode = "replace"
     weights: FittedWeights | None = None
     warmup_steps: int = 0
-    replay: Callable[[], tuple[Iterable[Any], int]] | None = None
 
     def network(self) -> nn.Module:
         """The full network with the values that training starts from."""

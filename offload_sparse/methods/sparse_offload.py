@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.family import Family, without_own_norms
-from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
@@ -35,8 +34,6 @@ class SparseOffloadMethod(Method):
         self.durable = durable
         self._loss_fn, self._steps = task.loss_fn, task.total_steps
         self._seed = task.config.train.seed
-        if task.replay is not None:
-            self._replay, session.replay = task.replay, self._replayed
 
     def train_step(self, batch: Any, lr: float) -> None:
         session = self.session
@@ -150,14 +147,7 @@ class SparseOffloadMethod(Method):
             self.durable.restore_random_state()
 
     def recall(self, batches: Iterable[Any]) -> None:
-        recall(self.session, self._closures(batches))
-
-    def _replayed(self) -> tuple[Iterable[Closure], int]:
-        batches, count = self._replay()
-        return self._closures(batches), count
-
-    def _closures(self, batches: Iterable[Any]) -> Iterable[Closure]:
-        return (partial(self._loss_fn, batch=batch) for batch in batches)
+        recall(self.session, (partial(self._loss_fn, batch=batch) for batch in batches))
 
     def close(self, abandon: bool) -> None:
         self.session.close(abandon)

@@ -22,7 +22,6 @@ from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.distributed import rank_and_world_size
 from offload_sparse.engine.durable import random_state, set_random_state
 from offload_sparse.engine.losses import StepRecord
-from offload_sparse.engine.probing import MOST_BATCHES
 from offload_sparse.engine.state import IN_PLACE, MethodState
 from offload_sparse.export import json_values
 from offload_sparse.export.json_values import Count
@@ -96,7 +95,6 @@ class Progress:
 
     Attributes:
         step, rollbacks: optimizer steps done, and how often the run went back.
-        recent: places in the order of the data of the last batches.
         stopped: the run was asked to stop, and has been saved.
         taken_up: the run resumed from the method's own files, whose last step may lack its lines in the log.
     """
@@ -121,8 +119,7 @@ class Progress:
         self.stopped = False
         self.taken_up = False
         self._skipped_batches = 0
-        probes = config.policy.search == "probe"
-        self.recent: deque[int] = deque(maxlen=MOST_BATCHES if probes else FinalConfig.selection_batches)
+        self._recent: deque[int] = deque(maxlen=FinalConfig.selection_batches)
         self._unlogged: list[StepRecord] = []
         self._kept: Remembered | None = None
         self._best: float | None = None
@@ -180,7 +177,7 @@ class Progress:
 
     def advance(self) -> None:
         """One more optimizer step is done."""
-        self.recent.append(self.data_position)
+        self._recent.append(self.data_position)
         self.step += 1
         now = time.perf_counter()
         self._step_seconds.append(now - self._mark)
@@ -260,7 +257,7 @@ class Progress:
             "seconds": self._recorder.seconds,
             "skipped_batches": self._skipped_batches,
             "rollbacks": self.rollbacks,
-            "recent": list(self.recent),
+            "recent": list(self._recent),
             "best": self._best,
             "unlogged": [astuple(record) for record in records],
             "total_steps": self._total_steps,
@@ -275,8 +272,8 @@ class Progress:
         self._kept = kept
         self.rollbacks, self._skipped_batches = kept.rollbacks, kept.skipped_batches
         self._best, self._improved = kept.best, False
-        self.recent.clear()
-        self.recent.extend(kept.recent)
+        self._recent.clear()
+        self._recent.extend(kept.recent)
 
     # --- going back ---
 
@@ -315,7 +312,7 @@ class Progress:
         self._method.restore(state)
         self.step = loaded.manifest.step
         self._recall(run)
-        self._method.recall(self._batches_at(list(self.recent)[-FinalConfig.selection_batches :]))
+        self._method.recall(self._batches_at(list(self._recent)))
         if generators:
             set_random_state(generators)
         else:
@@ -329,11 +326,11 @@ class Progress:
         if durable is not None and durable.found:
             self._recall(durable.found)
         position = self.data_position
-        self.recent.clear()
-        self.recent.extend(range(max(0, position - (self.recent.maxlen or 0)), position))
+        self._recent.clear()
+        self._recent.extend(range(max(0, position - (self._recent.maxlen or 0)), position))
         self._seed()
         self._method.restore(self._blank)
-        self._method.recall(self._batches_at(list(self.recent)[-FinalConfig.selection_batches :]))
+        self._method.recall(self._batches_at(list(self._recent)))
 
     def _seed(self) -> None:
         """torch's own generator (dropout) is a function of seed, rank and step."""

@@ -337,7 +337,6 @@ class Run:
             store_mode,
             weights,
             round(config.optim.warmup_epochs * self.steps_per_epoch),
-            self._replay,
         )
 
     def _teacher(self) -> Teacher | None:
@@ -405,11 +404,6 @@ class Run:
         """The batches at these places in the order of the data."""
         for batch in self.train_loader.at(positions):
             yield self._to_device(batch)
-
-    def _replay(self) -> tuple[Iterator[Batch | Taught], int]:
-        """The last batches that were trained on, and how many they are."""
-        places = list(self.progress.recent)
-        return self._batches_at(places), len(places)
 
     def _statistics_batches(self) -> Iterator[Tensor]:
         """Training images for BatchNorm statistics, the same whenever they are asked for."""

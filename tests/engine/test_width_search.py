@@ -184,7 +184,6 @@ def test_a_probe_leaves_the_subnet_as_it_was_and_finds_what_matters() -> None:
         Selection(channel_map, mask),
         channel_map,
         [lambda network: F.cross_entropy(network(images), labels)],
-        1,
         Forward(),
         Ranks(0, 1),
     )
