@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.channels.selection import Selection
@@ -107,16 +106,14 @@ class Averaging:
         host = {kind: array.to("cpu") for kind, array in side.arrays.items()}
         lengths = [[*(_length(self._own(place, kind)) for kind in host), 1] for place in places]
         count = torch.tensor([float(steps)], dtype=self._store.dtype)
-        messages, transfers = [], []
-        for other, length in enumerate(lengths):
+        leaving = []
+        for other in range(len(places)):
             runs = [array[self._own(places[rank], kind, other % owners)] for kind, array in host.items()]
-            leaving = torch.cat([*runs, count])
-            messages.append(leaving if other == rank else leaving.new_empty(sum(length)))
-            if other != rank:
-                transfers.append(dist.P2POp(dist.isend, leaving, other, self._ranks.host_group))
-                self.bytes_sent += leaving.nbytes
-                transfers.append(dist.P2POp(dist.irecv, messages[-1], other, self._ranks.host_group))
-        for work in dist.batch_isend_irecv(transfers) if transfers else ():
+            leaving.append(torch.cat([*runs, count]))
+        messages = [count.new_empty(sum(length)) for length in lengths]
+        messages[rank] = leaving[rank]
+        self.bytes_sent += sum(message.nbytes for message in leaving) - leaving[rank].nbytes
+        for work in self._ranks.swap(self._ranks.host_group, leaving, messages):
             work.wait()
         found = []
         for place, message, length in zip(places, messages, lengths, strict=True):

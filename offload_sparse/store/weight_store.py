@@ -5,7 +5,7 @@
     slot 1    [r0 r0 r0 r1 r1 r1][r1 r1 r1 r2 r2][r2 r2 r2 r2]   optimizer state, same rows as the weights
     buffers   [r0 r1][r1 r2]                                     BatchNorm statistics, their own layout
 
-    fetch:     own rows --> wire buffer --broadcast, or sent to whom it is for--> every rank's narrow buffer
+    fetch:     own rows --> wire buffer --sent to whom it is for, or broadcast--> every rank's narrow buffer
     put_back:  narrow buffer --> own rows; no network
 
 Rank memory is (1 + slots) * bytes(full weights) / world_size. Integer buffers are not sliced; every rank
@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,22 @@ class Ranks:
     def global_rank(self, rank: int) -> int:
         """The rank in the default group of member ``rank``."""
         return self.first + rank
+
+    def swap(
+        self, group: dist.ProcessGroup | None, leaving: Sequence[Tensor], arriving: Sequence[Tensor]
+    ) -> list[dist.Work]:
+        """Begin to send a tensor to every other of these ranks, and to receive one from each, by number; what
+        is empty does not travel. Returns what is to be waited for.
+        """
+        # Receives first: a sender of gloo waits for the word that it is expected, which would else queue
+        # behind what this rank sends, and the link carry one direction after the other.
+        transfers = [
+            dist.P2POp(way, tensor, self.global_rank(other), group)
+            for way, tensors in ((dist.irecv, arriving), (dist.isend, leaving))
+            for other, tensor in enumerate(tensors)
+            if other != self.rank and tensor.numel()
+        ]
+        return dist.batch_isend_irecv(transfers) if transfers else []
 
 
 _OWN_GROUPS: set[dist.ProcessGroup] = set()
@@ -281,11 +298,14 @@ class WeightStore:
         """
         if plan.fetched is not None:
             self._copy(plan.fetched, arrays)
-        for exchange in plan.exchanges:
-            for kind, out in arrays:
-                wire = torch.empty(sum(exchange.received), dtype=self.dtype, device=out.device)
-                self._exchange(exchange, kind, wire.split(exchange.received))
-                copy_blocks(exchange.unpack, [(wire, out)])
+        under_way: list[Callable[[], object]] = []
+        for exchange, (kind, out) in product(plan.exchanges, arrays):
+            under_way.append(self._begin_exchange(exchange, kind, out))  # while the one before is on its way
+            for finish in under_way[:-1]:
+                finish()
+            del under_way[:-1]
+        for finish in under_way:
+            finish()
         return plan.own_entries * len(arrays) * self.dtype.itemsize
 
     def put_back(self, plan: BlockPlan, arrays: Sequence[tuple[str, Tensor]]) -> int:
@@ -308,30 +328,33 @@ class WeightStore:
         else:
             copy_blocks(plan, [(self.arrays[kind], array) for kind, array in pairs], reverse)
 
-    def _exchange(self, exchange: Exchange, kind: str, parts: Sequence[Tensor]) -> None:
-        """Send own rows to the ranks that want them, and receive from each owner its part."""
-        rank, group = self.ranks.rank, self.ranks.transfer_group
-        if len(exchange.packs) == 1:  # all ranks want the same
-            self._copy(exchange.packs[0], [(kind, parts[rank])])
+    def _begin_exchange(self, exchange: Exchange, kind: str, out: Tensor) -> Callable[[], object]:
+        """Send own rows to the ranks that want them, and receive from each owner its part; returns what waits
+        for all of that, and moves it to its places.
+        """
+        wire = torch.empty(sum(exchange.received), dtype=self.dtype, device=out.device)
+        parts, rank, group = wire.split(exchange.received), self.ranks.rank, self.ranks.transfer_group
+        alike = len(exchange.packs) == 1  # all ranks want the same
+        leaving = []
+        for other, pack in enumerate(exchange.packs):
+            leaving.append(parts[rank] if alike or other == rank else wire.new_empty(pack.entries))
+            self._copy(pack, [(kind, leaving[-1])])
+        if alike and wire.device.type == "cuda":
             pending: Sequence[dist.Work | None] = [
                 dist.broadcast(part, src=self.ranks.global_rank(owner), group=group, async_op=True)
                 for owner, part in enumerate(parts)
                 if part.numel()
             ]
         else:
-            transfers = []
-            for other, (pack, part) in enumerate(zip(exchange.packs, parts, strict=True)):
-                leaving = part if other == rank else part.new_empty(pack.entries)
-                self._copy(pack, [(kind, leaving)])
-                peer = self.ranks.global_rank(other)
-                if other != rank and leaving.numel():
-                    transfers.append(dist.P2POp(dist.isend, leaving, peer, group))
-                if other != rank and part.numel():
-                    transfers.append(dist.P2POp(dist.irecv, part, peer, group))
-            pending = dist.batch_isend_irecv(transfers) if transfers else []
-        for work in pending:
-            assert work is not None
-            work.wait()
+            pending = self.ranks.swap(group, leaving * len(parts) if alike else leaving, parts)
+
+        def finish() -> None:
+            for work in pending:
+                assert work is not None
+                work.wait()
+            copy_blocks(exchange.unpack, [(wire, out)])
+
+        return finish
 
     def _partition_of(self, name: str) -> Partition:
         return self.partitions[WEIGHTS if name in self.partitions[WEIGHTS].layout else BUFFERS]

@@ -182,7 +182,7 @@ class Planner:
         largest = max(first.rounds, key=lambda sides: max(first.entries(s, WEIGHTS) for s in sides))
         passes = self._passes(first, largest, images)
         cuda = machine.device is not None
-        moved = self._part_bytes(first, WIRE) if machine.ranks > 1 else 0
+        moved = 2 * self._part_bytes(first, WIRE) if machine.ranks > 1 else 0  # one on its way, one packed
         moved += self._part_bytes(first, STAGE) if cuda else self._averaged(first, machine)
         overlaps = config.round.overlaps(cuda) and learns
         return kept * batch + (passes + moved if overlaps else max(passes, moved))
