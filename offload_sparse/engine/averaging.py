@@ -166,7 +166,7 @@ class Averaging:
         kinds = (WEIGHTS, OUTER) if momentum else (WEIGHTS,)
         rows = {kind: torch.empty_like(piece.arrays[WEIGHTS]) for kind in kinds}
         plan = return_plan(partition, self._store.ranks.rank, piece.weights)
-        self._store.fetch(TransferPlan({}, plan), list(rows.items()))
+        self._store.fetch((TransferPlan({}, plan), list(rows.items())))
         moved = piece.arrays[WEIGHTS][own] - rows[WEIGHTS][own]
         if momentum:
             piece.arrays[OUTER] = rows[OUTER]

@@ -47,7 +47,9 @@ class RoundConfig:
             of the next one. ``delta`` leaves what both share on the device; it takes the memory of two pairs
             of subnets instead of one. ``overlap`` is ``delta`` while the steps go on (needs ``prefetch``).
             ``auto`` is ``overlap`` on a GPU with ``prefetch``, else ``delta``: on a CPU the transfers would
-            take the cores of the steps.
+            take the cores of the steps. With ``sync round`` nothing can stay: ``overlap`` fetches during the
+            steps what they do not train, and ``auto`` takes it with ``prefetch``, else ``full``, as where
+            every rank trains a subnet of its own.
     """
 
     k: int = 50
@@ -84,13 +86,18 @@ class RoundConfig:
             "round.outer is of round.sync round; set round.sync to round, or remove round.outer",
         )
         require(
-            self.sync == "step" or self.transfer in ("auto", "full"),
-            f"round.transfer {self.transfer} leaves entries on the device, but round.sync round averages "
+            self.sync == "step" or self.transfer != "delta",
+            "round.transfer delta leaves entries on the device, but round.sync round averages "
             "them with those of other ranks; set it to auto",
         )
         require(
             self.transfer != "overlap" or self.prefetch,
             "round.transfer overlap needs round.prefetch; set it to true, or round.transfer to auto",
+        )
+        require(
+            self.transfer != "overlap" or not self.own_subnets,
+            f"round.transfer overlap needs subnets that ranks share, but round.subnets is "
+            f"{self.subnets}; set round.transfer to auto",
         )
 
     @property
@@ -100,8 +107,13 @@ class RoundConfig:
 
     def overlaps(self, on_cuda: bool) -> bool:
         """Whether transfers run beside the steps."""
-        auto = self.transfer == "auto" and on_cuda and self.prefetch
-        return self.delta and (self.transfer == "overlap" or auto)
+        auto = (on_cuda or self.sync == "round") and self.prefetch and not self.own_subnets
+        return self.transfer == "overlap" or (self.transfer == "auto" and auto)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of subnets on the device: with two, a round can be fetched beside the one before."""
+        return 1 + (self.delta or self.overlaps(on_cuda=False))
 
     @property
     def own_subnets(self) -> bool:

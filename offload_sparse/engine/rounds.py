@@ -294,9 +294,9 @@ class Rounds(Requests):
         if self._next_masks is None:  # a session that was restored has them
             self._next_masks = self._drawn(self.rounds_done + 1, next_step)
         masks = self._next_masks
-        if self.rounds.delta:
+        if self.rounds.delta or self.local:
             self.transfers.prefetch(
-                lambda: self.roles.transfer(self.transfers, masks(), length, self.own_subnets)
+                lambda: self.roles.transfer(self.transfers, masks(), length, self.own_subnets), self.local
             )
 
     def _transfer(self, masks: Masks, length: int) -> Transfer:
@@ -449,7 +449,7 @@ class Rounds(Requests):
         self.rounds_done += 1
         if self.after_round is not None:
             self.after_round(agreed)
-        if self.local:
+        if self.rounds.sync == "round":
             with self.transfers.timeline.exchanging():
                 self.transfers.put_back(agreed)
         if self.on_nonfinite == "rollback":

@@ -209,7 +209,7 @@ class SparseOffload(Rounds):
             weights_optimizer,
             self.device,
             masks.size_cap + own_entries(channel_map),
-            delta=rounds.delta and not stays,
+            pairs=1 if stays else rounds.pairs,
             overlap=not stays and rounds.overlaps(self.device.type == "cuda"),
         )
         if setup.compile:

@@ -10,13 +10,14 @@ Two pairs of subnets take turns. Entries are prefetched that the pair in trainin
 is up to date about them as soon as what the round before has evicted is back, and fetching them while the
 steps go on reads nothing stale. What the pair in training does train is carried over after its last step.
 With overlap the transfers run on one thread (and one CUDA stream), in the order of the picture; without it,
-between the rounds. Without delta transfer there is one pair, which takes half the memory: all of it is
-returned, then all of the next one fetched.
+between the rounds. What ranks train by themselves cannot be carried: it is put back as they agree on it, and
+fetched then. Without delta transfer there is one pair, which takes half the memory: all of it is returned,
+then all of the next one fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -54,6 +55,8 @@ class Transfer:
         train_second: b takes turns in training.
         per_rank: the selections of b (of a, without a b) on every rank that shares the store, where they
             differ.
+        local: it begins in a round that ranks train by themselves: what that trains comes late, from the
+            store.
         source: the pair of the round before; None when nothing on the device can be used.
         target: the pair to fill.
         loads: how the arrays of the target come about, side a first.
@@ -63,6 +66,7 @@ class Transfer:
     second: Selection | None = None
     train_second: bool = False
     per_rank: tuple[Selection, ...] = ()
+    local: bool = False
     source: SubnetPair | None = None
     target: SubnetPair | None = None
     loads: list[Load] = field(default_factory=list)
@@ -82,8 +86,8 @@ class Transfers:
         optimizer: that of the weights.
         device: where the subnets compute.
         capacity: most parameters that a subnet has; the buffers are allocated for them, once.
-        delta: leave entries that stay on the device; needs room for two pairs.
-        overlap: move entries while a round computes; needs ``delta``.
+        pairs: of subnets on the device; two leave there what stays.
+        overlap: move entries while a round computes; needs two pairs.
 
     Attributes:
         integer_buffers: buffers that are not sliced, on the device, by name.
@@ -102,7 +106,7 @@ class Transfers:
         optimizer: SubnetOptimizer,
         device: torch.device,
         capacity: int,
-        delta: bool = True,
+        pairs: int = 2,
         overlap: bool = False,
     ) -> None:
         self.store = store
@@ -110,7 +114,7 @@ class Transfers:
         self.integer_buffers = {name: value.to(device) for name, value in store.integer_buffers.items()}
         capacity += padding(store, WEIGHTS)
         parts = (store, model, optimizer, device, capacity, self.integer_buffers)
-        self._pairs = [SubnetPair(*parts) for _ in range(1 + delta)]
+        self._pairs = [SubnetPair(*parts) for _ in range(pairs)]
         self._current = 0
         self._reduce_memory = torch.empty(capacity + TAIL, dtype=store.dtype, device=device)
         self._side_stream = SideStream(device) if overlap else None
@@ -188,14 +192,19 @@ class Transfers:
         self.finish_asides = lambda: None if asked.cancelled() else asked.result()
         return asked.result
 
-    def prefetch(self, plan: Callable[[], Transfer]) -> None:
-        """Begin to fetch what the next round, that of ``plan``, needs and the present one does not train."""
+    def prefetch(self, plan: Callable[[], Transfer], local: bool) -> None:
+        """Begin to fetch what the next round, that of ``plan``, needs and the present one does not train.
+
+        Args:
+            plan: asked for on the thread of the transfers.
+            local: ranks train the present round by themselves.
+        """
         if self._side_stream is not None:
             source, target = self._source, self._pairs[1 - self._current]
 
             def fetch() -> Transfer:
                 transfer = plan()
-                transfer.source, transfer.target = source, target
+                transfer.source, transfer.target, transfer.local = source, target, local
                 self._fetch(transfer)
                 target.plan_shared()  # here, not in the first step of the round
                 target.bind(self._gradient_memory(target))
@@ -221,7 +230,9 @@ class Transfers:
         self.before_return()
         with self.timeline.span("scatter"):
             self._put_back(pieces, ())
-        self.pair.loaded = False
+        self.pair.loaded = self._ahead = False
+        if self._prefetched is not None:
+            self._prefetched.result().source = None  # the rest of it is in the store now
 
     def settle(self) -> None:
         """Bring the store up to date: after this it holds every weight, no transfer is under way, and any
@@ -314,13 +325,22 @@ class Transfers:
         transfer.loads = list(self._loads(transfer, transfer.target))
         with self.timeline.span("gather"):
             for side, kinds, _, plan in transfer.loads:
-                self.bytes_fetched += self.store.fetch(plan, [(kind, side.arrays[kind]) for kind in kinds])
+                arrays = [(kind, side.arrays[kind]) for kind in kinds]
+                self.bytes_fetched += self.store.fetch((plan, arrays))
                 fault_point("gather", self.steps_done)
         carried = [blocks for *_, plan in transfer.loads for blocks in plan.carried.values()]
         send_tables(carried, self._reduce_memory.device)
 
     def _carry(self, transfer: Transfer) -> None:
         """Copy what the source, or an earlier side of the target, holds. The order of the loads matters."""
+        late = [
+            (plan.late, [(kind, side.arrays[kind]) for kind in kinds])
+            for side, kinds, _, plan in transfer.loads
+            if plan.late is not None
+        ]
+        if late:
+            with self.timeline.span("gather"):
+                self.bytes_fetched += self.store.fetch(*late)
         with self.timeline.span("carry"):
             for side, kinds, holders, plan in transfer.loads:
                 for holder, blocks in plan.carried.items():
@@ -331,10 +351,12 @@ class Transfers:
         """How every array of the target comes about.
 
         Valid entries are held by the trained sides of the source; for kinds that the reference has, by the
-        reference, whose own entries equal the store's; and by the sides of the target that come first.
+        reference, whose own entries equal the store's; and by the sides of the target that come first. From
+        a local round only these last ones are taken.
         """
         source = transfer.source
-        before = [] if source is None else [*source.trained, *source.active]
+        stale = source.trained if source is not None and transfer.local else ()
+        before = [] if source is None else [*source.trained, *(() if transfer.local else source.active)]
         for side in target.active:
             groups: dict[tuple[bool, tuple[Side, ...]], list[str]] = {}
             for kind in side.arrays:
@@ -347,8 +369,10 @@ class Transfers:
                 own = transfer.per_rank if side is target.sides[transfer.second is not None] else ()
                 if not own and holders not in known:
                     known[holders] = Regions(side.selection, [holder.selection for holder in holders])
-                yield side, kinds, holders, self._plan(side, kinds[0], holders, own, known.get(holders))
-            before.append(side)
+                late = [number for number, holder in enumerate(holders) if holder in stale]
+                plan = self._plan(side, kinds[0], holders, own, known.get(holders), late)
+                yield side, kinds, holders, plan
+            before.insert(0 if stale else len(before), side)
 
     def _plan(
         self,
@@ -357,13 +381,14 @@ class Transfers:
         holders: tuple[Side, ...],
         per_rank: tuple[Selection, ...],
         regions: Regions | None,
+        late: Collection[int],
     ) -> TransferPlan:
         partition, rank = self.store.partitions[kind], self.store.ranks.rank
         target, places = side.narrow(kind), [holder.narrow(kind) for holder in holders]
         if not per_rank:
-            return fetch_plan(partition, rank, target, places, regions)
+            return fetch_plan(partition, rank, target, places, regions, late)
         targets = [Narrow(selection, target.names, target.step) for selection in per_rank]
-        return fetch_plan_per_rank(partition, rank, targets, places)
+        return fetch_plan_per_rank(partition, rank, targets, places, late)
 
     def _return(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
         """Write this rank's entries of what ``left`` has trained and no side of ``keepers`` still trains."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -278,7 +279,7 @@ class WeightStore:
         """
         partition = self.partitions[kind]
         narrow = kept if isinstance(kept, Narrow) else Narrow(kept, partition.layout.shapes)
-        self.fetch(fetch_plan(partition, self.ranks.rank, narrow), [(kind, out)])
+        self.fetch((fetch_plan(partition, self.ranks.rank, narrow), [(kind, out)]))
 
     def scatter(self, selection: Selection, kind: str, values: Tensor) -> None:
         """Write this rank's entries of a flat narrow buffer back into its rows. Uses no network."""
@@ -286,27 +287,26 @@ class WeightStore:
         whole = return_plan(partition, self.ranks.rank, Narrow(selection, partition.layout.shapes))
         self.put_back(whole, [(kind, values)])
 
-    def fetch(self, plan: TransferPlan, arrays: Sequence[tuple[str, Tensor]]) -> int:
-        """Carry out the part of a transfer that comes from the store.
+    def fetch(self, *moves: tuple[TransferPlan, Sequence[tuple[str, Tensor]]]) -> int:
+        """Carry out the parts of transfers that come from the store.
 
         Args:
-            plan: the moves, for all of ``arrays``.
-            arrays: (kind, flat narrow buffer on the device) pairs.
+            moves: each for some arrays, as (kind, flat narrow buffer on the device) pairs.
 
         Returns:
             bytes that have left this rank's rows.
         """
-        if plan.fetched is not None:
-            self._copy(plan.fetched, arrays)
-        under_way: list[Callable[[], object]] = []
-        for exchange, (kind, out) in product(plan.exchanges, arrays):
-            under_way.append(self._begin_exchange(exchange, kind, out))  # while the one before is on its way
-            for finish in under_way[:-1]:
-                finish()
-            del under_way[:-1]
+        under_way: deque[Callable[[], object]] = deque()
+        for plan, arrays in moves:
+            if plan.fetched is not None:
+                self._copy(plan.fetched, arrays)
+            for exchange, (kind, out) in product(plan.exchanges, arrays):
+                under_way.append(self._begin_exchange(exchange, kind, out))
+                if len(under_way) == 2:  # one is on its way while the next is packed
+                    under_way.popleft()()
         for finish in under_way:
             finish()
-        return plan.own_entries * len(arrays) * self.dtype.itemsize
+        return sum(plan.own_entries * len(arrays) for plan, arrays in moves) * self.dtype.itemsize
 
     def put_back(self, plan: BlockPlan, arrays: Sequence[tuple[str, Tensor]]) -> int:
         """Write entries of narrow buffers into this rank's rows.

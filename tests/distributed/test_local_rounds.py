@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, Subnets
+from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, Subnets, Transfer
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import restore_session, session_state
@@ -119,17 +119,34 @@ KINDS = {
 }
 
 
-def session_of(kind: str, **setup: Any) -> SparseOffload:
+def session_of(kind: str, transfer: Transfer = "auto", **setup: Any) -> SparseOffload:
     """Adam, BatchNorm, a moving average, and the choice of a final mask."""
     final = configured(FinalConfig, candidates=4, selection_batches=2)
     adam = OptimConfig(name="adamw", lr=1e-2)
-    return make_session(
-        small_net(), BERNOULLI, KINDS[kind], STEPS, optimizer=adam, final=final, ema=0.5, **setup
-    )
+    rounds = dataclasses.replace(KINDS[kind], transfer=transfer)
+    return make_session(small_net(), BERNOULLI, rounds, STEPS, optimizer=adam, final=final, ema=0.5, **setup)
 
 
 def own_batches() -> list[Any]:
     return [loss_of(own_part(batch)) for batch in batches(STEPS)]
+
+
+def fetched_ahead(kind: str) -> dict[str, Any]:
+    """Beside the steps and between the rounds, after a first round in which ranks talk at every step: what is
+    not the same bits, and the bytes that have left the rows after every step.
+    """
+    found, counted = [], []
+    for transfer in ("overlap", "full"):
+        session = session_of(kind, transfer, local_from=4)
+        bytes_fetched = []
+        for closure in own_batches():
+            session.step(closure)
+            session.transfers.join()
+            bytes_fetched.append(session.transfers.bytes_fetched)
+        found.append(state_of(session))
+        counted.append(bytes_fetched)
+    beside, between = found
+    return {"wrong": [n for n in beside if not torch.equal(beside[n], between[n])], "bytes": counted}
 
 
 def resumed(kind: str) -> list[str]:
@@ -267,9 +284,9 @@ def durable(folder: Path, kind: str) -> list[str]:
 
 
 def sent(subnets: str) -> tuple[float, float]:
-    """Bytes that this rank sends in a round, beside losses: counted, and planned."""
+    """Bytes that this rank sends between two rounds: counted, and planned."""
     local = PLANNED["local"]
-    rounds = dataclasses.replace(local.round, reference="every_step", subnets=subnets)
+    rounds = dataclasses.replace(local.round, reference="every_step", subnets=subnets, transfer="full")
     config = dataclasses.replace(local, round=rounds, data=dataclasses.replace(local.data, batch_size=8))
     session, fetched = build_session(config), []
     train(session, config, lambda: fetched.append(session.transfers.bytes_fetched))
@@ -283,6 +300,7 @@ def sent(subnets: str) -> tuple[float, float]:
 def everything(folder: str) -> dict[str, Any]:
     """On two ranks: one start of the processes for all of it."""
     return {
+        "ahead": {kind: fetched_ahead(kind) for kind in ("turns", "every_step")},
         "resumed": {kind: resumed(kind) for kind in KINDS},
         "durable": {kind: durable(Path(folder) / f"files of {kind}", kind) for kind in ("turns", "per_rank")},
         "resharded": {kind: resharded(folder, kind) for kind in ("turns", "per_rank")},
@@ -309,6 +327,21 @@ def test_a_session_restored_at_any_step_ends_with_the_same_bits(on_two: OnTwo) -
         assert found["resumed"] == {kind: [] for kind in KINDS}
 
 
+def test_what_is_fetched_while_ranks_train_by_themselves_changes_no_bit(on_two: OnTwo) -> None:
+    """What the open round trains comes at its end, as ranks agree on it; all else during its steps."""
+    for kind in ("turns", "every_step"):
+        for found in on_two[0]:
+            assert found["ahead"][kind]["wrong"] == []
+            beside, between = found["ahead"][kind]["bytes"]
+            assert beside[-1] == between[-1]
+        beside, between = (
+            [sum(found["ahead"][kind]["bytes"][way][step] for found in on_two[0]) for step in range(STEPS)]
+            for way in range(2)
+        )
+        opened = between[8] - between[7]
+        assert between[4] < beside[4] < between[4] + opened, "in the first step of a round, most of the next"
+
+
 def all_resharded(folder: str) -> dict[str, Any]:
     return {kind: resharded(folder, kind) for kind in ("turns", "per_rank")}
 
@@ -333,6 +366,12 @@ def test_rounds_in_files_are_taken_up_with_the_same_bits(on_two: OnTwo) -> None:
     """After any step of a round: at the round's begin, or, where the step was saved, right there."""
     for found in on_two[0]:
         assert found["durable"] == {"turns": [], "per_rank": []}
+
+
+@pytest.mark.parametrize("chosen", [{"transfer": "delta"}, {"transfer": "overlap", "subnets": "per_rank"}])
+def test_what_ranks_change_by_themselves_is_neither_kept_nor_fetched_ahead(chosen: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="to auto"):
+        RoundConfig(sync="round", **chosen)
 
 
 @pytest.mark.parametrize(("subnets", "apart"), [("shared", 1e-3), ("per_rank", 0.1)])

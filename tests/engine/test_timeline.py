@@ -90,7 +90,8 @@ class Nested(Timeline):
 @pytest.mark.parametrize("sync", ["step", "round"])
 def test_all_that_lies_between_two_rounds_counts_as_their_exchange(sync: Sync) -> None:
     """What ranks agree on at the end of a local round, and its way back to the store, too."""
-    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2, sync=sync))
+    rounds = RoundConfig(k=2, sync=sync, transfer="auto" if sync == "step" else "full")
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds)
     session.transfers.timeline = timeline = Nested()
     for batch in batches(7):
         session.step(loss_of(batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from offload_sparse.config.run import RunConfig, TrainConfig, resolve
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.run.launch import as_launched, check_environment
 
 RENDEZVOUS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -76,6 +77,9 @@ def test_auto_is_resolved_once_and_nothing_else_changes(device: str, transfer: s
     assert (config.policy.sampler, config.policy.estimator) == ("persistent", "rloo")
     assert (config.policy.parametrisation, config.round.transfer) == ("group", transfer)
     assert resolve(config, device) == config
+    for subnets, once in (("shared", "overlap"), ("references", "overlap"), ("per_rank", "full")):
+        rounds = RoundConfig(sync="round", reference="every_step", subnets=subnets)  # type: ignore[arg-type]
+        assert resolve(RunConfig(round=rounds), device).round.transfer == once
     chosen = RunConfig()
     chosen.round.transfer, chosen.store.pin = "full", "on"
     assert (resolve(chosen, device).round.transfer, resolve(chosen, device).store.pin) == ("full", "on")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -73,7 +75,7 @@ def filled(channel_map: ChannelMap, world: int, target: Narrow, holders: list[Na
     for holder, plan in plans[0].carried.items():
         copy_blocks(plan, [(narrow(channel_map, holders[holder].selection), found)])
     if world == 1:
-        group[0].fetch(plans[0], [(WEIGHTS, found)])
+        group[0].fetch((plans[0], [(WEIGHTS, found)]))
         return found
     for exchanges in zip(*(plan.exchanges for plan in plans), strict=True):
         wire = []
@@ -204,6 +206,16 @@ def test_slots_start_at_zero_and_move_with_the_indices_of_the_weights() -> None:
     store.gather(selection, BUFFERS, buffers)
     assert torch.equal(buffers, torch.zeros(4))
     assert store.nbytes == 4 * (12 + 12 + 4)
+
+
+def test_a_rank_is_ready_to_receive_before_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the word that it is waits behind what it sends, and a link carries one direction at a time."""
+    posted: list[tuple[object, int]] = []
+    monkeypatch.setattr(dist, "P2POp", lambda way, tensor, peer, group: (way, peer))
+    monkeypatch.setattr(dist, "batch_isend_irecv", posted.extend)
+    some, none = torch.ones(2), torch.ones(0)
+    Ranks(1, 4, first=4).swap(None, [some, some, none, some], [some, some, some, none])
+    assert posted == [(dist.irecv, 4), (dist.irecv, 6), (dist.isend, 4), (dist.isend, 7)]
 
 
 def test_integer_buffers_are_kept_whole_and_unsliced() -> None:

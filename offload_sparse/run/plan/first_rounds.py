@@ -63,7 +63,7 @@ class FirstRounds:
         self.capacity = policy.size_cap + own_entries(channel_map) + gaps[WEIGHTS]
         self.family = policy.family() if isinstance(policy, WidthSearch) else []
         stays = policy.trivial or chosen.search == "none"
-        self._pairs = 1 + (config.round.delta and not stays)
+        self._pairs, self._delta = 1 if stays else config.round.pairs, config.round.delta
         trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
         turns = config.round.reference == "turns" and config.round.k > 1
         self._outer = (WEIGHTS,) if config.round.outer_momentum else ()
@@ -124,7 +124,7 @@ class FirstRounds:
 
     def _fetched(self, old: Sequence[Side], new: Sequence[Side]) -> int:
         """What no subnet on the device holds; without delta transfer none is left of the round before."""
-        before = [s for s in old if s.trained] + [s for s in old if not s.trained] if self._pairs > 1 else []
+        before = [s for s in old if s.trained] + [s for s in old if not s.trained] if self._delta else []
         total = 0
         for side in new:
             for kind in side.kinds:
@@ -135,7 +135,7 @@ class FirstRounds:
 
     def _returned(self, old: Sequence[Side], new: Sequence[Side]) -> int:
         """What has been trained and is trained no more."""
-        keepers = [side.selection for side in new if side.trained] if self._pairs > 1 else []
+        keepers = [side.selection for side in new if side.trained] if self._delta else []
         total = 0
         for side in (s for s in old if s.trained):
             total += sum(self._missing(side, kind, keepers) for kind in (*side.kinds, *self._outer))

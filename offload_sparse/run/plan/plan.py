@@ -183,9 +183,10 @@ class Planner:
         passes = self._passes(first, largest, images)
         cuda = machine.device is not None
         moved = 2 * self._part_bytes(first, WIRE) if machine.ranks > 1 else 0  # one on its way, one packed
-        moved += self._part_bytes(first, STAGE) if cuda else self._averaged(first, machine)
+        moved += self._part_bytes(first, STAGE) if cuda else 0
+        averaged = 0 if cuda else self._averaged(first, machine)
         overlaps = config.round.overlaps(cuda) and learns
-        return kept * batch + (passes + moved if overlaps else max(passes, moved))
+        return kept * batch + max(averaged, passes + moved if overlaps else max(passes, moved))
 
     def traffic(self, machine: Machine, rounds: int = ROUNDS) -> tuple[float, float]:
         """Bytes that a rank moves from one round to the next: (to the device, back), means over rounds."""

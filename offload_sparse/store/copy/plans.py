@@ -12,7 +12,7 @@ in batches, which bounds the wire buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -51,11 +51,13 @@ class TransferPlan:
         carried: per holder, from its narrow buffer to the target's.
         fetched: own rows to the narrow buffer; a single rank needs nothing else.
         exchanges: the same over several ranks.
+        late: what the store only has once the round before has been put back.
     """
 
     carried: dict[int, BlockPlan]
     fetched: BlockPlan | None = None
     exchanges: list[Exchange] = field(default_factory=list)
+    late: TransferPlan | None = None
 
     @property
     def own_entries(self) -> int:
@@ -202,6 +204,7 @@ def fetch_plan(
     target: Narrow,
     holders: Sequence[Narrow] = (),
     regions: Regions | None = None,
+    late: Collection[int] = (),
 ) -> TransferPlan:
     """Plan how ``target`` is filled.
 
@@ -211,21 +214,22 @@ def fetch_plan(
         target: the subnet to be filled.
         holders: subnets whose buffers hold valid entries, in order of preference.
         regions: those of the selections of ``target`` and ``holders``, if they are known already.
+        late: numbers of holders that hold nothing valid: what they have will be in the store, but is not yet.
     """
     regions = regions or Regions(target.selection, [holder.selection for holder in holders])
-    plan = TransferPlan(_carried(regions, target, holders))
-    if partition.world_size == 1:
-        plan.fetched = _from_shard(partition, rank, target, regions)
-        return plan
-    shard = _Shard(partition, rank, target)
-    for batch in _batches(target, regions.of(target.names, None)):
-        pack = _packed(regions, shard, target, batch)
-        plan.exchanges.append(Exchange([pack], *_unpacked(regions, partition, target, batch)))
+    plan = _from_rows(partition, rank, target, regions, [None])
+    plan.carried = _carried(regions, target, holders, late)
+    if late:
+        plan.late = _from_rows(partition, rank, target, regions, late)
     return plan
 
 
 def fetch_plan_per_rank(
-    partition: Partition, rank: int, targets: Sequence[Narrow], holders: Sequence[Narrow] = ()
+    partition: Partition,
+    rank: int,
+    targets: Sequence[Narrow],
+    holders: Sequence[Narrow] = (),
+    late: Collection[int] = (),
 ) -> TransferPlan:
     """Plan how every rank fills the target of its own.
 
@@ -234,19 +238,26 @@ def fetch_plan_per_rank(
         rank: this rank.
         targets: the subnet of each rank.
         holders: subnets that all ranks have in common, with valid entries, in order of preference.
+        late: as in ``fetch_plan``.
     """
     if partition.world_size == 1:
-        return fetch_plan(partition, rank, targets[0], holders)
+        return fetch_plan(partition, rank, targets[0], holders, late=late)
     shared = [holder.selection for holder in holders]
     divided = [Regions(target.selection, shared) for target in targets]
-    packs = [
-        _packed(regions, _Shard(partition, rank, target), target, regions.of(target.names, None))
-        for target, regions in zip(targets, divided, strict=True)
-    ]
     target, regions = targets[rank], divided[rank]
-    fetched = regions.of(target.names, None)
-    exchange = Exchange(packs, *_unpacked(regions, partition, target, fetched))
-    return TransferPlan(_carried(regions, target, holders), exchanges=[exchange])
+
+    def exchange(holder: int | None) -> Exchange:
+        pieces = [of.of(one.names, holder) for one, of in zip(targets, divided, strict=True)]
+        packs = [
+            _packed(of, _Shard(partition, rank, one), one, found)
+            for one, of, found in zip(targets, divided, pieces, strict=True)
+        ]
+        return Exchange(packs, *_unpacked(regions, partition, target, pieces[rank]))
+
+    plan = TransferPlan(_carried(regions, target, holders, late), exchanges=[exchange(None)])
+    if late:
+        plan.late = TransferPlan({}, exchanges=[exchange(holder) for holder in late])
+    return plan
 
 
 def return_plan(
@@ -265,21 +276,40 @@ def return_plan(
         regions: those of the selections of ``subnet`` and ``keepers``, if they are known already.
     """
     regions = regions or Regions(subnet.selection, [k.selection for k in keepers], wanted=[None])
-    return _from_shard(partition, rank, subnet, regions)
+    return _from_shard(partition, rank, subnet, regions, [None])
 
 
-def _carried(regions: Regions, target: Narrow, holders: Sequence[Narrow]) -> dict[int, BlockPlan]:
-    """From every holder that has any."""
+def _carried(
+    regions: Regions, target: Narrow, holders: Sequence[Narrow], late: Collection[int]
+) -> dict[int, BlockPlan]:
+    """From every holder that has any, but those that are ``late``."""
     there = target.among(regions, None)
-    found = ((n, holder.among(regions, n), regions.of(target.names, n)) for n, holder in enumerate(holders))
+    valid = ((n, holder) for n, holder in enumerate(holders) if n not in late)
+    found = ((n, holder.among(regions, n), regions.of(target.names, n)) for n, holder in valid)
     return {n: _plan(regions, target, [(p, here, there)]) for n, here, p in found if len(p.tensors)}
 
 
-def _from_shard(partition: Partition, rank: int, target: Narrow, regions: Regions) -> BlockPlan:
-    """From the rows that ``rank`` owns to the narrow buffer, what no holder has."""
-    shard = _Shard(partition, rank, target)
-    pieces = shard.own(regions.of(target.names, None), regions.indices)
-    return _plan(regions, target, [(pieces, shard, target.among(regions, None))])
+def _from_rows(
+    partition: Partition, rank: int, target: Narrow, regions: Regions, holders: Collection[int | None]
+) -> TransferPlan:
+    """From the rows of every rank to the narrow buffer, which is the same on all: what these holders have."""
+    if partition.world_size == 1:
+        return TransferPlan({}, _from_shard(partition, rank, target, regions, holders))
+    shard, plan = _Shard(partition, rank, target), TransferPlan({})
+    for holder in holders:
+        for batch in _batches(target, regions.of(target.names, holder)):
+            pack = _packed(regions, shard, target, batch)
+            plan.exchanges.append(Exchange([pack], *_unpacked(regions, partition, target, batch)))
+    return plan
+
+
+def _from_shard(
+    partition: Partition, rank: int, target: Narrow, regions: Regions, holders: Collection[int | None]
+) -> BlockPlan:
+    """From the rows that ``rank`` owns to the narrow buffer: what these holders have."""
+    shard, there = _Shard(partition, rank, target), target.among(regions, None)
+    found = (shard.own(regions.of(target.names, holder), regions.indices) for holder in holders)
+    return _plan(regions, target, [(pieces, shard, there) for pieces in found])
 
 
 def _packed(regions: Regions, shard: _Shard, target: Narrow, pieces: Pieces) -> BlockPlan:
