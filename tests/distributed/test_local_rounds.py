@@ -369,7 +369,7 @@ def test_rounds_in_files_are_taken_up_with_the_same_bits(on_two: OnTwo) -> None:
 
 
 @pytest.mark.parametrize("chosen", [{"transfer": "delta"}, {"transfer": "overlap", "subnets": "per_rank"}])
-def test_what_ranks_change_by_themselves_is_neither_kept_nor_fetched_ahead(chosen: dict[str, Any]) -> None:
+def test_what_ranks_change_alone_is_neither_kept_nor_fetched_ahead(chosen: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="to auto"):
         RoundConfig(sync="round", **chosen)
 
