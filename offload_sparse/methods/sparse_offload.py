@@ -127,9 +127,10 @@ class SparseOffloadMethod(Method):
 
     def state(self) -> MethodState | None:
         session = self.session
-        if session.on_nonfinite == "rollback" and session.masks is not None and session.round_step:
+        within = session.masks is not None and session.round_step > 0
+        if within and session.on_nonfinite == "rollback":
             return None  # a step to come may lead back to the begin of this round, which nothing would hold
-        if session.local and session.round_step and session.steps_done < self._steps and self.durable is None:
+        if within and session.local and session.steps_done < self._steps and self.durable is None:
             return None  # what every rank has learned by itself would be of use to as many ranks only
         if self.durable is None:
             return session_state(self.session)

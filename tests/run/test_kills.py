@@ -25,6 +25,7 @@ CONFIGURATIONS = {
         *("--policy.search", "probe", "--round.freeze_at", "0.5", "--store.tier", "file"),
         *("--policy.rho", "0.3", "--policy.budgets", "[0.3, 0.5, 0.8]"),
     ],
+    "round": ["--round.sync", "round", "--optim.warmup_epochs", "0"],
 }
 FATAL_STEP = {"family": killed_run.STEPS // 2}
 """At which the members' own norms begin."""
