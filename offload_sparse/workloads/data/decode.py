@@ -25,6 +25,11 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+try:
+    from simplejpeg import decode_jpeg
+except ImportError:  # not built for every platform; Pillow then decodes all
+    decode_jpeg = None
+
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; MPO, which cameras write, is a JPEG with more images behind it."""
 
@@ -41,7 +46,6 @@ Stored: TypeAlias = dict[str, Any] | None
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # markers of JPEG: baseline, extended and progressive frames, EXIF data or XMP
 _METADATA = 0xE1
-_RGB = 3  # of torchvision.io.ImageReadMode
 
 # What broken files make the decoders of Pillow raise.
 _DECODING_ERRORS = (
@@ -175,7 +179,8 @@ def decode_pixels(stored: Stored, channels: int) -> Tensor:
 
 
 def _pixels(content: bytes, channels: int) -> Tensor:
-    pixels = _whole_jpeg(content) if channels == 3 and _is_plain_jpeg(content) else None
+    plain = decode_jpeg is not None and channels == 3 and _is_plain_jpeg(content)
+    pixels = _whole_jpeg(content) if plain else None
     if pixels is not None:
         return pixels
     with warnings.catch_warnings(action="ignore"):  # about palettes
@@ -201,10 +206,8 @@ def _is_plain_jpeg(content: bytes) -> bool:
 
 
 def _whole_jpeg(content: bytes) -> Tensor | None:
-    """The pixels that Pillow would give, by the same library with fewer copies; None if it refuses. This is
-    the operator of torchvision's ``decode_jpeg``, which takes a twentieth longer to warn that it will go."""
+    """The pixels that Pillow would give, by the same library with fewer copies; None if it refuses."""
     try:
-        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return torch.ops.image.decode_jpeg(encoded, _RGB, False)
-    except (RuntimeError, AttributeError):
+        return torch.from_numpy(decode_jpeg(content)).permute(2, 0, 1)
+    except ValueError:
         return None
