@@ -37,7 +37,7 @@ from offload_sparse.workloads.models import build_model
 
 MODELS: dict[str, tuple[str, int, int, int]] = {
     "vgg19": ("offload_sparse/vgg19_cifar", 32, 16, 10),
-    "resnet50": ("torchvision/resnet50", 64, 8, 1000),
+    "resnet50": ("torchvision/resnet50", 64, 16, 1000),
 }
 """Name, image side, images per rank, classes."""
 

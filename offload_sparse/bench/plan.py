@@ -123,8 +123,9 @@ def measure_resident(config: RunConfig) -> int:
 
 def measure_allocated(config: RunConfig) -> dict[str, int]:
     """Bytes that torch's allocator hands out while a session trains, on the CUDA device or without one on the
-    CPU. Returns ``device``: its peak while the session trains; ``host``: the store and, beside it, the larger
-    of what its construction allocates and, without a CUDA device, of what training does."""
+    CPU, there by this thread alone: transfers must not overlap. Returns ``device``: its peak while training
+    goes on; ``host``: the store and, beside it, the larger of what its construction allocates and, without a
+    CUDA device, of what training does."""
     gc.collect()  # what goes while it is measured would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         session = build_session(config)

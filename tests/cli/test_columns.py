@@ -101,11 +101,10 @@ def test_the_table_of_all_networks(
     longest = max(coverage.CASES, key=lambda case: len(case.name))
     reason = "a layer meets another one of which nobody has ever heard; " * 3
 
-    def cover(cases: object, **_: object) -> object:
-        rows = coverage.Outcome(longest, "internal", 100, 123_456, 1234.5, 2000.0, None, reason, None, True)
-        yield [rows]
+    def examine(case: object, **_: object) -> list[coverage.Outcome]:
+        return [coverage.Outcome(longest, "internal", 100, 123_456, 1234.5, 2000.0, None, reason, None, True)]
 
-    monkeypatch.setattr(coverage, "cover", cover)
+    monkeypatch.setattr(coverage, "examine", examine)
     assert "refused: a layer" in printed(capsys, "verify", "--all", code=1)
 
 

@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, Subnets, Transfer
 from offload_sparse.engine.durable import DurableRounds
+from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
@@ -205,7 +207,14 @@ def faulty(mode: str, subnets: Subnets) -> tuple[dict[str, Any], list[str]]:
     return state_of(session) | {"steps": session.steps_done}, faults
 
 
-FAULTY: list[tuple[str, Subnets]] = [("skip", "shared"), ("skip", "per_rank"), ("rollback", "shared")]
+FAULTY: list[tuple[str, Subnets]] = [
+    (mode, subnets) for mode in ("skip", "rollback") for subnets in ("shared", "per_rank")
+]
+
+
+def with_rank(network: torch.nn.Module, closure: Closure) -> tuple[torch.Tensor, dict[str, float]]:
+    """A metric that differs from rank to rank."""
+    return cast(torch.Tensor, closure(network)), {"rank": dist.get_rank()}
 
 
 def uneven() -> dict[str, Any]:
@@ -215,7 +224,8 @@ def uneven() -> dict[str, Any]:
         rounds = RoundConfig(k=1, sync=sync, reference="every_step", freeze_at=1.0)  # type: ignore[arg-type]
         session = make_session(small_net(), BERNOULLI, rounds, optimizer=PLAIN)
         for closure in own_batches()[: 5 - 2 * dist.get_rank()]:
-            session.step(closure)
+            session.step(partial(with_rank, closure=closure))
+        found[f"{sync} records"] = session.records()
         with session.evaluation() as network:
             found[f"{sync} network"] = torch.cat([p.detach().flatten() for p in network.parameters()])
         found[sync] = state_of(session)
@@ -402,6 +412,16 @@ def test_a_rank_counts_by_the_steps_that_it_had_a_batch_for(on_two: OnTwo) -> No
             torch.testing.assert_close(local[name], step[name], rtol=0, atol=1e-10, msg=name)
         one, other = (found["uneven"][f"{sync} network"] for sync in ("step", "round"))
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_losses_and_metrics_are_those_of_all_ranks(on_two: OnTwo) -> None:
+    """Each in its mean over the ranks that had a batch: two for three steps, then one."""
+    for found, expected in zip(on_two[0], ([0.5] * 3 + [0.0] * 2, [0.5] * 3), strict=True):
+        step, local = found["uneven"]["step records"], found["uneven"]["round records"]
+        assert [record.metrics["rank"] for record in local] == expected
+        for one, other in zip(local, step, strict=True):
+            assert one.metrics == other.metrics
+            assert (one.loss, *one.compared) == pytest.approx((other.loss, *other.compared), abs=1e-10)
 
 
 def test_an_evaluation_within_a_round_is_of_the_mean_of_the_ranks(on_two: OnTwo) -> None:

@@ -180,13 +180,13 @@ def test_files_that_hold_other_weights_are_found_out(
 ) -> None:
     arguments = {"num_classes": 4, "in_channels": 3, "image_size": 16, "width": 0.25}
     final = trained(partial(build_model, "offload_sparse/vgg_small", **arguments))
-    encode = network_file.encode
+    blocks_of = network_file.blocks_of
 
     def wrong(tensors: dict[str, Tensor]) -> Any:
         name = next(name for name in tensors if name.endswith("weight"))
-        return encode(tensors | {name: tensors[name] * 1.1})
+        return blocks_of(tensors | {name: tensors[name] * 1.1})
 
-    monkeypatch.setattr(network_file, "encode", wrong)
+    monkeypatch.setattr(network_file, "blocks_of", wrong)
     model = {"name": "offload_sparse/vgg_small", "arguments": arguments} if by_name else None
     with pytest.raises(ValueError, match="do not use it"):
         final.save(tmp_path, model, {"shape": [3, 16, 16]})
