@@ -27,12 +27,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import Batch, loss_of, random_batch
+from offload_sparse.bench.measure import Batch, loss_of, random_batch, session_of
 from offload_sparse.bench.options import LinksConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig, Sync
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import Setup, SparseOffload
-from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.models import build_model
 
 MODELS: dict[str, tuple[str, int, int, int]] = {
@@ -219,15 +216,8 @@ def _dense(build: Callable[[], torch.nn.Module], batch: Batch) -> Callable[[], o
 
 
 def _ours(build: Callable[[], torch.nn.Module], batch: Batch, k: int, sync: str) -> Callable[[], object]:
-    session = SparseOffload(
-        build,
-        (batch[0][:1].to("meta"),),
-        optimizer_factory(OptimConfig(lr=0.01)),
-        total_steps=1000 * k,
-        policy=PolicyConfig.paper(rho=_RHO),
-        rounds=RoundConfig(k=k, reference="every_step", sync=cast(Sync, sync)),
-        setup=Setup(verify=False),
-    )
+    rounds = RoundConfig(k=k, reference="every_step", sync=cast(Sync, sync))
+    session = session_of(build, batch[0].shape[1:], _RHO, rounds, OptimConfig(lr=0.01))
     return lambda: session.step(partial(loss_of, batch=batch))
 
 
