@@ -108,14 +108,14 @@ class StudyConfig(CellsConfig):
     """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
     Attributes:
-        set: ``vgg19`` or ``resnet20`` (CIFAR-10, accuracy on validation images), or ``fashion_mnist`` (a
-            small VGG, images of 14×14).
+        set: ``vgg19``, ``resnet20`` or ``mobilenetv1`` (CIFAR-10, accuracy on validation images), or
+            ``fashion_mnist`` (a small VGG, images of 14×14).
         flops: shares of the dense network's FLOPs.
         methods: which methods, by name; empty runs all.
         epochs: passes over the images of ``even``; 0 takes those of the set, with ``quick`` 40 steps.
     """
 
-    set: Literal["fashion_mnist", "resnet20", "vgg19"] = "fashion_mnist"
+    set: Literal["fashion_mnist", "resnet20", "mobilenetv1", "vgg19"] = "fashion_mnist"
     flops: list[float] = field(default_factory=lambda: [0.064])
     methods: list[str] = field(default_factory=list)
     epochs: int = 0

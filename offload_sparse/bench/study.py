@@ -67,6 +67,9 @@ SETTINGS = {
     "resnet20": Setting(
         _CIFAR | {"model.name": "offload_sparse/resnet20_cifar"}, 45_000, groups=12, epochs=15
     ),
+    "mobilenetv1": Setting(
+        _CIFAR | {"model.name": "timm/mobilenetv1_100"}, 45_000, groups=14, epochs=15
+    ),
     "vgg19": Setting(
         _CIFAR | {"model.name": "offload_sparse/vgg19_cifar"},
         45_000,
