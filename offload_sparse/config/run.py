@@ -211,7 +211,7 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
         pin = "off"
     return replace(
         config,
-        policy=config.policy.resolved(config.compile),
+        policy=config.policy.resolved(config.compile, bool(config.model.weights)),
         atoms=AtomsConfig(chosen_block(config.atoms.block, device, config.train.precision == "bf16")),
         round=replace(config.round, transfer=transfer),
         store=replace(config.store, pin=pin),

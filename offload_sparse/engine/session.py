@@ -195,7 +195,7 @@ class SparseOffload(Rounds):
         probabilities = policy or PolicyConfig()
         if rho is not None:
             probabilities = dataclasses.replace(probabilities, rho=rho)
-        chosen = probabilities.resolved(setup.compile)
+        chosen = probabilities.resolved(setup.compile, weights is not None)
         check_combination(chosen, rounds)
         freeze_step = None if total_steps is None else round(rounds.freeze_at * total_steps)
         known = None

@@ -44,7 +44,8 @@ def build_static(task: Task) -> Method:
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
     mask = static_mask(config.static.widths, config.policy, channel_map, cost)
-    start, seed = config.policy.start, config.train.seed
+    seed = config.train.seed
+    start = config.policy.resolved(config.compile, task.weights is not None).start
 
     def tensors() -> Iterable[tuple[str, Tensor]]:
         assert prepared.recording is not None

@@ -11,7 +11,7 @@ EstimatorName = Literal["auto", "pge", "vr_pge", "rloo", "disarm_cv"]
 SamplerName = Literal["auto", "bernoulli", "persistent", "fixed_width"]
 ParametrisationName = Literal["auto", "atom", "group"]
 BudgetName = Literal["count", "params", "flops"]
-StartName = Literal["uniform", "l1", "l2", "norm_scale", "random"]
+StartName = Literal["auto", "uniform", "l1", "l2", "norm_scale", "random"]
 SearchName = Literal["sampled", "forward", "probe", "none"]
 
 ALPHA = 0.5
@@ -43,7 +43,8 @@ class PolicyConfig:
         start: which channels are the most probable ones, or the first mask: ``uniform`` tells none apart, as
             fresh weights do not; of weights to start from those with the largest norm of their filters
             (``l1``, ``l2``), or that norm times the scale of their BatchNorm (``norm_scale``). ``static``
-            keeps just these: a one-shot cut. ``random`` is its control.
+            keeps just these: a one-shot cut. ``random`` is its control. With ``auto`` it is
+            ``norm_scale`` for weights that are trained already, else ``uniform``.
         estimator: gradient estimator of the keep probabilities (see ``policy.estimators``). ``disarm_cv``
             draws pairs of antithetic masks. ``auto`` is that of the least variance that the sampler allows:
             ``disarm_cv`` for ``bernoulli``, else ``rloo``.
@@ -71,7 +72,7 @@ class PolicyConfig:
     budgets: list[float] = field(default_factory=list)
     budget: BudgetName = "count"
     search: SearchName = "sampled"
-    start: StartName = "uniform"
+    start: StartName = "auto"
     estimator: EstimatorName = "auto"
     sampler: SamplerName = "auto"
     parametrisation: ParametrisationName = "auto"
@@ -123,11 +124,12 @@ class PolicyConfig:
         }
         return cls(**(paper | fields))
 
-    def resolved(self, compiled: bool) -> PolicyConfig:
+    def resolved(self, compiled: bool, trained: bool = False) -> PolicyConfig:
         """The same with choices in the places of ``auto``.
 
         Args:
             compiled: whether subnets are compiled, so that their widths should never change.
+            trained: whether the weights to start from are trained already.
 
         Raises:
             ValueError: the sampler does not go with another setting.
@@ -140,4 +142,9 @@ class PolicyConfig:
             estimator = "disarm_cv" if sampler == "bernoulli" else "rloo"
         if parametrisation == "auto":
             parametrisation = "atom" if sampler == "fixed_width" else "group"
-        return replace(self, sampler=sampler, estimator=estimator, parametrisation=parametrisation)
+        start = self.start
+        if start == "auto":
+            start = "norm_scale" if trained else "uniform"
+        return replace(
+            self, start=start, sampler=sampler, estimator=estimator, parametrisation=parametrisation
+        )

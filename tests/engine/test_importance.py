@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +117,20 @@ def test_a_session_ranks_the_weights_that_it_starts_from() -> None:
         for values in (session.policy.s, by_hand(net, "norm_scale"))
     )
     assert best == wanted
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_only_trained_weights_are_ranked_if_nobody_says(tmp_path: Path, trained: bool) -> None:
+    net = network()
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    session = SparseOffload(
+        network,
+        (torch.empty(1, 2, 16, 16),),
+        partial(torch.optim.SGD, lr=0.1),
+        policy=PolicyConfig(rho=0.5, search="none"),
+        setup=Setup(channel_map=small_map(net), verify=False),
+        weights=tmp_path / "weights.pt" if trained else None,
+        device="cpu",
+    )
+    best = of_least_margin(session.policy.mask, -by_hand(net, "norm_scale"), session.channel_map.groups)
+    assert torch.equal(session.policy.mask, best) == trained
