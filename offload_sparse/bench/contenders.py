@@ -86,7 +86,7 @@ def build_network(config: PeersConfig) -> nn.Module:
 
 
 def dense(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
-    return _parallel(build_network(config).to(device), batch)
+    return data_parallel(build_network(config).to(device), batch)
 
 
 def static(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
@@ -100,10 +100,11 @@ def static(config: PeersConfig, device: torch.device, batch: Batch) -> Contender
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):
             reset()
-    return _parallel(module, batch)
+    return data_parallel(module, batch)
 
 
-def _parallel(module: nn.Module, batch: Batch) -> Contender:
+def data_parallel(module: nn.Module, batch: Batch) -> Contender:
+    """A network under DistributedDataParallel, in the default process group."""
     device_ids = [batch[0].device] if batch[0].is_cuda else None
     parallel = DistributedDataParallel(module.train(), device_ids=device_ids, gradient_as_bucket_view=True)
     optimizer = _sgd(module)

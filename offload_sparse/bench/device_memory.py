@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -49,7 +50,7 @@ class TouchedStorages(TorchDispatchMode):
                 key = storage._cdata
                 self.addresses.add(key)
                 if key not in self._alive:
-                    self._alive[key] = _Storage(next(self._tokens), storage._weak_ref())
+                    self._alive[key] = _Storage(next(self._tokens), StorageWeakRef(storage))
         self.history.append(self._changes())
 
     def tokens(self, keys: Iterable[int]) -> set[int]:
@@ -63,22 +64,16 @@ class TouchedStorages(TorchDispatchMode):
         )
         return max(sizes, default=0)
 
-    def close(self) -> None:
-        """Give the weak references back."""
-        for known in self._alive.values():
-            torch.UntypedStorage._free_weak_ref(known.reference)
-        self._alive.clear()
-
     def _changes(self) -> dict[int, int]:
         changes: dict[int, int] = {}
         for key, known in list(self._alive.items()):
-            storage = torch.UntypedStorage._new_with_weak_ptr(known.reference)
+            storage = torch.UntypedStorage._new_with_weak_ptr(known.reference.cdata)
             size = 0 if storage is None else storage.nbytes()
             if size != known.size:
                 changes[known.token] = size - known.size
                 known.size = size
             if storage is None:
-                torch.UntypedStorage._free_weak_ref(self._alive.pop(key).reference)
+                del self._alive[key]
         return changes
 
 
@@ -87,7 +82,7 @@ class _Storage:
     """A known storage; the weak reference keeps its address from being used again."""
 
     token: int
-    reference: Any
+    reference: StorageWeakRef
     size: int = 0
 
 
@@ -120,7 +115,4 @@ def touched_peak(
             update()
         staying = {storage._cdata for t in resident for storage in _storages(t)}
         hidden |= device.tokens(host.addresses - staying)
-        host.close()
-    peak = device.peak(hidden)
-    device.close()
-    return peak
+    return device.peak(hidden)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from offload_sparse.bench.cells import finished_run, spread
+from offload_sparse.bench.cells import finished_run, last, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import DFBSTBenchConfig
 
@@ -37,8 +37,6 @@ _OPTIONS: dict[str, Any] = {
     "optim.weight_decay": 0.0,
     "optim.schedule": "constant",
     "train.eval_every": 0,
-    "quiet": "true",
-    "trackers": "[]",
 }
 _HEADER = (
     *("network", "method", "accuracy %", "±", "paper %"),
@@ -87,14 +85,11 @@ def figures(
     options |= {"train.epochs": config.epochs or 20}
     options |= {"train.max_steps": 150} if quick and not config.epochs else {}
     name = f"{model}-{method}-epochs{config.epochs}-seed{seed}-{Path(config.data).name or 'embedded'}"
-    summary, lines = finished_run(folder / name, options)
-    remaining = {"forward_remaining": 1.0, "backward_remaining": 1.0}
-    for line in lines:
-        remaining |= {name: line[name] for name in remaining if name in line}
+    summary, lines = finished_run(folder / name, lambda: options)
     return {
         "accuracy": 100 * summary["test_accuracy"],
-        "forward": remaining["forward_remaining"],
-        "backward": remaining["backward_remaining"],
+        "forward": last(lines, "forward_remaining", 1.0),
+        "backward": last(lines, "backward_remaining", 1.0),
         "seconds": summary["seconds"],
         "step": summary["step_seconds_median"],
     }

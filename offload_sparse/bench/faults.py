@@ -40,7 +40,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.larger import RESUMED
+from offload_sparse.bench.larger import resumed_at
 from offload_sparse.bench.options import FaultsConfig
 from offload_sparse.bench.watched_disk import Tree, WatchedDisk
 from offload_sparse.config.parse import RUN_OPTIONS
@@ -106,11 +106,8 @@ class Attempt:
     """One process that was given a command.
 
     Attributes:
-        wrong: the error that ended it.
-        said: what it printed.
         ended: what must be equal to the undisturbed run (weights, log, figures); nothing if it did not end.
-        points: where it could have been cut off, if it was watched; the last one is its end.
-    """
+        points: where it could have been cut off, if it was watched; the last one is its end."""
 
     wrong: str = ""
     said: str = ""
@@ -222,7 +219,7 @@ class Sweep:
         for point, second in pairs:
             swept.count("twice", wrong[second.left], point, second)
         swept.runs = len(wrong)
-        steps = [[_resumed_at(once[point.left]) for point in call] for call in calls]
+        steps = [[resumed_at(once[point.left].said) for point in call] for call in calls]
         swept.steps_lost = max(after_kill - min(others) for after_kill, *others in steps)
         return swept
 
@@ -389,11 +386,6 @@ def _spread(points: list[_T], count: int, number: int = 0) -> list[_T]:
     """So many of them, evenly; for another ``number`` others."""
     shift = (0.5 + number * 0.381966) % 1
     return [points[int((i + shift) / count * len(points))] for i in range(count)]
-
-
-def _resumed_at(attempt: Attempt) -> int:
-    found = RESUMED.search(attempt.said)
-    return int(found[1]) if found else 0
 
 
 def _write_images(folder: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import NETWORKS, default_device, network_of
+from offload_sparse.bench.measure import NETWORKS, default_device, network_of, one_thread
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
@@ -65,9 +65,7 @@ def run(quick: bool) -> BenchResult:
     """ResNet-50 and VGG-19, 9 rounds of each way; ``quick`` takes 5."""
     device, rounds = default_device(), 5 if quick else 9
     result = BenchResult({}, {"device": str(device)}, _HEADER, [])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # all work is in the two threads that are measured
-    try:
+    with one_thread():  # all work is in the two threads that are measured
         for name in ("resnet50", "vgg19"):
             size = NETWORKS[name][1]
             example = torch.empty(1, 3, size, size, device="meta")
@@ -77,8 +75,6 @@ def run(quick: bool) -> BenchResult:
                 result.raw[key] = figures
                 parts = [figures[part] for part in (*_PARTS, "tables", "else", "main", "total")]
                 result.table.append([name, way, *(f"{value:.1f}" for value in parts)])
-    finally:
-        torch.set_num_threads(threads)
     return result
 
 

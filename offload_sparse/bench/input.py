@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.measure import one_thread
 from offload_sparse.store.files import write_file
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.loader import TrainLoader
@@ -53,14 +54,9 @@ def run(quick: bool) -> BenchResult:
 
 def measure(images: int, turns: int) -> tuple[dict[str, float], int]:
     """Images per second of CPU time by loader, over so many images and turns; bytes of an image."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            size = write_photographs(Path(folder) / "images", images)
-            return _rates(contenders(Path(folder)), turns), size
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        size = write_photographs(Path(folder) / "images", images)
+        return _rates(contenders(Path(folder)), turns), size
 
 
 def contenders(folder: Path) -> dict[str, Iterator[Any]]:
@@ -77,7 +73,7 @@ def contenders(folder: Path) -> dict[str, Iterator[Any]]:
         return (loader[step] for step in count())
 
     return {
-        "torchvision": _without_end(partial(_torchvision, f"{images}/train")),
+        "torchvision": chain.from_iterable(repeat(_torchvision(f"{images}/train"))),
         "ours": ours(),
         "ours, all on the CPU": ours("cpu"),
         "cached": ours(cache=str(folder / "cache")),
@@ -90,11 +86,6 @@ def _torchvision(folder: str) -> DataLoader[Any]:
     recipe += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD)]
     images = torchvision.datasets.ImageFolder(folder, v2.Compose(recipe))
     return DataLoader(images, _BATCH, shuffle=True, drop_last=True)
-
-
-def _without_end(loader: Callable[[], DataLoader[Any]]) -> Iterator[Any]:
-    while True:
-        yield from loader()
 
 
 def _rates(loaders: dict[str, Iterator[Any]], turns: int) -> dict[str, float]:

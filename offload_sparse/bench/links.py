@@ -24,8 +24,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
+from offload_sparse.bench.contenders import data_parallel
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import Batch, loss_of, random_batch, session_of
 from offload_sparse.bench.options import LinksConfig
@@ -176,7 +176,7 @@ def _rank(folder: str, settings: dict[str, Any], rank: int) -> None:
     batch = random_batch(images, side, classes, torch.device("cpu"), torch.Generator().manual_seed(rank))
     build = partial(build_model, name, classes, 3, side)
     steps = 2 if mode == "dense" else k
-    step = _dense(build, batch) if mode == "dense" else _ours(build, batch, k, mode)
+    step = data_parallel(build(), batch).compute if mode == "dense" else _ours(build, batch, k, mode)
     for turn in range(settings["turns"] + 1):  # the first is not counted: what happens once
         for rate in settings["rates"] if turn else ["unlimited"]:
             figures = _measured(step, steps, RATES[rate])
@@ -201,18 +201,6 @@ def _measured(step: Callable[[], object], steps: int, rate: str) -> tuple[int, f
 def _sent_bytes() -> int:
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("veth0:"))
-
-
-def _dense(build: Callable[[], torch.nn.Module], batch: Batch) -> Callable[[], object]:
-    module = DistributedDataParallel(build().train())
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss_of(module, batch).backward()
-        optimizer.step()
-
-    return step
 
 
 def _ours(build: Callable[[], torch.nn.Module], batch: Batch, k: int, sync: str) -> Callable[[], object]:

@@ -47,7 +47,8 @@ def run(quick: bool, config: PeersConfig | None = None) -> BenchResult:
             if name in reasons:
                 continue
             try:
-                found[name].append(worst_rank(measure(name, config)))
+                ranks = measure(name, config)
+                found[name].append({key: max(figures[key] for figures in ranks) for key in ranks[0]})
             except RuntimeError as error:
                 reasons[name] = last_line(error)
     return summary(config, found, reasons)
@@ -119,11 +120,6 @@ def _device() -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(torch.distributed.get_rank())
     return torch.device("cuda", torch.distributed.get_rank())
-
-
-def worst_rank(ranks: list[Figures]) -> Figures:
-    """The largest of every figure over ranks."""
-    return {key: max(figures[key] for figures in ranks) for key in ranks[0]}
 
 
 def last_line(error: RuntimeError) -> str:

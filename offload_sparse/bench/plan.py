@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -43,6 +42,9 @@ from offload_sparse.workloads.models import build_model
 ROUNDS, STEPS, CLASSES = 2, 2, 10
 """Rounds that are run, and steps in each; classes of the images."""
 
+_EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+"""With these glibc gives memory back as soon as it is freed: what is resident is what is held."""
+
 _HEADER = ("network", "memory", "allocated", "predicted", "ratio", "resident / written by the plan")
 
 
@@ -54,7 +56,7 @@ def run(quick: bool) -> BenchResult:
     rows = []
     for name, config in cases(quick).items():
         predicted = on_ranks(1, predict, config)[0]
-        with exact_malloc():
+        with mock.patch.dict(os.environ, _EXACT_MALLOC):
             resident = on_ranks(1, measure_resident, config)[0]
         found = on_ranks(1, measure_allocated, config)[0]
         raw[name] = {f"predicted_{k}_bytes": v for k, v in predicted.items()}
@@ -156,21 +158,6 @@ def _peak(profiler: profile) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
-
-
-@contextmanager
-def exact_malloc() -> Iterator[None]:
-    """Processes started inside give memory back as soon as it is freed, instead of keeping it for later: what
-    is resident is what is held (glibc)."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name in settings:
-            os.environ.pop(name)
-        os.environ.update(before)
 
 
 def tiny(config: RunConfig) -> RunConfig:

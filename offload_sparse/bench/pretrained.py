@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.bench.cells import finished_run, spread
+from offload_sparse.bench.cells import BATCH, SETS, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import on_ranks, peak_resident, reset_peak
 from offload_sparse.bench.options import PretrainedConfig
@@ -42,38 +42,7 @@ from offload_sparse.store.tensor_file import blocks_of
 from offload_sparse.store.weight_store import Ranks, WeightStore
 from offload_sparse.workloads.models import build_model
 
-_BATCH = 128
-_COMMON: dict[str, Any] = {
-    "data.batch_size": _BATCH,
-    "data.random_flip": "true",
-    "optim.warmup_epochs": 0.5,
-    "round.prefetch": "false",
-    "train.eval_every": 1,
-    "train.check": "false",
-    "quiet": "true",
-    "trackers": "[]",
-}
-_CIFAR: dict[str, Any] = {"data.splits": "[train, validation]", "data.random_crop": 4}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network and its images: options that differ, images of an epoch, and epochs of the dense network."""
-
-    options: Mapping[str, Any]
-    images: int
-    dense_epochs: int
-
-
-SETTINGS = {
-    "fashion_mnist": Setting(
-        {"model.name": "offload_sparse/vgg_small", "data.image_size": 14}, 12_000, dense_epochs=30
-    ),
-    "resnet20": Setting(_CIFAR | {"model.name": "offload_sparse/resnet20_cifar"}, 45_000, dense_epochs=30),
-    "vgg16": Setting(_CIFAR | {"model.name": "offload_sparse/vgg16_cifar"}, 45_000, dense_epochs=30),
-}
-"""By the name of the set."""
-
+_DENSE_EPOCHS = 30
 _FORWARD = {"policy.search": "forward", "policy.start": "norm_scale", "round.freeze_at": 0.2}
 _CUT = {"method": "static", "policy.start": "norm_scale"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -98,11 +67,10 @@ def run(quick: bool, config: PretrainedConfig) -> BenchResult:
     """Every cell that is not in the cache yet, and loading; ``quick`` takes three arms of 30 steps after a
     dense epoch, and a file of 0.13 GB.
     """
-    setting = SETTINGS[config.set]
     arms = config.arms or (["scratch", "norm_scale", "forward"] if quick else list(ARMS))
     ratios, raw, rows = loading(quick), {}, []
     with tempfile.TemporaryDirectory() as folder:
-        dense = Cell(config, setting, Path(config.cache or folder), quick)
+        dense = Cell(config, Path(config.cache or folder), quick)
         level = 100 * dense.figures()["accuracy"]
         ratios[f"pretrained.{config.set}.dense.accuracy"] = level
         for rho in [0.5] if quick else config.rho:
@@ -110,7 +78,7 @@ def run(quick: bool, config: PretrainedConfig) -> BenchResult:
                 found = {}
                 for arm in (arm for arm in ARMS if arm in arms):
                     cells = [
-                        Cell(config, setting, dense.folder, quick, arm, rho, epochs, seed)
+                        Cell(config, dense.folder, quick, arm, rho, epochs, seed)
                         for seed in range(config.seeds or (1 if quick else 2))
                     ]
                     found[arm] = [cell.figures(level / 100 - _BELOW / 100) for cell in cells]
@@ -147,7 +115,6 @@ class Cell:
     """One run: of ``arm``, or of the dense network."""
 
     config: PretrainedConfig
-    setting: Setting
     folder: Path
     quick: bool
     arm: str = "dense"
@@ -157,7 +124,7 @@ class Cell:
 
     @property
     def dense_epochs(self) -> int:
-        return self.config.dense_epochs or (1 if self.quick else self.setting.dense_epochs)
+        return self.config.dense_epochs or (1 if self.quick else _DENSE_EPOCHS)
 
     @property
     def run_dir(self) -> Path:
@@ -168,19 +135,12 @@ class Cell:
         return self.folder / f"{self.config.set}-{length}-{name}{'-quick' if self.quick else ''}-{data}"
 
     def options(self) -> dict[str, Any]:
-        """Of the run.
-
-        Raises:
-            ValueError: there are no images.
-        """
-        if not self.config.data and self.config.set != "fashion_mnist":
-            raise ValueError(f"--set {self.config.set} needs images; give a folder of them with --data")
-        options = _COMMON | dict(self.setting.options)
-        options |= {"data.name": self.config.data} if self.config.data else {}
+        """Of the run. Raises ValueError: there are no images."""
+        options = options_on(self.config.set, self.config.data) | {"train.eval_every": 1}
         if self.arm == "dense":
             return options | {"method": "dense", "optim.lr": 0.1, "train.epochs": self.dense_epochs}
         if self.arm != "scratch":
-            dense = Cell(self.config, self.setting, self.folder, self.quick).run_dir
+            dense = Cell(self.config, self.folder, self.quick).run_dir
             options |= {"model.weights": dense, "optim.lr": 0.02}
         else:
             options |= {"optim.lr": 0.1}
@@ -189,27 +149,20 @@ class Cell:
         return options | ARMS[self.arm]
 
     def figures(self, level: float = 1.0) -> dict[str, Any]:
-        """Of the finished run, which is started, or resumed, if it is not there.
-
-        Args:
-            level: the accuracy that ``steps_to`` counts to, in [0, 1].
-        """
-        options = {} if (self.run_dir / "summary.json").exists() else self.options()
-        summary, lines = finished_run(self.run_dir, options)
+        """Of the finished run, which is started, or resumed, if it is not there; ``steps_to`` counts to the
+        accuracy ``level``, in [0, 1]."""
+        summary, lines = finished_run(self.run_dir, self.options)
         reached = [(line["step"], line["test_accuracy"]) for line in lines if "test_accuracy" in line]
         reached.append((summary["steps"], summary["test_accuracy"]))
-        flops = [line["train_flops"] for line in lines if "train_flops" in line][-1]
-        dense = flops * summary["train_cost_saving"] / (3 * summary["steps"] * _BATCH)  # of an image, forward
-        taught = self.setting.images * dense if self.arm.startswith("distilled") else 0.0
+        flops = last(lines, "train_flops")
+        dense = flops * summary["train_cost_saving"] / (3 * summary["steps"] * BATCH)  # of an image, forward
+        taught = SETS[self.config.set][1] * dense if self.arm.startswith("distilled") else 0.0
         return {
             "accuracy": summary["test_accuracy"],
             "steps_to": next((step for step, accuracy in sorted(reached) if accuracy >= level), 0),
             "train_flops": flops,
             "teacher_flops": taught,
-            "flops_ratio": summary["flops_ratio"],
-            "params_ratio": summary["params_ratio"],
-            "steps": summary["steps"],
-            "seconds": summary["seconds"],
+            **{name: summary[name] for name in ("flops_ratio", "params_ratio", "steps", "seconds")},
         }
 
 

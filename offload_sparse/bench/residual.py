@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import take_turns
+from offload_sparse.bench.measure import one_thread, take_turns
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.check import random_mask
 from offload_sparse.channels.config import Residual
@@ -26,12 +26,8 @@ MODELS = (("offload_sparse/resnet20_cifar", 32), ("torchvision/resnet50", 64))
 
 def run(quick: bool) -> BenchResult:
     """One random mask per policy, on one CPU thread; ``quick`` leaves ResNet-50 out and times fewer steps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         raw = {name: measure(name, size, 1 if quick else 5) for name, size in MODELS[: 1 if quick else None]}
-    finally:
-        torch.set_num_threads(threads)
     ratios: dict[str, float] = {}
     rows = []
     for name, figures in raw.items():

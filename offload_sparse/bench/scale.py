@@ -83,8 +83,7 @@ class Constants:
         compute_seconds: forward and backward pass of one subnet and the reference loss of the other.
         gradient_bytes: gradients of one subnet.
         round_bytes: weights and statistics of both subnets, optimizer slots of the trained one.
-        trained_bytes: the part of the trained one.
-        k: steps per round."""
+        trained_bytes: the part of the trained one."""
 
     compute_seconds: float
     gradient_bytes: float

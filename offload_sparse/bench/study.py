@@ -21,65 +21,27 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from offload_sparse.bench.cells import finished_run, spread
+from offload_sparse.bench.cells import BATCH, SETS, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
 from offload_sparse.policy.width_search import SEARCH_SHARE, cycles_and_pairs
 
-_BATCH = 128
-_COMMON: dict[str, Any] = {
-    "data.batch_size": _BATCH,
-    "data.random_flip": "true",
-    "optim.lr": 0.1,
-    "optim.warmup_epochs": 0.5,
-    "policy.budget": "flops",
-    "round.prefetch": "false",
-    "train.eval_every": 0,
-    "train.check": "false",
-    "quiet": "true",
-    "trackers": "[]",
+_COMMON = {"optim.lr": 0.1, "policy.budget": "flops", "train.eval_every": 0}
+GROUPS = {"fashion_mnist": 6, "resnet20": 12, "mobilenetv1": 14, "vgg19": 16}
+EPOCHS = {"fashion_mnist": 4, "resnet20": 15, "mobilenetv1": 15, "vgg19": 40}
+WIDTHS = {
+    "vgg19": {
+        "taper": "10 10 20 20 40 40 40 40 57 40 28 20 16 16 16 24",
+        "published": "vgg19_cifar_slimming",
+    }
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network and its images: options that differ, images, groups, epochs, and the shape by hand."""
-
-    options: Mapping[str, Any]
-    images: int
-    groups: int
-    epochs: int
-    taper: str = ""
-    published: str = ""
-
-
-_CIFAR = {"data.splits": "[train, validation]", "data.random_crop": 4}
-SETTINGS = {
-    "fashion_mnist": Setting(
-        {"model.name": "offload_sparse/vgg_small", "data.image_size": 14}, 12_000, groups=6, epochs=4
-    ),
-    "resnet20": Setting(
-        _CIFAR | {"model.name": "offload_sparse/resnet20_cifar"}, 45_000, groups=12, epochs=15
-    ),
-    "mobilenetv1": Setting(
-        _CIFAR | {"model.name": "timm/mobilenetv1_100"}, 45_000, groups=14, epochs=15
-    ),
-    "vgg19": Setting(
-        _CIFAR | {"model.name": "offload_sparse/vgg19_cifar"},
-        45_000,
-        groups=16,
-        epochs=40,
-        taper="10 10 20 20 40 40 40 40 57 40 28 20 16 16 16 24",
-        published="vgg19_cifar_slimming",
-    ),
-}
-"""By the name of the set."""
+"""Of the shapes by hand, by set and method."""
 
 _PAPER = {
     "policy.sampler": "bernoulli",
@@ -109,10 +71,9 @@ _HEADER = ("set", "FLOPs", "method", "accuracy %", "±", "FLOPs %", "params %", 
 
 def run(quick: bool, config: StudyConfig) -> BenchResult:
     """Every cell that is not in the cache yet; ``quick`` takes one seed and 40 steps of three methods."""
-    setting = SETTINGS[config.set]
     methods = config.methods or (["even", "probe", "default"] if quick else list(METHODS))
-    epochs = config.epochs or setting.epochs
-    steps = 40 if quick and not config.epochs else epochs * (setting.images // _BATCH)
+    epochs = config.epochs or EPOCHS[config.set]
+    steps = 40 if quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(config.seeds or (1 if quick else 3)):
@@ -146,11 +107,7 @@ def run(quick: bool, config: StudyConfig) -> BenchResult:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
-
-    Attributes:
-        steps: optimizer steps of ``even``.
-        folder: where the folders of runs are."""
+    """One run, in a folder below ``folder``; ``steps`` are the optimizer steps of ``even``."""
 
     config: StudyConfig
     name: str
@@ -158,10 +115,6 @@ class Cell:
     seed: int
     steps: int
     folder: Path
-
-    @property
-    def setting(self) -> Setting:
-        return SETTINGS[self.config.set]
 
     @property
     def run_dir(self) -> Path:
@@ -178,31 +131,27 @@ class Cell:
         """Whether the setting has what the method needs."""
         if self.name == "family":
             return len(self._members) > 1
-        return bool({"published": self.setting.published, "taper": self.setting.taper}.get(self.name, True))
+        return self.name not in ("published", "taper") or self.name in WIDTHS.get(self.config.set, {})
 
     def options(self) -> dict[str, Any]:
         """Of the run; the widths of ``found`` are those that ``probe`` has left. Raises ValueError: there are
         no images."""
-        widths = {"published": self.setting.published, "taper": self.setting.taper}.get(self.name, "")
+        widths = WIDTHS.get(self.config.set, {}).get(self.name, "")
         if self.name == "found":
             widths = " ".join(map(str, replace(self, name="probe").figures()["widths"]))
-        if not self.config.data and self.config.set != "fashion_mnist":
-            raise ValueError(f"--set {self.config.set} needs images; give a folder of them with --data")
-        options = _COMMON | dict(self.setting.options) | METHODS[self.name]
+        options = options_on(self.config.set, self.config.data) | _COMMON | METHODS[self.name]
         options |= {"static.widths": widths} if widths else {}
         options |= {"policy.budgets": self._members} if self.name == "family" else {}
-        options |= {"data.name": self.config.data} if self.config.data else {}
         return options | {
             "policy.rho": self._members[0] if self.name == "family" else self.flops,
             "train.seed": self.seed,
-            "train.epochs": 1 + self.steps * _BATCH // self.setting.images,
-            "train.max_steps": equal_steps(self.name, self.steps, self.setting.groups, self._members),
+            "train.epochs": 1 + self.steps * BATCH // SETS[self.config.set][1],
+            "train.max_steps": equal_steps(self.name, self.steps, GROUPS[self.config.set], self._members),
         }
 
     def figures(self) -> dict[str, Any]:
         """Of the finished run, which is started, or resumed, if it is not there."""
-        options = {} if (self.run_dir / "summary.json").exists() else self.options()
-        summary, lines = finished_run(self.run_dir, options)
+        summary, lines = finished_run(self.run_dir, self.options)
         structure = json.loads((self.run_dir / "model" / "structure.json").read_text())
         member = summary.get("members", {}).get(f"{self.flops:g}", summary)
         part = self.flops / sum(self._members) if self.name == "family" else 1
@@ -210,11 +159,11 @@ class Cell:
             "accuracy": 100 * member["test_accuracy"],
             "params_ratio": member["params_ratio"],
             "flops_ratio": member["flops_ratio"],
-            "train_flops": part * [line["train_flops"] for line in lines if "train_flops" in line][-1],
+            "train_flops": part * last(lines, "train_flops"),
             "steps": summary["steps"],
             "seconds": summary["seconds"],
             "widths": [len(group["kept"]) for group in structure["groups"].values()],
-            "probes": ([line["probes"] for line in lines if "probes" in line] or [[]])[-1],
+            "probes": last(lines, "probes", []),
         }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,8 +40,6 @@ _COMMON: dict[str, Any] = {
     "round.prefetch": "false",
     "train.eval_every": 0,
     "train.check": "false",
-    "quiet": "true",
-    "trackers": "[]",
 }
 _LOCAL: dict[str, Any] = {"round.sync": "round", "round.k": 50}
 
@@ -74,7 +73,7 @@ def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
                 if mode == "alone":
                     given |= {key: given[key] // RANKS for key in ("data.limit", "data.batch_size")}
                     ranks = 1
-                summary, _ = finished_run(folder, given, ranks)
+                summary, _ = finished_run(folder, partial(dict, given), ranks)
                 found.setdefault(mode, []).append(100 * summary["test_accuracy"])
     ratios: dict[str, float] = {}
     rows: list[list[Any]] = []

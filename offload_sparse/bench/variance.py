@@ -138,13 +138,9 @@ def _variance(name: str, pairs: Pairs, s: Tensor, groups: Sequence[Group]) -> fl
     if name == CONTROLLED:
         m, m_ref, loss, reference = (part[:half] for part in pairs)
         control = regressed(loss - reference, m.to(s.dtype) - m_ref.to(s.dtype), groups)
-    g = _estimates(name, tuple(part[half:] for part in pairs), s, control)
+    m, m_ref, loss, reference = (part[half:] for part in pairs)
+    g = ESTIMATORS[name](Comparison(loss, reference, m, m_ref, s, control=control))
     return float(precondition(g, s, ALPHA).var(0).sum())
-
-
-def _estimates(name: str, pairs: tuple[Tensor, ...], s: Tensor, control: Tensor | None) -> Tensor:
-    m, m_ref, loss, reference = pairs
-    return ESTIMATORS[name](Comparison(loss, reference, m, m_ref, s, control=control))
 
 
 def _session(config: VarianceConfig, shape: torch.Size, classes: int) -> SparseOffload:

@@ -59,16 +59,12 @@ class CostModel:
 
         flops(mask) = constant + Σ_layers flops_per_entry · Π_dims kept positions
 
-    So are those that an attention spends between its projections, by the entries of one of these.
+    So are those that an attention spends between its projections, by the entries of one of these. Raises
+    ValueError: FLOPs are spent outside convolutions and linear layers and depend on the mask.
 
     Args:
         model: the full network, best on the meta device; not changed.
-        channel_map: its map.
-        example_inputs: the batch that FLOPs are counted for (give one image for FLOPs per image).
-
-    Raises:
-        ValueError: FLOPs are spent outside convolutions and linear layers and depend on the mask.
-    """
+        example_inputs: the batch that FLOPs are counted for (give one image for FLOPs per image)."""
 
     def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: Inputs) -> None:
         self._channel_map = channel_map

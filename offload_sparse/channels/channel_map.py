@@ -44,10 +44,6 @@ def _as_list(axis: Axis) -> list[int] | None:
     return None if axis is None else axis.tolist()
 
 
-def _no_unions() -> Tensor:
-    return torch.zeros(2, 0, dtype=torch.int64)
-
-
 class DistinctAxes:
     """The axes of a map, one behind the other, each once however many tensors have it: what depends on a mask
     is worked out for all of them at a time.
@@ -122,7 +118,7 @@ class ChannelMap:
     groups: tuple[Group, ...]
     shapes: Mapping[str, tuple[int, ...]]
     axes: Mapping[str, tuple[Axis, ...]]
-    unions: Tensor = field(default_factory=_no_unions)
+    unions: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.int64))
     additions: Mapping[str, Addition] = field(default_factory=dict)
     views: Mapping[str, tuple[View, ...]] = field(default_factory=dict)
 
@@ -173,10 +169,8 @@ class ChannelMap:
         return torch.cat([mask, unions > 0, torch.tensor([False, True])])
 
     def alive_probability(self, s: Tensor) -> Tensor:
-        """float64[num_ids]: how probable it is that an atom or union is alive.
-
-        Args:
-            s: float64[C], the probabilities of independent atoms; differentiable in them."""
+        """float64[num_ids]: how probable it is that an atom or union is alive, by the probabilities ``s`` of
+        independent atoms (float64[C]); differentiable in them."""
         gone = torch.zeros(self.num_ids - self.num_atoms, dtype=s.dtype)
         gone = gone.index_add(0, self.unions[0], torch.log1p(-s.clamp(max=1 - 1e-12))[self.unions[1]])
         return torch.cat([s, -torch.expm1(gone)])
@@ -195,7 +189,6 @@ class ChannelMap:
 
     @cached_property
     def distinct_axes(self) -> DistinctAxes:
-        """The axes of all tensors."""
         return DistinctAxes(chain.from_iterable(self.axes.values()))
 
     def full_mask(self) -> Tensor:

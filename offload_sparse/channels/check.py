@@ -85,9 +85,7 @@ def verify(
             given random values.
         example_inputs: inputs that the network accepts, nested as it likes. Floating ones are replaced by
             random ones; all others keep their values. A batch of fewer than 4 samples is repeated.
-        channel_map: the map to test.
-        rho: keep probability of an atom; see ``random_mask``. Small groups are tested with several masks.
-        seed: seed of mask, parameters and inputs."""
+        rho: keep probability of an atom; see ``random_mask``. Small groups are tested with several masks."""
     start = time.perf_counter()
     network = model if isinstance(model, nn.Module) else model()
     found: dict[_Key, float] = {}
@@ -167,10 +165,7 @@ def random_mask(channel_map: ChannelMap, rho: float, generator: torch.Generator)
     """bool[C], each atom with probability ``rho``, but never trivial in any group unless ``rho`` is 1.
 
     Every group keeps an atom and drops one, and a group of three or more keeps two with a dropped one between
-    them: a run of neighbours would hide operations that look at neighbouring channels. Raises ValueError:
-    ``rho`` is outside (0, 1]."""
-    if not 0 < rho <= 1:
-        raise ValueError(f"rho is {rho}; give a remaining ratio in (0, 1], such as 0.25")
+    them: a run of neighbours would hide operations that look at neighbouring channels."""
     mask = torch.rand(channel_map.num_atoms, generator=generator) < rho
     if rho == 1:
         return channel_map.full_mask()

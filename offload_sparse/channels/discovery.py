@@ -43,17 +43,14 @@ def discover(model: nn.Module, example_inputs: Inputs, residual: Residual = "cou
     """Find the atoms of a network, which is left untouched.
 
     The stream of a network on tokens stays dense whatever ``residual`` says, since norms mix all of its
-    channels.
+    channels. Raises ValueError: the model cannot be traced, or nothing of it can be dropped; names a layer
+    and the reason.
 
     Args:
         model: the network, on any device (``meta`` included).
         example_inputs: positional inputs, nested as the network likes; only its own values may matter to it.
         residual: ``coupled`` gives each residual stream one group of atoms; ``internal`` keeps streams dense;
-            ``filter`` gives every layer on a stream a group of its own (the map then names the additions).
-
-    Raises:
-        ValueError: the model cannot be traced, or nothing of it can be dropped; names a layer and the reason.
-    """
+            ``filter`` gives every layer on a stream a group of its own (the map then names the additions)."""
     if residual not in ("coupled", "internal", "filter"):
         raise ValueError(f"residual is {residual!r}; choose coupled, internal or filter")
     trace = _follow(model, example_inputs, residual == "filter")
@@ -66,10 +63,7 @@ def discover(model: nn.Module, example_inputs: Inputs, residual: Residual = "cou
 
 def policies(model: nn.Module, example_inputs: Inputs) -> tuple[Residual, ...]:
     """The residual policies that differ for ``model``: the stream of a network on tokens is always dense.
-
-    Raises:
-        ValueError: the model cannot be traced.
-    """
+    Raises ValueError: the model cannot be traced."""
     on_tokens = _follow(model, example_inputs, False).on_tokens
     return ("internal",) if on_tokens else ("coupled", "internal", "filter")
 
@@ -142,11 +136,8 @@ def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
 
 
 def _map(trace: _Trace, residual: Residual) -> ChannelMap:
-    """The map of what is free.
-
-    Raises:
-        ValueError: nothing can be dropped, or a stream cannot be followed with ``filter``.
-    """
+    """The map of what is free. Raises ValueError: nothing can be dropped, or a stream cannot be followed with
+    ``filter``."""
     network, found = trace.network, trace.found
     if residual == "internal":
         found.dense += [(labels, "a residual addition") for labels, _ in found.streams]

@@ -1,4 +1,4 @@
-"""A check of a value that a user has given."""
+"""Mistakes of users, each a ValueError of one line: a condition that must hold, an error of a library."""
 
 from __future__ import annotations
 
@@ -8,3 +8,21 @@ def require(condition: bool, message: str) -> None:
     the condition does not hold."""
     if not condition:
         raise ValueError(message)
+
+
+class Explained:
+    """Inside, an error (of ``kinds``) becomes a ValueError of one line: ``before``, what it says itself, at
+    most 200 characters of it, and ``after``."""
+
+    def __init__(
+        self, before: str, after: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
+    ) -> None:
+        self._before, self._after, self._kinds = before, after, kinds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, self._kinds):
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+            raise ValueError(f"{self._before}{reason}{self._after}") from error

@@ -21,10 +21,8 @@ from offload_sparse.channels.channel_map import Axis, ChannelMap, Group
 
 
 class MapBuilder:
-    """Collects groups and axes; what no axis names is always kept.
-
-    Args:
-        model: the network, on any device; it is not changed."""
+    """Collects groups and axes of ``model`` (on any device, not changed); what no axis names is always kept.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.named_parameters(), *model.named_buffers()]

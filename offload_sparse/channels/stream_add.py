@@ -196,12 +196,6 @@ def _defaults(module: nn.Module) -> dict[str, object]:
 
 def _sums(graph: fx.Graph) -> list[fx.Node]:
     """Additions of two computed values, in order."""
-    return [node for node in graph.nodes if _is_sum(node)]
-
-
-def _is_sum(node: fx.Node) -> bool:
-    known = (node.op == "call_function" and node.target in _FUNCTIONS) or (
-        node.op == "call_method" and node.target in _METHODS
-    )
-    computed = all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args)
-    return known and len(node.args) == 2 and computed and not node.kwargs
+    known = {"call_function": _FUNCTIONS, "call_method": _METHODS}
+    named = [n for n in graph.nodes if n.target in known.get(n.op, ()) and len(n.args) == 2 and not n.kwargs]
+    return [n for n in named if all(isinstance(a, fx.Node) and a.op != "get_attr" for a in n.args)]

@@ -33,10 +33,8 @@ class Subnet:
     Args:
         model: the full model, on any device (the meta device serves), with the additions of its channel map
             exposed; it is not changed.
-        device: where the subnet computes.
         integer_buffers: real values of the buffers that are not sliced, by qualified name; not copied, so
-            that subnets on the same device share them.
-    """
+            that subnets on the same device share them."""
 
     def __init__(
         self, model: nn.Module, device: torch.device, integer_buffers: Mapping[str, Tensor] | None = None
@@ -65,11 +63,9 @@ class Subnet:
         """Make the skeleton the network of ``selection``.
 
         Args:
-            selection: the kept channels.
             weights: flat parameters in the order of ``parameter_names``; parameters become views of it.
             buffers: flat floating-point buffers in the order of ``buffer_names``.
-            step: that of the layouts of both.
-        """
+            step: that of the layouts of both."""
         self.parameters = []
         views = selection.layout(self.parameter_names, step).views(weights)
         for name, view in zip(self.parameter_names, views, strict=True):
@@ -158,12 +154,8 @@ def _parameters_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def meta_copy(model: nn.Module, other: bool = False) -> nn.Module:
-    """A copy of ``model`` on the meta device, made without copying any weights.
-
-    Args:
-        model: on any device.
-        other: move the tensors that modules hold as plain attributes too, for a forward pass on meta.
-    """
+    """A copy of ``model`` on the meta device, made without copying any weights; with ``other`` the tensors
+    that modules hold as plain attributes move, too, for a forward pass on meta."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")

@@ -54,23 +54,16 @@ def follow_additions(
     atoms: Tensor,
     num_atoms: int,
 ) -> tuple[Tensor, Tensor, dict[str, Addition]]:
-    """Give every position behind an addition the union of what is added there.
+    """Give every position behind an addition the union of what is added there. Returns int64[labels + 1], the
+    atom or union of each class; the members of the unions; the additions that do not keep everything. Raises
+    ValueError: what an addition gives is tied to another sum or to the channels of another layer.
 
     Args:
         sums: labels of the channels of both operands and of the sum of each addition, in the order in which
             the network computes them; see ``propagation``.
         root: int64[labels + 1], the class of each label.
         dense: bool[labels + 1], classes in which everything is kept.
-        atoms: int64[labels + 1], the atom of each class or ``ALWAYS``.
-        num_atoms: atoms of the map.
-
-    Returns:
-        int64[labels + 1], the atom or union of each class; the members of the unions; the additions that do
-        not keep everything.
-
-    Raises:
-        ValueError: what an addition gives is tied to another sum or to the channels of another layer.
-    """
+        atoms: int64[labels + 1], the atom of each class or ``ALWAYS``."""
     ids = atoms.clone()
     unions = Unions(num_atoms)
     done = dense.clone()

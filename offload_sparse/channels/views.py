@@ -148,12 +148,8 @@ class _Refit(TorchFunctionMode):
 
 
 class FittedForward:
-    """Stands for the ``forward`` of a module whose code writes sizes.
-
-    Attributes:
-        module: the module, whose class has the ``forward``.
-        calls: by number of the call, how its sizes are replaced.
-    """
+    """Stands for the ``forward`` of a module whose code writes sizes; ``calls`` has how they are replaced, by
+    the number of the call."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -86,11 +86,8 @@ def fitted_calls(
     cannot be fitted, whose labels are now dense.
 
     Args:
-        network: the network that ran.
         found: the labels of its tensors.
-        calls: as ``Sizes`` noted them.
-        ids: int64[labels + 1], the atom of each label; the last serves -1.
-    """
+        ids: int64[labels + 1], the atom of each label; the last serves -1."""
     views: dict[str, dict[int, View]] = {}
     seen: dict[tuple[str, int], Any] = {}
     parts: list[tuple[Axis, ...]] = []

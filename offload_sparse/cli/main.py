@@ -36,11 +36,8 @@ _FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: dispatch to a command.
-
-    Returns:
-        Exit code: that of the command, or 2 for bad input, told in one line on stderr.
-    """
+    """The program: dispatch to a command. Returns its exit code, or 2 for bad input, told in one line on
+    stderr."""
     given = list(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: _dispatch(given))
 
@@ -53,10 +50,7 @@ def run_command(command: Callable[[], int | None]) -> int:
 
     A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1; one that failed
     (``RunError``) by every rank, since the others may not live to tell. A disk that is full is 1, too.
-
-    Returns:
-        The command's exit code, 0 where it returns None.
-    """
+    Returns the command's exit code, 0 where it returns None."""
     try:
         return command() or 0
     except Exception as error:

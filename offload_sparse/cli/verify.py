@@ -46,11 +46,8 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         if bool(self.model) == self.all:
-            raise ValueError(
-                "--model is missing; name one, or give --all"
-                if not self.all
-                else "--model and --all exclude each other; give one of them"
-            )
+            both = "--model and --all exclude each other; give one of them"
+            raise ValueError(both if self.all else "--model is missing; name one, or give --all")
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho is {self.rho}; give a ratio in (0, 1], such as 0.25")
         for name, least in (("image_size", 0), ("in_channels", 0), ("num_classes", 1), ("seed", 0)):
@@ -129,7 +126,7 @@ def _verify_all(config: VerifyConfig) -> int:
     for row in [] if config.json else rows:
         print(_row(row))
     for case in (case for case in coverage.CASES if case.name not in done):
-        found = [outcome.figures() for outcome in coverage.examine(case, rho=config.rho, seed=config.seed)]
+        found = coverage.examine(case, rho=config.rho, seed=config.seed)
         rows += found
         _append_rows(config.results, found)
         for row in [] if config.json else found:
@@ -144,10 +141,7 @@ def _verify_all(config: VerifyConfig) -> int:
         "ok": known <= accepted,
         "seconds": time.perf_counter() - start,
     }
-    if config.json:
-        show(summary | {"models": rows}, json_wanted=True)
-    else:
-        show(summary, json_wanted=False)
+    show(summary | ({"models": rows} if config.json else {}), config.json)
     return 0 if summary["ok"] else 1
 
 

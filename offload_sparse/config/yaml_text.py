@@ -111,11 +111,8 @@ def read_keys(path: Path) -> dict[Any, Any]:
 
 
 def dump(value: Any, flow: bool = False) -> str:
-    """Plain values (mappings, lists, text, numbers, booleans, None) as YAML; ``parse`` is its inverse.
-
-    Args:
-        value: what to write.
-        flow: on one line, in brackets."""
+    """Plain values (mappings, lists, text, numbers, booleans, None) as YAML, with ``flow`` on one line and in
+    brackets; ``parse`` is its inverse."""
     # With allow_unicode, PyYAML writes some characters that YAML takes for line breaks as they are.
     style: dict[str, Any] = {"default_flow_style": flow, "width": float("inf") if flow else 80}
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, **style)

@@ -52,16 +52,11 @@ class Agreed:
 
 
 class Averaging:
-    """Brings the subnets of all ranks together.
-
-    Args:
-        store: the full weights; its rows are read (by the outer step), not written.
-        ranks: all ranks of the run.
-        rounds: the outer step.
+    """Brings the subnets of all ranks together; the rows of ``store`` are read (by the outer step of
+    ``rounds``), not written.
 
     Attributes:
-        bytes_sent: that this rank has sent to others.
-    """
+        bytes_sent: that this rank has sent to others."""
 
     def __init__(self, store: WeightStore, ranks: Ranks, rounds: RoundConfig) -> None:
         self._store, self._ranks, self._rounds = store, ranks, rounds

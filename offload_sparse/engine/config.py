@@ -117,17 +117,14 @@ class RoundConfig:
 
     @property
     def own_subnets(self) -> bool:
-        """Whether every rank trains a subnet of its own."""
         return self.subnets in ("per_rank", "partition")
 
     @property
     def outer_lr(self) -> float:
-        """Learning rate of the outer step."""
         return self.outer[0]
 
     @property
     def outer_momentum(self) -> float:
-        """Nesterov momentum of the outer step."""
         return self.outer[1]
 
     @property
@@ -199,11 +196,7 @@ _SHORTEST_SEARCH = 0.1
 
 
 def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:
-    """What neither branch can see by itself.
-
-    Raises:
-        ValueError: they exclude each other.
-    """
+    """What neither branch can see by itself. Raises ValueError: they exclude each other."""
     require(
         rounds.subnets == "shared" or policy.estimator == "rloo",
         f"round.subnets {rounds.subnets} learns by leave-one-out, not by {policy.estimator}; set "

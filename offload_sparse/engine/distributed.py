@@ -37,22 +37,22 @@ def gathered(own: Tensor, world_size: int) -> Tensor:
     return torch.stack(all_ranks)
 
 
+def everyones(own: T, world_size: int, group: dist.ProcessGroup | None = None) -> list[T]:
+    """``own`` of every rank, an object of any kind, on every rank."""
+    found = [own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(found, own, group=group)
+    return found
+
+
 def ranks_where(condition: bool, world_size: int) -> list[int]:
     """The ranks on which ``condition`` holds; every rank has to ask."""
-    answers: list[bool] = [condition]
-    if world_size > 1:
-        answers = [False] * world_size
-        dist.all_gather_object(answers, condition)
-    return [rank for rank, answer in enumerate(answers) if answer]
+    return [rank for rank, answer in enumerate(everyones(condition, world_size)) if answer]
 
 
 def first_word(own: str, world_size: int, group: dist.ProcessGroup | None = None) -> str:
     """What the first rank says that has something to say; every rank has to ask."""
-    words = [own]
-    if world_size > 1:
-        words = [""] * world_size
-        dist.all_gather_object(words, own, group=group)
-    return next(filter(None, words), "")
+    return next(filter(None, everyones(own, world_size, group)), "")
 
 
 def describe_fault(step: int, ranks: list[int], loss: float) -> str:
@@ -73,17 +73,13 @@ def fingerprint(tensors: list[Tensor]) -> int:
 
 
 def assert_equal_on_ranks(named: dict[str, list[Tensor]], world_size: int, device: torch.device) -> None:
-    """Compare digests over all ranks.
-
-    Raises:
-        RuntimeError: the ranks hold different values; names what differs.
-    """
+    """Compare digests over all ranks. Raises RuntimeError: the ranks hold different values; names what
+    differs."""
     if world_size == 1:
         return
     own = torch.tensor([fingerprint(tensors) for tensors in named.values()], dtype=torch.int64, device=device)
-    all_ranks = [torch.empty_like(own) for _ in range(world_size)]
-    dist.all_gather(all_ranks, own)
-    differing = [name for i, name in enumerate(named) if len({int(digests[i]) for digests in all_ranks}) > 1]
+    digests = gathered(own, world_size).T.tolist()
+    differing = [name for name, of_ranks in zip(named, digests, strict=True) if len(set(of_ranks)) > 1]
     if differing:
         raise RuntimeError(
             f"ranks disagree about {', '.join(differing)}: they no longer train the same network"

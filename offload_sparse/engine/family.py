@@ -79,10 +79,8 @@ class Family:
 
     Args:
         model: the full network on the meta device; where members have norms of their own, with these.
-        channel_map: its channels.
         masks: bool[C] each, from the smallest to the largest; each holds the one before.
-        seed: of the choice of the members in training; equal on all ranks.
-        device: of the network."""
+        seed: of the choice of the members in training; equal on all ranks."""
 
     def __init__(
         self,
@@ -146,7 +144,6 @@ class Family:
 
         Args:
             loss_fn: (network, of one input that gives logits) -> (loss, metrics).
-            network: the largest.
             members: those that are trained beside it, as ``chosen`` names them."""
         seen: list[tuple[Any, Tensor]] = []
 

@@ -41,12 +41,8 @@ class Fault:
 
 
 def fault_point(phase: str, step: int) -> None:
-    """Die or hang here if ``OFFLOAD_SPARSE_FAULT`` says so. Raises ValueError: the variable cannot be
-    understood.
-
-    Args:
-        phase: one of ``PHASES``.
-        step: optimizer steps of the run done so far."""
+    """Die or hang here, in a phase of ``PHASES`` of a run that has done ``step`` optimizer steps, if
+    ``OFFLOAD_SPARSE_FAULT`` says so. Raises ValueError: the variable cannot be understood."""
     text = os.environ.get(VARIABLE)
     if not text:
         return

@@ -82,11 +82,8 @@ def train_mode(module: nn.Module) -> None:
 
 
 def _called(closure: Closure, module: nn.Module) -> tuple[Tensor, Metrics]:
-    """What ``closure`` says of ``module``.
-
-    Raises:
-        ValueError: it is no loss, or the batch is on another device than the network.
-    """
+    """What ``closure`` says of ``module``. Raises ValueError: it is no loss, or the batch is on another
+    device than the network."""
     try:
         return _checked(closure(module))
     except RuntimeError as error:
@@ -113,11 +110,7 @@ def other_device(message: str, own: torch.device) -> str | None:
 
 
 def _checked(result: Any) -> tuple[Tensor, Metrics]:
-    """What a closure has returned, if it is a loss.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """What a closure has returned, if it is a loss. Raises ValueError: it is something else."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -69,11 +69,8 @@ class FlatGradients:
         self._whole = 0
 
     def begin(self, passes: int, sends: bool = False) -> None:
-        """So many backward passes are about to make the gradients; what there was is dropped.
-
-        Args:
-            sends: send each bucket once it is whole; the same in all steps.
-        """
+        """So many backward passes are about to make the gradients; what there was is dropped. With ``sends``,
+        the same in all steps, each bucket is sent once it is whole."""
         if not self._buckets:
             self._buckets, self._sends = self._cut(SENT_BYTES if sends else BUCKET_BYTES), sends
         for parameter in self._parameters:
@@ -89,11 +86,7 @@ class FlatGradients:
 
     def end(self, scalars: Sequence[Tensor]) -> None:
         """All passes are done: what is left of the gradients is copied, with ``scalars`` to the tail. What no
-        pass has reached is zero.
-
-        Raises:
-            ValueError: a pass has added to a gradient that was sent already.
-        """
+        pass has reached is zero. Raises ValueError: a pass has added to a gradient that was sent already."""
         late = [number for bucket in self._buckets[: self._whole] for number in bucket.numbers]
         if late := [number for number in late if self._parameters[number].grad is not None]:
             self._add(late)
@@ -197,12 +190,8 @@ class _Bucket:
 
 
 class Reducer:
-    """Averages the gradients of a subnet, and the scalars behind them, over the ranks that had a batch.
-
-    Args:
-        world_size: number of ranks; with one there is nothing to average.
-        like: has the type and device of the gradients.
-    """
+    """Averages the gradients of a subnet, which have the type and device of ``like``, and the scalars behind
+    them, over the ranks that had a batch."""
 
     def __init__(self, world_size: int, like: Tensor) -> None:
         self._world_size = world_size
@@ -221,16 +210,9 @@ class Reducer:
         gradients.begin(passes, self._sends)
 
     def finish(self, measured: Mapping[int, Tensor], live: bool) -> tuple[Tensor, Tensor]:
-        """Average gradients and scalars over the ranks that had a batch; NaN if none had.
-
-        Args:
-            measured: by place, the scalars of this rank.
-            live: whether this rank had a batch.
-
-        Returns:
-            float[TAIL] each: scalars averaged, and those of this rank (with the sum of its gradients, where
-            that was known); copies.
-        """
+        """Average gradients and scalars (those of this rank by place in ``measured``) over the ranks that had
+        a batch (``live``); NaN if none had. Returns float[TAIL] each: scalars averaged, and those of this
+        rank (with the sum of its gradients, where that was known); copies."""
         gradients, tail = self._present, self._present.tail
         scalars = [measured.get(place, self._zero) for place in range(TAIL)]
         scalars[LIVE] = self._one if live else self._zero

@@ -32,7 +32,6 @@ class Importance:
 
     Args:
         kind: ``l1``, ``l2``, ``norm_scale``, or ``random``, which looks at no weight.
-        channel_map: the channels of the network.
         network: on any device; tells which dimension of a weight gives channels.
         seed: of ``random``."""
 

@@ -20,22 +20,17 @@ TAIL = METRICS + MOST_METRICS
 
 
 class Measured:
-    """The scalars of one step of one rank, before they ride.
-
-    Args:
-        passes: micro-batches of the step, of whose values these are the means.
-        like: has their type and device.
+    """The scalars of one step of one rank, before they ride: means over so many micro-batches (``passes``),
+    of the type and device of ``like``.
 
     Attributes:
-        values: by place; the others are zero.
-    """
+        values: by place; the others are zero."""
 
     def __init__(self, passes: int, like: Tensor) -> None:
         self._passes, self._like = passes, like
         self.values: dict[int, Tensor] = {}
 
     def add(self, place: int, value: Tensor) -> None:
-        """A micro-batch's ``value``."""
         part = share(value.detach(), self._passes)
         known = self.values.get(place)
         self.values[place] = (part if known is None else known + part).to(self._like)
@@ -52,13 +47,10 @@ class StepRecord:
     """What one step measured, averaged over ranks.
 
     Attributes:
-        loss: loss of the trained subnet.
         compared: L(a) and L(b), or None when b was not evaluated.
-        metrics: further scalars of the closure.
         losses: float64[2, ranks], L(a) and L(b) of every rank, if they were asked for.
         fault: what was not finite, with the step and the ranks; such a step has moved nothing. Empty
-            otherwise.
-    """
+            otherwise."""
 
     loss: float
     compared: tuple[float, float] | None
@@ -73,12 +65,8 @@ class StepRecord:
 
 
 class Losses:
-    """What rode behind the gradients of the last steps, on the device until it is read.
-
-    Args:
-        world_size: number of ranks.
-        like: has the type and device of the scalars.
-    """
+    """What rode behind the gradients of the last steps, on the device until it is read; scalars of the type
+    and device of ``like``."""
 
     def __init__(self, world_size: int, like: Tensor) -> None:
         self._world_size = world_size
@@ -105,11 +93,9 @@ class Losses:
         at the same step.
 
         Args:
-            steps_done: optimizer steps of the run so far.
             per_rank: with the losses of every rank.
             scaled: losses are scaled, so that a gradient that is not finite is no fault.
-            own_subnets: every rank has trained a subnet of its own; the first is compared with all others.
-        """
+            own_subnets: every rank has trained a subnet of its own; the first is compared with all others."""
         steps, self._steps = self._steps, []
         if not steps:
             return []

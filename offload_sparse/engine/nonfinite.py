@@ -20,15 +20,8 @@ _CONSEQUENCES = {
 
 
 class NonFinite:
-    """Counts the steps that were left out.
-
-    Args:
-        mode: what one of them leads to.
-        rank: of this process; the first one says so.
-
-    Attributes:
-        skipped: number of them.
-    """
+    """Counts the steps that were left out (``skipped``); ``mode`` is what one of them leads to, which the
+    first rank says."""
 
     def __init__(self, mode: OnNonFinite, rank: int) -> None:
         self._mode, self._rank = mode, rank

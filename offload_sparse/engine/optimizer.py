@@ -61,7 +61,6 @@ class OptimizerState:
     """What an optimizer keeps.
 
     Attributes:
-        name: its class.
         slots: state tensors with a value per weight, under the optimizer's own names.
         initial: the value that each begins with.
         scalars: all other state of a parameter, before the first step.
@@ -95,12 +94,8 @@ class _FirstValues(dict[str, Any]):
 
 
 def probe(factory: OptimizerFactory, device: torch.device | None = None) -> OptimizerState:
-    """Find out what an optimizer keeps, by stepping it on a tiny parameter. Raises ValueError: it is no
-    factory, or its optimizer cannot be used; names it.
-
-    Args:
-        factory: makes the optimizer.
-        device: where the weights will be."""
+    """Find out what the optimizer of ``factory`` keeps, by stepping it on a tiny parameter. Raises
+    ValueError: it is no factory, or its optimizer cannot be used; names it."""
     parameter = nn.Parameter(torch.zeros(_ENTRIES, device=device))
     optimizer = build_optimizer(factory, [parameter])
     name, group = type(optimizer).__name__, optimizer.param_groups[0]
@@ -181,7 +176,7 @@ def _check_entries(factory: OptimizerFactory, found: OptimizerState, device: tor
         for half, keep, part, own in zip(
             halves, keeps, gradient.split(_ENTRIES // 3 * 2), given, strict=True
         ):
-            own.over([half], [part.clone()], [keep]).step(torch.zeros((), device=device))
+            FlatOptimizer(own, [half], [part.clone()], [keep]).step(torch.zeros((), device=device))
     # A rate so large that weights overflow is not this check's concern: training stops with advice.
     if not torch.allclose(whole.detach(), torch.cat(halves), rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ValueError(
@@ -234,20 +229,12 @@ def group_parameters(model: nn.Module, grouping: Grouping | None, no_decay: bool
 
 
 class SubnetOptimizer:
-    """The optimizer of a session: its settings, and the scalars of its state. Raises ValueError: a setting of
-    a group is unknown to the optimizer.
-
-    Args:
-        factory: makes the optimizer.
-        groups: the parameter groups.
-        kept: what it keeps.
-        device: where the weights are.
-        clip_norm: largest norm of the gradient of a subnet; 0 clips nothing.
+    """The optimizer of a session: its settings, and the scalars of its state; it clips gradients of a subnet
+    to ``clip_norm`` (0: not at all). Raises ValueError: a setting of a group is unknown to the optimizer.
 
     Attributes:
         shown: an optimizer with the same groups over stand-ins, for learning-rate schedulers and for whoever
-            sets ``param_groups``.
-        scalars: per group."""
+            sets ``param_groups``."""
 
     def __init__(
         self,
@@ -257,8 +244,7 @@ class SubnetOptimizer:
         device: torch.device,
         clip_norm: float = 0.0,
     ) -> None:
-        self._factory, self.groups, self.kept = factory, groups, kept
-        self._clip_norm = clip_norm
+        self.factory, self.groups, self.kept, self.clip_norm = factory, groups, kept, clip_norm
         self.shown = build_optimizer(
             factory, [{"params": [nn.Parameter(torch.zeros(1, device=device))], **g.settings} for g in groups]
         )
@@ -288,16 +274,6 @@ class SubnetOptimizer:
         self._counted = steps_done + 1
         return self._counts.popleft()
 
-    def over(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        slots: Sequence[Mapping[str, Tensor]],
-    ) -> FlatOptimizer:
-        """An optimizer of the given flat weights of each group; its slots and weights are updated in place.
-        """
-        return FlatOptimizer(self, self._factory, weights, gradients, slots, self._clip_norm)
-
     def slices(self, layout: Layout) -> list[slice]:
         """Where the weights of each group lie in a flat buffer of ``layout``, whose tensors are in the order
         of the groups."""
@@ -308,7 +284,8 @@ class SubnetOptimizer:
 
 
 class FlatOptimizer:
-    """Steps of the flat weights of one subnet, until its buffers are those of another.
+    """Steps of the flat weights of one subnet, one part per group, until its buffers are those of another;
+    weights and slots are updated in place.
 
     A slot that has its initial value makes the first step equal to the optimizer's own first step, so absent
     channels that come back simply go on where they stopped. The bias correction of Adam counts the steps of
@@ -317,17 +294,15 @@ class FlatOptimizer:
     def __init__(
         self,
         session: SubnetOptimizer,
-        factory: OptimizerFactory,
         weights: Sequence[Tensor],
         gradients: Sequence[Tensor],
         slots: Sequence[Mapping[str, Tensor]],
-        clip_norm: float,
     ) -> None:
-        self._session, self._clip_norm = session, clip_norm
+        self._session = session
         self._flat = [nn.Parameter(part) for part in weights]
         for parameter, gradient in zip(self._flat, gradients, strict=True):
             parameter.grad = gradient
-        self._optimizer = build_optimizer(factory, [{"params": [p]} for p in self._flat])
+        self._optimizer = build_optimizer(session.factory, [{"params": [p]} for p in self._flat])
         for parameter, state in zip(self._flat, slots, strict=True):
             self._optimizer.state[parameter] = dict(state)
 
@@ -339,8 +314,8 @@ class FlatOptimizer:
                 Nothing on a device waits for its value.
             steps_done: optimizer steps of the run before this one, on whichever subnet; None: as the scalars
                 say."""
-        if self._clip_norm > 0:
-            nn.utils.clip_grad_norm_(self._flat, self._clip_norm)
+        if self._session.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self._flat, self._session.clip_norm)
         self._take_settings(steps_done)
         kept = self._session.kept
         if kept.fused:
@@ -383,11 +358,8 @@ class FlatOptimizer:
 
 
 class LossScale:
-    """The scale of fp16 losses: as that of ``torch.amp.GradScaler``, without a wait for the device.
-
-    Args:
-        scaler: whose settings are taken; its own state is not touched.
-        device: where the gradients are."""
+    """The scale of fp16 losses, with the settings of ``scaler``: as that of ``torch.amp.GradScaler``, without
+    a wait for the device."""
 
     def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         self._growth, self._backoff = scaler.get_growth_factor(), scaler.get_backoff_factor()

@@ -33,9 +33,7 @@ class PreparedModel:
     Attributes:
         source: the model, or the function that builds it.
         meta_model: the full model without values.
-        channel_map: its channels.
-        recording: how its initial values come about; None for a model that brings its own.
-    """
+        recording: how its initial values come about; None for a model that brings its own."""
 
     source: ModelSource
     meta_model: nn.Module
@@ -83,19 +81,15 @@ def prepare(
     verify: bool = True,
     block: str | int = 1,
 ) -> PreparedModel:
-    """Find the channels of a model and check them.
+    """Find the channels of a model and check them. Raises ValueError: the model cannot be narrowed, or its
+    map is wrong (on every rank).
 
     Args:
         source: a model with values, or a function that builds one.
         example_inputs: inputs that the model can be called with; only shapes and types matter.
-        residual: residual policy of the discovery.
         channel_map: a map made by hand, which replaces the discovery.
         verify: check that slice = mask, on the first rank; large models are checked as a narrow twin.
-        block: channels per atom; see ``channels.atoms``.
-
-    Raises:
-        ValueError: the model cannot be narrowed, or its map is wrong (on every rank).
-    """
+        block: channels per atom; see ``channels.atoms``."""
     if isinstance(source, nn.Module):
         recording, meta_model = None, meta_copy(source)
     else:

@@ -114,7 +114,6 @@ class _Thinned:
         return loss.detach().double()
 
     def restore(self) -> None:
-        """Put the weights back."""
         for name, parameter in self._module.named_parameters():
             parameter.copy_(self._weights[name])
 

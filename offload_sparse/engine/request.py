@@ -28,10 +28,7 @@ Request = Sequence[Closure] | Ask
 
 
 class Requests(ABC):
-    """A training that runs as far as it is asked to.
-
-    Args:
-        ranks: all ranks of the run."""
+    """A training that runs as far as it is asked to."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks

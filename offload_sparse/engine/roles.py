@@ -16,13 +16,8 @@ every rank, where each trains a subnet of its own.
 
 
 class Roles:
-    """The part of every rank.
-
-    Args:
-        rounds: settings.
-        world_size: number of ranks.
-        local_from: optimizer steps after which, with ``round.sync round``, ranks talk once per round.
-    """
+    """The part of every rank. With ``round.sync round`` ranks talk once per round after ``local_from``
+    optimizer steps."""
 
     def __init__(self, rounds: RoundConfig, world_size: int, local_from: int) -> None:
         self._rounds, self._world_size, self._local_from = rounds, world_size, local_from
@@ -44,9 +39,8 @@ class Roles:
     def drawn(self, policy: MaskPolicy | WidthSearch, number: int, first_step: int) -> Masks:
         """The masks of round ``number``, which begins with this step."""
         subnets = self._rounds.subnets
-        if subnets == "shared" or self._world_size == 1:
+        if subnets == "shared" or self._world_size == 1 or isinstance(policy, WidthSearch):
             return policy.sample(number)
-        assert isinstance(policy, MaskPolicy), "one mask at a time has nothing to compare"
         if self.own_subnets(first_step):
             return policy.sample_subnets(number, self._world_size, disjoint=subnets == "partition")
         if subnets == "references":

@@ -32,7 +32,7 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
 from offload_sparse.engine.averaging import OUTER
-from offload_sparse.engine.batch_norm import Run, reestimate_batch_norm
+from offload_sparse.engine.batch_norm import Run, flags_restored, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
 from offload_sparse.engine.distributed import average
 from offload_sparse.engine.family import own_entries, start_own_norms, with_own_norms
@@ -318,10 +318,9 @@ class SparseOffload(Rounds):
         kinds = (BUFFERS,) if ema is None and not self.local else (BUFFERS, WEIGHTS)
         kept = {kind: side.arrays[kind].clone() for kind in kinds}
         self.forward.train_mode(side.module)
-        modes = [(layer, layer.training) for layer in side.module.modules()]
         try:
             # Other batch sizes and modes than those of training are not worth compiling for.
-            with torch.compiler.set_stance("force_eager"):
+            with flags_restored(side.module), torch.compiler.set_stance("force_eager"):
                 if ema is not None:
                     side.arrays[WEIGHTS].copy_(ema)
                 if self.local and not self.own_subnets:
@@ -331,19 +330,14 @@ class SparseOffload(Rounds):
         finally:
             for kind, values in kept.items():
                 side.arrays[kind].copy_(values)
-            for layer, training in modes:
-                layer.training = training
 
     def finalize(self, batches: Iterable[Any] | None = None) -> FinalNetwork:
         """End the training: choose the mask if that has not happened, re-estimate BatchNorm, take the network
-        out. Every rank calls it; one that has had fewer batches waits here for the others.
-
-        Args:
-            batches: training batches for the BatchNorm statistics, as in ``evaluation``.
+        out. Every rank calls it; one that has had fewer batches waits here for the others. ``batches`` are
+        those of ``evaluation``.
 
         Returns:
-            the narrow network, an ordinary ``nn.Module`` with its own memory, and its mask.
-        """
+            the narrow network, an ordinary ``nn.Module`` with its own memory, and its mask."""
         self._check_open()
         self._join()
         self._ask(Ask.FINISH)
@@ -369,10 +363,8 @@ class SparseOffload(Rounds):
 
     def close(self, abandon: bool = False) -> None:
         """End the work beside the loop and free the store's process groups, before the loop destroys its own.
-        A session that is left without ``finalize`` needs it. It cannot be used any more.
-
-        Args:
-            abandon: a rank may be gone, so that what is under way might never end."""
+        A session that is left without ``finalize`` needs it. It cannot be used any more. ``abandon``: a rank
+        may be gone, so that what is under way might never end."""
         if abandon:
             self.store.ranks.abort()
         self.transfers.close(abandon)

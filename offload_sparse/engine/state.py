@@ -16,11 +16,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.engine.averaging import packed
-from offload_sparse.engine.distributed import first_word
+from offload_sparse.engine.distributed import everyones, first_word
 from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.roles import Masks
 from offload_sparse.engine.rounds import Rounds
@@ -38,8 +37,7 @@ class Shard:
 
     Attributes:
         own: [rows, ...] on the CPU, contiguous, from ``first_row`` of the whole on; a view of the store where
-            there is one. A scalar is [] on the rank that owns it; a rank that owns nothing has zero rows.
-        global_shape: shape of the whole tensor."""
+            there is one. A scalar is [] on the rank that owns it; a rank that owns nothing has zero rows."""
 
     own: Tensor
     global_shape: tuple[int, ...]
@@ -185,10 +183,7 @@ def whole_state(session: Rounds) -> dict[str, Any]:
     every rank."""
     session.transfers.settle()
     state, store = small_state(session), session.transfers.store
-    every: list[dict[str, Tensor]] = [state.local]
-    if session.ranks.world_size > 1:
-        every = [{} for _ in range(session.ranks.world_size)]
-        dist.all_gather_object(every, state.local, group=session.ranks.host_group)
+    every = everyones(state.local, session.ranks.world_size, session.ranks.host_group)
     groups = [_settings(group) for group in session.transfers.optimizer.shown.param_groups]
     small = {"replicated": state.replicated, "meta": state.meta, "local": every, "groups": groups}
     file = BytesIO()

@@ -104,11 +104,8 @@ class Side:
         self._others = [own for layer, _, own in self._held if not isinstance(layer, _BatchNorm)]
 
     def take_buffers(self) -> None:
-        """After a forward pass: what it has assigned to buffers goes to the places of these.
-
-        Raises:
-            ValueError: a buffer has another shape or type than before, or is new; names it.
-        """
+        """After a forward pass: what it has assigned to buffers goes to the places of these. Raises
+        ValueError: a buffer has another shape or type than before, or is new; names it."""
         for layer, leaf, own in self._held:
             value = layer._buffers.get(leaf)
             if value is own:
@@ -155,7 +152,6 @@ class Side:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
         return sum(a.numel() * a.element_size() for a in self.arrays.values())
 
     def _reserve(self, kind: str, size: int) -> Tensor:
@@ -184,15 +180,10 @@ class SubnetPair:
     """The trained subnet and its reference.
 
     Args:
-        store: the full weights.
-        model: the full model on the meta device.
-        optimizer: that of the weights.
-        device: where the subnets compute.
         capacity: entries that are set aside for the weights of a subnet, once.
         integer_buffers: buffers that are not sliced, on the device; all subnets share them.
 
     Attributes:
-        trained_kinds: the arrays of a side that is trained.
         gradients: of the sides that are trained, by number; one buffer, since only one is trained at a time.
     """
 
@@ -240,7 +231,6 @@ class SubnetPair:
 
     @property
     def active(self) -> tuple[Side, ...]:
-        """The sides in use."""
         return self.sides[:1] if self.same else self.sides
 
     @property
@@ -259,11 +249,8 @@ class SubnetPair:
         return self.train_second == train_second and torch.equal(self.sides[1].selection.mask, second)
 
     def bind(self, reduce_memory: Tensor) -> None:
-        """Make the modules and the optimizers those of the arrays, which are full now.
-
-        Args:
-            reduce_memory: at least as long as the weights of either side and ``TAIL`` scalars.
-        """
+        """Make the modules and the optimizers those of the arrays, which are full now; ``reduce_memory`` is
+        at least as long as the weights of either side and ``TAIL`` scalars."""
         for side in self.active:
             side.bind()
         for index, side in enumerate(self.trained):
@@ -304,7 +291,8 @@ class SubnetPair:
     def _optimizer_of(self, side: int) -> FlatOptimizer:
         arrays, gradients = self.sides[side].arrays, self.gradients[side].flat
         groups = self._optimizer.slices(self.sides[side].weights.layout)
-        return self._optimizer.over(
+        return FlatOptimizer(
+            self._optimizer,
             [arrays[WEIGHTS][group] for group in groups],
             [gradients[group] for group in groups],
             [{name: arrays[name][group] for name in self._optimizer.kept.slots} for group in groups],

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,30 +26,18 @@ KEPT_ROUNDS = 3
 _MOST_SPANS = 256
 
 
-@dataclass
-class Span:
-    """Work of one kind (``lane``), the round in which it began, and when it began and ended, in seconds since
-    the session was made."""
-
-    lane: Lane
-    round: int
-    start: float
-    end: float
-
-
 class Timeline:
-    """Spans of work and what they add up to.
-
-    Args:
-        device: where the session computes."""
+    """Spans of work and what they add up to."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._origin = self._now()
         self._round = 0
         self._open: dict[Lane, tuple[int, _Mark]] = {}
+        # Lane, the round in which the work began, its begin and end.
         self._pending: deque[tuple[Lane, int, _Mark, _Mark]] = deque(maxlen=_MOST_SPANS)
-        self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
+        # The same, begin and end in seconds since the session was made.
+        self._spans: deque[tuple[Lane, int, float, float]] = deque(maxlen=_MOST_SPANS)
         self._sums = dict.fromkeys(("gather", "carry", "scatter", "compute", "exchange"), 0.0)
         self._rounds_told = 0
 
@@ -102,9 +89,9 @@ class Timeline:
         of them began."""
         self._resolve()
         first = max(0, self._round - KEPT_ROUNDS)
-        spans = [span for span in self._spans if first <= span.round < self._round]
-        origin = min((span.start for span in spans), default=0.0)
-        return [(s.lane, round(s.start - origin, 6), round(s.end - origin, 6)) for s in spans]
+        spans = [(lane, a, b) for lane, number, a, b in self._spans if first <= number < self._round]
+        origin = min((start for _, start, _ in spans), default=0.0)
+        return [(lane, round(start - origin, 6), round(end - origin, 6)) for lane, start, end in spans]
 
     def _resolve(self) -> None:
         """Read the marks of the work that is done."""
@@ -113,10 +100,10 @@ class Timeline:
             if isinstance(end, torch.cuda.Event) and not end.query():
                 self._pending.append((lane, number, start, end))
                 continue
-            span = Span(lane, number, self._seconds(start), self._seconds(end))
-            self._spans.append(span)
+            begun, ended = self._seconds(start), self._seconds(end)
+            self._spans.append((lane, number, begun, ended))
             if lane != "compute":
-                self._sums[lane] += span.end - span.start
+                self._sums[lane] += ended - begun
 
     def _now(self) -> _Mark:
         if self._device.type != "cuda":

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.model_call import Inputs
+from offload_sparse.channels.require import Explained
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
 from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, set_tensor
 from offload_sparse.channels.views import Fit, fit_views, fitted_views
@@ -77,12 +78,9 @@ class Structure:
     """The contents of ``structure.json``.
 
     Attributes:
-        format: of this file.
         model: ``name`` and ``arguments`` of the full network; anything else when readers bring the model.
-        preprocessing: of its images.
         groups: the kept channels of every group.
         tensors: shape of every parameter, buffer and other tensor.
-        additions: the sums whose operands hold different channels.
         views: by module and number of a call, sizes that are written in its code with what each becomes,
             nothing for a size that stays; negative where places are counted from the end; see
             ``channels.views``.
@@ -121,7 +119,6 @@ class FinalNetwork:
         module: an ordinary module with memory of its own, in evaluation mode.
         mask: bool[C], the atoms of ``channel_map``, that of the full network, that it keeps.
         factory: builds the full network, for reading back what is written; None if that is not known.
-        example_inputs: what the network can be called with.
         members: by their share of the budget, the smaller networks of a family that are parts of this one."""
 
     module: nn.Module
@@ -303,7 +300,6 @@ def _restore_views(module: nn.Module, views: dict[str, dict[str, tuple[tuple[int
 
 
 def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor]) -> None:
-    """Both files."""
     make_folder(folder)
     write_file(folder / WEIGHTS_FILE, lambda file: file.writelines(blocks_of(tensors)))
     body = asdict(replace(structure, weights_digest=file_digest(folder / WEIGHTS_FILE)))
@@ -312,30 +308,21 @@ def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor]) -> No
 
 def _read(folder: Path) -> tuple[Structure, dict[str, Tensor]]:
     """The structure, and every tensor as it is declared there."""
+    from safetensors.torch import load_file
+
     structure = read_structure(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder `model/` of a finished run")
-    try:
+    with Explained(f"{path} is damaged: ", "; export it again"):
         if structure.weights_digest not in ("", file_digest(path)):
             raise ValueError("its digest does not fit")
-        tensors = _stored(path)
+        tensors = load_file(path)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != structure.tensors:
             odd = next(n for n in (*found, *structure.tensors) if found.get(n) != structure.tensors.get(n))
             raise ValueError(f"it disagrees with {STRUCTURE_FILE} about {json_values.shown(odd)}")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}; export it again") from None
     return structure, tensors
-
-
-def _stored(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:  # of the library, or of torch about shapes and types that it does not know
-        raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
 @dataclass(frozen=True)
@@ -352,15 +339,12 @@ def _build_named(structure: Structure) -> nn.Module:
         raise ValueError(
             f"{STRUCTURE_FILE} names no model; pass `model`, a function that builds the full network"
         )
-    try:
+    with Explained(f"the model in {STRUCTURE_FILE} cannot be built: "):
         named = json_values.convert(structure.model, _Named)
         if len(named.name) > _MAX_NAME or _total(named.arguments) > _MAX_ARGUMENTS:
             raise ValueError("its name or its arguments are too large")
         with _bounded(modules=1000 + 50 * len(structure.tensors)):
             return build_on_meta(lambda: build_model(named.name, **named.arguments), whole=False)
-    except Exception as error:  # whatever a constructor raises about arguments of a file
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the model in {STRUCTURE_FILE} cannot be built: {reason}") from None
 
 
 def _total(value: Any) -> float:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.channels.require import Explained
+
 OPSET = 23
 """The newest that torch's exporter writes."""
 
@@ -38,26 +40,20 @@ def write_onnx(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
     _require("onnx", "onnxscript")
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     printed = io.StringIO()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module,
-                (torch.zeros(2, *shape),),
-                path,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=size > _INLINE_BYTES,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises errors of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{type(module).__name__} cannot be written as ONNX ({reason}); export it as safetensors"
-        ) from error
+    refused = Explained(f"{type(module).__name__} cannot be written as ONNX (", "); export it as safetensors")
+    with refused, warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(printed):
+        torch.onnx.export(
+            module,
+            (torch.zeros(2, *shape),),
+            path,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=size > _INLINE_BYTES,
+            verbose=False,
+        )
 
 
 def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
@@ -69,7 +65,7 @@ def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     data = path.with_name(f"{path.name}.data")
-    try:
+    with Explained(f"{path} cannot be used: ", "; export the network again"):
         if path.is_symlink() or data.is_symlink():
             raise ValueError("it is a link")
         _check(onnx.load(path, load_external_data=False), data.name)
@@ -79,16 +75,10 @@ def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
         options.add_session_config_entry("session.use_env_allocators", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         (given,), (result,) = session.get_inputs(), session.get_outputs()
-    except Exception as error:  # whatever a damaged file makes the libraries raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be used: {reason}; export the network again") from error
 
     def run(images: Tensor) -> Tensor:
-        try:
+        with Explained(f"{path} cannot be run: ", "; export the network again"):
             return torch.from_numpy(session.run([result.name], {given.name: images.numpy()})[0])
-        except Exception as error:  # as above
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} cannot be run: {reason}; export the network again") from error
 
     return run
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.channels.require import Explained
 from offload_sparse.channels.subnet import meta_copy
 from offload_sparse.export.description import DESCRIPTION_FILE, FILES, Preprocessing, read_description
 from offload_sparse.export.network_file import STRUCTURE_FILE, load_pruned, read_structure
@@ -81,11 +82,8 @@ def open_artefact(path: Path, trust: bool = False) -> Artefact:
 @torch.no_grad()
 def _probe(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> None:
     """Refuse a network whose tensors do not fit each other, as those of a file may."""
-    try:
+    with Explained(f"the network in {folder} cannot be run: ", "; export it again"):
         if shape:
             meta_copy(network, other=True)(torch.empty(1, *shape, dtype=dtype, device="meta"))
         if shape and prod(shape) <= _SMALL:  # meta does not look at types
             network(torch.zeros(1, *shape, dtype=dtype))
-    except Exception as error:  # whatever an operation raises about shapes
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the network in {folder} cannot be run: {reason}; export it again") from None

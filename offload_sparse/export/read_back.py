@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from offload_sparse.channels.model_call import Inputs
+from offload_sparse.channels.require import Explained
 
 TOLERANCE = 1e-4
 """Largest difference between the outputs, relative to the largest output."""
@@ -52,11 +53,8 @@ def compare(read: Reader, module: nn.Module, inputs: Inputs, place: Path) -> flo
     inputs = tree_map_only(Tensor, _with_values, inputs)
     expected = outputs(_on_cpu(module), inputs)
     question = _pickled((read, inputs))
-    try:
+    with Explained(f"what was written to {place} cannot be read back: "):
         found = outputs(read(), inputs) if question is None else _ask(question)
-    except Exception as error:  # whatever the reader or the network raises is the reason
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"what was written to {place} cannot be read back: {reason}") from error
     worst = _difference(expected, found)
     epsilon = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     if not worst <= max(TOLERANCE, 16 * epsilon):

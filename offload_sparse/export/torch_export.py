@@ -11,18 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.channels.require import Explained
+
 
 def write_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
     """Export ``module`` (in evaluation mode, on the CPU) for images [batch, *shape] of any batch, and save
     the program. Raises ValueError: the network cannot be traced for batches of every size."""
     example = torch.zeros(2, *shape, dtype=next(module.parameters()).dtype)
-    try:
+    name = type(module).__name__
+    with Explained(f"{name} cannot be exported as a program (", "); export it as safetensors"):
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # torch.export raises errors of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{type(module).__name__} cannot be exported as a program ({reason}); export it as safetensors"
-        ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names folders of this machine
     torch.export.save(program, path)
@@ -31,8 +29,5 @@ def write_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None
 def read_program(path: Path) -> Callable[[Tensor], Tensor]:
     """The network of a program, which is run: images [batch, C, H, W] on the CPU to logits. Raises
     ValueError: the file is damaged."""
-    try:
+    with Explained(f"{path} is damaged: ", "; export the network again"):
         return torch.export.load(path).module()
-    except Exception as error:  # whatever a damaged archive makes torch raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged: {reason}; export the network again") from error

@@ -47,11 +47,8 @@ class Finding:
 
 
 def examine(run_dir: Path) -> list[Finding]:
-    """Every finding about this machine, in the order in which they are printed.
-
-    Args:
-        run_dir: where runs would be written.
-    """
+    """Every finding about this machine, and about ``run_dir`` where runs would be written, in the order in
+    which they are printed."""
     logger = logging.getLogger("offload_sparse")
     level = logger.level
     logger.setLevel(logging.ERROR)  # findings say what warnings would

@@ -31,12 +31,10 @@ class Task:
     """What a method trains.
 
     Attributes:
-        factory: builds the full network with its own initialisation.
         example_inputs: tensors that the network can be called with, on the meta device.
         dtype: type of weights, slots and gradients.
         forward: autocast and BatchNorm mode of forward passes.
         store_mode: how weights in files are taken: those of an earlier part of the run, or new ones.
-        weights: what to start from, in place of the network's own initialisation.
         warmup_steps: steps in which the learning rate rises."""
 
     config: RunConfig
@@ -66,7 +64,6 @@ class Costs:
     Attributes:
         spent_flops: FLOPs per image of all passes run so far; a backward pass counts as two forward passes.
         dense_flops: FLOPs per image of one forward pass of the full network.
-        dense_parameters: parameters of the full network.
         store_bytes: bytes of this rank's rows of the store.
         subnet_bytes_peak: largest bytes of weights, gradients, slots and statistics on the device."""
 
@@ -82,7 +79,6 @@ class Method(Protocol):
 
     Attributes:
         channel_map: channels of the full network; without groups where none can be dropped.
-        cost: parameters and FLOPs of its subnetworks.
         durable: of a method whose weights are in files: the log of its rounds."""
 
     channel_map: ChannelMap

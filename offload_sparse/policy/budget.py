@@ -166,16 +166,10 @@ class Budget:
         return project(z, max(room, low * float(cost.sum())) / scale, low, high, cost / scale)
 
     def mask(self, s: Tensor, margin: Tensor, min_width: int) -> Tensor:
-        """The mask bool[C] with the expected widths of ``s`` that spends the budget, as far as atoms allow.
-
-        Args:
-            s: float64[C].
-            margin: float64[C], how readily an atom goes.
-            min_width: smallest width of a group."""
-        return of_expected_widths(s, margin, self._groups, min_width, self._pays_for)
-
-    def _pays_for(self, mask: Tensor) -> bool:
-        return self.of_mask(mask) <= self.limit * (1 + _PRECISION)
+        """The mask bool[C] with the expected widths of ``s`` that spends the budget, as far as atoms allow;
+        atoms of the largest ``margin`` go first (both float64[C])."""
+        most = self.limit * (1 + _PRECISION)
+        return of_expected_widths(s, margin, self._groups, min_width, lambda m: self.of_mask(m) <= most)
 
     def _expected(self, s: Tensor) -> Tensor:
         if self._kind == "count":
@@ -194,8 +188,6 @@ def project(
     Args:
         z: float64[C], any finite values.
         budget: largest value of sum(cost * s), in the unit of ``cost`` (atoms when that is None).
-        lower: smallest entry allowed.
-        upper: largest entry allowed.
         cost: float64[C], non-negative cost per atom; None: every atom costs 1."""
     _check(z, budget, lower, upper, cost)
     whole = float(z.numel()) if cost is None else float(cost.sum())

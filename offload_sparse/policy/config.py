@@ -125,15 +125,9 @@ class PolicyConfig:
         return cls(**(paper | fields))
 
     def resolved(self, compiled: bool, trained: bool = False) -> PolicyConfig:
-        """The same with choices in the places of ``auto``.
-
-        Args:
-            compiled: whether subnets are compiled, so that their widths should never change.
-            trained: whether the weights to start from are trained already.
-
-        Raises:
-            ValueError: the sampler does not go with another setting.
-        """
+        """The same with choices in the places of ``auto``; widths of ``compiled`` subnets should never
+        change, and weights to start from that are ``trained`` are ranked. Raises ValueError: the sampler does
+        not go with another setting."""
         sampler, estimator, parametrisation = self.sampler, self.estimator, self.parametrisation
         if sampler == "auto":
             sampler = "bernoulli" if estimator == "disarm_cv" else "persistent"

@@ -18,12 +18,8 @@ _OVERLAPS, _OVERLAP_SUM, _DIFFERENCES, _SUM, _SQUARES, _ROUND = range(6)
 
 
 class Diagnostics:
-    """Counts between two reports; all of it can be saved.
-
-    Args:
-        groups: the groups of the atoms.
-        floor: smallest keep probability.
-        s: float64[C] at the start."""
+    """Counts between two reports, from ``s`` (float64[C]) at the start on, whose smallest value is ``floor``;
+    all of it can be saved."""
 
     def __init__(self, groups: Sequence[Group], floor: float, s: Tensor) -> None:
         self._groups, self._floor = groups, floor
@@ -66,11 +62,9 @@ class Diagnostics:
         return figures
 
     def state(self) -> dict[str, Tensor]:
-        """Copies."""
         return {"sums": self._sums.clone(), "mask": self._mask.clone(), "dead": self._dead.clone()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from ``state()``."""
         self._sums.copy_(state["sums"])
         self._mask, self._dead = state["mask"].clone(), state["dead"].clone()
 

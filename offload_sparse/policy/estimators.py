@@ -189,7 +189,6 @@ class ControlVariate:
         return {"known": self._known, "pending": self._pending, "round": self._round}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from ``state()``."""
         self._known, self._pending = state["known"].clone(), state["pending"].clone()
         self._round = state["round"].clone()
 

@@ -23,12 +23,8 @@ Values = NDArray[np.float64]
 
 
 class Parametrisation:
-    """The parameter, its optimizer, and the probabilities that it stands for.
-
-    Args:
-        config: parametrisation, optimizer and learning rate.
-        groups: the groups of the atoms.
-        s: float64[C], where to start."""
+    """The parameter, its optimizer, and the probabilities that it stands for, which start at ``s``
+    (float64[C])."""
 
     def __init__(self, config: PolicyConfig, groups: Sequence[Group], s: Tensor) -> None:
         self._config = config

@@ -44,10 +44,8 @@ def present_widths(mask: Tensor, groups: Sequence[Group]) -> Tensor:
 
 
 def probe_rates(cost_slopes: Tensor) -> Tensor:
-    """δ float64[G]: the share of its channels that each group drops, so that all remove the same cost.
-
-    Args:
-        cost_slopes: float64[G], ∂cost/∂log width."""
+    """δ float64[G]: the share of its channels that each group drops, so that all remove the same cost;
+    ``cost_slopes`` is ∂cost/∂log width, float64[G]."""
     shares = 1 / cost_slopes.clamp_min(1e-9 * float(cost_slopes.max()))
     low, high = 0.0, MOST / float(shares.min())
     for _ in range(60):  # the one factor with which the mean of the capped rates is right

@@ -7,7 +7,6 @@ named with them. Streams of residual blocks count once, at the block that begins
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,17 +14,6 @@ from torch import Tensor
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.policy.budget import Budget, Costs, evenly_narrowed
 from offload_sparse.policy.config import PolicyConfig
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Published widths of one network, and where they are published; ``full`` are those of the whole network,
-    by which a model is known to be the right one."""
-
-    full: tuple[int, ...]
-    widths: tuple[int, ...]
-    source: str
-
 
 _VGG16 = (64, 64, 128, 128, *(256,) * 3, *(512,) * 6)
 _VGG19 = (64, 64, 128, 128, *(256,) * 4, *(512,) * 8)
@@ -36,20 +24,22 @@ _RESNET50 = (
     *(256, 256, 1024, *(256,) * 10),
     *(512, 512, 2048, *(512,) * 4),
 )
-_SLIMMING = "Network Slimming (Liu et al. 2017), CIFAR-10, 70 % of the channels pruned"
-_FILTERS = "Pruning Filters for Efficient ConvNets (Li et al. 2017), Table 2, VGG-16-pruned-A, CIFAR-10"
-_META = "MetaPruning (Liu et al. 2019), its published code, ImageNet"
-_AUTOSLIM = "AutoSlim (Yu and Huang 2019), apps/autoslim_resnet_val.yml of its published code, ImageNet"
 
-SHAPES = {
-    "vgg16_cifar_filters": Shape(_VGG16, (32, 64, 128, 128, *(256,) * 9), _FILTERS),
-    "vgg19_cifar_slimming": Shape(
-        _VGG19, (49, 64, 128, 128, 256, 254, 234, 198, 114, 41, 24, 11, 14, 13, 19, 104), _SLIMMING
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    # Pruning Filters for Efficient ConvNets (Li et al. 2017), Table 2, VGG-16-pruned-A, CIFAR-10
+    "vgg16_cifar_filters": (_VGG16, (32, 64, 128, 128, *(256,) * 9)),
+    # Network Slimming (Liu et al. 2017), CIFAR-10, 70 % of the channels pruned
+    "vgg19_cifar_slimming": (
+        _VGG19,
+        (49, 64, 128, 128, 256, 254, 234, 198, 114, 41, 24, 11, 14, 13, 19, 104),
     ),
-    "mobilenetv1_metapruning": Shape(
-        _MOBILENET, (31, 60, 81, 51, 202, 202, 389, 389, 250, 312, 481, 312, 870, 1024), _META
+    # MetaPruning (Liu et al. 2019), its published code, ImageNet
+    "mobilenetv1_metapruning": (
+        _MOBILENET,
+        (31, 60, 81, 51, 202, 202, 389, 389, 250, 312, 481, 312, 870, 1024),
     ),
-    "resnet50_autoslim_570m": Shape(
+    # AutoSlim (Yu and Huang 2019), apps/autoslim_resnet_val.yml of its published code, ImageNet
+    "resnet50_autoslim_570m": (
         _RESNET50,
         (
             *(24, 8, 16, 72, 16, 16, 8, 8),
@@ -57,9 +47,8 @@ SHAPES = {
             *(72, 72, 704, 48, 72, 48, 72, 72, 72, 48, 48, 48, 48),
             *(280, 240, 1680, 120, 200, 280, 280),
         ),
-        _AUTOSLIM,
     ),
-    "resnet50_autoslim_1g": Shape(
+    "resnet50_autoslim_1g": (
         _RESNET50,
         (
             *(32, 16, 16, 72, 16, 16, 8, 8),
@@ -67,9 +56,8 @@ SHAPES = {
             *(72, 72, 880, 72, 96, 72, 72, 72, 72, 48, 72, 168, 96),
             *(360, 280, 2016, 320, 360, 480, 440),
         ),
-        _AUTOSLIM,
     ),
-    "resnet50_autoslim_2g": Shape(
+    "resnet50_autoslim_2g": (
         _RESNET50,
         (
             *(40, 16, 16, 120, 24, 24, 16, 24),
@@ -77,10 +65,11 @@ SHAPES = {
             *(168, 168, 1024, 96, 144, 120, 168, 120, 144, 120, 144, 256, 256),
             *(512, 512, 2016, 480, 480, 512, 512),
         ),
-        _AUTOSLIM,
     ),
 }
-"""By name."""
+"""By name: the widths of the whole network, by which a model is known to be the right one, and the published
+ones.
+"""
 
 _LEAST = 4
 """Channels that every group keeps, however small the budget: fewer are a bottleneck that nobody published."""
@@ -111,16 +100,16 @@ def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, cost
 def mask_of_shape(name: str, groups: Sequence[Group], budget: Budget) -> Tensor:
     """The mask bool[C] of the published widths ``name`` of ``SHAPES``, all times the factor that spends the
     budget; the first atoms. Raises ValueError: there is no such shape, or it is of another network."""
-    shape = SHAPES.get(name)
-    if shape is None:
+    if name not in SHAPES:
         raise ValueError(f"there are no published widths {name!r}; give one of {', '.join(SHAPES)}")
+    whole, widths = SHAPES[name]
     sizes = [group.size for group in groups]
-    full = [width * sizes[0] // shape.full[0] for width in shape.full]  # of a wider one of the same kind, too
+    full = [width * sizes[0] // whole[0] for width in whole]  # of a wider one of the same kind, too
     if sizes != full:
         raise ValueError(
-            f"{name} has widths for a network of {list(shape.full)} channels, and this one has groups of "
+            f"{name} has widths for a network of {list(whole)} channels, and this one has groups of "
             f"{sizes}; give the widths themselves, or take the model that they are made for"
         )
-    shares = [w / f for w, f in zip(shape.widths, shape.full, strict=True)]
+    shares = [w / f for w, f in zip(widths, whole, strict=True)]
     s = torch.repeat_interleave(torch.tensor(shares, dtype=torch.float64), torch.tensor(sizes))
     return budget.mask(s, torch.arange(len(s), dtype=torch.float64), _LEAST)

@@ -35,10 +35,7 @@ _TINY = 1e-12
 
 def splitmix64(value: int) -> int:
     """A 64-bit integer mixed into another that looks random (Steele et al. 2014, one step of SplitMix)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
+    return int(_splitmix64_each(np.array([value & _MASK64], dtype=np.uint64))[0])
 
 
 def mask_generator(seed: int, round: int, stream: int = 0) -> torch.Generator:

@@ -53,10 +53,7 @@ class WidthSearch:
     """A mask whose widths move between cycles of training, at a constant cost.
 
     Args:
-        config: rho, budget, min_width and hard_cap.
-        groups: the groups of the atoms.
         seed: of the probes' masks; equal on all ranks.
-        costs: of the network.
         freeze_step: step at which the last cycle begins.
         total_steps: of the run; 0 searches nothing.
 
@@ -121,9 +118,6 @@ class WidthSearch:
     def sample(self, round: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """The present mask, twice."""
         return self.mask, self.mask
-
-    def sample_for_ranks(self, round: int, ranks: int) -> tuple[Tensor, ...]:  # noqa: ARG002
-        return (self.mask,) * (1 + ranks)
 
     def candidates(self, count: int, round: int = 0) -> list[Tensor]:  # noqa: ARG002
         return [self.family()[-1]]

@@ -36,9 +36,7 @@ def respect_widths(
     Args:
         mask: bool[C], the draw; it is not changed.
         s: float64[C], the keep probabilities.
-        groups: the groups of the atoms.
         min_width: smallest width of a group; a smaller group is kept whole.
-        cap: most atoms that the result may keep.
         margin: float64[C], how readily an atom goes."""
     needed = minimum_size(groups, min_width)
     if cap < needed:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from offload_sparse.config.run import CheckpointConfig
-from offload_sparse.engine.distributed import rank_and_world_size
+from offload_sparse.engine.distributed import everyones, first_word, rank_and_world_size
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.json_values import Count
@@ -108,8 +107,8 @@ class Checkpointer:
         of ``source`` (a checkpoint, or the folder of a run); None when there is none at all. Raises
         ValueError: there are checkpoints, but none can be used (on every rank)."""
         problems: list[tuple[Path, str]] = []
-        found = self._all(_checkpoints_of(source) if source else self.folder.checkpoints())[0]
-        for folder in found:
+        own = _checkpoints_of(source) if source else self.folder.checkpoints()
+        for folder in everyones(own, self._world_size, self._group)[0]:
             try:
                 manifest = self._agree(lambda f=folder: self._check(f, fresh))  # type: ignore[misc]
                 state = self._agree(lambda f=folder, m=manifest: self._read_state(f, m, fresh))  # type: ignore[misc]
@@ -163,7 +162,8 @@ class Checkpointer:
             path = self.folder.of_step(step, TEMPORARY) / rows_file(self._rank)
             return checkpoint_files.write_rows(path, tensors, rows, self._read.set)
 
-        files = {rows_file(rank): record for rank, record in enumerate(self._all(self._agree(write)))}
+        written = everyones(self._agree(write), self._world_size, self._group)
+        files = {rows_file(rank): record for rank, record in enumerate(written)}
         return Manifest(Count(step), Count(self._world_size), self._values, run, state.meta, files)
 
     # --- reading ---
@@ -211,17 +211,9 @@ class Checkpointer:
             message = str(error) or "ValueError"
         except (OSError, SafetensorError) as error:
             message = f"rank {self._rank}: {error}"
-        found = next(filter(None, self._all(message)), "")
-        if found:
+        if found := first_word(message, self._world_size, self._group):
             raise CheckpointError(found)
         return value  # type: ignore[return-value]
-
-    def _all(self, value: _T) -> list[_T]:
-        """The values of all ranks, in their order."""
-        values: list[Any] = [value] * self._world_size
-        if self._group is not None:
-            dist.all_gather_object(values, value, group=self._group)
-        return values
 
 
 def _checkpoints_of(path: Path) -> list[Path]:

@@ -141,12 +141,10 @@ class CheckpointFolder:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def rows_file(rank: int) -> str:
-    """The name of the file of ``rank``."""
     return f"rank_{rank}.safetensors"
 
 

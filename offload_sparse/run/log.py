@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from offload_sparse.config import parse as arguments
@@ -33,7 +32,7 @@ from offload_sparse.export import json_values
 from offload_sparse.export.json_values import json_value
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.teacher import TEACHER_FOLDER
-from offload_sparse.run.terminal import Terminal, print_summary
+from offload_sparse.run.terminal import Terminal, closing_table, console
 from offload_sparse.store.files import remove, sync_folder, write_file
 
 CONFIG_FILE = "config.yaml"
@@ -130,7 +129,6 @@ class Recorder:
         return time.monotonic() - self._begun
 
     def advance(self) -> None:
-        """One more optimizer step is done."""
         self.terminal.advance()
 
     def log(self, step: int, **values: Any) -> None:
@@ -159,7 +157,8 @@ class Recorder:
         self.terminal.show({"test_accuracy": plain["test_accuracy"]} if "test_accuracy" in plain else {})
         self.terminal.epoch()
         self.terminal.close()
-        print_summary(summary, self.config)
+        console().print(closing_table(summary))
+        print(f"run folder: {self.config.run_dir}", flush=True)
 
     def close(self) -> None:
         """Close the files and the progress bar; may be called again."""
@@ -171,9 +170,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _write_lines(self, lines: list[str]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from statistics import median
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -50,9 +49,7 @@ class Remembered:
     Attributes:
         recent: places in the order of the data of the last batches.
         best: the highest score of an evaluation.
-        unlogged: what the steps measured that no line of the log has in it, as of ``StepRecord``.
-        seconds: of training.
-    """
+        unlogged: what the steps measured that no line of the log has in it, as of ``StepRecord``."""
 
     skipped_batches: Count
     rollbacks: Count
@@ -342,9 +339,7 @@ class Progress:
         self._interruption.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._interruption.__exit__(kind, error, trace)
         # After any other error a rank may be gone, and waiting for it would only delay the end.
         if error is None or isinstance(error, FloatingPointError) or self._alone:

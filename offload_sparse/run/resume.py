@@ -77,7 +77,6 @@ def start_of(config: RunConfig) -> Start:
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any]:
-    """The summary of a run that is over."""
     return json_values.read(config.run_dir / SUMMARY_FILE, dict[str, Any])
 
 

@@ -8,10 +8,8 @@ from offload_sparse.engine.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """Linear warm-up to ``config.lr``, then a cosine to zero at ``total_steps``, a constant, or steps down.
-
-    Args:
-        step: optimizer steps done before this one."""
+    """Linear warm-up to ``config.lr``, then a cosine to zero at ``total_steps``, a constant, or steps down;
+    after ``step`` optimizer steps."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.lr * (step + 1) / max(1.0, warmup)

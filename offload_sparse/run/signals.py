@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,10 +21,8 @@ too, which passes it on."""
 
 
 class Interruption:
-    """While entered, the first signal is only noted; one that comes later ends the process as usual.
-
-    Attributes:
-        signal_name: the signal that came, or ""."""
+    """While entered, the first signal is only noted (its name, else ""); one that comes later ends the
+    process as usual."""
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -36,12 +34,7 @@ class Interruption:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

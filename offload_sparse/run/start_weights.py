@@ -28,10 +28,8 @@ def prepared_images(
     config: RunConfig, weights: FittedWeights | None, shape: Sequence[int]
 ) -> tuple[DataConfig, tuple[str, ...]]:
     """The data section with the mean and the deviation of the images that ``weights`` were trained on, unless
-    it gives its own; and what to tell about them and what else differs.
-
-    Args:
-        shape: channels, height and width of the run's images."""
+    it gives its own; and what to tell about them and what else differs from the run's images, whose ``shape``
+    is channels, height and width."""
     data = config.data
     if weights is None:
         return data, ()

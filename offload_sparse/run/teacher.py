@@ -30,10 +30,8 @@ class Teacher:
 
     Args:
         network: builds it, with its weights, on the CPU; called only where logits are still to be computed.
-        images: the split.
         normalise: uint8 images to what the network takes.
-        folder: where the logits are kept; what an interrupted pass has left there is not computed again.
-        classes: outputs of the network."""
+        folder: where the logits are kept; what an interrupted pass has left there is not computed again."""
 
     def __init__(
         self,
@@ -98,12 +96,8 @@ class Taught(NamedTuple):
 
 
 def distilled(loss: Tensor, logits: Tensor, teacher: Tensor) -> Tensor:
-    """½ loss + ½ T² KL(teacher ‖ network) at temperature T (Hinton et al. 2015).
-
-    Args:
-        loss: of the labels, a scalar.
-        logits: of the network, float[b, classes].
-        teacher: of the full network, float[b, classes]."""
+    """½ loss + ½ T² KL(teacher ‖ network) at temperature T (Hinton et al. 2015): of the loss of the labels, a
+    scalar, and the logits of the network and of the full one, float[b, classes] each."""
     ours, theirs = ((x / TEMPERATURE).log_softmax(1) for x in (logits, teacher.to(logits)))
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return (loss + TEMPERATURE**2 * divergence) / 2

@@ -19,8 +19,6 @@ from rich.table import Table
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from offload_sparse.config.run import RunConfig
-
 logger = logging.getLogger(__name__)
 
 _COLUMNS, _LINE = 80, 100
@@ -57,10 +55,8 @@ SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 class Terminal:
-    """Shows how a run stands on stderr: one line per epoch and, on a terminal, a bar below.
-
-    Args:
-        quiet: show neither."""
+    """Shows how a run stands on stderr, unless ``quiet``: one line per epoch and, on a terminal, a bar below.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -89,7 +85,6 @@ class Terminal:
             )
 
     def advance(self) -> None:
-        """One more optimizer step is done."""
         self.epoch()
         self._step += 1
         self._last = time.monotonic()
@@ -187,12 +182,6 @@ def columns() -> int:
 def console() -> Console:
     """Where tables are printed: stdout."""
     return Console(width=columns())
-
-
-def print_summary(summary: Mapping[str, Any], config: RunConfig) -> None:
-    """The table that closes a run, on stdout."""
-    console().print(closing_table(summary))
-    print(f"run folder: {config.run_dir}", flush=True)
 
 
 def closing_table(summary: Mapping[str, Any]) -> Table:

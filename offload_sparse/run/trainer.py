@@ -134,7 +134,8 @@ class Run:
         mode: Mode = "look" if start.status == "look" else "resume" if resumes else "replace"
         self.task = self._task(mode, weights)
         if config.train.check:
-            self._check_plan()
+            data, machine = self._declared(), this_machine(self.device, accelerator.num_processes)
+            on_first_rank(lambda: check(config, data, machine))  # whose machine decides for all
         bound_memory(self.task.factory)
         self.teacher = self._teacher()
         self.method: Method = build_method(self.task)
@@ -355,11 +356,6 @@ class Run:
             ranks.wait_for_everyone()
             self.teacher.open()
             return_freed_memory()
-
-    def _check_plan(self) -> None:
-        """Every rank refuses, or none does: the first one's machine decides for all."""
-        data, world = self._declared(), self.accelerator.num_processes
-        on_first_rank(lambda: check(self.config, data, this_machine(self.device, world)))
 
     def _declared(self) -> DeclaredData:
         splits = self.splits

@@ -19,15 +19,9 @@ TEMPORARY = ".tmp"
 
 
 def write_file(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:
-    """Write a file; when this returns, it lasts.
-
-    Args:
-        path: the file; its folder exists.
-        content: bytes, text (as UTF-8), or what writes them to the binary file that it is given.
-
-    Raises:
-        OSError: it cannot be written; ``path`` is as it was.
-    """
+    """Write a file into a folder that is there; when this returns, it lasts. ``content`` is bytes, text (as
+    UTF-8), or what writes them to the binary file that it is given. Raises OSError: it cannot be written;
+    ``path`` is as it was."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         if callable(content):
             content(file)
@@ -40,11 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write what shall become ``path`` (a file, or a folder of files), for code that wants a name.
 
     What is there when the block ends is waited for and takes the place of ``path``, of a file at once, of a
-    folder with a moment in which there is none. On an error it is removed, and ``path`` is as it was.
-
-    Raises:
-        OSError: it cannot be written or renamed.
-    """
+    folder with a moment in which there is none. On an error it is removed, and ``path`` is as it was. Raises
+    OSError: it cannot be written or renamed."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         yield temporary
@@ -60,10 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def make_folder(path: Path) -> None:
     """``mkdir -p`` that lasts, and a folder that a start has made that died before it could wait for it.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    Raises OSError: it cannot be made."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in made or [path]:

@@ -53,7 +53,6 @@ def initial_tensors(
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name."""
     return {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 
@@ -135,11 +134,7 @@ def record(factory: Callable[[], nn.Module]) -> Recording:
     """Build a model on the meta device and note how its values come about.
 
     A model that cannot be built on the meta device (its construction asks for values) is built once for real
-    and then moved there; such a recording is not replayable. PyTorch's random state is left as it was.
-
-    Args:
-        factory: builds the model with the default device; called once (twice if it fails on the meta device).
-    """
+    and then moved there; such a recording is not replayable. PyTorch's random state is left as it was."""
     recorder = Recorder()
     with torch.random.fork_rng(devices=[]):
         before = _random_states()

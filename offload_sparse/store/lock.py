@@ -35,11 +35,7 @@ class FolderLock:
     holders: int = 1
 
     def share(self) -> None:
-        """Let the other ranks of the job hold it too.
-
-        Raises:
-            ValueError: another job has come between.
-        """
+        """Let the other ranks of the job hold it too. Raises ValueError: another job has come between."""
         _take(self.descriptor, fcntl.LOCK_SH, self.path)
 
     def release(self) -> None:
@@ -70,16 +66,9 @@ _held: dict[Path, FolderLock] = {}
 
 
 def lock_folder(folder: Path, shared: bool = False, name: str = LOCK_FILE) -> FolderLock:
-    """Lock ``folder``, which is made if it is not there.
-
-    Args:
-        folder: of a run or a store.
-        shared: as a further rank of a job whose first rank has called ``share``.
-        name: of the file that is locked.
-
-    Raises:
-        ValueError: another job holds it, on this host or another; or the folder cannot be written.
-    """
+    """Lock ``folder``, which is made if it is not there, by its file ``name``; ``shared`` as a further rank
+    of a job whose first rank has called ``share``. Raises ValueError: another job holds it, on this host or
+    another; or the folder cannot be written."""
     path = (folder / name).resolve()
     if (held := _held.get(path)) is not None:
         held.holders += 1

@@ -27,10 +27,6 @@ class Partition:
     _ranges: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
     _shards: dict[int, Layout] = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise ValueError(f"world_size is {self.world_size}; at least one rank must hold the weights")
-
     def first_row(self, name: str, rank: int) -> int:
         """The first row of tensor ``name`` that belongs to ``rank`` or a later one, in [0, rows]."""
         if rank <= 0:

@@ -39,15 +39,9 @@ TYPES = {
 def blocks_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[memoryview]:
-    """The bytes of a file, in order, a few megabytes at a time; a contiguous tensor of the CPU is not copied.
-
-    Args:
-        tensors: of any device; they must stay as they are until the last block is taken.
-        metadata: text that is handed back with them.
-
-    Raises:
-        ValueError: the format has no name for the type of a tensor.
-    """
+    """The bytes of a file with ``tensors`` (of any device) and ``metadata``, in order, a few megabytes at a
+    time. Tensors must stay as they are until the last block is taken: a contiguous one of the CPU is not
+    copied. Raises ValueError: the format has no name for the type of a tensor."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so all are aligned

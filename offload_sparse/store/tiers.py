@@ -99,9 +99,6 @@ class FileTier(MemoryTier):
 
     Args:
         folder: folder of the store; this rank's files are in ``rank<n>`` below it.
-        identity: what the store belongs to.
-        dtype: type of the arrays.
-        mode: whether a store has to be there.
         open_direct: folder -> what reads and writes files past the page cache, or None; the arrays are then
             mapped all the same, for whoever reads or writes whole tensors."""
 

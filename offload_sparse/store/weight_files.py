@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_sparse.channels.require import Explained
 from offload_sparse.store.partition import row_shape
 from offload_sparse.store.tensor_file import TYPES
 
@@ -85,18 +86,17 @@ def check_whole(paths: Iterable[Path]) -> None:
 
 
 def read_rows(stored: Stored, low: int, high: int, out: Tensor) -> int:
-    """Read the rows (entries of the first dimension) from ``low`` to ``high`` into ``out``, in its type.
-    Returns bytes read. Raises ValueError: the file ends before.
-
-    Args:
-        out: contiguous, on the CPU, with as many entries."""
+    """Read the rows (entries of the first dimension) from ``low`` to ``high`` into ``out``, in its type:
+    contiguous, on the CPU, with as many entries. Returns bytes read. Raises ValueError: the file ends before.
+    """
     _, length = row_shape(stored.shape)
     flat, size = out.detach().view(-1), stored.dtype.itemsize
     assert flat.numel() == (high - low) * length, "another number of entries"
     if not flat.numel():
         return 0
     with stored.path.open("rb", buffering=0) as file:
-        if not _is_contiguous(stored):  # of one tensor only, and only in files of torch
+        contiguous = stored.stride == _strides(stored.shape) or prod(stored.shape) == 1
+        if not contiguous:  # of one tensor only, and only in files of torch
             span = 1 + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True))
             whole = torch.empty(span, dtype=stored.dtype)
             _read(file.fileno(), whole, stored, 0)
@@ -123,10 +123,6 @@ def _read(descriptor: int, into: Tensor, stored: Stored, first: int) -> None:
         view, position = view[count:], position + count
 
 
-def _is_contiguous(stored: Stored) -> bool:
-    return stored.stride == _strides(stored.shape) or prod(stored.shape) == 1
-
-
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
@@ -146,14 +142,13 @@ def _in_folder(folder: Path) -> dict[str, Stored]:
 
 def _of_shards(index: Path) -> dict[str, Stored]:
     """The tensors that an index names, each in its file of the same folder."""
-    try:
+    kinds = (OSError, ValueError, KeyError, TypeError, RecursionError)
+    with Explained(f"{index} is no index of shards: ", kinds=kinds):
         if index.stat().st_size > _LARGEST_INDEX:
             raise ValueError("it is too large")
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise ValueError("weight_map does not map names to files")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards: {_line(error)}") from None
     if odd := next((file for file in where.values() if Path(file).name != file), None):
         raise ValueError(f"{index} names {odd!r}, which is not a file of its own folder")
     files = {file: tensors_in(index.with_name(file)) for file in sorted(set(where.values()))}
@@ -168,7 +163,7 @@ def _of_safetensors(path: Path) -> dict[str, Stored]:
 
     types = {name: dtype for dtype, name in TYPES.items()}
     found = {}
-    try:
+    with Explained(f"{path} is no whole safetensors file: "):
         with path.open("rb") as opened:
             offset = 8 + int.from_bytes(opened.read(8), "little")
         with safe_open(path, "pt") as file:
@@ -179,8 +174,6 @@ def _of_safetensors(path: Path) -> dict[str, Stored]:
                     raise ValueError(f"{name!r} has entries of type {kind}, which are not read")
                 found[name] = Stored(path, offset, shape, _strides(shape), types[kind])
                 offset += prod(shape) * types[kind].itemsize
-    except Exception as error:  # the library has an exception of its own
-        raise ValueError(f"{path} is no whole safetensors file: {_line(error)}") from None
     if offset != path.stat().st_size:
         raise ValueError(f"{path} is no whole safetensors file: its size is not what its header says")
     return found

@@ -45,14 +45,11 @@ class Ranks:
     """The ranks that share a store.
 
     Attributes:
-        rank: this process among them.
-        world_size: how many they are.
         host_group: their process group for host tensors (gloo); None when there is one rank or the default
             group serves.
         transfer_group: their process group for the exchange of entries, which may run beside an all-reduce
             and therefore has an order of its own.
-        first: global rank of the first of them.
-    """
+        first: global rank of the first of them."""
 
     rank: int = 0
     world_size: int = 1
@@ -62,16 +59,13 @@ class Ranks:
 
     @staticmethod
     def current(per_node: bool = False) -> Ranks:
-        """The ranks of the default process group, or a single one when there is none.
+        """The ranks of the default process group, or a single one when there is none. Raises ValueError:
+        ``per_node``, and the nodes do not have equally many ranks.
 
         Args:
             per_node: only those of this node (consecutive ranks, as ``torchrun`` numbers them, all nodes with
                 as many); every node then holds all weights, and none of them crosses the network between
-                nodes. Every rank of the default group must call this.
-
-        Raises:
-            ValueError: ``per_node``, and the nodes do not have equally many ranks.
-        """
+                nodes. Every rank of the default group must call this."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return Ranks()
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -98,10 +92,6 @@ class Ranks:
         """Free the groups; no transfer may be under way."""
         _close_groups(group for group in (self.host_group, self.transfer_group) if group is not None)
 
-    def global_rank(self, rank: int) -> int:
-        """The rank in the default group of member ``rank``."""
-        return self.first + rank
-
     def swap(
         self, group: dist.ProcessGroup | None, leaving: Sequence[Tensor], arriving: Sequence[Tensor]
     ) -> list[dist.Work]:
@@ -111,7 +101,7 @@ class Ranks:
         # Receives first: a sender of gloo waits for the word that it is expected, which would else queue
         # behind what this rank sends, and the link carry one direction after the other.
         transfers = [
-            dist.P2POp(way, tensor, self.global_rank(other), group)
+            dist.P2POp(way, tensor, self.first + other, group)
             for way, tensors in ((dist.irecv, arriving), (dist.isend, leaving))
             for other, tensor in enumerate(tensors)
             if other != self.rank and tensor.numel()
@@ -161,14 +151,10 @@ class WeightStore:
     """Full weights, optimizer slots and floating-point buffers of a network, this rank's rows of them.
 
     Args:
-        channel_map: shapes and axes of all tensors.
         parameter_names: parameters, in buffer order.
         buffer_names: floating-point buffers, in buffer order.
         slots: names of the optimizer slots, zero at the start.
-        dtype: type of weights, slots and buffers.
-        ranks: the ranks that share the store.
-        tier: where the arrays are; in ordinary memory if None.
-    """
+        tier: where the arrays are; in ordinary memory if None."""
 
     def __init__(
         self,
@@ -221,11 +207,8 @@ class WeightStore:
             own.copy_(tensor[low:high] if tensor.dim() else tensor.expand(own.shape))
 
     def fill_from_first_rank(self, tensors: Mapping[str, Tensor] | None) -> None:
-        """Stream whole tensors that only rank 0 holds to the ranks that own their rows, shard by shard.
-
-        Args:
-            tensors: every parameter and buffer on rank 0 (of those that share the store), None elsewhere.
-        """
+        """Stream whole tensors (every parameter and buffer), which rank 0 of those that share the store holds
+        and others give as None, to the ranks that own their rows, shard by shard."""
         if self.ranks.world_size == 1:
             assert tensors is not None
             self.fill(tensors.items())
@@ -270,13 +253,8 @@ class WeightStore:
         return whole
 
     def gather(self, kept: Selection | Narrow, kind: str, out: Tensor) -> None:
-        """Assemble the kept entries of ``kind`` on every rank.
-
-        Args:
-            kept: the kept channels, or their places where those are not one after the other.
-            kind: ``WEIGHTS``, ``BUFFERS`` or a slot.
-            out: flat narrow buffer in the store's dtype, on the device; every entry is written.
-        """
+        """Assemble the kept entries (or those at their places) of ``kind`` on every rank, in ``out``: a flat
+        narrow buffer in the store's dtype, on the device, of which every entry is written."""
         partition = self.partitions[kind]
         narrow = kept if isinstance(kept, Narrow) else Narrow(kept, partition.layout.shapes)
         self.fetch((fetch_plan(partition, self.ranks.rank, narrow), [(kind, out)]))
@@ -288,14 +266,8 @@ class WeightStore:
         self.put_back(whole, [(kind, values)])
 
     def fetch(self, *moves: tuple[TransferPlan, Sequence[tuple[str, Tensor]]]) -> int:
-        """Carry out the parts of transfers that come from the store.
-
-        Args:
-            moves: each for some arrays, as (kind, flat narrow buffer on the device) pairs.
-
-        Returns:
-            bytes that have left this rank's rows.
-        """
+        """Carry out the parts of transfers that come from the store, each for some (kind, flat narrow buffer
+        on the device) pairs. Returns bytes that have left this rank's rows."""
         under_way: deque[Callable[[], object]] = deque()
         for plan, arrays in moves:
             if plan.fetched is not None:
@@ -309,15 +281,8 @@ class WeightStore:
         return sum(plan.own_entries * len(arrays) for plan, arrays in moves) * self.dtype.itemsize
 
     def put_back(self, plan: BlockPlan, arrays: Sequence[tuple[str, Tensor]]) -> int:
-        """Write entries of narrow buffers into this rank's rows.
-
-        Args:
-            plan: the moves from the rows to the buffers; they are run backwards.
-            arrays: (kind, flat narrow buffer on the device) pairs.
-
-        Returns:
-            bytes that have come back.
-        """
+        """Write entries of narrow buffers, (kind, flat buffer on the device) pairs, into this rank's rows, by
+        the moves from the rows to the buffers run backwards. Returns bytes that have come back."""
         self._copy(plan, arrays, reverse=True)
         return plan.entries * len(arrays) * self.dtype.itemsize
 
@@ -341,7 +306,7 @@ class WeightStore:
             self._copy(pack, [(kind, leaving[-1])])
         if alike and wire.device.type == "cuda":
             pending: Sequence[dist.Work | None] = [
-                dist.broadcast(part, src=self.ranks.global_rank(owner), group=group, async_op=True)
+                dist.broadcast(part, src=self.ranks.first + owner, group=group, async_op=True)
                 for owner, part in enumerate(parts)
                 if part.numel()
             ]

@@ -36,12 +36,8 @@ Piece = tuple[Selection, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Entry:
-    """What came with the newest log.
-
-    Attributes:
-        round: the round that was logged.
-        state: the JSON that the caller gave.
-        tensors: the tensors that the caller gave."""
+    """What came with the newest log: the number of its round, and the JSON and the tensors that the caller
+    gave."""
 
     round: int
     state: dict[str, Any]
@@ -49,10 +45,7 @@ class Entry:
 
 
 class WriteAheadLog:
-    """The log of one rank: a file per round.
-
-    Args:
-        folder: folder of the logs; made if it is not there."""
+    """The log of one rank, a file per round in ``folder``, which is made if it is not there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -113,27 +113,22 @@ class DataConfig:
 
     @property
     def image_column(self) -> str:
-        """Column of the images."""
         return self.columns[0]
 
     @property
     def label_column(self) -> str:
-        """Column of the class labels."""
         return self.columns[1]
 
     @property
     def validation_size(self) -> float:
         """Share of the training images that is held out; 0 where a split is named, or nothing."""
-        try:
-            return float(self.validation or 0)
-        except ValueError:
-            return 0.0
+        return 0.0 if self.validation_split else float(self.validation or 0)
 
     @property
     def validation_split(self) -> str:
         """Name of the split of the validation images; empty where a share is held out, or nothing."""
         try:
-            float(self.validation)
+            float(self.validation or 0)
         except ValueError:
             return str(self.validation)
         return ""

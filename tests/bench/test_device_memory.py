@@ -28,7 +28,6 @@ def test_backward_passes_are_seen() -> None:
     with TouchedStorages() as mode:
         (weight * 2.0).sum().backward()
     assert mode.peak() >= 2 * KIB  # the weight and its gradient
-    mode.close()
 
 
 def test_a_storage_counts_with_the_size_that_it_has_at_the_time() -> None:

@@ -61,10 +61,10 @@ def test_speeds_are_relative_to_the_same_mode_without_a_limit(
 
 
 def test_a_difference_is_over_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(folder: Path, options: dict[str, Any], ranks: int) -> tuple[dict[str, float], list[Any]]:
+    def trained(folder: Path, options: Any, ranks: int) -> tuple[dict[str, float], list[Any]]:
         assert ranks == 2
-        once = options.get("round.sync") == "round"
-        return {"test_accuracy": 0.5 + 0.1 * options["train.seed"] - 0.02 * once}, []
+        once = options().get("round.sync") == "round"
+        return {"test_accuracy": 0.5 + 0.1 * options()["train.seed"] - 0.02 * once}, []
 
     monkeypatch.setattr(sync, "finished_run", trained)
     result = sync.run(False, SyncBenchConfig(modes=["step", "round50"]))

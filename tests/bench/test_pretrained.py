@@ -9,7 +9,7 @@ import pytest
 
 from offload_sparse.bench import cells, pretrained
 from offload_sparse.bench.options import PretrainedConfig
-from offload_sparse.bench.pretrained import ARMS, SETTINGS, Cell
+from offload_sparse.bench.pretrained import ARMS, Cell
 
 
 def finished(folder: Path, accuracy: float, steps: int = 10) -> None:
@@ -22,7 +22,7 @@ def finished(folder: Path, accuracy: float, steps: int = 10) -> None:
 
 
 def cell(config: PretrainedConfig, folder: Path, arm: str = "dense", seed: int = 0) -> Cell:
-    return Cell(config, SETTINGS[config.set], folder, False, arm, 0.5, 3, seed)
+    return Cell(config, folder, False, arm, 0.5, 3, seed)
 
 
 def test_finished_cells_are_compared_with_the_best_cut(

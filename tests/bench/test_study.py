@@ -11,7 +11,7 @@ import torch
 
 from offload_sparse.bench import cells, study
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.bench.study import METHODS, SETTINGS, Cell, equal_steps
+from offload_sparse.bench.study import GROUPS, METHODS, Cell, equal_steps
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.policy.width_search import CYCLES
@@ -62,7 +62,7 @@ def test_shapes_by_hand_are_for_vgg19_only(tmp_path: Path) -> None:
 
 
 def test_steps_of_a_row_take_the_same_train_flops() -> None:
-    steps, groups = 14_000, SETTINGS["vgg19"].groups
+    steps, groups = 14_000, GROUPS["vgg19"]
     assert equal_steps("even", steps, groups) == steps
     fewer = equal_steps("probe", steps, groups)
     assert 3 * fewer + 2 * CYCLES * 18 * groups == pytest.approx(3 * steps, rel=1e-3)
@@ -70,13 +70,13 @@ def test_steps_of_a_row_take_the_same_train_flops() -> None:
     assert equal_steps("probe", 100, groups) == 100, "no time for a cycle"
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", GROUPS)
 def test_the_groups_of_a_set_are_those_of_its_network(name: str) -> None:
-    setting = SETTINGS[name]
-    side, channels = int(setting.options.get("data.image_size", 32)), 1 if name == "fashion_mnist" else 3
+    options, _ = cells.SETS[name]
+    side, channels = int(options.get("data.image_size", 32)), 1 if name == "fashion_mnist" else 3
     arguments = {"num_classes": 10, "in_channels": channels, "image_size": side}
-    network = build_on_meta(partial(build_model, setting.options["model.name"], **arguments))
-    assert len(discover(network, (torch.zeros(1, channels, side, side),)).groups) == setting.groups
+    network = build_on_meta(partial(build_model, options["model.name"], **arguments))
+    assert len(discover(network, (torch.zeros(1, channels, side, side),)).groups) == GROUPS[name]
 
 
 def test_a_family_costs_what_its_members_cost_alone(tmp_path: Path) -> None:

@@ -101,8 +101,13 @@ def test_the_table_of_all_networks(
     longest = max(coverage.CASES, key=lambda case: len(case.name))
     reason = "a layer meets another one of which nobody has ever heard; " * 3
 
-    def examine(case: object, **_: object) -> list[coverage.Outcome]:
-        return [coverage.Outcome(longest, "internal", 100, 123_456, 1234.5, 2000.0, None, reason, None, True)]
+    def examine(case: object, **_: object) -> list[coverage.Row]:
+        seconds = {"discover_seconds": 1234.5, "seconds": 2000.0}
+        return [
+            {"model": longest.name, "image_size": 64, "accepted": False, "residual": "internal"}
+            | {"atoms": 123_456, "groups": 100, "modes_differ": True, "reason": reason} | seconds
+            | dict.fromkeys(("output_error", "gradient_error", "export_difference"))
+        ]
 
     monkeypatch.setattr(coverage, "examine", examine)
     assert "refused: a layer" in printed(capsys, "verify", "--all", code=1)

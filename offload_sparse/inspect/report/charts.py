@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from offload_sparse.inspect.report import figures
-from offload_sparse.inspect.report.memory import planned_memory
+from offload_sparse.inspect.report.memory import ROWS, planned_memory
 from offload_sparse.inspect.report.run_data import AXES, RunData, Series
 from offload_sparse.inspect.report.style import Theme
 
@@ -41,15 +41,8 @@ _X_AXES = {"step": ("steps", ""), "train_flops": ("training", "FLOP"), "time": (
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of the page.
-
-    Attributes:
-        name: of its files.
-        title: above it.
-        caption: what is drawn, for a reader who has not read the code.
-        text: what it shows, for a reader who does not see it.
-        draw: draws it in a theme.
-    """
+    """A figure of the page: the name of its files, what is drawn, for a reader who has not read the code
+    (``caption``), and what it shows, for one who does not see it (``text``)."""
 
     name: str
     title: str
@@ -130,17 +123,17 @@ def _structure(runs: Sequence[RunData]) -> Iterator[Chart | None]:
 def _memory(runs: Sequence[RunData]) -> Iterator[Chart | None]:
     plans = {run.name: plan for run in runs if (plan := planned_memory(run))}
     if plans:
-        values = {name: list(plan.ours.values()) for name, plan in plans.items()}
+        values = {name: ours for name, (ours, _) in plans.items()}
         dense: dict[tuple[float, ...], list[str]] = {}
-        for name, plan in plans.items():
-            dense.setdefault(tuple(plan.dense.values()), []).append(name)
+        for name, (_, beside) in plans.items():
+            dense.setdefault(tuple(beside), []).append(name)
         if len(dense) > _MOST_DENSE:
             dense = {}
         for row, names in dense.items():
             several = f"dense for {names[0]}{' …' if len(names) > 1 else ''}"
             values["dense, planned" if len(dense) == 1 else several] = list(row)
         places = _places(runs) | {name: len(runs) + i for i, name in enumerate(list(values)[len(plans) :])}
-        title, rows = "Memory of a rank, as planned", list(next(iter(plans.values())).ours)
+        title = "Memory of a rank, as planned"
         yield Chart(
             "memory",
             title,
@@ -148,7 +141,7 @@ def _memory(runs: Sequence[RunData]) -> Iterator[Chart | None]:
             "subnets with their gradients and slots, activations of a step"
             + ("; beside them what training the dense network on the device would take." if dense else "."),
             _told({name: ", ".join(map(figures.in_bytes, row)) for name, row in values.items()}),
-            lambda theme: figures.bars(theme, title, rows, values, "bytes", places),
+            lambda theme: figures.bars(theme, title, ROWS, values, "bytes", places),
         )
     caption = "Anonymous memory of rank 0 at the end of each epoch, with the libraries."
     unit = partial(_curves, unit="bytes", from_zero=True)
@@ -234,7 +227,8 @@ def _widths(runs: Sequence[RunData]) -> Chart | None:
     if not finished:
         return None
     groups = list(dict.fromkeys(group for run in finished for group in run.widths))
-    kept = {run.name: [_share(run.widths.get(group)) for group in groups] for run in finished}
+    absent = (np.nan, 1)
+    kept = {run.name: [np.divide(*run.widths.get(group, absent)) for group in groups] for run in finished}
     rows = groups
     if len(finished) == 1:
         rows = [f"{group}  {kept_}/{size}" for group, (kept_, size) in finished[0].widths.items()]
@@ -290,10 +284,6 @@ def _titled(title: str, run: RunData, runs: Sequence[RunData]) -> str:
 def _places(runs: Sequence[RunData]) -> dict[str, int]:
     """A run has the same look in every figure."""
     return {run.name: i for i, run in enumerate(runs)}
-
-
-def _share(width: tuple[int, int] | None) -> float:
-    return np.nan if width is None else width[0] / width[1]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -49,18 +49,8 @@ thead th{color:var(--muted);font-weight:600;border-top:0}
 
 
 def write_report(runs: Sequence[RunData], folder: Path) -> Path:
-    """Write ``report.html`` and its pictures as PNG files.
-
-    Args:
-        runs: as ``run_data.read_runs`` gives them.
-        folder: created when missing.
-
-    Returns:
-        the path of the page.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """Write ``report.html`` and its pictures as PNG files into ``folder``, which is made if it is not there.
+    Returns the path of the page. Raises OSError: a file cannot be written."""
     pictures = folder / PICTURES_FOLDER
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob("*.png"):

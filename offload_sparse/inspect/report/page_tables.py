@@ -48,12 +48,9 @@ class Table:
     """Text in rows; the first column names them.
 
     Attributes:
-        title: above it.
         shared: what all columns have in common, said beside the title.
-        header: titles of the columns.
         rows: cells, as many as there are titles.
-        best: (row, column) of the cells that are better than the others of their row.
-    """
+        best: (row, column) of the cells that are better than the others of their row."""
 
     title: str
     header: tuple[str, ...]

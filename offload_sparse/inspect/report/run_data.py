@@ -38,14 +38,10 @@ class RunData:
 
     Attributes:
         name: short and unlike the names of the other runs on the page.
-        folder: its folder.
         config: resolved configuration, by dotted name.
-        lines: the lines of metrics.jsonl, in order.
         summary: contents of summary.json; empty for a run that is not finished.
         widths: per group the channels kept and those there were; empty without an exported network.
-        image_shape: channels, height and width of its images; empty without an exported network.
-        classes: how many there are.
-    """
+        image_shape: channels, height and width of its images; empty without an exported network."""
 
     name: str
     folder: Path
@@ -110,21 +106,15 @@ class RunData:
 
 def read_runs(folders: Iterable[Path]) -> list[RunData]:
     """The runs in ``folders``, with names that tell them apart; folders of earlier reports are passed over.
-
-    Raises:
-        ValueError: a folder holds no run, or a file in it cannot be read.
-    """
+    Raises ValueError: a folder holds no run, or a file in it cannot be read."""
     paths = [folder.expanduser() for folder in folders]
-    paths = [path for path in paths if not _is_report(path)] or paths
+    runs = [p for p in paths if (p / METRICS_FILE).is_file() or not (p / PAGE_FILE).is_file()]
+    paths = runs or paths
     resolved = [path.resolve() for path in paths]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
             raise ValueError(f"{paths[i]} is given twice; give each run once")
     return [_read(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
-
-
-def _is_report(folder: Path) -> bool:
-    return (folder / PAGE_FILE).is_file() and not (folder / METRICS_FILE).is_file()
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -96,6 +96,5 @@ def _gradient(weight: nn.Parameter) -> Tensor:
 
 
 def build(task: Task) -> Method:
-    """DFBST on the network of ``task``."""
     alpha, beta = task.config.dst.alpha, task.config.dfbst.beta
     return build_masked(task, lambda weights: ForwardBackwardThresholds(weights, alpha, beta))

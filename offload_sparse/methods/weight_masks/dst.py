@@ -35,7 +35,6 @@ class TrainableThresholds(Sparsity):
     """Forward masks 1[|θ| ≥ t] (DST) or, ``absolute``, 1[|θ| ≥ |t|] (DFBST).
 
     Args:
-        weights: what is masked, by name.
         alpha: factor of the penalty Σ exp(-t).
         reset_at: remaining share of a layer at which its thresholds start anew; 0 for never."""
 
@@ -87,6 +86,5 @@ class TrainableThresholds(Sparsity):
 
 
 def build(task: Task) -> Method:
-    """DST on the network of ``task``."""
     alpha = task.config.dst.alpha
     return build_masked(task, lambda weights: TrainableThresholds(weights, alpha, False))

@@ -63,7 +63,7 @@ class MaskedTraining(FixedNetwork):
             for name, ratios in figures["layers"].items()
             for key, value in ratios.items()
         }
-        return {key: figures[key] for key in _OVERALL} | layers
+        return {key: value for key, value in figures.items() if key not in ("layers", "note")} | layers
 
     def report(self) -> dict[str, Any]:
         """Remaining ratios of the real parameter count, overall and per layer, and FLOPs of the three
@@ -144,17 +144,6 @@ class MaskedTraining(FixedNetwork):
                 tensors[f"{slot}/sparsity.own.{i}"] = value
         masks = {f"sparsity/{name}": tensor for name, tensor in self.sparsity.tensors().items()}
         return tensors | masks | {"spent": self._spent}
-
-
-_OVERALL = (
-    "params_ratio",
-    "flops_ratio",
-    "forward_remaining",
-    "backward_remaining",
-    "input_gradient_flops_ratio",
-    "weight_gradient_flops_ratio",
-    "weight_gradient_kept_flops_ratio",
-)
 
 
 def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]], Sparsity]) -> MaskedTraining:

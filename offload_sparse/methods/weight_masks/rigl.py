@@ -136,6 +136,5 @@ class DropAndGrow(Sparsity):
 
 
 def build(task: Task) -> Method:
-    """RigL on the network of ``task``."""
     options, seed, density = task.config.rigl, task.config.train.seed, task.config.policy.rho
     return build_masked(task, lambda weights: DropAndGrow(weights, density, options, task.total_steps, seed))

@@ -100,9 +100,6 @@ class Sparsity(nn.Module, ABC):
     Its parameters (forward thresholds) are trained with the network's; what ``own_parameters`` yields is
     trained too, by gradients that ``amend_gradients`` writes.
 
-    Args:
-        weights: what is masked, by name; held by reference.
-
     Attributes:
         forward_kept: float64[layers], share of each layer's weights that the forward pass used last.
         backward_kept: float64[layers], share of the entries of each layer's gradient that was kept last."""

@@ -117,11 +117,8 @@ def model_on_meta(config: RunConfig, data: DeclaredData) -> nn.Module:
 
 
 def example_inputs(config: RunConfig, data: DeclaredData, number: int) -> tuple[Tensor]:
-    """So many images, or sequences of tokens, on the meta device.
-
-    Raises:
-        ValueError: images are declared for a network of tokens, or the other way round.
-    """
+    """So many images, or sequences of tokens, on the meta device. Raises ValueError: images are declared for
+    a network of tokens, or the other way round."""
     name, size = config.model.name, data.image_size
     if takes_tokens(name) != bool(data.tokens):
         raise ValueError(

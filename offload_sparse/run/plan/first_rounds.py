@@ -51,7 +51,7 @@ class FirstRounds:
         rounds: int,
         ranks: int = 1,
     ) -> None:
-        self._map, self._names = channel_map, names
+        self._names = names
         self._step = aligned(getattr(torch, config.train.dtype))
         gaps = {kind: (self._step - 1) * len(tensors) for kind, tensors in names.items()}
         self._whole = {
@@ -71,7 +71,7 @@ class FirstRounds:
         self.rounds: list[tuple[Side, ...]] = []
         for number in range(1 if stays else rounds):
             masks = self.family[-1:] * 2 or policy.sample(number)  # members train together, by the largest
-            first, second = map(self._selection, masks)
+            first, second = (Selection(channel_map, mask) for mask in masks)
             sides: tuple[Side, ...] = (Side(first, trained, True),)
             if not (self.own_subnets or torch.equal(first.mask, second.mask)):
                 sides += (Side(second, trained if turns else (WEIGHTS, BUFFERS), turns),)
@@ -104,9 +104,6 @@ class FirstRounds:
     def entries(self, side: Side, kind: str) -> int:
         """Entries of one array of a subnet."""
         return side.selection.layout(self._names[kind], self._step).size
-
-    def _selection(self, mask: torch.Tensor) -> Selection:
-        return Selection(self._map, mask)
 
     def _largest(self) -> list[dict[tuple[int, str], int]]:
         """Per pair of subnets, by (side, kind): the most entries that the array has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,27 +21,13 @@ _MARGIN = 0.95
 """Share of the memory that a run may take: predictions are right within 5 %."""
 
 
-@dataclass(frozen=True)
-class Shortage:
-    """What is missing: ``kind`` is host or device, both sizes in bytes of a node or of a device."""
-
-    kind: str
-    needed: int
-    available: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.needed / GIB:.2f} GiB of {self.kind} memory are needed "
-            f"and {self.available / GIB:.2f} GiB are free"
-        )
-
-
-def shortage(memory: Memory, machine: Machine, margin: float = _MARGIN) -> Shortage | None:
-    """What the machine lacks; None when the run fits."""
-    if machine.device is not None and memory.device > margin * machine.device:
-        return Shortage("device", memory.device, machine.device)
-    needed = machine.local_ranks * memory.host
-    return Shortage("host", needed, machine.host) if needed > margin * machine.host else None
+def shortage(memory: Memory, machine: Machine) -> str:
+    """What the machine lacks, in words; empty when the run fits."""
+    host = machine.local_ranks * memory.host
+    for kind, needed, free in (("device", memory.device, machine.device), ("host", host, machine.host)):
+        if free is not None and needed > _MARGIN * free:
+            return f"{needed / GIB:.2f} GiB of {kind} memory are needed and {free / GIB:.2f} GiB are free"
+    return ""
 
 
 def check(config: RunConfig, data: DeclaredData, machine: Machine) -> None:
@@ -53,7 +39,7 @@ def check(config: RunConfig, data: DeclaredData, machine: Machine) -> None:
         return
     planner = Planner(config, data, structure_of(config, data))
     missing = shortage(planner.memory(machine), machine)
-    if missing is not None:
+    if missing:
         raise ValueError(f"this run does not fit: {missing}; {advice(planner, machine)}")
 
 
@@ -66,7 +52,7 @@ def advice(planner: Planner, machine: Machine) -> str:
         return f"set policy.rho {rho:g}"
     if config.store.tier == "ram":
         planner = Planner(on_disk, planner.data, planner.structure)
-        if shortage(planner.memory(machine), machine) is None:
+        if not shortage(planner.memory(machine), machine):
             return "set store.tier file"
         rho = largest_rho(planner, machine)
         if rho is not None:
@@ -78,7 +64,7 @@ def largest_rho(planner: Planner, machine: Machine) -> float | None:
     """The largest rho in whole percent, at most 1, at which the run fits; None when none does."""
 
     def fits(percent: int) -> bool:
-        return shortage(planner.with_rho(percent / 100).memory(machine), machine) is None
+        return not shortage(planner.with_rho(percent / 100).memory(machine), machine)
 
     found = 100 if fits(100) else _bisect(fits, 1, 99)
     return None if found is None else found / 100
@@ -91,7 +77,7 @@ def largest_batch(planner: Planner, machine: Machine) -> int | None:
     def fits(per_rank: int) -> bool:
         smaller = replace(config, data=replace(config.data, batch_size=per_rank * ranks))
         memory = Planner(smaller, planner.data, planner.structure).memory(machine)
-        return shortage(memory, machine) is None
+        return not shortage(memory, machine)
 
     # BatchNorm over one image of one pixel is no statistic, so a rank has two.
     found = _bisect(fits, 2, max(2, config.data.batch_size // ranks))
@@ -99,10 +85,8 @@ def largest_batch(planner: Planner, machine: Machine) -> int | None:
 
 
 def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> str:
-    """What to change after a run has found its device too small, in one sentence.
-
-    Args:
-        machine: with the device memory that the run could have had."""
+    """What to change after a run has found its device too small, in one sentence; ``machine`` has the device
+    memory that the run could have had."""
     if config.method != "sparse_offload":
         return "out of device memory; lower data.batch_size, or train with method sparse_offload"
     planner = Planner(config, data, structure_of(config, data))
@@ -137,10 +121,10 @@ def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: 
         "train_cost_saving": run["train_cost_saving"],
         "available_host_bytes": machine.host // machine.local_ranks,
         "available_device_bytes": machine.device,
-        "fits": missing is None,
+        "fits": not missing,
     }
     beside = {
-        method: memory_figures(other) | {"fits": shortage(other, machine) is None}
+        method: memory_figures(other) | {"fits": not shortage(other, machine)}
         for method, other in memories.items()
     }
     if config.method != "sparse_offload":
@@ -150,7 +134,7 @@ def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: 
         "tier": config.store.tier,
         "bus_bytes_per_round": sum(planner.traffic(machine)),
         "sent_bytes_per_step": planner.sent(machine),
-        "advice": "" if missing is None else f"{missing}; {advice(planner, machine)}",
+        "advice": missing and f"{missing}; {advice(planner, machine)}",
         "largest_rho": largest_rho(planner, machine),
         "beside": beside,
     }

@@ -33,11 +33,8 @@ def labels_shape(images: Tensor) -> torch.Size:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, counts the bytes of storages that operations make, and the most that lived at once.
-
-    Attributes:
-        live: bytes that are alive now.
-        peak: the largest ``live`` so far."""
+    """Inside, counts the bytes of storages that operations make: those that are alive (``live``), and the
+    most that lived at once (``peak``)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,10 +16,9 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Machine:
-    """What the ranks of one node share, and what each has.
+    """What the ``local_ranks`` of one node share, of ``ranks`` in the run, and what each has.
 
     Attributes:
-        ranks, local_ranks: ranks of the run, and those on this node.
         host: bytes of host memory that the node's ranks may take together.
         device: bytes of device memory per rank; None when subnets compute in host memory."""
 
@@ -83,7 +82,6 @@ def _meminfo(proc: Path) -> int:
 
 
 def _address_space(proc: Path) -> int:
-    """Bytes that this process has mapped."""
     try:
         return int((proc / "self" / "statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):

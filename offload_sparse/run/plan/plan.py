@@ -149,7 +149,6 @@ class Planner:
         return Memory(0, 0, built, 0, held, held, activations, on_host, process_bytes())
 
     def first_rounds(self, rounds: int, ranks: int = 1) -> FirstRounds:
-        """The subnets of the first rounds."""
         return FirstRounds(self.config, self.channel_map, self.structure.cost, self._names, rounds, ranks)
 
     def store_bytes(self, ranks: int) -> int:
@@ -211,7 +210,6 @@ class Planner:
         return (per_step + first.traffic()[0] / k) * self._item * (ranks - 1) / ranks
 
     def with_method(self, method: str) -> Planner:
-        """The same run by another method."""
         train = self.config.train
         if method != "sparse_offload" and train.precision == "fp16":  # refused there, and bf16 takes as much
             train = replace(train, precision="bf16")
@@ -219,7 +217,6 @@ class Planner:
         return Planner(config, self.data, self.structure)
 
     def with_rho(self, rho: float) -> Planner:
-        """The same network at another remaining ratio."""
         config = replace(self.config, policy=replace(self.config.policy, rho=rho))
         return Planner(config, self.data, self.structure)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from offload_sparse.channels.require import Explained
 from offload_sparse.workloads.data.corrupt import Corrupt
 from offload_sparse.workloads.data.parquet import ParquetStream
 from offload_sparse.workloads.data.source import Split
@@ -43,7 +44,6 @@ class Decoded(NamedTuple):
     Attributes:
         pixels: uint8[b, channels, height, width].
         indices: int64[b], the images that these are: where one is corrupt, the one in its place.
-        corrupt: what could not be decoded on the way.
         sides: int64[b, 2], their height and width as they are stored; empty where nobody asks."""
 
     pixels: Tensor
@@ -84,17 +84,13 @@ class PixelCache:
         folder = folder / _key(split, f"{recipe} {self._rows_per_file}")
         parts = torch.arange(len(split)).split(self._rows_per_file)
         files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
-        try:
+        advice, kinds = "); remove it, or give another", (*_UNREADABLE, safetensors.SafetensorError)
+        with Explained(f"data.cache {folder} cannot be used (", advice, kinds):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait, and find the files
                 _build(dict(zip(files, parts, strict=True)), split.name, decode, write, progress)
             read = [_read(file) for file in files]
-        except (*_UNREADABLE, safetensors.SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"data.cache {folder} cannot be used ({reason}); remove it, or give another"
-            ) from error
         self._pixels = [rows.pixels for rows in read]
         self.shown = torch.cat([rows.indices for rows in read])
         self.sides = torch.cat([rows.sides for rows in read])

@@ -19,6 +19,7 @@ import pyarrow.json
 from datasets.table import InMemoryTable
 from PIL import Image
 
+from offload_sparse.channels.require import Explained
 from offload_sparse.workloads.data.decode import FORMATS, text_of
 from offload_sparse.workloads.data.order import mix
 
@@ -164,11 +165,9 @@ def read_listing(file: Path, columns: Sequence[str] = ()) -> datasets.Dataset:
     may say what each row is for. Raises ValueError: it cannot be read, or one of the columns is missing."""
     usual = (_PATH_COLUMNS, _LABEL_COLUMNS)
     paths, labels = (tuple(dict.fromkeys((*columns[i : i + 1], *names))) for i, names in enumerate(usual))
-    try:
+    kinds = (pa.ArrowException, OSError)
+    with Explained(f"{file} cannot be read as a listing (", "); correct data.name", kinds):
         table = _parsed(file, paths, labels)
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} cannot be read as a listing ({reason}); correct data.name") from error
     path, label = (_first(file, table.column_names, names) for names in (paths, labels))
     folder = os.fsencode(file.parent)
     names = map(os.fsencode, table.column(path).to_pylist())

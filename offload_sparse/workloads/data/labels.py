@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offload_sparse.channels.require import Explained
+
 _MOST_BYTES = 64 << 20
 
 
@@ -81,8 +83,9 @@ def read_class_map(path: str) -> dict[str, str]:
     """Names of classes by label: a JSON object, or lines of a label, white space and a name. Raises
     ValueError: the file is missing, too large, or something else."""
     file = Path(path).expanduser()
-    advice = "give a JSON object {label: name}, or lines of a label and a name"
-    try:
+    advice = "); give a JSON object {label: name}, or lines of a label and a name"
+    kinds = (OSError, ValueError, RecursionError)
+    with Explained(f"data.class_map {path} cannot be read (", advice, kinds):
         if not file.is_file() or file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"no regular file of at most {_MOST_BYTES >> 20} MiB")
         text = file.read_text(encoding="utf-8")
@@ -90,6 +93,3 @@ def read_class_map(path: str) -> dict[str, str]:
             return {str(label): str(name) for label, name in json.loads(text).items()}
         pairs = [line.split(None, 1) for line in text.splitlines() if line.strip()]
         return {label: name.strip() for label, name in pairs}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"data.class_map {path} cannot be read ({reason}); {advice}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.augmentation import Draws, augment, cut, draw, image_keys, random_parts
@@ -63,7 +63,7 @@ class _Loader(Dataset[_Item]):
         """The item with what is left to do done, in the process that trains."""
         return item
 
-    def _in_order(self, order: Sampler[int] | Sequence[int]) -> Iterator[Batch]:
+    def _in_order(self, order: Iterable[int]) -> Iterator[Batch]:
         """The batches in ``order``, after counting what was corrupt in each."""
         loader: DataLoader[_Item] = DataLoader(
             self,
@@ -81,16 +81,6 @@ class _Loader(Dataset[_Item]):
         for item in items:
             self.images.corrupt.add(item.corrupt)
             yield self.finished(item).batch
-
-
-class _From(Sampler[int]):
-    """start, start + 1, … without end."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return count(self.start)
 
 
 @contextmanager
@@ -164,10 +154,9 @@ class TrainLoader(_Loader):
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of the steps ``start_step``, ``start_step + 1``, … over as many epochs as are
         read."""
-        return self._in_order(_From(start_step))
+        return self._in_order(count(start_step))
 
     def at(self, steps: Sequence[int]) -> Iterator[Batch]:
-        """This rank's batches of these steps."""
         return self._in_order(steps)
 
     def __getitem__(self, step: int) -> _Item:

@@ -30,6 +30,7 @@ import torch
 from datasets.table import InMemoryTable
 from torch import Tensor
 
+from offload_sparse.channels.require import Explained
 from offload_sparse.workloads.data.decode import Stored, stored_image
 from offload_sparse.workloads.data.order import seed_of
 
@@ -64,16 +65,15 @@ def read_parquet(files: Sequence[Path]) -> datasets.Dataset:
     Small files are read into memory. Large ones go through the library, which converts them once to
     memory-mapped Arrow files in its cache (``HF_DATASETS_CACHE``). Raises ValueError: a file is no parquet
     file, the files differ in their columns, or the cache cannot be written."""
-    try:
+
+    def read() -> datasets.Dataset:
         if sum(path.stat().st_size for path in files) <= IN_MEMORY_BYTES:
             tables = [datasets.Dataset(InMemoryTable(pq.read_table(path))) for path in files]
             return datasets.concatenate_datasets(tables)
         return datasets.load_dataset("parquet", data_files=[str(path) for path in files], split="train")
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{files[0]} cannot be read as a parquet file ({reason}); correct data.name"
-        ) from error
+
+    table: datasets.Dataset = _readable(read, str(files[0]))
+    return table
 
 
 class ParquetStream:
@@ -193,11 +193,9 @@ def _in_parallel(read: Callable[[str], Any], files: Sequence[str]) -> list[Any]:
 
 
 def _readable(read: Callable[[], Any], file: str) -> Any:
-    try:
+    kinds = (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError)
+    with Explained(f"{file} cannot be read as a parquet file (", "); correct data.name", kinds):
         return read()
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} cannot be read as a parquet file ({reason}); correct data.name") from error
 
 
 def _state(file: str) -> tuple[int, ...]:

@@ -103,14 +103,11 @@ class Split:
         images = self.decode(indices)
         bad = [n for n, image in enumerate(images) if isinstance(image, str)]
         if len(bad) > corrupt_limit or len(bad) == len(images):
-            raise ValueError(self._undecodable(indices[bad[0]], str(images[bad[0]])))
+            raise ValueError(
+                f"image {indices[bad[0]]} of split {self.name!r} cannot be decoded ({images[bad[0]]}); "
+                "remove it or set data.columns to a column of images"
+            )
         return [image for image in images if not isinstance(image, str)]
-
-    def _undecodable(self, index: int, reason: str) -> str:
-        return (
-            f"image {index} of split {self.name!r} cannot be decoded ({reason}); remove it or set "
-            "data.columns to a column of images"
-        )
 
     def image_shape(self, image_size: int) -> tuple[int, int]:
         """Height and width in pixels: ``image_size`` twice if it is not 0, else those of the first image that
@@ -135,7 +132,6 @@ class Splits:
     Attributes:
         train: training images, without those held out for validation.
         validation: images of the accuracy shown while training, if there are any.
-        in_channels: channels of the images, 1 or 3.
         image_shape: their height and width in pixels (after ``data.image_size``).
         stored_as: modes and sizes of a sample of the training images as they are stored, for people."""
 

@@ -20,11 +20,11 @@ _OWN: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "decoder": (decoder.Decoder, 0),
     "lenet5_caffe": (lenet.LeNet5, 28),
     "lenet_300_100": (lenet.LeNet300, 28),
-    "resnet18_cifar": (resnet.ResNet18, 1),
+    "resnet18_cifar": (partial(resnet.ResNet, (64, 128, 256, 512), 2), 1),
     "mlp": (mlp.MLP, 1),
-    "resnet20_cifar": (partial(resnet.ResNet, 3), 1),
-    "resnet32_cifar": (partial(resnet.ResNet, 5), 1),
-    "resnet32_wide_cifar": (resnet.resnet32_wide_cifar, 1),
+    "resnet20_cifar": (partial(resnet.ResNet, (16, 32, 64), 3), 1),
+    "resnet32_cifar": (partial(resnet.ResNet, (16, 32, 64), 5), 1),
+    "resnet32_wide_cifar": (partial(resnet.ResNet, (32, 64, 128), 5), 1),  # of Zhou et al. 2021, remark 5
     "vgg16_cifar": (partial(vgg.VGG, vgg.VGG16), 32),
     "vgg16_dst_cifar": (partial(vgg.VGG, vgg.VGG16, hidden=512), 16),
     "vgg19_cifar": (partial(vgg.VGG, vgg.VGG19), 32),
@@ -56,17 +56,15 @@ def build_model(
     name: str, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, **arguments: Any
 ) -> nn.Module:
     """A classifier with fresh weights, drawn from torch's global generator (or none, under
-    ``torch.device("meta")``): float[N, in_channels, H, W] to float[N, num_classes]. Raises ValueError: the
-    name is unknown, an argument does not fit the model, or the images do not.
+    ``torch.device("meta")``): float[N, in_channels, H, W] to float[N, num_classes], or int64[N, L] to
+    float[N, L, num_classes] where ``takes_tokens``. Raises ValueError: the name is unknown, an argument does
+    not fit the model, or the images do not.
 
     Args:
         name: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         in_channels: torchvision's networks take 3 only.
         image_size: shorter side of the images in pixels; only checked against what the network can pool.
-        arguments: further keyword arguments of the constructor.
-
-    Returns a module that maps float[N, in_channels, H, W] to float[N, num_classes], or int64[N, L] to
-    float[N, L, num_classes] where ``takes_tokens``."""
+        arguments: further keyword arguments of the constructor."""
     family, _, short = name.partition("/")
     if not _is_known(family, short):
         raise ValueError(_unknown(name))

@@ -69,40 +69,31 @@ def _stages(
     return nn.Sequential(*stages)
 
 
-class _SmallImageResNet(nn.Module):
-    """A 3×3 convolution, stages of ``blocks`` basic blocks with ``widths`` channels, and a classifier."""
+class ResNet(nn.Module):
+    """A 3×3 convolution of stride 1 without max pool, stages of ``blocks`` basic blocks with ``widths``
+    channels times ``width``, and a classifier. Of three stages of 16, 32 and 64 channels it is the ResNet of
+    depth 6·blocks + 2."""
 
-    def __init__(self, num_classes: int, in_channels: int, widths: tuple[int, ...], blocks: int) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        blocks: int,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, widths[0])
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.stages = _stages(BasicBlock, widths[0], widths, blocks)
+        channels = tuple(scaled(base, width) for base in widths)
+        self.conv1 = _conv3x3(in_channels, channels[0])
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.stages = _stages(BasicBlock, channels[0], channels, blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(widths[-1], num_classes)
+        self.fc = nn.Linear(channels[-1], num_classes)
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
         out = self.stages(F.relu(self.bn1(self.conv1(images))))
         return self.fc(torch.flatten(self.pool(out), 1))
-
-
-class ResNet(_SmallImageResNet):
-    """ResNet of depth 6·blocks + 2 with stages of 16, 32 and 64 channels times ``width``."""
-
-    def __init__(self, blocks: int, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
-        super().__init__(
-            num_classes, in_channels, tuple(scaled(base, width) for base in (16, 32, 64)), blocks
-        )
-
-
-class ResNet18(_SmallImageResNet):
-    """ResNet-18 (He et al. 2016) with the stem for small images, a 3×3 convolution of stride 1 without max
-    pool: four stages of two blocks with 64, 128, 256 and 512 channels times ``width``."""
-
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
-        super().__init__(
-            num_classes, in_channels, tuple(scaled(base, width) for base in (64, 128, 256, 512)), 2
-        )
 
 
 class WideResNet(nn.Module):
@@ -125,8 +116,3 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         out = F.relu(self.bn(self.stages(self.conv1(images))))
         return self.fc(torch.flatten(self.pool(out), 1))
-
-
-def resnet32_wide_cifar(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
-    """ResNet-32 with doubled channels, as in the CIFAR experiments of Zhou et al. 2021 (remark 5)."""
-    return ResNet(5, num_classes, in_channels, 2 * width)

@@ -18,7 +18,6 @@ class CachedWeights:
     """Weights on this machine, and how the images were prepared that they were trained on.
 
     Attributes:
-        path: of the file.
         mean, std: per channel, of pixels in [0, 1].
         crop: side of the square that is cut out of the middle, in pixels.
         resize: of the shorter side before.
@@ -33,12 +32,9 @@ class CachedWeights:
 
 
 def cached_weights(name: str, tag: str = "") -> CachedWeights:
-    """The weights that a model's name stands for. Fetches nothing. Raises ValueError: there are none, or they
-    have not been fetched: says which file to fetch.
-
-    Args:
-        name: ``torchvision/<name>``, ``timm/<name>`` or ``timm/<name>.<tag>``.
-        tag: of torchvision's weights; empty takes the best ones."""
+    """The weights that a model's name (or that of timm with a tag behind a dot) stands for; ``tag`` is that
+    of torchvision's, empty for the best ones. Fetches nothing. Raises ValueError: there are none, or they
+    have not been fetched: says which file to fetch."""
     family, _, short = name.partition("/")
     if family == "torchvision":
         return _torchvision(name, short, tag)

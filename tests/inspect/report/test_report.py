@@ -235,13 +235,14 @@ def test_the_memory_of_a_run_stands_beside_that_of_the_dense_network(tmp_path: P
     (run,) = read_runs([write_run(tmp_path / "run", **{"policy.rho": 0.25, "data.batch_size": 16})])
     plan = planned_memory(run)
     assert plan is not None
-    assert list(plan.ours) == list(plan.dense) == list(ROWS)
+    ours, beside = (dict(zip(ROWS, part, strict=True)) for part in plan)
     parameters = sum(p.numel() for p in build_model("offload_sparse/vgg_small", in_channels=1).parameters())
-    assert plan.dense["weights, gradients, slots"] == 3 * 4 * parameters, "SGD with momentum"
-    assert plan.dense["host store"] == 0
-    assert plan.ours["host store"] > 2 * 4 * parameters, "weights, momentum, statistics"
-    assert plan.ours["weights, gradients, slots"] < plan.dense["weights, gradients, slots"] / 2
-    assert plan.ours["activations"] < plan.dense["activations"]
+    statistics = beside["weights, gradients, slots"] - 3 * 4 * parameters
+    assert 0 < statistics < 0.02 * 3 * 4 * parameters, "SGD with momentum"
+    assert beside["host store"] == 0
+    assert ours["host store"] > 2 * 4 * parameters, "weights, momentum, statistics"
+    assert ours["weights, gradients, slots"] < beside["weights, gradients, slots"] / 2
+    assert ours["activations"] < beside["activations"]
     (dense,) = read_runs([write_run(tmp_path / "dense", method="dense")])
     assert planned_memory(dense) is None
 

@@ -150,7 +150,7 @@ def test_ranks_that_talk_once_per_round_send_about_a_twentieth() -> None:
 def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
     data, planner = declared_data(SMALL.data), planner_of(SMALL)
     memory = planner.memory(LARGE)
-    assert shortage(memory, LARGE) is None
+    assert not shortage(memory, LARGE)
     tight = Machine(1, 1, int(memory.host * 0.9), None)
     with pytest.raises(ValueError, match=r"GiB of host memory are needed .* set ") as refusal:
         check(SMALL, data, tight)
@@ -165,8 +165,8 @@ def test_the_advised_rho_fits_and_the_next_one_does_not() -> None:
     rho = largest_rho(planner, machine)
     assert rho is not None
     assert rho < 0.25
-    assert shortage(planner.with_rho(rho).memory(machine), machine) is None
-    assert shortage(planner.with_rho(rho + 0.01).memory(machine), machine) is not None
+    assert not shortage(planner.with_rho(rho).memory(machine), machine)
+    assert shortage(planner.with_rho(rho + 0.01).memory(machine), machine)
     with pytest.raises(ValueError, match=rf"device memory .* set policy\.rho {rho:g}"):
         check(SMALL, planner.data, machine)
 
