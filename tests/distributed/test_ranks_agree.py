@@ -136,6 +136,21 @@ def test_each_rank_may_have_a_reference_of_its_own(transfer: str) -> None:
             assert torch.equal(found[kind], shared[0][kind]), kind
 
 
+def with_one_mask(subnets: str) -> Tensor:
+    """The store's weights after three rounds without a search."""
+    rounds = RoundConfig(k=3, reference="every_step", subnets=subnets)  # type: ignore[arg-type]
+    session = make_session(small_net(), PolicyConfig(rho=0.5, search="none"), rounds)
+    for batch in batches(8):
+        session.step(loss_of(own_part(batch)))
+    session.settle()
+    return whole(session.store, WEIGHTS)
+
+
+def test_a_mask_that_is_not_searched_for_is_the_reference_of_every_rank() -> None:
+    own, shared = run_ranks(2, with_one_mask, "references"), run_ranks(2, with_one_mask, "shared")
+    assert all(map(torch.equal, own, shared))
+
+
 def learned_from_ranks() -> tuple[Tensor, Tensor]:
     """s after one round of one step, and the same by hand from losses of the masked full network."""
     rounds = RoundConfig(k=1, reference="every_step", subnets="references", freeze_at=1.0)
