@@ -49,10 +49,7 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
     "sample": [(MaskPolicy, "sample")],
     "resolve": [(Selection, "__init__")],
     "bind": [(subnet_pair.SubnetPair, "bind")],
-    "plans": [
-        *((transfers.Transfers, "_fetch"), (transfers.Transfers, "_put_back")),
-        (subnet_pair.SubnetPair, "plan_shared"),
-    ],
+    "plans": [(transfers.Transfers, "_fetch"), (transfers.Transfers, "_put_back")],
 }
 """What is measured by itself; what one of them calls of another counts there."""
 
@@ -178,7 +175,7 @@ def parts_measured() -> Iterator[defaultdict[str, float]]:
 def without_copies(device: torch.device) -> Iterator[None]:
     """Inside, copies on a CPU only make the tables that a device's would read."""
 
-    def send(plans: Iterable[BlockPlan], _: object) -> None:
+    def send(plans: Iterable[BlockPlan], *_: object) -> None:
         send_to_kernel([plan for plan in plans if plan.entries], device)
 
     stand_ins = {"copy_blocks": lambda plan, *_, **__: send([plan], device), "send_tables": send}

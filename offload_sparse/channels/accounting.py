@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from fractions import Fraction
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from offload_sparse.channels.channel_map import Axis, ChannelMap
+from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.model_call import Inputs, move_inputs
 from offload_sparse.channels.subnet import hollow_copy, meta_copy, narrow_module
 
@@ -68,15 +69,19 @@ class CostModel:
 
     def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: Inputs) -> None:
         self._channel_map = channel_map
-        self._axes: list[Axis] = [None]
-        self._number: dict[bytes, int] = {}
+        distinct = self._distinct = channel_map.distinct_axes
         names = [name for name, _ in model.named_parameters() if name in channel_map.shapes]
-        rows = [self._row(name) for name in names]
-        rank = max((len(row) for row in rows), default=0)
-        self._dims = torch.tensor([row + [0] * (rank - len(row)) for row in rows], dtype=torch.int64).view(
-            len(rows), rank
-        )
-        self._always, self._atoms, self._segment = _flatten_axes(self._axes)
+        # Numbers of the axes of every tensor; the last one stands for dimensions that never shrink, whose
+        # size is a factor elsewhere: it counts 1.
+        own = [[distinct.numbers.get(id(axis), -1) for axis in channel_map.axes[name]] for name in names]
+        rank = max(map(len, own), default=0)
+        dims = [row + [-1] * (rank - len(row)) for row in own]
+        self._dims = torch.tensor(dims, dtype=torch.int64).view(len(own), rank)
+        axes, atoms = len(distinct.numbers), torch.from_numpy(distinct.atoms)
+        segment = torch.from_numpy(np.arange(axes).repeat(np.diff(distinct.starts)))
+        self._always = torch.ones(axes + 1, dtype=torch.int64)
+        self._always[:-1] = segment[atoms < 0].bincount(minlength=axes)
+        self._atoms, self._segment = atoms[atoms >= 0], segment[atoms >= 0]
         free = [
             prod(s for s, a in zip(channel_map.shapes[n], channel_map.axes[n], strict=True) if a is None)
             for n in names
@@ -117,22 +122,10 @@ class CostModel:
         kept = self._always.to(s.dtype).index_add(0, self._segment, alive[self._atoms])
         return kept[self._dims].prod(1)
 
-    def _row(self, name: str) -> list[int]:
-        """Numbers of the axes of one tensor; equal axes share one, and 0 is the axis that never shrinks."""
-        row = []
-        for axis in self._channel_map.axes[name]:
-            if axis is not None:
-                number = self._number.setdefault(axis.numpy().tobytes(), len(self._axes))
-                if number == len(self._axes):
-                    self._axes.append(axis)
-                row.append(number)
-        return row
-
     def _kept_products(self, mask: Tensor) -> Tensor:
         """int64[tensors]: product of the kept positions over the dimensions that can shrink."""
-        alive = self._channel_map.alive(mask).to(torch.int64)
-        kept = self._always.index_add(0, self._segment, alive[self._atoms])
-        return kept[self._dims].prod(1)
+        _, counts = self._distinct.kept(self._channel_map.alive(mask))
+        return torch.from_numpy(np.append(counts, 1)[self._dims.numpy()].prod(1))
 
     def _refuse_other_costs(self, model: nn.Module, example_inputs: Inputs) -> None:
         mask = self._channel_map.uniform_mask(0.5)
@@ -143,16 +136,6 @@ class CostModel:
                 f"depend on the mask "
                 f"({counted} counted, {self.flops(mask)} predicted); budget it by channels instead"
             )
-
-
-def _flatten_axes(axes: list[Axis]) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions always kept per axis, and all other positions as (atom, axis number) pairs.
-
-    The first axis stands for dimensions that never shrink, whose size is a factor elsewhere: it counts 1."""
-    always = torch.tensor([1 if axis is None else int((axis < 0).sum()) for axis in axes], dtype=torch.int64)
-    atoms = [torch.zeros(0, dtype=torch.int64) if axis is None else axis[axis >= 0] for axis in axes]
-    segment = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor([len(a) for a in atoms]))
-    return always, torch.cat(atoms), segment
 
 
 def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str, int]) -> dict[str, Fraction]:

@@ -23,14 +23,14 @@ member is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ALWAYS, NEVER = -1, -2
@@ -51,13 +51,30 @@ class DistinctAxes:
     Attributes:
         numbers: of every axis, by its identity.
         atoms: int64[positions], all axes.
-        starts: int64[axes + 1], where each begins in ``atoms``; at the end their length."""
+        starts: int64[axes + 1], where each begins in ``atoms``; at the end their length.
+        fixed: sizes of dimensions without an axis.
+        shapes: those of tensors, each once: of every dimension its place among all axes and ``fixed``.
+        shape_of: the number of the shape of every tensor."""
 
-    def __init__(self, axes: Iterable[Axis]) -> None:
-        found = {id(axis): axis.numpy() for axis in axes if axis is not None}
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[Axis, ...]]) -> None:
+        found = {id(axis): axis.numpy() for of in axes.values() for axis in of if axis is not None}
         self.numbers = {key: number for number, key in enumerate(found)}
         self.atoms = np.concatenate([np.zeros(0, np.int64), *found.values()])
         self.starts = np.cumsum([0, *map(len, found.values())])
+        fixed, distinct = dict[int, int](), dict[tuple[int, ...], int]()
+        self.shape_of = []
+        for name, shape in shapes.items():
+            places = tuple(
+                len(found) + fixed.setdefault(size, len(fixed)) if axis is None else self.numbers[id(axis)]
+                for size, axis in zip(shape, axes[name], strict=True)
+            )
+            self.shape_of.append(distinct.setdefault(places, len(distinct)))
+        self.fixed, self.shapes = list(fixed), list(distinct)
+
+    def kept(self, alive: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """bool[positions], which are alive by ``ChannelMap.alive``; int64[axes], how many of each."""
+        at = alive.numpy()[self.atoms]
+        return at, np.diff(np.append(0, at.cumsum())[self.starts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,9 +181,11 @@ class ChannelMap:
         """bool[num_ids + 2]: what ``mask`` (bool[num_atoms]) keeps, to be indexed by the entries of an axis.
 
         The last two entries are those of ``NEVER`` and ``ALWAYS``."""
-        unions = torch.zeros(self.num_ids - self.num_atoms, dtype=torch.int64)
-        unions.index_add_(0, self.unions[0], mask[self.unions[1]].to(torch.int64))
-        return torch.cat([mask, unions > 0, torch.tensor([False, True])])
+        known, (unions, members) = mask.numpy(), self.unions.numpy()
+        alive = np.zeros(self.num_ids + 2, bool)
+        alive[: self.num_atoms], alive[ALWAYS] = known, True
+        alive[self.num_atoms + unions[known[members]]] = True
+        return torch.from_numpy(alive)
 
     def alive_probability(self, s: Tensor) -> Tensor:
         """float64[num_ids]: how probable it is that an atom or union is alive, by the probabilities ``s`` of
@@ -189,7 +208,7 @@ class ChannelMap:
 
     @cached_property
     def distinct_axes(self) -> DistinctAxes:
-        return DistinctAxes(chain.from_iterable(self.axes.values()))
+        return DistinctAxes(self.shapes, self.axes)
 
     def full_mask(self) -> Tensor:
         """The mask bool[C] that keeps every atom."""

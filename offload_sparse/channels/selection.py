@@ -20,6 +20,7 @@ from operator import add, sub
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group, View
@@ -46,12 +47,16 @@ class Layout:
     @staticmethod
     def of(shapes: Mapping[str, tuple[int, ...]], step: int = 1) -> Layout:
         """Lay out tensors one after the other, each from the next multiple of ``step`` on."""
-        offsets: dict[str, int] = {}
-        size = 0
-        for name, shape in shapes.items():
-            offsets[name] = -(-size // step) * step
-            size = offsets[name] + prod(shape)
-        return Layout(dict(shapes), offsets, size)
+        sizes = np.fromiter(map(prod, shapes.values()), np.int64, len(shapes))
+        rooms = sizes + -sizes % step
+        ends = rooms.cumsum()
+        size = int(ends[-1] - rooms[-1] + sizes[-1]) if len(sizes) else 0
+        return Layout(dict(shapes), dict(zip(shapes, (ends - rooms).tolist(), strict=True)), size)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """The offsets, in buffer order."""
+        return np.fromiter(self.offsets.values(), np.int64, len(self.offsets))
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -117,13 +122,12 @@ class Selection:
         alive = self.alive = channel_map.alive(mask)
         self._layouts: dict[tuple[tuple[str, ...], int], Layout] = {}
         distinct = channel_map.distinct_axes
-        self._kept_at = alive.numpy()[distinct.atoms]
-        self._sizes: list[int] = np.diff(np.append(0, self._kept_at.cumsum())[distinct.starts]).tolist()
-        sizes = dict(zip(distinct.numbers, self._sizes, strict=True))
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(map(sizes.get, map(id, channel_map.axes[name]), shape))
-            for name, shape in channel_map.shapes.items()
-        }
+        self._kept_at, counts = distinct.kept(alive)
+        sizes = self._sizes = [*counts.tolist(), *distinct.fixed]
+        shapes = [tuple([sizes[place] for place in places]) for places in distinct.shapes]
+        self.shapes: dict[str, tuple[int, ...]] = dict(
+            zip(channel_map.shapes, [shapes[number] for number in distinct.shape_of], strict=True)
+        )
         self.additions: dict[str, tuple[Tensor, Tensor]] = {
             name: (alive[a.left][alive[a.out]], alive[a.right][alive[a.out]])
             for name, a in channel_map.additions.items()
@@ -143,7 +147,7 @@ class Selection:
         """The kept positions of every dimension of every tensor."""
         distinct, memo = self.channel_map.distinct_axes, dict[int, Kept]({id(None): None})
         bounds = zip(distinct.starts[:-1], distinct.starts[1:], strict=True)
-        for key, count, (start, stop) in zip(distinct.numbers, self._sizes, bounds, strict=True):
+        for key, count, (start, stop) in zip(distinct.numbers, self._sizes, bounds, strict=False):
             kept = np.flatnonzero(self._kept_at[start:stop])
             memo[key] = None if count == stop - start else torch.from_numpy(kept)
         axes = self.channel_map.axes

@@ -66,8 +66,8 @@ class Subnet:
             weights: flat parameters in the order of ``parameter_names``; parameters become views of it.
             buffers: flat floating-point buffers in the order of ``buffer_names``.
             step: that of the layouts of both."""
-        self.parameters = []
         views = selection.layout(self.parameter_names, step).views(weights)
+        self.parameters = []
         for name, view in zip(self.parameter_names, views, strict=True):
             trainable, places = self._holders[name]
             parameter = nn.Parameter(view, trainable)
@@ -246,15 +246,21 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or own >= {"weight", "bias", "running_mean", "running_var"}
 
 
+def _weight_shape(layer: nn.Module) -> torch.Size:
+    weight = layer._parameters.get("weight")  # faster than the attribute, which may be computed of others
+    shape: torch.Size = (layer.weight if weight is None else weight).shape
+    return shape
+
+
 def _fit_linear(layer: nn.Linear) -> None:
-    vars(layer).update(zip(("out_features", "in_features"), layer.weight.shape, strict=True))
+    layer.__dict__["out_features"], layer.__dict__["in_features"] = _weight_shape(layer)
 
 
 def _fit_norm(layer: _NormBase) -> None:
     weight = layer._parameters.get("weight")
     reference = layer._buffers.get("running_mean") if weight is None else weight
     if reference is not None:
-        vars(layer)["num_features"] = len(reference)
+        layer.__dict__["num_features"] = reference.shape[0]
 
 
 def _fit_prelu(layer: nn.PReLU) -> None:
@@ -262,16 +268,14 @@ def _fit_prelu(layer: nn.PReLU) -> None:
 
 
 def _fit_convolution(layer: _ConvNd) -> None:
-    first, second = layer.weight.shape[:2]
+    own, (first, second, *_) = layer.__dict__, _weight_shape(layer)
     transposed = isinstance(layer, _ConvTransposeNd)
-    if layer.groups > 1 and _ROWS_PER_GROUP not in layer.__dict__:
-        rows = layer.in_channels if transposed else layer.out_channels
-        setattr(layer, _ROWS_PER_GROUP, rows // layer.groups)
-    if _ROWS_PER_GROUP in layer.__dict__:  # groups are kept or dropped whole, those of one channel included
-        layer.groups = first // getattr(layer, _ROWS_PER_GROUP)
-    columns = second * layer.groups
-    sizes = (first, columns) if transposed else (columns, first)
-    vars(layer).update(zip(("in_channels", "out_channels"), sizes, strict=True))
+    if own["groups"] > 1 and _ROWS_PER_GROUP not in own:
+        own[_ROWS_PER_GROUP] = own["in_channels" if transposed else "out_channels"] // own["groups"]
+    if _ROWS_PER_GROUP in own:  # groups are kept or dropped whole, those of one channel included
+        own["groups"] = first // own[_ROWS_PER_GROUP]
+    columns = second * own["groups"]
+    own["in_channels"], own["out_channels"] = (first, columns) if transposed else (columns, first)
 
 
 _ROWS_PER_GROUP = "rows_per_group"

@@ -75,14 +75,22 @@ def flags_restored(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Start the running statistics afresh; without a momentum torch keeps their cumulative average."""
-    momenta = [norm.momentum for norm in norms]
+    """Start the running statistics afresh, and keep their cumulative average: that which torch keeps without
+    a momentum, for which it would wait for the number of passes that a device has counted."""
+    momenta, passes = [norm.momentum for norm in norms], dict.fromkeys(norms, 0)
+
+    def count(norm: _BatchNorm, _: object) -> None:
+        passes[norm] += 1
+        norm.momentum = 1.0 / passes[norm]
+
+    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 

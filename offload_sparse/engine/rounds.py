@@ -253,6 +253,8 @@ class Rounds(Requests):
         if first_step < self.compare_until:  # two masks tell more of s than many batches of the same two
             length = min(max(1, length // ROUNDS_OF_PAIRS), self.compare_until - first_step)
         length = min(length, self.freeze_step - first_step)
+        if not isinstance(self._policy, WidthSearch):
+            return length
         return next((n for n in range(1, length) if self._cycle_ends(first_step + n)), length)
 
     def _exchange(self) -> SubnetPair:
@@ -387,7 +389,7 @@ class Rounds(Requests):
             self._nonfinite.seen(entry.fault)
             if entry.compared is not None and not self.frozen:
                 compared.append(entry)
-            self._pending.append(dataclasses.replace(entry, losses=None))
+            self._pending.append(entry if entry.losses is None else dataclasses.replace(entry, losses=None))
         if compared:
             self._learn(compared)
         if self._nonfinite.rolls_back(self.steps_done):

@@ -23,9 +23,8 @@ from offload_sparse.engine.gradients import FlatGradients
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import FlatOptimizer, SubnetOptimizer
 from offload_sparse.store.copy.blocks import BlockPlan
-from offload_sparse.store.copy.copy import copy_blocks, send_tables
-from offload_sparse.store.copy.plans import Narrow, shared_plan
-from offload_sparse.store.copy.regions import Regions
+from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.plans import Narrow
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
 
 
@@ -50,7 +49,10 @@ class Side:
         self.subnet.parameter_names = tuple(store.partitions[WEIGHTS].layout.shapes)
         self._layers = list(self.subnet.module.modules())
         self._norms = [layer for layer in self._layers if isinstance(layer, _BatchNorm)]
-        self._slots = 0
+        self._slots = sum(len(layer._buffers) for layer in self._layers)
+        buffers = [(layer, *entry) for layer in self._layers for entry in layer._buffers.items()]
+        self._places = [(layer, leaf, layer._buffers) for layer, leaf, value in buffers if value is not None]
+        self._plain = [place[1:] for place in self._places if not isinstance(place[0], _BatchNorm)]
         self._held: list[tuple[nn.Module, str, Tensor]] = []  # every buffer, as it was bound
         self._others: list[Tensor] = []  # those that are not of a BatchNorm
         self.arrays: dict[str, Tensor] = {}
@@ -98,10 +100,9 @@ class Side:
     def bind(self) -> None:
         """Point the module at the arrays."""
         self.subnet.bind(self.selection, self.arrays[WEIGHTS], self.arrays[BUFFERS], self.weights.step)
-        self._slots = sum(len(layer._buffers) for layer in self._layers)
-        buffers = ((layer, *entry) for layer in self._layers for entry in layer._buffers.items())
-        self._held = [(layer, leaf, value) for layer, leaf, value in buffers if value is not None]
-        self._others = [own for layer, _, own in self._held if not isinstance(layer, _BatchNorm)]
+        held = ((layer, leaf, of_layer[leaf]) for layer, leaf, of_layer in self._places)
+        self._held = [(layer, leaf, own) for layer, leaf, own in held if own is not None]
+        self._others = [own for leaf, of_layer in self._plain if (own := of_layer[leaf]) is not None]
 
     def take_buffers(self) -> None:
         """After a forward pass: what it has assigned to buffers goes to the places of these. Raises
@@ -115,7 +116,7 @@ class Side:
                 self._refuse(layer, leaf, _described(own), _described(value))
             else:
                 own.copy_(value.detach())
-        if sum(len(layer._buffers) for layer in self._layers) != self._slots:
+        if sum([len(layer._buffers) for layer in self._layers]) != self._slots:
             known = {(id(layer), leaf) for layer, leaf, _ in self._held}
             for layer in self._layers:
                 for leaf, value in list(layer._buffers.items()):
@@ -185,6 +186,7 @@ class SubnetPair:
 
     Attributes:
         gradients: of the sides that are trained, by number; one buffer, since only one is trained at a time.
+        shared: from a to b, the entries that both keep, of arrays such as the weights and of statistics.
     """
 
     def __init__(
@@ -200,11 +202,10 @@ class SubnetPair:
         self._optimizer = optimizer
         a, b = (Side(store, model, device, capacity, integer_buffers) for _ in range(2))
         self.sides = a, b
-        self._device = device
         self._zeros = torch.zeros(aligned(store.dtype), dtype=store.dtype, device=device)
         self.gradients: dict[int, FlatGradients] = {}
         self._optimizers: list[FlatOptimizer | None] = [None, None]
-        self._shared: dict[str, BlockPlan] = {}
+        self.shared: dict[str, BlockPlan] = {}
         self.trained_kinds = (WEIGHTS, *optimizer.kept.slots, BUFFERS)
         self.loaded = False
         self.same = True
@@ -221,7 +222,7 @@ class SubnetPair:
         self.same = second is None or torch.equal(first.mask, second.mask)
         self.train_second = train_second and not self.same
         self._optimizers, self.gradients = [None, None], {}  # they hold the views of the last round
-        self._shared.clear()
+        self.shared.clear()
         a, b = self.sides
         a.select(first, self.trained_kinds)
         if not self.same:
@@ -265,21 +266,10 @@ class SubnetPair:
         assert optimizer is not None, "this side was loaded without its optimizer slots"
         optimizer.step(not_finite, steps_done)
 
-    def plan_shared(self) -> None:
-        """Find out which entries both sides keep."""
-        a, b = self.sides
-        if self._shared or self.same:
-            return
-        regions = Regions(b.selection, [a.selection], wanted=[0])
-        for kind in (WEIGHTS, BUFFERS):
-            self._shared[kind] = shared_plan(b.narrow(kind), a.narrow(kind), regions)
-        send_tables(self._shared.values(), self._device)
-
     def copy_shared(self, side: int) -> None:
         """Copy the entries that ``side`` has just trained to the other side, where that keeps them too."""
         a, b = self.sides
-        self.plan_shared()
-        for like, plan in self._shared.items():
+        for like, plan in self.shared.items():
             kinds = [kind for kind in b.arrays if (kind == BUFFERS) == (like == BUFFERS)]
             copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)
 

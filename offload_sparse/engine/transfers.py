@@ -32,6 +32,7 @@ from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import SubnetOptimizer
 from offload_sparse.engine.subnet_pair import Side, SubnetPair, padding
 from offload_sparse.engine.timeline import Timeline
+from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks, send_tables
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, fetch_plan, fetch_plan_per_rank, return_plan
 from offload_sparse.store.copy.regions import MOST_HOLDERS, Regions
@@ -206,7 +207,6 @@ class Transfers:
                 transfer = plan()
                 transfer.source, transfer.target, transfer.local = source, target, local
                 self._fetch(transfer)
-                target.plan_shared()  # here, not in the first step of the round
                 target.bind(self._gradient_memory(target))
                 return transfer
 
@@ -320,16 +320,19 @@ class Transfers:
             self._returning = None
 
     def _fetch(self, transfer: Transfer) -> None:
-        assert transfer.target is not None
-        transfer.target.select(transfer.first, transfer.second, transfer.train_second)
-        transfer.loads = list(self._loads(transfer, transfer.target))
+        """Select the sides of the target, and fetch what only the store has."""
+        target, device = transfer.target, self._reduce_memory.device
+        assert target is not None
+        target.select(transfer.first, transfer.second, transfer.train_second)
+        transfer.loads = list(self._loads(transfer, target))
+        plans = [plan for *_, plan in transfer.loads]
+        self.store.send_tables([plan.fetched for plan in plans if plan.fetched is not None], device)
+        send_tables([blocks for plan in plans for blocks in plan.carried.values()], device)
         with self.timeline.span("gather"):
             for side, kinds, _, plan in transfer.loads:
                 arrays = [(kind, side.arrays[kind]) for kind in kinds]
                 self.bytes_fetched += self.store.fetch((plan, arrays))
                 fault_point("gather", self.steps_done)
-        carried = [blocks for *_, plan in transfer.loads for blocks in plan.carried.values()]
-        send_tables(carried, self._reduce_memory.device)
 
     def _carry(self, transfer: Transfer) -> None:
         """Copy what the source, or an earlier side of the target, holds. The order of the loads matters."""
@@ -350,9 +353,9 @@ class Transfers:
     def _loads(self, transfer: Transfer, target: SubnetPair) -> Iterator[Load]:
         """How every array of the target comes about.
 
-        Valid entries are held by the trained sides of the source; for kinds that the reference has, by the
-        reference, whose own entries equal the store's; and by the sides of the target that come first. From
-        a local round only these last ones are taken.
+        Valid entries are held by the sides of the target that come first, by the trained sides of the source,
+        and for kinds that the reference has by the reference, whose own entries equal the store's. From a
+        local round only the first ones are taken.
         """
         source = transfer.source
         stale = source.trained if source is not None and transfer.local else ()
@@ -371,8 +374,11 @@ class Transfers:
                     known[holders] = Regions(side.selection, [holder.selection for holder in holders])
                 late = [number for number, holder in enumerate(holders) if holder in stale]
                 plan = self._plan(side, kinds[0], holders, own, known.get(holders), late)
+                if side is not target.sides[0] and kinds[0] in (WEIGHTS, BUFFERS):
+                    shared = plan.carried.get(holders.index(target.sides[0]))
+                    target.shared |= {} if shared is None else {kinds[0]: shared}
                 yield side, kinds, holders, plan
-            before.insert(0 if stale else len(before), side)
+            before.insert(0, side)
 
     def _plan(
         self,
@@ -398,16 +404,19 @@ class Transfers:
 
     def _put_back(self, left: Sequence[Side | Agreed], keepers: tuple[Side, ...]) -> None:
         known: list[Side | Agreed] = list(keepers)
+        moves: list[tuple[BlockPlan, list[tuple[str, Tensor]]]] = []
         for side in left:
             regions = Regions(side.selection, [keeper.selection for keeper in known], wanted=[None])
             for kinds in ([k for k in side.arrays if k != BUFFERS], [BUFFERS]):
                 partition, rank = self.store.partitions[kinds[0]], self.store.ranks.rank
-                places = [keeper.narrow(kinds[0]) for keeper in known]
-                plan = return_plan(partition, rank, side.narrow(kinds[0]), places, regions)
-                self.bytes_returned += self.store.put_back(plan, [(k, side.arrays[k]) for k in kinds])
-                fault_point("scatter", self.steps_done)
+                plan = return_plan(partition, rank, side.narrow(kinds[0]), regions)
+                moves.append((plan, [(k, side.arrays[k]) for k in kinds]))
             # What several hold is equal in all of them, so that it does not matter which of many writes it.
             known = [*known, side][:MOST_HOLDERS]
+        self.store.send_tables([plan for plan, _ in moves], self._reduce_memory.device, to_host=True)
+        for move in moves:
+            self.bytes_returned += self.store.put_back(*move)
+            fault_point("scatter", self.steps_done)
 
     def _gradient_memory(self, pair: SubnetPair) -> Tensor:
         needed = max(side.arrays[WEIGHTS].numel() for side in pair.trained) + TAIL

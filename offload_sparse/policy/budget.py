@@ -131,9 +131,16 @@ class Budget:
 
         Budgets of products are linearised anew until that settles, which gives the nearest ones, too, unless
         two layers can be traded for each other at almost no difference."""
-        low, high = self._bounds
+        return torch.from_numpy(self.nearest(z.numpy()))
+
+    def nearest(self, z: Values) -> Values:
+        """``project`` of an array."""
         if self._kind == "count":
-            return project(z, self.limit, low, high)
+            return nearest(z, self.limit, *self._bounds)
+        return self._project_products(torch.from_numpy(z)).numpy()
+
+    def _project_products(self, z: Tensor) -> Tensor:
+        low, high = self._bounds
         s = z.clamp(low, high)
         if self.spent(s) <= self.limit * (1 + _PRECISION):
             return s
@@ -190,7 +197,14 @@ def project(
         budget: largest value of sum(cost * s), in the unit of ``cost`` (atoms when that is None).
         cost: float64[C], non-negative cost per atom; None: every atom costs 1."""
     _check(z, budget, lower, upper, cost)
-    whole = float(z.numel()) if cost is None else float(cost.sum())
+    return torch.from_numpy(nearest(z.numpy(), budget, lower, upper, 1.0 if cost is None else cost.numpy()))
+
+
+def nearest(z: Values, budget: float, lower: float, upper: float, unit: Values | float = 1.0) -> Values:
+    """``project`` of what has been checked but for its values; ``unit`` is the cost of every atom."""
+    if not math.isfinite(z.sum()) and not np.isfinite(z).all():  # the sum of large ones may overflow
+        raise ValueError("z must be finite numbers")
+    whole = float(len(z)) if isinstance(unit, float) else float(unit.sum())
     slack = SLACK * whole * max(abs(lower), abs(upper), 1.0)
     cheapest = lower * whole
     if budget < cheapest - slack:
@@ -198,13 +212,12 @@ def project(
             f"no probabilities meet the budget {budget:g}: the lower bound {lower:g} costs {cheapest:g}; "
             "raise the budget or lower the bound"
         )
-    unit = 1.0 if cost is None else cost.numpy()
-    clipped = _clipped(z.numpy(), lower, upper)
-    if _cost(clipped, unit) <= budget + slack:
-        return torch.from_numpy(clipped)
+    found = z.clip(lower, upper)
+    if (spent := _cost(found, unit)) <= budget + slack:
+        return found
     if budget <= cheapest:
-        return torch.from_numpy(np.where(np.greater(unit, 0), lower, clipped))
-    return torch.from_numpy(_spend(z.numpy(), budget, lower, upper, unit, slack))
+        return np.where(np.greater(unit, 0), lower, found)
+    return _spend(z, found, spent - budget, budget, lower, upper, unit, slack)
 
 
 def _check(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | None) -> None:
@@ -212,34 +225,42 @@ def _check(z: Tensor, budget: float, lower: float, upper: float, cost: Tensor | 
         raise ValueError(f"z is {z.dtype}{list(z.shape)}; give one float64 vector")
     if cost is not None and (cost.dtype != torch.float64 or cost.shape != z.shape):
         raise ValueError(f"cost is {cost.dtype}{list(cost.shape)}; give float64{list(z.shape)}")
-    if budget != budget or not all(map(_finite, (z,) if cost is None else (z, cost))):
-        raise ValueError("z, cost and budget must be finite numbers")
+    if budget != budget or not (cost is None or bool(cost.isfinite().all())):
+        raise ValueError("cost and budget must be finite numbers")
     if cost is not None and bool((cost < 0).any()):
         raise ValueError("cost has negative entries; give 0 or more per atom")
     if lower > upper:
         raise ValueError(f"the lower bound {lower:g} is above the upper bound {upper:g}")
 
 
-def _finite(values: Tensor) -> bool:
-    return math.isfinite(values.numpy().sum()) or bool(values.isfinite().all())  # large ones may overflow
-
-
 def _spend(
-    z: Values, budget: float, lower: float, upper: float, unit: Values | float, slack: float
+    z: Values,
+    s: Values,
+    excess: float,
+    budget: float,
+    lower: float,
+    upper: float,
+    unit: Values | float,
+    slack: float,
 ) -> Values:
-    """clip(z - v * unit) with the v > 0 that costs exactly ``budget``; the caller made sure there is one.
+    """clip(z - v * unit) with the v > 0 that costs exactly ``budget``; the caller made sure there is one, and
+    knows clip(z) and how far above the budget it is.
 
     The cost is a falling, piecewise linear function of v. Newton's method reaches its zero by way of few
     pieces; where a step would leave the bounds that are known of v, the next v is amid these. On the piece
     that holds the budget the rest follows from the atoms strictly between the bounds (the active set)."""
-    low, v = 0.0, 0.0
-    high = float(np.divide(z - lower, unit, out=np.zeros_like(z), where=np.greater(unit, 0)).max())
+    low, v, start = 0.0, 0.0, z
+    if isinstance(unit, float):
+        high = float(z.max()) - lower
+    else:
+        high = float(np.divide(z - lower, unit, out=np.zeros_like(z), where=unit > 0).max())
     for number in range(_MOST_PIECES):
-        start = z - v * unit
-        s = _clipped(start, lower, upper)
+        if number:
+            start = z - v * unit
+            s = start.clip(lower, upper)
+            excess = _cost(s, unit) - budget
         active = (start > lower) & (start < upper)
         weight = float(np.count_nonzero(active) if isinstance(unit, float) else (unit[active] ** 2).sum())
-        excess = _cost(s, unit) - budget
         low, high = (v, high) if excess > 0 else (low, v)
         middle = 0.5 * (low + high)
         if abs(excess) <= slack or not low < middle < high:
@@ -247,15 +268,11 @@ def _spend(
         step = v + excess / weight if weight > 0 and number < _MOST_PIECES // 2 else middle
         v = step if low < step < high else middle
     # Twice: the second pass removes the rounding of the first where z is large against the bounds.
+    moving = active * unit
     for _ in range(2 if weight > 0 else 0):
-        moved = s - (_cost(s, unit) - budget) / weight * unit
-        np.copyto(s, _clipped(moved, lower, upper), where=active)
+        s = (s - (_cost(s, unit) - budget) / weight * moving).clip(lower, upper)
     return s
 
 
 def _cost(s: Values, unit: Values | float) -> float:
     return float((s if isinstance(unit, float) else unit * s).sum())
-
-
-def _clipped(values: Values, lower: float, upper: float) -> Values:
-    return np.minimum(np.maximum(values, lower), upper)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
-from offload_sparse.policy.budget import Budget, Costs, project
+from offload_sparse.policy.budget import Budget, Costs, nearest
 from offload_sparse.policy.config import ALPHA, PolicyConfig
 from offload_sparse.policy.diagnostics import Diagnostics
 from offload_sparse.policy.estimators import (
@@ -96,7 +96,7 @@ class MaskPolicy:
         self.cap, self.size_cap, self._flops_cap = self._caps()
         self._sampler = self._build_sampler()
         if importance is not None and not self.trivial:
-            start = self._project(tilted(start, importance, self.groups))
+            start = torch.from_numpy(self._nearest(tilted(start, importance, self.groups).numpy()))
         self._learned = Parametrisation(self.config, self.groups, start)
         self._control = ControlVariate(self.groups)
         self._diagnostics = Diagnostics(self.groups, config.floor, start)
@@ -197,8 +197,9 @@ class MaskPolicy:
         if name == "rloo":  # 0 for all atoms but those that differ
             where = np.flatnonzero(redrawn & (m1 != m2))
             step = (kept - other).numpy()[where]
+            learned = self._learned
             for difference in differences:
-                self._settle(preconditioned_rloo(difference, step, self.s.numpy()[where], ALPHA), where)
+                self._settle(preconditioned_rloo(difference, step, learned.values[where], ALPHA), where)
             return
         for (first, second), difference in zip(pairs, differences, strict=True):
             mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
@@ -300,17 +301,16 @@ class MaskPolicy:
 
     def _settle(self, moved: NDArray[np.float64], where: NDArray[np.int64]) -> None:
         """One step by a preconditioned gradient, that of the atoms ``where``, and 0 for the others."""
-        z = torch.from_numpy(self._learned.move(moved, where))
-        self._learned.settle(self._project(z).numpy())
+        self._learned.settle(self._nearest(self._learned.move(moved, where)))
 
-    def _project(self, z: Tensor) -> Tensor:
+    def _nearest(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
         if self.config.sampler != "fixed_width":
-            return self._budget.project(z)
+            return self._budget.nearest(z)
         parts = []
         for group, width in zip(self.groups, self._uniform_widths(), strict=True):
             lower = min(self._bounds[0], width / group.size)
-            parts.append(project(z[group.start : group.stop], width, lower, self._bounds[1]))
-        return torch.cat(parts)
+            parts.append(nearest(z[group.start : group.stop], width, lower, self._bounds[1]))
+        return np.concatenate(parts)
 
     def _caps(self) -> tuple[int, int, int]:
         """Most atoms, parameters (0 if these are not known) and FLOPs (0 if another budget) of a mask."""

@@ -24,7 +24,10 @@ Values = NDArray[np.float64]
 
 class Parametrisation:
     """The parameter, its optimizer, and the probabilities that it stands for, which start at ``s``
-    (float64[C])."""
+    (float64[C]).
+
+    Attributes:
+        values: the keep probabilities float64[C]."""
 
     def __init__(self, config: PolicyConfig, groups: Sequence[Group], s: Tensor) -> None:
         self._config = config
@@ -35,14 +38,14 @@ class Parametrisation:
         # A state that exists from the start keeps the same keys and shapes for the whole run, which lets
         # checkpoints be loaded in place; zeros are what both optimizers would start from.
         zeros = torch.zeros(len(self._value), dtype=torch.float64)
-        self._slots = {"momentum_buffer": zeros}
+        self._slots, self._momentum = {"momentum_buffer": zeros}, zeros.numpy()
         if config.optimizer == "adam":
             self._slots = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
     @property
     def s(self) -> Tensor:
         """The keep probabilities float64[C]."""
-        return self._s
+        return torch.from_numpy(self.values)
 
     def move(self, gradient: Values, where: NDArray[np.int64] | None = None) -> Values:
         """One optimizer step. Returns float64[C], where s would be without bounds and budget; tell ``settle``
@@ -58,9 +61,8 @@ class Parametrisation:
 
     def _sgd(self, g: Values) -> Values:
         """As ``torch.optim.SGD``, in a tenth of the time of its step on so few numbers."""
-        buffer = self._slots["momentum_buffer"].numpy()
-        buffer *= MOMENTUM
-        buffer += g
+        self._momentum *= MOMENTUM
+        self._momentum += g
         value = torch.from_numpy(self._value).add(self._slots["momentum_buffer"], alpha=-self._config.lr)
         return value.numpy()
 
@@ -77,7 +79,7 @@ class Parametrisation:
 
     def settle(self, s: Values) -> None:
         """Go on from ``s``, float64[C], which is not changed from now on."""
-        self._s, self._value = torch.from_numpy(s), self._reduced(s)
+        self.values, self._value = s, self._reduced(s)
         if self._name == "rates":
             self._rounding = s - self._spread(self._value)
 

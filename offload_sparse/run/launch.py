@@ -25,6 +25,7 @@ from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.distributed import on_first_rank, rank_and_world_size
 from offload_sparse.run.errors import RunError, disk_fails
 from offload_sparse.run.log import TRACKERS_FOLDER
+from offload_sparse.run.process import grow_segments
 from offload_sparse.store.lock import FolderLock, lock_folder
 from offload_sparse.store.weight_store import default_timeout
 
@@ -174,6 +175,7 @@ def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerato
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
+    grow_segments()
     _join_again(timedelta(seconds=config.timeout))
     accelerator = Accelerator(
         mixed_precision=config.autocast,

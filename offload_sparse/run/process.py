@@ -21,6 +21,7 @@ MAPPED_FROM = 16 << 20
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 PLANS = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"
+SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF"
 
 _KERNELS_PER_LAYER = 8
 """Two subnets, each with a forward pass for training, one for evaluation, and two products of the backward
@@ -47,6 +48,12 @@ def bound_memory(factory: Callable[[], nn.Module]) -> None:
     of_a_round = max(64, _KERNELS_PER_LAYER * layers)
     os.environ.setdefault(KERNELS, str(of_a_round))
     os.environ.setdefault(PLANS, str(_ROUNDS_OF_PLANS * of_a_round))
+
+
+def grow_segments() -> None:
+    """Have the memory of a CUDA device serve the widths of the next round, whatever sizes those of this one
+    had: its segments grow and shrink. Set before the device is used; what the user has set stays."""
+    os.environ.setdefault(SEGMENTS, "expandable_segments:True")
 
 
 def return_freed_memory() -> None:

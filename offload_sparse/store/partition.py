@@ -14,7 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
+from numpy.typing import NDArray
+
 from offload_sparse.channels.selection import Kept, Layout, Selection
+
+Places = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class Partition:
     # Every round asks for them again.
     _ranges: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
     _shards: dict[int, Layout] = field(default_factory=dict, repr=False, compare=False)
+    _places: dict[tuple[tuple[str, ...], int], Places] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def first_row(self, name: str, rank: int) -> int:
         """The first row of tensor ``name`` that belongs to ``rank`` or a later one, in [0, rows]."""
@@ -56,6 +64,15 @@ class Partition:
             low, high = self.rows(name, rank)
             shapes[name] = (high - low, *shape[1:])
         return Layout.of(shapes)
+
+    def places(self, names: tuple[str, ...], rank: int) -> Places:
+        """int64 of these tensors: where each begins in the shard of ``rank``, and [tensors, 2], the rows that
+        it owns."""
+        if (names, rank) not in self._places:
+            offsets, rows = self.shard(rank).offsets, [self.rows(name, rank) for name in names]
+            starts = np.array([offsets[name] for name in names], np.int64)
+            self._places[names, rank] = starts, np.array(rows, np.int64).reshape(-1, 2)
+        return self._places[names, rank]
 
     def segment(self, selection: Selection, narrow: Layout, rank: int) -> tuple[int, int]:
         """Half-open range of the narrow flat buffer whose entries ``rank`` owns."""

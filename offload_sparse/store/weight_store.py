@@ -30,7 +30,7 @@ from torch import Tensor
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.store.copy.blocks import BlockPlan
-from offload_sparse.store.copy.copy import copy_blocks
+from offload_sparse.store.copy.copy import copy_blocks, send_tables
 from offload_sparse.store.copy.host_copy import prepare
 from offload_sparse.store.copy.plans import Exchange, Narrow, TransferPlan, fetch_plan, return_plan
 from offload_sparse.store.partition import Partition
@@ -285,6 +285,11 @@ class WeightStore:
         the moves from the rows to the buffers run backwards. Returns bytes that have come back."""
         self._copy(plan, arrays, reverse=True)
         return plan.entries * len(arrays) * self.dtype.itemsize
+
+    def send_tables(self, plans: Iterable[BlockPlan], device: torch.device, to_host: bool = False) -> None:
+        """Send to a device, in one piece, what it looks up when it copies from or to this rank's rows."""
+        if self._direct is None:
+            send_tables(plans, device, self.arrays[WEIGHTS], to_host)
 
     def _copy(self, plan: BlockPlan, pairs: Sequence[tuple[str, Tensor]], reverse: bool = False) -> None:
         """Between this rank's rows and the partner of each kind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
@@ -289,6 +291,23 @@ def test_evaluation_final_network_and_resuming_equal_the_cpu() -> None:
     expected = run(torch.device("cpu"))
     with simulated_cuda():
         assert_same(run(DEVICE), expected)
+
+
+def test_statistics_are_estimated_anew_as_by_torch_without_a_wait() -> None:
+    """Also those of a norm that a network calls twice."""
+    norm, data = nn.BatchNorm2d(3, affine=False), [torch.randn(4, 3, 5, 5) + number for number in range(3)]
+    plain = nn.Sequential(norm, nn.ReLU(), norm)
+    with simulated_cuda() as sim:
+        there, there_too = copy.deepcopy(plain).to(DEVICE), [x.to(DEVICE) for x in data]
+        before = len(sim.waits)
+        reestimate_batch_norm(there, there_too)
+        assert sim.waits[before:] == []
+        found = {name: value.to("cpu") for name, value in there.state_dict().items()}
+    norm.momentum = None  # a cumulative average
+    for x in data:
+        plain(x)
+    assert_same(found, plain.state_dict())
+    assert there[0].momentum == 0.1
 
 
 def on_two_ranks(simulated: bool, subnets: str, transfer: str) -> dict[str, Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from offload_sparse.config.run import RunConfig, TrainConfig, resolve
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.run.launch import as_launched, check_environment
+from offload_sparse.run.process import SEGMENTS, grow_segments
 
 RENDEZVOUS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -32,6 +35,17 @@ def test_ranks_that_cannot_find_each_other_are_told_what_to_run(
     with pytest.raises(ValueError, match=advice) as error:
         check_environment(environment)
     assert "\n" not in str(error.value)
+
+
+def test_device_memory_grows_in_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for before, after in ((None, "expandable_segments:True"), ("backend:native", "backend:native")):
+        monkeypatch.delenv(SEGMENTS, raising=False)
+        if before is not None:
+            monkeypatch.setenv(SEGMENTS, before)
+        grow_segments()
+        assert os.environ[SEGMENTS] == after
 
 
 # --- what accelerate launch was told -----------------------------------------------------------------

@@ -58,6 +58,8 @@ class ChannelGates(Sparsity):
             name: (parameter, axis.to(device))
             for name, parameter, axis in _read_channels(network, channel_map)
         }
+        axes = channel_map.axes
+        self._axes = [[a.to(device) for a in axes[name] if a is not None] for name in self.weights]
         self._steps_done = torch.zeros((), dtype=torch.int64)
 
     @property
@@ -141,11 +143,10 @@ class ChannelGates(Sparsity):
     def _note(self, gates: Tensor) -> None:
         """The share of each layer's weight that these gates keep."""
         kept = torch.cat([gates.detach().double(), torch.ones(1, dtype=torch.float64, device=gates.device)])
-        for i, name in enumerate(self.weights):
+        for i, axes in enumerate(self._axes):
             share = torch.ones((), dtype=torch.float64, device=gates.device)
-            for axis in self.channel_map.axes[name]:
-                if axis is not None:
-                    share = share * kept[axis.to(gates.device)].mean()
+            for axis in axes:
+                share = share * kept[axis].mean()
             self.forward_kept[i] = share
 
 

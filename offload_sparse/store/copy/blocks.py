@@ -143,7 +143,7 @@ class BlockPlan:
     Raises ValueError: a block begins before the array, or names too many rows or units.
 
     Args:
-        blocks: the blocks, or their table.
+        blocks: the blocks, or the table of some that all hold entries.
         sizes: entries of the source and the target, from a caller who knows that all blocks lie within them;
             None: look at all numbers.
 
@@ -154,10 +154,9 @@ class BlockPlan:
 
     def __init__(self, blocks: Sequence[Block] | Table, sizes: tuple[int, int] | None = None) -> None:
         if isinstance(blocks, Table):
-            entries = blocks.columns[:, (UNIT, N_UNITS, N_ROWS)].prod(1)
-            full = entries.all()
-            self.table = blocks if full else blocks._replace(columns=blocks.columns[entries > 0])
-            self.entries = int(entries.sum())
+            columns = blocks.columns
+            self.table = blocks
+            self.entries = int(columns[:, UNIT] * columns[:, N_UNITS] @ columns[:, N_ROWS])
         else:
             counts = [n_rows * n_units * unit for n_rows, n_units, unit, *_ in blocks]
             self.blocks = tuple(compress(blocks, counts))

@@ -49,13 +49,22 @@ def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse
             copy_with_device(plan, source, target, reverse)
 
 
-def send_tables(plans: Iterable[BlockPlan], device: torch.device) -> None:
+def send_tables(
+    plans: Iterable[BlockPlan], device: torch.device, host: Tensor | None = None, to_host: bool = False
+) -> None:
     """Send what copies of ``plans`` look up on a CUDA device, in one piece and on the current stream: their
-    first copies, which may be on another stream that waits for this one, then send nothing."""
+    first copies, which may be on another stream that waits for this one, then send nothing.
+
+    Args:
+        plans: of copies on the device.
+        host, to_host: or from this array, or to it, as far as the device makes them itself."""
     if device.type == "cuda":
         from offload_sparse.store.copy import device_copy
 
-        device_copy.send_tables([plan for plan in plans if plan.entries], device)
+        plans = [plan for plan in plans if plan.entries]
+        if host is not None:
+            plans = [plan for plan in plans if device_copy.is_direct(plan, host, device, to_host)]
+        device_copy.send_tables(plans, device)
 
 
 def _check(plan: BlockPlan, source: Tensor, target: Tensor) -> None:

@@ -66,12 +66,17 @@ def copy_with_device(plan: BlockPlan, source: Tensor, target: Tensor, reverse: b
         _copy_on_device(plan, source, target, reverse)
         return
     to_host = (source if reverse else target) is host[0]
-    if host[0].is_pinned() and zero_copy_is_faster(device, to_host, _unit(plan)):
+    if is_direct(plan, host[0], device, to_host):
         launch(plan, source, target, reverse, device)
         if to_host:
             torch.cuda.current_stream(device).synchronize()
         return
     copy_staged(plan, source, target, reverse)
+
+
+def is_direct(plan: BlockPlan, host: Tensor, device: torch.device, to_host: bool) -> bool:
+    """Whether a kernel reads or writes ``host`` itself."""
+    return host.is_pinned() and zero_copy_is_faster(device, to_host, _unit(plan))
 
 
 def copy_staged(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:

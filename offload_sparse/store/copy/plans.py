@@ -12,7 +12,7 @@ in batches, which bounds the wire buffer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from offload_sparse.channels.selection import Layout, Selection
-from offload_sparse.store.copy.blocks import COUNTED, WIDTH, BlockPlan, Numbers, Table
+from offload_sparse.store.copy.blocks import COUNTED, SOURCE, TARGET, UNIT, WIDTH, BlockPlan, Numbers, Table
 from offload_sparse.store.copy.regions import Pieces, Regions, places_of
 from offload_sparse.store.partition import Partition
 
@@ -48,7 +48,7 @@ class TransferPlan:
     """How the entries of one subnet come about, for arrays of one layout.
 
     Attributes:
-        carried: per holder, from its narrow buffer to the target's.
+        carried: per holder that has any, from its narrow buffer to the target's.
         fetched: own rows to the narrow buffer; a single rank needs nothing else.
         exchanges: the same over several ranks.
         late: what the store only has once the round before has been put back.
@@ -96,7 +96,7 @@ class Narrow:
         self.layout: Layout = selection.layout(self.names, step)
         places = places_of(selection)
         self.full = places.geometry.tensors(self.names)
-        self._starts = np.fromiter(self.layout.offsets.values(), np.int64, len(self.names))
+        self._starts = self.layout.starts
         self._row_lengths = places.counts[self.full.units] * self.full.unit
 
     def among(self, regions: Regions, holder: int | None) -> _Array:
@@ -123,13 +123,10 @@ class _Shard:
 
     def __init__(self, partition: Partition, rank: int, target: Narrow) -> None:
         self._row_lengths = target.full.row_length
-        shard, names = partition.shard(rank), target.names
-        self.size = shard.size
-        self._starts = np.array([shard.offsets[name] for name in names], np.int64)
-        self._rows: Numbers | None = None
-        if partition.world_size > 1:
-            self._rows = np.array([partition.rows(name, rank) for name in names], np.int64).reshape(-1, 2)
-            self._starts -= self._rows[:, 0] * self._row_lengths
+        self.size = partition.shard(rank).size
+        starts, rows = partition.places(target.names, rank)
+        self._starts = starts - rows[:, 0] * self._row_lengths
+        self._rows = rows if partition.world_size > 1 else None
 
     def own(self, pieces: Pieces, indices: Numbers) -> Pieces:
         """What the rank owns of ``pieces``."""
@@ -170,28 +167,47 @@ def _plan(regions: Regions, target: Narrow, moves: Iterable[tuple[Pieces, _Array
     """Pieces of ``target`` from arrays that hold them to others, of equal sizes."""
     parts, sizes = [], (0, 0)
     for pieces, source, there in moves:
-        parts.append(np.empty((len(pieces.tensors), WIDTH), np.int64))
-        unit, places = target.full.unit[pieces.tensors], (*source.columns(pieces), *there.columns(pieces))
-        for column, values in enumerate((unit, pieces.n_units, *places, pieces.n_rows)):
-            parts[-1][:, column] = values
+        parts.append(_table(target, pieces, there))
+        _write(parts[-1], SOURCE, source.columns(pieces))
         sizes = source.size, there.size
     return BlockPlan(Table(parts[0] if len(parts) == 1 else np.concatenate(parts), regions.indices), sizes)
 
 
-def shared_plan(
-    target: Narrow,
-    holder: Narrow,
-    regions: Regions | None = None,
-    owner: tuple[Partition, int] | None = None,
-) -> BlockPlan:
-    """From ``holder`` to ``target``: the entries that both keep.
+def _transfer(regions: Regions, target: Narrow, sources: Mapping[int | None, _Array]) -> TransferPlan:
+    """From the array of every holder (None: the rows of the store) to the buffer of ``target``: all it
+    has."""
+    pieces, whose = regions.pieces(target.names)
+    there, plan = target.among(regions, None), TransferPlan({})
+    columns = _table(target, pieces, there)
+    for holder, source in sources.items():
+        part = columns[whose[holder]]
+        _write(part, SOURCE, source.columns(regions.of(target.names, holder)))
+        blocks = BlockPlan(Table(part, regions.indices), (source.size, there.size))
+        if holder is None:
+            plan.fetched = blocks
+        elif blocks.entries:
+            plan.carried[holder] = blocks
+    return plan
 
-    Args:
-        target, holder: the buffers.
-        regions: those of their selections, if they are known already.
-        owner: only entries of the rows that this rank of a partition owns.
+
+def _table(target: Narrow, pieces: Pieces, there: _Array) -> Numbers:
+    """The columns of ``pieces``, but for those of where they come from."""
+    columns = np.empty((len(pieces.tensors), WIDTH), np.int64)
+    _write(columns, UNIT, (target.full.unit[pieces.tensors], pieces.n_units))
+    _write(columns, TARGET, (*there.columns(pieces), pieces.n_rows))
+    return columns
+
+
+def _write(columns: Numbers, first: int, values: Iterable[Numbers | int]) -> None:
+    for number, value in enumerate(values, first):
+        columns[:, number] = value
+
+
+def shared_plan(target: Narrow, holder: Narrow, owner: tuple[Partition, int] | None = None) -> BlockPlan:
+    """From ``holder`` to ``target``: the entries that both keep, with ``owner`` only those of the rows that
+    this rank of a partition owns.
     """
-    regions = regions or Regions(target.selection, [holder.selection], wanted=[0])
+    regions = Regions(target.selection, [holder.selection], wanted=[0])
     pieces = regions.of(target.names, 0)
     if owner is not None:
         pieces = _Shard(*owner, target).own(pieces, regions.indices)
@@ -217,8 +233,12 @@ def fetch_plan(
         late: numbers of holders that hold nothing valid: what they have will be in the store, but is not yet.
     """
     regions = regions or Regions(target.selection, [holder.selection for holder in holders])
-    plan = _from_rows(partition, rank, target, regions, [None])
-    plan.carried = _carried(regions, target, holders, late)
+    sources = _buffers(regions, holders, late)
+    if partition.world_size == 1:
+        sources[None] = _Shard(partition, rank, target)
+    plan = _transfer(regions, target, sources)
+    if partition.world_size > 1:
+        plan.exchanges = _from_rows(partition, rank, target, regions, [None]).exchanges
     if late:
         plan.late = _from_rows(partition, rank, target, regions, late)
     return plan
@@ -254,39 +274,29 @@ def fetch_plan_per_rank(
         ]
         return Exchange(packs, *_unpacked(regions, partition, target, pieces[rank]))
 
-    plan = TransferPlan(_carried(regions, target, holders, late), exchanges=[exchange(None)])
+    plan = _transfer(regions, target, _buffers(regions, holders, late))
+    plan.exchanges = [exchange(None)]
     if late:
         plan.late = TransferPlan({}, exchanges=[exchange(holder) for holder in late])
     return plan
 
 
-def return_plan(
-    partition: Partition,
-    rank: int,
-    subnet: Narrow,
-    keepers: Sequence[Narrow] = (),
-    regions: Regions | None = None,
-) -> BlockPlan:
-    """Own rows from (reversed: to) ``subnet``, for the entries that none of ``keepers`` has.
+def return_plan(partition: Partition, rank: int, subnet: Narrow, regions: Regions | None = None) -> BlockPlan:
+    """Own rows from (reversed: to) ``subnet``.
 
     Args:
         partition, rank: as in ``fetch_plan``.
         subnet: what has been trained.
-        keepers: subnets of the next round that train on.
-        regions: those of the selections of ``subnet`` and ``keepers``, if they are known already.
+        regions: those of its selection and of the subnets of the next round that train on: for the entries
+            that none of them has.
     """
-    regions = regions or Regions(subnet.selection, [k.selection for k in keepers], wanted=[None])
+    regions = regions or Regions(subnet.selection)
     return _from_shard(partition, rank, subnet, regions, [None])
 
 
-def _carried(
-    regions: Regions, target: Narrow, holders: Sequence[Narrow], late: Collection[int]
-) -> dict[int, BlockPlan]:
-    """From every holder that has any, but those that are ``late``."""
-    there = target.among(regions, None)
-    valid = ((n, holder) for n, holder in enumerate(holders) if n not in late)
-    found = ((n, holder.among(regions, n), regions.of(target.names, n)) for n, holder in valid)
-    return {n: _plan(regions, target, [(p, here, there)]) for n, here, p in found if len(p.tensors)}
+def _buffers(regions: Regions, holders: Sequence[Narrow], late: Collection[int]) -> dict[int | None, _Array]:
+    """Those of the holders that are not ``late``."""
+    return {n: holder.among(regions, n) for n, holder in enumerate(holders) if n not in late}
 
 
 def _from_rows(

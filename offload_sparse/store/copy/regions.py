@@ -1,25 +1,23 @@
 """Which entries of a subnet already lie in another subnet, and which only the store holds.
 
 A tensor is seen as rows times units (a unit is what lies behind the last dimension that can shrink: the 3x3
-window of a convolution). Number the selections 0, 1, …; bit k of a row's code says that selection k keeps the
-row, likewise for units. An entry is kept by exactly the selections whose bits are set in both codes:
+window of a convolution). Number the holders 0, 1, …; bit k of a row's code says that holder k keeps the row,
+likewise for units. Holder k has an entry if both codes have bit k, and is the first to have it if they have
+no lower bit in common. Rows whose codes are equal up to bit k therefore share their units of it:
 
-    row code     0b011  ─┐
-    unit code    0b110  ─┴─ and ─▶ 0b010: only selection 1 keeps this entry
+    codes of rows up to bit 1    0b10               ×  units  0b?1? = those of holder 1
+                                 0b11               ×  units  0b?10 = those of holder 1 and not of holder 0
 
-Rows with the same code therefore form one rectangle per answer, and every question about shared, fetched and
-evicted entries is a look-up per row code instead of a set operation on entries. Rows whose codes differ but
-give the same answer for every unit that there is are taken together.
-
-Tensors that name the same atoms in their rows and units (all four of a norm, say) are divided alike, so that
-the work is done once for each such pair, and for the positions of all rows and units at a time.
+Each line is a rectangle of every tensor, and so are the lines of what no holder has. Rows and units that are
+made of the same atoms count once, and all rectangles of all tensors are found at a time.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Sequence
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -31,22 +29,19 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.store.copy.blocks import Numbers
 
 _TARGET = 1
-STORE = -1
-"""In the place of a holder: the store alone has an entry."""
+"""Bit of what the target keeps, beside those of the holders."""
 
 MOST_HOLDERS = 7
-"""Bits of a code beside the target's own."""
-
-_Runs = dict[tuple[int, ...], tuple[int, int]]
-"""Of some rows or units, by codes: where their positions are, and how many."""
+"""As many as a byte has room for."""
 
 
 class Tensors(NamedTuple):
-    """Full tensors as rows of units, int64 each: the numbers of their pair of rows and units and of the units
-    in it, entries per unit and per row."""
+    """Full tensors as rows of units, int64 each: the numbers of these rows and of these units, whether all
+    units are kept always, entries per unit and per row."""
 
-    pairs: Numbers
+    rows: Numbers
     units: Numbers
+    turned: Numbers
     unit: Numbers
     row_length: Numbers
 
@@ -58,7 +53,8 @@ class Geometry:
     atoms there.
 
     Attributes:
-        pairs: int64[pairs, 2], the distinct pairs of rows and units, by the numbers of these.
+        meet: bool[numbers, numbers], the pairs of rows and units of all tensors, those first whose code
+            matters.
         number_of: int64[positions] of all rows and units, one behind the other: their number.
         within: int64[positions], counted from the first of the same rows or units.
         starts: int64, the first position of each."""
@@ -66,16 +62,17 @@ class Geometry:
     def __init__(self, channel_map: ChannelMap) -> None:
         self._numbers: dict[tuple[int, ...], int] = {}
         self._atoms: list[list[Numbers]] = []
-        pairs: dict[tuple[int, int], int] = {}
         self._shapes = {}
         for name, shape in channel_map.shapes.items():
             axes = channel_map.axes[name]
             last = max((dim for dim, axis in enumerate(axes) if dim and axis is not None), default=0)
             rows = self._number(axes[:1] or (None,), shape[:1] or (1,))
             units = self._number(axes[1 : last + 1], shape[1 : last + 1])
-            pair = pairs.setdefault((rows, units), len(pairs))
-            self._shapes[name] = pair, units, prod(shape[last + 1 :]), prod(shape[1:])
-        self.pairs = np.array(list(pairs), np.int64).reshape(-1, 2)
+            fixed = all(axis is None for axis in axes[1:])
+            self._shapes[name] = rows, units, fixed, prod(shape[last + 1 :]), prod(shape[1:])
+        self.meet = np.zeros((len(self._atoms), len(self._atoms)), bool)
+        for rows, units, fixed, *_ in self._shapes.values():
+            self.meet[(units, rows) if fixed else (rows, units)] = True
         self._known: dict[tuple[str, ...], Tensors] = {}
         sizes = [len(atoms[0]) for atoms in self._atoms]
         self.starts = np.cumsum([0, *sizes])[:-1]
@@ -92,7 +89,7 @@ class Geometry:
     def tensors(self, names: tuple[str, ...]) -> Tensors:
         """Those of ``names``, in order."""
         if names not in self._known:
-            found = np.array([self._shapes[name] for name in names], np.int64).reshape(-1, 4)
+            found = np.array([self._shapes[name] for name in names], np.int64).reshape(-1, 5)
             self._known[names] = Tensors(*found.T.copy())
         return self._known[names]
 
@@ -182,44 +179,77 @@ class Regions:
         self._places = [places_of(selection) for selection in (target, *holders)]
         geometry = self._geometry = self._places[0].geometry
         every = (None, *range(len(holders)))
-        self._holders = [h for h in every if wanted is None or h in wanted]
-        alive = [places.alive for places in self._places]
-        codes = geometry.spread(np.bitwise_or.reduce([kept << bit for bit, kept in enumerate(alive)]))
-        kept = np.flatnonzero(codes & _TARGET)
-        keys = (geometry.number_of[kept] << 8) + codes[kept]
-        order = keys.argsort(kind="stable")
-        keys, self._kept = keys[order], [kept[order]]
-        self._size = len(kept)
-        firsts = np.flatnonzero(np.diff(keys, prepend=-1))
-        runs = np.stack([keys[firsts] >> 8, keys[firsts] & 255, firsts, np.diff(firsts, append=len(keys))], 1)
-        found = self._divide(runs, {STORE if h is None else h for h in self._holders})
-        # Ordered by holder and pair: n_rows, n_units, rows and units; and how many these are, and the first.
-        parts = (found[:, 0] - STORE) * len(geometry.pairs) + found[:, 1]
-        self._found = found[parts.argsort(kind="stable"), 2:].T
-        counts = np.bincount(parts, minlength=len(every) * len(geometry.pairs))
-        self._counts = counts.reshape(len(every), -1)
-        self._firsts = (np.cumsum(counts) - counts).reshape(len(every), -1)
+        self._holders = tuple([h for h in every if wanted is None or h in wanted])
+        self._holder_of, codes = _cases(len(holders), self._holders)
+        alive = [places.alive << bit for bit, places in enumerate(self._places)]
+        bits = geometry.spread(np.bitwise_or.reduce(alive))
+        kept = np.flatnonzero(bits & _TARGET)
+        held, numbers = bits[kept] >> 1, geometry.number_of[kept]
+        keys = (numbers << len(holders)) + held
+        found = np.bincount(keys, minlength=len(geometry.starts) << len(holders))
+        codes_of = (len(geometry.starts), 1 << len(holders))
+        order = keys.astype(np.min_scalar_type(len(found))).argsort(kind="stable")
+        # By kind of set, case, and number: how many, whether of several codes, and where they are if not.
+        counts, codes_there, firsts = (
+            codes.astype(np.int64) @ of_codes.reshape(codes_of).T
+            for of_codes in (found, found > 0, (found.cumsum() - found) * (found > 0))
+        )
+        several = codes_there > 1
+        several[0] &= counts[1].astype(bool) @ geometry.meet.T
+        several[1] &= counts[0].astype(bool) @ geometry.meet
+        together = self._together(np.nonzero(several), codes, held)
+        firsts[several] = len(kept) + np.cumsum(counts[several]) - counts[several]
+        self._kept = np.concatenate([kept[order], kept[together]])
+        self._counts, self._firsts = counts.ravel(), firsts.ravel()
+        self._known: dict[tuple[str, ...], tuple[Pieces, dict[int | None, slice]]] = {}
+
+    def _together(self, sets: tuple[Numbers, ...], codes: NDArray[np.bool_], held: Numbers) -> Numbers:
+        """The places in ``held`` of what is in each of some sets of several codes, in order."""
+        kind, case, number = sets
+        sizes = self._places[0].counts
+        sizes, starts = sizes[number], (sizes.cumsum() - sizes)[number]
+        which = np.arange(len(number)).repeat(sizes)
+        places = np.arange(len(which)) + (starts - sizes.cumsum() + sizes)[which]
+        return places[codes[kind, case][which, held[places]]]
 
     def of(self, names: tuple[str, ...], holder: int | None) -> Pieces:
         """What ``holder``, one that is asked for, has of these tensors; none of them empty."""
-        pairs, number = self._geometry.tensors(names).pairs, 0 if holder is None else holder - STORE
-        counts = self._counts[number, pairs]
-        tensors = np.repeat(np.arange(len(names)), counts)
-        firsts = self._firsts[number, pairs] - (np.cumsum(counts) - counts)
-        return Pieces(tensors, *self._found[:, firsts[tensors] + np.arange(len(tensors))])
+        pieces, whose = self.pieces(names)
+        return Pieces(*(column[whose[holder]] for column in pieces))
+
+    def pieces(self, names: tuple[str, ...]) -> tuple[Pieces, dict[int | None, slice]]:
+        """What all holders that are asked for have of these tensors, and which of it is whose."""
+        if names not in self._known:
+            self._known[names] = self._divided(self._geometry.tensors(names))
+        return self._known[names]
+
+    def _divided(self, full: Tensors) -> tuple[Pieces, dict[int | None, slice]]:
+        size, cases = len(self._geometry.starts), len(self._holder_of)
+        case = np.arange(cases)[:, None] * size
+        rows = case + (full.rows + full.turned * (cases * size))
+        units = case + (full.units + (1 - full.turned) * (cases * size))
+        n_rows, n_units = self._counts[rows], self._counts[units]
+        case, tensors = np.nonzero(n_rows * n_units)
+        holder = self._holder_of[case]
+        order = (holder * len(full.rows) + tensors).argsort(kind="stable")
+        at = case[order], tensors[order]
+        ends = holder[order].searchsorted(np.arange(len(self._holders) + 1)).tolist()
+        whose = {h: slice(*part) for h, part in zip(self._holders, pairwise(ends), strict=True)}
+        return Pieces(at[1], n_rows[at], n_units[at], self._firsts[rows[at]], self._firsts[units[at]]), whose
 
     @cached_property
     def indices(self) -> Numbers:
         """Numbers of rows and units in stretches of equal length: those in the full tensors, in the target,
         and in the holders that are asked for."""
-        kept, held = np.concatenate(self._kept), (h for h in self._holders if h is not None)
-        narrow = [self._places[0], *(self._places[1 + h] for h in held)]
-        return np.concatenate([self._geometry.within[kept], *(places.before[kept] for places in narrow)])
+        narrow = [self._places[0], *(self._places[1 + h] for h in self._holders if h is not None)]
+        return np.concatenate(
+            [from_first[self._kept] for from_first in (self._geometry.within, *(p.before for p in narrow))]
+        )
 
     def stretch(self, holder: int | None) -> int:
         """Where that of a holder begins; of None that of the target."""
         held = [h for h in self._holders if h is not None]
-        return (1 if holder is None else 2 + held.index(holder)) * self._size
+        return (1 if holder is None else 2 + held.index(holder)) * len(self._kept)
 
     def fetched(self, names: Iterable[str]) -> int:
         """How many entries of these tensors no holder has."""
@@ -227,67 +257,17 @@ class Regions:
         pieces = self.of(names, None)
         return int(pieces.n_rows * pieces.n_units @ self._geometry.tensors(names).unit[pieces.tensors])
 
-    def _divide(self, runs: Numbers, wanted: set[int]) -> Numbers:
-        """int64[rectangles, 6]: holder, pair, n_rows, n_units, and where the numbers of rows and of units
-        are. Most rows and units have a single code: pairs of these are one rectangle.
-
-        Args:
-            runs: int64[runs, 4]: number of rows or units, code, where the positions that have it are, and how
-                many.
-            wanted: the holders whose rectangles are found for certain."""
-        holders, pairs, size = len(self._places) - 1, self._geometry.pairs, len(self._geometry.starts)
-        alone = np.full((size, 4), -1)
-        alone[runs[:, 0]] = runs
-        alone[np.bincount(runs[:, 0], minlength=size) > 1] = -1
-        single = (alone[pairs, 0] >= 0).all(1)
-        rows, units = alone[pairs[single]].transpose(1, 2, 0)
-        holder = _first_holders(holders)[rows[1] & units[1]]
-        found = np.stack([holder, np.flatnonzero(single), rows[3], units[3], rows[2], units[2]], 1)
-        known: list[_Runs] = [{} for _ in range(size)]
-        for number, code, first, count in runs.tolist():
-            known[number][code,] = first, count
-        present = [tuple([code for (code,) in of_one]) for of_one in known]
-        several = []
-        for pair in np.flatnonzero(~single).tolist():
-            row, unit = pairs[pair].tolist()
-            for number, of_rows, of_units in _divided(holders, present[row], present[unit]):
-                if number in wanted:
-                    at, n_rows = self._where(known[row], of_rows)
-                    there, n_units = self._where(known[unit], of_units)
-                    several.append((number, pair, n_rows, n_units, at, there))
-        return np.concatenate([found, np.array(several, np.int64).reshape(-1, 6)])
-
-    def _where(self, known: _Runs, codes: tuple[int, ...]) -> tuple[int, int]:
-        """Where the positions with one of ``codes`` are, in order, and how many."""
-        if codes not in known:
-            runs = (known[code,] for code in codes)
-            together = np.sort(np.concatenate([self._kept[0][at : at + count] for at, count in runs]))
-            self._kept.append(together)
-            known[codes] = self._size, len(together)
-            self._size += len(together)
-        return known[codes]
-
-
-@lru_cache(1 << 12)
-def _divided(
-    holders: int, rows: tuple[int, ...], units: tuple[int, ...]
-) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """The regions of a tensor with these codes of rows and of units: holder, codes of its rows and units."""
-    first = _first_holders(holders).tolist()
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for code in rows:
-        alike.setdefault(tuple([first[code & other] for other in units]), []).append(code)
-    found: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
-    for answers, codes in alike.items():
-        for holder in sorted(set(answers)):
-            chosen = tuple([c for c, answer in zip(units, answers, strict=True) if answer == holder])
-            found.append((holder, tuple(codes), chosen))
-    return found
-
 
 @cache
-def _first_holders(holders: int) -> Numbers:
-    """int64[256], by code: the lowest of so many holders (bit 1 is holder 0) whose bit is set; ``STORE`` when
-    none is."""
-    held = [(code >> 1) & ((1 << holders) - 1) for code in range(256)]
-    return np.array([(bits & -bits).bit_length() - 1 for bits in held])
+def _cases(holders: int, wanted: tuple[int | None, ...]) -> tuple[Numbers, NDArray[np.bool_]]:
+    """The lines of the picture above: int64[cases], the place in ``wanted`` of whose each is, ascending, and
+    bool[2, cases, 2^holders], the codes that are equal to its own in the bits that matter, and those that
+    have no bit in common with it but that of the holder."""
+    every, places, found = np.arange(1 << holders), [], []
+    for place, holder in enumerate(wanted):
+        bits, own = (holders, 0) if holder is None else (holder + 1, 1 << holder)
+        for code in range(1 << bits):
+            if code & own == own:
+                places.append(place)
+                found.append([every & ((1 << bits) - 1) == code, every & code == own])
+    return np.array(places), np.array(found).swapaxes(0, 1).copy()

@@ -168,15 +168,26 @@ class DeviceTables(NamedTuple):
             tables: the blocks of each.
             device: where the tables shall be.
             program: entries per program."""
-        tables = [_spelled_out(table) for table in tables]
+        if any((table.columns[:, PLACES] == COUNTED).any() for table in tables):
+            tables = [_spelled_out(table) for table in tables]
         indices = {id(table.indices): table.indices for table in tables}
-        parts = [*indices.values()]
-        parts += [part for table in tables for part in _device_parts(table.columns, program)]
-        sent = to_device(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
+        columns = np.concatenate([table.columns for table in tables])
+        blocks = np.array([len(table.columns) for table in tables])
+        entries = columns[:, UNIT] * columns[:, N_UNITS] * columns[:, N_ROWS]
+        counts = -(-entries // program)
+        ends = counts.cumsum()
+        number = np.arange(len(columns)).repeat(counts)
+        first = (np.arange(len(number)) - (ends - counts)[number]) * program
+        own = np.arange(len(columns)) - np.repeat(blocks.cumsum() - blocks, blocks)
+        programs = np.stack([own[number], first, np.minimum(first + program, entries[number])], 1)
+        parts = [*indices.values(), programs.ravel(), columns[:, :N_ROWS].ravel()]
+        sizes = [len(part) for part in indices.values()]
+        sizes += (3 * np.diff(ends[blocks.cumsum() - 1], prepend=0)).tolist() + (N_ROWS * blocks).tolist()
+        sent = to_device(torch.from_numpy(np.concatenate(parts)), device).split(sizes)
         there, sent = dict(zip(indices, sent, strict=False)), sent[len(indices) :]
         return [
             DeviceTables(programs.view(-1, 3), blocks.view(-1, N_ROWS), there[id(table.indices)])
-            for table, programs, blocks in zip(tables, sent[::2], sent[1::2], strict=True)
+            for table, programs, blocks in zip(tables, sent, sent[len(tables) :], strict=False)
         ]
 
 
@@ -190,16 +201,6 @@ def _spelled_out(table: Table) -> Table:
     columns[:, PLACES] = np.where(counted, len(indices), places)
     count = columns[:, (N_ROWS, N_UNITS)].max()
     return Table(columns, np.append(indices, np.arange(count)))
-
-
-def _device_parts(columns: Numbers, program: int) -> tuple[Numbers, Numbers]:
-    """Programs and blocks, each flat."""
-    entries = columns[:, UNIT] * columns[:, N_UNITS] * columns[:, N_ROWS]
-    counts = -(-entries // program)
-    number = np.repeat(np.arange(len(columns)), counts)
-    first = (np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)) * program
-    programs = np.stack([number, first, np.minimum(first + program, entries[number])], 1)
-    return programs.ravel(), columns[:, :N_ROWS].ravel()
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
