@@ -246,7 +246,7 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or own >= {"weight", "bias", "running_mean", "running_var"}
 
 
-def _weight_shape(layer: nn.Module) -> torch.Size:
+def _weight_shape(layer: Any) -> torch.Size:
     weight = layer._parameters.get("weight")  # faster than the attribute, which may be computed of others
     shape: torch.Size = (layer.weight if weight is None else weight).shape
     return shape

@@ -29,7 +29,6 @@ class Partition:
     layout: Layout
     world_size: int
     # Every round asks for them again.
-    _ranges: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
     _shards: dict[int, Layout] = field(default_factory=dict, repr=False, compare=False)
     _places: dict[tuple[tuple[str, ...], int], Places] = field(
         default_factory=dict, repr=False, compare=False
@@ -47,10 +46,7 @@ class Partition:
 
     def rows(self, name: str, rank: int) -> tuple[int, int]:
         """Half-open range of the rows of ``name`` that ``rank`` owns."""
-        known = self._ranges.get((name, rank))
-        if known is None:
-            known = self._ranges[name, rank] = self.first_row(name, rank), self.first_row(name, rank + 1)
-        return known
+        return self.first_row(name, rank), self.first_row(name, rank + 1)
 
     def shard(self, rank: int) -> Layout:
         """Layout of the rows that ``rank`` owns; tensors of which it owns nothing have zero rows."""
