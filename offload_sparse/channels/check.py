@@ -27,7 +27,7 @@ from offload_sparse.channels.channel_map import Axis, ChannelMap
 from offload_sparse.channels.model_call import Inputs, disable_dropout, enlarge_inputs
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.stream_add import set_additions
-from offload_sparse.channels.subnet import is_norm, meta_copy, narrow_module, set_tensor
+from offload_sparse.channels.subnet import is_norm, meta_copy, narrow_module, tensor_setter
 
 TOLERANCE = 1e-8
 """Largest relative error that ``check`` accepts in float64; a right map stays some orders of magnitude
@@ -138,15 +138,19 @@ def self_test(model: nn.Module, example_inputs: Inputs, channel_map: ChannelMap)
 def reduced(model: nn.Module, channel_map: ChannelMap, max_parameters: int) -> tuple[nn.Module, ChannelMap]:
     """A narrow twin of at most ``max_parameters`` (at least four channels per group), and its map."""
     twin, ratio = meta_copy(model), 1.0
-    mask = channel_map.full_mask()
-    while count_parameters(twin) > max_parameters and ratio > 1 / 64:
+    mask, size = channel_map.full_mask(), count_parameters(twin)
+    while size > max_parameters and ratio > 1 / 64:
         ratio /= 2
         mask = channel_map.uniform_mask(ratio, min_width=4)
-        twin = narrow_module(meta_copy(model), channel_map, mask)
+        shapes = Selection(channel_map, mask).shapes
+        size = sum(prod(shapes.get(name, p.shape)) for name, p in twin.named_parameters())
+    if ratio < 1:
+        twin = narrow_module(twin, channel_map, mask)
         set_additions(twin, Selection(channel_map, mask), torch.device("cpu"))  # indices need values
+    set_tensor = tensor_setter(twin)
     for name, buffer in _constants(model).items():
         if twin.get_buffer(name).shape == buffer.shape:
-            set_tensor(twin, name, buffer.clone())
+            set_tensor(name, buffer.clone())
     return twin, restrict(channel_map, mask)
 
 
@@ -236,10 +240,11 @@ def _zero_along(tensor: Tensor, axis: Axis, dim: int, alive: Tensor) -> None:
 def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A float64 copy on the CPU with random parameters and norm statistics and without dropout."""
     full = copy.deepcopy(model)
+    set_tensor = tensor_setter(full)
     unknown: set[str] = set()  # values of tensors on the meta device
     for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
         if tensor.is_meta:
-            set_tensor(full, name, torch.empty_like(tensor, device="cpu"))
+            set_tensor(name, torch.empty_like(tensor, device="cpu"))
             unknown |= {name} if tensor.numel() else set()
     full = full.to("cpu").double()
     disable_dropout(full)

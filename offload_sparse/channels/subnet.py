@@ -26,6 +26,8 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import expose_additions, set_additions
 
+_Held = dict[str, nn.Parameter | None]
+
 
 class Subnet:
     """A skeleton of the full model whose tensors can be bound to flat buffers, again and again.
@@ -49,10 +51,8 @@ class Subnet:
             name: (self.module.get_submodule(name.rpartition(".")[0])._buffers, name.rpartition(".")[2])
             for name, _ in self.module.named_buffers()
         }
-        self._holders = {
-            n: (p.requires_grad, [(m._parameters, leaf) for m, leaf in holders(self.module, p)])
-            for n, p in self.module.named_parameters()
-        }
+        places = _holders(self.module)
+        self._holders = {n: (p.requires_grad, places[p]) for n, p in self.module.named_parameters()}
         values = integer_buffers or {}
         for name, buffer in list(self.module.named_buffers()):
             if not buffer.is_floating_point():
@@ -187,35 +187,49 @@ def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn
     """An independent narrow copy of ``model`` (real or on meta) with copies of the kept entries."""
     selection = Selection(channel_map, mask)
     narrow = expose_additions(copy.deepcopy(model), channel_map.additions)
+    set_tensor = tensor_setter(narrow)
     with torch.no_grad():
         for name, parameter in list(narrow.named_parameters()):
             value = nn.Parameter(
                 selection.take(name, parameter.detach()), requires_grad=parameter.requires_grad
             )
-            set_tensor(narrow, name, value)
+            set_tensor(name, value)
         for name, buffer in list(narrow.named_buffers()):
             if name in selection.shapes:
-                set_tensor(narrow, name, selection.take(name, buffer))
+                set_tensor(name, selection.take(name, buffer))
     fit_attributes(narrow)
     device = next((p.device for p in narrow.parameters()), torch.device("cpu"))
     set_additions(narrow, selection, device)
     return narrow
 
 
-def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the parameter (under all its names) or buffer ``name`` of ``module`` by ``value``."""
-    owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    if leaf not in owner._parameters:
-        owner._buffers[leaf] = value
-        return
-    parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-    for place, key in holders(module, owner._parameters[leaf]):
-        place._parameters[key] = parameter
+def tensor_setter(module: nn.Module) -> Callable[[str, Tensor], None]:
+    """What replaces a parameter (under all its names) or a buffer of ``module``, given its name and value.
+
+    Looks through the modules once, for however many tensors: tied layers share a parameter."""
+    places = _holders(module)
+
+    def set_tensor(name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf not in owner._parameters:
+            owner._buffers[leaf] = value
+            return
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        places[parameter] = places.pop(owner._parameters[leaf])
+        for held, key in places[parameter]:
+            held[key] = parameter
+
+    return set_tensor
 
 
-def holders(module: nn.Module, parameter: nn.Parameter | None) -> list[tuple[nn.Module, str]]:
-    """The modules that hold ``parameter``, and its name in each: tied layers share one."""
-    return [(m, key) for m in module.modules() for key, p in m._parameters.items() if p is parameter]
+def _holders(module: nn.Module) -> dict[nn.Parameter | None, list[tuple[_Held, str]]]:
+    """What holds each parameter, and its name there."""
+    places: dict[nn.Parameter | None, list[tuple[_Held, str]]] = {}
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            places.setdefault(parameter, []).append((part._parameters, key))
+    return places
 
 
 def fit_attributes(module: nn.Module) -> None:

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection, open_grid, restrict
 from offload_sparse.channels.stream_add import set_additions
-from offload_sparse.channels.subnet import meta_copy, narrow_module, set_tensor
+from offload_sparse.channels.subnet import meta_copy, narrow_module, tensor_setter
 from offload_sparse.engine.transfers import Transfers
 from offload_sparse.policy.samplers import mask_generator
 
@@ -123,8 +123,9 @@ class Family:
     def extract(self, number: int, network: nn.Module) -> nn.Module:
         """Member ``number`` with memory of its own, in the modes of ``network``."""
         member = copy.deepcopy(self._members[number][0])
+        set_tensor = tensor_setter(member)
         for name, tensor in self._tensors(number, network).items():
-            set_tensor(member, name, tensor.detach().clone())
+            set_tensor(name, tensor.detach().clone())
         return member.train(network.training)
 
     def _tensors(self, number: int, network: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual, chosen_block
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
-from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
+from offload_sparse.channels.subnet import fit_attributes, meta_copy, tensor_setter
 from offload_sparse.engine.averaging import OUTER
 from offload_sparse.engine.batch_norm import Run, flags_restored, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
@@ -424,11 +424,12 @@ class SparseOffload(Rounds):
     def _extract(self, side: Side) -> nn.Module:
         """The network that ``side`` holds, as a module with memory of its own."""
         module = meta_copy(self.meta_model)
+        set_tensor = tensor_setter(module)
         for name, own in list(side.module.named_parameters()):
             value = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
-            set_tensor(module, name, value)
+            set_tensor(name, value)
         for name, buffer in list(side.module.named_buffers()):
-            set_tensor(module, name, buffer.detach().clone())
+            set_tensor(name, buffer.detach().clone())
         fit_attributes(module)
         set_additions(module, side.selection, self.device)
         return module

@@ -26,7 +26,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.model_call import Inputs
 from offload_sparse.channels.require import Explained
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
-from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, set_tensor
+from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, tensor_setter
 from offload_sparse.channels.views import Fit, fit_views, fitted_views
 from offload_sparse.export import json_values
 from offload_sparse.export.description import Preprocessing, file_digest
@@ -216,9 +216,9 @@ def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn
     try:
         _restore_additions(module, structure.additions)
         _restore_views(module, structure.views)
-        own = tensors_of(module)
+        own, set_tensor = tensors_of(module), tensor_setter(module)
         for name in [*own, *tensors]:  # a network that lacks one comes first
-            _place(module, name, own.get(name), tensors.get(name))
+            _place(module, set_tensor, name, own.get(name), tensors.get(name))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}; was it exported from another model?") from None
     fit_attributes(module)
@@ -242,7 +242,13 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _place(module: nn.Module, name: str, own: Tensor | None, value: Tensor | None) -> None:
+def _place(
+    module: nn.Module,
+    set_tensor: Callable[[str, Tensor], None],
+    name: str,
+    own: Tensor | None,
+    value: Tensor | None,
+) -> None:
     """Give a tensor its value; one that the constructor leaves out, and training has made, too."""
     path, _, leaf = name.rpartition(".")
     if value is None:
@@ -261,7 +267,7 @@ def _place(module: nn.Module, name: str, own: Tensor | None, value: Tensor | Non
     if isinstance(own, nn.Parameter):
         value = nn.Parameter(value, requires_grad=own.requires_grad)
     owner = module.get_submodule(path)
-    set_tensor(module, name, value) if leaf not in vars(owner) else setattr(owner, leaf, value)
+    set_tensor(name, value) if leaf not in vars(owner) else setattr(owner, leaf, value)
 
 
 def _form(tensor: Tensor) -> str:

@@ -18,7 +18,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import chosen_block
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
-from offload_sparse.channels.subnet import fit_attributes, meta_copy, set_tensor
+from offload_sparse.channels.subnet import fit_attributes, meta_copy, tensor_setter
 from offload_sparse.engine.importance import Importance
 from offload_sparse.engine.preparation import PreparedModel, prepare
 from offload_sparse.methods.method import Method, Task
@@ -83,15 +83,16 @@ def narrow_initialised(
     the full network are scaled up by the square root of the ratio of the fans; not unless ``scaled``: trained
     values stay as they are."""
     module = meta_copy(model)
+    set_tensor = tensor_setter(module)
     parameters = dict(module.named_parameters())
     for name, full in tensors:
         value = selection.take(name, full) if name in selection.shapes else full.clone()
         if scaled and name in parameters and value.dim() > 1:
             value *= math.sqrt(full[0].numel() / value[0].numel())
         if name in parameters:
-            set_tensor(module, name, nn.Parameter(value, requires_grad=parameters[name].requires_grad))
+            set_tensor(name, nn.Parameter(value, requires_grad=parameters[name].requires_grad))
         else:
-            set_tensor(module, name, value)
+            set_tensor(name, value)
     fit_attributes(module)
     set_additions(module, selection, torch.device("cpu"))
     assert not any(p.device.type == "meta" for p in module.parameters()), "a parameter has no initial value"

@@ -129,6 +129,7 @@ def _figure(chart: Chart, pictures: Path) -> str:
         with themed(theme):
             drawn = chart.draw(theme)
             drawn.savefig(pictures / f"{chart.name}_{name}.png", dpi=_PIXELS_PER_INCH)
+            drawn.set_layout_engine("none")  # the places that it has found are kept
             sources[name] = _data_uri(drawn)
     text = escape(f"{chart.title}. {chart.text}", quote=True)
     return (
