@@ -18,7 +18,9 @@ from tests.support.channel_maps import SmallNet
 IMAGE = (torch.zeros(1, 3, 64, 64),)
 
 
-@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "name", ["vgg16_bn", "resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow), "densenet121"]
+)
 def test_costs_of_random_masks_are_those_of_the_narrow_network(name: str) -> None:
     model = torchvision.models.get_model(name, num_classes=10).to("meta")
     channel_map = discover(model, IMAGE)

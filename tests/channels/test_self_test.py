@@ -35,10 +35,23 @@ SIZES = {
     "torchvision/densenet121": 32,
     "timm/mobilenetv1_100": 32,
 }
+QUICK = {
+    "offload_sparse/resnet20_cifar",
+    "offload_sparse/resnet32_wide_cifar",
+    "offload_sparse/vgg_small",
+    "torchvision/resnet18",
+}
 
 
-@pytest.mark.parametrize("residual", ["coupled", "internal"])
-@pytest.mark.parametrize("name", SIZES)
+# Of those that take seconds, by default the policy that narrows more; both of each kind of sum and of layer.
+IN_DETAIL = [
+    pytest.param(name, policy, marks=() if policy == "coupled" or name in QUICK else pytest.mark.slow)
+    for name in SIZES
+    for policy in ("coupled", "internal")
+]
+
+
+@pytest.mark.parametrize(("name", "residual"), IN_DETAIL)
 def test_slice_equals_mask_to_ten_digits(name: str, residual: Residual) -> None:
     """Outputs and gradients in float64, on the model or, where it is large, on its narrow twin."""
     with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ MODELS = [
 ]
 
 
+@cache
 def model_and_map(name: str, size: int) -> tuple[nn.Module, tuple[Tensor, ...], ChannelMap]:
     with torch.device("meta"):
         model = build_model(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,12 +40,21 @@ def assert_slice_is_mask(name: str, size: int, residual: str) -> None:
     assert 0 < found.kept < found.atoms
 
 
-@pytest.mark.parametrize(("name", "size"), MODELS)
+# By default a plain network and one with sums: the narrow twins of the others are in test_self_test.
+QUICK = ("offload_sparse/resnet20_cifar", "offload_sparse/vgg_small")
+
+
+def whole(names: Collection[str]) -> list[Any]:
+    chosen = [model for model in MODELS if model[0] in names]
+    return [pytest.param(*m, marks=() if m[0] in QUICK else pytest.mark.slow) for m in chosen]
+
+
+@pytest.mark.parametrize(("name", "size"), whole(dict(MODELS)))
 def test_slice_is_mask_with_coupled_streams(name: str, size: int) -> None:
     assert_slice_is_mask(name, size, "coupled")
 
 
-@pytest.mark.parametrize(("name", "size"), [m for m in MODELS if m[0] in RESIDUAL])
+@pytest.mark.parametrize(("name", "size"), whole(RESIDUAL))
 def test_slice_is_mask_with_dense_streams(name: str, size: int) -> None:
     assert_slice_is_mask(name, size, "internal")
 

@@ -40,7 +40,13 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> st
     return text
 
 
-@pytest.mark.parametrize("method", get_args(MethodName))
+MASKED = ("dfbst", "rigl", "grow_efficient")  # in tests/run/test_methods_run, too
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow if m in MASKED else ()) for m in get_args(MethodName)],
+)
 def test_a_run_by_any_method(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,14 @@ def structure_of() -> StructureOf:
     return shared
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+LONG = ("decoder_7b_file", "mlp_10b_file")  # whose layers are those of small networks, many times
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else ()) for path in FILES],
+    ids=lambda path: path.stem,
+)
 def test_every_file_passes_a_dry_run_without_data_or_traces(
     path: Path,
     structure_of: StructureOf,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,40 +52,57 @@ def test_a_closed_session_has_neither_threads_nor_groups(abandon: bool) -> None:
         assert (found["threads left"], found["groups left"]) == ([], 0)
 
 
-OWN_LOOP = """
-import sys, torch
+OWN_LOOPS = """
+import json, os, sys
 import torch.distributed as dist
 from tests.distributed.test_close import POLICY, ROUNDS
 from tests.support.sessions import batches, loss_of, make_session, own_part, small_net
 
-store = dist.FileStore(sys.argv[1], 2)
-dist.init_process_group("gloo", store=store, rank=int(sys.argv[2]), world_size=2)
+ranks = {}
+for end in ("destroys", "leaves"):
+    for rank in range(2):
+        ranks[f"{end} {rank}"] = pid = os.fork()
+        if pid == 0:
+            break
+    if pid == 0:
+        break
+else:
+    print(json.dumps({name: os.waitpid(pid, 0)[1] for name, pid in ranks.items()}))
+    sys.exit()
+
+for stream, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(f"{sys.argv[1]}/{end} {rank}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+store = dist.FileStore(f"{sys.argv[1]}/{end}", 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 session = make_session(small_net(), POLICY, ROUNDS)
 for batch in batches(6):
     session.step(loss_of(own_part(batch)))
 dist.barrier()
 print("done", flush=True)
-if sys.argv[3] == "destroys":
+if end == "destroys":
     dist.destroy_process_group()
 """
+"""Two of two ranks each, forked from one process that has imported torch; they end as interpreters do."""
+
+
+@pytest.fixture(scope="module")
+def own_loops(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    folder = tmp_path_factory.mktemp("loops")
+    command = [sys.executable, "-c", OWN_LOOPS, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=240, check=True)
+    return folder, json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("end", ["destroys", "leaves"])
-def test_a_loop_that_closes_nothing_ends_without_a_word(tmp_path: Path, end: str) -> None:
+def test_a_loop_that_closes_nothing_ends_without_a_word(
+    own_loops: tuple[Path, dict[str, int]], end: str
+) -> None:
     """In the middle of a round, with its default group destroyed or not."""
-    command = [sys.executable, "-c", OWN_LOOP, str(tmp_path / "store")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), end],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=120)
-        assert rank.returncode == 0, err
-        assert out == "done\n"
+    folder, statuses = own_loops
+    for rank in range(2):
+        name = f"{end} {rank}"
+        err = (folder / f"{name}.err").read_text()
+        assert statuses[name] == 0, err
+        assert (folder / f"{name}.out").read_text() == "done\n"
         assert "terminate called" not in err

@@ -98,12 +98,14 @@ def test_what_is_read_back_computes_the_same_logits(
 
 @pytest.mark.parametrize("kind", ["torch_export", "onnx"])
 def test_sums_whose_operands_hold_different_channels_survive(kind: Kind, tmp_path: Path) -> None:
-    arguments = {"num_classes": 3, "in_channels": 3, "image_size": 8}
-    network = narrowed("offload_sparse/resnet20_cifar", "filter", arguments)
-    model = {"name": "offload_sparse/resnet20_cifar", "arguments": arguments}
-    network.save(tmp_path / "model", model, {"shape": [3, 8, 8]})
+    arguments = {"num_classes": 3, "in_channels": 3, "image_size": 32}
+    small = {"channels": [8, 8, 16, 16], "stem_width": 8}
+    network = narrowed("timm/resnet10t", "filter", arguments | small)
+    assert network.channel_map.additions
+    model = {"name": "timm/resnet10t", "arguments": arguments | small}
+    network.save(tmp_path / "model", model, {"shape": [3, 32, 32]})
     export_network(tmp_path, kind, tmp_path / kind)
-    images = torch.randn(2, 3, 8, 8)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = network.module(images)
     torch.testing.assert_close(logits(tmp_path / kind, images), expected, rtol=1e-4, atol=1e-5)

@@ -1,10 +1,13 @@
 """Published widths are of the networks that they name, and spend the budget in their own proportions."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.discovery import discover
 from offload_sparse.policy.budget import Budget
 from offload_sparse.policy.config import PolicyConfig
@@ -23,12 +26,17 @@ MODELS = {
 }
 
 
-def mask_at(name: str, model: str, size: int, rho: float) -> tuple[Tensor, CostModel, list[int]]:
+@cache
+def costs(model: str, size: int) -> tuple[ChannelMap, CostModel]:
     with torch.device("meta"):
         network = build_model(model, 1000, 3, size)
     image = (torch.empty(1, 3, size, size, device="meta"),)
     channel_map = discover(network, image)
-    cost = CostModel(network, channel_map, image)
+    return channel_map, CostModel(network, channel_map, image)
+
+
+def mask_at(name: str, model: str, size: int, rho: float) -> tuple[Tensor, CostModel, list[int]]:
+    channel_map, cost = costs(model, size)
     budget = Budget("flops", rho, channel_map.groups, cost, (0.001, 0.999))
     mask = mask_of_shape(name, channel_map.groups, budget)
     return mask, cost, present_widths(mask, channel_map.groups).int().tolist()
@@ -56,14 +64,11 @@ def test_vgg19_at_the_paper_s_smallest_budget_is_the_shape_of_the_study() -> Non
     [("resnet50_autoslim_570m", 570e6), ("resnet50_autoslim_1g", 1e9), ("resnet50_autoslim_2g", 2.006e9)],
 )
 def test_autoslim_widths_have_the_multiplications_that_their_names_say(name: str, flops: float) -> None:
-    with torch.device("meta"):
-        network = build_model("torchvision/resnet50", 1000, 3, 224)
-    image = (torch.empty(1, 3, 224, 224, device="meta"),)
-    channel_map = discover(network, image)
+    channel_map, cost = costs("torchvision/resnet50", 224)
     mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
     for group, width in zip(channel_map.groups, SHAPES[name][1], strict=True):
         mask[group.start : group.start + width] = True
-    found = CostModel(network, channel_map, image).flops(mask) / 2
+    found = cost.flops(mask) / 2
     assert found == pytest.approx(flops, rel=0.05)
 
 

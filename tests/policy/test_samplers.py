@@ -39,7 +39,7 @@ S = vector(0.05, 0.3, 0.5, 0.95, 0.2, 0.7)
 @pytest.mark.parametrize("stream", [FIRST, SECOND])
 def test_the_mean_of_many_draws_is_the_mean_of_the_distribution(name: str, stream: int) -> None:
     sampler: Sampler = SAMPLERS[name]
-    draws = 20_000
+    draws = 4_000
     apart = 4 if name == "persistent" else 1  # rounds after which no atom is the same draw any more
     mean = sum(sampler.draw(S, apart * r, stream).mask.to(torch.float64) for r in range(draws)) / draws
     expected = sampler.mean(S)

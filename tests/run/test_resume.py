@@ -56,9 +56,17 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert summaries[0][key] == summaries[1][key], key
 
 
-@pytest.mark.parametrize("method", METHODS)
+# A subnet, the plain network, and two kinds of weight masks.
+QUICK = ("sparse_offload", "dense", "dfbst", "rigl")
+
+
 @pytest.mark.parametrize(
-    "step", [pytest.param(0, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+    ("step", "method"),
+    [
+        pytest.param(step, method, marks=() if step == 4 and method in QUICK else pytest.mark.slow)
+        for step in (0, 4, 8)
+        for method in METHODS
+    ],
 )
 def test_straight_is_interrupted_and_resumed(
     method: str, step: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,7 +156,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert (tmp_path / "summary.json").read_text() != before[0], "it took another time"
 
 
-@pytest.mark.parametrize("method", ["sparse_offload", "dense"])
+@pytest.mark.parametrize("method", ["sparse_offload", pytest.param("dense", marks=pytest.mark.slow)])
 def test_a_finished_run_grows(
     method: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

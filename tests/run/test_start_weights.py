@@ -39,7 +39,10 @@ def dense(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow if m in ("static", "grow_efficient") else ()) for m in METHODS],
+)
 def test_every_method_starts_from_the_values(method: str, images: Path, dense: Path, tmp_path: Path) -> None:
     """With a learning rate of 0 the entries that are left are those of the start."""
     more = ("--method", method, "--model.weights", str(dense), "--optim.lr", "0")

@@ -47,7 +47,14 @@ def assert_replays(factory: Callable[[], nn.Module], seed: int = 3) -> None:
     assert not expected, f"never yielded: {list(expected)}"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16_bn", "densenet121", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "mobilenet_v2", "densenet121"),
+        pytest.param("vgg16_bn", marks=pytest.mark.slow),  # 10^8 random numbers
+        "convnext_tiny",
+    ],
+)
 def test_torchvision_models(name: str) -> None:
     assert_replays(lambda: getattr(torchvision.models, name)(weights=None, num_classes=10))
 

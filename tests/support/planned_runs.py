@@ -50,7 +50,7 @@ CASES = {
     "one_pair": replace(SMALL, round=RoundConfig(k=2, transfer="full", freeze_at=1)),
     "local": replace(SMALL, round=RoundConfig(k=2, sync="round", outer=[1.0, 0.5], freeze_at=1)),
     "family": replace(
-        case("offload_sparse/resnet20_cifar", 16, 16, 0.1, ADAMW),
+        case("timm/resnet10t", 32, 16, 0.1, ADAMW, channels=[8, 16, 16, 32], stem_width=16),
         policy=PolicyConfig(rho=0.1, budgets=[0.1, 0.2, 0.4], search="none"),
     ),
     "depthwise": case("timm/mobilenetv1_100", 32, 16, 0.5, ADAMW),

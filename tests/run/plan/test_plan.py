@@ -15,7 +15,7 @@ from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan import fit
-from offload_sparse.run.plan.dry_run import structure_of
+from offload_sparse.run.plan.dry_run import Structure, structure_of
 from offload_sparse.run.plan.fit import check, largest_rho, shortage
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import PLANNED, Planner
@@ -28,9 +28,16 @@ from tests.support.planned_runs import CASES, SMALL, build_session, case, train
 LARGE = Machine(1, 1, 1 << 50, None)
 
 
+_structures: dict[str, Structure] = {}
+"""Discovery takes longer than what is made of it, and most cases share a network."""
+
+
 def planner_of(config: RunConfig) -> Planner:
     data = declared_data(config.data)
-    return Planner(config, data, structure_of(config, data))
+    key = repr((config.model, data, config.atoms, config.train.precision))
+    if key not in _structures:
+        _structures[key] = structure_of(config, data)
+    return Planner(config, data, _structures[key])
 
 
 @pytest.fixture

@@ -106,7 +106,9 @@ def snapshot(folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("number", range(50))
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=() if n < 20 else pytest.mark.slow) for n in range(50)]
+)
 def test_a_damaged_folder_is_read_or_refused_in_one_line(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
