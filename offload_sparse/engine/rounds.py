@@ -305,9 +305,7 @@ class Rounds(Requests):
         """The way to the subnets of ``masks`` on this rank."""
         if not self.frozen:
             return self.roles.transfer(self.transfers, masks, length, self.own_subnets)
-        if self.ema:
-            self.transfers.add_kind(EMA)
-        return Transfer(self.transfers.selection(masks[0]))
+        return self.transfers.stay(masks[0], *([EMA] if self.ema else []))
 
     # --- between the steps of a round ---
 

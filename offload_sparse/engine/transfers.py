@@ -119,6 +119,7 @@ class Transfers:
         self._current = 0
         self._reduce_memory = torch.empty(capacity + TAIL, dtype=store.dtype, device=device)
         self._side_stream = SideStream(device) if overlap else None
+        self._compiled = ""
         self._ahead = False  # the pair in training knows more than the store
         self._bound_ahead = False  # the pair that is taken next has its modules at its arrays already
         self._prefetched: Future[Transfer] | None = None
@@ -137,10 +138,11 @@ class Transfers:
         """The pair in training."""
         return self._pairs[self._current]
 
-    def compile(self) -> None:
-        """Compile the forward passes of all subnets, for the whole run; a new width is compiled anew."""
+    def compile(self, mode: str | None = None) -> None:
+        """Compile the passes of all subnets in a mode of ``torch.compile``; a new width is compiled anew."""
+        self._compiled = mode or "default"
         for side in (side for pair in self._pairs for side in pair.sides):
-            side.module.compile(dynamic=False)
+            side.module.compile(dynamic=False, mode=mode)
 
     @property
     def nbytes(self) -> int:
@@ -162,11 +164,15 @@ class Transfers:
         self.bytes_peak = max(self.bytes_peak, self.nbytes)
         return self.pair
 
-    def add_kind(self, kind: str) -> None:
-        """From the next round on, trained subnets have an array of ``kind`` (of the store), too."""
+    def stay(self, mask: Tensor, *kinds: str) -> Transfer:
+        """The way to the subnet that is trained from now on, with arrays of ``kinds``, too. Its addresses
+        stay, so that on a GPU compiled passes are replayed as CUDA graphs."""
         for pair in self._pairs:
-            if kind not in pair.trained_kinds:
-                pair.trained_kinds = (*pair.trained_kinds[:-1], kind, BUFFERS)
+            added = (kind for kind in kinds if kind not in pair.trained_kinds)
+            pair.trained_kinds = (*pair.trained_kinds[:-1], *added, BUFFERS)
+        if self._compiled == "default" and self.device.type == "cuda":
+            self.compile("reduce-overhead")
+        return Transfer(self.selection(mask))
 
     def selection(self, mask: Tensor) -> Selection:
         """``mask`` resolved; that of a round that was fetched ahead has been already."""

@@ -293,6 +293,24 @@ def test_evaluation_final_network_and_resuming_equal_the_cpu() -> None:
         assert_same(run(DEVICE), expected)
 
 
+def test_passes_are_compiled_to_graphs_once_their_subnet_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled stays eager here: a simulated device has no code."""
+    modes: list[tuple[int, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic, mode: modes.append((len(seen), mode)))
+    seen: list[int] = []
+    rounds = RoundConfig(k=K, freeze_at=0.5, transfer="full")
+    with simulated_cuda():
+        session = make_session(small_net(), PolicyConfig(rho=0.5), rounds, STEPS, device=DEVICE, compile=True)
+        for step, batch in enumerate(on_device(batches(STEPS), DEVICE)):
+            seen.append(step)
+            session.step(loss_of(batch))
+        session.transfers.close()
+    assert {mode for step, mode in modes if step == 0} == {None}
+    later = [(step, mode) for step, mode in modes if step]
+    assert len(later) == len(modes) // 2, "every subnet once"
+    assert set(later) == {(STEPS // 2 + 1, "reduce-overhead")}
+
+
 def test_statistics_are_estimated_anew_as_by_torch_without_a_wait() -> None:
     """Also those of a norm that a network calls twice."""
     norm, data = nn.BatchNorm2d(3, affine=False), [torch.randn(4, 3, 5, 5) + number for number in range(3)]
