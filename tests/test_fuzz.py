@@ -21,7 +21,7 @@ from tests.support import malformed
 from tests.support.hostile_files import bounded
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGURATIONS, CHECKPOINTS, EXPORTS = 300, 50, 40
+CONFIGURATIONS, CHECKPOINTS, EXPORTS = 300, 50, 20
 _RUN = [
     *("train", "--method", "dense", "--model.name", "offload_sparse/mlp", "--data.limit", "64"),
     *("--model.arguments", "{stream: 8, hidden: 8, depth: 1}", "--data.batch_size", "32"),

@@ -27,7 +27,8 @@ from offload_sparse.store.files import make_folder, remove, replacing, write_fil
 from tests.run import killed_run
 from tests.support.fork_server import shared
 
-FEW = 2
+FEW = 1
+"""Calls of every way before which it is cut off, in each of the four kinds."""
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,16 @@ def poisoned(argv: list[str]) -> int:
     return main(["train", *argv])
 
 
-@pytest.mark.parametrize("tier", ["ram", "file"])
-@pytest.mark.parametrize("reaction", ["rollback", "skip"])
+@pytest.mark.parametrize(
+    ("reaction", "tier"),
+    [
+        *(("rollback", "ram"), ("skip", "file")),
+        pytest.param("rollback", "file", marks=pytest.mark.slow),
+        pytest.param("skip", "ram", marks=pytest.mark.slow),
+    ],
+)
 def test_a_kill_before_a_loss_that_is_not_finite_changes_nothing(
-    tier: str, reaction: str, tmp_path: Path
+    reaction: str, tier: str, tmp_path: Path
 ) -> None:
     """Saved (in the middle of a round, where nothing is rolled back), killed, resumed, then back to a
     checkpoint or past the step: weights, log and loss of the run that was not killed.

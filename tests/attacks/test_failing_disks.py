@@ -91,7 +91,15 @@ def undisturbed(finished: Path) -> str:
     return weights(finished)
 
 
-@pytest.mark.parametrize("fill", FULL.values(), ids=FULL)
+# One of the files of the network and one of the damages of a kind are tried by default.
+LONG = {"the structure of its network", "an empty structure", "a summary of another kind"}
+
+
+def few(cases: dict[str, Any]) -> list[Any]:
+    return [pytest.param(c, id=n, marks=pytest.mark.slow if n in LONG else ()) for n, c in cases.items()]
+
+
+@pytest.mark.parametrize("fill", few(FULL))
 def test_a_disk_that_fills_is_one_line_and_the_run_resumes(
     fill: Fill,
     undisturbed: str,
@@ -143,7 +151,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("damage", few(DAMAGES))
 def test_damaged_results_are_made_again_by_the_same_command(
     damage: Callable[[Path], object], undisturbed: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,7 +113,7 @@ def test_of_two_starts_at_once_exactly_one_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_it_is_one_each_time(times: int, tmp_path: Path) -> None:
     """Processes that are forked with everything imported, and so start within a moment."""
     with (tmp_path / "log").open("w") as log:

@@ -128,8 +128,13 @@ SPLITTING: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("residual", ["coupled", "internal", "filter"])
-@pytest.mark.parametrize("kind", SPLITTING)
+@pytest.mark.parametrize(
+    ("kind", "residual"),
+    [
+        *((kind, policy) for kind in SPLITTING for policy in ("coupled", "filter")),
+        *(pytest.param(k, "internal", marks=() if "stream" in k else pytest.mark.slow) for k in SPLITTING),
+    ],
+)
 def test_a_twin_keeps_something_of_every_part_and_knows_its_sums(kind: str, residual: Residual) -> None:
     """A twin keeps the first atoms of each group: parts that a network splits off are groups of their own."""
     with torch.device("meta"):

@@ -147,7 +147,7 @@ def outputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("name", "size"), MODELS)
+@pytest.mark.parametrize(("name", "size"), [*MODELS[:2], pytest.param(*MODELS[2], marks=pytest.mark.slow)])
 def test_costs_of_random_masks_are_those_of_the_narrow_network(name: str, size: int) -> None:
     model, images, channel_map = model_and_map(name, size)
     cost = CostModel(model, channel_map, images)

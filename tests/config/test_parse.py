@@ -150,7 +150,7 @@ def _configurations(draw: st.DrawFn) -> RunConfig:
     return config
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(config=_configurations())
 def test_a_dumped_configuration_parses_back_to_itself(
     config: RunConfig, tmp_path_factory: pytest.TempPathFactory

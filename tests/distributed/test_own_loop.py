@@ -12,14 +12,13 @@ from pathlib import Path
 from tests.support.launches import launch
 
 
-def started(processes: int, port: int, *arguments: str, typed: bool = False) -> dict[str, str]:
+def started(processes: int, port: int, *arguments: str) -> dict[str, str]:
     """Run ``launch/own_loop.py``; what it prints of its state: {"resumed 5": digest, "state 12": digest}."""
     several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(port)]
     run = launch(
         ["--steps", "12", *arguments],
         several if processes > 1 else [],
         "launch/own_loop.py",
-        typed,
         ACCELERATE_USE_CPU="true",
     )
     assert run.returncode == 0, run.stdout + run.stderr
@@ -32,7 +31,7 @@ def test_two_processes_save_and_one_two_and_three_resume(tmp_path: Path) -> None
     on.
     """
     state = str(tmp_path / "state.pt")
-    straight = started(2, 29871, typed=True)
+    straight = started(2, 29871)
     saved = started(2, 29872, "--until", "5", "--save", state)["state 5"]
     for processes in (1, 3):
         found = started(processes, 29873, "--resume", state, "--until", "5")

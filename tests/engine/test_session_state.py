@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -66,23 +67,25 @@ def straight(
 
 
 def interrupted(
-    reference: str, transfer: str, cut: int, prefetch: bool = True, policy: PolicyConfig = PLAIN
-) -> dict[str, Tensor]:
+    reference: str, transfer: str, cuts: Iterable[int], prefetch: bool = True, policy: PolicyConfig = PLAIN
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """One run that is saved at every cut, and the ends of the runs that go on from there."""
     data = [own_part(batch) for batch in batches(STEPS)]
     first = session_of(reference, transfer, prefetch, policy)
-    for batch in data[:cut]:
-        first.step(loss_of(batch))
-    first.records()
-    state = through_a_file(session_state(first))
-    for batch in data[cut:]:  # what the first run does after it has been saved must not matter
+    states = {}
+    for step, batch in enumerate(data):  # what the first run does after it has been saved must not matter
+        if step in cuts:
+            first.records()
+            states[step] = through_a_file(session_state(first))
         first.step(loss_of(batch))
     first.transfers.close()
-    second = session_of(reference, transfer, prefetch, policy)
-    restore_session(second, state)
-    recall(second, map(loss_of, data[max(0, cut - 2) : cut]))
-    for batch in data[cut:]:
-        second.step(loss_of(batch))
-    return result(second)
+    for cut, state in states.items():
+        second = session_of(reference, transfer, prefetch, policy)
+        restore_session(second, state)
+        recall(second, map(loss_of, data[max(0, cut - 2) : cut]))
+        for batch in data[cut:]:
+            second.step(loss_of(batch))
+        yield cut, result(second)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,8 @@ def test_a_session_restored_at_any_step_ends_with_the_same_bits(
     expected = straight(reference, transfer, prefetch)
     # In one configuration every step; in the others a round's begin, middle and end, and the freeze.
     every_step = reference == "turns" and prefetch and transfer == "delta"
-    for cut in range(STEPS) if every_step else (0, 1, 4, 6, 9, 10, 12):
-        found = interrupted(reference, transfer, cut, prefetch)
+    cuts = range(STEPS) if every_step else (0, 1, 4, 6, 9, 10, 12)
+    for cut, found in interrupted(reference, transfer, cuts, prefetch):
         for name, value in expected.items():
             assert torch.equal(found[name], value), f"{name}, cut after step {cut}"
 
@@ -112,8 +115,7 @@ def test_every_policy_is_restored_bit_for_bit(name: str) -> None:
     """In the middle of two rounds: s, control variate, diagnostics, rho and all."""
     policy = POLICIES[name]
     expected = straight("turns", "delta", policy=policy)
-    for cut in (2, 6):
-        found = interrupted("turns", "delta", cut, policy=policy)
+    for cut, found in interrupted("turns", "delta", (2, 6), policy=policy):
         for key, value in expected.items():
             assert torch.equal(found[key], value), f"{key}, cut after step {cut}"
 
@@ -157,8 +159,7 @@ def test_saving_at_every_step_changes_nothing() -> None:
 def cuts_on_ranks(reference: str) -> list[str]:
     expected = straight(reference, "overlap")
     wrong = []
-    for cut in (0, 4, 6, 9, 11):
-        found = interrupted(reference, "overlap", cut)
+    for cut, found in interrupted(reference, "overlap", (0, 4, 6, 9, 11)):
         wrong += [f"{n} after step {cut}" for n in expected if not torch.equal(found[n], expected[n])]
     return wrong
 

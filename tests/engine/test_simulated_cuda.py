@@ -59,6 +59,14 @@ WAYS = {
     "neither": {"triton": False, "pinned": False},
 }
 
+QUICK = {"overlap": tuple(WAYS), "full": ("staged", "neither"), "delta": ("zero_copy", "no_triton")}
+MOVES = [
+    pytest.param(transfer, way, marks=() if way in quick else pytest.mark.slow)
+    for transfer, quick in QUICK.items()
+    for way in WAYS
+]
+"""By default every way of copying beside the steps, and some of those between rounds."""
+
 
 def on_device(data: list[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     return [(x.to(device), y.to(device)) for x, y in data]
@@ -144,15 +152,19 @@ def ran(transfer: str, way: str) -> Ran:
     return Ran(steps, uploads, again, sim.wrong_device, found)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
+@pytest.mark.parametrize(("transfer", "way"), MOVES)
 def test_every_way_of_moving_weights_ends_with_the_bits_of_the_cpu(transfer: str, way: str) -> None:
     assert_same(ran(transfer, way).found, on_the_cpu(transfer))
     assert ran(transfer, way).wrong_device == []
 
 
-@pytest.mark.parametrize("reference", ["every_step", "turns", "round_start"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("reference", "optimizer"),
+    [
+        *(("every_step", "sgd"), ("turns", "sgd"), ("round_start", "sgd"), ("turns", "adamw")),
+        *(pytest.param(name, "adamw", marks=pytest.mark.slow) for name in ("every_step", "round_start")),
+    ],
+)
 def test_every_schedule_and_optimizer_ends_with_the_bits_of_the_cpu(reference: Any, optimizer: Any) -> None:
     rounds = RoundConfig(k=K, reference=reference, freeze_at=0.7, transfer="overlap")
     optim = OptimConfig(name=optimizer, lr=0.01, clip_norm=1.0)
@@ -187,8 +199,7 @@ def test_a_store_in_files_ends_with_the_bits_of_the_cpu(tmp_path: Path, tier: An
         assert_same(trained(make, DEVICE)[1], expected)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
+@pytest.mark.parametrize(("transfer", "way"), MOVES)
 def test_nothing_in_a_step_waits_for_the_device_or_sends_to_it(transfer: str, way: str) -> None:
     """Rounds begin and end with waits (s is learned on the host); the steps between have none."""
     for number, (waits, sent, _) in enumerate(ran(transfer, way).steps):
@@ -196,8 +207,7 @@ def test_nothing_in_a_step_waits_for_the_device_or_sends_to_it(transfer: str, wa
             assert (waits, sent) == ([], []), f"step {number}"
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
+@pytest.mark.parametrize(("transfer", "way"), MOVES)
 def test_a_round_sends_few_tables(transfer: str, way: str) -> None:
     """With overlap none of them from the main thread."""
     found = ran(transfer, way)
@@ -354,7 +364,11 @@ def on_two_ranks(simulated: bool, subnets: str, transfer: str) -> dict[str, Tens
 
 
 @pytest.mark.parametrize(
-    ("subnets", "transfer"), [("shared", "overlap"), ("shared", "full"), ("references", "overlap")]
+    ("subnets", "transfer"),
+    [
+        *(("shared", "overlap"), ("references", "overlap")),
+        pytest.param("shared", "full", marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_give_their_groups_what_nccl_takes(subnets: str, transfer: str) -> None:
     expected = run_ranks(2, on_two_ranks, False, subnets, transfer)

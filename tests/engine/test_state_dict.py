@@ -65,7 +65,7 @@ def straight() -> dict[str, Tensor]:
     return result(session)
 
 
-@pytest.mark.parametrize("cut", [0, 3, 4, 8, 12])
+@pytest.mark.parametrize("cut", [0, 3, pytest.param(4, marks=pytest.mark.slow), 8, 12])
 def test_a_state_dict_resumes_bit_for_bit(cut: int, tmp_path: Path) -> None:
     """Between rounds, in the middle of one, and in the final phase; what the first run does later is no
     matter.

@@ -30,7 +30,7 @@ CONFIGURATIONS = {
 FATAL_STEP = {"family": killed_run.STEPS // 2}
 """At which the members' own norms begin."""
 QUICK_ON_ONE_RANK = [("overlap", phase) for phase in PHASES] + [("family", "sample")]
-QUICK_ON_TWO_RANKS = [("overlap", "scatter"), ("prefetch", "checkpoint-commit")]
+QUICK_ON_TWO_RANKS = [("overlap", "scatter"), ("overlap", "checkpoint-commit")]
 
 
 @pytest.fixture(scope="module")

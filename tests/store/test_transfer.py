@@ -76,7 +76,7 @@ WAYS: list[Way] = [by_torch, by_torch_in_chunks, natively, past_the_caches, from
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases(), dtype=st.sampled_from(DTYPES), reverse=st.booleans(), small=st.booleans())
 def test_every_way_copies_exactly_the_blocks_bit_for_bit(
     way: Way, case: Case, dtype: torch.dtype, reverse: bool, small: bool

@@ -44,13 +44,13 @@ SMALL = case("offload_sparse/vgg_small", 16, 64, 0.25, width=2.0)
 ADAMW = OptimConfig("adamw", lr=1e-3)
 CASES = {
     "vgg": SMALL,
-    "resnet": case("offload_sparse/resnet20_cifar", 16, 16, 0.5, ADAMW),
+    "resnet": case("timm/resnet10t", 32, 16, 0.5, ADAMW, channels=[8, 16, 16, 32], stem_width=16),
     "mlp": case("offload_sparse/mlp", 8, 64, 0.2, stream=256, hidden=2048, depth=2),
     "every_step": replace(SMALL, round=RoundConfig(k=2, reference="every_step", freeze_at=1)),
     "one_pair": replace(SMALL, round=RoundConfig(k=2, transfer="full", freeze_at=1)),
     "local": replace(SMALL, round=RoundConfig(k=2, sync="round", outer=[1.0, 0.5], freeze_at=1)),
     "family": replace(
-        case("timm/resnet10t", 32, 16, 0.1, ADAMW, channels=[8, 16, 16, 32], stem_width=16),
+        case("timm/resnet10t", 16, 16, 0.1, ADAMW, channels=[8, 16, 16, 32], stem_width=16),
         policy=PolicyConfig(rho=0.1, budgets=[0.1, 0.2, 0.4], search="none"),
     ),
     "depthwise": case("timm/mobilenetv1_100", 32, 16, 0.5, ADAMW),
