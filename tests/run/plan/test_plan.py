@@ -72,7 +72,7 @@ def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None
     assert first.touched == sum(written.values()) + gradients + TAIL
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_family_is_planned_with_all_members_that_a_step_trains(precision: str) -> None:
     config = replace(CASES["family"], train=replace(SMALL.train, precision=precision))  # type: ignore[arg-type]
     planner = planner_of(config)
