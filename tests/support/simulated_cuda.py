@@ -219,9 +219,8 @@ class Simulated(Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, (bool, int, float)):  # CUDA fills: nothing is sent
-            self[index].fill_(value)
-        else:
-            super().__setitem__(index, value)
+            value = torch.full((), value, dtype=self.dtype, device=DEVICE)
+        super().__setitem__(index, value)
 
     def tolist(self) -> Any:
         present().wait("tolist")
@@ -271,8 +270,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     here = any(isinstance(t, Simulated) for t in tensors)
-    if device is not None:
-        here = torch.device(device).type == "cuda"
+    if device is not None:  # a gradient's zeros are where C++ takes its tensor to be
+        here = torch.device(device).type == "cuda" or (here and name == "new_zeros")
         kwargs["device"] = torch.device("cpu")
     _check_mix(name, func, tensors)
     if name in _WAITS:
@@ -355,6 +354,8 @@ def _factory(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kwargs.pop("pin_memory", None)
         if (device := kwargs.get("device")) is None or torch.device(device).type != "cuda":
             return original(*args, **kwargs)
+        if original.__name__ == "as_tensor" and isinstance(args[0], Simulated):
+            return args[0].to(**kwargs)
         grad = kwargs.pop("requires_grad", False)
         made = original(*args, **(kwargs | {"device": "cpu"}))
         if original.__name__ in ("tensor", "as_tensor"):
@@ -391,6 +392,21 @@ def _to(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         present().wait("download")
         present().accessed([self.inner], [], [])
         return original(self.inner.detach(), dtype, copy=True)
+
+    return to
+
+
+def _module_to(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Parameters of the CPU cannot become the device's: they are made anew, those that are there stay."""
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
+        if all(t.device == (device or t.device) and t.dtype == (dtype or t.dtype) for t in tensors):
+            return self
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+            return original(self, *args, **kwargs)
 
     return to
 
@@ -497,6 +513,7 @@ def simulated_cuda(triton: bool = True, pinned: bool = True, zero_copy: bool = T
         patch.setattr(Tensor, "is_pinned", lambda self, *_: self.data_ptr() in locked or is_pinned(self))
         grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype
         patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", _grouped(grouped))
+        patch.setattr(nn.Module, "to", _module_to(nn.Module.to))
         patch.setattr(torch, "inference_mode", lambda *_: torch.no_grad())
         for name, value in {
             "Stream": Stream,

@@ -77,8 +77,9 @@ class ChannelGates(Sparsity):
         p = self.probabilities()
         if not (self.training and self.learning):
             return self._open(p, p.new_full((), 0.5)).detach() + 0 * p
-        uniforms = torch.rand(len(p), generator=mask_generator(self._seed, int(self._steps_done)))
-        return self._open(p, uniforms.to(p)) + (p - p.detach())
+        generator = mask_generator(self._seed, int(self._steps_done))
+        uniforms = torch.rand(len(p), generator=generator, pin_memory=p.is_cuda)
+        return self._open(p, uniforms.to(p, non_blocking=True)) + (p - p.detach())
 
     def mask(self) -> Tensor:
         """bool[C] on the CPU: the channels that would be kept now."""

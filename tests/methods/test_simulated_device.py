@@ -1,0 +1,50 @@
+"""Every method on a simulated CUDA device: the bits of the CPU, and no step that waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_sparse.config.run import MethodName, RunConfig
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.methods.catalogue import build_method
+from offload_sparse.policy.config import PolicyConfig
+from tests.methods.tasks import Batch, batches, make_task
+from tests.support.simulated_cuda import DEVICE, simulated_cuda
+
+K, STEPS = 4, 8
+
+
+def trained(method: Any, device: torch.device, waits: list[Any]) -> dict[str, Tensor]:
+    """After ``STEPS`` steps: losses, logits and the final network; within a round nothing is waited for."""
+    config = RunConfig(method=method, policy=PolicyConfig(rho=0.5), round=RoundConfig(k=K, freeze_at=0.5))
+    network = build_method(replace(make_task(config, STEPS), device=device))
+    data: list[Batch] = [(x.to(device), y.to(device)) for x, y in batches(STEPS)]
+    for number, batch in enumerate(data):
+        before = len(waits)
+        network.train_step(batch, 0.05)
+        of_main = [wait for wait in waits[before:] if wait[-1] == "MainThread"]
+        assert not of_main or number % K in (0, K - 1), "in the middle of a round"
+    losses = torch.tensor([record.loss for record in network.records()])
+    images = [x for x, _ in data[:2]]
+    with network.evaluation(images) as module:
+        logits = module(images[0])
+    final = network.finalize(images).module
+    network.close(False)
+    found = {"losses": losses, "logits": logits, **final.state_dict()}
+    return {name: value.detach().to("cpu") for name, value in found.items()}
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_a_method_ends_with_the_bits_of_the_cpu(method: str) -> None:
+    expected = trained(cast(Any, method), torch.device("cpu"), [])
+    with simulated_cuda() as simulation:
+        found = trained(method, DEVICE, simulation.waits)
+        assert not simulation.wrong_device
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
