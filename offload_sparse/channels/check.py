@@ -169,7 +169,10 @@ def random_mask(channel_map: ChannelMap, rho: float, generator: torch.Generator)
     """bool[C], each atom with probability ``rho``, but never trivial in any group unless ``rho`` is 1.
 
     Every group keeps an atom and drops one, and a group of three or more keeps two with a dropped one between
-    them: a run of neighbours would hide operations that look at neighbouring channels."""
+    them: a run of neighbours would hide operations that look at neighbouring channels. Raises ValueError:
+    ``rho`` is outside (0, 1]."""
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho is {rho}; give a remaining ratio in (0, 1], such as 0.25")
     mask = torch.rand(channel_map.num_atoms, generator=generator) < rho
     if rho == 1:
         return channel_map.full_mask()

@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,8 +138,12 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
         accelerator.end_training()  # which writes what trackers still hold
     except BaseException as error:
         reason = _in_one_line(error, config)
-        with suppress(OSError):
+        try:
             accelerator.end_training()
+        except OSError:
+            pass
+        except RuntimeError as later:  # torch hears of a data worker's end by a signal, which may come late
+            reason = reason or _in_one_line(later, config)
         if reason:
             raise RunError(reason) from error
         raise
@@ -153,17 +159,21 @@ def _in_one_line(error: BaseException, config: RunConfig) -> str:
     if disk_fails(error):
         where = error.filename or config.run_dir
         return f"{where} cannot be written ({error.strerror}); free space, and {again}"
-    if not isinstance(error, RuntimeError):
-        return ""
-    if is_lost_rank(error):
+    if isinstance(error, RuntimeError) and is_lost_rank(error):
         seconds = config.train.timeout
         return f"another rank has died, or has not answered within train.timeout ({seconds} s); {again}"
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker" in str(error) or _breaks_a_pipe(error):
         return (
             "a process that loads data was killed, most likely for want of memory; lower data.num_workers or "
             f"data.batch_size, and {again}"
         )
     return ""
+
+
+def _breaks_a_pipe(error: BaseException) -> bool:
+    """Whether another process of this run has left its end of a connection."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, EOFError | ConnectionError) and frames[-1].filename == connection.__file__
 
 
 def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerator:

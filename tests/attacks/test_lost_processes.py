@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from offload_sparse.cli.main import main
+from offload_sparse.config.run import RunConfig
 from offload_sparse.run import trainer
+from offload_sparse.run.errors import RunError
+from offload_sparse.run.launch import launched
 from offload_sparse.store.lock import lock_folder
 from tests.run import killed_run
 
@@ -120,4 +124,32 @@ def test_a_data_worker_killed_for_want_of_memory_is_one_line(
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(command) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("noticed", ["at once", "while trackers end"])
+def test_a_data_worker_that_leaves_its_pipe_first_is_the_same_line(
+    noticed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is heard of by a signal, which may come later than what is read from it."""
+
+    def end_training(_: Accelerator) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def reset() -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    here, there = multiprocessing.Pipe()
+    there.close()
+    if noticed == "at once":
+        read: Callable[[], Any] = here.recv
+    else:
+        read = reset
+        monkeypatch.setattr(Accelerator, "end_training", end_training)
+    with (
+        pytest.raises(RunError, match="a process that loads data was killed"),
+        launched(RunConfig(run_dir=tmp_path, trackers=[])),
+    ):
+        read()
     AcceleratorState._reset_state(reset_partial_state=True)
