@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -130,13 +130,14 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
     not find each other, or the device cannot do what is asked; RunError: memory or the disk is too small, or
     another process has died."""
     accelerator = start(config.train, config.run_dir, config.trackers)
-    before = threading.excepthook
+    before, heard = threading.excepthook, None
     # A thread of a tracker that meets a full disk ends; this one hears of it with its next line.
     threading.excepthook = lambda found: None if disk_fails(found.exc_value) else before(found)
     try:
         yield accelerator
         accelerator.end_training()  # which writes what trackers still hold
     except BaseException as error:
+        heard = _hear_of_no_worker()
         reason = _in_one_line(error, config)
         try:
             accelerator.end_training()
@@ -149,6 +150,16 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
         raise
     finally:
         threading.excepthook = before
+        if heard is not None:
+            signal.signal(signal.SIGCHLD, heard)
+
+
+def _hear_of_no_worker() -> Any:
+    """Torch raises wherever the signal of a data worker's end finds this process: not while it ends. Returns
+    what handled that signal so far."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _in_one_line(error: BaseException, config: RunConfig) -> str:
