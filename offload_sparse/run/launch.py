@@ -12,7 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import connection
@@ -139,12 +139,8 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
     except BaseException as error:
         heard = _hear_of_no_worker()
         reason = _in_one_line(error, config)
-        try:
+        with suppress(OSError):
             accelerator.end_training()
-        except OSError:
-            pass
-        except RuntimeError as later:  # torch hears of a data worker's end by a signal, which may come late
-            reason = reason or _in_one_line(later, config)
         if reason:
             raise RunError(reason) from error
         raise

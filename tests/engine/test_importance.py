@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,16 +103,17 @@ def test_the_most_probable_mask_of_a_start_is_the_one_shot_cut(config: PolicyCon
     assert policies[0].expected_size == pytest.approx(policies[1].expected_size, rel=0.02)
 
 
+def session_of(
+    model: nn.Module | Callable[[], nn.Module], policy: PolicyConfig, weights: Path | None = None
+) -> SparseOffload:
+    setup = Setup(channel_map=small_map(network()), verify=False)
+    example, optimizer = (torch.empty(1, 2, 16, 16),), partial(torch.optim.SGD, lr=0.1)
+    return SparseOffload(model, example, optimizer, policy=policy, setup=setup, weights=weights, device="cpu")
+
+
 def test_a_session_ranks_the_weights_that_it_starts_from() -> None:
     net = network()
-    session = SparseOffload(
-        net,
-        (torch.empty(1, 2, 16, 16),),
-        partial(torch.optim.SGD, lr=0.1),
-        policy=PolicyConfig(rho=0.5, start="norm_scale"),
-        setup=Setup(channel_map=small_map(net), verify=False),
-        device="cpu",
-    )
+    session = session_of(net, PolicyConfig(rho=0.5, start="norm_scale"))
     best, wanted = (
         [set(part.topk(len(part) // 2).indices.tolist()) for part in values.split([6, 8])]
         for values in (session.policy.s, by_hand(net, "norm_scale"))
@@ -123,14 +125,7 @@ def test_a_session_ranks_the_weights_that_it_starts_from() -> None:
 def test_only_trained_weights_are_ranked_if_nobody_says(tmp_path: Path, trained: bool) -> None:
     net = network()
     torch.save(net.state_dict(), tmp_path / "weights.pt")
-    session = SparseOffload(
-        network,
-        (torch.empty(1, 2, 16, 16),),
-        partial(torch.optim.SGD, lr=0.1),
-        policy=PolicyConfig(rho=0.5, search="none"),
-        setup=Setup(channel_map=small_map(net), verify=False),
-        weights=tmp_path / "weights.pt" if trained else None,
-        device="cpu",
-    )
+    weights = tmp_path / "weights.pt" if trained else None
+    session = session_of(network, PolicyConfig(rho=0.5, search="none"), weights)
     best = of_least_margin(session.policy.mask, -by_hand(net, "norm_scale"), session.channel_map.groups)
     assert torch.equal(session.policy.mask, best) == trained
