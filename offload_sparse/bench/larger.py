@@ -48,6 +48,7 @@ class Size:
             "store.tier": "file",
             "policy.rho": self.rho,
             "round.k": self.k,
+            "policy.search": "sampled",
             "round.freeze_at": 1,
             "optim.lr": 0.02,
             "optim.schedule": "constant",

@@ -30,7 +30,7 @@ from typing import Any
 from offload_sparse.bench.cells import BATCH, SETS, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.policy.width_search import SEARCH_SHARE, cycles_and_pairs
+from offload_sparse.policy.width_search import cycles_and_pairs
 
 _COMMON = {"optim.lr": 0.1, "policy.budget": "flops", "train.eval_every": 0}
 GROUPS = {"fashion_mnist": 6, "resnet20": 12, "mobilenetv1": 14, "vgg19": 16}
@@ -56,10 +56,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "published": {"method": "static"},
     "taper": {"method": "static"},
     "none": {"policy.search": "none"},
-    "probe": {"policy.search": "probe", "round.freeze_at": SEARCH_SHARE},
+    "probe": {"policy.search": "probe"},
     "family": {"policy.search": "none"},
     "found": {"method": "static"},
-    "default": {"policy.hard_cap": 2},
+    "default": {"policy.search": "sampled", "policy.hard_cap": 2},
     "sampled": _PAPER | {"policy.estimator": "rloo"},
     "algorithm1": _PAPER | {"policy.estimator": "vr_pge", "round.k": 1, "round.reference": "every_step"},
     "dense": {"method": "dense"},

@@ -314,6 +314,7 @@ def _may_be(value: Any, hint: Any) -> bool:
 def type_name(hint: Any) -> str:
     """What an option takes, as a placeholder."""
     named = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", dict: "{KEY: VALUE, ...}"}
+    named |= {float | Literal["auto"]: "NUMBER or auto"}
     return named.get(hint, "TEXT")
 
 

@@ -21,8 +21,8 @@ from offload_sparse.config.methods import (
     RigLConfig,
     StaticConfig,
 )
-from offload_sparse.engine.config import OptimConfig, RoundConfig, check_combination
-from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.engine.config import SHORTEST_SEARCH, OptimConfig, RoundConfig, check_combination
+from offload_sparse.policy.config import PolicyConfig, SearchName
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 
@@ -171,6 +171,8 @@ class RunConfig:
     grow_efficient: GrowEfficientConfig = field(default_factory=GrowEfficientConfig)
 
     def __post_init__(self) -> None:
+        if self.policy.search == "auto":
+            self.policy = replace(self.policy, search=self._search())
         check_combination(self.policy.resolved(self.compile), self.round)
         require(
             self.policy.search != "probe" or self.optim.schedule == "cosine",
@@ -197,6 +199,15 @@ class RunConfig:
                 f"paper.{name} is {value}; give a {'factor' if most > 100 else 'percentage'}",
             )
 
+    def _search(self) -> SearchName:
+        """What ``policy.search auto`` is: widths are probed unless something else is asked for."""
+        policy, rounds = PolicyConfig(), RoundConfig()
+        masks = ("sampler", "estimator", "parametrisation", "optimizer", "lr")
+        asked = any(getattr(self.policy, name) != getattr(policy, name) for name in masks)
+        asked |= any(getattr(self.round, name) != getattr(rounds, name) for name in ("subnets", "reference"))
+        leaves_time = self.round.freeze_at == "auto" or SHORTEST_SEARCH <= self.round.freeze_at < 1
+        return "probe" if leaves_time and self.optim.schedule == "cosine" and not asked else "sampled"
+
 
 def resolve(config: RunConfig, device: str) -> RunConfig:
     """The same with choices in the places of ``auto``, as a run takes them on a device of this type.
@@ -213,6 +224,6 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
         config,
         policy=config.policy.resolved(config.compile, bool(config.model.weights)),
         atoms=AtomsConfig(chosen_block(config.atoms.block, device, config.train.precision == "bf16")),
-        round=replace(config.round, transfer=transfer),
+        round=replace(config.round, transfer=transfer, freeze_at=config.round.searched(config.policy.search)),
         store=replace(config.store, pin=pin),
     )

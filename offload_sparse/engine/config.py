@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from offload_sparse.channels.require import require
-from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.config import PolicyConfig, SearchName
 
 OnNonFinite = Literal["stop", "skip", "rollback"]
 Reference = Literal["every_step", "turns", "round_start"]
 Transfer = Literal["auto", "full", "delta", "overlap"]
 Sync = Literal["step", "round"]
 Subnets = Literal["shared", "references", "per_rank", "partition"]
+
+SEARCHED: dict[SearchName, float] = {"probe": 0.25, "forward": 0.2, "sampled": 0.05}
+"""Share of the steps in which each search looks for the structure; the rest trains what it has found."""
 
 
 @dataclass
@@ -40,7 +43,8 @@ class RoundConfig:
             Douillard et al. 2023, whose values are [0.7, 0.9]). [1, 0] is the plain average. Momentum takes
             one more slot per weight in the store.
         freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
-            (the short fine-tune of the paper). 1 chooses it after the last step.
+            (the short fine-tune of the paper). 1 chooses it after the last step. ``auto`` is .25 for
+            ``policy.search`` ``probe``, .2 for ``forward`` and .05 for ``sampled``.
         prefetch: draw the masks of a round while the one before is trained, so that their weights can be
             fetched meanwhile. Their s is then one round old.
         transfer: what crosses the bus between two rounds. ``full`` takes all of a subnet back and fetches all
@@ -57,14 +61,14 @@ class RoundConfig:
     sync: Sync = "step"
     subnets: Subnets = "shared"
     outer: list[float] = field(default_factory=lambda: [1.0, 0.0])
-    freeze_at: float = 0.05
+    freeze_at: float | Literal["auto"] = "auto"
     prefetch: bool = True
     transfer: Transfer = "auto"
 
     def __post_init__(self) -> None:
         require(self.k >= 1, f"round.k is {self.k}; give at least 1 step per round")
         require(
-            0 <= self.freeze_at <= 1,
+            self.freeze_at == "auto" or 0 <= self.freeze_at <= 1,
             f"round.freeze_at is {self.freeze_at}; give a share of the steps in [0, 1]",
         )
         require(
@@ -99,6 +103,10 @@ class RoundConfig:
             f"round.transfer overlap needs subnets that ranks share, but round.subnets is "
             f"{self.subnets}; set round.transfer to auto",
         )
+
+    def searched(self, search: SearchName) -> float:
+        """Share of the steps in which ``policy.search`` looks for the structure."""
+        return SEARCHED.get(search, 0.0) if self.freeze_at == "auto" else self.freeze_at
 
     @property
     def delta(self) -> bool:
@@ -192,7 +200,7 @@ class FinalConfig:
         require(self.candidates >= 0, f"final.candidates is {self.candidates}; give 0 or more")
 
 
-_SHORTEST_SEARCH = 0.1
+SHORTEST_SEARCH = 0.1
 
 
 def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:
@@ -212,7 +220,7 @@ def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:
         f"policy.search {policy.search} has one mask at a time; set round.subnets to shared",
     )
     require(
-        policy.search != "probe" or rounds.freeze_at >= _SHORTEST_SEARCH,
+        policy.search != "probe" or rounds.searched("probe") >= SHORTEST_SEARCH,
         f"policy.search probe goes in cycles of training, and round.freeze_at {rounds.freeze_at} leaves no "
-        "time for them; set it to 0.4",
+        "time for them; set it to auto",
     )

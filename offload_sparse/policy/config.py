@@ -12,7 +12,7 @@ SamplerName = Literal["auto", "bernoulli", "persistent", "fixed_width"]
 ParametrisationName = Literal["auto", "atom", "group"]
 BudgetName = Literal["count", "params", "flops"]
 StartName = Literal["auto", "uniform", "l1", "l2", "norm_scale", "random"]
-SearchName = Literal["sampled", "forward", "probe", "none"]
+SearchName = Literal["auto", "sampled", "forward", "probe", "none"]
 
 ALPHA = 0.5
 """Exponent of the preconditioner H = diag(s(1-s))^α (the paper's)."""
@@ -39,7 +39,9 @@ class PolicyConfig:
             (the paper); ``forward`` does so for weights that are trained already: the first half of the
             search are pairs of forward passes, and nothing is trained; ``probe`` trains one mask in cycles
             and moves its widths after each by pairs of forward passes (see ``policy.width_search``); ``none``
-            keeps one even mask. What follows, up to ``lr``, is of ``sampled`` and ``forward``.
+            keeps one even mask. What follows, up to ``lr``, is of ``sampled`` and ``forward``. ``auto`` is
+            ``probe`` for runs whose learning rate falls (``optim.schedule cosine``) and that ask for nothing
+            of the others, else ``sampled``, as in a loop of your own.
         start: which channels are the most probable ones, or the first mask: ``uniform`` tells none apart, as
             fresh weights do not; of weights to start from those with the largest norm of their filters
             (``l1``, ``l2``), or that norm times the scale of their BatchNorm (``norm_scale``). ``static``
@@ -71,7 +73,7 @@ class PolicyConfig:
     rho: float = 0.25
     budgets: list[float] = field(default_factory=list)
     budget: BudgetName = "count"
-    search: SearchName = "sampled"
+    search: SearchName = "auto"
     start: StartName = "auto"
     estimator: EstimatorName = "auto"
     sampler: SamplerName = "auto"
@@ -89,7 +91,7 @@ class PolicyConfig:
             f"policy.budgets is {self.budgets}; give different ratios in (0, 1], such as [0.06, 0.25]",
         )
         require(
-            not self.budgets or self.search != "sampled",
+            not self.budgets or self.search in ("auto", "probe", "none"),
             "policy.budgets makes a family around one mask; set policy.search to probe or none",
         )
         require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
@@ -139,6 +141,12 @@ class PolicyConfig:
         start = self.start
         if start == "auto":
             start = "norm_scale" if trained else "uniform"
+        search = "sampled" if self.search == "auto" else self.search
         return replace(
-            self, start=start, sampler=sampler, estimator=estimator, parametrisation=parametrisation
+            self,
+            search=search,
+            start=start,
+            sampler=sampler,
+            estimator=estimator,
+            parametrisation=parametrisation,
         )

@@ -38,9 +38,6 @@ PAIRS_PER_GROUP, LEAST_PAIRS_PER_GROUP = 18, 4
 PROBE_SHARE = 0.1
 """Most that all probes may cost, relative to training: a pair is two forward passes, a step is three."""
 
-SEARCH_SHARE = 0.4
-"""A good share of the steps to search in: what is found must still be trained."""
-
 
 def cycles_and_pairs(groups: int, total_steps: int) -> tuple[int, int]:
     """How many cycles a search in ``total_steps`` steps has, and the pairs of each probe on a rank."""

@@ -61,6 +61,7 @@ ALL = dict.fromkeys(FEW, 600) | {"header": 200, "onnx": 50}
 RUN = [
     *("--model.name", "offload_sparse/mlp", "--model.arguments", "{stream: 12, hidden: 24, depth: 1}"),
     *("--data.limit", "24", "--data.batch_size", "8", "--train.max_steps", "6", "--checkpoint.every", "3"),
+    *("--policy.search", "sampled"),
     *("--round.k", "3", "--train.check", "false", "--quiet", "true", "--trackers", "[]"),
 ]
 COUNTS = [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]

@@ -116,6 +116,7 @@ def _values_of(hint: Any) -> st.SearchStrategy[Any]:
         str: _TEXT,
         Path: _TEXT.map(Path),
         dict[str, Any]: _MAPPINGS,
+        float | Literal["auto"]: st.just("auto") | st.floats(0, 0.99),
         str | int: st.sampled_from(["auto", 8, "<=16"]),
         str | int | float: st.sampled_from(["", "0.25", "5min", "12"]),
     }

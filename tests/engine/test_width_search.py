@@ -271,7 +271,7 @@ def test_none_keeps_one_even_mask_and_compares_nothing() -> None:
 
 
 def test_a_search_that_has_no_time_or_no_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"set it to 0\.4"):
-        check_combination(POLICY.resolved(False), RoundConfig())
+    with pytest.raises(ValueError, match="set it to auto"):
+        check_combination(POLICY.resolved(False), RoundConfig(freeze_at=0.05))
     with pytest.raises(ValueError, match="give total_steps"):
         make_session(net(), POLICY, RoundConfig(freeze_at=0.5), None)  # type: ignore[arg-type]

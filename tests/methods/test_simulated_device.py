@@ -21,7 +21,9 @@ K, STEPS = 4, 8
 
 def trained(method: Any, device: torch.device, waits: list[Any]) -> dict[str, Tensor]:
     """After ``STEPS`` steps: losses, logits and the final network; within a round nothing is waited for."""
-    config = RunConfig(method=method, policy=PolicyConfig(rho=0.5), round=RoundConfig(k=K, freeze_at=0.5))
+    config = RunConfig(
+        method=method, policy=PolicyConfig(rho=0.5, search="sampled"), round=RoundConfig(k=K, freeze_at=0.5)
+    )
     network = build_method(replace(make_task(config, STEPS), device=device))
     data: list[Batch] = [(x.to(device), y.to(device)) for x, y in batches(STEPS)]
     for number, batch in enumerate(data):

@@ -32,7 +32,7 @@ def saving_of(**settings: Any) -> tuple[float, float]:
 @pytest.mark.parametrize("reference", ["every_step", "turns"])
 @pytest.mark.parametrize("rho", [0.5, 0.25])
 def test_one_backward_and_two_forwards_per_step_save_three_over_four_f(reference: Any, rho: float) -> None:
-    saving, f = saving_of(policy=PolicyConfig(rho), round=RoundConfig(reference=reference, freeze_at=1))
+    saving, f = saving_of(policy=PolicyConfig(rho, search="sampled"), round=RoundConfig(reference=reference, freeze_at=1))
     assert saving == pytest.approx(3 / (4 * f), rel=1e-12)
 
 
@@ -45,7 +45,7 @@ def test_a_reference_once_per_round_costs_its_share_of_a_forward_pass() -> None:
 def test_with_the_structure_frozen_there_is_no_reference_to_pay() -> None:
     frozen, f = saving_of(round=RoundConfig(freeze_at=0))
     assert frozen == pytest.approx(1 / f, rel=1e-12)
-    half, f = saving_of(round=RoundConfig(freeze_at=0.5))
+    half, f = saving_of(policy=PolicyConfig(search="sampled"), round=RoundConfig(freeze_at=0.5))
     assert half == pytest.approx(3 / (3.5 * f), rel=1e-12)
 
 
@@ -70,7 +70,8 @@ def test_rigl_keeps_its_density_of_the_layers_that_it_masks() -> None:
 
 
 def test_the_passes_count_one_backward_per_step() -> None:
-    config = RunConfig(round=RoundConfig(k=50, reference="turns", freeze_at=0.8))
+    sampled = PolicyConfig(search="sampled")
+    config = RunConfig(policy=sampled, round=RoundConfig(k=50, reference="turns", freeze_at=0.8))
     assert list(passes(config, 7.0, 1000, 10)) == [(7.0, 1000, 1000), (7.0, 800, 0)]
     config = RunConfig(policy=PolicyConfig(search="probe"), round=RoundConfig(freeze_at=0.4))
     _, (_, probes, backwards) = passes(config, 7.0, 10_000, 10)

@@ -15,7 +15,7 @@ def options(images: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         *("train", "--data.name", str(images), "--data.batch_size", "16", "--run_dir", str(run_dir)),
         *("--model.arguments.width", "0.25", "--round.k", "2", "--train.epochs", "2"),
-        *("--train.log_every", "2"),
+        *("--policy.search", "sampled", "--train.log_every", "2"),
         *("--quiet", "true", *more),
     ]
 

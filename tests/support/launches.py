@@ -22,6 +22,8 @@ SMALL = [
     "32",
     "--model.arguments.width",
     "0.5",
+    "--policy.search",
+    "sampled",
     "--round.k",
     "3",
     "--train.check",

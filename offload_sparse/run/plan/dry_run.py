@@ -200,21 +200,22 @@ def passes(
     a further forward pass: at each step (``every_step``, ``turns``) or at the first of each round
     (``round_start``). A probe of a search for widths is two forward passes per pair. Behind the search a step
     of a ``family`` (see ``_family_flops``) trains the largest, the smallest and one between."""
-    total = steps
+    total, search = steps, config.policy.search
+    searched = config.round.searched(search)
     if family:
         flops, *members = family
-        steps = round(config.round.freeze_at * total) if config.policy.search == "probe" else 0
+        steps = round(searched * total) if search == "probe" else 0
         between = fmean(members[1:-1]) if len(members) > 2 else 0
         yield members[0] + between + members[-1], total - steps, total - steps
-    compared = round(config.round.freeze_at * steps) // 2 if config.policy.search == "forward" else 0
+    compared = round(searched * steps) // 2 if search == "forward" else 0
     yield flops, steps, steps - compared
     if config.method != "sparse_offload" or config.policy.rho == 1:
         return
-    if config.policy.search == "probe":
+    if search == "probe":
         cycles, pairs = cycles_and_pairs(groups, total)
         yield flops, 2 * cycles * pairs, 0
-    elif config.policy.search in ("sampled", "forward"):
-        learned = round(config.round.freeze_at * steps)
+    elif search in ("sampled", "forward"):
+        learned = round(searched * steps)
         once_per_round = config.round.reference == "round_start"
         yield flops, -(-learned // config.round.k) if once_per_round else learned, 0
 
