@@ -43,7 +43,7 @@ from offload_sparse.store.weight_store import Ranks, WeightStore
 from offload_sparse.workloads.models import build_model
 
 _DENSE_EPOCHS = 30
-_FORWARD = {"policy.search": "forward", "policy.start": "norm_scale", "round.freeze_at": 0.2}
+_FORWARD = {"policy.search": "forward", "policy.start": "norm_scale"}
 _CUT = {"method": "static", "policy.start": "norm_scale"}
 ARMS: dict[str, dict[str, Any]] = {
     "scratch": {"method": "static"},

@@ -8,10 +8,10 @@ same share of the dense FLOPs, and as many steps as give a row the same train FL
     published   widths from a paper, scaled (VGG-19 only)
     taper       by hand: late layers narrower (VGG-19 only)
     none        one even mask of the full network's initial values
-    probe       widths searched by probes in cycles
+    probe       the default search: widths that probes move, in cycles, in the first quarter of the steps
     family      one run with a member for each of ``--flops``, of the train FLOPs of ``even`` at all of them
     found       fixed from the start, with the widths that ``probe`` ended with
-    default     the default search: masks that persist, frozen after a twentieth of the steps
+    persistent  masks that persist and a keep rate per group, frozen after a twentieth of the steps
     sampled     the paper's masks, K = 50, frozen after four fifths of the steps
     algorithm1  the paper to the letter: K = 1, VR-PGE, frozen after four fifths of the steps
     dense       the full network (for as many steps as ``even``)
@@ -59,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "probe": {"policy.search": "probe"},
     "family": {"policy.search": "none"},
     "found": {"method": "static"},
-    "default": {"policy.search": "sampled", "policy.hard_cap": 2},
+    "persistent": {"policy.search": "sampled", "policy.hard_cap": 2},
     "sampled": _PAPER | {"policy.estimator": "rloo"},
     "algorithm1": _PAPER | {"policy.estimator": "vr_pge", "round.k": 1, "round.reference": "every_step"},
     "dense": {"method": "dense"},
@@ -71,7 +71,7 @@ _HEADER = ("set", "FLOPs", "method", "accuracy %", "±", "FLOPs %", "params %", 
 
 def run(quick: bool, config: StudyConfig) -> BenchResult:
     """Every cell that is not in the cache yet; ``quick`` takes one seed and 40 steps of three methods."""
-    methods = config.methods or (["even", "probe", "default"] if quick else list(METHODS))
+    methods = config.methods or (["even", "probe", "persistent"] if quick else list(METHODS))
     epochs = config.epochs or EPOCHS[config.set]
     steps = 40 if quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
@@ -178,5 +178,5 @@ def equal_steps(name: str, steps: int, groups: int, members: Sequence[float] = (
     if name == "probe":
         cycles, pairs = cycles_and_pairs(groups, steps)
         return round(steps - 2 * cycles * pairs / 3)
-    learned = {"sampled": 0.8, "algorithm1": 0.8, "default": 0.05}.get(name, 0.0)
+    learned = {"sampled": 0.8, "algorithm1": 0.8, "persistent": 0.05}.get(name, 0.0)
     return round(steps * 3 / (3 + learned))

@@ -39,6 +39,7 @@ _ADVICE: dict[Any, str] = {
     **{list[str]: "a list such as [tensorboard]", list[float]: "a list such as [0.5, 0.25]"},
     **{dict: "a mapping such as {width: 64}", str | int | float: "text or a number"},
     str | int: "a number such as 8 or <=8, or auto",
+    float | Literal["auto"]: "a number, or auto",
 }
 
 set_loader("yaml_1.2", lambda text: yaml_text.parse(text, "a value"), exceptions=(ValueError,))
@@ -313,7 +314,7 @@ def _may_be(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """What an option takes, as a placeholder."""
-    named = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", dict: "{KEY: VALUE, ...}"}
+    named: dict[Any, str] = {int: "INTEGER", float: "NUMBER", Path: "PATH", dict: "{KEY: VALUE, ...}"}
     named |= {float | Literal["auto"]: "NUMBER or auto"}
     return named.get(hint, "TEXT")
 

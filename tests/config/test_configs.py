@@ -11,8 +11,7 @@ import pytest
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
-from offload_sparse.engine.config import RoundConfig
-from offload_sparse.policy.config import ALPHA, PolicyConfig
+from offload_sparse.policy.config import ALPHA
 from offload_sparse.run import trainer
 from offload_sparse.run.plan import dry_run
 from offload_sparse.run.plan.dry_run import Structure

@@ -32,7 +32,9 @@ def saving_of(**settings: Any) -> tuple[float, float]:
 @pytest.mark.parametrize("reference", ["every_step", "turns"])
 @pytest.mark.parametrize("rho", [0.5, 0.25])
 def test_one_backward_and_two_forwards_per_step_save_three_over_four_f(reference: Any, rho: float) -> None:
-    saving, f = saving_of(policy=PolicyConfig(rho, search="sampled"), round=RoundConfig(reference=reference, freeze_at=1))
+    saving, f = saving_of(
+        policy=PolicyConfig(rho, search="sampled"), round=RoundConfig(reference=reference, freeze_at=1)
+    )
     assert saving == pytest.approx(3 / (4 * f), rel=1e-12)
 
 
