@@ -70,6 +70,11 @@ class PolicyConfig:
     refresh: ClassVar[float] = 0.02
     """Share of the atoms that ``persistent`` redraws per round, in (0, 1]."""
 
+    cycle_steps: ClassVar[int] = 150
+    """Fewest steps of a cycle of ``probe``: a network that has hardly begun to train has no use for its
+    channels yet. In the quickstart they were worth less than nothing after 93 steps, and something in all
+    layers after 187."""
+
     rho: float = 0.25
     budgets: list[float] = field(default_factory=list)
     budget: BudgetName = "count"

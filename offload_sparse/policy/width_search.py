@@ -39,10 +39,13 @@ PROBE_SHARE = 0.1
 """Most that all probes may cost, relative to training: a pair is two forward passes, a step is three."""
 
 
-def cycles_and_pairs(groups: int, total_steps: int) -> tuple[int, int]:
-    """How many cycles a search in ``total_steps`` steps has, and the pairs of each probe on a rank."""
+def cycles_and_pairs(
+    groups: int, freeze_step: int, total_steps: int, least_steps: int = PolicyConfig.cycle_steps
+) -> tuple[int, int]:
+    """How many cycles of at least ``least_steps`` a search in the first ``freeze_step`` of ``total_steps``
+    steps has, and the pairs of each probe on a rank."""
     affordable = 1.5 * PROBE_SHARE * total_steps / groups  # pairs per group
-    cycles = min(CYCLES, int(affordable / LEAST_PAIRS_PER_GROUP))
+    cycles = min(CYCLES, int(affordable / LEAST_PAIRS_PER_GROUP), freeze_step // least_steps)
     return cycles, int(groups * min(PAIRS_PER_GROUP, affordable / max(1, cycles)))
 
 
@@ -87,7 +90,8 @@ class WidthSearch:
         self._margin = 1 - start
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
         self._worth = Worth(stages(self.groups, self._budget.slopes(torch.ones_like(start))))
-        cycles, self.pairs = cycles_and_pairs(len(self.groups), 0 if self.trivial else total_steps)
+        searched = 0 if self.trivial else freeze_step
+        cycles, self.pairs = cycles_and_pairs(len(self.groups), searched, total_steps, config.cycle_steps)
         self.boundaries = [freeze_step * number // cycles for number in range(1, cycles + 1)]
         self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
         self._costs = costs

@@ -25,6 +25,7 @@ from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.method import Method, Task
+from offload_sparse.policy.width_search import cycles_and_pairs
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
 from offload_sparse.run.launch import as_launched, launched, sole_job, start_trackers
@@ -246,7 +247,19 @@ class Run:
             *(f"  {line}" for line in splits.describe()),
             *self.lines,
             f"train: {config.method}, {knob(config)}, {self.total_steps:,} steps, {self._expected()}",
+            *self._search(groups),
         )
+
+    def _search(self, groups: int) -> Iterator[str]:
+        """When widths will move, if at all."""
+        policy, steps = self.config.policy, round(self.config.round.searched("probe") * self.total_steps)
+        if self.config.method == "sparse_offload" and policy.search == "probe" and policy.rho < 1:
+            cycles, _ = cycles_and_pairs(groups, steps, self.total_steps)
+            if cycles:
+                yield f"search: widths move after each of {cycles} cycles, in the first {steps:,} steps"
+            else:
+                least = policy.cycle_steps
+                yield f"search: none, a cycle takes {least} steps and there are {steps:,}; even widths stay"
 
     def _expected(self) -> str:
         """FLOPs and memory beside those of dense training, by the plan."""

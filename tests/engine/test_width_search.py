@@ -31,7 +31,13 @@ from tests.support.ranks import run_ranks
 from tests.support.sessions import arrays, batches, loss_of, make_session, own_part, stored
 
 STEPS = 150
-POLICY = PolicyConfig(rho=0.3, budget="flops", search="probe")
+
+
+class ShortCycles(PolicyConfig):
+    cycle_steps = 10
+
+
+POLICY = ShortCycles(rho=0.3, budget="flops", search="probe")
 
 
 def net() -> nn.Module:

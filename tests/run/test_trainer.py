@@ -11,6 +11,7 @@ import torch
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
+from offload_sparse.run import trainer
 from tests.support.image_runs import options
 
 
@@ -137,3 +138,27 @@ def test_a_diverging_run_stops_with_advice(
     arguments = ["--optim.lr", "1e30", "--train.check", "false"]
     assert main(options(images, tmp_path / "run", *arguments)) == 1
     assert "lower optim.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        (12, "search: none, a cycle takes 150 steps and there are 3; even widths stay"),
+        (1600, "search: widths move after each of 2 cycles, in the first 400 steps"),
+    ],
+)
+def test_a_run_says_when_its_widths_move(
+    steps: int,
+    says: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stops(*_: object) -> None:
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(trainer.Progress, "begin", stops)
+    more = ["--policy.search", "auto", "--train.max_steps", str(steps), "--train.epochs", "400"]
+    assert main(options(images, tmp_path / "run", *more, "--quiet", "false")) == 2
+    assert says in " ".join(capsys.readouterr().err.split())

@@ -116,6 +116,7 @@ def wrong_values(hint: Any) -> list[Any]:
     wrong: dict[Any, list[Any]] = {
         int: ["fast", 1.5, [1], "", "1e", float("inf"), float("nan"), "0x", -(10**30)],
         float: ["fast", [1], "", float("nan"), float("inf"), float("-inf"), "1,5", -(10.0**300)],
+        float | Literal["auto"]: ["fast", [1], "", float("nan"), float("inf"), "1,5", -(10.0**300)],
         bool: ["maybe", 2, [True], "", 0.5],
         str: [[1], ["a"]],
         Path: [[1], ["a"]],

@@ -212,7 +212,7 @@ def passes(
     if config.method != "sparse_offload" or config.policy.rho == 1:
         return
     if search == "probe":
-        cycles, pairs = cycles_and_pairs(groups, total)
+        cycles, pairs = cycles_and_pairs(groups, round(searched * total), total)
         yield flops, 2 * cycles * pairs, 0
     elif search in ("sampled", "forward"):
         learned = round(searched * steps)
