@@ -78,9 +78,14 @@ class _Loader(Dataset[_Item]):
             _end_workers_at_exit()
         with _signals_wait():  # a worker that has just begun has torch's handler, which ends it
             items = iter(loader)
-        for item in items:
-            self.images.corrupt.add(item.corrupt)
-            yield self.finished(item).batch
+        try:
+            for item in items:
+                self.images.corrupt.add(item.corrupt)
+                yield self.finished(item).batch
+        finally:
+            # An error's traceback would keep it until the next collection of garbage, which closes its queues
+            # first: torch then waits ten seconds for workers that nobody can tell to end.
+            del items
 
 
 @contextmanager

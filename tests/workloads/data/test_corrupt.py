@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_more_than_the_limit_is_an_error_that_names_the_log(
     config = replace(config, num_workers=workers)
     with pytest.raises(ValueError, match=r"corrupt_images\.log, and 1 are allowed") as caught:
         epoch(config, corrupt)
+    assert not multiprocessing.active_children(), "workers end with the batches, not with the traceback"
     assert "\n" not in str(caught.value)
 
 
