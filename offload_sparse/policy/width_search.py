@@ -191,6 +191,8 @@ class WidthSearch:
         self.trained |= self.mask
         per_cost, after = cost / slopes, present_widths(self.mask, self.groups)
         row = torch.stack([before, values * per_cost, errors * per_cost, advantage, after])
+        if len(self.history) == len(self._history):  # of a run that was shorter when it began
+            self._history = torch.cat([self._history, torch.full_like(row, torch.nan)[None]])
         self._history[len(self.history)] = row
 
     # --- state ---

@@ -142,6 +142,16 @@ def test_a_resumed_search_goes_on_bit_for_bit() -> None:
     assert shapes == {name: tensor.shape for name, tensor in straight.state_dict()["tensors"].items()}
 
 
+def test_the_search_of_a_run_that_was_shorter_at_first_goes_on() -> None:
+    wanted = torch.linspace(1, 9, len(GROUPS), dtype=torch.float64)
+    short, long = search(total=500), search(total=4000)
+    assert len(short.boundaries) < len(long.boundaries)
+    long.load_state_dict(short.state_dict())
+    for number in range(len(long.boundaries)):
+        cycle(long, wanted, 0.05, number)
+    assert len(long.report()["probes"]) == len(long.boundaries)
+
+
 def test_a_state_of_another_search_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"policy\.search probe"):
         search().load_state_dict({"tensors": {"s": torch.zeros(3)}, "frozen": False})
