@@ -26,11 +26,17 @@ CONFIGURATIONS = {
         *("--policy.rho", "0.3", "--policy.budgets", "[0.3, 0.5, 0.8]"),
     ],
     "round": ["--round.sync", "round", "--optim.warmup_epochs", "0"],
+    "probe": [
+        *("--policy.search", "probe", "--round.freeze_at", "0.5", "--train.epochs", "100"),
+        *("--train.max_steps", "120", "--checkpoint.every", "5"),
+    ],
 }
-FATAL_STEP = {"family": killed_run.STEPS // 2}
-"""At which the members' own norms begin."""
-QUICK_ON_ONE_RANK = [("overlap", phase) for phase in PHASES] + [("family", "sample")]
-QUICK_ON_TWO_RANKS = [("overlap", "scatter"), ("overlap", "checkpoint-commit")]
+FATAL_STEP = {"family": killed_run.STEPS // 2, "probe": 30}
+"""At which the members' own norms begin, and at which widths move."""
+STEPS = {"probe": 120}
+QUICK_ON_ONE_RANK = [("overlap", phase) for phase in PHASES]
+QUICK_ON_ONE_RANK += [("family", "sample"), ("probe", "sample"), ("probe", "scatter")]
+QUICK_ON_TWO_RANKS = [("overlap", "scatter"), ("overlap", "checkpoint-commit"), ("probe", "sample")]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +83,10 @@ def test_killed_and_started_again_is_the_straight_run(
     for expected, found in zip(
         straight(configuration, ranks), killed_run.left(tmp_path, "run", ranks), strict=True
     ):
-        assert found["step"] == expected["step"] == killed_run.STEPS
+        assert found["step"] == expected["step"] == STEPS.get(configuration, killed_run.STEPS)
         assert found["meta"] == expected["meta"]
+        widths = [int(part.sum()) for part in expected["tensors"]["s"].split([12, 24])]
+        assert configuration != "probe" or widths != [3, 6], "they have moved"
         assert found["tensors"].keys() == expected["tensors"].keys()
         differing = [n for n, t in expected["tensors"].items() if not torch.equal(found["tensors"][n], t)]
         assert not differing
