@@ -97,6 +97,15 @@ class Budget:
         """The budget of another share."""
         return Budget(self._kind, rho, self._groups, self._costs, self._bounds)
 
+    def to_move_in(self) -> Budget:
+        """The same, but where it counts atoms the FLOPs of the one probability that spends it: atoms of one
+        layer are dearer than those of another, and widths that move would make for these."""
+        if self._kind != "count":
+            return self
+        assert self._costs is not None
+        share = float(self._costs.expected_flops(self.start())) / self._costs.dense_flops
+        return Budget("flops", share, self._groups, self._costs, self._bounds)
+
     def spent(self, s: Tensor) -> float:
         """Expected cost of a draw from ``s`` (float64[C]), in the unit of the limit."""
         return float(self._expected(s))

@@ -38,10 +38,11 @@ class PolicyConfig:
         search: how the structure is found. ``sampled`` draws masks from keep probabilities that it learns
             (the paper); ``forward`` does so for weights that are trained already: the first half of the
             search are pairs of forward passes, and nothing is trained; ``probe`` trains one mask in cycles
-            and moves its widths after each by pairs of forward passes (see ``policy.width_search``); ``none``
-            keeps one even mask. What follows, up to ``lr``, is of ``sampled`` and ``forward``. ``auto`` is
-            ``probe`` for runs whose learning rate falls (``optim.schedule cosine``) and that ask for nothing
-            of the others, else ``sampled``, as in a loop of your own.
+            and moves its widths after each by pairs of forward passes (see ``policy.width_search``), with
+            ``count`` at the FLOPs of even widths; ``none`` keeps one even mask. What follows, up to ``lr``,
+            is of ``sampled`` and ``forward``. ``auto`` is ``probe`` for runs whose learning rate falls
+            (``optim.schedule cosine``) and that ask for nothing of the others, else ``sampled``, as in a loop
+            of your own.
         start: which channels are the most probable ones, or the first mask: ``uniform`` tells none apart, as
             fresh weights do not; of weights to start from those with the largest norm of their filters
             (``l1``, ``l2``), or that norm times the scale of their BatchNorm (``norm_scale``). ``static``

@@ -89,10 +89,11 @@ class WidthSearch:
         self.trained = self.mask.clone()
         self._margin = 1 - start
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
-        self._worth = Worth(stages(self.groups, self._budget.slopes(torch.ones_like(start))))
         searched = 0 if self.trivial else freeze_step
         cycles, self.pairs = cycles_and_pairs(len(self.groups), searched, total_steps, config.cycle_steps)
         self.boundaries = [freeze_step * number // cycles for number in range(1, cycles + 1)]
+        self._moves_in = self._budget.to_move_in() if cycles else self._budget
+        self._worth = Worth(stages(self.groups, self._moves_in.slopes(torch.ones_like(start))))
         self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
         self._costs = costs
         self.size_cap = self._largest()
@@ -129,6 +130,7 @@ class WidthSearch:
         masks: list[Tensor] = []
         for share in sorted(self.config.budgets):
             budget = self._budget.at(share)
+            budget = budget.to_move_in() if self.boundaries else budget
             rates = self._rates_of(self._affordable(self._log_widths, budget))
             mask = budget.mask(rates, self._margin, self.config.min_width)
             masks.append(mask | masks[-1] if masks else mask)
@@ -175,18 +177,18 @@ class WidthSearch:
         if found.count <= len(self.groups) + 1:
             return
         before = present_widths(self.mask, self.groups)
-        slopes, cost = self._slopes(), self._budget.spent(self._rates_of(before.log()))
+        slopes, cost = self._slopes(), self._moves_in.spent(self._rates_of(before.log()))
         values, errors = found.regressed()
         self._worth.observe(values, errors, slopes, cost)
         advantage, spread = self._worth.advantage()
         # Fractions of an atom add up over cycles; what the rounding to atoms has given away does not.
         start = torch.minimum(torch.maximum(self._log_widths, (before - 0.5).log()), (before + 0.5).log())
         moved = start + move(advantage, spread, slopes, cost)
-        self._log_widths = self._affordable(moved, self._budget)
+        self._log_widths = self._affordable(moved, self._moves_in)
         order = torch.where(self.mask, importance / importance.max().clamp_min(1e-30), -1.0)
         margin = self._margin = -torch.where(~self.mask & self.trained, -0.5, order)
         least = self.config.min_width
-        mask = self._budget.mask(self._rates_of(self._log_widths), margin, least)
+        mask = self._moves_in.mask(self._rates_of(self._log_widths), margin, least)
         self.mask = respect_size(mask, margin, self.groups, least, self._costs.parameters, self.size_cap)
         self.trained |= self.mask
         per_cost, after = cost / slopes, present_widths(self.mask, self.groups)
@@ -226,7 +228,7 @@ class WidthSearch:
         return torch.maximum(log_widths.exp() / self._sizes, least).clamp_max(1.0)[self._per_atom]
 
     def _slopes(self) -> Tensor:
-        return self._budget.slopes(self._rates_of(present_widths(self.mask, self.groups).log()))
+        return self._moves_in.slopes(self._rates_of(present_widths(self.mask, self.groups).log()))
 
     def _affordable(self, log_widths: Tensor, budget: Budget) -> Tensor:
         """The same widths times the one factor that spends ``budget``."""

@@ -42,9 +42,11 @@ def cycle(found: WidthSearch, wanted: Tensor, noise: float, seed: int = 0) -> No
 
 
 def spent(found: WidthSearch, budget: str) -> float:
+    """Of a budget of atoms the FLOPs of even widths, which it is worth at the start, are kept."""
     mask = found.mask
+    even = float(COSTS.expected_flops(torch.full((len(mask),), 0.2, dtype=torch.float64)))
     return {
-        "count": int(mask.sum()) / len(mask),
+        "count": 0.2 * COSTS.flops(mask) / even,
         "params": COSTS.parameters(mask) / COSTS.dense_parameters,
         "flops": COSTS.flops(mask) / COSTS.dense_flops,
     }[budget]
@@ -172,7 +174,7 @@ def test_a_search_moves_on_from_the_widths_that_there_are() -> None:
         comparisons.add(0.0, found.mask, m, m_ref)
     found.move(comparisons, torch.rand(MAP.num_atoms, dtype=torch.float64))
     widths = present_widths(found.mask, GROUPS)
-    assert float(widths.sum()) <= 0.2 * MAP.num_atoms
+    assert spent(found, "count") <= 0.2 * (1 + 1e-9)
     assert float(widths[0] / widths[1]) == pytest.approx(60 / round(0.2 * 128), rel=0.1)
 
 
