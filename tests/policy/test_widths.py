@@ -120,3 +120,12 @@ def test_what_is_left_of_a_budget_goes_to_a_cheaper_group() -> None:
     price = torch.tensor([5, 5, 1, 1])
     mask = of_expected_widths(s, 1 - s, groups_of(2, 2), 1, lambda mask: int(price[mask].sum()) <= 8)
     assert mask.tolist() == [True, False, True, True]
+
+
+def test_what_a_dear_atom_leaves_makes_no_cheap_group_wide() -> None:
+    """A fourth dear atom does not fit; what it leaves would pay for 95 cheap ones."""
+    groups = groups_of(6, 100)
+    price = torch.cat([torch.full((6,), 100.0), torch.ones(100)])
+    s = torch.full((106,), 0.5, dtype=torch.float64)
+    mask = of_expected_widths(s, 1 - s, groups, 1, lambda mask: float(price[mask].sum()) <= 395)
+    assert (int(mask[:6].sum()), int(mask[6:].sum())) == (3, 63), "58 in proportion, and a tenth more"
