@@ -100,7 +100,7 @@ def first_that_fit(
     """The mask bool[C] of the first atoms of a ranking of all, int64[C], as many as fit; dropping an atom
     never makes ``fits``, the budget, false. The minimum widths come first. When the next atom does not fit,
     the next one of any other group that does is still taken, since the atoms of groups differ in what they
-    cost; but none grows by more than a tenth, or one atom, of what is left by a dear one."""
+    cost; so that none becomes wide by what a dear one leaves, by a tenth of its width or one atom at most."""
     number = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([g.size for g in groups]))
     kept = torch.zeros(len(order), dtype=torch.bool)
     for group in groups:
