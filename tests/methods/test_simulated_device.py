@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,13 +19,20 @@ from tests.support.simulated_cuda import DEVICE, simulated_cuda
 K, STEPS = 4, 8
 
 
-def trained(method: Any, device: torch.device, waits: list[Any]) -> dict[str, Tensor]:
-    """After ``STEPS`` steps: losses, logits and the final network; within a round nothing is waited for."""
-    config = RunConfig(
-        method=method, policy=PolicyConfig(rho=0.5, search="sampled"), round=RoundConfig(k=K, freeze_at=0.5)
-    )
-    network = build_method(replace(make_task(config, STEPS), device=device))
-    data: list[Batch] = [(x.to(device), y.to(device)) for x, y in batches(STEPS)]
+class ShortCycles(PolicyConfig):
+    cycle_steps = 20
+
+
+SAMPLED, PROBED = PolicyConfig(rho=0.5, search="sampled"), ShortCycles(rho=0.5, search="probe")
+
+
+def trained(
+    method: Any, device: torch.device, waits: list[Any], policy: PolicyConfig = SAMPLED, steps: int = STEPS
+) -> dict[str, Tensor]:
+    """After ``steps`` steps: losses, logits and the final network; within a round nothing is waited for."""
+    config = RunConfig(method=method, policy=policy, round=RoundConfig(k=K, freeze_at=0.5))
+    network = build_method(replace(make_task(config, steps), device=device))
+    data: list[Batch] = [(x.to(device), y.to(device)) for x, y in batches(steps)]
     for number, batch in enumerate(data):
         before = len(waits)
         network.train_step(batch, 0.05)
@@ -43,10 +50,22 @@ def trained(method: Any, device: torch.device, waits: list[Any]) -> dict[str, Te
 
 @pytest.mark.parametrize("method", get_args(MethodName))
 def test_a_method_ends_with_the_bits_of_the_cpu(method: str) -> None:
-    expected = trained(cast(Any, method), torch.device("cpu"), [])
+    assert_bits_of_the_cpu(method, SAMPLED, STEPS)
+
+
+def test_so_does_a_search_by_probes() -> None:
+    found = assert_bits_of_the_cpu("sparse_offload", PROBED, 80)
+    even = trained("sparse_offload", torch.device("cpu"), [], replace(PROBED, search="none"), 1)
+    moved = [name for name, value in even.items() if name != "losses" and found[name].shape != value.shape]
+    assert moved, "widths have moved"
+
+
+def assert_bits_of_the_cpu(method: Any, policy: PolicyConfig, steps: int) -> dict[str, Tensor]:
+    expected = trained(method, torch.device("cpu"), [], policy, steps)
     with simulated_cuda() as simulation:
-        found = trained(method, DEVICE, simulation.waits)
+        found = trained(method, DEVICE, simulation.waits, policy, steps)
         assert not simulation.wrong_device
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+    return found
