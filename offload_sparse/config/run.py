@@ -205,6 +205,7 @@ class RunConfig:
         masks = ("sampler", "estimator", "parametrisation", "optimizer", "lr")
         asked = any(getattr(self.policy, name) != getattr(policy, name) for name in masks)
         asked |= any(getattr(self.round, name) != getattr(rounds, name) for name in ("subnets", "reference"))
+        asked |= self.method != "sparse_offload"  # grow_efficient's freeze_at stays that of sampled
         leaves_time = self.round.freeze_at == "auto" or SHORTEST_SEARCH <= self.round.freeze_at < 1
         return "probe" if leaves_time and self.optim.schedule == "cosine" and not asked else "sampled"
 

@@ -19,6 +19,7 @@ from offload_sparse.policy.config import PolicyConfig
         (["--round.freeze_at", "0.3"], "probe"),
         (["--policy.budgets", "[0.25, 0.5]"], "probe"),
         (["--policy.search", "none"], "none"),
+        (["--method", "grow_efficient"], "sampled"),
         (["--policy.sampler", "bernoulli"], "sampled"),
         (["--policy.estimator", "rloo"], "sampled"),
         (["--policy.parametrisation", "atom"], "sampled"),
