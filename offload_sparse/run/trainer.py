@@ -256,9 +256,10 @@ class Run:
         if self.config.method == "sparse_offload" and policy.search == "probe" and policy.rho < 1:
             cycles, _ = cycles_and_pairs(groups, steps, self.total_steps)
             if cycles:
-                yield f"search: widths move after each of {cycles} cycles, in the first {steps:,} steps"
+                number = f"each of {cycles} cycles" if cycles > 1 else "one cycle"
+                yield f"search: widths move after {number}, in the first {steps:,} steps"
             else:
-                least = policy.cycle_steps
+                least = policy.least_steps
                 yield f"search: none, a cycle takes {least} steps and there are {steps:,}; even widths stay"
 
     def _expected(self) -> str:

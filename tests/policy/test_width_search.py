@@ -21,8 +21,12 @@ GROUPS = MAP.groups
 STEPS = 2000
 
 
+class ShortCycles(PolicyConfig):
+    cycle_steps = 150
+
+
 def search(budget: str = "flops", total: int = STEPS, **config: object) -> WidthSearch:
-    policy = PolicyConfig(rho=0.2, budget=budget, **config)  # type: ignore[arg-type]
+    policy = ShortCycles(rho=0.2, budget=budget, **config)  # type: ignore[arg-type]
     return WidthSearch(policy, GROUPS, 5, COSTS, int(0.4 * total), total)
 
 

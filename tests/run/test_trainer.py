@@ -144,7 +144,8 @@ def test_a_diverging_run_stops_with_advice(
     ("steps", "says"),
     [
         (12, "search: none, a cycle takes 150 steps and there are 3; even widths stay"),
-        (1600, "search: widths move after each of 2 cycles, in the first 400 steps"),
+        (1600, "search: widths move after one cycle, in the first 400 steps"),
+        (6400, "search: widths move after each of 2 cycles, in the first 1,600 steps"),
     ],
 )
 def test_a_run_says_when_its_widths_move(
@@ -159,6 +160,6 @@ def test_a_run_says_when_its_widths_move(
         raise ValueError("far enough")
 
     monkeypatch.setattr(trainer.Progress, "begin", stops)
-    more = ["--policy.search", "auto", "--train.max_steps", str(steps), "--train.epochs", "400"]
+    more = ["--policy.search", "auto", "--train.max_steps", str(steps), "--train.epochs", "2000"]
     assert main(options(images, tmp_path / "run", *more, "--quiet", "false")) == 2
     assert says in " ".join(capsys.readouterr().err.split())
