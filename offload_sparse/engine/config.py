@@ -108,6 +108,10 @@ class RoundConfig:
         """Share of the steps in which ``policy.search`` looks for the structure."""
         return SEARCHED.get(search, 0.0) if self.freeze_at == "auto" else self.freeze_at
 
+    def freeze_step(self, search: SearchName, total_steps: int) -> int:
+        """Optimizer steps in which ``policy.search`` looks for the structure."""
+        return round(self.searched(search) * total_steps)
+
     @property
     def delta(self) -> bool:
         """Whether what two successive rounds share stays on the device."""

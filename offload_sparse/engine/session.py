@@ -197,7 +197,7 @@ class SparseOffload(Rounds):
             probabilities = dataclasses.replace(probabilities, rho=rho)
         chosen = probabilities.resolved(setup.compile, weights is not None)
         check_combination(chosen, rounds)
-        freeze_step = None if total_steps is None else round(rounds.searched(chosen.search) * total_steps)
+        freeze_step = None if total_steps is None else rounds.freeze_step(chosen.search, total_steps)
         known = None
         if chosen.start != "uniform":
             known = Importance.of_store(chosen.start, self.store, self.meta_model, seed)

@@ -252,7 +252,7 @@ class Run:
 
     def _search(self, groups: int) -> Iterator[str]:
         """When widths will move, if at all."""
-        policy, steps = self.config.policy, round(self.config.round.searched("probe") * self.total_steps)
+        policy, steps = self.config.policy, self.config.round.freeze_step("probe", self.total_steps)
         if self.config.method == "sparse_offload" and policy.search == "probe" and policy.rho < 1:
             cycles, _ = cycles_and_pairs(groups, steps, self.total_steps)
             if cycles:

@@ -47,7 +47,7 @@ class ChannelGates(Sparsity):
         super().__init__(maskable_weights(network))
         self.channel_map = channel_map
         self._options, self._policy, self._seed = config.grow_efficient, config.policy, config.train.seed
-        self._learned_steps = round(config.round.searched("sampled") * total_steps)
+        self._learned_steps = config.round.freeze_step("sampled", total_steps)
         device = self.forward_kept.device
         start = math.log(self._options.start / (1 - self._options.start))
         some = next(iter(self.weights.values()))

@@ -201,21 +201,20 @@ def passes(
     (``round_start``). A probe of a search for widths is two forward passes per pair. Behind the search a step
     of a ``family`` (see ``_family_flops``) trains the largest, the smallest and one between."""
     total, search = steps, config.policy.search
-    searched = config.round.searched(search)
     if family:
         flops, *members = family
-        steps = round(searched * total) if search == "probe" else 0
+        steps = config.round.freeze_step(search, total) if search == "probe" else 0
         between = fmean(members[1:-1]) if len(members) > 2 else 0
         yield members[0] + between + members[-1], total - steps, total - steps
-    compared = round(searched * steps) // 2 if search == "forward" else 0
+    compared = config.round.freeze_step(search, steps) // 2 if search == "forward" else 0
     yield flops, steps, steps - compared
     if config.method != "sparse_offload" or config.policy.rho == 1:
         return
     if search == "probe":
-        cycles, pairs = cycles_and_pairs(groups, round(searched * total), total)
+        cycles, pairs = cycles_and_pairs(groups, config.round.freeze_step(search, total), total)
         yield flops, 2 * cycles * pairs, 0
     elif search in ("sampled", "forward"):
-        learned = round(searched * steps)
+        learned = config.round.freeze_step(search, steps)
         once_per_round = config.round.reference == "round_start"
         yield flops, -(-learned // config.round.k) if once_per_round else learned, 0
 
