@@ -488,8 +488,11 @@ class Rounds(Requests):
         self.next_masks = None
 
     def span(self, step: int, steps: int) -> tuple[int, int]:
-        """The cycle of a search by probes that ``step`` lies in, of another run all of its ``steps``."""
-        return self._policy.cycle(step, steps) if isinstance(self._policy, WidthSearch) else (0, steps)
+        """The cycle of a search by probes that ``step`` lies in; where nothing is searched, or no more, all
+        ``steps`` of the run."""
+        if self.frozen or not isinstance(self._policy, WidthSearch):
+            return 0, steps
+        return self._policy.cycle(step, steps)
 
     def _cycle_ends(self, step: int) -> bool:
         """Whether the widths of a search by probes move before ``step``."""

@@ -265,6 +265,17 @@ def test_two_ranks_probe_different_pairs_and_move_alike() -> None:
     assert not torch.equal(history[0, 1], alone["policy/history"][0, 1]), "other pairs, and twice as many"
 
 
+def test_a_search_that_has_ended_has_no_more_cycles() -> None:
+    """Not in a run that is made longer, either, which would have some at its own steps."""
+    session = session_of()
+    first, second, *_ = search_of(session).boundaries
+    assert session.span(first - 1, STEPS) == (0, first)
+    assert session.span(first, STEPS) == (first, second)
+    session.freeze()
+    session.step(loss_of(batches(1)[0]))
+    assert session.span(first, STEPS) == (0, STEPS)
+
+
 def test_none_keeps_one_even_mask_and_compares_nothing() -> None:
     session = session_of(PolicyConfig(rho=0.3, search="none"))
     mask = search_of(session).mask
