@@ -15,9 +15,12 @@ from offload_sparse.policy.config import PolicyConfig
 @pytest.mark.parametrize(
     ("given", "search"),
     [
-        ([], "probe"),
+        ([], "none"),
+        (["--train.epochs", "29"], "none"),
+        (["--train.epochs", "30"], "probe"),
+        (["--model.weights", "timm"], "sampled"),
         (["--round.freeze_at", "0.3"], "probe"),
-        (["--policy.budgets", "[0.25, 0.5]"], "probe"),
+        (["--policy.budgets", "[0.25, 0.5]", "--train.epochs", "90"], "probe"),
         (["--policy.search", "none"], "none"),
         (["--method", "grow_efficient"], "sampled"),
         (["--policy.sampler", "bernoulli"], "sampled"),
@@ -32,7 +35,7 @@ from offload_sparse.policy.config import PolicyConfig
         (["--round.freeze_at", "1"], "sampled"),
     ],
 )
-def test_a_run_probes_widths_unless_something_else_is_asked_for(given: list[str], search: str) -> None:
+def test_a_long_run_probes_widths_unless_something_else_is_asked_for(given: list[str], search: str) -> None:
     assert RUN_OPTIONS.parse(given).policy.search == search
 
 

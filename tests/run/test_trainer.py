@@ -64,9 +64,7 @@ def test_the_same_seed_gives_the_same_run(images: Path, tmp_path: Path) -> None:
 
 
 def test_bf16_autocast_keeps_weights_in_float32(images: Path, tmp_path: Path) -> None:
-    assert (
-        main(options(images, tmp_path / "run", "--train.precision", "bf16", "--train.check", "false")) == 0
-    )
+    assert main(options(images, tmp_path / "run", "--train.precision", "bf16", "--train.check", "false")) == 0
     assert all(p.dtype == torch.float32 for p in load_pruned(tmp_path / "run" / "model").parameters())
 
 
@@ -141,14 +139,16 @@ def test_a_diverging_run_stops_with_advice(
 
 
 @pytest.mark.parametrize(
-    ("steps", "says"),
+    ("epochs", "steps", "says"),
     [
-        (12, "search: none, a cycle takes 150 steps and there are 3; even widths stay"),
-        (1600, "search: widths move after one cycle, in the first 400 steps"),
-        (6400, "search: widths move after each of 2 cycles, in the first 1,600 steps"),
+        (29, 12, "search: none, even widths stay; from 30 epochs on, or by --policy.search probe, they move"),
+        (30, 12, "search: none, a cycle takes 150 steps and there are 3; even widths stay"),
+        (2000, 1600, "search: widths move after one cycle, in the first 400 steps"),
+        (2000, 6400, "search: widths move after each of 2 cycles, in the first 1,600 steps"),
     ],
 )
 def test_a_run_says_when_its_widths_move(
+    epochs: int,
     steps: int,
     says: str,
     images: Path,
@@ -160,6 +160,6 @@ def test_a_run_says_when_its_widths_move(
         raise ValueError("far enough")
 
     monkeypatch.setattr(trainer.Progress, "begin", stops)
-    more = ["--policy.search", "auto", "--train.max_steps", str(steps), "--train.epochs", "2000"]
+    more = ["--policy.search", "auto", "--train.max_steps", str(steps), "--train.epochs", str(epochs)]
     assert main(options(images, tmp_path / "run", *more, "--quiet", "false")) == 2
     assert says in " ".join(capsys.readouterr().err.split())
