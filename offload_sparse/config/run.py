@@ -27,7 +27,7 @@ from offload_sparse.store.config import StoreConfig
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 
 SEARCHED_EPOCHS = 30
-"""Fewest epochs of a run that ``policy.search auto`` probes: VGG-19 gained in 40, ResNet-20 lost in 15."""
+"""Fewest epochs of a run that ``policy.search auto`` probes: VGG-19 gained in 40, nothing did in 15."""
 
 MethodName = Literal["sparse_offload", "dense", "static", "dfbst", "dst", "grow_efficient", "rigl"]
 

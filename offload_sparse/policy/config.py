@@ -74,7 +74,7 @@ class PolicyConfig:
 
     cycle_steps: ClassVar[int] = 800
     """Fewest steps of a cycle of ``probe`` where there are several: a network that has not settled says what
-    trains soonest. Cycles of 877 steps found VGG-19's widths, cycles of 329 lost with ResNet-20."""
+    trains soonest. Cycles of 877 steps found VGG-19's widths, those of 329 bad ones for ResNet-20."""
 
     least_steps: ClassVar[int] = 150
     """Fewest steps of the only cycle of a short run. In the quickstart channels were worth less than nothing
