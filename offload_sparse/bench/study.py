@@ -30,7 +30,7 @@ from typing import Any
 from offload_sparse.bench.cells import BATCH, SETS, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.config import SEARCHED
 from offload_sparse.policy.width_search import cycles_and_pairs
 
 _COMMON = {"optim.lr": 0.1, "policy.budget": "flops", "train.eval_every": 0}
@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "published": {"method": "static"},
     "taper": {"method": "static"},
     "none": {"policy.search": "none"},
-    "probe": {"policy.search": "probe"},
+    "probe": {"policy.search": "probe", "round.freeze_at": SEARCHED["probe"]},
     "family": {"policy.search": "none"},
     "found": {"method": "static"},
     "persistent": {"policy.search": "sampled", "policy.hard_cap": 2},
@@ -177,7 +177,7 @@ def equal_steps(name: str, steps: int, groups: int, members: Sequence[float] = (
         trained = members[0] + members[-1] + (fmean(members[1:-1]) if len(members) > 2 else 0)
         return round(steps * sum(members) / trained)
     if name == "probe":
-        cycles, pairs = cycles_and_pairs(groups, RoundConfig().freeze_step("probe", steps), steps)
+        cycles, pairs = cycles_and_pairs(groups, round(SEARCHED["probe"] * steps), steps)
         return round(steps - 2 * cycles * pairs / 3)
     learned = {"sampled": 0.8, "algorithm1": 0.8, "persistent": 0.05}.get(name, 0.0)
     return round(steps * 3 / (3 + learned))

@@ -26,9 +26,6 @@ from offload_sparse.policy.config import PolicyConfig, SearchName
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 
-SEARCHED_EPOCHS = 30
-"""Fewest epochs of a run that ``policy.search auto`` probes: VGG-19 gained in 40, nothing did in 15."""
-
 MethodName = Literal["sparse_offload", "dense", "static", "dfbst", "dst", "grow_efficient", "rigl"]
 
 
@@ -203,8 +200,7 @@ class RunConfig:
             )
 
     def _search(self) -> SearchName:
-        """What ``policy.search auto`` is: widths are probed where a run is long enough for that to pay,
-        unless something else is asked for."""
+        """What ``policy.search auto`` is: widths are probed unless something else is asked for."""
         policy, rounds = PolicyConfig(), RoundConfig()
         masks = ("sampler", "estimator", "parametrisation", "optimizer", "lr")
         asked = any(getattr(self.policy, name) != getattr(policy, name) for name in masks)
@@ -212,9 +208,7 @@ class RunConfig:
         asked |= self.method != "sparse_offload"  # grow_efficient's freeze_at stays that of sampled
         asked |= bool(self.model.weights)  # the cut that they begin with is exchanged in rounds of K steps
         asked |= self.optim.schedule != "cosine"
-        if self.round.freeze_at == "auto" and not asked:
-            return "probe" if self.train.epochs >= SEARCHED_EPOCHS else "none"
-        leaves_time = self.round.freeze_at != "auto" and SHORTEST_SEARCH <= self.round.freeze_at < 1
+        leaves_time = self.round.freeze_at == "auto" or SHORTEST_SEARCH <= self.round.freeze_at < 1
         return "probe" if leaves_time and not asked else "sampled"
 
 
@@ -223,16 +217,18 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
 
     ``store.pin`` stays ``auto`` on a CUDA device, where the driver has the last word.
     """
-    transfer, pin = config.round.transfer, config.store.pin
+    transfer, pin, freeze_at = config.round.transfer, config.store.pin, config.round.freeze_at
     if transfer == "auto":
         rounds = config.round
         transfer = "overlap" if rounds.overlaps(device == "cuda") else "delta" if rounds.delta else "full"
+    if config.policy.search != "probe":  # which may have no time: that is not known before the steps are
+        freeze_at = config.round.searched(config.policy.search)
     if pin == "auto" and device != "cuda":
         pin = "off"
     return replace(
         config,
         policy=config.policy.resolved(config.compile, bool(config.model.weights)),
         atoms=AtomsConfig(chosen_block(config.atoms.block, device, config.train.precision == "bf16")),
-        round=replace(config.round, transfer=transfer, freeze_at=config.round.searched(config.policy.search)),
+        round=replace(config.round, transfer=transfer, freeze_at=freeze_at),
         store=replace(config.store, pin=pin),
     )

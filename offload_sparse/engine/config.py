@@ -44,7 +44,8 @@ class RoundConfig:
             one more slot per weight in the store.
         freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
             (the short fine-tune of the paper). 1 chooses it after the last step. ``auto`` is .25 for
-            ``policy.search`` ``probe``, .2 for ``forward`` and .05 for ``sampled``.
+            ``policy.search`` ``probe`` (0 where that is less than two cycles of 800 steps: so short a search
+            has gained nothing), .2 for ``forward`` and .05 for ``sampled``.
         prefetch: draw the masks of a round while the one before is trained, so that their weights can be
             fetched meanwhile. Their s is then one round old.
         transfer: what crosses the bus between two rounds. ``full`` takes all of a subnet back and fetches all
@@ -109,8 +110,11 @@ class RoundConfig:
         return SEARCHED.get(search, 0.0) if self.freeze_at == "auto" else self.freeze_at
 
     def freeze_step(self, search: SearchName, total_steps: int) -> int:
-        """Optimizer steps in which ``policy.search`` looks for the structure."""
-        return round(self.searched(search) * total_steps)
+        """Optimizer steps in which ``policy.search`` looks for the structure: with ``auto`` none where
+        ``probe`` has no time for two cycles."""
+        steps = round(self.searched(search) * total_steps)
+        short = search == "probe" and self.freeze_at == "auto" and steps < 2 * PolicyConfig.cycle_steps
+        return 0 if short else steps
 
     @property
     def delta(self) -> bool:

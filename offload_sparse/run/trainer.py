@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
-from offload_sparse.config.run import SEARCHED_EPOCHS, RunConfig, resolve
+from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.forward import Forward
@@ -253,19 +253,16 @@ class Run:
     def _search(self, groups: int) -> Iterator[str]:
         """When widths will move, if at all."""
         policy, steps = self.config.policy, self.config.round.freeze_step("probe", self.total_steps)
-        if self.config.method != "sparse_offload" or policy.rho == 1:
-            return
-        if policy.search == "none":
-            least = f"{SEARCHED_EPOCHS} epochs"
-            yield f"search: none, even widths stay; from {least} on, or by --policy.search probe, they move"
-        if policy.search == "probe":
+        if self.config.method == "sparse_offload" and policy.search == "probe" and policy.rho < 1:
             cycles, _ = cycles_and_pairs(groups, steps, self.total_steps)
             if cycles:
                 number = f"each of {cycles} cycles" if cycles > 1 else "one cycle"
                 yield f"search: widths move after {number}, in the first {steps:,} steps"
-            else:
+            elif steps:
                 least = f"{policy.least_steps} steps"
                 yield f"search: none, a cycle takes {least} and there are {steps:,}; even widths stay"
+            else:
+                yield "search: none, too short a run for one to pay (round.freeze_at 0.25 searches all the same)"
 
     def _expected(self) -> str:
         """FLOPs and memory beside those of dense training, by the plan."""

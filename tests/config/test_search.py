@@ -10,17 +10,16 @@ from offload_sparse.config.parse import RUN_OPTIONS
 from offload_sparse.config.run import resolve
 from offload_sparse.engine.config import SEARCHED
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.run.resume import differences, run_values
 
 
 @pytest.mark.parametrize(
     ("given", "search"),
     [
-        ([], "none"),
-        (["--train.epochs", "29"], "none"),
-        (["--train.epochs", "30"], "probe"),
+        ([], "probe"),
         (["--model.weights", "timm"], "sampled"),
         (["--round.freeze_at", "0.3"], "probe"),
-        (["--policy.budgets", "[0.25, 0.5]", "--train.epochs", "90"], "probe"),
+        (["--policy.budgets", "[0.25, 0.5]"], "probe"),
         (["--policy.search", "none"], "none"),
         (["--method", "grow_efficient"], "sampled"),
         (["--policy.sampler", "bernoulli"], "sampled"),
@@ -35,16 +34,23 @@ from offload_sparse.policy.config import PolicyConfig
         (["--round.freeze_at", "1"], "sampled"),
     ],
 )
-def test_a_long_run_probes_widths_unless_something_else_is_asked_for(given: list[str], search: str) -> None:
+def test_a_run_probes_widths_unless_something_else_is_asked_for(given: list[str], search: str) -> None:
     assert RUN_OPTIONS.parse(given).policy.search == search
 
 
 @pytest.mark.parametrize("search", SEARCHED)
 def test_the_end_of_the_search_goes_with_it_and_is_written_down(search: Any) -> None:
     config = resolve(RUN_OPTIONS.parse(["--policy.search", search]), "cpu")
-    assert config.round.freeze_at == SEARCHED[search]
+    assert config.round.searched(search) == SEARCHED[search]
+    assert (config.round.freeze_at == "auto") == (search == "probe"), "which depends on the steps of the run"
     given = resolve(RUN_OPTIONS.parse(["--policy.search", search, "--round.freeze_at", "0.5"]), "cpu")
     assert given.round.freeze_at == 0.5
+
+
+def test_a_run_that_is_made_longer_is_the_same_run() -> None:
+    """Whether there is time for a search or not: the end of a short one has been trained for good."""
+    short, long = (resolve(RUN_OPTIONS.parse(["--train.epochs", epochs]), "cpu") for epochs in ("2", "400"))
+    assert not differences(run_values(short), run_values(long))
 
 
 def test_a_loop_of_ones_own_samples_since_its_learning_rate_is_its_own() -> None:

@@ -139,16 +139,16 @@ def test_a_diverging_run_stops_with_advice(
 
 
 @pytest.mark.parametrize(
-    ("epochs", "steps", "says"),
+    ("freeze_at", "steps", "says"),
     [
-        (29, 12, "search: none, even widths stay; from 30 epochs on, or by --policy.search probe, they move"),
-        (30, 12, "search: none, a cycle takes 150 steps and there are 3; even widths stay"),
-        (2000, 1600, "search: widths move after one cycle, in the first 400 steps"),
-        (2000, 6400, "search: widths move after each of 2 cycles, in the first 1,600 steps"),
+        ("auto", 6396, "search: none, too short a run for one to pay"),
+        ("0.25", 12, "search: none, a cycle takes 150 steps and there are 3; even widths stay"),
+        ("0.25", 1600, "search: widths move after one cycle, in the first 400 steps"),
+        ("auto", 6400, "search: widths move after each of 2 cycles, in the first 1,600 steps"),
     ],
 )
 def test_a_run_says_when_its_widths_move(
-    epochs: int,
+    freeze_at: str,
     steps: int,
     says: str,
     images: Path,
@@ -160,6 +160,7 @@ def test_a_run_says_when_its_widths_move(
         raise ValueError("far enough")
 
     monkeypatch.setattr(trainer.Progress, "begin", stops)
-    more = ["--policy.search", "auto", "--train.max_steps", str(steps), "--train.epochs", str(epochs)]
+    more = ["--policy.search", "auto", "--round.freeze_at", freeze_at]
+    more += ["--train.max_steps", str(steps), "--train.epochs", "2000"]
     assert main(options(images, tmp_path / "run", *more, "--quiet", "false")) == 2
     assert says in " ".join(capsys.readouterr().err.split())
