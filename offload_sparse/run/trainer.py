@@ -262,7 +262,7 @@ class Run:
                 least = f"{policy.least_steps} steps"
                 yield f"search: none, a cycle takes {least} and there are {steps:,}; even widths stay"
             else:
-                yield "search: none, too short a run for one to pay (round.freeze_at 0.25 searches all the same)"
+                yield "search: none, too short a run for one to pay; --round.freeze_at 0.25 forces one"
 
     def _expected(self) -> str:
         """FLOPs and memory beside those of dense training, by the plan."""
