@@ -488,8 +488,7 @@ class Rounds(Requests):
         self.next_masks = None
 
     def span(self, step: int, steps: int) -> tuple[int, int]:
-        """The cycle of a search by probes that ``step`` lies in; where nothing is searched, or no more, all
-        ``steps`` of the run."""
+        """The cycle of a search that ``step`` lies in; all ``steps`` where none goes on."""
         if self.frozen or not isinstance(self._policy, WidthSearch):
             return 0, steps
         return self._policy.cycle(step, steps)
