@@ -49,10 +49,15 @@ def run_command(command: Callable[[], int | None]) -> int:
     launch of several processes shows the line once; with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
 
     A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1; one that failed
-    (``RunError``) by every rank, since the others may not live to tell. A disk that is full is 1, too.
+    (``RunError``) by every rank, since the others may not live to tell. A disk that is full is 1, too. Ctrl-C
+    outside the steps of a run (which save first) is 130.
     Returns the command's exit code, 0 where it returns None."""
     try:
         return command() or 0
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         fails = disk_fails(error) or isinstance(error, FloatingPointError | RunError)
         if not fails and not isinstance(error, (ValueError, *_FILE_ERRORS)):

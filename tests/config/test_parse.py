@@ -271,7 +271,7 @@ def test_a_binary_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
 # --- errors to exit codes --------------------------------------------------------------------------
 
 
-def failing(error: Exception) -> Callable[[], int]:
+def failing(error: BaseException) -> Callable[[], int]:
     def command() -> int:
         raise error
 
@@ -301,6 +301,11 @@ def test_an_error_of_a_library_says_how_to_find_its_origin(
     monkeypatch.setenv("OFFLOAD_SPARSE_TRACEBACK", "1")
     assert run_command(lambda: int("x")) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_command_that_is_interrupted_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "offload-sparse: interrupted\n"
 
 
 def test_a_bug_is_not_taken_for_bad_input() -> None:
