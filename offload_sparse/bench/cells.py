@@ -9,14 +9,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from tqdm import tqdm
+
 from offload_sparse.run.errors import RunError
+from offload_sparse.run.signals import Interruption
+from offload_sparse.run.terminal import columns, tell
 
 BATCH = 128
+_POLL_SECONDS, _LONGEST_LINE = 0.2, 1 << 16
 COMMON: Mapping[str, Any] = {
     "data.batch_size": BATCH,
     "data.random_flip": "true",
@@ -46,26 +53,83 @@ def options_on(name: str, data: str) -> dict[str, Any]:
     return {**COMMON, **SETS[name][0]} | ({"data.name": data} if data else {})
 
 
-def finished_run(
-    run_dir: Path, options: Callable[[], Mapping[str, Any]], ranks: int = 1
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary and the lines of metrics of a run with ``options`` by dotted name, which is started, or
-    resumed, if it has not finished; a thread for each of ``ranks``, so that several can share a machine.
-    Raises RunError: it ended before it was finished; what it said is on stderr."""
-    summary = run_dir / "summary.json"
-    if not summary.exists():
-        given = {**options(), "quiet": "true", "trackers": "[]"}
+@dataclass(frozen=True)
+class Run:
+    """A run of ``offload-sparse train``: its folder, its options by dotted name, and its ranks, which have
+    one thread each, so that several runs can share a machine."""
+
+    folder: Path
+    options: Callable[[], Mapping[str, Any]]
+    ranks: int = 1
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Begin it, or go on with it."""
+        given = {**self.options(), "quiet": "true", "trackers": "[]"}
         written = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        started = [*(launcher if ranks > 1 else []), "-m", "offload_sparse.cli", "train"]
-        command = [sys.executable, *started, *written, "--run_dir", str(run_dir)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
+        started = [*(launcher if self.ranks > 1 else []), "-m", "offload_sparse.cli", "train"]
+        command = [sys.executable, *started, *written, "--run_dir", str(self.folder)]
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        threads |= {"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}
-        done = subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
-        if done.returncode or not summary.exists():
-            raise RunError(f"{run_dir.name} has not finished; the same command resumes it")
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return json.loads(summary.read_text()), [json.loads(line) for line in lines]
+        threads |= {"ACCELERATE_USE_CPU": "true"} if self.ranks > 1 else {}
+        return subprocess.Popen(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
+
+    def epoch(self) -> float:
+        """How far it is, by the last line of its metrics."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
+                return float(json.loads(file.read().splitlines()[-1])["epoch"])
+        except (OSError, ValueError, LookupError):  # nothing yet, or a line that is being written
+            return 0.0
+
+
+def finish(runs: Iterable[Run], jobs: int = 1) -> None:
+    """Train ``runs`` to the end, in their order and ``jobs`` ranks at a time (but a run at least); those that
+    have finished are not run again. Raises RunError: a run ended before it was finished (what it said is on
+    stderr), or a signal asked for an end; the others have saved what they have."""
+    waiting = [run for run in {run.folder: run for run in runs}.values() if not run.finished]
+    number = len(waiting)
+    running: dict[subprocess.Popen[bytes], Run] = {}
+    bar = tqdm(
+        total=number, bar_format="{bar} {n_fmt}/{total_fmt} runs{postfix}", ncols=columns(), leave=False,
+        disable=None if waiting else True,  # None: where stderr is no terminal
+    )  # fmt: skip
+    with bar, Interruption() as asked:
+        try:
+            while waiting or running:
+                busy = sum(run.ranks for run in running.values())
+                if waiting and (not running or busy + waiting[0].ranks <= jobs):
+                    run = waiting.pop(0)
+                    tell(f"run {number - len(waiting)} of {number}: {run.folder.name}")
+                    running[run.start()] = run
+                    continue
+                time.sleep(_POLL_SECONDS)
+                if asked.signal_name:
+                    raise RunError(f"stopped by {asked.signal_name}; the same command goes on from here")
+                for process in [process for process in running if process.poll() is not None]:
+                    run = running.pop(process)
+                    if process.returncode or not run.finished:
+                        raise RunError(f"{run.folder.name} has not finished; the same command resumes it")
+                    bar.update()
+                if not bar.disable:
+                    bar.set_postfix_str(", ".join(f"epoch {run.epoch():.1f}" for run in running.values()))
+        finally:
+            for process in running:
+                process.terminate()  # a run saves, and ends
+            for process in running:
+                process.wait()
+
+
+def finished_run(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The summary and the lines of metrics of ``run``, which is started, or resumed, if it has not finished.
+    Raises RunError: it has not."""
+    finish([run])
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads((run.folder / "summary.json").read_text()), [json.loads(line) for line in lines]
 
 
 def last(lines: Sequence[Mapping[str, Any]], name: str, missing: Any = None) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from offload_sparse.bench.cells import finished_run, last, spread
+from offload_sparse.bench.cells import Run, finish, finished_run, last, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import DFBSTBenchConfig
 
@@ -51,41 +51,52 @@ def run(quick: bool, config: DFBSTBenchConfig) -> BenchResult:
     ratios: dict[str, float] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = Path(config.cache or folder)
-        for model in ("lenet300",) if quick else MODELS:
-            for method in METHODS:
-                cells = [figures(config, runs, model, method, seed, quick) for seed in range(seeds)]
-                key = f"dfbst.{model}.{method}"
-                raw[key] = cells
-                pairs = zip(cells, raw[f"dfbst.{model}.dense"], strict=True)
-                found = {name: [cell[name] for cell in cells] for name in cells[0]}
-                ratios |= {
-                    f"{key}.accuracy": fmean(found["accuracy"]),
-                    f"{key}.spread": spread(found["accuracy"]),
-                    f"{key}.remaining": fmean(found["forward"]),
-                    f"{key}.remaining_median": median(found["forward"]),
-                    f"{key}.backward_remaining": fmean(found["backward"]),
-                    f"{key}.step_vs_dense": median(a["step"] / b["step"] for a, b in pairs),
-                }
-                values = [f"{ratios[f'{key}.{name}']:.2f}" for name in ("accuracy", "spread")]
-                shares = ("remaining", "remaining_median", "backward_remaining")
-                values += [str(PAPER[f"{model}.{method}"])]
-                values += [f"{100 * ratios[f'{key}.{name}']:.2f}" for name in shares]
-                values += [f"{ratios[f'{key}.step_vs_dense']:.2f}", f"{fmean(found['seconds']):.0f}"]
-                rows.append([model, method, *values])
+        runs = {
+            (model, method): [
+                cell(config, Path(config.cache or folder), model, method, seed, quick)
+                for seed in range(seeds)
+            ]
+            for model in (("lenet300",) if quick else MODELS)
+            for method in METHODS
+        }
+        finish([run for of in runs.values() for run in of], config.jobs)
+        for (model, method), of in runs.items():
+            cells = [figures(run) for run in of]
+            key = f"dfbst.{model}.{method}"
+            raw[key] = cells
+            pairs = zip(cells, raw[f"dfbst.{model}.dense"], strict=True)
+            found = {name: [cell[name] for cell in cells] for name in cells[0]}
+            ratios |= {
+                f"{key}.accuracy": fmean(found["accuracy"]),
+                f"{key}.spread": spread(found["accuracy"]),
+                f"{key}.remaining": fmean(found["forward"]),
+                f"{key}.remaining_median": median(found["forward"]),
+                f"{key}.backward_remaining": fmean(found["backward"]),
+                f"{key}.step_vs_dense": median(a["step"] / b["step"] for a, b in pairs),
+            }
+            values = [f"{ratios[f'{key}.{name}']:.2f}" for name in ("accuracy", "spread")]
+            shares = ("remaining", "remaining_median", "backward_remaining")
+            values += [str(PAPER[f"{model}.{method}"])]
+            values += [f"{100 * ratios[f'{key}.{name}']:.2f}" for name in shares]
+            values += [f"{ratios[f'{key}.step_vs_dense']:.2f}", f"{fmean(found['seconds']):.0f}"]
+            rows.append([model, method, *values])
     return BenchResult(ratios, raw, _HEADER, rows)
 
 
-def figures(
-    config: DFBSTBenchConfig, folder: Path, model: str, method: str, seed: int, quick: bool
-) -> dict[str, float]:
-    """Of one run: accuracy in %, shares of the weights left in both passes, seconds in all and of a step."""
+def cell(config: DFBSTBenchConfig, folder: Path, model: str, method: str, seed: int, quick: bool) -> Run:
+    """One run, in a folder below ``folder``."""
     options = _OPTIONS | {"method": method, "model.name": MODELS[model], "train.seed": seed}
     options |= {"data.name": config.data} if config.data else {}
     options |= {"train.epochs": config.epochs or 20}
     options |= {"train.max_steps": 150} if quick and not config.epochs else {}
     name = f"{model}-{method}-epochs{config.epochs}-seed{seed}-{Path(config.data).name or 'embedded'}"
-    summary, lines = finished_run(folder / name, lambda: options)
+    return Run(folder / name, lambda: options)
+
+
+def figures(run: Run) -> dict[str, float]:
+    """Of a finished run: accuracy in %, shares of the weights left in both passes, seconds in all and of a
+    step."""
+    summary, lines = finished_run(run)
     return {
         "accuracy": 100 * summary["test_accuracy"],
         "forward": last(lines, "forward_remaining", 1.0),

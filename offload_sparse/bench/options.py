@@ -68,11 +68,13 @@ class CellsConfig(BenchConfig):
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         seeds: runs of each kind; 0 takes as many as a record has, with ``quick`` 1.
         cache: folder of the runs, which are resumed there and never run twice; empty keeps none.
+        jobs: processes that train at a time, each on one thread.
     """
 
     data: str = ""
     seeds: int = 0
     cache: str = ""
+    jobs: int = 2
 
 
 @dataclass

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.bench.cells import BATCH, SETS, finished_run, last, options_on, spread
+from offload_sparse.bench.cells import BATCH, SETS, Run, finish, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import on_ranks, peak_resident, reset_peak
 from offload_sparse.bench.options import PretrainedConfig
@@ -73,27 +74,32 @@ def run(quick: bool, config: PretrainedConfig) -> BenchResult:
         dense = Cell(config, Path(config.cache or folder), quick)
         level = 100 * dense.figures()["accuracy"]
         ratios[f"pretrained.{config.set}.dense.accuracy"] = level
-        for rho in [0.5] if quick else config.rho:
-            for epochs in [1] if quick else config.epochs:
-                found = {}
-                for arm in (arm for arm in ARMS if arm in arms):
-                    cells = [
-                        Cell(config, dense.folder, quick, arm, rho, epochs, seed)
-                        for seed in range(config.seeds or (1 if quick else 2))
-                    ]
-                    found[arm] = [cell.figures(level / 100 - _BELOW / 100) for cell in cells]
-                for arm, runs in found.items():
-                    key = f"pretrained.{config.set}.rho{rho:g}.epochs{epochs}.{arm}"
-                    accuracies = [100 * figures["accuracy"] for figures in runs]
-                    costs = ("train_flops", "teacher_flops", "seconds")
-                    train, teacher, seconds = (fmean(figures[k] for figures in runs) for k in costs)
-                    ratios |= {f"{key}.accuracy": fmean(accuracies), f"{key}.spread": spread(accuracies)}
-                    raw[key] = runs
-                    steps = [str(figures["steps_to"] or "-") for figures in runs]
-                    numbers = [f"{fmean(accuracies):.2f}", f"{spread(accuracies):.2f}", " ".join(steps)]
-                    numbers += [f"{train / 1e9:.0f}", f"{teacher / 1e9:.0f}", f"{seconds:.0f}"]
-                    rows.append([rho, epochs, arm, *numbers])
-                ratios |= _won(f"pretrained.{config.set}.rho{rho:g}.epochs{epochs}", found)
+        settings = product([0.5] if quick else config.rho, [1] if quick else config.epochs)
+        seeds = range(config.seeds or (1 if quick else 2))
+        cells = {
+            setting: {
+                arm: [Cell(config, dense.folder, quick, arm, *setting, seed) for seed in seeds]
+                for arm in ARMS
+                if arm in arms
+            }
+            for setting in settings
+        }
+        finish([cell.run for of in cells.values() for arm in of.values() for cell in arm], config.jobs)
+        for (rho, epochs), of in cells.items():
+            reach = (level - _BELOW) / 100
+            found = {arm: [cell.figures(reach) for cell in of[arm]] for arm in of}
+            for arm, runs in found.items():
+                key = f"pretrained.{config.set}.rho{rho:g}.epochs{epochs}.{arm}"
+                accuracies = [100 * figures["accuracy"] for figures in runs]
+                costs = ("train_flops", "teacher_flops", "seconds")
+                train, teacher, seconds = (fmean(figures[k] for figures in runs) for k in costs)
+                ratios |= {f"{key}.accuracy": fmean(accuracies), f"{key}.spread": spread(accuracies)}
+                raw[key] = runs
+                steps = [str(figures["steps_to"] or "-") for figures in runs]
+                numbers = [f"{fmean(accuracies):.2f}", f"{spread(accuracies):.2f}", " ".join(steps)]
+                numbers += [f"{train / 1e9:.0f}", f"{teacher / 1e9:.0f}", f"{seconds:.0f}"]
+                rows.append([rho, epochs, arm, *numbers])
+            ratios |= _won(f"pretrained.{config.set}.rho{rho:g}.epochs{epochs}", found)
     return BenchResult(ratios, raw, _HEADER, rows)
 
 
@@ -134,6 +140,10 @@ class Cell:
         name = f"{self.arm}-rho{self.rho:g}-epochs{self.epochs}-seed{self.seed}"
         return self.folder / f"{self.config.set}-{length}-{name}{'-quick' if self.quick else ''}-{data}"
 
+    @property
+    def run(self) -> Run:
+        return Run(self.run_dir, self.options)
+
     def options(self) -> dict[str, Any]:
         """Of the run. Raises ValueError: there are no images."""
         options = options_on(self.config.set, self.config.data) | {"train.eval_every": 1}
@@ -151,7 +161,7 @@ class Cell:
     def figures(self, level: float = 1.0) -> dict[str, Any]:
         """Of the finished run, which is started, or resumed, if it is not there; ``steps_to`` counts to the
         accuracy ``level``, in [0, 1]."""
-        summary, lines = finished_run(self.run_dir, self.options)
+        summary, lines = finished_run(self.run)
         reached = [(line["step"], line["test_accuracy"]) for line in lines if "test_accuracy" in line]
         reached.append((summary["steps"], summary["test_accuracy"]))
         flops = last(lines, "train_flops")

@@ -1,7 +1,8 @@
 """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
 A cell is a run of ``offload-sparse train`` as a user would start it, on one thread, in a folder of its own
-under ``--cache``: cut short, it resumes from its checkpoints; finished, it is not run again. All have the
+under ``--cache``, two at a time (``--jobs``): cut short, it resumes from its checkpoints; finished, it is not
+run again. All have the
 same share of the dense FLOPs, and as many steps as give a row the same train FLOPs, probes included:
 
     even        one width everywhere, fixed from the start (method static)
@@ -27,7 +28,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from offload_sparse.bench.cells import BATCH, SETS, finished_run, last, options_on, spread
+from offload_sparse.bench.cells import BATCH, SETS, Run, finish, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
 from offload_sparse.engine.config import SEARCHED
@@ -77,12 +78,17 @@ def run(quick: bool, config: StudyConfig) -> BenchResult:
     steps = 40 if quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(config.seeds or (1 if quick else 3)):
-            for share in config.flops:
-                for name in (name for name in METHODS if name in methods):
-                    cell = Cell(config, name, share, seed, steps, Path(config.cache or folder))
-                    if cell.possible():
-                        found.setdefault((share, name), []).append(cell.figures())
+        cells = [
+            cell
+            for seed in range(config.seeds or (1 if quick else 3))
+            for share in config.flops
+            for name in (name for name in METHODS if name in methods)
+            if (cell := Cell(config, name, share, seed, steps, Path(config.cache or folder))).possible()
+        ]
+        finish([cell.before().run for cell in cells], config.jobs)
+        finish([cell.run for cell in cells], config.jobs)
+        for cell in cells:
+            found.setdefault((cell.flops, cell.name), []).append(cell.figures())
     ratios: dict[str, float] = {}
     rows = []
     for (share, name), runs in found.items():
@@ -134,12 +140,20 @@ class Cell:
             return len(self._members) > 1
         return self.name not in ("published", "taper") or self.name in WIDTHS.get(self.config.set, {})
 
+    @property
+    def run(self) -> Run:
+        return Run(self.run_dir, self.options)
+
+    def before(self) -> Cell:
+        """The cell that has to have finished before this one begins, or this one."""
+        return replace(self, name="probe") if self.name == "found" else self
+
     def options(self) -> dict[str, Any]:
         """Of the run; the widths of ``found`` are those that ``probe`` has left. Raises ValueError: there are
         no images."""
         widths = WIDTHS.get(self.config.set, {}).get(self.name, "")
         if self.name == "found":
-            widths = " ".join(map(str, replace(self, name="probe").figures()["widths"]))
+            widths = " ".join(map(str, self.before().figures()["widths"]))
         options = options_on(self.config.set, self.config.data) | _COMMON | METHODS[self.name]
         options |= {"static.widths": widths} if widths else {}
         options |= {"policy.budgets": self._members} if self.name == "family" else {}
@@ -152,7 +166,7 @@ class Cell:
 
     def figures(self) -> dict[str, Any]:
         """Of the finished run, which is started, or resumed, if it is not there."""
-        summary, lines = finished_run(self.run_dir, self.options)
+        summary, lines = finished_run(self.run)
         structure = json.loads((self.run_dir / "model" / "structure.json").read_text())
         member = summary.get("members", {}).get(f"{self.flops:g}", summary)
         part = self.flops / sum(self._members) if self.name == "family" else 1

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from offload_sparse.bench.cells import finished_run, spread
+from offload_sparse.bench.cells import Run, finish, finished_run, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import SyncBenchConfig
 
@@ -63,7 +63,7 @@ def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
     options |= {"train.max_steps": 40} if quick else {}
     options |= {"data.name": config.data, "data.splits": "[train, validation]"} if config.data else {}
     modes = config.modes or (["step", "round10"] if quick else list(MODES))
-    found: dict[str, list[float]] = {}
+    runs: dict[str, list[Run]] = {}
     with tempfile.TemporaryDirectory() as kept:
         for seed in range(seeds):
             for mode in modes:
@@ -73,8 +73,11 @@ def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
                 if mode == "alone":
                     given |= {key: given[key] // RANKS for key in ("data.limit", "data.batch_size")}
                     ranks = 1
-                summary, _ = finished_run(folder, partial(dict, given), ranks)
-                found.setdefault(mode, []).append(100 * summary["test_accuracy"])
+                runs.setdefault(mode, []).append(Run(folder, partial(dict, given), ranks))
+        finish([of[seed] for seed in range(seeds) for of in runs.values()], config.jobs)
+        found = {
+            mode: [100 * finished_run(run)[0]["test_accuracy"] for run in of] for mode, of in runs.items()
+        }
     ratios: dict[str, float] = {}
     rows: list[list[Any]] = []
     for mode, accuracy in found.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,25 +16,20 @@ from offload_sparse.bench.options import DFBSTBenchConfig
 def test_every_method_has_its_figures_from_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(command: list[str], **_: object) -> None:
-        options = dict(zip(command[4::2], command[5::2], strict=True))
-        method, seed = options["--method"], int(options["--train.seed"])
-        folder = Path(options["--run_dir"])
-        folder.mkdir()
+    def train(run: cells.Run) -> subprocess.Popen[bytes]:
+        options = run.options()
+        method, seed = options["method"], options["train.seed"]
+        run.folder.mkdir()
         step = 0.01 if method == "dense" else 0.02
         summary = {"test_accuracy": 0.9 + seed / 100, "seconds": 1.0, "step_seconds_median": step}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (run.folder / "summary.json").write_text(json.dumps(summary))
         left = {} if method == "dense" else {"forward_remaining": 0.1 + seed / 10, "backward_remaining": 0.5}
-        (folder / "metrics.jsonl").write_text("{}\n" + json.dumps(left) + "\n")
-        started.append(folder.name)
-        monkeypatch.setattr(Done, "returncode", 0)
-        return Done  # type: ignore[return-value]
-
-    class Done:
-        returncode = 1
+        (run.folder / "metrics.jsonl").write_text("{}\n" + json.dumps(left) + "\n")
+        started.append(run.folder.name)
+        return subprocess.Popen([sys.executable, "-c", ""])
 
     started: list[str] = []
-    monkeypatch.setattr(cells.subprocess, "run", train)
+    monkeypatch.setattr(cells.Run, "start", train)
     config = DFBSTBenchConfig(seeds=2, cache=str(tmp_path))
     result = dfbst.run(False, config)
     assert len(started) == len(set(started)) == 12

@@ -33,7 +33,7 @@ def test_finished_cells_are_compared_with_the_best_cut(
     for number, arm in enumerate(ARMS):
         for seed in range(2):
             finished(cell(config, tmp_path, arm, seed).run_dir, 0.8 + 0.01 * number + 0.02 * seed)
-    monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda *_, **__: pytest.fail("run again"))
     monkeypatch.setattr(pretrained, "loading", lambda quick: {"pretrained.read": 1.0})
     result = pretrained.run(False, config)
     key = "pretrained.resnet20.rho0.5.epochs3"

@@ -36,7 +36,7 @@ def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
     for name in alone:
         for seed in range(2):
             finished(Cell(config, name, 0.0169, seed, steps, tmp_path).run_dir, 0.8 + 0.02 * seed)
-    monkeypatch.setattr(cells.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda *_, **__: pytest.fail("run again"))
     result = study.run(False, config)
     for name in alone:
         key = f"study.vgg19.flops0.0169.{name}"

@@ -1,0 +1,98 @@
+"""Runs of a bench: so many at a time, none twice, and none that goes on when the bench has ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from offload_sparse.bench.cells import Run, finish
+from offload_sparse.run.errors import RunError
+
+pytestmark = pytest.mark.timeout(60)
+
+_WAIT = """
+import pathlib, signal, sys, time
+mine, others = pathlib.Path(sys.argv[1]), [pathlib.Path(p) for p in sys.argv[2:]]
+def saved(*_):
+    (mine / "saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, saved)
+(mine / "begun").touch()
+while not all((other / "begun").exists() for other in others):
+    time.sleep(0.01)
+"""
+_DONE = '(mine / "summary.json").touch()'
+_FOREVER = "time.sleep(600)"
+
+
+@dataclass(frozen=True)
+class Scripted(Run):
+    """A script in place of a training run: it waits until ``others`` have begun, and does ``then``."""
+
+    others: Sequence[Path] = ()
+    then: str = _DONE
+    alive: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.folder.mkdir()
+        command = [sys.executable, "-c", _WAIT + self.then, str(self.folder), *map(str, self.others)]
+        process = subprocess.Popen(command)
+        self.alive[:] = [*(process for process in self.alive if process.poll() is None), process]
+        (self.folder / "at_once").write_text(str(len(self.alive)))
+        return process
+
+
+def test_two_run_at_a_time_and_no_more(tmp_path: Path) -> None:
+    """Neither of the first two ends before the other one has begun."""
+    folders, alive = [tmp_path / name for name in "abcd"], list[subprocess.Popen[bytes]]()
+    pairs = {0: folders[1:2], 1: folders[:1]}
+    finish([Scripted(f, dict, 1, pairs.get(i, ()), _DONE, alive) for i, f in enumerate(folders)], jobs=2)
+    assert max(int((folder / "at_once").read_text()) for folder in folders) == 2
+    assert all((folder / "summary.json").exists() for folder in folders)
+
+
+def test_a_run_of_two_ranks_counts_twice_and_one_that_is_larger_than_jobs_runs_alone(tmp_path: Path) -> None:
+    alive: list[subprocess.Popen[bytes]] = []
+    finish([Scripted(tmp_path / name, dict, 2, (), _DONE, alive) for name in "ab"], jobs=3)
+    finish([Scripted(tmp_path / name, dict, 2, (), _DONE, alive) for name in "cd"], jobs=1)
+    assert {(tmp_path / name / "at_once").read_text() for name in "abcd"} == {"1"}
+
+
+def test_a_finished_run_and_a_run_that_is_named_twice_are_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [Scripted(tmp_path / "a", dict)] * 2
+    finish(runs)  # whose folder could not be made a second time
+    finish(runs)
+    assert capsys.readouterr().err == "run 1 of 1: a\n"
+
+
+def test_when_one_fails_the_others_save_and_end(tmp_path: Path) -> None:
+    lives = Scripted(tmp_path / "lives", dict, 1, (), _FOREVER)
+    fails = Scripted(tmp_path / "fails", dict, 1, [tmp_path / "lives"], "sys.exit(3)")
+    with pytest.raises(RunError, match="fails has not finished; the same command resumes it"):
+        finish([lives, fails, Scripted(tmp_path / "later", dict)], jobs=2)
+    assert (tmp_path / "lives" / "saved").exists()
+    assert not (tmp_path / "later").exists()
+
+
+def test_a_signal_to_the_bench_ends_its_runs(tmp_path: Path) -> None:
+    lives = Scripted(tmp_path / "lives", dict, 1, (), _FOREVER)
+    signals = f"import os; os.kill({os.getpid()}, signal.SIGTERM); {_FOREVER}"
+    with pytest.raises(RunError, match="SIGTERM; the same command goes on"):
+        finish([lives, Scripted(tmp_path / "b", dict, 1, [tmp_path / "lives"], signals)], jobs=2)
+    assert all((tmp_path / name / "saved").exists() for name in ("lives", "b"))
+
+
+def test_how_far_a_run_is(tmp_path: Path) -> None:
+    run = Run(tmp_path, dict)
+    assert run.epoch() == 0
+    for text, epoch in (("", 0), ('{"epoch": 1.5}\n', 1.5), ('{"epoch": 1.5}\n{"epo', 0)):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert run.epoch() == epoch
