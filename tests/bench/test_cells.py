@@ -57,16 +57,14 @@ def test_two_run_at_a_time_and_no_more(tmp_path: Path) -> None:
     assert all((folder / "summary.json").exists() for folder in folders)
 
 
-def test_a_run_of_two_ranks_counts_twice_and_one_that_is_larger_than_jobs_runs_alone(tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_counts_twice_or_runs_alone(tmp_path: Path) -> None:
     alive: list[subprocess.Popen[bytes]] = []
     finish([Scripted(tmp_path / name, dict, 2, (), _DONE, alive) for name in "ab"], jobs=3)
     finish([Scripted(tmp_path / name, dict, 2, (), _DONE, alive) for name in "cd"], jobs=1)
     assert {(tmp_path / name / "at_once").read_text() for name in "abcd"} == {"1"}
 
 
-def test_a_finished_run_and_a_run_that_is_named_twice_are_not_run_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [Scripted(tmp_path / "a", dict)] * 2
     finish(runs)  # whose folder could not be made a second time
     finish(runs)
