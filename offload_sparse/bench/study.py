@@ -9,7 +9,7 @@ same share of the dense FLOPs, and as many steps as give a row the same train FL
     published   widths from a paper, scaled (VGG-19 only)
     taper       by hand: late layers narrower (VGG-19 only)
     none        one even mask of the full network's initial values
-    probe       the default search: widths that probes move, in cycles, in the first quarter of the steps
+    probe       the default search: widths that probes move, in cycles (in the first quarter of a short run)
     family      one run with a member for each of ``--flops``, of the train FLOPs of ``even`` at all of them
     found       fixed from the start, with the widths that ``probe`` ended with
     persistent  masks that persist and a keep rate per group, frozen after a twentieth of the steps
@@ -31,7 +31,7 @@ from typing import Any
 from offload_sparse.bench.cells import BATCH, SETS, Run, finish, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.engine.config import SEARCHED
+from offload_sparse.engine.config import SEARCHED, RoundConfig
 from offload_sparse.policy.width_search import cycles_and_pairs
 
 _COMMON = {"optim.lr": 0.1, "policy.budget": "flops", "train.eval_every": 0}
@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "published": {"method": "static"},
     "taper": {"method": "static"},
     "none": {"policy.search": "none"},
-    "probe": {"policy.search": "probe", "round.freeze_at": SEARCHED["probe"]},
+    "probe": {"policy.search": "probe"},
     "family": {"policy.search": "none"},
     "found": {"method": "static"},
     "persistent": {"policy.search": "sampled", "policy.hard_cap": 2},
@@ -157,6 +157,8 @@ class Cell:
         options = options_on(self.config.set, self.config.data) | _COMMON | METHODS[self.name]
         options |= {"static.widths": widths} if widths else {}
         options |= {"policy.budgets": self._members} if self.name == "family" else {}
+        share = round(searched(self.steps) / self.steps, 3)
+        options |= {"round.freeze_at": share} if self.name == "probe" else {}
         return options | {
             "policy.rho": self._members[0] if self.name == "family" else self.flops,
             "train.seed": self.seed,
@@ -182,6 +184,11 @@ class Cell:
         }
 
 
+def searched(steps: int) -> int:
+    """Of a run of so many steps those in which ``probe`` searches: those of the default, or a quarter."""
+    return RoundConfig().freeze_step("probe", steps) or round(SEARCHED["probe"] * steps)
+
+
 def equal_steps(name: str, steps: int, groups: int, members: Sequence[float] = ()) -> int:
     """Steps that take the train FLOPs of so many steps of ``even``: a forward and a backward pass each.
 
@@ -191,7 +198,7 @@ def equal_steps(name: str, steps: int, groups: int, members: Sequence[float] = (
         trained = members[0] + members[-1] + (fmean(members[1:-1]) if len(members) > 2 else 0)
         return round(steps * sum(members) / trained)
     if name == "probe":
-        cycles, pairs = cycles_and_pairs(groups, round(SEARCHED["probe"] * steps), steps)
+        cycles, pairs = cycles_and_pairs(groups, searched(steps), steps)
         return round(steps - 2 * cycles * pairs / 3)
     learned = {"sampled": 0.8, "algorithm1": 0.8, "persistent": 0.05}.get(name, 0.0)
     return round(steps * 3 / (3 + learned))

@@ -17,6 +17,9 @@ Subnets = Literal["shared", "references", "per_rank", "partition"]
 SEARCHED: dict[SearchName, float] = {"probe": 0.25, "forward": 0.2, "sampled": 0.05}
 """Share of the steps in which each search looks for the structure; the rest trains what it has found."""
 
+SHORTEST_SEARCH = 0.1
+"""Of ``probe``."""
+
 
 @dataclass
 class RoundConfig:
@@ -43,9 +46,10 @@ class RoundConfig:
             Douillard et al. 2023, whose values are [0.7, 0.9]). [1, 0] is the plain average. Momentum takes
             one more slot per weight in the store.
         freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
-            (the short fine-tune of the paper). 1 chooses it after the last step. ``auto`` is .25 for
-            ``policy.search`` ``probe`` (0 where that is less than two cycles of 800 steps: so short a search
-            has gained nothing), .2 for ``forward`` and .05 for ``sampled``.
+            (the short fine-tune of the paper). 1 chooses it after the last step. ``auto`` is .2 for
+            ``policy.search`` ``forward``, .05 for ``sampled``, and .25 for ``probe``, but no more than 6,400
+            steps or .1, and 0 where it is less than two cycles of 800 steps: so short a search has gained
+            nothing.
         prefetch: draw the masks of a round while the one before is trained, so that their weights can be
             fetched meanwhile. Their s is then one round old.
         transfer: what crosses the bus between two rounds. ``full`` takes all of a subnet back and fetches all
@@ -111,10 +115,12 @@ class RoundConfig:
 
     def freeze_step(self, search: SearchName, total_steps: int) -> int:
         """Optimizer steps in which ``policy.search`` looks for the structure: with ``auto`` none where
-        ``probe`` has no time for two cycles."""
+        ``probe`` has no time for two cycles, and no more than it needs."""
         steps = round(self.searched(search) * total_steps)
-        short = search == "probe" and self.freeze_at == "auto" and steps < 2 * PolicyConfig.cycle_steps
-        return 0 if short else steps
+        if search != "probe" or self.freeze_at != "auto":
+            return steps
+        enough = max(PolicyConfig.search_steps, round(SHORTEST_SEARCH * total_steps))
+        return 0 if steps < 2 * PolicyConfig.cycle_steps else min(steps, enough)
 
     @property
     def delta(self) -> bool:
@@ -159,7 +165,8 @@ class OptimConfig:
         momentum: momentum of ``sgd``.
         weight_decay: decay of every weight that takes part in a step.
         label_smoothing: label smoothing of the cross entropy, in [0, 1).
-        warmup_epochs: epochs of linear warm-up (fractions allowed).
+        warmup_epochs: epochs of linear warm-up (fractions allowed), in every cycle of a search, of which it
+            takes a fifth at most.
         schedule: learning rate after the warm-up; ``step`` divides it by ten at each of ``milestones``.
         milestones: epochs at which ``step`` lowers the learning rate.
         clip_norm: largest norm of the gradient of the subnet; 0 clips nothing.
@@ -206,9 +213,6 @@ class FinalConfig:
 
     def __post_init__(self) -> None:
         require(self.candidates >= 0, f"final.candidates is {self.candidates}; give 0 or more")
-
-
-SHORTEST_SEARCH = 0.1
 
 
 def check_combination(policy: PolicyConfig, rounds: RoundConfig) -> None:

@@ -75,6 +75,10 @@ class PolicyConfig:
     """Fewest steps of a cycle of ``probe`` where there are several: a network that has not settled says what
     trains soonest. Cycles of 877 steps found VGG-19's widths, those of 329 bad ones for ResNet-20."""
 
+    search_steps: ClassVar[int] = 6400
+    """Steps of ``probe`` that are enough: its four cycles have 1,600 each. What is left trains what was
+    found."""
+
     least_steps: ClassVar[int] = 150
     """Fewest steps of the only cycle of a short run. In the quickstart channels were worth less than nothing
     after 93 steps, and something in all layers after 187."""

@@ -6,11 +6,18 @@ import math
 
 from offload_sparse.engine.config import OptimConfig
 
+WARMUP_SHARE = 0.2
+"""Most of a cycle that is warm-up: the widths move where the rate has come down, which takes time."""
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
+
+def learning_rate(
+    config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int, cycle: bool = False
+) -> float:
     """Linear warm-up to ``config.lr``, then a cosine to zero at ``total_steps``, a constant, or steps down;
-    after ``step`` optimizer steps."""
+    after ``step`` optimizer steps of a run, or of one ``cycle`` of its search."""
     warmup = config.warmup_epochs * steps_per_epoch
+    if cycle:
+        warmup = min(warmup, WARMUP_SHARE * total_steps)
     if step < warmup:
         return config.lr * (step + 1) / max(1.0, warmup)
     if config.schedule == "constant":

@@ -8,7 +8,7 @@ import pytest
 
 from offload_sparse.config.parse import RUN_OPTIONS
 from offload_sparse.config.run import resolve
-from offload_sparse.engine.config import SEARCHED
+from offload_sparse.engine.config import SEARCHED, RoundConfig
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.resume import differences, run_values
 
@@ -45,6 +45,15 @@ def test_the_end_of_the_search_goes_with_it_and_is_written_down(search: Any) -> 
     assert (config.round.freeze_at == "auto") == (search == "probe"), "which depends on the steps of the run"
     given = resolve(RUN_OPTIONS.parse(["--policy.search", search, "--round.freeze_at", "0.5"]), "cpu")
     assert given.round.freeze_at == 0.5
+
+
+@pytest.mark.parametrize(
+    ("total", "steps"),
+    [(6_000, 0), (6_400, 1_600), (14_040, 3_510), (25_600, 6_400), (56_160, 6_400), (500_000, 50_000)],
+)
+def test_a_probe_has_a_quarter_of_a_short_run_and_a_tenth_of_a_long_one(total: int, steps: int) -> None:
+    assert RoundConfig().freeze_step("probe", total) == steps
+    assert RoundConfig(freeze_at=0.25).freeze_step("probe", total) == total // 4
 
 
 def test_a_run_that_is_made_longer_is_the_same_run() -> None:

@@ -23,6 +23,15 @@ def test_warm_up_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero() -> No
     assert all(a > b for a, b in itertools.pairwise(found[20:]))
 
 
+def test_a_cycle_of_a_search_is_not_all_warm_up() -> None:
+    """A probe compares networks whose rate has come down, however long the warm-up of the run is."""
+    for warmup, takes in ((0.5, 5), (2.0, 20), (50.0, 20)):
+        config = OptimConfig(lr=0.2, warmup_epochs=warmup)
+        found = [learning_rate(config, step, 100, 10, cycle=True) for step in range(100)]
+        assert found.index(max(found)) == takes - 1
+        assert found[-1] < 0.001
+
+
 def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
     assert set(rates(OptimConfig(lr=0.2, schedule="constant"))) == {0.2}
 
