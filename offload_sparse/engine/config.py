@@ -166,7 +166,7 @@ class OptimConfig:
         weight_decay: decay of every weight that takes part in a step.
         label_smoothing: label smoothing of the cross entropy, in [0, 1).
         warmup_epochs: epochs of linear warm-up (fractions allowed), in every cycle of a search, of which it
-            takes a fifth at most.
+            takes a quarter at most.
         schedule: learning rate after the warm-up; ``step`` divides it by ten at each of ``milestones``.
         milestones: epochs at which ``step`` lowers the learning rate.
         clip_norm: largest norm of the gradient of the subnet; 0 clips nothing.

@@ -6,7 +6,7 @@ import math
 
 from offload_sparse.engine.config import OptimConfig
 
-WARMUP_SHARE = 0.2
+WARMUP_SHARE = 0.25
 """Most of a cycle that is warm-up: the widths move where the rate has come down, which takes time."""
 
 
