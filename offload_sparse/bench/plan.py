@@ -175,8 +175,8 @@ def build_session(config: RunConfig) -> SparseOffload:
     data, arguments = config.data, config.model.arguments
     factory = partial(build_model, config.model.name, CLASSES, 3, data.image_size, **arguments)
     shape, rho, setup = (3, data.image_size, data.image_size), config.policy.rho, Setup()
-    steps = ROUNDS * STEPS
-    return session_of(factory, shape, rho, config.round, config.optim, total_steps=steps, setup=setup)
+    more = {"total_steps": ROUNDS * STEPS, "policy": config.policy, "setup": setup}
+    return session_of(factory, shape, rho, config.round, config.optim, **more)
 
 
 def train(config: RunConfig, session: SparseOffload) -> None:

@@ -77,6 +77,10 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
         require(self.log_every >= 1, f"train.log_every is {self.log_every}; give at least 1")
 
+    def steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps or self.epochs * steps_per_epoch
+
     @property
     def dtype(self) -> Literal["float32", "float64"]:
         """Type of weights, optimizer slots and gradients."""

@@ -202,15 +202,14 @@ class SparseOffload(Rounds):
         if chosen.start != "uniform":
             known = Importance.of_store(chosen.start, self.store, self.meta_model, seed)
         masks = build_policy(chosen, channel_map.groups, seed, cost, freeze_step, total_steps, known)
-        stays = masks.trivial or chosen.search == "none"  # no round's masks are others than the last one's
         transfers = Transfers(
             self.store,
             self.meta_model,
             weights_optimizer,
             self.device,
             masks.size_cap + own_entries(channel_map),
-            pairs=1 if stays else rounds.pairs,
-            overlap=not stays and rounds.overlaps(self.device.type == "cuda"),
+            pairs=1 if masks.stays else rounds.pairs,
+            overlap=not masks.stays and rounds.overlaps(self.device.type == "cuda"),
         )
         if setup.compile:
             transfers.compile()

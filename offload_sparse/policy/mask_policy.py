@@ -112,6 +112,11 @@ class MaskPolicy:
         return self.config.rho == 1
 
     @property
+    def stays(self) -> bool:
+        """Whether the masks of all rounds are the same."""
+        return self.trivial
+
+    @property
     def frozen(self) -> bool:
         """Whether s is learned no more."""
         return self._frozen

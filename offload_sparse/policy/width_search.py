@@ -107,6 +107,11 @@ class WidthSearch:
         return self.mask.to(torch.float64)
 
     @property
+    def stays(self) -> bool:
+        """Whether the masks of all rounds are the same: there is no cycle."""
+        return not self.boundaries
+
+    @property
     def cap(self) -> int:
         return self.num_atoms
 
@@ -244,7 +249,7 @@ class WidthSearch:
         """Parameters of the first mask, or of the largest member, with room for moves, within the whole
         network."""
         first = max(map(self._costs.parameters, (self.mask, self.family()[-1])))
-        if self.trivial or not self.boundaries:
+        if self.stays:
             return first
         room = 1.05 if self.config.budget == "params" else self.config.hard_cap**4
         return min(self._costs.dense_parameters, int(room * first))

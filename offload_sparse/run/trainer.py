@@ -123,7 +123,7 @@ class Run:
         held_out = self.splits.validation
         self.watch_loader = self._loader(EvalLoader, held_out) if held_out else self.test_loader
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.total_steps = config.train.steps(self.steps_per_epoch)
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.device = self.accelerator.device
         self.image_shape = (self.channels, *self.splits.image_shape)

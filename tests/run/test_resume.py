@@ -117,8 +117,7 @@ def test_a_run_that_died_resumes_from_its_last_checkpoint(
     more = ["--checkpoint.every", "4"]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "train_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(images, tmp_path / "parts", *more)
+        assert train(images, tmp_path / "parts", *more) == 130
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # half a line
     assert train(images, tmp_path / "parts") == 0
@@ -136,8 +135,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "epoch_metrics", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(images, tmp_path / "parts")
+        assert train(images, tmp_path / "parts") == 130
     assert metrics(tmp_path / "parts")
     assert train(images, tmp_path / "parts") == 0
     assert_same_run(tmp_path / "straight", tmp_path / "parts")

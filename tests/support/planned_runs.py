@@ -53,6 +53,12 @@ CASES = {
         case("timm/resnet10t", 16, 16, 0.1, ADAMW, channels=[8, 16, 16, 32], stem_width=16),
         policy=PolicyConfig(rho=0.1, budgets=[0.1, 0.2, 0.4], search="none"),
     ),
+    "short": replace(
+        SMALL,
+        policy=PolicyConfig(rho=0.25, search="probe"),
+        round=RoundConfig(k=2),
+        train=replace(SMALL.train, max_steps=ROUNDS * STEPS),
+    ),
     "depthwise": case("timm/mobilenetv1_100", 32, 16, 0.5, ADAMW),
 }
 

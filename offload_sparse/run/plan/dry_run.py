@@ -53,7 +53,7 @@ def dry_run(
     channel_map, cost = structure.channel_map, structure.cost
     full = channel_map.full_mask()
     per_epoch = steps_per_epoch(data.train_images, config.data.batch_size)
-    steps = config.train.max_steps or config.train.epochs * per_epoch
+    steps = config.train.steps(per_epoch)
     dense, parameters = cost.flops(full), cost.parameters(full)
     kept_parameters, kept_flops = _kept(config, structure)
     run = passes(config, kept_flops, steps, len(channel_map.groups), _family_flops(config, structure))

@@ -49,6 +49,7 @@ class FirstRounds:
         cost: CostModel,
         names: Mapping[str, tuple[str, ...]],
         rounds: int,
+        total_steps: int,
         ranks: int = 1,
     ) -> None:
         self._names = names
@@ -58,18 +59,18 @@ class FirstRounds:
             kind: _entries(channel_map.shapes, tensors) + gaps[kind] for kind, tensors in names.items()
         }
         chosen = config.policy.resolved(config.compile)
-        # Steps do not matter for the first rounds: a search begins with even widths, and room for others.
-        policy = build_policy(chosen, channel_map.groups, config.train.seed, cost, 1 << 20, 1 << 21)
+        # A search for widths begins with even ones, and with room for others where it has time to move them.
+        search = config.round.freeze_step(chosen.search, total_steps), total_steps
+        policy = build_policy(chosen, channel_map.groups, config.train.seed, cost, *search)
         self.capacity = policy.size_cap + own_entries(channel_map) + gaps[WEIGHTS]
         self.family = policy.family() if isinstance(policy, WidthSearch) else []
-        stays = policy.trivial or chosen.search == "none"
-        self._pairs, self._delta = 1 if stays else config.round.pairs, config.round.delta
+        self._pairs, self._delta = 1 if policy.stays else config.round.pairs, config.round.delta
         trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
         turns = config.round.reference == "turns" and config.round.k > 1
         self._outer = (WEIGHTS,) if config.round.outer_momentum else ()
         self.own_subnets = config.round.own_subnets and ranks > 1
         self.rounds: list[tuple[Side, ...]] = []
-        for number in range(1 if stays else rounds):
+        for number in range(1 if policy.stays else rounds):
             masks = self.family[-1:] * 2 or policy.sample(number)  # members train together, by the largest
             first, second = (Selection(channel_map, mask) for mask in masks)
             sides: tuple[Side, ...] = (Side(first, trained, True),)

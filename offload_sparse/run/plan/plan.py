@@ -39,6 +39,7 @@ from offload_sparse.store.direct_files import WINDOW
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
 from offload_sparse.workloads.data.loader import DeclaredData
+from offload_sparse.workloads.data.order import steps_per_epoch
 
 PLANNED = ("dense", "static", "sparse_offload")
 """Methods whose memory is known beforehand."""
@@ -149,7 +150,10 @@ class Planner:
         return Memory(0, 0, built, 0, held, held, activations, on_host, process_bytes())
 
     def first_rounds(self, rounds: int, ranks: int = 1) -> FirstRounds:
-        return FirstRounds(self.config, self.channel_map, self.structure.cost, self._names, rounds, ranks)
+        images, batch = self.data.train_images, self.config.data.batch_size
+        steps = self.config.train.steps(steps_per_epoch(images, batch))
+        given = self.config, self.channel_map, self.structure.cost, self._names
+        return FirstRounds(*given, rounds, steps, ranks)
 
     def store_bytes(self, ranks: int) -> int:
         """Bytes of the largest share of weights, slots and statistics that a rank holds."""

@@ -48,7 +48,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair", "local", "family"])
+@pytest.mark.parametrize("name", ["vgg", "mlp", "every_step", "one_pair", "local", "family", "short"])
 def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None:
     """Entries of every array of both pairs, and of those how many are written."""
     config = CASES[name]
@@ -70,6 +70,13 @@ def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None
     )
     assert first.reserved == sum(m.numel() for m in memory) + session.transfers._reduce_memory.numel()
     assert first.touched == sum(written.values()) + gradients + TAIL
+
+
+def test_only_a_run_with_time_for_a_search_has_room_for_other_widths() -> None:
+    """And for the subnet of the next round beside that of the open one."""
+    short, long = (replace(CASES["short"].train, max_steps=steps) for steps in (6_000, 60_000))
+    held = [planner_of(replace(CASES["short"], train=t)).first_rounds(2).reserved for t in (short, long)]
+    assert held[1] > 3 * held[0]
 
 
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
