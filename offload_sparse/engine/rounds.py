@@ -253,8 +253,6 @@ class Rounds(Requests):
         if first_step < self.compare_until:  # two masks tell more of s than many batches of the same two
             length = min(max(1, length // ROUNDS_OF_PAIRS), self.compare_until - first_step)
         length = min(length, self.freeze_step - first_step)
-        if not isinstance(self._policy, WidthSearch):
-            return length
         return next((n for n in range(1, length) if self._cycle_ends(first_step + n)), length)
 
     def _exchange(self) -> SubnetPair:
@@ -479,10 +477,11 @@ class Rounds(Requests):
         """Draw masks from p(m|s), keep the best by training loss (Zhou et al. 2021, final sampling)."""
         assert self.pair is None, "the subnets are in use"
         candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
-        self.forward_flops += len(self._recent) * sum(self.cost.flops(mask) for mask in candidates)
+        compared = candidates if len(candidates) > 1 else []
+        self.forward_flops += len(self._recent) * sum(map(self.cost.flops, compared))
         recent = list(chain.from_iterable(self._recent))
         among = recent, self.channel_map, self.transfers, self.forward, self.ranks
-        losses = losses_of(candidates, *among) if len(candidates) > 1 else torch.zeros(1)
+        losses = losses_of(compared, *among) if compared else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.policy.freeze()
         self.next_masks = None

@@ -40,7 +40,8 @@ class FirstRounds:
     each of several ``ranks`` may have a subnet of its own.
 
     Attributes:
-        family: bool[C] of the masks of a family, or of the one that a search for widths starts with."""
+        family: bool[C] of the masks of a family, or of the one that a search for widths starts with.
+        stays: whether the masks of all rounds are the same."""
 
     def __init__(
         self,
@@ -64,13 +65,14 @@ class FirstRounds:
         policy = build_policy(chosen, channel_map.groups, config.train.seed, cost, *search)
         self.capacity = policy.size_cap + own_entries(channel_map) + gaps[WEIGHTS]
         self.family = policy.family() if isinstance(policy, WidthSearch) else []
-        self._pairs, self._delta = 1 if policy.stays else config.round.pairs, config.round.delta
+        self.stays = policy.stays
+        self._pairs, self._delta = 1 if self.stays else config.round.pairs, config.round.delta
         trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
         turns = config.round.reference == "turns" and config.round.k > 1
         self._outer = (WEIGHTS,) if config.round.outer_momentum else ()
         self.own_subnets = config.round.own_subnets and ranks > 1
         self.rounds: list[tuple[Side, ...]] = []
-        for number in range(1 if policy.stays else rounds):
+        for number in range(1 if self.stays else rounds):
             masks = self.family[-1:] * 2 or policy.sample(number)  # members train together, by the largest
             first, second = (Selection(channel_map, mask) for mask in masks)
             sides: tuple[Side, ...] = (Side(first, trained, True),)

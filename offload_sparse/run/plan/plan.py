@@ -179,16 +179,15 @@ class Planner:
         config = self.config
         images = self._images(machine)
         batch = self._batch_bytes(images)
-        # The session keeps the last batches to choose the final mask by; the newest is among them.
-        learns = config.policy.rho < 1
-        kept = max(1, FinalConfig.selection_batches) if learns else 1
+        # The session keeps the last batches for the final mask and its statistics; the newest is among them.
+        kept = max(1, FinalConfig.selection_batches)
         largest = max(first.rounds, key=lambda sides: max(first.entries(s, WEIGHTS) for s in sides))
         passes = self._passes(first, largest, images)
         cuda = machine.device is not None
         moved = 2 * self._part_bytes(first, WIRE) if machine.ranks > 1 else 0  # one on its way, one packed
         moved += self._part_bytes(first, STAGE) if cuda else 0
         averaged = 0 if cuda else self._averaged(first, machine)
-        overlaps = config.round.overlaps(cuda) and learns
+        overlaps = config.round.overlaps(cuda) and not first.stays
         return kept * batch + max(averaged, passes + moved if overlaps else max(passes, moved))
 
     def traffic(self, machine: Machine, rounds: int = ROUNDS) -> tuple[float, float]:
