@@ -172,11 +172,14 @@ def tiny(config: RunConfig) -> RunConfig:
 
 
 def build_session(config: RunConfig) -> SparseOffload:
-    data, arguments = config.data, config.model.arguments
+    """A session of ``ROUNDS`` rounds."""
+    data, arguments, policy = config.data, config.model.arguments, config.policy
     factory = partial(build_model, config.model.name, CLASSES, 3, data.image_size, **arguments)
-    shape, rho, setup = (3, data.image_size, data.image_size), config.policy.rho, Setup()
-    more = {"total_steps": ROUNDS * STEPS, "policy": config.policy, "setup": setup}
-    return session_of(factory, shape, rho, config.round, config.optim, **more)
+    setup = Setup(residual=config.model.residual, members=max(0, len(policy.budgets) - 1))
+    more = {"total_steps": ROUNDS * STEPS, "policy": policy, "setup": setup, "seed": config.train.seed}
+    return session_of(
+        factory, (3, data.image_size, data.image_size), policy.rho, config.round, config.optim, **more
+    )
 
 
 def train(config: RunConfig, session: SparseOffload) -> None:

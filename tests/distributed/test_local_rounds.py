@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from offload_sparse.bench.plan import build_session
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig, Subnets, Transfer
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.forward import Closure
@@ -31,7 +32,7 @@ from tests.engine.reference import LocalTrainer
 from tests.support.channel_maps import small_map
 from tests.support.constants import configured
 from tests.support.planned_runs import CASES as PLANNED
-from tests.support.planned_runs import build_session, train
+from tests.support.planned_runs import train
 from tests.support.ranks import run_ranks
 from tests.support.sessions import (
     OPTIM,

@@ -5,40 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_sparse.bench.plan import CLASSES, ROUNDS, STEPS, case
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.optimizer import optimizer_factory
-from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.workloads.config import DataConfig, ModelConfig
-from offload_sparse.workloads.models import build_model
-
-ROUNDS, STEPS, CLASSES = 2, 2, 10
-
-
-def case(
-    name: str, size: int, batch: int, rho: float, optimizer: OptimConfig | None = None, **arguments: Any
-) -> RunConfig:
-    """A run on random images."""
-    return RunConfig(
-        model=ModelConfig(name, arguments=arguments),
-        data=DataConfig(
-            "random",
-            batch_size=batch,
-            image_size=size,
-            declared={"num_classes": CLASSES, "channels": 3, "train_images": 10_000},
-        ),
-        policy=PolicyConfig.paper(rho=rho),
-        round=RoundConfig(k=STEPS, freeze_at=1),
-        optim=optimizer or OptimConfig(lr=0.01),
-    )
-
 
 SMALL = case("offload_sparse/vgg_small", 16, 64, 0.25, width=2.0)
 ADAMW = OptimConfig("adamw", lr=1e-3)
@@ -61,21 +37,6 @@ CASES = {
     ),
     "depthwise": case("timm/mobilenetv1_100", 32, 16, 0.5, ADAMW),
 }
-
-
-def build_session(config: RunConfig) -> SparseOffload:
-    """A session of ``ROUNDS`` rounds."""
-    data = config.data
-    return SparseOffload(
-        partial(build_model, config.model.name, CLASSES, 3, data.image_size, **config.model.arguments),
-        (torch.empty(1, 3, data.image_size, data.image_size, device="meta"),),
-        optimizer_factory(config.optim),
-        total_steps=ROUNDS * STEPS,
-        policy=config.policy,
-        rounds=config.round,
-        setup=Setup(residual=config.model.residual, members=max(0, len(config.policy.budgets) - 1)),
-        seed=config.train.seed,
-    )
 
 
 def train(session: SparseOffload, config: RunConfig, after_step: Callable[[], object]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from offload_sparse.bench.plan import build_session, case
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
@@ -23,7 +24,7 @@ from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.weight_store import WEIGHTS, Ranks, WeightStore
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import declared_data
-from tests.support.planned_runs import CASES, SMALL, build_session, case, train
+from tests.support.planned_runs import CASES, SMALL, train
 
 LARGE = Machine(1, 1, 1 << 50, None)
 
