@@ -12,6 +12,7 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
@@ -87,6 +88,15 @@ class CostModel:
             for n in names
         ]
         flops = flops_by_module(model, example_inputs)
+        self._rows = torch.tensor([row[0] if row else -1 for row in own], dtype=torch.int64)
+        made = _outputs_per_row(model, flops)
+        rows = [
+            1 if r >= 0 else channel_map.shapes[n][0] if n in made else 0
+            for n, r in zip(names, self._rows, strict=True)
+        ]
+        self._per_row = torch.tensor(
+            [n * made.get(name, 0.0) for n, name in zip(rows, names, strict=True)]
+        ).double()
         per_entry = _flops_per_entry(model, channel_map, flops)
         self._entries = torch.tensor(free, dtype=torch.int64)
         ratios = [per_entry.get(n, Fraction(0)) for n in names]
@@ -106,6 +116,12 @@ class CostModel:
         """Parameters of the subnetwork of ``mask`` (bool[C])."""
         return int((self._entries * self._kept_products(mask)).sum())
 
+    def outputs(self, mask: Tensor) -> float:
+        """Numbers that the convolutions and linear layers of the subnetwork put out (those of torch's
+        ``MultiheadAttention`` aside), for the batch of ``example_inputs``: what a training step holds for its
+        backward pass goes with them."""
+        return float((self._per_row * torch.from_numpy(self._kept(mask))[self._rows]).sum())
+
     def expected_flops(self, s: Tensor) -> Tensor:
         """Expected forward FLOPs by the keep probabilities s, float64[C], of independent atoms: a scalar that
         is differentiable in s. A tensor that has the same atoms in two dimensions is counted by the product
@@ -124,8 +140,12 @@ class CostModel:
 
     def _kept_products(self, mask: Tensor) -> Tensor:
         """int64[tensors]: product of the kept positions over the dimensions that can shrink."""
+        return torch.from_numpy(self._kept(mask)[self._dims.numpy()].prod(1))
+
+    def _kept(self, mask: Tensor) -> NDArray[np.int64]:
+        """Kept positions of every axis; behind them a 1, for dimensions that never shrink."""
         _, counts = self._distinct.kept(self._channel_map.alive(mask))
-        return torch.from_numpy(np.append(counts, 1)[self._dims.numpy()].prod(1))
+        return np.append(counts, 1)
 
     def _refuse_other_costs(self, model: nn.Module, example_inputs: Inputs) -> None:
         mask = self._channel_map.uniform_mask(0.5)
@@ -136,6 +156,17 @@ class CostModel:
                 f"depend on the mask "
                 f"({counted} counted, {self.flops(mask)} predicted); budget it by channels instead"
             )
+
+
+def _outputs_per_row(model: nn.Module, flops: dict[str, int]) -> dict[str, float]:
+    """Outputs of each convolution and linear layer for one row of its weight, by weight name: it spends two
+    FLOPs per weight of the row on each."""
+    layers = {f"{n}.weight" if n else "weight": (n, layer) for n, layer in model.named_modules()}
+    return {
+        weight: flops.get(name, 0) / (2 * layer.weight.numel())
+        for weight, (name, layer) in layers.items()
+        if isinstance(layer, (_ConvNd, nn.Linear))
+    }
 
 
 def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str, int]) -> dict[str, Fraction]:

@@ -35,6 +35,13 @@ _HISTORY = ("widths", "loss_per_cost", "error", "advantage", "moved_to")
 PAIRS_PER_GROUP, LEAST_PAIRS_PER_GROUP = 18, 4
 """Pairs of a probe, and the fewest that a cycle is worth having for."""
 
+MEMORY_ROOM = 1.4
+"""Most that the layers of moved widths may put out, relative to those of the first widths: what a step holds
+on the device goes with it, and a search must not end for want of memory."""
+
+_STEPS = (1.0, 0.5, 0.25, 0.125)
+"""Shares of a move, of which the first is taken that has this room."""
+
 PROBE_SHARE = 0.1
 """Most that all probes may cost, relative to training: a pair is two forward passes, a step is three."""
 
@@ -96,7 +103,7 @@ class WidthSearch:
         self._moves_in = self._budget.to_move_in() if cycles else self._budget
         self._worth = Worth(stages(self.groups, self._moves_in.slopes(torch.ones_like(start))))
         self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
-        self._costs = costs
+        self._costs, self._most_outputs = costs, MEMORY_ROOM * costs.outputs(self.mask)
         self.size_cap = self._largest()
 
     # --- what the engine asks of a policy ---
@@ -189,13 +196,17 @@ class WidthSearch:
         advantage, spread = self._worth.advantage()
         # Fractions of an atom add up over cycles; what the rounding to atoms has given away does not.
         start = torch.minimum(torch.maximum(self._log_widths, (before - 0.5).log()), (before + 0.5).log())
-        moved = start + move(advantage, spread, slopes, cost)
-        self._log_widths = self._affordable(moved, self._moves_in)
+        wanted = move(advantage, spread, slopes, cost)
         order = torch.where(self.mask, importance / importance.max().clamp_min(1e-30), -1.0)
         margin = self._margin = -torch.where(~self.mask & self.trained, -0.5, order)
         least = self.config.min_width
-        mask = self._moves_in.mask(self._rates_of(self._log_widths), margin, least)
-        self.mask = respect_size(mask, margin, self.groups, least, self._costs.parameters, self.size_cap)
+        for share in _STEPS:
+            log_widths = self._affordable(start + share * wanted, self._moves_in)
+            mask = self._moves_in.mask(self._rates_of(log_widths), margin, least)
+            mask = respect_size(mask, margin, self.groups, least, self._costs.parameters, self.size_cap)
+            if self._costs.outputs(mask) <= self._most_outputs:
+                self.mask, self._log_widths = mask, log_widths
+                break
         self.trained |= self.mask
         per_cost, after = cost / slopes, present_widths(self.mask, self.groups)
         row = torch.stack([before, values * per_cost, errors * per_cost, advantage, after])

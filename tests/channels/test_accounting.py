@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -40,6 +41,22 @@ def test_the_full_mask_costs_as_much_as_the_dense_network() -> None:
     by_hand = 2 * 3 * (64 * (6 * 2 * 9 + 8 * 6 * 9) + 4 * 32)
     assert cost.flops(channel_map.full_mask()) == cost.dense_flops == by_hand
     assert cost.parameters(channel_map.full_mask()) == count_parameters(model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv1_100", "test_vit"])
+def test_outputs_of_a_mask_are_those_of_the_layers_of_the_narrow_network(name: str) -> None:
+    sizes = {"img_size": 64} if "vit" in name else {}
+    model = timm.create_model(name, num_classes=10, **sizes).to("meta")
+    channel_map = discover(model, IMAGE)
+    cost = CostModel(model, channel_map, IMAGE)
+    mask = random_mask(channel_map, 0.3, torch.Generator().manual_seed(0))
+    narrow, made = narrow_module(model, channel_map, mask).eval(), []
+    for layer in narrow.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda layer, given, output: made.append(output.numel()))
+    narrow(IMAGE[0].to("meta"))
+    assert made
+    assert cost.outputs(mask) == pytest.approx(sum(made))
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

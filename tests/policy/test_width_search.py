@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.policy import width_search
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.probe import Comparisons, present_widths
 from offload_sparse.policy.width_search import CYCLES, PROBE_SHARE, WidthSearch
@@ -71,6 +72,25 @@ def test_widths_follow_the_loss_at_the_same_cost(budget: str, group: int) -> Non
     assert float(present_widths(found.mask, GROUPS)[group]) > float(start[group])
     assert loss_of(found.mask, wanted) < before
     assert COSTS.parameters(found.mask) <= found.size_cap
+
+
+def test_a_move_stays_within_the_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of it is made where all of it does not fit, and none where nothing does."""
+    wanted = torch.tensor([1.0, 30.0], dtype=torch.float64)
+    found = {}
+    for room in (1.4, 1.03, 0.9):
+        monkeypatch.setattr(width_search, "MEMORY_ROOM", room)
+        moved = search()
+        start, widths = COSTS.outputs(moved.mask), present_widths(moved.mask, GROUPS)
+        for number in range(CYCLES):
+            cycle(moved, wanted, noise=0.01, seed=number)
+        assert len(moved.history) == CYCLES
+        if room < 1:
+            assert torch.equal(present_widths(moved.mask, GROUPS), widths)
+            continue
+        found[room] = COSTS.outputs(moved.mask) / start
+        assert 1 < found[room] <= room
+    assert found[1.4] > 1.03
 
 
 def test_noise_moves_little() -> None:

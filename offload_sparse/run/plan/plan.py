@@ -29,6 +29,7 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.family import Family, with_own_norms
 from offload_sparse.engine.optimizer import slot_names
+from offload_sparse.policy.width_search import MEMORY_ROOM
 from offload_sparse.run.plan.dry_run import Structure, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
 from offload_sparse.run.plan.live_bytes import Loss, labels_shape, step_peak
@@ -90,6 +91,11 @@ class Memory:
     def _host(self, subnets: int) -> int:
         training = self.staging + (subnets + self.activations if self.on_host else 0)
         return self.store + max(self.initialising, training)
+
+
+MOVED_PASSES = 1.15 * MEMORY_ROOM
+"""What the passes of moved widths may take, relative to those of the first ones: their layers put out so
+much, and the largest ones a little more of it."""
 
 
 class Planner:
@@ -182,7 +188,9 @@ class Planner:
         # The session keeps the last batches for the final mask and its statistics; the newest is among them.
         kept = max(1, FinalConfig.selection_batches)
         largest = max(first.rounds, key=lambda sides: max(first.entries(s, WEIGHTS) for s in sides))
+        moves = bool(first.family) and not first.stays
         passes = self._passes(first, largest, images)
+        passes = round(MOVED_PASSES * passes) if moves else passes
         cuda = machine.device is not None
         moved = 2 * self._part_bytes(first, WIRE) if machine.ranks > 1 else 0  # one on its way, one packed
         moved += self._part_bytes(first, STAGE) if cuda else 0

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from offload_sparse.bench.plan import build_session, case
+from offload_sparse.channels.selection import Selection
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.width_search import MEMORY_ROOM
 from offload_sparse.run.plan import fit
 from offload_sparse.run.plan.dry_run import Structure, structure_of
 from offload_sparse.run.plan.fit import check, largest_rho, shortage
@@ -78,6 +80,29 @@ def test_only_a_run_with_time_for_a_search_has_room_for_other_widths() -> None:
     short, long = (replace(CASES["short"].train, max_steps=steps) for steps in (6_000, 60_000))
     held = [planner_of(replace(CASES["short"], train=t)).first_rounds(2).reserved for t in (short, long)]
     assert held[1] > 3 * held[0]
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet"])
+def test_a_step_of_moved_widths_fits_what_is_planned(name: str) -> None:
+    """Whatever spends the budget and keeps to the room that a search has."""
+    config = replace(CASES[name], policy=CASES["short"].policy, round=CASES["short"].round)
+    planner = planner_of(replace(config, train=replace(config.train, max_steps=60_000)))
+    first, costs = planner.first_rounds(2), planner.structure.cost
+    (even,), images, generator = first.family, planner._images(LARGE), torch.Generator().manual_seed(0)
+    planned = planner.step_bytes(first, LARGE) - 4 * planner._batch_bytes(images)
+    tried = 0
+    while tried < 4:
+        mask = torch.zeros_like(even)
+        for group in planner.channel_map.groups:
+            change = (0.4 * torch.randn((), generator=generator)).exp()
+            width = min(group.size, max(1, int(change * even[group.start : group.stop].sum())))
+            mask[group.start : group.start + width] = True
+        spends = 0.9 < costs.flops(mask) / costs.flops(even) < 1.02
+        if not spends or not 1.05 < costs.outputs(mask) / costs.outputs(even) <= MEMORY_ROOM:
+            continue
+        sides = (replace(first.rounds[0][0], selection=Selection(planner.channel_map, mask)),)
+        assert planner._passes(first, sides, images) <= planned
+        tried += 1
 
 
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
