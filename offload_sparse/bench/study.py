@@ -2,8 +2,8 @@
 
 A cell is a run of ``offload-sparse train`` as a user would start it, on one thread, in a folder of its own
 under ``--cache``, two at a time (``--jobs``): cut short, it resumes from its checkpoints; finished, it is not
-run again. All have the
-same share of the dense FLOPs, and as many steps as give a row the same train FLOPs, probes included:
+run again. All have the same share of the dense FLOPs, and as many steps as give a row the same train FLOPs,
+probes included:
 
     even        one width everywhere, fixed from the start (method static)
     published   widths from a paper, scaled (VGG-19 only)

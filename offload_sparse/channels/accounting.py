@@ -89,14 +89,13 @@ class CostModel:
         ]
         flops = flops_by_module(model, example_inputs)
         self._rows = torch.tensor([row[0] if row else -1 for row in own], dtype=torch.int64)
-        made = _outputs_per_row(model, flops)
+        made = _outputs_per_row(model, flops)  # of a dimension that never shrinks, for all of its rows
         rows = [
-            1 if r >= 0 else channel_map.shapes[n][0] if n in made else 0
+            channel_map.shapes[n][0] if n in made and r < 0 else 1
             for n, r in zip(names, self._rows, strict=True)
         ]
-        self._per_row = torch.tensor(
-            [n * made.get(name, 0.0) for n, name in zip(rows, names, strict=True)]
-        ).double()
+        per_row = [made.get(name, 0.0) * count for name, count in zip(names, rows, strict=True)]
+        self._per_row = torch.tensor(per_row, dtype=torch.float64)
         per_entry = _flops_per_entry(model, channel_map, flops)
         self._entries = torch.tensor(free, dtype=torch.int64)
         ratios = [per_entry.get(n, Fraction(0)) for n in names]

@@ -18,7 +18,7 @@ SEARCHED: dict[SearchName, float] = {"probe": 0.25, "forward": 0.2, "sampled": 0
 """Share of the steps in which each search looks for the structure; the rest trains what it has found."""
 
 SHORTEST_SEARCH = 0.1
-"""Of ``probe``."""
+"""Share of the steps that ``probe`` takes at least: its cycles need time."""
 
 
 @dataclass
