@@ -6,9 +6,12 @@ forward only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,22 +38,36 @@ def count_flops(module: nn.Module, example_inputs: Inputs) -> int:
 
 def flops_by_module(module: nn.Module, example_inputs: Inputs) -> dict[str, int]:
     """FLOPs spent inside each module, by qualified name; the empty name is the whole network."""
-    network = meta_copy(module, other=True).eval()
+    return _flops_and_outputs(module, example_inputs)[0]
+
+
+def _flops_and_outputs(module: nn.Module, example_inputs: Inputs) -> tuple[dict[str, int], Counter[str]]:
+    """FLOPs by module, and how many numbers each layer puts out, by the name of its weight."""
     try:
-        counter = _counted(network, move_inputs(example_inputs, "meta"))
+        return _counted(meta_copy(module, other=True).eval(), move_inputs(example_inputs, "meta"))
     except RuntimeError:  # a model that looks at values of its inputs
-        network = hollow_copy(module).eval()
-        counter = _counted(network, move_inputs(example_inputs, "cpu"))
+        return _counted(hollow_copy(module).eval(), move_inputs(example_inputs, "cpu"))
+
+
+def _counted(network: nn.Module, inputs: Inputs) -> tuple[dict[str, int], Counter[str]]:
+    made: Counter[str] = Counter()
+
+    def count(prefix: str, layer: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001
+        if isinstance(layer, nn.MultiheadAttention):  # its layers are not called
+            size = output[0].numel()
+            made.update({prefix + "in_proj_weight": 3 * size, prefix + "out_proj.weight": size})
+        else:
+            made.update({prefix + "weight": output.numel()})
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
+            layer.register_forward_hook(partial(count, f"{name}." if name else ""))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        network(*inputs)
     counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
     prefix = type(network).__name__ + "."
     flops = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
-    return flops | {"": counter.get_total_flops()}
-
-
-def _counted(network: nn.Module, inputs: Inputs) -> FlopCounterMode:
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        network(*inputs)
-    return counter
+    return flops | {"": counter.get_total_flops()}, made
 
 
 class CostModel:
@@ -87,14 +104,13 @@ class CostModel:
             prod(s for s, a in zip(channel_map.shapes[n], channel_map.axes[n], strict=True) if a is None)
             for n in names
         ]
-        flops = flops_by_module(model, example_inputs)
-        self._rows = torch.tensor([row[0] if row else -1 for row in own], dtype=torch.int64)
-        made = _outputs_per_row(model, flops)  # of a dimension that never shrinks, for all of its rows
-        rows = [
-            channel_map.shapes[n][0] if n in made and r < 0 else 1
-            for n, r in zip(names, self._rows, strict=True)
-        ]
-        per_row = [made.get(name, 0.0) * count for name, count in zip(names, rows, strict=True)]
+        flops, made = _flops_and_outputs(model, example_inputs)
+        # The dimension of each weight that counts the outputs: a transposed convolution has inputs first.
+        transposed = {f"{n}.weight" for n, m in model.named_modules() if getattr(m, "transposed", False)}
+        out = {n: row[int(n in transposed)] if row else -1 for n, row in zip(names, own, strict=True)}
+        self._out = torch.tensor(list(out.values()), dtype=torch.int64)
+        sizes = [channel_map.shapes[n][int(n in transposed)] if a >= 0 else 1 for n, a in out.items()]
+        per_row = [made[name] / size for name, size in zip(names, sizes, strict=True)]
         self._per_row = torch.tensor(per_row, dtype=torch.float64)
         per_entry = _flops_per_entry(model, channel_map, flops)
         self._entries = torch.tensor(free, dtype=torch.int64)
@@ -116,10 +132,10 @@ class CostModel:
         return int((self._entries * self._kept_products(mask)).sum())
 
     def outputs(self, mask: Tensor) -> float:
-        """Numbers that the convolutions and linear layers of the subnetwork put out (those of torch's
-        ``MultiheadAttention`` aside), for the batch of ``example_inputs``: what a training step holds for its
-        backward pass goes with them."""
-        return float((self._per_row * torch.from_numpy(self._kept(mask))[self._rows]).sum())
+        """Numbers that the convolutions and linear layers of the subnetwork put out, those of torch's
+        ``MultiheadAttention`` among them, for the batch of ``example_inputs``: what a training step holds for
+        its backward pass goes with them."""
+        return float((self._per_row * torch.from_numpy(self._kept(mask))[self._out]).sum())
 
     def expected_flops(self, s: Tensor) -> Tensor:
         """Expected forward FLOPs by the keep probabilities s, float64[C], of independent atoms: a scalar that
@@ -155,17 +171,6 @@ class CostModel:
                 f"depend on the mask "
                 f"({counted} counted, {self.flops(mask)} predicted); budget it by channels instead"
             )
-
-
-def _outputs_per_row(model: nn.Module, flops: dict[str, int]) -> dict[str, float]:
-    """Outputs of each convolution and linear layer for one row of its weight, by weight name: it spends two
-    FLOPs per weight of the row on each."""
-    layers = {f"{n}.weight" if n else "weight": (n, layer) for n, layer in model.named_modules()}
-    return {
-        weight: flops.get(name, 0) / (2 * layer.weight.numel())
-        for weight, (name, layer) in layers.items()
-        if isinstance(layer, (_ConvNd, nn.Linear))
-    }
 
 
 def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str, int]) -> dict[str, Fraction]:

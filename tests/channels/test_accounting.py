@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -9,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters, train_cost_saving
+from offload_sparse.channels.attention import HeadAttention
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import random_mask
 from offload_sparse.channels.discovery import discover
@@ -43,16 +47,30 @@ def test_the_full_mask_costs_as_much_as_the_dense_network() -> None:
     assert cost.parameters(channel_map.full_mask()) == count_parameters(model)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv1_100", "test_vit"])
+WITH_OUTPUTS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": partial(timm.create_model, "resnet18", num_classes=10),
+    "mobilenetv1_100": partial(timm.create_model, "mobilenetv1_100", num_classes=10),
+    "test_vit": partial(timm.create_model, "test_vit", num_classes=10, img_size=64),
+    "attention of torch": partial(torchvision.models.VisionTransformer, 64, 16, 2, 4, 32, 64, num_classes=10),
+    "transposed convolution": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 12, 2, 2), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_OUTPUTS)
 def test_outputs_of_a_mask_are_those_of_the_layers_of_the_narrow_network(name: str) -> None:
-    sizes = {"img_size": 64} if "vit" in name else {}
-    model = timm.create_model(name, num_classes=10, **sizes).to("meta")
+    model = WITH_OUTPUTS[name]().to("meta")
     channel_map = discover(model, IMAGE)
     cost = CostModel(model, channel_map, IMAGE)
     mask = random_mask(channel_map, 0.3, torch.Generator().manual_seed(0))
     narrow, made = narrow_module(model, channel_map, mask).eval(), []
     for layer in narrow.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, HeadAttention):
+            heads, width = layer.in_proj_weight.shape
+            layer.register_forward_hook(lambda m, x, y, n=heads / width: made.append(y[0].numel() * n))
+        elif isinstance(layer, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
             layer.register_forward_hook(lambda layer, given, output: made.append(output.numel()))
     narrow(IMAGE[0].to("meta"))
     assert made
