@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from offload_sparse.bench.options import SetConfig
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.signals import Interruption
 from offload_sparse.run.terminal import columns, tell
@@ -45,12 +46,12 @@ SETS: Mapping[str, tuple[Mapping[str, Any], int]] = {
 """Networks with their images: the options that name them, and the images of an epoch."""
 
 
-def options_on(name: str, data: str) -> dict[str, Any]:
-    """Of a run on a set of ``SETS``, whose images are ``data`` (empty: the embedded ones). Raises ValueError:
-    there are no images."""
-    if not data and name != "fashion_mnist":
+def options_on(name: str, config: SetConfig) -> dict[str, Any]:
+    """Of a run on a set of ``SETS``. Raises ValueError: there are no images."""
+    if not config.data and name != "fashion_mnist":
         raise ValueError(f"--set {name} needs images; give a folder of them with --data")
-    return {**COMMON, **SETS[name][0]} | ({"data.name": data} if data else {})
+    options = {**COMMON, **SETS[name][0]} | ({"data.name": config.data} if config.data else {})
+    return options | ({"train.precision": config.precision} if config.precision != "no" else {})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 
@@ -78,6 +79,22 @@ class CellsConfig(BenchConfig):
 
 
 @dataclass
+class SetConfig(CellsConfig):
+    """What benches on a set of ``cells.SETS`` have in common.
+
+    Attributes:
+        precision: ``train.precision`` of the runs; ``bf16`` takes about half the time on CPUs with AMX.
+    """
+
+    precision: Literal["no", "bf16"] = "no"
+
+    @property
+    def images(self) -> str:
+        """The end of the name of a run's folder: its images, and the precision that they are computed in."""
+        return Path(self.data or "embedded").name + ("" if self.precision == "no" else f"-{self.precision}")
+
+
+@dataclass
 class DFBSTBenchConfig(CellsConfig):
     """Accuracy and remaining weights of the LeNets trained dense, by DST and by DFBST.
 
@@ -106,7 +123,7 @@ class LinksConfig(BenchConfig):
 
 
 @dataclass
-class StudyConfig(CellsConfig):
+class StudyConfig(SetConfig):
     """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
     Attributes:
@@ -135,7 +152,7 @@ class FaultsConfig(BenchConfig):
 
 
 @dataclass
-class PretrainedConfig(CellsConfig):
+class PretrainedConfig(SetConfig):
     """Narrow networks fine-tuned from the weights of a dense one: cuts, searches and their controls.
 
     Attributes:

@@ -134,7 +134,7 @@ class Cell:
 
     @property
     def run_dir(self) -> Path:
-        data, length = Path(self.config.data or "embedded").name, f"dense{self.dense_epochs}"
+        data, length = self.config.images, f"dense{self.dense_epochs}"
         if self.arm == "dense":
             return self.folder / f"{self.config.set}-{length}-{data}"
         name = f"{self.arm}-rho{self.rho:g}-epochs{self.epochs}-seed{self.seed}"
@@ -146,7 +146,7 @@ class Cell:
 
     def options(self) -> dict[str, Any]:
         """Of the run. Raises ValueError: there are no images."""
-        options = options_on(self.config.set, self.config.data) | {"train.eval_every": 1}
+        options = options_on(self.config.set, self.config) | {"train.eval_every": 1}
         if self.arm == "dense":
             return options | {"method": "dense", "optim.lr": 0.1, "train.epochs": self.dense_epochs}
         if self.arm != "scratch":

@@ -125,10 +125,9 @@ class Cell:
 
     @property
     def run_dir(self) -> Path:
-        data = Path(self.config.data or "embedded").name
         flops = "_".join(f"{share:g}" for share in (self._members if self.name == "family" else [self.flops]))
-        name = f"{self.config.set}-{self.name}-flops{flops}-steps{self.steps}-seed{self.seed}-{data}"
-        return self.folder / name
+        name = f"{self.config.set}-{self.name}-flops{flops}-steps{self.steps}-seed{self.seed}"
+        return self.folder / f"{name}-{self.config.images}"
 
     @property
     def _members(self) -> list[float]:
@@ -154,7 +153,7 @@ class Cell:
         widths = WIDTHS.get(self.config.set, {}).get(self.name, "")
         if self.name == "found":
             widths = " ".join(map(str, self.before().figures()["widths"]))
-        options = options_on(self.config.set, self.config.data) | _COMMON | METHODS[self.name]
+        options = options_on(self.config.set, self.config) | _COMMON | METHODS[self.name]
         options |= {"static.widths": widths} if widths else {}
         options |= {"policy.budgets": self._members} if self.name == "family" else {}
         share = round(searched(self.steps) / self.steps, 3)

@@ -61,6 +61,13 @@ def test_shapes_by_hand_are_for_vgg19_only(tmp_path: Path) -> None:
         Cell(StudyConfig(set="vgg19"), "even", 0.1, 0, 10, tmp_path).options()
 
 
+def test_runs_of_another_precision_are_other_runs(tmp_path: Path) -> None:
+    configs = StudyConfig(data="cifar10"), StudyConfig(data="cifar10", precision="bf16")
+    plain, bf16 = (Cell(config, "even", 0.1, 0, 10, tmp_path) for config in configs)
+    assert plain.run_dir != bf16.run_dir
+    assert bf16.options() == plain.options() | {"train.precision": "bf16"}
+
+
 def test_steps_of_a_row_take_the_same_train_flops() -> None:
     steps, groups = 14_000, GROUPS["vgg19"]
     assert equal_steps("even", steps, groups) == steps
