@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import copy
 import io
+import json
 import os
 import pickle
 import select
@@ -43,6 +44,9 @@ Reader = Callable[[], Callable[..., Any]]
 _IDLE_SECONDS = 60.0
 _QUESTION, _ANSWER = "question", "answer"
 _READY = b"ready\n"
+_LONGEST_FOLDER = 90
+"""Bytes of the folder of a socket; the address of one has room for about a hundred."""
+
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 
@@ -80,7 +84,7 @@ def serve(address: str, idle: float) -> None:
         os.write(1, _READY)
         while listener.fileno() in select.select([listener.fileno(), 0], [], [], idle)[0]:
             connection, _ = listener.accept()
-            folder, *modules = connection.makefile().readline().split()
+            folder, *modules = json.loads(connection.makefile().readline())
             for name in modules:
                 __import__(name)  # which children then need not do
             if os.fork() == 0:
@@ -108,7 +112,7 @@ def _ask(question: bytes) -> list[Tensor]:
         (Path(folder) / _QUESTION).write_bytes(pickle.dumps((*conditions, question)))
         heavy = [name for name in ("torchvision", "timm", "onnxruntime") if name in sys.modules]
         with _connection() as connection:
-            connection.sendall(f"{' '.join([folder, *heavy])}\n".encode())
+            connection.sendall(f"{json.dumps([folder, *heavy])}\n".encode())
             while connection.recv(1):  # ends when the child does
                 pass
         path = Path(folder) / _ANSWER
@@ -131,6 +135,9 @@ def _connection() -> socket.socket:
 def _start() -> str:
     global _server
     folder = tempfile.TemporaryDirectory()
+    if len(os.fsencode(folder.name)) > _LONGEST_FOLDER:  # of a batch job, say
+        folder.cleanup()
+        folder = tempfile.TemporaryDirectory(dir="/tmp")
     address = f"{folder.name}/socket"
     code = "import sys, offload_sparse.export.open as _; from offload_sparse.export.read_back import serve"
     paths = os.pathsep.join(filter(None, sys.path))
