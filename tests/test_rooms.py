@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +168,13 @@ def test_names_of_tests_are_short() -> None:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
     assert sorted(name for name in names if len(name) >= 70) == []
+
+
+def test_an_installation_holds_the_files_that_are_read() -> None:
+    """Also one that is no link to this folder."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["offload_sparse"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    files = {path for path in PACKAGE.rglob("*.*") if path.suffix in {".parquet", ".yaml", ".typed"}}
+    assert files
+    assert packaged >= files

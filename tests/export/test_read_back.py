@@ -8,6 +8,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,18 @@ def test_a_question_that_names_a_script_is_not_sent(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys.modules["__main__"], "Plain", Plain, raising=False)
     assert pickle.dumps(Plain)
     assert read_back._pickled(Plain) is None
+
+
+def test_the_name_of_the_temporary_folder_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spaces, and more letters than the address of a socket has room for."""
+    folder = tmp_path / ("a folder of a job " * 6)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(read_back, "_server", None)
+    assert read_back.compare(nn.Identity, nn.Identity(), IMAGES, tmp_path) == 0
+    process, _ = read_back._server or (None, "")
+    assert process is not None
+    process.stdin.close()
+    assert process.wait() == 0
