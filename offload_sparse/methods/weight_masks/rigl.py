@@ -6,8 +6,8 @@ Evci, Gale, Menick, Castro & Elsen, "Rigging the Lottery: Making All Tickets Win
     f(step) = fraction / 2 · (1 + cos(π step / (stop · total_steps)))
 
 In such a step the gradient of all weights chooses, and no weight is trained (Algorithm 1). Grown weights and
-their momentum start at 0. Densities of layers: ``uniform`` (the first layer stays dense) or ``erk``
-(Erdős-Rényi-Kernel: proportional to the sum of a layer's dimensions over their product, at most 1).
+their momentum start at 0. Densities of layers by ERK (Erdős-Rényi-Kernel): proportional to
+the sum of a layer's dimensions over their product, at most 1.
 """
 
 from __future__ import annotations
