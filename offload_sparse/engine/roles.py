@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from offload_sparse.engine.config import Reference, RoundConfig
@@ -56,6 +57,8 @@ class Roles:
             subnets = tuple(selection(subnet_of(masks, rank)) for rank in everyone)
             return Transfer(subnets[ranks.rank], per_rank=subnets)
         first = selection(masks[0])
+        if all(torch.equal(masks[0], mask) for mask in masks[1:]):  # on all ranks, which have to agree
+            return Transfer(first)
         if self._rounds.subnets != "references":
             return Transfer(first, selection(masks[1]), self._rounds.reference == "turns" and length > 1)
         selections = tuple(selection(reference_of(masks, rank)) for rank in everyone)

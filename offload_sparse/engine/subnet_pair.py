@@ -10,7 +10,7 @@ new value, so the pair behaves as if both were views of the full weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -208,25 +208,27 @@ class SubnetPair:
         self.shared: dict[str, BlockPlan] = {}
         self.trained_kinds = (WEIGHTS, *optimizer.kept.slots, BUFFERS)
         self.loaded = False
-        self.same = True
+        self.same, self.masks = True, tuple[Tensor, ...]()
         self.train_second = False
 
-    def select(self, first: Selection, second: Selection | None, train_second: bool) -> None:
+    def select(
+        self, first: Selection, second: Selection | None, train_second: bool, masks: Sequence[Tensor]
+    ) -> None:
         """Make room for a round; what the arrays hold is not defined.
 
         Args:
             first: selection of subnet a, which is trained.
-            second: selection of subnet b; None (or the same mask) when there is nothing to compare.
+            second: selection of subnet b; None when no rank has anything to compare.
             train_second: b takes turns in training, so it needs its optimizer slots too.
+            masks: those of the subnets of all ranks, which ``holds`` compares.
         """
-        self.same = second is None or torch.equal(first.mask, second.mask)
-        self.train_second = train_second and not self.same
+        self.same, self.masks = second is None, tuple(masks)
+        self.train_second = train_second
         self._optimizers, self.gradients = [None, None], {}  # they hold the views of the last round
         self.shared.clear()
         a, b = self.sides
         a.select(first, self.trained_kinds)
-        if not self.same:
-            assert second is not None
+        if second is not None:
             b.select(second, self.trained_kinds if train_second else (WEIGHTS, BUFFERS))
         self.loaded = True
 
@@ -239,15 +241,12 @@ class SubnetPair:
         """The sides whose weights move."""
         return self.sides if self.train_second else self.sides[:1]
 
-    def holds(self, first: Tensor, second: Tensor, train_second: bool) -> bool:
-        """Whether the pair is made of these masks already."""
-        if not self.loaded or not torch.equal(self.sides[0].selection.mask, first):
+    def holds(self, masks: Sequence[Tensor], train_second: bool) -> bool:
+        """Whether the pair is made of these masks already, on every rank."""
+        if not self.loaded or self.trained_kinds != tuple(self.sides[0].arrays):
             return False
-        if self.trained_kinds != tuple(self.sides[0].arrays):
-            return False
-        if self.same:
-            return torch.equal(first, second)
-        return self.train_second == train_second and torch.equal(self.sides[1].selection.mask, second)
+        same = len(masks) == len(self.masks) and all(map(torch.equal, masks, self.masks))
+        return same and self.train_second == train_second
 
     def bind(self, reduce_memory: Tensor) -> None:
         """Make the modules and the optimizers those of the arrays, which are full now; ``reduce_memory`` is

@@ -52,7 +52,7 @@ class Transfer:
 
     Attributes:
         first: selection of subnet a, which is trained.
-        second: selection of subnet b; None when there is nothing to compare.
+        second: selection of subnet b; None when no rank has anything to compare.
         train_second: b takes turns in training.
         per_rank: the selections of b (of a, without a b) on every rank that shares the store, where they
             differ.
@@ -74,8 +74,13 @@ class Transfer:
 
     def leads_to(self, pair: SubnetPair) -> bool:
         """Whether ``pair`` consists of these subnets."""
-        second = self.first if self.second is None else self.second
-        return pair.holds(self.first.mask, second.mask, self.train_second)
+        return pair.holds(self.masks, self.train_second)
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Of the subnets of all ranks that share the store: these exchange them, or none does."""
+        second = () if self.second is None else (self.second,)
+        return [selection.mask for selection in (self.first, *(self.per_rank or second))]
 
 
 class Transfers:
@@ -329,7 +334,7 @@ class Transfers:
         """Select the sides of the target, and fetch what only the store has."""
         target, device = transfer.target, self._reduce_memory.device
         assert target is not None
-        target.select(transfer.first, transfer.second, transfer.train_second)
+        target.select(transfer.first, transfer.second, transfer.train_second, transfer.masks)
         transfer.loads = list(self._loads(transfer, target))
         plans = [plan for *_, plan in transfer.loads]
         self.store.send_tables([plan.fetched for plan in plans if plan.fetched is not None], device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from typing import Any
 
@@ -134,6 +135,35 @@ def test_each_rank_may_have_a_reference_of_its_own(transfer: str) -> None:
         assert found["right"]
         for kind in (WEIGHTS, "momentum_buffer", BUFFERS):
             assert torch.equal(found[kind], shared[0][kind]), kind
+
+
+def with_equal_references(transfer: str) -> list[Tensor]:
+    """s and weights after rounds in which some ranks, or all, have subnet a as their reference."""
+    chosen: dict[str, Any] = {"reference": "every_step", "subnets": "references", "transfer": transfer}
+    rounds = RoundConfig(k=2, **chosen)
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5, lr=0.05), rounds)
+    session.check_ranks = True
+    m, n = session.policy.sample(0)
+    drawn = [(m, m, n), (m, n, m), (m, m, m), (m, m, n), (m, n, n), (n, n, m)]
+    policy: Any = session.policy
+    policy.sample_for_ranks = lambda number, ranks: drawn[number % len(drawn)]
+    found = []
+    for batch in batches(2 * len(drawn)):
+        session.step(loss_of(own_part(batch)))
+        session.records()
+        found.append(session.policy.s.clone())
+    session.settle()
+    session.transfers.close()
+    return [*found, whole(session.store, WEIGHTS)]
+
+
+@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
+def test_a_rank_whose_reference_is_the_trained_mask_takes_part(transfer: str) -> None:
+    """In the exchange, and in what is learned, as long as that of another rank differs."""
+    one, other = run_ranks(2, with_equal_references, transfer, limit=60.0)
+    assert all(map(torch.equal, one, other))
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(one[1:-1:2])]
+    assert moved == [True, False, True, True, True], "all are equal in the third round only"
 
 
 def with_one_mask(subnets: str) -> Tensor:
