@@ -23,8 +23,8 @@ from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, return_plan, shared_plan
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 
-OUTER = "outer"
-"""The kind of arrays of the store that holds the momentum of the outer step."""
+EMA, OUTER = "ema", "outer"
+"""Kinds of arrays of the store: the moving average of the weights, and the momentum of the outer step."""
 
 
 Part = tuple["Agreed", dict[str, Tensor], float]

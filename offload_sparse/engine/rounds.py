@@ -27,7 +27,7 @@ from torch import Tensor
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
-from offload_sparse.engine.averaging import Agreed, Averaging
+from offload_sparse.engine.averaging import EMA, Agreed, Averaging
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig
 from offload_sparse.engine.distributed import assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
@@ -47,13 +47,9 @@ from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
-EMA = "ema"
-"""The kind of arrays of the store that holds the moving average of the weights."""
-
 CHECK_RANKS = "OFFLOAD_SPARSE_CHECK_RANKS"
 """Variable of the environment; 1 compares checksums of s, masks and subnet weights over all ranks in every
-round (slow, for debugging).
-"""
+round (slow, for debugging)."""
 
 ROUNDS_OF_PAIRS = 10
 """Rounds of pairs of forward passes in the place of one of training: so many new masks in K steps."""
@@ -86,7 +82,7 @@ class Rounds(Requests):
             have of their own: BatchNorm statistics, and of a local round all.
         final_mask: bool[C], the mask that training ends with, once it is chosen.
         steps_done, rounds_done, forward_flops: optimizer steps, rounds, and FLOPs per image so far; a
-            backward pass counts as two forward passes.
+            backward pass counts as two forward passes. ``trained_steps`` are those that did not only compare.
         round_bytes: bytes that have crossed the bus between the last two rounds.
         after_round: called with what a round has learned, before any of it is scattered.
     """
@@ -110,11 +106,11 @@ class Rounds(Requests):
         super().__init__(ranks)
         self.channel_map, self._policy, self.transfers, self.cost = channel_map, policy, transfers, cost
         self.forward, self.rounds, self.final = forward, rounds, final
-        self.on_nonfinite, self.freeze_step = on_nonfinite, freeze_step
+        self.on_nonfinite, self._planned_freeze, self.asked_freeze = on_nonfinite, freeze_step, sys.maxsize
         self._like = torch.zeros((), dtype=transfers.store.dtype, device=transfers.device)
         self.reducer = Reducer(ranks.world_size, self._like)
         self.losses = Losses(ranks.world_size, self._like)
-        self.steps_done, self.rounds_done, self.forward_flops = 0, 0, 0.0
+        self.steps_done, self.trained_steps, self.rounds_done, self.forward_flops = 0, 0, 0, 0.0
         self.pair: SubnetPair | None = None
         self.masks: Masks | None = None
         self.round_step, self.round_length = 0, 0
@@ -132,15 +128,14 @@ class Rounds(Requests):
         scaler = forward.scaler if forward.scaler is not None and forward.scaler.is_enabled() else None
         self.loss_scale = None if scaler is None else LossScale(scaler, transfers.device)
         self._unproven = True  # that a closure leaves backward to the session
-        self._nonfinite = NonFinite(on_nonfinite, ranks.rank)
-        self._s_before: dict[str, Any] = {}
+        self.nonfinite = NonFinite(on_nonfinite, ranks.rank)
+        self._before: tuple[dict[str, Any], int] = {}, 0  # the policy and ema_steps
         self._pending: list[StepRecord] = []
         self._recent: deque[Sequence[Closure]] = deque(maxlen=final.selection_batches)
 
     def training(self) -> Generator[Tensor | None, Request, None]:
         """Train round by round: each request is the closures of a step, each answer its loss, averaged over
-        ranks (a scalar on the device; nothing waits for it).
-        """
+        ranks (a scalar on the device; nothing waits for it)."""
         transfers = self.transfers
         request: Request | None = None
         loss: Tensor | None = None
@@ -273,7 +268,7 @@ class Rounds(Requests):
         moved = self.transfers.bytes_fetched + self.transfers.bytes_returned
         self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
         if self.on_nonfinite == "rollback":
-            self._s_before = self.policy.state_dict()
+            self._before = self.policy.state_dict(), self.ema_steps
         self._look_ahead(self.steps_done - self.round_step + self.round_length)
         if self.check_ranks:
             self._check_ranks(pair)
@@ -310,7 +305,7 @@ class Rounds(Requests):
     @property
     def only_compares(self) -> bool:
         """The present step trains nothing."""
-        return self.steps_done < self.compare_until
+        return not self.frozen and self.steps_done < self.compare_until
 
     def _shared_entries_are_read(self, pair: SubnetPair) -> bool:
         """The other side is read again in this round, or was trained too and goes on after it."""
@@ -349,7 +344,7 @@ class Rounds(Requests):
         """Step one side, if this rank has had a batch or takes part in what others learn from theirs."""
         self._unscale(pair.gradients[trained].flat, not_finite)
         if (batches or not self.local) and not self.only_compares:
-            pair.optimizer_step(trained, not_finite, self.steps_done)
+            pair.optimizer_step(trained, not_finite, self.trained_steps)
         self.live_steps += bool(batches)
 
     def _scaled(self, loss: Tensor) -> Tensor:
@@ -367,6 +362,7 @@ class Rounds(Requests):
             average = side.arrays[EMA]
             average.lerp_(side.arrays[WEIGHTS], 1 - self.ema if self.ema_steps else 1.0)
             self.ema_steps += 1
+        self.trained_steps += not self.only_compares
         self.forward_flops += (1 if self.only_compares else 3) * self._mask_flops[trained]
         if reference is not None:
             self.forward_flops += self._mask_flops[reference]
@@ -382,15 +378,16 @@ class Rounds(Requests):
         own = self.own_subnets
         per_rank = own or (self.rounds.subnets == "references" and not self.frozen)
         for entry in self.losses.read(self.steps_done, per_rank, self.loss_scale is not None, own):
-            self._nonfinite.seen(entry.fault)
+            self.nonfinite.seen(entry.fault)
             if entry.compared is not None and not self.frozen:
                 compared.append(entry)
             self._pending.append(entry if entry.losses is None else dataclasses.replace(entry, losses=None))
         if compared:
             self._learn(compared)
-        if self._nonfinite.rolls_back(self.steps_done):
+        if self.nonfinite.rolls_back(self.steps_done):
             self.transfers.forget()
-            self.policy.load_state_dict(self._s_before)
+            state, self.ema_steps = self._before
+            self.policy.load_state_dict(state)
             self._drop_round()
             self.next_masks = None
             self.rounds_done += 1  # new masks: those that led here are not drawn again
@@ -469,6 +466,11 @@ class Rounds(Requests):
         self._next_masks = None if masks is None else lambda: masks
 
     @property
+    def freeze_step(self) -> int:
+        """Optimizer steps after which the final mask is chosen: those planned, or asked for on the way."""
+        return min(self._planned_freeze, self.asked_freeze)
+
+    @property
     def frozen(self) -> bool:
         """The final mask is chosen; s no longer moves."""
         return self.final_mask is not None
@@ -501,8 +503,7 @@ class Rounds(Requests):
         search = self.policy
         assert isinstance(search, WidthSearch)
         recent = list(chain.from_iterable(self._recent))
-        among = recent, self.channel_map, self.transfers, self.forward, self.ranks
-        found, importance = probed(search, *among)
+        found, importance = probed(search, recent, self.channel_map, self.transfers, self.forward, self.ranks)
         self.forward_flops += 2 * found.count / self.ranks.world_size * self.cost.flops(search.mask)
         search.move(found, importance)
         self.next_masks = None

@@ -31,7 +31,7 @@ from offload_sparse.channels.config import Residual, chosen_block
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, tensor_setter
-from offload_sparse.engine.averaging import OUTER
+from offload_sparse.engine.averaging import EMA, OUTER
 from offload_sparse.engine.batch_norm import Run, flags_restored, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
 from offload_sparse.engine.distributed import average
@@ -49,7 +49,7 @@ from offload_sparse.engine.optimizer import (
 from offload_sparse.engine.preparation import ModelSource, PreparedModel, prepare
 from offload_sparse.engine.pretrained import FittedWeights, WeightSource
 from offload_sparse.engine.request import Ask
-from offload_sparse.engine.rounds import EMA, Rounds
+from offload_sparse.engine.rounds import Rounds
 from offload_sparse.engine.state import load_state, whole_state
 from offload_sparse.engine.subnet_pair import Side
 from offload_sparse.engine.transfers import Transfers
@@ -163,6 +163,8 @@ class SparseOffload(Rounds):
         if not 0 <= ema < 1 or clip_norm < 0:
             raise ValueError(f"ema is {ema}, clip_norm {clip_norm}; give a decay in [0, 1) and a norm >= 0")
         setup, rounds, forward = setup or Setup(), rounds or RoundConfig(), forward or Forward()
+        if ema and torch.finfo(setup.dtype).bits < 32:
+            raise ValueError(f"an average in {setup.dtype} stands still; set ema to 0 or dtype to float32")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         bare = isinstance(example_inputs, Tensor)
         self._example_inputs = (example_inputs,) if bare else tuple(example_inputs)
@@ -196,6 +198,11 @@ class SparseOffload(Rounds):
         if rho is not None:
             probabilities = dataclasses.replace(probabilities, rho=rho)
         chosen = probabilities.resolved(setup.compile, weights is not None)
+        if len(chosen.budgets) > 1 and setup.members != len(chosen.budgets) - 1:
+            raise ValueError(
+                "policy.budgets makes a family, which a run of the trainer trains; leave it empty in a loop "
+                "of your own, or train its members there and set Setup.members to their number less one"
+            )
         check_combination(chosen, rounds)
         freeze_step = None if total_steps is None else rounds.freeze_step(chosen.search, total_steps)
         known = None
@@ -262,14 +269,18 @@ class SparseOffload(Rounds):
             )
         self._check_open()
         self._recent.append([bound(each) for each in closures])
-        loss = self._ask(closures)
+        try:
+            loss = self._ask(closures)
+        except BaseException:
+            self._recent.pop()  # neither the final mask nor a probe is to meet it again
+            raise
         assert loss is not None
         self.optimizer.step()  # moves nothing; a scheduler wants to have seen it
         return loss
 
     def freeze(self) -> None:
         """Choose the final mask when the present round ends, and train it from then on."""
-        self.freeze_step = min(self.freeze_step, self.steps_done)
+        self.asked_freeze = min(self.freeze_step, self.steps_done)
 
     def records(self) -> list[StepRecord]:
         """What the steps since the last call measured. Waits for the device."""
@@ -440,7 +451,7 @@ class SparseOffload(Rounds):
         run: Run = self._run
         if batches is None:
             batches, run = chain.from_iterable(self._recent), lambda network, closure: closure(network)
-        mean = partial(average, world_size=self.ranks.world_size)
+        mean = partial(average, world_size=1 if self.own_subnets else self.ranks.world_size)
         reestimate_batch_norm(module, islice(batches, self.final.bn_batches), mean, run)
 
     def _run(self, network: nn.Module, batch: Any) -> object:

@@ -8,6 +8,7 @@ BatchNorm statistics that each rank has gathered by itself.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -112,6 +113,9 @@ def small_state(session: Rounds) -> MethodState:
         "bytes_returned": session.transfers.bytes_returned,
         "policy_frozen": policy["frozen"],
         "ema_steps": session.ema_steps,
+        "trained_steps": session.trained_steps,
+        "skipped_steps": session.nonfinite.skipped,
+        "asked_freeze": session.asked_freeze,
     }
     local = {}
     if session.masks is not None:
@@ -142,6 +146,9 @@ def restore_small(session: Rounds, state: MethodState) -> None:
             raise TypeError("forward_flops")
         session.forward_flops = float(meta["forward_flops"])
         session.ema_steps = state.count("ema_steps")
+        session.trained_steps = state.count("trained_steps", session.steps_done)
+        session.nonfinite.restore(state.count("skipped_steps", 0))
+        session.asked_freeze = state.count("asked_freeze", sys.maxsize)
         if session.ema_steps and not session.ema:
             raise KeyError("ema_steps")
         transfers = session.transfers

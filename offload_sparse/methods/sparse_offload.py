@@ -138,6 +138,8 @@ class SparseOffloadMethod(Method):
         return MethodState(meta={IN_PLACE: self.session.steps_done})
 
     def restore(self, state: MethodState) -> None:
+        for kept in ("_family_masks", "_family"):  # which may go back to before the search has ended
+            vars(self).pop(kept, None)
         if self.durable is None:
             restore_session(self.session, state)
         elif IN_PLACE not in state.meta:

@@ -91,11 +91,10 @@ class WidthSearch:
         self._per_atom = torch.repeat_interleave(torch.arange(len(self.groups)), self._sizes.long())
         self._budget = Budget.of(config, self.groups, costs)
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
+        self._margin = 1 - start if importance is None else -importance
         self.mask = self._budget.mask(start, 1 - start, config.min_width)
-        if importance is not None:
-            self.mask = of_least_margin(self.mask, -importance, self.groups)
+        self.mask = of_least_margin(self.mask, self._margin, self.groups)
         self.trained = self.mask.clone()
-        self._margin = 1 - start
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
         searched = 0 if self.trivial else freeze_step
         cycles, self.pairs = cycles_and_pairs(len(self.groups), searched, total_steps, config.cycle_steps)
@@ -143,7 +142,7 @@ class WidthSearch:
         masks: list[Tensor] = []
         for share in sorted(self.config.budgets):
             budget = self._budget.at(share)
-            budget = budget.to_move_in() if self.boundaries else budget
+            budget = budget.to_move_in() if len(self.history) else budget
             rates = self._rates_of(self._affordable(self._log_widths, budget))
             mask = budget.mask(rates, self._margin, self.config.min_width)
             masks.append(mask | masks[-1] if masks else mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.optimizer import OptimizerFactory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
@@ -23,13 +25,18 @@ CONFIG = PolicyConfig(rho=0.5, search="forward", start="l2", lr=0.1)
 STEPS, COMPARED, SEARCHED = 20, 8, 16
 
 
-def make(net: SmallNet, **settings: Any) -> SparseOffload:
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def make(
+    net: SmallNet, rho: float = 0.5, optimizer: OptimizerFactory = SGD, **settings: Any
+) -> SparseOffload:
     return SparseOffload(
         net,
         (torch.empty(1, 2, 16, 16, dtype=torch.float64),),
-        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        optimizer,
         total_steps=STEPS,
-        policy=CONFIG,
+        policy=replace(CONFIG, rho=rho),
         rounds=RoundConfig(k=10, freeze_at=SEARCHED / STEPS, **settings),
         setup=Setup(channel_map=small_map(net), verify=False, dtype=torch.float64),
         device="cpu",
@@ -79,6 +86,33 @@ def test_pairs_of_forward_passes_move_s_and_no_weight(settings: dict[str, Any]) 
         assert torch.equal(session.store.arrays[kind], values), kind
     assert session.forward_flops < COMPARED * 2 * session.cost.dense_flops
     assert not torch.equal(session.policy.s, make(net).policy.s)
+
+
+@pytest.mark.parametrize("why", ["nothing to search", "frozen on the way"])
+def test_a_network_whose_mask_is_final_is_trained(why: str) -> None:
+    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
+    assert isinstance(net, SmallNet)
+    session = make(net, rho=1.0 if why == "nothing to search" else 0.5)
+    before = session.store.arrays[WEIGHTS].clone()
+    if why == "frozen on the way":
+        session.freeze()
+    session.step(partial(loss_of, batch=batches(1)[0]))
+    session.settle()
+    assert session.frozen
+    assert not torch.equal(session.store.arrays[WEIGHTS], before)
+
+
+def test_an_optimizer_counts_the_steps_that_it_has_made() -> None:
+    """Adam's first step is the learning rate, however many pairs were compared before."""
+    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
+    assert isinstance(net, SmallNet)
+    session = make(net, optimizer=partial(torch.optim.Adam, lr=1e-3, eps=0))
+    before = session.store.arrays[WEIGHTS].clone()
+    for batch in batches(COMPARED + 1):
+        session.step(partial(loss_of, batch=batch))
+    session.settle()
+    moved = (session.store.arrays[WEIGHTS] - before).abs()
+    assert float(moved.max()) == pytest.approx(1e-3, rel=1e-6)
 
 
 def test_training_follows_and_newcomers_have_their_first_values() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from offload_sparse import FinalNetwork, SparseOffload
+from offload_sparse import FinalNetwork, Setup, SparseOffload
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.forward import bound, other_device
+from offload_sparse.policy.config import PolicyConfig
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 X = torch.zeros(2, 12)
@@ -89,6 +91,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no closures": (lambda: new_session().step([]), "step takes a function of the network"),
     "rho": (lambda: new_session(rho=1.5), "give a remaining ratio"),
     "ema": (lambda: new_session(ema=1.0), r"ema is 1.0"),
+    "ema of few bits": (
+        lambda: new_session(ema=0.9, setup=Setup(dtype=torch.bfloat16)),
+        "an average in torch.bfloat16 stands still",
+    ),
+    "budgets": (
+        lambda: new_session(policy=PolicyConfig(search="none", budgets=[0.25, 0.5])),
+        "leave it empty in a loop",
+    ),
     "clip_norm": (lambda: new_session(clip_norm=-1.0), r"clip_norm -1.0"),
 }
 
@@ -190,6 +200,18 @@ def test_a_step_that_fails_leaves_the_session_usable() -> None:
     session.step(loss)
     assert session.masks is masks
     assert session.round_step == session.steps_done == 2
+
+
+def test_a_closure_that_has_failed_does_not_choose_the_final_mask() -> None:
+    def broken(net: nn.Module) -> Tensor:
+        raise KeyError("labels")
+
+    session = new_session(total_steps=8, rounds=RoundConfig(k=4, freeze_at=0.5))
+    for closure in (loss, loss, loss, broken, *[loss] * 5):
+        with nullcontext() if closure is loss else pytest.raises(KeyError, match="labels"):
+            session.step(closure)
+    assert session.steps_done == 8
+    assert session.frozen
 
 
 def test_a_closure_is_replayed_with_the_batch_of_its_step() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offload_sparse.engine.averaging import EMA
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.session import SparseOffload
@@ -219,6 +220,18 @@ def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
     for batch in data[6:]:
         session.step(loss_of(batch))
     assert not torch.equal(arrays(session)[WEIGHTS], good[WEIGHTS])
+
+
+def test_an_average_that_a_rollback_takes_back_begins_anew() -> None:
+    """In the first round that keeps one: with the weights, and not with what the store had before, zeros."""
+    policy, rounds = PolicyConfig(rho=1.0), RoundConfig(k=5)
+    session = make_session(small_net(), policy, rounds, ema=0.9, on_nonfinite="rollback")
+    for batch in Spoiled().batches:
+        session.step(loss_of(batch))
+    session.records()
+    assert session.ema_steps == 4, "of the second round"
+    average, weights = (arrays(session)[kind] for kind in (EMA, WEIGHTS))
+    assert float((average - weights).norm() / weights.norm()) < 0.2
 
 
 def run_transfers(

@@ -84,6 +84,27 @@ def test_a_state_dict_resumes_bit_for_bit(cut: int, tmp_path: Path) -> None:
     assert second.ema_steps == first.ema_steps > 0
 
 
+def test_a_search_that_was_asked_to_end_ends_in_a_session_that_resumes() -> None:
+    """And goes on where a state from before that is loaded; steps that were left out stay counted."""
+    policy, rounds = PolicyConfig.paper(rho=0.5), RoundConfig(k=4)
+    session, other = (make_session(small_net(), policy, rounds) for _ in range(2))
+    before = session.state_dict()
+    for batch in batches(2):
+        session.step(loss_of(batch))
+    session.nonfinite.restore(3)
+    session.freeze()
+    other.load_state_dict(session.state_dict())
+    assert other.nonfinite.skipped == 3
+    for batch in batches(3):
+        other.step(loss_of(batch))
+    assert other.frozen
+    other.load_state_dict(before)
+    for batch in batches(5):
+        other.step(loss_of(batch))
+    assert not other.frozen
+    assert other.nonfinite.skipped == 0
+
+
 def test_rates_that_a_scheduler_has_set_are_resumed() -> None:
     first = new_session()
     train(first, 0, 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.policy import width_search
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.probe import Comparisons, present_widths
 from offload_sparse.policy.width_search import CYCLES, PROBE_SHARE, WidthSearch
+from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 
 NET = SmallNet(widths=(96, 128))  # type: ignore[arg-type]
@@ -222,3 +226,30 @@ def test_a_family_has_the_widths_that_were_found_at_every_budget(budget: str) ->
     resumed = search(budget, budgets=shares, search="probe")
     resumed.load_state_dict(found.state_dict())
     assert all(map(torch.equal, resumed.family(), masks))
+
+
+def test_a_family_of_trained_weights_has_their_most_important_channels() -> None:
+    importance = torch.rand(MAP.num_atoms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    policy = PolicyConfig(rho=0.2, search="none", budgets=[0.1, 0.2])
+    found = WidthSearch(policy, GROUPS, 5, COSTS, importance=importance)
+    for mask in (found.mask, *found.family()):
+        for group in GROUPS:
+            inside = slice(group.start, group.stop)
+            kept, lost = importance[inside][mask[inside]], importance[inside][~mask[inside]]
+            assert float(kept.min()) > float(lost.max())
+
+
+def test_a_family_stays_when_its_run_is_made_longer() -> None:
+    """The search of the short one had no cycle, and has ended."""
+    images = (torch.empty(1, 1, 14, 14, device="meta"),)
+    net = build_on_meta(partial(build_model, "offload_sparse/vgg_small", in_channels=1, image_size=14))
+    channel_map = discover(net, images)
+    costs = CostModel(net, channel_map, images)
+    policy = ShortCycles(rho=0.1, search="probe", budgets=[0.1, 0.2, 0.4])
+    short, long = (
+        WidthSearch(policy, channel_map.groups, 5, costs, total // 2, total) for total in (100, STEPS)
+    )
+    assert not short.boundaries
+    assert long.boundaries
+    long.load_state_dict(short.state_dict())
+    assert all(map(torch.equal, short.family(), long.family()))
