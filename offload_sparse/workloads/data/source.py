@@ -191,11 +191,13 @@ def _load_tables(config: DataConfig, names: list[str]) -> dict[str, Table]:
     """The asked-for splits by name, each with the image and label columns."""
     present, read = _resolve(config)
     tables: dict[str, Table] = {}
+    taken = set[str]()
     for name in names:
         # A file on its own has no split name; it serves as the first one asked for, the training images.
         found = "" if present == [""] and name == names[0] else _called(name, present, names)
-        if found is None:
+        if found is None or found in taken:  # two names never mean the same images
             raise ValueError(_missing_split(config.name, name, present))
+        taken.add(found)
         tables[name] = read(found)
         _check_columns(tables[name], config)
     return tables

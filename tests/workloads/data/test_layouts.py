@@ -77,10 +77,14 @@ def test_validation_has_three_usual_names(called: str, tmp_path: Path) -> None:
     assert (len(splits.validation), len(splits.test)) == (6, 9)
 
 
-def test_images_are_not_used_for_validation_and_for_testing(tmp_path: Path) -> None:
-    (write_folder(tmp_path) / "test").rename(tmp_path / "val")
-    with pytest.raises(ValueError, match="has no split 'test', only train, val"):
-        splits_of(tmp_path, validation="val")
+@pytest.mark.parametrize("called", ["val", "valid", "validation"])
+@pytest.mark.parametrize("folder", ["val", "valid"])
+def test_images_are_not_used_for_validation_and_for_testing(
+    folder: str, called: str, tmp_path: Path
+) -> None:
+    (write_folder(tmp_path) / "test").rename(tmp_path / folder)
+    with pytest.raises(ValueError, match=f"has no split '(test|{called})', only train, {folder}"):
+        splits_of(tmp_path, validation=called)
 
 
 # Listings
