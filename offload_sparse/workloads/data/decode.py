@@ -142,7 +142,7 @@ def _decode(content: bytes) -> Image.Image:
         mode = image.mode
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation) is not None:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # a new image would lack the tags of a TIFF
     if mode.startswith(("I", "F")):
         image = _in_8_bits(image)
     elif mode == "LAB":

@@ -98,14 +98,16 @@ def test_sixteen_bits_per_colour_are_scaled() -> None:
     assert found[2].flatten().tolist() == list(range(255, -1, -1))
 
 
-def tiff(values: np.ndarray, photometric: int, bits: int = 16) -> bytes:
-    """A grey TIFF of one row, whose ``bits`` of each value are stored in a 16-bit word or packed."""
+def tiff(values: np.ndarray, photometric: int, bits: int = 16, orientation: int = 0) -> bytes:
+    """A grey TIFF of one row, whose ``bits`` of each value are stored in a 16-bit word or packed; an
+    orientation of 0 is left out."""
     data = values.astype("<u2").tobytes()
     if bits == 12:
         number = "".join(f"{value:012b}" for value in values)
         data = int(number, 2).to_bytes(len(number) // 8, "big")
     tags = [(256, 4, len(values)), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
-    tags += [(273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(data))]
+    tags += [(273, 4, 8), *[(274, 3, orientation)] * bool(orientation)]
+    tags += [(277, 3, 1), (278, 4, 1), (279, 4, len(data))]
     directory = struct.pack("<H", len(tags)) + b"".join(
         struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags
     )
@@ -121,6 +123,17 @@ def test_a_tiff_is_scaled_by_the_bits_that_it_has(bits: int) -> None:
 def test_white_is_zero_in_a_tiff_that_says_so() -> None:
     values = np.linspace(0, 65535, 256).round().astype(np.uint16)
     assert decode_pixels({"bytes": tiff(values, 0)}, 1).flatten().tolist() == list(range(255, -1, -1))
+
+
+@pytest.mark.parametrize(("photometric", "bits"), [(0, 16), (1, 12)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_an_orientation_turns_a_tiff_and_changes_no_shade(
+    orientation: int, photometric: int, bits: int
+) -> None:
+    values = np.linspace(0, 2**bits - 1, 256).round().astype(np.uint16)
+    lying = decode_pixels({"bytes": tiff(values, photometric, bits)}, 1)
+    turned = decode_pixels({"bytes": tiff(values, photometric, bits, orientation)}, 1)
+    assert torch.equal(turned, lying.rot90({1: 0, 3: 2, 6: -1}[orientation], (1, 2)))
 
 
 # What the pixels mean
