@@ -32,14 +32,16 @@ class Labels(NamedTuple):
 
 def read_labels(column: pa.ChunkedArray, feature: object, split: str, name: str) -> Labels:
     """The labels in a column of integers, truth values or text, by the type that the library knows; ``split``
-    and ``name`` are for messages. Raises ValueError: a row has no label, or the column holds something else.
-    """
-    if column.null_count:
-        raise ValueError(f"column {name!r} has {column.null_count} rows without a label; remove them")
-    if isinstance(feature, datasets.ClassLabel):
-        return Labels(column.to_numpy().astype(np.int64), tuple(feature.names))
+    and ``name`` are for messages. Raises ValueError: a row has no label, or an empty one, or the column holds
+    something else."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    missing = column.null_count + (pc.sum(pc.equal(column, "")).as_py() or 0 if is_text else 0)
+    if missing:
+        raise ValueError(f"column {name!r} has {missing} rows without a label; remove them")
+    if isinstance(feature, datasets.ClassLabel):
+        return Labels(column.to_numpy().astype(np.int64), tuple(feature.names))
     kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     if not any(is_kind(column.type) for is_kind in kinds):
         raise ValueError(

@@ -125,6 +125,12 @@ def test_labels_in_a_listing_keep_their_zeros(flat: Path) -> None:
     assert splits.test.labels.bincount().tolist() == [1, 1]
 
 
+def test_words_for_nothing_are_names_of_classes(flat: Path) -> None:
+    rows = "".join(f"ant/{i}.png,{word}\n" for i, word in enumerate(["NA", "null", "None"] * 2))
+    (flat / "all.csv").write_text("path,label\n" + rows)
+    assert splits_of(flat / "all.csv").class_names == ("NA", "None", "null")
+
+
 def test_the_columns_of_a_listing_may_have_any_names(flat: Path) -> None:
     """Also where usual names are there, which mean something else."""
     rows = "".join(f"ant/{i}.png,0{i % 2},{i}\n" for i in range(10))
@@ -156,6 +162,10 @@ def test_names_in_a_listing_are_bytes(flat: Path) -> None:
         ("a.csv", b"", "cannot be read as a listing"),
         ("a.csv", b"path,label\n", "split without rows|no split"),
         ("a.csv", b"path,label,split\n/dev/zero,a,train\n/dev/zero,a,test\n", "no regular file"),
+        ("a.csv", b"path,label,split\na,x,train\nb,,train\nc,x,test\n", "has 1 rows without a label"),
+        ("a.tsv", b"label\tpath\nx\ta\nx\tb\n\tc\n\td\n", "has 1 rows without a label"),
+        ("a.jsonl", b'{"path": "a", "label": ""}\n' * 2, "has 1 rows without a label"),
+        ("a.jsonl", b'{"path": "a", "label": null}\n' * 2, "has 1 rows without a label"),
     ],
 )
 def test_a_listing_that_cannot_serve_is_one_line(
