@@ -125,6 +125,24 @@ def test_labels_in_a_listing_keep_their_zeros(flat: Path) -> None:
     assert splits.test.labels.bincount().tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(("ending", "nothing"), [("jsonl", "null"), ("jsonl", '""'), ("csv", "")])
+def test_a_row_without_a_path_is_an_image_that_cannot_be_decoded(
+    ending: str, nothing: str, flat: Path
+) -> None:
+    rows = [("ant/1.png", "train"), ("ant/2.png", "train"), (nothing, "train"), ("ant/3.png", "test")]
+    if ending == "jsonl":
+        paths = [path if path == nothing else json.dumps(path) for path, _ in rows]
+        text = "".join(
+            f'{{"image": {path}, "label": "ant", "split": "{split}"}}\n'
+            for path, (_, split) in zip(paths, rows, strict=True)
+        )
+    else:
+        text = "image,label,split\n" + "".join(f"{path},ant,{split}\n" for path, split in rows)
+    (flat / f"all.{ending}").write_text(text)
+    train = splits_of(flat / f"all.{ending}").train
+    assert [isinstance(image, str) for image in train.decode(range(3))] == [False, False, True]
+
+
 def test_words_for_nothing_are_names_of_classes(flat: Path) -> None:
     rows = "".join(f"ant/{i}.png,{word}\n" for i, word in enumerate(["NA", "null", "None"] * 2))
     (flat / "all.csv").write_text("path,label\n" + rows)
@@ -164,6 +182,9 @@ def test_names_in_a_listing_are_bytes(flat: Path) -> None:
         ("a.csv", b"path,label,split\n/dev/zero,a,train\n/dev/zero,a,test\n", "no regular file"),
         ("a.csv", b"path,label,split\na,x,train\nb,,train\nc,x,test\n", "has 1 rows without a label"),
         ("a.tsv", b"label\tpath\nx\ta\nx\tb\n\tc\n\td\n", "has 1 rows without a label"),
+        ("a.jsonl", b'{"path": 3, "label": "x"}\n', "holds int64 in column path, not paths"),
+        ("a.jsonl", b'{"path": {"bytes": "x"}, "label": "x"}\n', "column path, not paths"),
+        ("a.jsonl", b'{"path": null, "label": "x"}\n' * 2, "image 0 of split 'train' cannot be decoded"),
         ("a.jsonl", b'{"path": "a", "label": ""}\n' * 2, "has 1 rows without a label"),
         ("a.jsonl", b'{"path": "a", "label": null}\n' * 2, "has 1 rows without a label"),
     ],
