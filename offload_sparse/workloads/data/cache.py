@@ -146,6 +146,10 @@ def _key(split: Split, recipe: str) -> str:
         digest.update(table._fingerprint.encode())
         for image in table["image"] if "path" in str(table.features) else ():
             if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-                status = os.stat(image["path"])
-                digest.update(np.array([status.st_size, status.st_mtime_ns]).tobytes())
+                try:
+                    status = os.stat(image["path"])
+                    identity = status.st_size, status.st_mtime_ns
+                except (OSError, ValueError):  # there is no such file, which is counted when it is decoded
+                    identity = -1, -1
+                digest.update(np.array(identity).tobytes())
     return digest.hexdigest()[:24]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,34 @@ def test_corrupt_images_are_replaced_and_counted_from_the_cache_too(tmp_path: Pa
         corrupt = CorruptImages(100)
         assert_equal(batches(config_of(tmp_path), corrupt=corrupt), expected)
         assert len(corrupt) == len(BROKEN)
+
+
+@pytest.mark.parametrize("missing", ["a broken link", "a listed file", "a name that no file can have"])
+def test_a_missing_file_is_a_corrupt_image_in_the_cache_too(missing: str, tmp_path: Path) -> None:
+    """Until it is there: then the images are others."""
+    train = write_folder(tmp_path / "data") / "train"
+    file = next((train / "ant").glob("0001*"))
+    listed = {path: path.parent.name for path in sorted(train.rglob("*.*g"))}
+    kept = file.rename(tmp_path / file.name)
+    if missing == "a broken link":
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        name = "\0" if "name" in missing else ""
+        rows = [[f"{path.name}{name if path == file else ''}", label] for path, label in listed.items()]
+        for split in ("train", "test"):
+            lines = [json.dumps({"path": f"train/{label}/{path}", "label": label}) for path, label in rows]
+            (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    uncached = CorruptImages(100)
+    expected = batches(config_of(tmp_path), write=None, corrupt=uncached)
+    for _ in range(2):
+        corrupt = CorruptImages(100)
+        assert_equal(batches(config_of(tmp_path), corrupt=corrupt), expected)
+        assert len(corrupt) == len(uncached) == 1
+    if missing == "a broken link":
+        kept.rename(tmp_path / "nowhere")
+        corrupt = CorruptImages(100)
+        batches(config_of(tmp_path), corrupt=corrupt)
+        assert len(corrupt) == 0
 
 
 def remembering(corrupt: str) -> bytes:
