@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,12 +50,13 @@ def curves(
     lasts = [np.array([at]) for at, _ in (ends or {}).values()]
     x_scale, x_label = _scaled(x_label, x_unit, [*(x for x, _ in series.values()), *lasts])
     y_scale, y_label = _scaled(y_label, y_unit, [y for _, y in series.values()])
+    drawn = {}
     for i, (name, (x, y)) in enumerate(series.items()):
         x, y = _thinned(x, y)
         style = look(theme, (places or {}).get(name, i))
         if len(x) > 40:
             style["marker"] = ""
-        axes.plot(x / x_scale, y / y_scale, label=_short(name), **style)
+        [drawn[name]] = axes.plot(x / x_scale, y / y_scale, **style)
         if ends and name in ends:
             at, value = ends[name]
             mark = style | {"marker": look(theme, (places or {}).get(name, i))["marker"], "linestyle": ""}
@@ -66,7 +68,7 @@ def curves(
     if from_zero:
         highest = max((float(y.max()) for _, y in series.values() if len(y)), default=0.0)
         axes.set_ylim(0, 1.08 * highest / y_scale or 1.0)
-    _legend(figure, axes)
+    _legend(figure, drawn)
     return figure
 
 
@@ -111,19 +113,18 @@ def dots(
 ) -> Figure:
     """A share in [0, 1] per row; NaN draws nothing. One entry gets lines from zero, several a row of dots."""
     figure, axes = _panel(title, (SIZE[0], _height(len(rows))))
-    heights = np.arange(len(rows))
+    heights, drawn = np.arange(len(rows)), {}
     for i, (name, shares) in enumerate(series.items()):
         style = look(theme, (places or {}).get(name, i))
         if len(series) == 1:
             axes.hlines(heights, 0, shares, color=style["color"], linewidth=2)
-        axes.plot(
-            shares, heights, linestyle="", label=_short(name), color=style["color"], marker=style["marker"]
-        )
+        mark = {"linestyle": "", "color": style["color"], "marker": style["marker"]}
+        [drawn[name]] = axes.plot(shares, heights, **mark)
     axes.invert_yaxis()
     _name_rows(axes, rows, 0)
     axes.set(xlabel=x_label, xlim=(0, 1.02))
     axes.grid(axis="y", visible=len(series) > 1)
-    _legend(figure, axes)
+    _legend(figure, drawn)
     return figure
 
 
@@ -134,14 +135,15 @@ def estimates(
     apart = 0.8 / len(series)
     figure, axes = _panel(title, (SIZE[0], max(_height(len(rows)), 1.0 + 0.07 * len(rows) * len(series))))
     axes.axvline(0, color=theme.line, linewidth=1)
+    drawn = {}
     for i, (name, (values, errors)) in enumerate(series.items()):
         heights = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * apart
         style = look(theme, i) | {"linestyle": "", "markersize": 3}
-        axes.errorbar(values, heights, xerr=errors, label=name, elinewidth=1, **style)
+        drawn[name] = axes.errorbar(values, heights, xerr=errors, elinewidth=1, **style)
     axes.invert_yaxis()
     _name_rows(axes, rows, 0)
     axes.set(xlabel=x_label)
-    _legend(figure, axes)
+    _legend(figure, drawn)
     return figure
 
 
@@ -158,24 +160,24 @@ def bars(
     figure, axes = _panel(title, (SIZE[0], max(SIZE[1], 0.9 + 0.3 * len(rows) * len(series))))
     values = np.array(list(series.values()), dtype=np.float64)
     scale, label = _scaled("", unit, [values])
+    drawn = {}
     for i, (name, row) in enumerate(zip(series, values / scale, strict=True)):
         heights = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * thickness
-        drawn = axes.barh(
+        drawn[name] = axes.barh(
             *(heights, np.nan_to_num(row), thickness * 0.9),
-            label=_short(name),
             color=theme.colours[(places or {}).get(name, i) % len(theme.colours)],
             hatch=HATCHES[(places or {}).get(name, i) % len(HATCHES)],
             linewidth=0,
         )
         texts = [f"{value:.3g}" if np.isfinite(value) else "" for value in row]
-        axes.bar_label(drawn, texts, padding=4, fontsize=9, color=theme.text)
+        axes.bar_label(drawn[name], texts, padding=4, fontsize=9, color=theme.text)
     axes.set_yticks(np.arange(len(rows)), rows)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=label)
     axes.margins(x=0.18)
-    _legend(figure, axes)
+    _legend(figure, drawn)
     return figure
 
 
@@ -208,13 +210,13 @@ def _panel(title: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the panel, where it hides nothing; none for a single entry."""
-    names = axes.get_legend_handles_labels()[1]
+def _legend(figure: Figure, drawn: Mapping[str, Any]) -> None:
+    """Of what was drawn, by name: below the panel, where it hides nothing; none for a single entry."""
+    names = list(map(_short, drawn))
     if len(names) < 2:
         return
     columns = max(1, min(len(names), 52 // (max(map(len, names)) + 7)))
-    figure.legend(loc="outside lower center", ncols=columns, handlelength=2.6)
+    figure.legend(list(drawn.values()), names, loc="outside lower center", ncols=columns, handlelength=2.6)
 
 
 def _scaled(label: str, unit: str, arrays: Sequence[NDArray[np.float64]]) -> tuple[float, str]:

@@ -82,6 +82,7 @@ def themed(theme: Theme) -> Iterator[None]:
         "axes.formatter.useoffset": False,
         "font.family": "DejaVu Sans",
         "font.size": 10,
+        "text.parse_math": False,  # names of runs and groups are no formulas
         "legend.frameon": False,
         "legend.fontsize": 9,
         "lines.linewidth": 1.6,

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from offload_sparse.cli.main import main
@@ -23,11 +25,11 @@ from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import MethodName
 from offload_sparse.export.network_file import FORMAT
 from offload_sparse.inspect.report.charts import sections
-from offload_sparse.inspect.report.figures import curves, heat_map
+from offload_sparse.inspect.report.figures import bars, curves, dots, estimates, heat_map
 from offload_sparse.inspect.report.memory import ROWS, planned_memory
 from offload_sparse.inspect.report.page_tables import difference_table, paper_tables, summary_table
 from offload_sparse.inspect.report.run_data import read_runs
-from offload_sparse.inspect.report.style import STYLES, THEMES, look, scale_of, themed
+from offload_sparse.inspect.report.style import STYLES, THEMES, Theme, look, scale_of, themed
 from offload_sparse.workloads.models import build_model
 
 SUMMARY = {
@@ -464,6 +466,33 @@ def test_the_names_of_many_rows_do_not_overlap(rows: int) -> None:
         labels = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
         boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
     assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
+
+
+ANY_NAMES = ("_a", "_b", r"x$\fooo$1")
+ROW_OF = np.array([0.25, 0.5, 0.75])
+WITH_A_LEGEND: dict[str, Callable[[Theme, str], Figure]] = {
+    "curves": lambda theme, title: curves(
+        theme, title, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "steps", "loss"
+    ),
+    "dots": lambda theme, title: dots(
+        theme, title, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "share kept"
+    ),
+    "estimates": lambda theme, title: estimates(
+        theme, title, ANY_NAMES, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "loss"
+    ),
+    "bars": lambda theme, title: bars(
+        theme, title, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "bytes"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_A_LEGEND)
+def test_whatever_runs_are_called_their_names_are_in_the_legend(kind: str) -> None:
+    with themed(THEMES["light"]):
+        figure = WITH_A_LEGEND[kind](THEMES["light"], f"Title: {ANY_NAMES[-1]}")
+        figure.savefig(io.BytesIO(), dpi=80)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(ANY_NAMES)
 
 
 def test_a_long_curve_is_drawn_with_few_points() -> None:
