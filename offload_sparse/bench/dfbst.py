@@ -88,9 +88,9 @@ def cell(config: DFBSTBenchConfig, folder: Path, model: str, method: str, seed: 
     options = _OPTIONS | {"method": method, "model.name": MODELS[model], "train.seed": seed}
     options |= {"data.name": config.data} if config.data else {}
     options |= {"train.epochs": config.epochs or 20}
-    options |= {"train.max_steps": 150} if quick and not config.epochs else {}
-    name = f"{model}-{method}-epochs{config.epochs}-seed{seed}-{Path(config.data).name or 'embedded'}"
-    return Run(folder / name, lambda: options)
+    few = {"train.max_steps": 150} if quick and not config.epochs else {}
+    name = f"{model}-{method}-epochs{config.epochs}-seed{seed}{'-quick' if few else ''}"
+    return Run(folder / f"{name}-{Path(config.data).name or 'embedded'}", lambda: options | few)
 
 
 def figures(run: Run) -> dict[str, float]:

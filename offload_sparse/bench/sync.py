@@ -67,7 +67,7 @@ def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
     with tempfile.TemporaryDirectory() as kept:
         for seed in range(seeds):
             for mode in modes:
-                size = f"{options['data.limit']}x{epochs}"
+                size = f"{options['data.limit']}x{epochs}{'-quick' if quick else ''}"
                 folder = Path(config.cache or kept) / f"sync-{mode}-{size}-seed{seed}"
                 given, ranks = options | MODES[mode] | {"train.seed": seed}, RANKS
                 if mode == "alone":

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from offload_sparse.bench import cells, pretrained
 from offload_sparse.bench.cells import Run, finish
+from offload_sparse.bench.options import OPTIONS, CellsConfig
 from offload_sparse.run.errors import RunError
 
 pytestmark = pytest.mark.timeout(60)
@@ -94,3 +99,55 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     for text, epoch in (("", 0), ('{"epoch": 1.5}\n', 1.5), ('{"epoch": 1.5}\n{"epo', 0)):
         (tmp_path / "metrics.jsonl").write_text(text)
         assert run.epoch() == epoch
+
+
+# The folders of the benches
+
+OF_CELLS = [name for name, options in OPTIONS.items() if issubclass(options, CellsConfig)]
+LIKE_QUICK: Mapping[str, dict[str, Any]] = {
+    "dfbst": {"epochs": 20},
+    "pretrained": {"rho": [0.5], "epochs": [1], "dense_epochs": 1},
+    "study": {"epochs": 1},
+    "sync": {"images": 512},
+}
+"""Settings of full runs that are as near to those of quick ones as they can be."""
+SUMMARY = {
+    **dict.fromkeys(("test_accuracy", "params_ratio", "flops_ratio", "train_cost_saving"), 0.5),
+    **dict.fromkeys(("steps", "seconds", "step_seconds_median"), 1),
+}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that benches ask for, which are finished at once."""
+
+    def finish_at_once(runs: Iterable[Run], jobs: int = 1) -> None:
+        for run in runs:
+            found.append(Run(run.folder, dict(run.options()).copy))
+            (run.folder / "model").mkdir(parents=True, exist_ok=True)
+            (run.folder / "summary.json").write_text(json.dumps(SUMMARY))
+            (run.folder / "metrics.jsonl").write_text('{"train_flops": 1.0}')
+            groups = {"groups": {"a": {"kept": [0]}}}
+            (run.folder / "model" / "structure.json").write_text(json.dumps(groups))
+
+    found: list[Run] = []
+    for module in (cells, *map(importlib.import_module, (f"offload_sparse.bench.{n}" for n in OF_CELLS))):
+        monkeypatch.setattr(module, "finish", finish_at_once)
+    monkeypatch.setattr(pretrained, "loading", lambda quick: {})
+    return found
+
+
+@pytest.mark.parametrize("like_quick", [False, True])
+@pytest.mark.parametrize("name", OF_CELLS)
+def test_a_quick_bench_and_a_full_one_share_only_equal_runs(
+    name: str, like_quick: bool, asked: list[Run], tmp_path: Path
+) -> None:
+    given = LIKE_QUICK[name] if like_quick else {}
+    config = OPTIONS[name](cache=str(tmp_path), **given)
+    found: list[dict[Path, Mapping[str, Any]]] = []
+    for quick in (True, False):
+        importlib.import_module(f"offload_sparse.bench.{name}").run(quick, config)
+        found.append({run.folder: run.options() for run in asked})
+        asked.clear()
+    assert all(found)
+    assert all(found[1].get(folder, options) == options for folder, options in found[0].items())
