@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -23,15 +23,19 @@ class BenchConfig:
     json: str = ""
 
     def __post_init__(self) -> None:
-        """Numbers are at least 0 where that is the default, else 1; shares lie in (0, 1)."""
+        """Numbers are at least 0 where that is the default, else 1; shares lie in (0, 1). Of lists, this goes
+        for every value, and only those that are empty by default may be."""
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name in ("rho", "flops"):
-                for rho in value if isinstance(value, list) else [value]:
-                    if not 0 < rho < 1:
-                        raise ValueError(f"rho is {rho}; give a ratio in (0, 1), such as 0.25")
-            elif isinstance(value, int | float) and value < (least := int(bool(option.default))):
-                raise ValueError(f"{option.name} is {value}; give {least} or more")
+            values, least = value if isinstance(value, list) else [value], int(bool(option.default))
+            if not values and option.default_factory is not list:
+                raise ValueError(f"{option.name} is empty; give at least one")
+            for number in values:
+                if option.name in ("rho", "flops"):
+                    if not 0 < number < 1:
+                        raise ValueError(f"{option.name} is {number}; give a ratio in (0, 1), such as 0.25")
+                elif isinstance(number, int | float) and number < least:
+                    raise ValueError(f"{option.name} is {number}; give {least} or more")
 
 
 @dataclass
@@ -218,6 +222,12 @@ OPTIONS: Mapping[str, type[BenchConfig]] = {
     "variance": VarianceConfig,
 }
 """Benches with options of their own; their ``run`` takes the configuration behind ``quick``."""
+
+
+def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError: ``option`` gives a name that is not ``known``."""
+    for name in (name for name in given if name not in known):
+        raise ValueError(f"{option} gives {name!r}; give some of {', '.join(known)}")
 
 
 def options_of(argv: Sequence[str]) -> type[BenchConfig]:

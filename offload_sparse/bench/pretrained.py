@@ -35,7 +35,7 @@ from torch import Tensor
 from offload_sparse.bench.cells import BATCH, SETS, Run, finish, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import on_ranks, peak_resident, reset_peak
-from offload_sparse.bench.options import PretrainedConfig
+from offload_sparse.bench.options import PretrainedConfig, check_names
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.engine.pretrained import WeightSource
 from offload_sparse.methods.controls import undivided_map
@@ -66,8 +66,9 @@ _HEADER = ("rho", "epochs", "arm", "accuracy %", "±", f"steps to -{_BELOW:g}", 
 
 def run(quick: bool, config: PretrainedConfig) -> BenchResult:
     """Every cell that is not in the cache yet, and loading; ``quick`` takes three arms of 30 steps after a
-    dense epoch, and a file of 0.13 GB.
+    dense epoch, and a file of 0.13 GB. Raises ValueError: there is no arm of a name.
     """
+    check_names("arms", config.arms, ARMS)
     arms = config.arms or (["scratch", "norm_scale", "forward"] if quick else list(ARMS))
     ratios, raw, rows = loading(quick), {}, []
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ from typing import Any
 
 from offload_sparse.bench.cells import BATCH, SETS, Run, finish, finished_run, last, options_on, spread
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.options import StudyConfig
+from offload_sparse.bench.options import StudyConfig, check_names
 from offload_sparse.engine.config import SEARCHED, RoundConfig
 from offload_sparse.policy.width_search import cycles_and_pairs
 
@@ -72,18 +72,20 @@ _HEADER = ("set", "FLOPs", "method", "accuracy %", "±", "FLOPs %", "params %", 
 
 
 def run(quick: bool, config: StudyConfig) -> BenchResult:
-    """Every cell that is not in the cache yet; ``quick`` takes one seed and 40 steps of three methods."""
+    """Every cell that is not in the cache yet; ``quick`` takes one seed and 40 steps of three methods. Raises
+    ValueError: there is no method of a name, or not in this setting."""
+    possible = [name for name in METHODS if Cell(config, name, 0.0, 0, 0, Path()).possible()]
+    check_names("methods", config.methods, possible)
     methods = config.methods or (["even", "probe", "persistent"] if quick else list(METHODS))
     epochs = config.epochs or EPOCHS[config.set]
     steps = 40 if quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cells = [
-            cell
+            Cell(config, name, share, seed, steps, Path(config.cache or folder))
             for seed in range(config.seeds or (1 if quick else 3))
             for share in config.flops
-            for name in (name for name in METHODS if name in methods)
-            if (cell := Cell(config, name, share, seed, steps, Path(config.cache or folder))).possible()
+            for name in (name for name in possible if name in methods)
         ]
         finish([cell.before().run for cell in cells], config.jobs)
         finish([cell.run for cell in cells], config.jobs)

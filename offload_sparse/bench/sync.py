@@ -22,7 +22,7 @@ from typing import Any
 
 from offload_sparse.bench.cells import Run, finish, finished_run, spread
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.options import SyncBenchConfig
+from offload_sparse.bench.options import SyncBenchConfig, check_names
 
 RANKS = 2
 
@@ -57,7 +57,9 @@ _HEADER = ("mode", "runs", "test accuracy %", "spread", "difference from step", 
 
 
 def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
-    """Every mode over the same seeds; ``quick`` makes few steps of one seed."""
+    """Every mode over the same seeds; ``quick`` makes few steps of one seed. Raises ValueError: there is no
+    mode of a name."""
+    check_names("modes", config.modes, MODES)
     seeds, epochs = config.seeds or (1 if quick else 2), config.epochs or 8
     options = _COMMON | {"data.limit": 512 if quick else config.images, "train.epochs": epochs}
     options |= {"train.max_steps": 40} if quick else {}
