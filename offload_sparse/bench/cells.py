@@ -19,9 +19,13 @@ from typing import Any
 from tqdm import tqdm
 
 from offload_sparse.bench.options import SetConfig
+from offload_sparse.channels.require import require
+from offload_sparse.config import yaml_text
 from offload_sparse.run.errors import RunError
+from offload_sparse.run.log import CONFIG_FILE
 from offload_sparse.run.signals import Interruption
 from offload_sparse.run.terminal import columns, tell
+from offload_sparse.workloads.config import DataConfig
 
 BATCH = 128
 _POLL_SECONDS, _LONGEST_LINE = 0.2, 1 << 16
@@ -67,6 +71,13 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "summary.json").exists()
 
+    def check_images(self) -> None:
+        """Raise ValueError: it was of other images, of which the folder's name has only the last part."""
+        held = yaml_text.read_keys(self.folder / CONFIG_FILE)["data"]["name"]
+        asked = self.options().get("data.name", DataConfig.name)
+        same = len({Path(name).expanduser().resolve() for name in (held, asked)}) == 1
+        require(same, f"{self.folder} holds a run on {held}, not on {asked}; give another --cache")
+
     def start(self) -> subprocess.Popen[bytes]:
         """Begin it, or go on with it."""
         given = {**self.options(), "quiet": "true", "trackers": "[]"}
@@ -91,8 +102,12 @@ class Run:
 def finish(runs: Iterable[Run], jobs: int = 1) -> None:
     """Train ``runs`` to the end, in their order and ``jobs`` ranks at a time (but a run at least); those that
     have finished are not run again. Raises RunError: a run ended before it was finished (what it said is on
-    stderr), or a signal asked for an end; the others have saved what they have."""
-    waiting = [run for run in {run.folder: run for run in runs}.values() if not run.finished]
+    stderr), or a signal asked for an end; the others have saved what they have. Raises ValueError: one that
+    has finished is of other images."""
+    wanted = {run.folder: run for run in runs}.values()
+    for run in (run for run in wanted if run.finished):
+        run.check_images()
+    waiting = [run for run in wanted if not run.finished]
     number = len(waiting)
     running: dict[subprocess.Popen[bytes], Run] = {}
     bar = tqdm(

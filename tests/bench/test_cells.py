@@ -32,7 +32,10 @@ signal.signal(signal.SIGTERM, saved)
 while not all((other / "begun").exists() for other in others):
     time.sleep(0.01)
 """
-_DONE = '(mine / "summary.json").touch()'
+_DONE = """
+(mine / "config.yaml").write_text("data: {name: fashion_mnist_small}")
+(mine / "summary.json").touch()
+"""
 _FOREVER = "time.sleep(600)"
 
 
@@ -74,6 +77,35 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureF
     finish(runs)  # whose folder could not be made a second time
     finish(runs)
     assert capsys.readouterr().err == "run 1 of 1: a\n"
+
+
+@pytest.mark.parametrize(
+    ("held", "asked"),
+    [
+        ("data/cifar100/parquet", "data/cifar10/parquet"),
+        ("data/cifar10", None),
+        ("fashion_mnist_small", "data/fashion_mnist_small"),
+    ],
+)
+def test_a_finished_run_of_other_images_is_not_reported(held: str, asked: str | None, tmp_path: Path) -> None:
+    run = Run(tmp_path / "a", lambda: {"data.name": asked} if asked else {})
+    run.folder.mkdir()
+    (run.folder / "summary.json").touch()
+    (run.folder / "config.yaml").write_text(f"data: {{name: {held}}}")
+    with pytest.raises(ValueError, match=f"a holds a run on {held}, not on {asked or 'fashion'}.*--cache"):
+        finish([run])
+
+
+@pytest.mark.parametrize("asked", ["data/cifar10", "./data/../data/cifar10", "link", "{}/data/cifar10"])
+def test_the_same_images_may_be_named_in_other_ways(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "cifar10").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data/cifar10")
+    (tmp_path / "config.yaml").write_text("data: {name: data/cifar10}")
+    (tmp_path / "summary.json").touch()
+    finish([Run(tmp_path, lambda: {"data.name": asked.format(tmp_path)})])
 
 
 def test_when_one_fails_the_others_save_and_end(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_every_method_has_its_figures_from_its_folder(
         step = 0.01 if method == "dense" else 0.02
         summary = {"test_accuracy": 0.9 + seed / 100, "seconds": 1.0, "step_seconds_median": step}
         (run.folder / "summary.json").write_text(json.dumps(summary))
+        (run.folder / "config.yaml").write_text("data: {name: fashion_mnist_small}")
         left = {} if method == "dense" else {"forward_remaining": 0.1 + seed / 10, "backward_remaining": 0.5}
         (run.folder / "metrics.jsonl").write_text("{}\n" + json.dumps(left) + "\n")
         started.append(run.folder.name)

@@ -18,6 +18,7 @@ def finished(folder: Path, accuracy: float, steps: int = 10) -> None:
     (folder / "summary.json").write_text(json.dumps(summary | {"steps": steps, "seconds": 2.0}))
     lines = [{"step": 4, "test_accuracy": accuracy - 0.1}, {"step": 8, "test_accuracy": accuracy - 0.005}]
     flops = {"step": steps, "train_flops": 3.0 * 128 * steps}
+    (folder / "config.yaml").write_text("data: {name: cifar10}")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, flops]))
 
 

@@ -22,6 +22,7 @@ def finished(folder: Path, accuracy: float) -> None:
     (folder / "model").mkdir(parents=True)
     summary = {"test_accuracy": accuracy, "test_loss": 1.0, "params_ratio": 0.01, "flops_ratio": 0.0169}
     (folder / "summary.json").write_text(json.dumps(summary | {"steps": 10, "seconds": 2.0}))
+    (folder / "config.yaml").write_text("data: {name: cifar10}")
     (folder / "metrics.jsonl").write_text('{"train_flops": 5.0}\n{"epoch": 1, "train_flops": 9.0}\n')
     groups = {"a": {"kept": [0, 1, 2]}, "b": {"kept": [4]}}
     (folder / "model" / "structure.json").write_text(json.dumps({"groups": groups}))
