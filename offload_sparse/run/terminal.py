@@ -31,13 +31,10 @@ _SHOWN = ("loss", *_PERCENT)
 _COLLAPSED = 0.01
 _LESS_PRUNING = {
     "dense": "train for more epochs",
-    "static": "raise policy.rho",
-    "sparse_offload": "raise policy.rho",
-    "rigl": "raise policy.rho",
     "dst": "lower dst.alpha",
     "dfbst": "lower dst.alpha",
-    "grow_efficient": "raise policy.rho",
 }
+"""By method; every other one, of the user's own too, goes by policy.rho."""
 
 SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("method", "method", str),
@@ -150,7 +147,7 @@ class Terminal:
 
 def warn_of_collapse(method: str, params_ratio: float, one_class: bool) -> None:
     """Say that a network is as good as gone, and which setting to change."""
-    change = _LESS_PRUNING[method]
+    change = _LESS_PRUNING.get(method, "raise policy.rho")
     if params_ratio < _COLLAPSED:
         logger.warning("only %.2g%% of the weights are left; %s", 100 * params_ratio, change)
     if one_class:

@@ -318,7 +318,7 @@ def test_lines_of_a_long_run_fit_their_columns(
 
 @pytest.mark.parametrize(
     ("method", "setting"),
-    [("grow_efficient", "raise policy.rho"), ("rigl", "raise policy.rho")],
+    [("rigl", "raise policy.rho"), ("dst", "lower dst.alpha"), ("a_users_own", "raise policy.rho")],
 )
 def test_a_network_that_collapses_is_a_warning(
     method: str, setting: str, caplog: pytest.LogCaptureFixture
