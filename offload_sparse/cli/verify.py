@@ -152,9 +152,12 @@ def _read_rows(path: str) -> list[dict[str, Any]]:
 
 
 def _append_rows(path: str, rows: list[dict[str, Any]]) -> None:
+    """Behind the last whole line: what follows it would make one line with these."""
     if path:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        with Path(path).open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 _ROW = "{:<46}{:<9}{:>6}{:>7}{:>8}{:>7}{:>9}{:>7}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -191,13 +190,22 @@ def test_verify_all_resumes_from_its_results(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    results = Path(shutil.copy(covered[0], tmp_path))
+    """Also where the first call has died while it wrote a row, and the next one has added to the file."""
+    rows, results = covered[1]["models"], tmp_path / "rows.jsonl"
+    examined: list[str] = []
+    whole = [json.dumps(row) + "\n" for row in rows if row["model"] == SMALL]
+    results.write_text("".join(whole) + json.dumps(rows[-1])[:20])
+
+    def examine(case: coverage.Case, **_: object) -> list[Any]:
+        examined.append(case.name)
+        return [row for row in rows if row["model"] == case.name]
+
     monkeypatch.setattr(coverage, "CASES", CASES)
-    monkeypatch.setattr(coverage, "examine", None)  # nothing is computed again
-    with results.open("a") as file:
-        file.write('{"model": "torn')
-    assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 1
-    assert json.loads(capsys.readouterr().out)["models"] == covered[1]["models"]
+    monkeypatch.setattr(coverage, "examine", examine)
+    for _ in range(2):
+        assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 1
+        assert json.loads(capsys.readouterr().out)["models"] == rows
+    assert examined == ["torchvision/alexnet"], "nothing is computed again"
     assert cli.main(["verify", "--all", "--results", str(results)]) == 1
     assert "refused: AlexNet cannot be traced" in capsys.readouterr().out
 
