@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.metadata
 import os
 import sys
@@ -33,6 +34,8 @@ LONGEST_LINE = 600
 """Characters of an error line; a longer one loses its middle."""
 
 _FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_NO_PLACE = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Of a path that can lead nowhere; no class of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +63,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         return 130
     except Exception as error:
         fails = disk_fails(error) or isinstance(error, FloatingPointError | RunError)
-        if not fails and not isinstance(error, (ValueError, *_FILE_ERRORS)):
+        bad_path = isinstance(error, OSError) and error.errno in _NO_PLACE
+        if not fails and not bad_path and not isinstance(error, (ValueError, *_FILE_ERRORS)):
             raise
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RunError):
             if os.environ.get(TRACEBACK_VARIABLE) == "1":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import shutil
 import typing
@@ -187,7 +188,7 @@ class Options(Generic[Tree]):
 
     def _load(self, path: Path, above: tuple[Path, ...] = ()) -> list[_Given]:
         """What a YAML file says, behind what its ``base`` files say."""
-        resolved = path.resolve()
+        resolved = Path(os.path.realpath(path))
         if resolved in above:
             chain = " -> ".join(p.name for p in (*above, resolved))
             raise ValueError(f"{path}: base files form a cycle ({chain}); remove one 'base'")

@@ -69,7 +69,7 @@ def lock_folder(folder: Path, shared: bool = False, name: str = LOCK_FILE) -> Fo
     """Lock ``folder``, which is made if it is not there, by its file ``name``; ``shared`` as a further rank
     of a job whose first rank has called ``share``. Raises ValueError: another job holds it, on this host or
     another; or the folder cannot be written."""
-    path = (folder / name).resolve()
+    path = Path(os.path.realpath(folder / name))
     if (held := _held.get(path)) is not None:
         held.holders += 1
         return held

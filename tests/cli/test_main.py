@@ -81,6 +81,21 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert expected in error_of(argv, capsys)
 
 
+@pytest.mark.parametrize("path", ["loop", "loop/below", "x" * 300], ids=["loop", "below", "long"])
+@pytest.mark.parametrize("before", ["evaluate", "export", "report", "train --config", "train --run_dir"])
+def test_a_path_that_can_lead_nowhere_is_bad_input(
+    before: str,
+    path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A link to itself, and a name that is too long."""
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert path in error_of([*before.split(), path], capsys)
+
+
 def test_an_unwritable_run_folder_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     line = error_of(["train", "--run_dir", str(tmp_path / "file" / "run")], capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,7 +111,7 @@ def read_runs(folders: Iterable[Path]) -> list[RunData]:
     paths = [folder.expanduser() for folder in folders]
     runs = [p for p in paths if (p / METRICS_FILE).is_file() or not (p / PAGE_FILE).is_file()]
     paths = runs or paths
-    resolved = [path.resolve() for path in paths]
+    resolved = [Path(os.path.realpath(path)) for path in paths]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
             raise ValueError(f"{paths[i]} is given twice; give each run once")
