@@ -40,11 +40,12 @@ def evaluate(argv: Sequence[str]) -> int:
         f"{PROGRAM} evaluate runs/quickstart/export/onnx --split train --json",
     )
     options = Options(EvaluateConfig, f"{PROGRAM} evaluate", examples)
-    path = options.parse(argv).path
-    config = options.parse(argv, defaults=_data_of_run(path))
+    # The rest means something only with the data of the run that the path leads to.
+    places = options.places(argv)
+    config = options.parse(argv, defaults=_data_of_run(Path(places[0])) if places else {})
     result = _evaluate(config)
     figures = {
-        "path": str(path),
+        "path": str(config.path),
         "dataset": config.data.name,
         "split": config.split,
         "accuracy": result.accuracy if config.json else f"{result.accuracy:.2%}",

@@ -124,6 +124,10 @@ class Options(Generic[Tree]):
                 raise ValueError(f"{name} is {shortened(found[name])}; give a finite number")
         return _build(self.tree, {name: found[name] for name in self.leaves} | mappings)
 
+    def places(self, argv: Sequence[str]) -> list[str]:
+        """What a command line gives without a name, as it is; nothing is checked."""
+        return [one.value for one in self._split(argv)[1] if not one.name]
+
     def parser(self, everything: bool = True) -> ArgumentParser:
         """The options as jsonargparse reads and explains them."""
         more = "" if everything or not self.first else f"`{self.program} --help all` lists all options\n\n"

@@ -241,7 +241,7 @@ def exported_run(run_dir: Path) -> nn.Module:
     arguments = {"num_classes": 10, "in_channels": 1, "image_size": 28}
     network = build_model(SMALL, **arguments).eval()
     config = RunConfig(run_dir=run_dir)
-    config.data.limit = 64
+    config.data.limit, config.data.image_size = 64, 28
     with Recorder(config) as recorder:
         recorder.begin(1, 1)
     channel_map = ChannelMap((Group("all", 0, 1),), {}, {})
@@ -275,8 +275,12 @@ def test_evaluate_measures_the_exported_network_on_the_data_of_its_run(
 
 def test_evaluate_takes_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exported_run(tmp_path)
-    argv = ["evaluate", str(tmp_path), "--split", "train", "--data.limit", "32", "--json"]
-    assert cli.main(argv) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert (figures["split"], figures["images"]) == ("train", 32)
+    losses = []
+    for more in ([], ["--data.eval_resize", "32"], ["--data.train_crop", "resized"]):
+        argv = ["evaluate", str(tmp_path), "--split", "train", "--data.limit", "32", "--json", *more]
+        assert cli.main(argv) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert (figures["split"], figures["images"]) == ("train", 32)
+        losses.append(figures["loss"])
+    assert losses[0] == losses[2] != losses[1], "what suits the size of the run's images"
     assert "no validation images" in error_of(["evaluate", str(tmp_path), "--split", "validation"], capsys)
