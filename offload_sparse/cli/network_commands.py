@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,12 +56,13 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def _data_of_run(path: Path) -> dict[str, Any]:
-    """The data section of the run that ``path`` belongs to, by dotted name; empty without a config.yaml."""
-    for folder in (path, *Path(os.path.realpath(path)).parents[:3]):
-        if (folder / "config.yaml").is_file():
-            of_run = arguments.flat_tree(arguments.parse(["--config", str(folder / "config.yaml")]))
-            return {name: value for name, value in of_run.items() if name.startswith("data.")}
-    return {}
+    """The data section of the run that ``path`` belongs to, by dotted name; empty if it belongs to none."""
+    from offload_sparse.run.log import CONFIG_FILE, run_around
+
+    if (run := run_around(path)) is None:
+        return {}
+    of_run = arguments.flat_tree(arguments.parse(["--config", str(run / CONFIG_FILE)]))
+    return {name: value for name, value in of_run.items() if name.startswith("data.")}
 
 
 def _evaluate(config: EvaluateConfig) -> Any:

@@ -254,6 +254,12 @@ def _is_of_a_run(run_dir: Path) -> bool:
         return False
 
 
+def run_around(path: Path) -> Path | None:
+    """The folder of a run that ``path`` is, or lies in (three folders above, at most); None for none."""
+    folders = (path, *Path(os.path.realpath(path)).parents[:3])
+    return next((folder for folder in folders if _is_of_a_run(folder)), None)
+
+
 def _flat(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among ``values``, those of mappings as ``name/entry``."""
     numbers: dict[str, float] = {}

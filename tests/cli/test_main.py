@@ -265,6 +265,7 @@ def test_evaluate_measures_the_exported_network_on_the_data_of_its_run(
         logits = network((batch.images / 255 - 0.25) / 0.5)
     expected_loss = float(nn.functional.cross_entropy(logits, batch.labels))
     expected_accuracy = float((logits.argmax(1) == batch.labels).double().mean())
+    (tmp_path / "model" / "config.yaml").write_text("compute_environment: LOCAL_MACHINE")  # is no run's
     for path in (tmp_path, tmp_path / "model"):
         assert cli.main(["evaluate", "--json", str(path)]) == 0
         figures = json.loads(capsys.readouterr().out)
