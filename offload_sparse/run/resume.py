@@ -87,13 +87,14 @@ def _start_of(config: RunConfig) -> Start:
         if named is not None and not named.exists():
             raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
         return Start("new", named)
-    if config.resume == "never" or (config.overwrite and not restarted()):
+    if (config.resume == "never" or config.overwrite) and not restarted():
         return Start("new")
     saved = _saved(folder / CONFIG_FILE)
     source = None if saved.resume in ("auto", "never") else Path(saved.resume).expanduser()
     before, now = run_values(saved), run_values(config)
     differing = differences(before, now)
-    if config.overwrite and (differing or (folder / SUMMARY_FILE).is_file()):
+    is_older = config.overwrite and (differing or (folder / SUMMARY_FILE).is_file())
+    if is_older or (config.resume == "never" != saved.resume):
         return Start("new")  # the attempt that was restarted had not begun
     begun_from_it = named is None or (source is not None and named.resolve() == source.resolve())
     if not begun_from_it and not named.exists():  # type: ignore[union-attr]

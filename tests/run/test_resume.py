@@ -217,6 +217,22 @@ def test_a_run_that_cannot_be_carried_on_is_refused_and_left_alone(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_a_restarted_attempt_resumes_the_run_that_resume_never_has_begun(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no other one, which the attempt before has refused."""
+    for name, resume in (("own", "never"), ("earlier", "auto")):
+        with monkeypatch.context() as patch:
+            raise_signal_at(2, patch)
+            assert train(images, tmp_path / name, "--method", "dense", "--resume", resume) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert train(images, tmp_path / "own", "--method", "dense", "--resume", "never") == 0
+    assert "resuming at step 3" in capsys.readouterr().err
+    assert train(images, tmp_path / "earlier", "--method", "dense", "--resume", "never") == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
 def test_a_start_from_another_run_names_the_setting_that_differs(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
