@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,7 +14,7 @@ from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig
 from offload_sparse.export.network_file import STRUCTURE_FILE
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER, MANIFEST_FILE, CheckpointFolder, Manifest
-from offload_sparse.run.log import CONFIG_FILE, MEMBERS_FOLDER, MODEL_FOLDER
+from offload_sparse.run.log import CONFIG_FILE, MEMBERS_FOLDER, MODEL_FOLDER, run_around
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -23,7 +24,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def run_of(checkpoint: Path) -> Path:
     """The folder of the run that a checkpoint belongs to."""
-    return checkpoint.resolve().parents[1]
+    return run_around(checkpoint) or Path(os.path.abspath(checkpoint)).parent.parent
 
 
 def member_of(run: Path, share: float) -> Path:

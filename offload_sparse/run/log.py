@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -255,8 +256,10 @@ def _is_of_a_run(run_dir: Path) -> bool:
 
 
 def run_around(path: Path) -> Path | None:
-    """The folder of a run that ``path`` is, or lies in (three folders above, at most); None for none."""
-    folders = (path, *Path(os.path.realpath(path)).parents[:3])
+    """The folder of a run that ``path`` is, or lies in (three folders above, at most): by its name, or by
+    where links lead. None for none."""
+    above = (Path(absolute(path)).parents[:3] for absolute in (os.path.abspath, os.path.realpath))
+    folders = (path, *chain.from_iterable(above))
     return next((folder for folder in folders if _is_of_a_run(folder)), None)
 
 

@@ -29,7 +29,7 @@ from offload_sparse.run.checkpoint import Checkpointer, Loaded
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.log import Recorder
-from offload_sparse.run.resume import Start, run_values
+from offload_sparse.run.resume import Start, run_values, same_place
 from offload_sparse.run.signals import Agreement, Interruption
 from offload_sparse.run.terminal import tell
 from offload_sparse.workloads.data.order import seed_of
@@ -154,7 +154,8 @@ class Progress:
         if loaded is not None:
             self._take(loaded)
         if in_place:
-            if start.goes_back and start.source != self._checkpointer.folder.of_step(in_place):
+            here = self._checkpointer.folder.of_step(in_place)
+            if start.goes_back and start.source and not same_place(start.source, here):
                 raise ValueError(
                     f"a store in files goes on from where it is, step {in_place}, and not back to "
                     f"{start.source}; set resume auto, or start anew with --overwrite true"

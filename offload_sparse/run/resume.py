@@ -82,7 +82,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any]:
 
 def _start_of(config: RunConfig) -> Start:
     folder = config.run_dir
-    named = None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
+    named = _place(config.resume)
     if not (folder / CONFIG_FILE).is_file():
         if named is not None and not named.exists():
             raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
@@ -90,27 +90,37 @@ def _start_of(config: RunConfig) -> Start:
     if (config.resume == "never" or config.overwrite) and not restarted():
         return Start("new")
     saved = _saved(folder / CONFIG_FILE)
-    source = None if saved.resume in ("auto", "never") else Path(saved.resume).expanduser()
+    source = _place(saved.resume)
     before, now = run_values(saved), run_values(config)
     differing = differences(before, now)
     is_older = config.overwrite and (differing or (folder / SUMMARY_FILE).is_file())
     if is_older or (config.resume == "never" != saved.resume):
         return Start("new")  # the attempt that was restarted had not begun
-    begun_from_it = named is None or (source is not None and named.resolve() == source.resolve())
+    begun_from_it = named is None or (source is not None and same_place(named, source))
     if not begun_from_it and not named.exists():  # type: ignore[union-attr]
         raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
-    inside = named is not None and named.resolve().is_relative_to(folder.resolve())
+    inside = named is not None and any(same_place(above, folder) for above in (named, *named.parents))
     if differing or (not begun_from_it and not inside):
         what = f", with {differing}" if differing else f" that was not begun from {named}"
         raise ValueError(
             f"run_dir {folder} holds a run already{what}; give another folder with --run_dir, or "
             "replace that run with --overwrite true"
         )
-    if not begun_from_it and named.resolve() != folder.resolve():  # type: ignore[union-attr]
+    if not begun_from_it and not same_place(named, folder):  # type: ignore[arg-type]
         return Start("started", named, goes_back=True)
     if _length(now) == _length(before) and _is_whole(folder):
         return Start("finished")
     return Start("started", source)
+
+
+def _place(resume: str) -> Path | None:
+    """The run or checkpoint that the setting names, the same from every working directory; or None."""
+    return None if resume in ("auto", "never") else Path(os.path.expanduser(resume)).absolute()
+
+
+def same_place(a: Path, b: Path) -> bool:
+    """Whether two paths, which may lead through links, lead to one place; it may be empty."""
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _is_whole(folder: Path) -> bool:

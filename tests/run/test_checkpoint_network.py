@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def test_an_earlier_checkpoint_is_evaluated_and_exported(
     told(capsys, "export", str(first))
     again = told(capsys, "evaluate", str(run / "export" / f"{first.name}_safetensors"))
     assert again["loss"] == figures["loss"]
+
+
+def test_checkpoints_may_lie_on_another_disk(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a link to them in the run's folder, and one to a checkpoint elsewhere."""
+    linked = Path(shutil.copytree(run, tmp_path / "run"))
+    (linked / "checkpoints").rename(tmp_path / "disk")
+    (linked / "checkpoints").symlink_to(tmp_path / "disk")
+    first = checkpoints(run)[0]
+    (tmp_path / "first").symlink_to(first)
+    there = told(capsys, "evaluate", str(linked / "checkpoints" / first.name))
+    assert there["loss"] == told(capsys, "evaluate", str(tmp_path / "first"))["loss"]
+    assert there["images"] == 128, "of the run's images"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])

@@ -173,20 +173,48 @@ def test_a_finished_run_grows(
     assert "train.epochs 2 instead of 1" in capsys.readouterr().err
 
 
-def test_a_run_goes_back_to_one_of_its_checkpoints(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True], ids=["here", "on another disk"])
+def test_a_run_goes_back_to_one_of_its_checkpoints(linked: bool, images: Path, tmp_path: Path) -> None:
     """Those that came after it go, so that its own are not the oldest; the same command does not go back
     again.
     """
-    more = ["--method", "dense", "--checkpoint.every", "2"]
-    assert train(images, tmp_path, *more) == 0
-    weights = (tmp_path / "model" / "weights.safetensors").read_bytes()
-    older = tmp_path / "checkpoints" / CheckpointFolder(tmp_path / "checkpoints").checkpoints()[-1].name
+    run, more = tmp_path / "run", ["--method", "dense", "--checkpoint.every", "2"]
+    assert train(images, run, *more) == 0
+    weights = (run / "model" / "weights.safetensors").read_bytes()
+    if linked:
+        (run / "checkpoints").rename(tmp_path / "disk")
+        (run / "checkpoints").symlink_to(tmp_path / "disk")
+    older = run / "checkpoints" / CheckpointFolder(run / "checkpoints").checkpoints()[-1].name
     back = [*more, "--resume", str(older)]
-    assert train(images, tmp_path, *back) == 0
-    assert (tmp_path / "model" / "weights.safetensors").read_bytes() == weights
-    before = (tmp_path / "summary.json").read_text()
-    assert train(images, tmp_path, *back) == 0
-    assert (tmp_path / "summary.json").read_text() == before, "it is finished"
+    assert train(images, run, *back) == 0
+    assert (run / "model" / "weights.safetensors").read_bytes() == weights
+    before = (run / "summary.json").read_text()
+    assert train(images, run, *back) == 0
+    assert (run / "summary.json").read_text() == before, "it is finished"
+
+
+def test_the_run_that_another_was_begun_from_is_known_in_every_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, step, more in (("first", 2, []), ("second", 4, ["--resume", "first"])):
+        with monkeypatch.context() as patch:
+            raise_signal_at(step, patch)
+            assert train(images, Path(name), "--method", "dense", *more) == 0
+    monkeypatch.chdir("elsewhere")
+    assert train(images, Path("../second"), "--method", "dense", "--resume", "../first") == 0
+
+
+def test_a_store_in_files_knows_its_checkpoint_by_every_path(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(images, Path("run"), "--store.tier", "file") == 0
+    newest = tmp_path / "run" / "checkpoints" / "step_00000003"
+    assert train(images, Path("run"), "--store.tier", "file", "--resume", str(newest)) == 0
 
 
 @pytest.mark.parametrize(
