@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.family import Family, without_own_norms
 from offload_sparse.engine.losses import StepRecord
@@ -22,7 +23,7 @@ from offload_sparse.engine.state import IN_PLACE, MethodState, recall, restore_s
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Method, Task
 from offload_sparse.policy.width_search import WidthSearch
-from offload_sparse.store.tiers import Mode, is_filled
+from offload_sparse.store.tiers import never_filled
 
 
 class SparseOffloadMethod(Method):
@@ -163,8 +164,10 @@ def build(task: Task) -> Method:
     """A session for ``task``; one with a store in files resumes from these by itself."""
     config = task.config
     folder = Path(config.store.path or config.run_dir / "store")
-    mode: Mode = task.store_mode if is_filled(folder) else "replace"
-    # In a run folder without a run whatever there is of this run's store was left by a start that died.
+    mode = task.store_mode
+    # A start that died while it replaced an earlier run leaves its config, and a store that was only begun.
+    if config.store.tier == "ram" or (mode == "resume" and on_first_rank(lambda: never_filled(folder))):
+        mode = "replace"
     setup = Setup(
         residual=config.model.residual,
         block=config.atoms.block,

@@ -228,10 +228,11 @@ class FileTier(MemoryTier):
             )
 
 
-def is_filled(folder: Path) -> bool:
-    """Whether ``folder`` holds a store whose first values are complete on some rank; of which run is another
-    question."""
-    return any(_described(path).get("initialised") for path in folder.glob("rank*/store.json"))
+def never_filled(folder: Path) -> bool:
+    """Whether the first rank has begun its part of the store in ``folder`` and not given it all its first
+    values, so that nothing is lost with the store; of which run is another question."""
+    path = folder / "rank0" / "store.json"
+    return path.exists() and not _described(path).get("initialised")
 
 
 def _described(path: Path) -> dict[str, Any]:

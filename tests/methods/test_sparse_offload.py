@@ -59,6 +59,17 @@ def end_of(folder: Path, tier: Any, wanted_at: int | None) -> dict[str, Tensor]:
     return arrays | {"s": method.session.policy.s}
 
 
+def test_only_a_store_that_was_never_filled_is_begun_again(tmp_path: Path) -> None:
+    """One that is not there is nowhere begun anew."""
+    with pytest.raises(ValueError, match="there is no store in"):
+        start(tmp_path, "file", resumes=True)
+    start(tmp_path, "file").close(abandon=False)
+    description = tmp_path / "store" / "rank0" / "store.json"
+    description.write_text(description.read_text().replace("true", "false"))
+    assert start(tmp_path, "file", resumes=True).session.steps_done == 0
+    start(tmp_path, "ram", resumes=True)
+
+
 @pytest.mark.parametrize("tier", ["ram", "file"])
 @pytest.mark.parametrize("wanted_at", [1, 9, 10])
 def test_a_rollback_after_resuming_leads_where_it_leads_without(

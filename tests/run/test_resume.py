@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def train(images: Path, run_dir: Path, *more: str) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(torch.seed())  # a new process has a generator of its own
     return main(options(images, run_dir, "--train.check", "false", "--train.log_every", "4", *more))
+
+
+def look(checkpoint: Path) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(["evaluate", str(checkpoint)])
 
 
 def raise_signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
@@ -272,6 +278,28 @@ def test_a_start_from_another_run_names_the_setting_that_differs(
     assert train(images, tmp_path / "second", *more) == 2
     said = capsys.readouterr().err
     assert "with optim.lr 0.1 instead of 0.01); give the settings that it was made with" in said
+
+
+def test_a_run_whose_store_is_elsewhere_is_refused_and_left_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a disk that is not mounted; so is one of its checkpoints."""
+    run, more = tmp_path / "run", ("--store.tier", "file", "--store.path", "store")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(images, run, *more) == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.chdir("elsewhere")
+    for again in (partial(train, images, run, *more), partial(look, run / "checkpoints" / "step_00000003")):
+        capsys.readouterr()
+        assert again() == 2
+        assert "there is no store in store/rank0" in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    monkeypatch.chdir("..")
+    assert train(images, run, *more) == 0
+    assert "resuming at step 3 from its own store" in capsys.readouterr().err
 
 
 def test_checkpoints_that_are_all_damaged_are_an_error_and_stay(
