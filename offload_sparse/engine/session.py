@@ -472,10 +472,10 @@ def _store(
     """The store, with the trained parameters in ``order`` and behind them those that are not."""
     parameters, buffers = prepared.tensor_names()
     names = (*order, *(name for name in parameters if name not in set(order)))
-    run_id = setup.run_id
+    identity = Identity.of(setup.run_id, prepared.channel_map, setup.dtype, ranks.world_size, ranks.rank)
     if names != parameters:  # the files of a run with other groups do not fit
-        run_id += "#" + hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
-    identity = Identity.of(run_id, prepared.channel_map, setup.dtype, ranks.world_size, ranks.rank)
+        rows = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+        identity = dataclasses.replace(identity, channel_map=f"{identity.channel_map}#{rows}")
     pin, folder = pin_mode(setup.store.pin, device), Path(setup.store.path or "store")
     tier = open_tier(setup.store.tier, folder, identity, setup.dtype, pin, setup.store_mode)
     store = WeightStore(prepared.channel_map, names, buffers, slots, setup.dtype, shard, tier)

@@ -4,6 +4,7 @@ memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -160,6 +161,12 @@ class SparseOffloadMethod(Method):
         self.session.transfers.before_return = release
 
 
+def _name_of(run_dir: Path, store: Path) -> str:
+    """What a store knows its run by: the run's folder; or the store's place in that, as both may be moved."""
+    home, place = (Path(os.path.realpath(path)) for path in (run_dir, store))
+    return str(place.relative_to(home) if place.is_relative_to(home) else home)
+
+
 def build(task: Task) -> Method:
     """A session for ``task``; one with a store in files resumes from these by itself."""
     config = task.config
@@ -176,7 +183,7 @@ def build(task: Task) -> Method:
         on_nonfinite=config.train.on_nonfinite,
         dtype=task.dtype,
         store=replace(config.store, path=str(folder)),
-        run_id=str(config.run_dir.resolve()),
+        run_id=_name_of(config.run_dir, folder),
         store_mode=mode,
         local_from=task.warmup_steps,
         members=max(0, len(config.policy.budgets) - 1),

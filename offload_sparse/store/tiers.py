@@ -126,7 +126,7 @@ class FileTier(MemoryTier):
         self._maps: list[np.memmap[Any, Any]] = []
         self._paths: dict[str, Path] = {}
         if not self.filled:
-            self._begin()
+            self._begin(mode)
         handle = open_direct(self.folder) if open_direct else None
         self.direct = DirectFiles(handle, self._paths, dtype) if handle else None
 
@@ -184,6 +184,8 @@ class FileTier(MemoryTier):
         expected = {"format": FORMAT, **asdict(self._identity)}
         if mode == "look":
             del expected["run"]
+        elif mode == "replace":
+            expected = {"run": self._identity.run}
         for key, value in expected.items():
             if found[key] != value:
                 raise ValueError(
@@ -198,7 +200,7 @@ class FileTier(MemoryTier):
         if mode in ("resume", "look") and not found["initialised"]:
             raise ValueError(f"the store in {self.folder} was never filled; start the run anew")
 
-    def _begin(self) -> None:
+    def _begin(self, mode: Mode) -> None:
         """Say whose the folder is, then empty it of an earlier start's files: a kill in between leaves a
         store that was never filled."""
         try:
@@ -207,8 +209,21 @@ class FileTier(MemoryTier):
             for left in self.folder.iterdir():
                 if left.name != "store.json":
                     remove(left)
+            if mode == "replace" and self._identity.rank == 0:
+                self._remove_later_ranks()
         except OSError as error:
             raise ValueError(f"{self.folder} cannot be written ({error.strerror}); set store.path") from error
+
+    def _remove_later_ranks(self) -> None:
+        """Those of an earlier start of the run, on more ranks; what says whose they are goes last."""
+        for path in self.folder.parent.glob("rank*/store.json"):
+            found, own = _described(path), self._identity
+            rank, folder = found.get("rank"), path.parent
+            later = type(rank) is int and rank >= own.world_size and folder.name == f"rank{rank}"
+            if later and found.get("run") == own.run:
+                for left in sorted(folder.iterdir(), key=path.__eq__):
+                    remove(left)
+                folder.rmdir()
 
     def _write(self, initialised: bool) -> None:
         values = {"format": FORMAT, **asdict(self._identity), "sizes": self._sizes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def network() -> nn.Module:
     )
 
 
-def session_of(folder: Path, mode: str = "new", tier: str = "file") -> SparseOffload:
+def session_of(folder: Path, mode: str = "new", tier: str = "file", **more: Any) -> SparseOffload:
     return SparseOffload(
         network,
         (torch.empty(2, 6),),
@@ -41,7 +42,17 @@ def session_of(folder: Path, mode: str = "new", tier: str = "file") -> SparseOff
             verify=False,
         ),
         device="cpu",
+        **more,
     )
+
+
+def test_other_groups_need_a_store_of_their_own_or_replace_it(tmp_path: Path) -> None:
+    session_of(tmp_path)
+    groups = lambda name: {"lr": 0.01} if name == "0.bias" else None  # noqa: E731
+    with pytest.raises(ValueError, match="channel map"):
+        session_of(tmp_path, "resume", groups=groups)
+    session_of(tmp_path, "replace", groups=groups)
+    session_of(tmp_path, "resume", groups=groups)
 
 
 def loss_of(batch: tuple[Tensor, Tensor]) -> Closure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from tests.methods.tasks import batches, make_task
 K, STEPS, POISONED = 4, 20, 11
 
 
-def start(folder: Path, tier: Any, resumes: bool = False) -> SparseOffloadMethod:
+def start(folder: Path, tier: Any, resumes: bool = False, store: str = "") -> SparseOffloadMethod:
     config = RunConfig(
         run_dir=folder,
         policy=PolicyConfig.paper(rho=0.5, lr=0.05),
         round=RoundConfig(k=K, freeze_at=1.0, prefetch=False),
-        store=StoreConfig(tier=tier),
+        store=StoreConfig(tier, store),
         train=TrainConfig(on_nonfinite="rollback"),
     )
     method = build_method(replace(make_task(config), store_mode="resume" if resumes else "replace"))
@@ -68,6 +69,18 @@ def test_only_a_store_that_was_never_filled_is_begun_again(tmp_path: Path) -> No
     description.write_text(description.read_text().replace("true", "false"))
     assert start(tmp_path, "file", resumes=True).session.steps_done == 0
     start(tmp_path, "ram", resumes=True)
+
+
+def test_a_store_moves_with_the_folder_of_its_run_and_is_no_other_runs(tmp_path: Path) -> None:
+    """Of none beside it, around it, or that reaches it by a link."""
+    start(tmp_path / "a", "file").close(abandon=False)
+    store = Path(shutil.copytree(tmp_path / "a", tmp_path / "b")) / "store"
+    start(tmp_path / "b", "file", resumes=True).close(abandon=False)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "store").symlink_to(store)
+    for folder, path in (("c", str(store)), (".", str(store)), ("linked", "")):
+        with pytest.raises(ValueError, match="has run 'store', this run"):
+            start(tmp_path / folder, "file", store=path)
 
 
 @pytest.mark.parametrize("tier", ["ram", "file"])

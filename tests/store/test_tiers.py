@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,26 +72,44 @@ def test_a_new_array_is_zero_and_its_disk_space_is_taken(tmp_path: Path) -> None
     assert (tmp_path / "rank0" / "weights.bin").stat().st_blocks * 512 >= 4 << 20
 
 
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"run": "other"}, "run 'run'"),
+    ({"channel_map": "0" * 32}, "channel map"),
+    ({"world_size": 2}, "world size 1"),
+    ({"dtype": "float64"}, "dtype 'float32'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"run": "other"}, "run 'run'"),
-        ({"channel_map": "0" * 32}, "channel map"),
-        ({"world_size": 2}, "world size 1"),
-        ({"dtype": "float64"}, "dtype 'float32'"),
-    ],
+    ("changed", "said", "mode"),
+    [*((*other, mode) for other in OTHERS for mode in ("new", "resume")), (*OTHERS[0], "replace")],
 )
-@pytest.mark.parametrize("mode", ["new", "resume", "replace"])
 def test_the_store_of_another_run_is_refused_and_left_alone(
-    tmp_path: Path, changed: dict[str, object], said: str, mode: Mode
+    tmp_path: Path, changed: dict[str, Any], said: str, mode: Mode
 ) -> None:
     store_on(FileTier(tmp_path, IDENTITY))
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=said) as refusal:
-        FileTier(tmp_path, replace(IDENTITY, **changed), mode=mode)  # type: ignore[arg-type]
+        FileTier(tmp_path, replace(IDENTITY, **changed), mode=mode)
     assert "\n" not in str(refusal.value)
     assert "store.path" in str(refusal.value)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("changed", [changed for changed, _ in OTHERS[1:]])
+def test_a_run_replaces_its_own_store_whatever_it_was(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """With those of ranks that there are no more; what others have left beside them stays."""
+    for rank in range(4):
+        store_on(FileTier(tmp_path, replace(IDENTITY, world_size=4, rank=rank)), Ranks(rank, 4))
+    shutil.copytree(tmp_path / "rank2", tmp_path / "rank2_kept")
+    described = tmp_path / "rank3" / "store.json"
+    described.write_text(described.read_text().replace('"run": "run"', '"run": "other"'))
+    identity = replace(IDENTITY, **changed)
+    tier = FileTier(tmp_path, identity, mode="replace")
+    assert not tier.allocate("weights", 54).any()
+    left = {path.name for path in tmp_path.glob("rank*/")}
+    assert left == {*(f"rank{rank}" for rank in (0, 3, *range(1, identity.world_size))), "rank2_kept"}
+    assert (tmp_path / "rank2_kept" / "weights.bin").exists()
 
 
 def test_the_store_of_another_rank_is_refused(tmp_path: Path) -> None:
