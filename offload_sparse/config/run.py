@@ -7,6 +7,7 @@ single values. Each room keeps its own branch in a module that imports nothing h
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,6 +176,7 @@ class RunConfig:
     grow_efficient: GrowEfficientConfig = field(default_factory=GrowEfficientConfig)
 
     def __post_init__(self) -> None:
+        self.run_dir = Path(os.path.expanduser(self.run_dir))
         if self.policy.search == "auto":
             self.policy = replace(self.policy, search=self._search())
         check_combination(self.policy.resolved(self.compile), self.round)

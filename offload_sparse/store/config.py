@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,3 +30,6 @@ class StoreConfig:
     path: str = ""
     pin: Switch = "auto"
     shard: Literal["world", "node"] = "world"
+
+    def __post_init__(self) -> None:
+        self.path = os.path.expanduser(self.path)

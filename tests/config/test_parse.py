@@ -58,6 +58,12 @@ def test_text_stays_text() -> None:
         assert parse(["--data.name", text]).data.name == text
 
 
+def test_the_home_folder_may_be_written_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse(["--config", write(tmp_path / "a.yaml", "run_dir: ~/runs\nstore: {path: ~/store}")])
+    assert (config.run_dir, config.store.path) == (tmp_path / "runs", str(tmp_path / "store"))
+
+
 def test_entries_of_a_mapping_are_set_one_by_one(tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", 'model: {arguments: {depth: "2", width: 3}}')
     config = parse(["--config", file, "--model.arguments.width", "4", "--model.arguments.act", "relu"])
