@@ -369,6 +369,7 @@ class Run:
         """The logits of the teacher, as far as they are not there; every rank takes part."""
         if self.teacher is not None:
             ranks = self.accelerator
+            ranks.wait_for_everyone()  # the first removes what an earlier run has left there
             self.teacher.compute(ranks.process_index, ranks.num_processes, self.config.quiet)
             ranks.wait_for_everyone()
             self.teacher.open()

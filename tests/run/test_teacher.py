@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from offload_sparse.cli.main import main
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.run import teacher as teacher_module
 from offload_sparse.run.teacher import TEMPERATURE, Teacher, distilled
+from offload_sparse.run.trainer import Run
+from offload_sparse.store.files import remove
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.normalise import normalise_for
@@ -82,6 +86,34 @@ def test_a_pass_that_was_killed_goes_on_where_it_was(made: Any) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     make().compute(quiet=True)
     assert len(built) == 2, "nothing was missing the third time"
+
+
+def test_a_rank_takes_no_logits_that_the_first_is_about_to_remove(made: Any) -> None:
+    """The second of two ranks comes to its first wait before the first one begins the run."""
+    make, built, folder = made
+    make().compute(quiet=True)
+    meet, waits, built[:] = threading.Barrier(2, timeout=60), threading.Event(), []
+
+    def teach(rank: int) -> Teacher:
+        def wait_for_everyone() -> None:
+            waits.set()
+            meet.wait()
+
+        run = object.__new__(Run)
+        run.config, run.teacher = RunConfig(quiet=True), make()
+        run.accelerator = cast(Any, SimpleNamespace(process_index=rank, num_processes=2))
+        run.accelerator.wait_for_everyone = wait_for_everyone  # type: ignore[method-assign]
+        if rank == 0:
+            waits.wait()
+            remove(folder)
+        run._teach()
+        assert run.teacher is not None
+        return run.teacher
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(teach, range(2))
+    assert torch.equal(first(torch.arange(20)), second(torch.arange(20)))
+    assert len(built) == 2
 
 
 def test_the_loss_is_half_that_of_the_labels_and_half_the_divergence() -> None:
