@@ -67,6 +67,7 @@ def exported(path: Path) -> Iterator[Path]:
 def _finalize(config: RunConfig, checkpoint: Path) -> None:
     from offload_sparse.run.launch import launched
     from offload_sparse.run.resume import Start
+    from offload_sparse.run.teacher import TEACHER_FOLDER
     from offload_sparse.run.trainer import Run
 
     with launched(config) as accelerator:
@@ -79,4 +80,7 @@ def _finalize(config: RunConfig, checkpoint: Path) -> None:
                     f"{checkpoint} is of step {step}, and its weights are in files that have gone on to step "
                     f"{progress.step}; take the newest checkpoint, or the run when it is finished"
                 )
+            teacher = run_of(checkpoint) / TEACHER_FOLDER
+            if run.teacher is not None and teacher.is_dir():  # which a search that is not over chooses by
+                (config.run_dir / TEACHER_FOLDER).symlink_to(teacher)
             run.finalize()

@@ -74,7 +74,11 @@ class Teacher:
             self._logits.append(values.view(len(part), self._classes))
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """float32[b, classes]: the logits of the images at ``indices``, int64[b]."""
+        """float32[b, classes]: the logits of the images at ``indices``, int64[b]. Where no rank has opened
+        them, as for a checkpoint that is looked at, this one computes what is missing."""
+        if not self._logits:
+            self.compute(quiet=True)
+            self.open()
         pairs = [divmod(index, _IMAGES_PER_FILE) for index in indices.tolist()]
         return torch.stack([self._logits[file][row] for file, row in pairs]).float()
 

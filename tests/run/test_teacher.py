@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,16 +131,41 @@ def train(images: Path, run_dir: Path, *more: str) -> int:
     return main(options(images, run_dir, "--train.check", "false", "--train.max_steps", "3", *more))
 
 
-def test_a_run_learns_from_the_logits_of_its_start(images: Path, tmp_path: Path) -> None:
-    assert train(images, tmp_path / "dense", "--method", "dense") == 0
-    more = ("--model.weights", str(tmp_path / "dense"), "--method", "static")
+@pytest.fixture(scope="module")
+def dense(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "dense"
+    assert train(images, folder, "--method", "dense") == 0
+    return folder
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "removed"])
+def test_a_checkpoint_of_a_search_is_chosen_by_the_logits_of_its_run(
+    kept: bool, images: Path, tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--model.weights", str(dense), "--round.freeze_at", "1", "--checkpoint.every", "2")
+    assert train(images, tmp_path, *more, "--train.distill", "true") == 0
+    if not kept:
+        remove(tmp_path / "teacher")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    losses = []
+    for path in (tmp_path / "checkpoints" / "step_00000003", tmp_path):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        assert main(["evaluate", str(path), "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1], "the last checkpoint is the end of the run"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_learns_from_the_logits_of_its_start(images: Path, tmp_path: Path, dense: Path) -> None:
+    more = ("--model.weights", str(dense), "--method", "static")
     assert train(images, tmp_path / "plain", *more) == 0
     assert train(images, tmp_path / "run", *more, "--train.distill", "true") == 0
     config = DataConfig(name=str(images))
     split = load_splits(config).train
     pixels = ImageSet(split, config, 1)
     found = np.fromfile(tmp_path / "run" / "teacher" / "000000.bin", np.float16).reshape(len(split), -1)
-    full = load_pruned(tmp_path / "dense" / "model")
+    full = load_pruned(dense / "model")
     with torch.no_grad():
         expected = full(normalise_for(pixels, config)(pixels.decode(torch.arange(len(split))).pixels))
     torch.testing.assert_close(torch.from_numpy(found).float(), expected, rtol=1e-2, atol=1e-2)
