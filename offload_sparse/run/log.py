@@ -256,9 +256,9 @@ def _is_of_a_run(run_dir: Path) -> bool:
 
 
 def run_around(path: Path) -> Path | None:
-    """The folder of a run that ``path`` is, or lies in (three folders above, at most): by its name, or by
+    """The folder of a run that ``path`` is, or lies in (four folders above, at most): by its name, or by
     where links lead. None for none."""
-    above = (Path(absolute(path)).parents[:3] for absolute in (os.path.abspath, os.path.realpath))
+    above = (Path(absolute(path)).parents[:4] for absolute in (os.path.abspath, os.path.realpath))
     folders = (path, *chain.from_iterable(above))
     return next((folder for folder in folders if _is_of_a_run(folder)), None)
 
