@@ -59,7 +59,8 @@ def test_a_launcher_restarts_its_ranks_to_the_same_end(more: list[str], tmp_path
     parts = [*options, "--run_dir", str(tmp_path / "parts")]
     result = launch(parts, launcher, ACCELERATE_USE_CPU="true", **{VARIABLE: faults})
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("dies at step") == 3
+    # After two of them all rounds are in the files, and nothing is left to be saved.
+    assert result.stderr.count("dies at step") == (2 if more is IN_FILES else 3)
     assert losses(tmp_path / "straight") == losses(tmp_path / "parts")
     networks = [tmp_path / name / "model" / "weights.safetensors" for name in ("straight", "parts")]
     assert networks[0].read_bytes() == networks[1].read_bytes()
