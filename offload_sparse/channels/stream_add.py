@@ -22,8 +22,6 @@ from torch import Tensor, fx, nn
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.views import fit_views
 
-_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-_METHODS = ("add", "add_")
 _PREFIX = "stream_add_"
 
 
@@ -165,8 +163,32 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
+def change(left: Any, right: Any, by: str = "iadd") -> Any:
+    """``left += right`` (or another such operator), as a call: torch.fx writes operators otherwise."""
+    return getattr(operator, by)(left, right)
+
+
+class _Value(fx.Proxy):
+    """Knows that ``y += x`` is not ``y = y + x`` where others read ``y``, too."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", change, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", change, (self, other), {"by": "isub"})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", change, (self, other), {"by": "imul"})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", change, (self, other), {"by": "itruediv"})
+
+
 class _OwnForward(fx.Tracer):
     """Traces one ``forward`` and nothing below it."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         del m, module_qualified_name
@@ -195,7 +217,16 @@ def _defaults(module: nn.Module) -> dict[str, object]:
 
 
 def _sums(graph: fx.Graph) -> list[fx.Node]:
-    """Additions of two computed values, in order."""
-    known = {"call_function": _FUNCTIONS, "call_method": _METHODS}
+    """Additions of two computed values, in order, of which nothing but the result is read."""
+    known = {"call_function": (operator.add, torch.add, change), "call_method": ("add", "add_")}
     named = [n for n in graph.nodes if n.target in known.get(n.op, ()) and len(n.args) == 2 and not n.kwargs]
-    return [n for n in named if all(isinstance(a, fx.Node) and a.op != "get_attr" for a in n.args)]
+    sums = [n for n in named if all(isinstance(a, fx.Node) and a.op != "get_attr" for a in n.args)]
+    return [n for n in sums if n.target not in (change, "add_") or _is_last_use(n)]
+
+
+def _is_last_use(node: fx.Node) -> bool:
+    """Whether nobody else reads the first argument, nor what it may be a view of."""
+    before = node.args[0]
+    assert isinstance(before, fx.Node)
+    view = before.op == "call_method" or before.target in (operator.getitem, change)
+    return set(before.users) == {node} and (not view or _is_last_use(before))

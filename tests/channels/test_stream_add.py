@@ -128,3 +128,22 @@ def test_bias_like_additions_are_not_residual() -> None:
             return x + self.shift + 3
 
     assert not list(additions(expose_additions(Shifted())))
+
+
+class Aliased(nn.Module):
+    """Changes a tensor in place by another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.relu()
+        z = y
+        z *= 2
+        z += x
+        z -= 1
+        z /= 3
+        return y + x
+
+
+def test_what_is_changed_in_place_stays_so_beside_an_exposed_addition() -> None:
+    model, x = expose_additions(Aliased()), torch.randn(2, 3)
+    assert [name for name, _ in additions(model)] == ["stream_add_0"]
+    assert torch.equal(model(x), Aliased()(x))

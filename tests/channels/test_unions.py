@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -242,6 +244,20 @@ class Branching(ResidualNet):
         return self.head(self.pool(a).flatten(1))
 
 
+class InPlace(ResidualNet):
+    """Adds in place to what it reads again."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.add = add
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.stem(x)
+        b = self.blocks[0].conv2(self.blocks[0].conv1(a).relu())
+        self.add(b, a)
+        return self.head(self.pool(b.relu()).flatten(1))
+
+
 class Scaled(ResidualNet):
     """Multiplies the stream by a layer of its own after the addition, which ties the two."""
 
@@ -253,11 +269,17 @@ class Scaled(ResidualNet):
         return self.head(self.pool(a).flatten(1))
 
 
+IN_PLACE = "addition in .* in place to what is read again"
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [
         (Repeated(), "addition in .* runs twice"),
         (Branching(), "addition in .* torch.fx cannot trace"),
+        (InPlace(lambda y, x: y.add_(x)), IN_PLACE),
+        (InPlace(operator.iadd), IN_PLACE),
+        (InPlace(lambda y, x: y.flatten(1).add_(x.flatten(1))), IN_PLACE),
         (Scaled(), "sum in the network is tied to other channels"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
