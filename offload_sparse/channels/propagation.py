@@ -44,9 +44,7 @@ _MOVED = re.compile(
     r"(view|_unsafe_view|permute|transpose|t|slice|select|(un)?squeeze|split|split_with_sizes|unbind|flip|"
     r"roll|repeat|diagonal|index_select|unfold)"
 )
-_REDUCED = re.compile(
-    r"(sum|mean|amax|amin|var|std|prod|any|all|max|min|logsumexp|argmax|norm|linalg_vector_norm)"
-)
+_REDUCED = re.compile(r"(sum|mean|amax|amin|var|std|prod|any|all|max|min|logsumexp|argmax)")
 _MIXED = re.compile(r"(_(safe_|log_)?softmax|cumsum)")
 _SPATIAL = re.compile(
     r"_?((adaptive_)?(avg|max)_pool[123]d(_with_indices)?|upsample_\w+|(reflection|replication)_pad[123]d)"
@@ -344,6 +342,12 @@ class Propagation(TorchDispatchMode):
             else:
                 self._keep(labels, name)
         return tuple(kept)
+
+    def _norm_rule(self, out: Any, x: Tensor, order: Any = 2, dims: Any = None, *_: Any, **__: Any) -> Labels:
+        del order
+        return self._reduced("norm", out, x, dims)
+
+    _linalg_vector_norm_rule = _norm_rule
 
     def _spread(self, labels: Tensor, out: Any, name: str) -> Tensor:
         """Channels of an operation over the last dimensions of images."""

@@ -44,6 +44,11 @@ def shuffled(net: Any, x: Tensor) -> Tensor:
     return net.b(net.a(x).view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
 
 
+def global_response_norm(net: Any, x: Tensor) -> Tensor:
+    size = torch.linalg.vector_norm(net.a(x), dim=(2, 3), keepdim=True)
+    return net.c(net.b(net.a(x) * size / (size.mean(1, keepdim=True) + 1e-6)).relu())
+
+
 def residual_block() -> Net:
     return Net(
         lambda n, x: n.head((n.stem(x) + n.b(n.bn(n.a(n.stem(x))).relu())).relu()),
@@ -360,6 +365,15 @@ def right_maps() -> dict[str, nn.Module]:
             )
             for mode in ("nearest", "bilinear", "bicubic")
         },
+        "norm over places": Net(
+            lambda n, x: n.b(n.a(x) * n.a(x).norm(dim=(2, 3), keepdim=True)), a=Conv(3, 8, 1), b=Conv(8, 5, 1)
+        ),
+        "normalised over places": Net(
+            lambda n, x: n.b(functional.normalize(n.a(x).flatten(2), dim=2).sum(2)),
+            a=Conv(3, 8, 1),
+            b=nn.Linear(8, 5),
+        ),
+        "global response norm": Net(global_response_norm, a=Conv(3, 8, 1), b=Conv(8, 6, 1), c=Conv(6, 5, 1)),
         "repeated channels": Net(
             lambda n, x: n.b(n.a(x).repeat_interleave(2, 1)), a=Conv(3, 4, 3), b=Conv(8, 5, 3)
         ),

@@ -21,6 +21,7 @@ from tests.support.decoder import decoder_map, small_decoder
 from tests.support.language_models import (
     WORDS,
     AlibiAttention,
+    CosineAttention,
     EinsumAttention,
     FusedAttention,
     GatedUnit,
@@ -46,6 +47,7 @@ OWN: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[int, int
         (6, 20),
     ),
     "slopes": (lambda: LanguageModel(lambda: AlibiAttention(24, 4)), (TOKENS,), (4, 40)),
+    "cosine": (lambda: LanguageModel(lambda: CosineAttention(24, 4)), (TOKENS,), (4, 40)),
     "one key-value head": (
         lambda: LanguageModel(lambda: MultiQueryAttention(24, 6, False)),
         (TOKENS,),

@@ -79,6 +79,15 @@ class EinsumAttention(SeparateAttention):
         return self.o(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
 
 
+class CosineAttention(SeparateAttention):
+    """Queries and keys of length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k = q / (q.norm(dim=-1, keepdim=True) + 1e-6), functional.normalize(k, dim=-1)
+        return self.o(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 class AlibiAttention(SeparateAttention):
     """Positions as a slope per head, made of a number of the code."""
 
