@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
-from offload_sparse.channels.model_call import Inputs, disable_dropout, enlarge_inputs
+from offload_sparse.channels.model_call import Inputs, NoDropout, disable_dropout, enlarge_inputs
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import is_norm, meta_copy, narrow_module, tensor_setter
@@ -372,9 +372,9 @@ def _run(
     """Outputs, and gradients by the inputs; gradients by parameters are left in ``grad``."""
     network.zero_grad(set_to_none=True)
     arguments = pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
-    outputs = [
-        t for t in pytree.tree_leaves(network(*arguments)) if isinstance(t, Tensor) and t.is_floating_point()
-    ]
+    with NoDropout():
+        leaves = pytree.tree_leaves(network(*arguments))
+    outputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
     if not outputs:
         raise ValueError("the network returns no floating-point tensor; there is nothing to compare")
     _refuse_other_shapes(outputs, expected)

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from offload_sparse.channels.attention import HeadAttention, can_drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group
 from offload_sparse.channels.config import Residual
-from offload_sparse.channels.model_call import Inputs, disable_dropout, enlarge_inputs, move_inputs
+from offload_sparse.channels.model_call import Inputs, NoDropout, disable_dropout, enlarge_inputs, move_inputs
 from offload_sparse.channels.propagation import Propagation
 from offload_sparse.channels.stream_add import additions, expose_additions
 from offload_sparse.channels.subnet import hollow_copy, is_norm, meta_copy
@@ -127,7 +127,7 @@ def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
     found = Propagation(tensors, leaves, sizes.place, lambda: sizes.repeats)
     for name, add in additions(network):
         add.forward = partial(found.add, name)  # type: ignore[method-assign]
-    with found, sizes:
+    with found, sizes, NoDropout():
         for training in (False, True):
             found.added.clear()
             for x in pytree.tree_leaves(network.train(training)(*inputs)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +26,12 @@ _RATES = (
     "attn_drop_rate",
     "drop_path_rate",
 )
+_DROPOUTS = {
+    getattr(place, name)
+    for place in (torch, functional)
+    for name in dir(place)
+    if re.fullmatch(r"(feature_)?(alpha_)?dropout([123]d|_)?", name)
+}
 
 
 def move_inputs(inputs: Inputs, device: str | torch.device) -> Inputs:
@@ -52,11 +60,26 @@ def enlarge_inputs(inputs: Inputs, least: int) -> Inputs:
     return pytree.tree_map_only(Tensor, enlarged, inputs)
 
 
+class NoDropout(TorchFunctionMode):
+    """Makes the functions of dropout give what they are given; see ``disable_dropout``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if "dropout_p" in kwargs:
+            kwargs = kwargs | {"dropout_p": 0.0}
+        elif func is functional.scaled_dot_product_attention and len(args) > 4:
+            args = (*args[:4], 0.0, *args[5:])
+        return func(*args, **kwargs)
+
+
 def disable_dropout(network: nn.Module) -> None:
-    """Set the rates of dropout and stochastic depth to 0: they draw other numbers for other widths."""
+    """Set the rates of dropout and stochastic depth to 0: they draw other numbers for other widths. Dropout
+    that a forward calls as a function is left to ``NoDropout``."""
     for module in network.modules():
         for rate in _RATES:
-            ours = rate != "p" or isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth"
+            ours = rate != "p" or type(module).__name__ == "StochasticDepth"
             if ours and type(getattr(module, rate, None)) in (int, float):
                 setattr(module, rate, 0.0)
 
@@ -81,7 +104,7 @@ def operations(network: nn.Module, inputs: Inputs, training: bool) -> list[str]:
 
     How a batch norm computes is no difference between the modes; what its layer's own ``train`` keeps counts.
     """
-    with _Recorder() as recorder, torch.enable_grad():
+    with _Recorder() as recorder, torch.enable_grad(), NoDropout():
         network.train(training)(*inputs)
     return recorder.names
 

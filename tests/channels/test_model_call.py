@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -138,6 +139,36 @@ def test_layers_that_run_in_one_mode_only_are_followed(build: type[Net]) -> None
 
 def test_dropout_and_batch_statistics_are_no_difference_between_modes() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 4, 1))
+    assert not modes_differ(net, IMAGES)
+
+
+DROPOUTS: dict[str, Callable[[Tensor, bool], Tensor]] = {
+    "dropout": lambda x, on: functional.dropout(x, training=on),
+    "of torch": lambda x, on: torch.dropout(input=x, p=0.5, train=on),
+    "whole channels": lambda x, on: functional.dropout2d(x, training=on),
+    "alpha": lambda x, on: functional.alpha_dropout(x, 0.5, on),
+    "attention": lambda x, on: functional.scaled_dot_product_attention(x, x, x, None, 0.5 * on) + x,
+    "attention by name": lambda x, on: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5 * on),
+}
+
+
+class Dropping(nn.Module):
+    """Drops by a call in its own forward."""
+
+    def __init__(self, drop: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.drop = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.drop(self.a(x), self.training))
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_dropout_by_a_function_is_switched_off_too(kind: str) -> None:
+    net = Dropping(DROPOUTS[kind])
+    channel_map = discover(net, IMAGES)
+    assert channel_map.num_atoms == 8
+    assert self_test(net, IMAGES, channel_map).error < 1e-10
     assert not modes_differ(net, IMAGES)
 
 
