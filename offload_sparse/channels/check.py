@@ -202,6 +202,7 @@ def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> Non
     """Set the parameters of ``model`` that produce dropped atoms to zero, in place.
 
     These are the rows of convolutions and linear layers with their biases, and the scale and shift of norms.
+    Of a weight that another module owns nobody knows which dimension produces: it is zero along all of them.
     A norm without scale keeps nothing that could be zero, so there the running mean of a dropped channel is.
     """
     alive = channel_map.alive(mask)
@@ -230,8 +231,8 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
         return [("weight", 1), ("bias", 0)]
     if isinstance(module, nn.MultiheadAttention):
         return [("in_proj_weight", 0), ("in_proj_bias", 0)]
-    own = module.named_parameters(recurse=False)  # scales and shifts of other modules
-    return [(leaf, dim) for leaf, p in own for dim, size in enumerate(p.shape) if size == p.numel()]
+    own = module.named_parameters(recurse=False)
+    return [(leaf, dim) for leaf, p in own for dim in range(p.dim())]
 
 
 def _zero_along(tensor: Tensor, axis: Axis, dim: int, alive: Tensor) -> None:

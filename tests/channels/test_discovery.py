@@ -271,6 +271,13 @@ def test_a_trap_never_passes_both_discovery_and_self_test(trap: str) -> None:
         check(TRAPS[trap], IMAGES, discover(TRAPS[trap], IMAGES))
 
 
+OWN_WEIGHTS: list[tuple[Any, ...]] = [
+    ("convolution", functional.conv2d, 3, 3),
+    ("linear layer", lambda x, w: functional.linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)),
+    ("sum", lambda x, w: torch.einsum("bchw,oc->bohw", x, w)),
+]
+
+
 def right_maps() -> dict[str, nn.Module]:
     return {
         "gate": Net(gated, a=Conv(3, 16, 3), b=Conv(8, 5, 3)),
@@ -326,6 +333,21 @@ def right_maps() -> dict[str, nn.Module]:
             scale=nn.Parameter(torch.ones(8, 1, 1)),
             shift=nn.Parameter(torch.ones(8, 1, 1)),
         ),
+        "positions of its own": Net(
+            lambda n, x: n.b(n.a(x) + n.p),
+            a=Conv(3, 8, 1),
+            b=Conv(8, 5, 1),
+            p=nn.Parameter(torch.ones(1, 8, 16, 16)),
+        ),
+        **{
+            f"weight of its own in a {kind}": Net(
+                lambda n, x, apply=apply: n.b(apply(n.a(x), n.w).relu()),
+                a=Conv(3, 8, 1),
+                b=Conv(6, 5, 1),
+                w=nn.Parameter(torch.ones(6, 8, *window)),
+            )
+            for kind, apply, *window in OWN_WEIGHTS
+        },
         "instance norm": Net(
             lambda n, x: n.b(n.norm(n.a(x))),
             a=Conv(3, 8, 1),
