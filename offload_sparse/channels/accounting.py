@@ -7,7 +7,7 @@ forward only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from math import prod
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload_sparse.channels.channel_map import ChannelMap
@@ -33,53 +33,87 @@ def count_parameters(module: nn.Module) -> int:
 
 def count_flops(module: nn.Module, example_inputs: Inputs) -> int:
     """FLOPs of one forward pass (evaluation mode) over the whole batch, counted without computing."""
-    return flops_by_module(module, example_inputs)[""]
+    return _count(module, example_inputs).total
 
 
-def flops_by_module(module: nn.Module, example_inputs: Inputs) -> dict[str, int]:
-    """FLOPs spent inside each module, by qualified name; the empty name is the whole network."""
-    return _flops_and_outputs(module, example_inputs)[0]
+def flops_by_weight(module: nn.Module, example_inputs: Inputs) -> dict[str, int]:
+    """FLOPs of the products with each weight, by each of its names: those of a layer that is called twice, or
+    that shares its weight, are added up."""
+    found = _count(module, example_inputs).flops
+    first = {parameter: name for name, parameter in module.named_parameters()}
+    return {name: found[first[p]] for name, p in module.named_parameters(remove_duplicate=False)}
 
 
-def _flops_and_outputs(module: nn.Module, example_inputs: Inputs) -> tuple[dict[str, int], Counter[str]]:
-    """FLOPs by module, and how many numbers each layer puts out, by the name of its weight."""
+class _Products(TorchDispatchMode):
+    """Counts FLOPs by the weight that is multiplied, the last of two; what a forward multiplies without one,
+    as attention does, by the module that runs.
+
+    Attributes:
+        flops: of the products with each weight, by its first name.
+        outputs: how many numbers these products put out.
+        others: FLOPs of each other product, in order, with the first name of the module."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.flops, self.outputs = Counter[str](), Counter[str]()
+        self.others: list[tuple[str, int]] = []
+        self.counter = FlopCounterMode(display=False)
+        self._names = {id(p): name for name, p in network.named_parameters() if p.dim() > 1}
+        self._running = [""]
+        for name, module in network.named_modules():
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    @property
+    def total(self) -> int:
+        """FLOPs of everything."""
+        return self.counter.get_total_flops()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.total
+        out = func(*args, **(kwargs or {}))
+        spent = self.total - before
+        if spent:
+            whole = [x if x._base is None else x._base for x in args if isinstance(x, Tensor)]
+            weights = [self._names[id(x)] for x in whole if id(x) in self._names]
+            if weights:
+                self.flops[weights[-1]] += spent
+                self.outputs[weights[-1]] += out.numel()
+            else:
+                self.others.append((self._running[-1], spent))
+        return out
+
+
+def _count(module: nn.Module, example_inputs: Inputs) -> _Products:
     try:
         return _counted(meta_copy(module, other=True).eval(), move_inputs(example_inputs, "meta"))
     except RuntimeError:  # a model that looks at values of its inputs
         return _counted(hollow_copy(module).eval(), move_inputs(example_inputs, "cpu"))
 
 
-def _counted(network: nn.Module, inputs: Inputs) -> tuple[dict[str, int], Counter[str]]:
-    made: Counter[str] = Counter()
-
-    def count(prefix: str, layer: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001
-        if isinstance(layer, nn.MultiheadAttention):  # its layers are not called
-            size = output[0].numel()
-            made.update({prefix + "in_proj_weight": 3 * size, prefix + "out_proj.weight": size})
-        else:
-            made.update({prefix + "weight": output.numel()})
-
-    for name, layer in network.named_modules():
-        if isinstance(layer, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
-            layer.register_forward_hook(partial(count, f"{name}." if name else ""))
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+def _counted(network: nn.Module, inputs: Inputs) -> _Products:
+    products = _Products(network)
+    with products.counter, products, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         network(*inputs)
-    counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
-    prefix = type(network).__name__ + "."
-    flops = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
-    return flops | {"": counter.get_total_flops()}, made
+    return products
 
 
 class CostModel:
     """FLOPs and parameters of every subnetwork in closed form.
 
-    The FLOPs of a convolution or linear layer are proportional to the entries of its weight that are kept,
-    and the kept entries of a tensor are the product of the kept positions of its dimensions:
+    The FLOPs of a product with a weight are proportional to the entries of the weight that are kept, and the
+    kept entries of a tensor are the product of the kept positions of its dimensions:
 
-        flops(mask) = constant + Σ_layers flops_per_entry · Π_dims kept positions
+        flops(mask) = constant + Σ_weights flops_per_entry · Π_dims kept positions
 
-    So are those that an attention spends between its projections, by the entries of one of these. Raises
-    ValueError: FLOPs are spent outside convolutions and linear layers and depend on the mask.
+    Those of other products, as an attention's between its projections, grow as one width of them. Raises
+    ValueError: FLOPs depend on the mask in another way.
 
     Args:
         model: the full network, best on the meta device; not changed.
@@ -92,9 +126,6 @@ class CostModel:
         # Numbers of the axes of every tensor; the last one stands for dimensions that never shrink, whose
         # size is a factor elsewhere: it counts 1.
         own = [[distinct.numbers.get(id(axis), -1) for axis in channel_map.axes[name]] for name in names]
-        rank = max(map(len, own), default=0)
-        dims = [row + [-1] * (rank - len(row)) for row in own]
-        self._dims = torch.tensor(dims, dtype=torch.int64).view(len(own), rank)
         axes, atoms = len(distinct.numbers), torch.from_numpy(distinct.atoms)
         segment = torch.from_numpy(np.arange(axes).repeat(np.diff(distinct.starts)))
         self._always = torch.ones(axes + 1, dtype=torch.int64)
@@ -104,24 +135,42 @@ class CostModel:
             prod(s for s, a in zip(channel_map.shapes[n], channel_map.axes[n], strict=True) if a is None)
             for n in names
         ]
-        flops, made = _flops_and_outputs(model, example_inputs)
-        # The dimension of each weight that counts the outputs: a transposed convolution has inputs first.
-        transposed = {f"{n}.weight" for n, m in model.named_modules() if getattr(m, "transposed", False)}
-        out = {n: row[int(n in transposed)] if row else -1 for n, row in zip(names, own, strict=True)}
-        self._out = torch.tensor(list(out.values()), dtype=torch.int64)
-        sizes = [channel_map.shapes[n][int(n in transposed)] if a >= 0 else 1 for n, a in out.items()]
-        per_row = [made[name] / size for name, size in zip(names, sizes, strict=True)]
+        mask = _uneven_mask(channel_map)
+        narrow = narrow_module(meta_copy(model), channel_map, mask)
+        spent, left = _count(model, example_inputs), _count(narrow, example_inputs)
+        sizes = list(zip(*(self._kept(m).tolist() for m in (channel_map.full_mask(), mask)), strict=True))
+        # The axis that counts what a weight puts out.
+        made = [(spent.outputs[name], left.outputs[name]) for name in names]
+        out = [_growing(([a] for a in row), sizes, n) for row, n in zip(own, made, strict=True)]
+        self._out = torch.tensor([axis for (axis,) in out], dtype=torch.int64)
+        per_row = [n / sizes[axis][0] for (n, _), (axis,) in zip(made, out, strict=True)]
         self._per_row = torch.tensor(per_row, dtype=torch.float64)
-        per_entry = _flops_per_entry(model, channel_map, flops)
-        self._entries = torch.tensor(free, dtype=torch.int64)
-        ratios = [per_entry.get(n, Fraction(0)) for n in names]
-        self._flops = self._entries * torch.tensor([r.numerator for r in ratios], dtype=torch.int64)
+        ratios = [Fraction(spent.flops[name], prod(channel_map.shapes[name])) for name in names]
+        lost, axes_of = "", dict(zip(names, own, strict=True))
+        for (module, whole), (_, part) in zip(spent.others, left.others, strict=False):
+            if whole != part:
+                row = _growing(_rows_around(model, module, axes_of), sizes, (whole, part))
+                own.append(row)
+                ratios.append(Fraction(whole, prod(sizes[axis][0] for axis in row)))
+                lost = module if row == [-1] else lost
+        rank = max(map(len, own), default=0)
+        dims = [row + [-1] * (rank - len(row)) for row in own]
+        self._dims = torch.tensor(dims, dtype=torch.int64).view(len(own), rank)
+        others = len(own) - len(names)
+        self._entries = torch.tensor(free + [0] * others, dtype=torch.int64)
+        times = torch.tensor(free + [1] * others, dtype=torch.int64)
+        self._flops = times * torch.tensor([r.numerator for r in ratios], dtype=torch.int64)
         self._per = torch.tensor([r.denominator for r in ratios], dtype=torch.int64)
         self._constant = 0
-        self._constant = flops[""] - self.flops(channel_map.full_mask())
-        self.dense_flops = flops[""]
+        self._constant = spent.total - self.flops(channel_map.full_mask())
+        self.dense_flops = spent.total
         self.dense_parameters = self.parameters(channel_map.full_mask())
-        self._refuse_other_costs(model, example_inputs)
+        if left.total != self.flops(mask):
+            raise ValueError(
+                f"FLOPs of {lost or 'the network'} in a {type(model).__name__} depend on the mask, but grow "
+                f"as no width does ({left.total} counted, {self.flops(mask)} predicted); keep those channels "
+                "by a channel map of your own"
+            )
 
     def flops(self, mask: Tensor) -> int:
         """Forward FLOPs of the subnetwork of ``mask`` (bool[C]) for the batch of ``example_inputs``."""
@@ -162,43 +211,39 @@ class CostModel:
         _, counts = self._distinct.kept(self._channel_map.alive(mask))
         return np.append(counts, 1)
 
-    def _refuse_other_costs(self, model: nn.Module, example_inputs: Inputs) -> None:
-        mask = self._channel_map.uniform_mask(0.5)
-        counted = count_flops(narrow_module(meta_copy(model), self._channel_map, mask), example_inputs)
-        if counted != self.flops(mask):
-            raise ValueError(
-                f"a {type(model).__name__} spends FLOPs outside its convolutions and linear layers that "
-                f"depend on the mask "
-                f"({counted} counted, {self.flops(mask)} predicted); budget it by channels instead"
-            )
+
+def _uneven_mask(channel_map: ChannelMap) -> Tensor:
+    """The mask bool[C] of the first channels of every group, of each another share."""
+    mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
+    shares = torch.rand(len(channel_map.groups), generator=torch.Generator().manual_seed(0)).tolist()
+    for group, share in zip(channel_map.groups, shares, strict=True):
+        mask[group.start : group.start + max(1, int(group.size * share))] = True
+    return mask
 
 
-def _flops_per_entry(model: nn.Module, channel_map: ChannelMap, flops: dict[str, int]) -> dict[str, Fraction]:
-    """FLOPs per weight entry of each convolution, linear layer and attention, by weight name.
+def _growing(
+    rows: Iterable[list[int]], sizes: Sequence[tuple[int, int]], numbers: tuple[int, int]
+) -> list[int]:
+    """The first row of axes whose positions shrink as a number does; else the axis that never shrinks.
 
-    What an attention spends outside its layers grows with its heads, and so does the weight of its queries.
-    """
-    per_entry: dict[str, Fraction] = {}
-    for name, layer in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(layer, (_ConvNd, nn.Linear)):
-            weight, spent = prefix + "weight", flops.get(name, 0)
-        else:
-            spent = flops.get(name, 0) - sum(flops.get(prefix + n, 0) for n, _ in layer.named_children())
-            weight = _sampled_matrix(layer, prefix, channel_map) if spent else ""
-        if weight in channel_map.shapes:
-            share = Fraction(spent, prod(channel_map.shapes[weight]))
-            per_entry[weight] = per_entry.get(weight, Fraction(0)) + share
-    return per_entry
+    Args:
+        sizes: positions of each axis in the full network and in a narrow one.
+        numbers: the number in both."""
+    for row in rows:
+        full, kept = (prod(sizes[axis][side] for axis in row) for side in (0, 1))
+        if full * numbers[1] == kept * numbers[0]:
+            return row
+    return [-1]
 
 
-def _sampled_matrix(layer: nn.Module, prefix: str, channel_map: ChannelMap) -> str:
-    """The first matrix of a module with an axis of atoms; empty if there is none."""
-    for name, parameter in layer.named_parameters():
-        axes = channel_map.axes.get(prefix + name, ())
-        if parameter.dim() == 2 and any(axis is not None for axis in axes):
-            return prefix + name
-    return ""
+def _rows_around(model: nn.Module, module: str, axes_of: Mapping[str, list[int]]) -> Iterator[list[int]]:
+    """The axes of each parameter of ``module``, then of what it is part of, together and one by one: an
+    attention goes with its heads or values, a product with a computed weight with both of its widths."""
+    for name, _ in model.get_submodule(module).named_parameters(prefix=module):
+        row = axes_of.get(name, [])
+        yield from (row, *([axis] for axis in row))
+    if module:
+        yield from _rows_around(model, module.rpartition(".")[0], axes_of)
 
 
 def train_cost_saving(

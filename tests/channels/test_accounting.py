@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 
 from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters, train_cost_saving
 from offload_sparse.channels.attention import HeadAttention
@@ -17,8 +19,9 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import random_mask
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.specs import MapBuilder
-from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.channels.subnet import meta_copy, narrow_module
 from tests.support.channel_maps import SmallNet
+from tests.support.language_models import LanguageModel, SeparateAttention
 
 IMAGE = (torch.zeros(1, 3, 64, 64),)
 
@@ -77,6 +80,113 @@ def test_outputs_of_a_mask_are_those_of_the_layers_of_the_narrow_network(name: s
     assert cost.outputs(mask) == pytest.approx(sum(made))
 
 
+class Net(nn.Module):
+    """Layers of 8 channels from 3 to 5, and what is done between them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **layers: Any) -> None:
+        super().__init__()
+        self.run, self.first, self.last = run, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self, self.first(x)))
+
+
+def shared() -> nn.Module:
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    return Net(lambda n, x: n.b(n.a(x)), a=nn.Sequential(layer, nn.ReLU()), b=nn.Sequential(layer))
+
+
+def tied() -> nn.Module:
+    net = Net(lambda n, x: n.b(n.a(x).relu()), a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1))
+    net.b.weight = net.a.weight
+    return net
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def computed() -> nn.Module:
+    net = Net(lambda n, x: n.a(x), a=nn.Conv2d(8, 8, 1))
+    nn.utils.parametrize.register_parametrization(net.a, "weight", Doubled())
+    return net
+
+
+class Core(nn.Module):
+    """The part of an attention that has no weights."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+class CoredAttention(SeparateAttention):
+    def __init__(self) -> None:
+        super().__init__(24, 4)
+        self.core = Core()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(self.core(q, k, v).transpose(1, 2).flatten(2))
+
+
+class NarrowValues(nn.Module):
+    """One head, of which only the values can be narrowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.project = nn.Linear(8, 3 * 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.scaled_dot_product_attention(*self.qkv(x.flatten(2).mT).chunk(3, 2))
+        return self.project(y).mT.unflatten(2, x.shape[2:])
+
+
+BY_WEIGHT: dict[str, Callable[[], nn.Module]] = {
+    "one layer under two parents": shared,
+    "one weight of two layers": tied,
+    "a computed weight": computed,
+    "two weights of one module": lambda: Net(
+        lambda n, x: functional.conv2d(functional.conv2d(x, n.a), n.b).relu(),
+        a=nn.Parameter(torch.ones(6, 8, 3, 3)),
+        b=nn.Parameter(torch.ones(8, 6, 1, 1)),
+    ),
+    "a sum of products": lambda: Net(
+        lambda n, x: torch.einsum("bchw,co->bohw", x, n.a), a=nn.Parameter(torch.ones(8, 8))
+    ),
+    "attention whose values are narrowed": lambda: Net(lambda n, x: n.a(x), a=NarrowValues()),
+    "attention in a module of its own": lambda: LanguageModel(CoredAttention),
+}
+
+
+@pytest.mark.parametrize("name", BY_WEIGHT)
+def test_flops_go_with_the_weight_that_is_multiplied(name: str) -> None:
+    model = meta_copy(BY_WEIGHT[name]())
+    inputs = (torch.zeros(1, 7, dtype=torch.int64),) if isinstance(model, LanguageModel) else IMAGE
+    channel_map = discover(model, inputs)
+    cost = CostModel(model, channel_map, inputs)
+    for seed in range(3):
+        mask = random_mask(channel_map, 0.5, torch.Generator().manual_seed(seed))
+        assert cost.flops(mask) == count_flops(narrow_module(model, channel_map, mask), inputs)
+
+
+def test_outputs_of_a_layer_are_counted_each_time_that_it_runs() -> None:
+    for model in (shared(), tied()):
+        cost = CostModel(model, channel_map := discover(model, IMAGE), IMAGE)
+        assert cost.outputs(channel_map.full_mask()) == 64 * 64 * (8 + 8 + 8 + 5)
+
+
+def test_the_outputs_of_a_weight_go_with_the_dimension_that_makes_them() -> None:
+    model = BY_WEIGHT["a sum of products"]()  # of a weight that has its inputs first
+    channel_map = discover(model, IMAGE)
+    mask = torch.tensor([True] * 3 + [False] * 5 + [True] * 6 + [False] * 2)
+    first, last = (narrow_module(model, channel_map, mask).get_submodule(n) for n in ("first", "last"))
+    assert first.weight.shape[0] + last.weight.shape[1] == 9
+    assert CostModel(model, channel_map, IMAGE).outputs(mask) == 64 * 64 * (9 + 5)
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = SmallNet().train()
     count_flops(model, (torch.zeros(1, 2, 8, 8),))
@@ -100,7 +210,7 @@ def test_flops_outside_the_layers_that_depend_on_the_mask_are_refused() -> None:
     model = _ChannelProduct()
     by_hand = MapBuilder(model)
     by_hand.width(("a",), "b")
-    with pytest.raises(ValueError, match="_ChannelProduct spends FLOPs outside"):
+    with pytest.raises(ValueError, match=r"the network in a _ChannelProduct .* a channel map of your own"):
         CostModel(model, by_hand.build(), IMAGE)
 
 

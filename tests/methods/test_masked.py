@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_sparse import load_pruned
 from offload_sparse.channels.accounting import train_cost_saving
 from offload_sparse.config.methods import DFBSTConfig, DSTConfig, RigLConfig
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
+from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.weight_masks.dst import TrainableThresholds
 from offload_sparse.methods.weight_masks.masked import MaskedTraining, build_masked
 from offload_sparse.policy.config import PolicyConfig
@@ -161,6 +163,37 @@ def test_what_the_two_ratios_count() -> None:
             float(masks[f"{name}.weight"].double().mean())
         )
         assert method.dynamics()[f"forward_remaining.{name}"] == report["layers"][name]["forward_remaining"]
+
+
+class Attending(nn.Module):
+    """Images to 4 tokens, attention as torch has it, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.attention = nn.Conv2d(2, 8, 4, 4), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.start(images).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.b(self.a(x).relu()).mean(1))
+
+
+@pytest.mark.parametrize("method", ["dst", "dfbst", "rigl"])
+def test_every_masked_weight_has_the_flops_of_its_products(method: str) -> None:
+    """Torch's attention applies its last layer without calling it."""
+    task = replace(make_task(config_of(method)), factory=Attending)
+    built = build_method(task)
+    assert isinstance(built, MaskedTraining)
+    flops = dict(zip(built.sparsity.weights, built._layer_flops.tolist(), strict=True))
+    layer = 2 * 4 * 8 * 8
+    assert flops == {
+        "start.weight": 2 * 4 * 8 * 32,
+        "attention.out_proj.weight": layer,
+        "a.weight": 2 * layer,
+        "head.weight": 2 * 8 * 3,
+    }
 
 
 def test_what_grow_efficient_saves() -> None:

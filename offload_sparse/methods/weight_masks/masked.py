@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.channels.accounting import CostModel, flops_by_module
+from offload_sparse.channels.accounting import CostModel, flops_by_weight
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import build_on_meta, meta_copy
 from offload_sparse.engine.optimizer import optimizer_factory
@@ -159,6 +159,5 @@ def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]],
 def _layer_flops(sparsity: Sparsity, task: Task) -> Tensor:
     """float64[layers]: forward FLOPs per image of each masked layer."""
     # The network itself may be of another type than the inputs.
-    flops = flops_by_module(build_on_meta(task.factory), task.example_inputs)
-    counts = [flops.get(name.removesuffix(".weight"), 0) for name in sparsity.weights]
-    return torch.tensor(counts, dtype=torch.float64)
+    flops = flops_by_weight(build_on_meta(task.factory), task.example_inputs)
+    return torch.tensor([flops[name] for name in sparsity.weights], dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from offload_sparse.channels.accounting import CostModel, flops_by_module, train_cost_saving
+from offload_sparse.channels.accounting import CostModel, flops_by_weight, train_cost_saving
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import chosen_block
@@ -170,12 +170,12 @@ def _kept_by_rigl(config: RunConfig, structure: Structure) -> tuple[float, float
     from offload_sparse.methods.weight_masks.sparsity import maskable_weights
 
     weights = maskable_weights(structure.model)
-    flops = flops_by_module(structure.model, structure.inputs)
+    flops = flops_by_weight(structure.model, structure.inputs)
     densities = erk_densities([tuple(weight.shape) for weight in weights.values()], config.policy.rho)
-    parameters, left = float(structure.cost.dense_parameters), float(flops[""])
+    parameters, left = float(structure.cost.dense_parameters), float(structure.cost.dense_flops)
     for (name, weight), density in zip(weights.items(), densities, strict=True):
         parameters -= (1 - density) * weight.numel()
-        left -= (1 - density) * flops.get(name.removesuffix(".weight"), 0)
+        left -= (1 - density) * flops[name]
     return parameters, left
 
 
