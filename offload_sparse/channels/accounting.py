@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.model_call import Inputs, move_inputs
+from offload_sparse.channels.model_call import Inputs, attention_in_products, move_inputs
 from offload_sparse.channels.subnet import hollow_copy, meta_copy, narrow_module
 
 
@@ -99,7 +98,7 @@ def _count(module: nn.Module, example_inputs: Inputs) -> _Products:
 
 def _counted(network: nn.Module, inputs: Inputs) -> _Products:
     products = _Products(network)
-    with products.counter, products, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with products.counter, products, torch.no_grad(), attention_in_products():
         network(*inputs)
     return products
 

@@ -17,14 +17,20 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.attention import HeadAttention, can_drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group
 from offload_sparse.channels.config import Residual
-from offload_sparse.channels.model_call import Inputs, NoDropout, disable_dropout, enlarge_inputs, move_inputs
+from offload_sparse.channels.model_call import (
+    Inputs,
+    NoDropout,
+    attention_in_products,
+    disable_dropout,
+    enlarge_inputs,
+    move_inputs,
+)
 from offload_sparse.channels.propagation import Propagation
 from offload_sparse.channels.stream_add import additions, expose_additions
 from offload_sparse.channels.subnet import hollow_copy, is_norm, meta_copy
@@ -93,10 +99,8 @@ def _follow(model: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
         separate: leave the operands of additions untied.
     """
     inputs = enlarge_inputs(inputs, 2)  # in training mode, a batch norm wants two values
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(), attention_in_products():
             try:
                 return _run(meta_copy(model, other=True), move_inputs(inputs, "meta"), separate)
             except Exception:  # a meta tensor has no values
@@ -106,8 +110,6 @@ def _follow(model: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
         raise ValueError(
             f"{type(model).__name__} cannot be traced ({reason}); give example inputs that it accepts"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +61,18 @@ def enlarge_inputs(inputs: Inputs, least: int) -> Inputs:
         return x[rows.to(x.device)] if x.dim() else x
 
     return pytree.tree_map_only(Tensor, enlarged, inputs)
+
+
+@contextmanager
+def attention_in_products() -> Iterator[None]:
+    """Attention is computed by products of matrices that can be followed, not by one fused operation."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class NoDropout(TorchFunctionMode):

@@ -21,7 +21,7 @@ from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.specs import MapBuilder
 from offload_sparse.channels.subnet import meta_copy, narrow_module
 from tests.support.channel_maps import SmallNet
-from tests.support.language_models import LanguageModel, SeparateAttention
+from tests.support.language_models import WORDS, LanguageModel, SeparateAttention, TorchEncoder
 
 IMAGE = (torch.zeros(1, 3, 64, 64),)
 
@@ -185,6 +185,19 @@ def test_the_outputs_of_a_weight_go_with_the_dimension_that_makes_them() -> None
     first, last = (narrow_module(model, channel_map, mask).get_submodule(n) for n in ("first", "last"))
     assert first.weight.shape[0] + last.weight.shape[1] == 9
     assert CostModel(model, channel_map, IMAGE).outputs(mask) == 64 * 64 * (9 + 5)
+
+
+class Looking(TorchEncoder):
+    """Looks at values, which those on the meta device do not have."""
+
+    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        assert int(tokens.max()) < WORDS
+        return super().forward(tokens, padding)
+
+
+def test_flops_are_those_of_attention_that_is_not_fused() -> None:
+    tokens = (torch.zeros(2, 7, dtype=torch.int64),)
+    assert count_flops(Looking(), tokens) == count_flops(TorchEncoder(), tokens)
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:
