@@ -11,6 +11,7 @@ their sizes replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -25,10 +26,13 @@ Fit = tuple[int, int] | None
 CHUNKS: set[Any] = {Tensor.chunk, torch.chunk}
 SPLITS: set[Any] = {*CHUNKS, Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
 UNFLATTENS: set[Any] = {Tensor.unflatten, torch.unflatten}
+NARROWS: set[Any] = {Tensor.narrow, torch.narrow}
+TENSOR_SPLITS: set[Any] = {Tensor.tensor_split, torch.tensor_split}
 PLACES = 16  # the place of a dimension: number of the argument · PLACES + dimension, counted from the last
-EXPANDS: set[Any] = {Tensor.expand}
+EXPANDS: set[Any] = {Tensor.expand, Tensor.broadcast_to, torch.broadcast_to}
 SLICES: set[Any] = {Tensor.__getitem__}
 SIZED: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape} | SPLITS | UNFLATTENS | EXPANDS | SLICES
+SIZED |= NARROWS | TENSOR_SPLITS
 REPEATS: set[Any] = {Tensor.repeat_interleave, torch.repeat_interleave}
 MEETINGS: set[Any] = {Tensor.add, torch.add, Tensor.add_, Tensor.baddbmm, torch.baddbmm}
 MEETINGS |= {Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, functional.scaled_dot_product_attention}
@@ -38,6 +42,24 @@ MEETINGS |= {Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, functional.scaled
 def meets(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether a call is one of ``MEETINGS``: of tensors, for batch norms add a number in one mode only."""
     return func in MEETINGS and all(isinstance(x, Tensor) for x in args[:2])
+
+
+def by_position(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """A call of one of ``SIZED`` without keywords; as the slice or the split that it is if it has another
+    name."""
+    rank = {"input": 0, "tensor": 0, "dim": 1 if func in UNFLATTENS | NARROWS else 3, "length": 3}
+    args += tuple(kwargs[name] for name in sorted(kwargs, key=lambda name: rank.get(name, 2)))
+    if func in NARROWS and isinstance(args[2], int):
+        x, dim, start, length = args
+        before = [slice(None)] * (dim % x.dim())
+        return Tensor.__getitem__, (x, (*before, slice(start, start + length or None)))
+    if func in TENSOR_SPLITS and not isinstance(args[1], Tensor):
+        x, cuts, dim = (*args, 0)[:3]
+        whole = range(x.shape[dim])
+        if isinstance(cuts, int):
+            return torch.split, (x, [(len(whole) + i) // cuts for i in reversed(range(cuts))], dim)
+        return torch.split, (x, [len(whole[a:b]) for a, b in pairwise((None, *cuts, None))], dim)
+    return func, args
 
 
 def indexed(x: Tensor, key: Any) -> list[tuple[int, int]]:
@@ -75,9 +97,7 @@ def written_sizes(func: Callable[..., Any], args: tuple[Any, ...]) -> list[int] 
     )
 
 
-def _fitted(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, fits: tuple[Fit, ...]
-) -> tuple[Any, ...]:
+def _fitted(func: Callable[..., Any], args: tuple[Any, ...], fits: tuple[Fit, ...]) -> tuple[Any, ...]:
     """The arguments of the call with sizes that fit the tensor."""
     x = args[0]
     if func in SLICES:
@@ -85,7 +105,7 @@ def _fitted(
     place = 2 if func in UNFLATTENS else 1
     flat = args[place] if isinstance(args[place], (tuple, list)) else args[place:]
     if func in SPLITS:
-        width = x.shape[args[2] if len(args) > 2 else kwargs.get("dim", 0)]
+        width = x.shape[args[2] if len(args) > 2 else 0]
         pieces = [fit[1] for fit in fits if fit is not None]
         return (x, pieces, *args[2:]) if sum(pieces) == width else args
     sizes = list(flat)
@@ -141,7 +161,8 @@ class _Refit(TorchFunctionMode):
             fits = self.calls.get(self.count)
             self.count += 1
             if fits is not None:
-                args = _fitted(func, args, kwargs, fits)
+                func, args = by_position(func, args, kwargs)
+                args, kwargs = _fitted(func, args, fits), {}
                 if func in CHUNKS and not isinstance(args[1], int):
                     func = torch.split  # parts that are no longer equal
         return func(*args, **kwargs)

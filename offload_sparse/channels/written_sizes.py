@@ -24,6 +24,7 @@ from offload_sparse.channels.views import (
     SLICES,
     SPLITS,
     UNFLATTENS,
+    by_position,
     indexed,
     meets,
     written_sizes,
@@ -71,6 +72,9 @@ class Sizes(TorchFunctionMode):
             for frame in self._stack:
                 frame[1 + meeting] += 1
             name, calls, meetings = self._stack[-1]
+            if not meeting:
+                func, args = by_position(func, args, kwargs or {})
+                kwargs = None
             self.calls.append((name, -meetings if meeting else calls - 1, func, args, kwargs or {}, out))
         return out
 
@@ -110,7 +114,7 @@ def fitted_calls(
                 view = _meeting(call, [*args, *kwargs.values()], of_module)
                 unmet -= {(id(x), name) for x in [*args, *kwargs.values()]} if view else set()
             else:
-                view = _view(found, call, func, args, kwargs, out, ids)
+                view = _view(found, call, func, args, out, ids)
             form = view and (view.sizes, [None if a is None else a.tolist() for a in view.axes])
             if seen.setdefault((name, call), form) != form:
                 raise _UnfitError
@@ -139,9 +143,7 @@ def _meeting(call: int, values: list[Any], constants: dict[int, tuple[int, Tenso
     return None
 
 
-def _view(
-    found: Propagation, call: int, func: Any, args: Any, kwargs: Any, out: Any, ids: Tensor
-) -> View | None:
+def _view(found: Propagation, call: int, func: Any, args: Any, out: Any, ids: Tensor) -> View | None:
     """How the sizes of one call are fitted; None if there is no need."""
     if func in SLICES:
         return _slice(found, call, args[0], args[1], ids)
@@ -149,7 +151,7 @@ def _view(
     if written is None:
         return None
     if func in SPLITS:
-        dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        dim = args[2] if len(args) > 2 else 0
         given = [_axes_of(found, piece, ids).get(dim % args[0].dim()) for piece in out]
         widths = [piece.shape[dim] for piece in out]
         if all(axis is None for axis in given):

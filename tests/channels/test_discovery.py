@@ -278,6 +278,25 @@ OWN_WEIGHTS: list[tuple[Any, ...]] = [
 ]
 
 
+def swapped(*parts: Tensor) -> Tensor:
+    return torch.cat(parts[::-1], 1)
+
+
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a * b, a], 1)
+
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "chunk": lambda x: swapped(*x.chunk(chunks=2, dim=1)),
+    "split": lambda x: swapped(*torch.split(x, split_size_or_sections=(4, 8), dim=1)),
+    "view": lambda x: multiplied(*x.view(size=(-1, 2, 6, 16, 16)).unbind(1)),
+    "unflatten": lambda x: multiplied(*x.unflatten(dim=1, sizes=(2, 6)).unbind(1)),
+    "narrow": lambda x: swapped(x.narrow(1, 0, 5), x.narrow(dim=1, start=5, length=4), x.narrow(1, -3, 3)),
+    "tensor_split": lambda x: swapped(*x.tensor_split(5, dim=1)),
+    "tensor_split at": lambda x: swapped(*torch.tensor_split(x, (3, -4), dim=-3)),
+}
+
+
 def right_maps() -> dict[str, nn.Module]:
     return {
         "gate": Net(gated, a=Conv(3, 16, 3), b=Conv(8, 5, 3)),
@@ -396,6 +415,17 @@ def right_maps() -> dict[str, nn.Module]:
             b=nn.Linear(8, 5),
         ),
         "global response norm": Net(global_response_norm, a=Conv(3, 8, 1), b=Conv(8, 6, 1), c=Conv(6, 5, 1)),
+        **{
+            f"written as {name}": Net(
+                lambda n, x, run=run: n.b(run(n.a(x))), a=Conv(3, 12, 1), b=Conv(12, 5, 1)
+            )
+            for name, run in WRITTEN.items()
+        },
+        "flattened by a keyword": Net(
+            lambda n, x: n.b(torch.reshape(n.a(x), shape=(-1, 8 * 256))),
+            a=Conv(3, 8, 1),
+            b=nn.Linear(8 * 256, 5),
+        ),
         "repeated channels": Net(
             lambda n, x: n.b(n.a(x).repeat_interleave(2, 1)), a=Conv(3, 4, 3), b=Conv(8, 5, 3)
         ),
