@@ -46,13 +46,13 @@ class Sizes(TorchFunctionMode):
         self.sequences = self.repeats = False
         self._stack: list[list[Any]] = []
         for name, module in network.named_modules():
-            module.register_forward_pre_hook(self._entered(name))
+            module.register_forward_pre_hook(self._entered(name), with_kwargs=True)
             module.register_forward_hook(self._left, always_call=True)
 
     def _entered(self, name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
+        def enter(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             self._stack.append([name, 0, 0])
-            self.sequences |= isinstance(module, nn.Linear) and given[0].dim() == 3
+            self.sequences |= isinstance(module, nn.Linear) and [*given, *named.values()][0].dim() == 3
 
         return enter
 

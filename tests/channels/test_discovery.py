@@ -421,6 +421,9 @@ def right_maps() -> dict[str, nn.Module]:
             )
             for name, run in WRITTEN.items()
         },
+        "called by a keyword": Net(
+            lambda n, x: n.b(input=n.a(input=x).flatten(1)), a=Conv(3, 8, 1), b=nn.Linear(8 * 256, 5)
+        ),
         "flattened by a keyword": Net(
             lambda n, x: n.b(torch.reshape(n.a(x), shape=(-1, 8 * 256))),
             a=Conv(3, 8, 1),
