@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_leaves
@@ -255,9 +255,10 @@ def _fits(module: nn.Module) -> list[Callable[[], None]]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a batch norm, also one whose tensors are all buffers, as torchvision's frozen one's."""
+    """Whether this is a batch or an instance norm, also one whose tensors are all buffers, as torchvision's
+    frozen one's."""
     own = {name for name, buffer in module.named_buffers(recurse=False) if buffer.dim() == 1}
-    return isinstance(module, _BatchNorm) or own >= {"weight", "bias", "running_mean", "running_var"}
+    return isinstance(module, _NormBase) or own >= {"weight", "bias", "running_mean", "running_var"}
 
 
 def _weight_shape(layer: Any) -> torch.Size:

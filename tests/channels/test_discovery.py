@@ -367,12 +367,15 @@ def right_maps() -> dict[str, nn.Module]:
             )
             for kind, apply, *window in OWN_WEIGHTS
         },
-        "instance norm": Net(
-            lambda n, x: n.b(n.norm(n.a(x))),
-            a=Conv(3, 8, 1),
-            b=Conv(8, 5, 1),
-            norm=nn.InstanceNorm2d(8, affine=True),
-        ),
+        **{
+            f"instance norm, affine {affine}, statistics {tracked}": Net(
+                lambda n, x: n.b(n.norm(n.a(x))),
+                a=Conv(3, 8, 1),
+                b=Conv(8, 5, 1),
+                norm=nn.InstanceNorm2d(8, affine=affine, track_running_stats=tracked),
+            )
+            for affine, tracked in ((True, False), (True, True), (False, True))
+        },
         "spatial attention": Net(
             lambda n, x: n.b(n.a(x) * n.m(n.a(x)).sigmoid()),
             a=Conv(3, 8, 1),
