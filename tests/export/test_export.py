@@ -63,6 +63,7 @@ def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> 
     network.save(run_dir / "model", model, preprocessing)
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
     (run_dir / "config.yaml").write_text("data: {limit: 48}\n")
+    (run_dir / "metrics.jsonl").touch()
     for name in FORMATS:
         figures = export_network(run_dir, name)
         assert figures["largest_difference"] <= 1e-5
