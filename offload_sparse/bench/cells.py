@@ -23,6 +23,7 @@ from offload_sparse.channels.require import require
 from offload_sparse.config import yaml_text
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.log import CONFIG_FILE
+from offload_sparse.run.resume import same_place
 from offload_sparse.run.signals import Interruption
 from offload_sparse.run.terminal import columns, tell
 from offload_sparse.workloads.config import DataConfig
@@ -75,7 +76,7 @@ class Run:
         """Raise ValueError: it was of other images, of which the folder's name has only the last part."""
         held = yaml_text.read_keys(self.folder / CONFIG_FILE)["data"]["name"]
         asked = self.options().get("data.name", DataConfig.name)
-        same = len({Path(name).expanduser().resolve() for name in (held, asked)}) == 1
+        same = same_place(*(Path(name).expanduser() for name in (held, asked)))
         require(same, f"{self.folder} holds a run on {held}, not on {asked}; give another --cache")
 
     def start(self) -> subprocess.Popen[bytes]:

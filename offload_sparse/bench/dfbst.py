@@ -90,7 +90,7 @@ def cell(config: DFBSTBenchConfig, folder: Path, model: str, method: str, seed: 
     options |= {"train.epochs": config.epochs or 20}
     few = {"train.max_steps": 150} if quick and not config.epochs else {}
     name = f"{model}-{method}-epochs{config.epochs}-seed{seed}{'-quick' if few else ''}"
-    return Run(folder / f"{name}-{Path(config.data).name or 'embedded'}", lambda: options | few)
+    return Run(folder / f"{name}-{config.images_name}", lambda: options | few)
 
 
 def figures(run: Run) -> dict[str, float]:

@@ -81,6 +81,11 @@ class CellsConfig(BenchConfig):
     cache: str = ""
     jobs: int = 2
 
+    @property
+    def images_name(self) -> str:
+        """The end of the name of a run's folder: its images."""
+        return Path(self.data or "embedded").name
+
 
 @dataclass
 class SetConfig(CellsConfig):
@@ -93,9 +98,9 @@ class SetConfig(CellsConfig):
     precision: Literal["no", "bf16"] = "no"
 
     @property
-    def images(self) -> str:
-        """The end of the name of a run's folder: its images, and the precision that they are computed in."""
-        return Path(self.data or "embedded").name + ("" if self.precision == "no" else f"-{self.precision}")
+    def images_name(self) -> str:
+        """And the precision that they are computed in."""
+        return super().images_name + ("" if self.precision == "no" else f"-{self.precision}")
 
 
 @dataclass

@@ -135,7 +135,7 @@ class Cell:
 
     @property
     def run_dir(self) -> Path:
-        data, length = self.config.images, f"dense{self.dense_epochs}"
+        data, length = self.config.images_name, f"dense{self.dense_epochs}"
         if self.arm == "dense":
             return self.folder / f"{self.config.set}-{length}-{data}"
         name = f"{self.arm}-rho{self.rho:g}-epochs{self.epochs}-seed{self.seed}"

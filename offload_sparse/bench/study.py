@@ -129,7 +129,7 @@ class Cell:
     def run_dir(self) -> Path:
         flops = "_".join(f"{share:g}" for share in (self._members if self.name == "family" else [self.flops]))
         name = f"{self.config.set}-{self.name}-flops{flops}-steps{self.steps}-seed{self.seed}"
-        return self.folder / f"{name}-{self.config.images}"
+        return self.folder / f"{name}-{self.config.images_name}"
 
     @property
     def _members(self) -> list[float]:

@@ -180,9 +180,8 @@ class CostModel:
         return int((self._entries * self._kept_products(mask)).sum())
 
     def outputs(self, mask: Tensor) -> float:
-        """Numbers that the convolutions and linear layers of the subnetwork put out, those of torch's
-        ``MultiheadAttention`` among them, for the batch of ``example_inputs``: what a training step holds for
-        its backward pass goes with them."""
+        """Numbers that the products with weights put out in the subnetwork, for the batch of
+        ``example_inputs``: what a training step holds for its backward pass goes with them."""
         return float((self._per_row * torch.from_numpy(self._kept(mask))[self._out]).sum())
 
     def expected_flops(self, s: Tensor) -> Tensor:

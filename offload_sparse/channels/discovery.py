@@ -265,8 +265,7 @@ def _refuse_other_additions(found: Propagation, ids: Tensor) -> None:
             raise ValueError(
                 f"the addition in {place or 'the network'} is in a forward that torch.fx cannot trace, "
                 "that depends on the training mode or that runs twice, or it adds tensors of two shapes, or "
-                "in place to what is read again; "
-                "use residual=coupled or residual=internal"
+                "in place to what is read again; use residual=coupled or residual=internal"
             )
 
 
