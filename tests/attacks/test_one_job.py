@@ -87,7 +87,7 @@ def test_a_second_start_on_a_live_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.log").unlink()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     while not first.ended():  # it stops again at each of its steps
-        os.kill(first.pid, signal.SIGCONT)
+        first.send_signal(signal.SIGCONT)
         time.sleep(0.05)
     assert first.wait(LIMIT) == 0
     assert steps(run_dir) == list(range(1, 13))

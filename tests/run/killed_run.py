@@ -111,7 +111,7 @@ def run(
         last = processes[-1 if hanging is None else hanging]
         codes = {process.pid: process.wait(120) for process in processes if process is not last}
         if hanging is not None:
-            os.kill(last.pid, signal.SIGKILL)
+            last.send_signal(signal.SIGKILL)
         codes[last.pid] = last.wait(120)
     return [codes[process.pid] for process in processes], log.read_bytes()[before:].decode()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import array
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -160,6 +161,11 @@ class Forked:
         """Whether ``wait`` would return at once."""
         return _readable(self._connection, 0)
 
+    def send_signal(self, number: int) -> None:
+        """Send it; of no effect on one that has ended, which ``ended`` tells a moment later."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
     def wait(self, seconds: float | None = None) -> int:
         """Its exit code, or minus the signal that ended it.
 
@@ -250,7 +256,7 @@ def stand_in(address: str, target: str, arguments: Sequence[str]) -> None:
     """Run the process and end as it ends; exits."""
     process = Forked(address, target, arguments, os.environ, (1, 2))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(process.pid, received))
+        signal.signal(number, lambda received, _: process.send_signal(received))
     code = process.wait()
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
