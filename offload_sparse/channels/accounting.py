@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from math import prod
@@ -103,6 +104,19 @@ def _counted(network: nn.Module, inputs: Inputs) -> _Products:
     return products
 
 
+@dataclass(frozen=True)
+class _Term:
+    """What is counted for each kept position of a product of axes: parameters and FLOPs.
+
+    Attributes:
+        module: name of the one whose forward multiplies, where that is not a weight."""
+
+    axes: list[int]
+    entries: int
+    flops: Fraction
+    module: str = ""
+
+
 class CostModel:
     """FLOPs and parameters of every subnetwork in closed form.
 
@@ -121,55 +135,59 @@ class CostModel:
     def __init__(self, model: nn.Module, channel_map: ChannelMap, example_inputs: Inputs) -> None:
         self._channel_map = channel_map
         distinct = self._distinct = channel_map.distinct_axes
-        names = [name for name, _ in model.named_parameters() if name in channel_map.shapes]
-        # Numbers of the axes of every tensor; the last one stands for dimensions that never shrink, whose
-        # size is a factor elsewhere: it counts 1.
-        own = [[distinct.numbers.get(id(axis), -1) for axis in channel_map.axes[name]] for name in names]
         axes, atoms = len(distinct.numbers), torch.from_numpy(distinct.atoms)
         segment = torch.from_numpy(np.arange(axes).repeat(np.diff(distinct.starts)))
         self._always = torch.ones(axes + 1, dtype=torch.int64)
         self._always[:-1] = segment[atoms < 0].bincount(minlength=axes)
         self._atoms, self._segment = atoms[atoms >= 0], segment[atoms >= 0]
-        free = [
-            prod(s for s, a in zip(channel_map.shapes[n], channel_map.axes[n], strict=True) if a is None)
-            for n in names
-        ]
         mask = _uneven_mask(channel_map)
-        narrow = narrow_module(meta_copy(model), channel_map, mask)
-        spent, left = _count(model, example_inputs), _count(narrow, example_inputs)
         sizes = list(zip(*(self._kept(m).tolist() for m in (channel_map.full_mask(), mask)), strict=True))
-        # The axis that counts what a weight puts out.
-        made = [(spent.outputs[name], left.outputs[name]) for name in names]
-        out = [_growing(([a] for a in row), sizes, n) for row, n in zip(own, made, strict=True)]
-        self._out = torch.tensor([axis for (axis,) in out], dtype=torch.int64)
-        per_row = [n / sizes[axis][0] for (n, _), (axis,) in zip(made, out, strict=True)]
-        self._per_row = torch.tensor(per_row, dtype=torch.float64)
-        ratios = [Fraction(spent.flops[name], prod(channel_map.shapes[name])) for name in names]
-        lost, axes_of = "", dict(zip(names, own, strict=True))
-        for (module, whole), (_, part) in zip(spent.others, left.others, strict=False):
-            if whole != part:
-                row = _growing(_rows_around(model, module, axes_of), sizes, (whole, part))
-                own.append(row)
-                ratios.append(Fraction(whole, prod(sizes[axis][0] for axis in row)))
-                lost = module if row == [-1] else lost
-        rank = max(map(len, own), default=0)
-        dims = [row + [-1] * (rank - len(row)) for row in own]
-        self._dims = torch.tensor(dims, dtype=torch.int64).view(len(own), rank)
-        others = len(own) - len(names)
-        self._entries = torch.tensor(free + [0] * others, dtype=torch.int64)
-        times = torch.tensor(free + [1] * others, dtype=torch.int64)
-        self._flops = times * torch.tensor([r.numerator for r in ratios], dtype=torch.int64)
-        self._per = torch.tensor([r.denominator for r in ratios], dtype=torch.int64)
+        spent = _count(model, example_inputs)
+        left = _count(narrow_module(meta_copy(model), channel_map, mask), example_inputs)
+        # Numbers of the axes of every tensor; the last one stands for dimensions that never shrink, whose
+        # size is a factor elsewhere: it counts 1.
+        axes_of = {
+            name: [distinct.numbers.get(id(axis), -1) for axis in channel_map.axes[name]]
+            for name, _ in model.named_parameters()
+            if name in channel_map.shapes
+        }
+        others = _terms_of_others(model, axes_of, sizes, spent, left)
+        self._hold([*_terms_of_weights(channel_map, axes_of, spent), *others])
+        self._hold_outputs(axes_of, sizes, spent, left)
         self._constant = 0
         self._constant = spent.total - self.flops(channel_map.full_mask())
         self.dense_flops = spent.total
         self.dense_parameters = self.parameters(channel_map.full_mask())
         if left.total != self.flops(mask):
+            lost = next((term.module for term in others if term.axes == [-1]), "the network")
             raise ValueError(
-                f"FLOPs of {lost or 'the network'} in a {type(model).__name__} depend on the mask, but grow "
+                f"FLOPs of {lost} in a {type(model).__name__} depend on the mask, but grow "
                 f"as no width does ({left.total} counted, {self.flops(mask)} predicted); keep those channels "
                 "by a channel map of your own"
             )
+
+    def _hold(self, terms: Sequence[_Term]) -> None:
+        rank = max((len(term.axes) for term in terms), default=0)
+        dims = [term.axes + [-1] * (rank - len(term.axes)) for term in terms]
+        self._dims = torch.tensor(dims, dtype=torch.int64).view(len(terms), rank)
+        self._entries = torch.tensor([term.entries for term in terms], dtype=torch.int64)
+        self._flops = torch.tensor([term.flops.numerator for term in terms], dtype=torch.int64)
+        self._per = torch.tensor([term.flops.denominator for term in terms], dtype=torch.int64)
+
+    def _hold_outputs(
+        self,
+        axes_of: Mapping[str, list[int]],
+        sizes: Sequence[tuple[int, int]],
+        spent: _Products,
+        left: _Products,
+    ) -> None:
+        """Which axis counts what a weight puts out, and how many numbers that are for each position."""
+        made = [(spent.outputs[name], left.outputs[name]) for name in axes_of]
+        rows = zip(axes_of.values(), made, strict=True)
+        out = [axis for row, n in rows for axis in _growing(([a] for a in row), sizes, n)]
+        self._out = torch.tensor(out, dtype=torch.int64)
+        per_row = [whole / sizes[axis][0] for (whole, _), axis in zip(made, out, strict=True)]
+        self._per_row = torch.tensor(per_row, dtype=torch.float64)
 
     def flops(self, mask: Tensor) -> int:
         """Forward FLOPs of the subnetwork of ``mask`` (bool[C]) for the batch of ``example_inputs``."""
@@ -208,6 +226,32 @@ class CostModel:
         """Kept positions of every axis; behind them a 1, for dimensions that never shrink."""
         _, counts = self._distinct.kept(self._channel_map.alive(mask))
         return np.append(counts, 1)
+
+
+def _terms_of_weights(
+    channel_map: ChannelMap, axes_of: Mapping[str, list[int]], spent: _Products
+) -> Iterator[_Term]:
+    for name, row in axes_of.items():
+        shape = channel_map.shapes[name]
+        free = prod(size for size, axis in zip(shape, channel_map.axes[name], strict=True) if axis is None)
+        yield _Term(row, free, Fraction(free * spent.flops[name], prod(shape)))
+
+
+def _terms_of_others(
+    model: nn.Module,
+    axes_of: Mapping[str, list[int]],
+    sizes: Sequence[tuple[int, int]],
+    spent: _Products,
+    left: _Products,
+) -> list[_Term]:
+    """Those of products of which a part is left in the narrow network."""
+    terms = []
+    for (module, whole), (_, part) in zip(spent.others, left.others, strict=False):
+        if whole != part:
+            row = _growing(_rows_around(model, module, axes_of), sizes, (whole, part))
+            full = prod(sizes[axis][0] for axis in row)
+            terms.append(_Term(row, 0, Fraction(whole, full), module or "the network"))
+    return terms
 
 
 def _uneven_mask(channel_map: ChannelMap) -> Tensor:
