@@ -23,6 +23,7 @@ from offload_sparse.channels.require import require
 from offload_sparse.config import yaml_text
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.log import CONFIG_FILE
+from offload_sparse.run.process import end_with_parent
 from offload_sparse.run.resume import same_place
 from offload_sparse.run.signals import Interruption
 from offload_sparse.run.terminal import columns, tell
@@ -80,15 +81,18 @@ class Run:
         require(same, f"{self.folder} holds a run on {held}, not on {asked}; give another --cache")
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Begin it, or go on with it."""
+        """Begin it, or go on with it. It ends, saved, with this process, however that ends."""
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        threads |= {"ACCELERATE_USE_CPU": "true"} if self.ranks > 1 else {}
+        environment, silence = os.environ | threads, subprocess.DEVNULL
+        return subprocess.Popen(self.command(), env=environment, stdout=silence, preexec_fn=end_with_parent)
+
+    def command(self) -> list[str]:
         given = {**self.options(), "quiet": "true", "trackers": "[]"}
         written = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
         started = [*(launcher if self.ranks > 1 else []), "-m", "offload_sparse.cli", "train"]
-        command = [sys.executable, *started, *written, "--run_dir", str(self.folder)]
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        threads |= {"ACCELERATE_USE_CPU": "true"} if self.ranks > 1 else {}
-        return subprocess.Popen(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
+        return [sys.executable, *started, *written, "--run_dir", str(self.folder)]
 
     def epoch(self) -> float:
         """How far it is, by the last line of its metrics."""

@@ -4,10 +4,8 @@ at the start.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 import traceback
 import warnings
@@ -27,7 +25,7 @@ from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.distributed import on_first_rank, rank_and_world_size
 from offload_sparse.run.errors import RunError, disk_fails
 from offload_sparse.run.log import TRACKERS_FOLDER
-from offload_sparse.run.process import grow_segments
+from offload_sparse.run.process import end_with_parent, grow_segments
 from offload_sparse.store.lock import FolderLock, lock_folder
 from offload_sparse.store.weight_store import default_timeout
 
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
 TWO_CPU_RANKS = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 launch/train.py --config …"
 )
-
-_PR_SET_PDEATHSIG = 1
 
 _PROJECT = "offload_sparse"
 _PACKAGES = {"comet_ml": "comet-ml", "aim": "'aim<4'"}
@@ -265,8 +261,8 @@ def sole_job(run_dir: Path) -> Iterator[None]:
 def end_with_launcher() -> None:
     """A rank is asked to stop when its launcher is gone: it saves and ends, as on any SIGTERM, and does not
     train on beside the next job."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -32,6 +33,7 @@ _ROUNDS_OF_PLANS = 4
 """Rounds whose plans cuDNN keeps: about 200 KiB each, and with blocks of channels widths come back."""
 
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_PR_SET_PDEATHSIG = 1  # of prctl
 
 
 def bound_memory(factory: Callable[[], nn.Module]) -> None:
@@ -42,7 +44,7 @@ def bound_memory(factory: Callable[[], nn.Module]) -> None:
     that size stay with the process: a tenth of a run's memory in a measured case. oneDNN compiles a kernel
     for every new shape and keeps the last 1024 of them, some megabytes per round, cuDNN the last 10,000 plans
     (2 GiB); they read the bound once, when the first convolution runs. What the user has set stays."""
-    _glibc("mallopt", _M_MMAP_THRESHOLD, MAPPED_FROM)
+    _libc("mallopt", _M_MMAP_THRESHOLD, MAPPED_FROM)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         layers = sum(isinstance(m, (_ConvNd, nn.Linear)) for m in factory().modules())
     of_a_round = max(64, _KERNELS_PER_LAYER * layers)
@@ -60,10 +62,16 @@ def return_freed_memory() -> None:
     """Hand memory that the process has freed back to the system (glibc keeps it otherwise): setting up a run
     frees many temporaries of a few megabytes each."""
     gc.collect()
-    _glibc("malloc_trim", 0)
+    _libc("malloc_trim", 0)
 
 
-def _glibc(name: str, *arguments: int) -> None:
+def end_with_parent() -> None:
+    """Have the system ask this process to stop (SIGTERM) once the one that started it is gone, even by
+    SIGKILL; on Linux. What it starts instead of itself keeps that."""
+    _libc("prctl", _PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _libc(name: str, *arguments: int) -> None:
     function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
     if function is not None:
         function(*arguments)

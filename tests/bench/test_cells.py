@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from offload_sparse.bench import cells, pretrained
 from offload_sparse.bench.cells import Run, finish
 from offload_sparse.bench.options import OPTIONS, CellsConfig
 from offload_sparse.run.errors import RunError
+from tests.support import fork_server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -49,11 +52,13 @@ class Scripted(Run):
 
     def start(self) -> subprocess.Popen[bytes]:
         self.folder.mkdir()
-        command = [sys.executable, "-c", _WAIT + self.then, str(self.folder), *map(str, self.others)]
-        process = subprocess.Popen(command)
+        process = super().start()
         self.alive[:] = [*(process for process in self.alive if process.poll() is None), process]
         (self.folder / "at_once").write_text(str(len(self.alive)))
         return process
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", _WAIT + self.then, str(self.folder), *map(str, self.others)]
 
 
 def test_two_run_at_a_time_and_no_more(tmp_path: Path) -> None:
@@ -123,6 +128,21 @@ def test_a_signal_to_the_bench_ends_its_runs(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="SIGTERM; the same command goes on"):
         finish([lives, Scripted(tmp_path / "b", dict, 1, [tmp_path / "lives"], signals)], jobs=2)
     assert all((tmp_path / name / "saved").exists() for name in ("lives", "b"))
+
+
+def bench_that_is_killed(arguments: list[str]) -> None:
+    """SIGKILL leaves it no time for anything."""
+    kill = f"import os; os.kill(os.getppid(), signal.SIGKILL); {_FOREVER}"
+    finish([Scripted(Path(arguments[0]), dict, 1, (), kill)])
+
+
+def test_a_killed_bench_ends_its_runs(tmp_path: Path) -> None:
+    target, lives = f"{__name__}:bench_that_is_killed", tmp_path / "lives"
+    with (tmp_path / "log").open("w") as log:
+        bench = fork_server.shared().start(target, [str(lives)], os.environ, log.fileno())
+        assert bench.wait(60) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    while not (lives / "saved").exists():
+        time.sleep(0.01)
 
 
 def test_how_far_a_run_is(tmp_path: Path) -> None:
