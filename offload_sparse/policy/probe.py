@@ -25,8 +25,9 @@ from offload_sparse.policy.samplers import mask_generator, uniforms
 MEAN_RATE, MOST = 0.08, 0.4
 """Share of the channels that a probe drops: mean over groups, and the largest of a group."""
 
-_RIDGE = 0.03
-"""Relative to the mean square of a difference of shares."""
+_RIDGE, _LEAST_VARIANCE = 1e-6, 1e-9
+"""Of a regression that can be solved, relative to the variances of shares, and to the largest of these. What a
+regression shrinks is not known to be small: wide and dear groups vary least, and would look worthless."""
 
 _FORGET = 0.5
 """What an earlier cycle's evidence counts for in the next one: the widths have moved since."""
@@ -104,18 +105,20 @@ class Comparisons:
             self.count += 1
 
     def regressed(self) -> tuple[Tensor, Tensor]:
-        """Loss per dropped share and its standard error, float64[G] each, by ridge regression. Raises
-        ValueError: there are no more pairs than groups."""
+        """Loss per dropped share and its standard error, float64[G] each, by least squares; a group of which
+        no pair has dropped anything has an error beyond all others. Raises ValueError: there are no more pairs
+        than groups."""
         size = len(self._groups)
         if self.count <= size + 1:
             raise ValueError(f"{self.count} pairs say nothing about {size} groups; give more pairs")
         gram, right, square = self.sums[:size, :size], self.sums[:size, size], float(self.sums[size, size])
-        ridge = _RIDGE * float(gram.trace()) / size
-        inverse = torch.linalg.inv(gram + ridge * torch.eye(size, dtype=torch.float64))
+        variances = gram.diagonal()
+        scale = variances.clamp_min(_LEAST_VARIANCE * float(variances.max()) + 1e-300).rsqrt()
+        correlated = scale[:, None] * gram * scale + _RIDGE * torch.eye(size, dtype=torch.float64)
+        inverse = scale[:, None] * torch.linalg.inv(correlated) * scale
         values = inverse @ right
         residual = square - 2 * float(values @ right) + float(values @ gram @ values)
         variance = max(residual, 0.0) / (self.count - size)
-        # The error of an estimate that the ridge shrinks holds what the ridge takes away, too: as a prior.
         return values, (variance * inverse.diagonal()).clamp_min(1e-24).sqrt()
 
 
