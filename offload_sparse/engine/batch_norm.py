@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -34,9 +33,9 @@ def reestimate_batch_norm(
     Each batch weighs the same: running mean = (1/n) Σ_i mean_i and running variance = (1/n) Σ_i var_i, with
     the unbiased variance of each batch. The module runs with its BatchNorms normalising by batch, and
     everything else (dropout) in evaluation mode. Momenta and training flags are put back. A BatchNorm that
-    the module's own training mode holds fixed is left alone. ``run`` puts a batch through the network;
-    ``reduce`` is the mean over ranks of a flat tensor, and every rank must give the same number of batches.
-    Raises ValueError: there are no batches."""
+    the module's own training mode holds fixed, or that no batch reaches, is left alone. ``run`` puts a batch
+    through the network; ``reduce`` is the mean over ranks of a flat tensor, and every rank calls this, with
+    any number of batches. Raises ValueError: no rank has a batch."""
     with flags_restored(module):
         train_mode(module)
         norms = [
@@ -46,20 +45,24 @@ def reestimate_batch_norm(
         ]
     if not norms:
         return
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise ValueError(
-            "BatchNorm statistics need at least one batch; give finalize() some"
-        )
-    with flags_restored(module), _cumulative(norms), torch.no_grad():
+    given = 0
+    with flags_restored(module), _cumulative(norms) as passes, torch.no_grad():
         module.eval()
         for norm in norms:
             norm.training = True
-        for images in chain([first], iterator):
+        for images in batches:
             run(module, images)
+            given += 1
+    counts = torch.tensor([given, *passes.values()], dtype=torch.float32, device=norms[0].running_mean.device)
+    mean = counts if reduce is None else reduce(counts.clone())
+    if not mean[0]:
+        raise ValueError(
+            "BatchNorm statistics need at least one batch; give some to evaluation() or finalize()"
+        )
     if reduce is not None:
-        _reduce_statistics(norms, reduce)
+        # 1 where every rank has as many; what no batch has reached stays the mean of what it was.
+        shares = torch.where(mean > 0, counts / mean, 1)[1:]
+        _reduce_statistics(norms, shares.tolist(), reduce)
 
 
 @contextmanager
@@ -74,20 +77,21 @@ def flags_restored(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Start the running statistics afresh, and keep their cumulative average: that which torch keeps without
-    a momentum, for which it would wait for the number of passes that a device has counted."""
+def _cumulative(norms: list[_BatchNorm]) -> Iterator[dict[_BatchNorm, int]]:
+    """Start the running statistics afresh with the first pass, and keep their cumulative average: that which
+    torch keeps without a momentum, for which it would wait for the number of passes that a device has
+    counted. Yields that number."""
     momenta, passes = [norm.momentum for norm in norms], dict.fromkeys(norms, 0)
 
     def count(norm: _BatchNorm, _: object) -> None:
+        if not passes[norm]:
+            norm.reset_running_stats()
         passes[norm] += 1
         norm.momentum = 1.0 / passes[norm]
 
     hooks = [norm.register_forward_pre_hook(count) for norm in norms]
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-        yield
+        yield passes
     finally:
         for hook in hooks:
             hook.remove()
@@ -95,10 +99,15 @@ def _cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _reduce_statistics(norms: list[_BatchNorm], reduce: Reduce) -> None:
-    statistics = [
-        tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None
+def _reduce_statistics(norms: list[_BatchNorm], shares: list[float], reduce: Reduce) -> None:
+    """Replace statistics by their mean over ranks; each weighs as much as its share of the passes."""
+    own = [
+        (tensor, share)
+        for norm, share in zip(norms, shares, strict=True)
+        for tensor in (norm.running_mean, norm.running_var)
+        if tensor is not None
     ]
-    averaged = reduce(torch.cat(statistics))
-    for tensor, mean in zip(statistics, averaged.split([len(tensor) for tensor in statistics]), strict=True):
+    given = [tensor * share if share else torch.zeros_like(tensor) for tensor, share in own]
+    averaged = reduce(torch.cat(given)).split([len(tensor) for tensor in given])
+    for (tensor, _), mean in zip(own, averaged, strict=True):
         tensor.copy_(mean)

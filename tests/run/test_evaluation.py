@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,20 +158,58 @@ def test_running_statistics_become_those_of_the_batches() -> None:
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_averages_over_ranks_are_those_over_all_their_batches() -> None:
-    data = [images for images, _ in batches([4, 4, 4, 4])]
-    alone, first, second = network(), network(), network()
+def on_ranks(models: Sequence[nn.Module], parts: Sequence[Sequence[Tensor]]) -> list[BaseException | None]:
+    """Every model on its part of the batches, as ranks do it; what each has raised."""
+    given, meet = [Tensor()] * len(models), threading.Barrier(len(models), timeout=60)
+
+    def rank(number: int) -> None:
+        def mean(tensor: Tensor) -> Tensor:
+            given[number] = tensor
+            meet.wait()
+            result = sum(given, torch.zeros_like(tensor)) / len(given)
+            meet.wait()
+            return result
+
+        reestimate_batch_norm(models[number], parts[number], mean)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        return [job.exception() for job in [pool.submit(rank, number) for number in range(len(models))]]
+
+
+@pytest.mark.parametrize("cuts", [(2, 4), (3, 3), (1, 5)])
+def test_averages_over_ranks_are_those_over_all_their_batches(cuts: tuple[int, int]) -> None:
+    """However many a rank has, none at all included."""
+    data = [images for images, _ in batches([4] * 5)]
+    alone, ranks = network(), [network() for _ in range(3)]
     reestimate_batch_norm(alone, data)
-    flat: list[Tensor] = []
+    assert on_ranks(ranks, [data[: cuts[0]], data[cuts[0] : cuts[1]], data[cuts[1] :]]) == [None] * 3
+    for rank in ranks:
+        for got, expected in zip(statistics(rank), statistics(alone), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
 
-    def keep(tensor: Tensor) -> Tensor:
-        flat.append(tensor)
-        return tensor
 
-    reestimate_batch_norm(second, data[1::2], keep)
-    reestimate_batch_norm(first, data[::2], lambda tensor: (tensor + flat[0]) / 2)
-    for got, expected in zip(statistics(first), statistics(alone), strict=True):
-        assert torch.allclose(got, expected, rtol=1e-12, atol=1e-13)
+def test_no_batch_on_any_rank_is_an_error_on_all() -> None:
+    errors = on_ranks([network(), network()], [[], []])
+    assert ["need at least one batch" in str(error) for error in errors] == [True, True]
+
+
+def test_a_batch_norm_that_no_batch_reaches_stays_as_it_is() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.BatchNorm2d(2).double(), nn.BatchNorm2d(2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model, data = Branches(), [images for images, _ in batches([4, 4])]
+    known = {"running_mean": torch.full((2,), 3.0), "running_var": torch.full((2,), 4.0)}
+    model.unused.load_state_dict(known, strict=False)
+    reestimate_batch_norm(model, data)
+    assert model.unused.state_dict()["running_mean"].tolist() == [3, 3]
+    assert model.unused.state_dict()["running_var"].tolist() == [4, 4]
+    means = torch.stack([images.mean((0, 2, 3)) for images in data])
+    assert torch.allclose(model.used.state_dict()["running_mean"], means.mean(0))
 
 
 def test_momenta_flags_weights_and_gradients_are_as_before() -> None:
@@ -194,7 +236,7 @@ def test_statistics_that_are_views_of_a_flat_buffer_stay_views() -> None:
 def test_without_batches_the_statistics_are_kept_and_an_error_says_so() -> None:
     model = network()
     model[1].running_mean.fill_(3)
-    with pytest.raises(ValueError, match=r"give finalize\(\) some"):
+    with pytest.raises(ValueError, match=r"give some to .*finalize\(\)"):
         reestimate_batch_norm(model, [])
     assert (model[1].running_mean == 3).all()
 
