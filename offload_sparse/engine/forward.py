@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
@@ -42,6 +42,7 @@ class Forward:
     scaler: torch.amp.GradScaler | None = None
 
     _switched: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
+    _differentiates: bool = field(default=False, init=False, repr=False, compare=False)
 
     def train_mode(self, module: nn.Module) -> None:
         """The module's own training mode; one that is in it already stays as it is."""
@@ -57,20 +58,50 @@ class Forward:
     def trained(self, module: nn.Module, closure: Closure) -> tuple[Tensor, Metrics]:
         """Loss with its graph."""
         self.train_mode(module)
-        with self.autocast():
-            return _called(closure, module)
+        return _called(self.run, closure, module)
 
-    @torch.no_grad()
     def evaluated(self, module: nn.Module, closure: Closure) -> Tensor:
         """Loss under the same conditions as a trained pass, without a graph."""
         self.train_mode(module)
-        try:
-            with self.autocast():
-                return _called(closure, module)[0]
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            raise ValueError(OWN_BACKWARD) from error
+        return self.loss(module, closure)
+
+    def loss(self, module: nn.Module, closure: Closure) -> Tensor:
+        """Loss without a graph, in the mode that ``module`` is in. A closure that takes derivatives by
+        itself, as a penalty of the gradient does, has a graph inside."""
+        if not self._differentiates:
+            try:
+                with torch.no_grad():
+                    return _called(self.run, closure, module)[0]
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+        with torch.enable_grad(), _no_backward(module):
+            loss = _called(self.run, closure, module)[0].detach()
+        self._differentiates = True
+        return loss
+
+    def run(self, module: nn.Module, closure: Closure) -> Any:
+        """What ``closure`` says of ``module``. Weights may be others than those of the pass before, and casts
+        of these be kept: a loop's own autocast around several passes does so."""
+        torch.clear_autocast_cache()
+        with self.autocast():
+            return closure(module)
+
+
+@contextmanager
+def _no_backward(module: nn.Module) -> Iterator[None]:
+    """Gradients that there are stay as they are. Raises ValueError: there came some."""
+    parameters = list(module.parameters())
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+        if any(parameter.grad is not None for parameter in parameters):
+            raise ValueError(OWN_BACKWARD)
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
 
 
 def train_mode(module: nn.Module) -> None:
@@ -81,11 +112,13 @@ def train_mode(module: nn.Module) -> None:
         layer.training = False
 
 
-def _called(closure: Closure, module: nn.Module) -> tuple[Tensor, Metrics]:
+def _called(
+    run: Callable[[nn.Module, Closure], Any], closure: Closure, module: nn.Module
+) -> tuple[Tensor, Metrics]:
     """What ``closure`` says of ``module``. Raises ValueError: it is no loss, or the batch is on another
     device than the network."""
     try:
-        return _checked(closure(module))
+        return _checked(run(module, closure))
     except RuntimeError as error:
         own = next(module.parameters()).device
         other = other_device(str(error), own)

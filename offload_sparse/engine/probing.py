@@ -35,7 +35,8 @@ def probed(
     side, selection = transfers.scratch(), Selection(channel_map, search.mask)
     side.load(selection, (WEIGHTS, BUFFERS))
     side.bind()
-    return run_probe(search, side.module, selection, channel_map, closures, forward, ranks)
+    with side.put_back():
+        return run_probe(search, side.module, selection, channel_map, closures, forward, ranks)
 
 
 @torch.no_grad()
@@ -108,10 +109,7 @@ class _Thinned:
                 shape = [-1 if d == dim else 1 for d in range(weight.dim())]
                 weight = weight * table[ids].view(shape)
             parameter.copy_(weight)
-        with forward.autocast():
-            result = closure(self._module)
-        loss: Tensor = result[0] if isinstance(result, tuple) else result
-        return loss.detach().double()
+        return forward.loss(self._module, closure).double()
 
     def restore(self) -> None:
         for name, parameter in self._module.named_parameters():

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual, chosen_block
+from offload_sparse.channels.model_call import move_inputs
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, tensor_setter
@@ -235,7 +236,7 @@ class SparseOffload(Rounds):
             (freeze_step or 0) // 2 if chosen.search == "forward" else 0,
             setup.local_from,
         )
-        self._members, self._ended = setup.members, False
+        self._members, self._ended, self._evaluating = setup.members, False, False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -268,13 +269,18 @@ class SparseOffload(Rounds):
                 "network: F.cross_entropy(network(x), y))"
             )
         self._check_open()
-        self._recent.append([bound(each) for each in closures])
+        batch, first = [bound(each) for each in closures], not self._recent
+        if first:  # which may begin with the choice of the final mask
+            self._recent.append(batch)
         try:
             loss = self._ask(closures)
         except BaseException:
-            self._recent.pop()  # neither the final mask nor a probe is to meet it again
+            if first:
+                self._recent.pop()  # neither the final mask nor a probe is to meet it again
             raise
         assert loss is not None
+        if not first:
+            self._recent.append(batch)
         self.optimizer.step()  # moves nothing; a scheduler wants to have seen it
         return loss
 
@@ -297,6 +303,7 @@ class SparseOffload(Rounds):
         """Bring the store up to date; until then the subnets in training may hold newer weights. No transfer
         is under way then, so that the store can be read and written.
         """
+        self._check_not_evaluating()
         self.transfers.settle()
 
     def expected_cost(self, rounds: int = 8) -> tuple[float, float]:
@@ -325,21 +332,23 @@ class SparseOffload(Rounds):
         self._join()
         side = self._open().sides[0]
         ema = side.arrays.get(EMA) if self.ema_steps else None
-        kinds = (BUFFERS,) if ema is None and not self.local else (BUFFERS, WEIGHTS)
-        kept = {kind: side.arrays[kind].clone() for kind in kinds}
+        kinds = () if ema is None and not self.local else (WEIGHTS,)
         self.forward.train_mode(side.module)
+        self._evaluating = True
         try:
             # Other batch sizes and modes than those of training are not worth compiling for.
-            with flags_restored(side.module), torch.compiler.set_stance("force_eager"):
+            eager = torch.compiler.set_stance("force_eager")
+            with side.put_back(*kinds), flags_restored(side.module), eager:
                 if ema is not None:
                     side.arrays[WEIGHTS].copy_(ema)
                 if self.local and not self.own_subnets:
                     average(side.arrays[WEIGHTS], self.ranks.world_size)
                 self.reestimate(side.module, batches)
+                torch.clear_autocast_cache()  # of weights that are others now, if all this is in one autocast
                 yield side.module.eval()
         finally:
-            for kind, values in kept.items():
-                side.arrays[kind].copy_(values)
+            self._evaluating = False
+            torch.clear_autocast_cache()
 
     def finalize(self, batches: Iterable[Any] | None = None) -> FinalNetwork:
         """End the training: choose the mask if that has not happened, re-estimate BatchNorm, take the network
@@ -420,6 +429,11 @@ class SparseOffload(Rounds):
     def _check_open(self) -> None:
         if self._ended:
             raise ValueError("finalize has ended this session; build a new one, or load a state into it")
+        self._check_not_evaluating()
+
+    def _check_not_evaluating(self) -> None:
+        if self._evaluating:  # its weights and statistics are not those of the training
+            raise ValueError("an evaluation goes on; leave its with block first")
 
     def _warn_of_untrained_mask(self) -> None:
         if self.steps_done < self.freeze_step and isinstance(self.policy, MaskPolicy):
@@ -450,14 +464,15 @@ class SparseOffload(Rounds):
             return
         run: Run = self._run
         if batches is None:
-            batches, run = chain.from_iterable(self._recent), lambda network, closure: closure(network)
+            batches, run = chain.from_iterable(self._recent), self.forward.loss
         mean = partial(average, world_size=1 if self.own_subnets else self.ranks.world_size)
         reestimate_batch_norm(module, islice(batches, self.final.bn_batches), mean, run)
 
     def _run(self, network: nn.Module, batch: Any) -> object:
         """Put a batch through the network: as many of its parts as that has inputs."""
         parts = batch if isinstance(batch, tuple | list) else (batch,)
-        return network(*(part.to(self.device) for part in parts[: len(self._example_inputs)]))
+        inputs = move_inputs(tuple(parts[: len(self._example_inputs)]), self.device)
+        return self.forward.run(network, lambda module: module(*inputs))
 
 
 def _store(

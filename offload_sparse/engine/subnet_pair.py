@@ -116,13 +116,32 @@ class Side:
                 self._refuse(layer, leaf, _described(own), _described(value))
             else:
                 own.copy_(value.detach())
-        if sum([len(layer._buffers) for layer in self._layers]) != self._slots:
-            known = {(id(layer), leaf) for layer, leaf, _ in self._held}
-            for layer in self._layers:
-                for leaf, value in list(layer._buffers.items()):
-                    if value is not None and (id(layer), leaf) not in known:
-                        del layer._buffers[leaf]
-                        self._refuse(layer, leaf, _described(None), _described(value))
+        for layer, leaf, value in self._new_buffers():
+            del layer._buffers[leaf]
+            self._refuse(layer, leaf, _described(None), _described(value))
+
+    def _new_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Buffers that a forward pass has registered."""
+        if sum([len(layer._buffers) for layer in self._layers]) == self._slots:
+            return []
+        known = {(id(layer), leaf) for layer, leaf, _ in self._held}
+        found = ((layer, *entry) for layer in self._layers for entry in layer._buffers.items())
+        return [(*at, own) for *at, own in found if own is not None and (id(at[0]), at[1]) not in known]
+
+    @contextmanager
+    def put_back(self, *kinds: str) -> Iterator[None]:
+        """At the end the arrays of ``kinds`` and all buffers are what they were at the start."""
+        owns = [*(self.arrays[kind] for kind in kinds), *(own for _, _, own in self._held)]
+        kept = [own.clone() for own in owns]
+        try:
+            yield
+        finally:
+            for layer, leaf, _ in self._new_buffers():
+                del layer._buffers[leaf]
+            for layer, leaf, own in self._held:
+                layer._buffers[leaf] = own
+            for own, value in zip(owns, kept, strict=True):
+                own.copy_(value)
 
     @contextmanager
     def buffers_untouched(self) -> Iterator[None]:
