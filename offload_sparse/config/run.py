@@ -206,12 +206,14 @@ class RunConfig:
             )
 
     def _search(self) -> SearchName:
-        """What ``policy.search auto`` is: widths are probed unless something else is asked for."""
+        """What ``policy.search auto`` is: widths are probed unless something else is asked for. It is the same
+        for all methods that could be compared, whether they search or not: one that is put in another's place
+        begins with the same settings."""
         policy, rounds = PolicyConfig(), RoundConfig()
         masks = ("sampler", "estimator", "parametrisation", "optimizer", "lr")
         asked = any(getattr(self.policy, name) != getattr(policy, name) for name in masks)
         asked |= any(getattr(self.round, name) != getattr(rounds, name) for name in ("subnets", "reference"))
-        asked |= self.method != "sparse_offload"  # grow_efficient's freeze_at stays that of sampled
+        asked |= self.method == "grow_efficient"  # whose freeze_at is that of sampled
         asked |= bool(self.model.weights)  # the cut that they begin with is exchanged in rounds of K steps
         asked |= self.optim.schedule != "cosine"
         leaves_time = self.round.freeze_at == "auto" or SHORTEST_SEARCH <= self.round.freeze_at < 1

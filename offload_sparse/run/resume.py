@@ -33,6 +33,9 @@ _FREE = (
 _LENGTH = ("train.epochs", "train.max_steps")
 """Settings that may grow."""
 
+_SEARCH = ("policy.search", "round.freeze_at")
+"""Settings that only methods with a search know; earlier versions wrote other ones down for the rest."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -61,6 +64,8 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     (unit, before), (same_unit, now) = _length(saved), _length(wanted)
     if unit == same_unit and now >= before:
         keys = [key for key in keys if key not in _LENGTH]
+    if wanted.get("method") not in ("sparse_offload", "grow_efficient"):
+        keys = [key for key in keys if key not in _SEARCH]
     words = [f"{shown(k)} {shown(saved.get(k))} instead of {shown(wanted.get(k))}" for k in keys]
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
