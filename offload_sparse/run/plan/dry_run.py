@@ -206,9 +206,10 @@ def passes(
         steps = config.round.freeze_step(search, total) if search == "probe" else 0
         between = fmean(members[1:-1]) if len(members) > 2 else 0
         yield members[0] + between + members[-1], total - steps, total - steps
-    compared = config.round.freeze_step(search, steps) // 2 if search == "forward" else 0
+    searches = config.method == "sparse_offload" and config.policy.rho < 1
+    compared = config.round.freeze_step(search, steps) // 2 if searches and search == "forward" else 0
     yield flops, steps, steps - compared
-    if config.method != "sparse_offload" or config.policy.rho == 1:
+    if not searches:
         return
     if search == "probe":
         cycles, pairs = cycles_and_pairs(groups, config.round.freeze_step(search, total), total)
