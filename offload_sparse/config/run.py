@@ -206,9 +206,8 @@ class RunConfig:
             )
 
     def _search(self) -> SearchName:
-        """What ``policy.search auto`` is: widths are probed unless something else is asked for. It is the same
-        for all methods that could be compared, whether they search or not: one that is put in another's place
-        begins with the same settings."""
+        """What ``policy.search auto`` is: widths are probed unless something else is asked for. It does not
+        depend on whether the method searches at all, so that another one may take its place."""
         policy, rounds = PolicyConfig(), RoundConfig()
         masks = ("sampler", "estimator", "parametrisation", "optimizer", "lr")
         asked = any(getattr(self.policy, name) != getattr(policy, name) for name in masks)

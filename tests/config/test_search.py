@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from offload_sparse.config.parse import RUN_OPTIONS
+from offload_sparse.config.parse import RUN_OPTIONS, dump
 from offload_sparse.config.run import resolve
 from offload_sparse.engine.config import SEARCHED, RoundConfig
 from offload_sparse.policy.config import PolicyConfig
@@ -60,6 +61,19 @@ def test_a_run_that_is_made_longer_is_the_same_run() -> None:
     """Whether there is time for a search or not: the end of a short one has been trained for good."""
     short, long = (resolve(RUN_OPTIONS.parse(["--train.epochs", epochs]), "cpu") for epochs in ("2", "400"))
     assert not differences(run_values(short), run_values(long))
+
+
+@pytest.mark.parametrize("method", ["dense", "static", "dst", "dfbst", "rigl"])
+def test_the_settings_of_a_run_serve_another_method(method: str, tmp_path: Path) -> None:
+    """Read from its config.yaml they search as if it had never been written; earlier versions did not, and
+    their runs are still the same runs."""
+    run = resolve(RUN_OPTIONS.parse(["--method", method]), "cpu")
+    (tmp_path / "config.yaml").write_text(dump(run))
+    ours = RUN_OPTIONS.parse(["--config", str(tmp_path / "config.yaml"), "--method", "sparse_offload"])
+    assert resolve(ours, "cpu") == resolve(RUN_OPTIONS.parse([]), "cpu")
+    written = {"policy.search": "sampled", "round.freeze_at": 0.05}
+    assert not differences(run_values(run) | written, run_values(run))
+    assert differences(run_values(ours) | written, run_values(ours))
 
 
 def test_a_loop_of_ones_own_samples_since_its_learning_rate_is_its_own() -> None:
