@@ -59,6 +59,9 @@ def test_the_controls_pay_for_one_forward_and_one_backward() -> None:
     assert saving_of(method="dense") == (1, 1)
     saving, f = saving_of(method="static", policy=PolicyConfig(0.25))
     assert saving == pytest.approx(1 / f, rel=1e-12)
+    for method in ("dense", "static"):
+        config = RunConfig(method=method, policy=PolicyConfig(search="forward"))
+        assert list(passes(config, 7.0, 1000, 10)) == [(7.0, 1000, 1000)], "whatever a search would leave out"
     saving, f = saving_of(method="static", policy=PolicyConfig(0.2, budget="flops"))
     assert 0.15 < f <= 0.2
     assert saving == pytest.approx(1 / f, rel=1e-12)
