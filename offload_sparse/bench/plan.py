@@ -31,7 +31,6 @@ from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
 from offload_sparse.run.process import return_freed_memory
@@ -105,9 +104,8 @@ def predict(config: RunConfig) -> dict[str, int]:
     """Bytes of the plan for this machine: host memory that is allocated and that is written, and what is
     allocated where the subnets compute."""
     data = declared_data(config.data)
-    planner = Planner(config, data, structure_of(config, data))
-    device = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
-    memory = planner.memory(Machine(1, 1, 1 << 60, device), ROUNDS)
+    machine = Machine(1, 1, 1 << 60, torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None)
+    memory = Planner.of(config, data, machine).memory(machine, ROUNDS)
     device_bytes = memory.reserved + memory.activations
     return {"host": memory.host_allocated, "written": memory.host, "device": device_bytes}
 

@@ -16,7 +16,7 @@ from offload_sparse.cli.table import show
 from offload_sparse.config import parse as arguments
 from offload_sparse.config import yaml_text
 from offload_sparse.config.parse import PROGRAM, RUN_OPTIONS, Options
-from offload_sparse.config.run import RunConfig
+from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.store.lock import lock_folder
 
 
@@ -53,6 +53,7 @@ def _dry_run(config: RunConfig) -> int:
 
     table = dry_run_table(dry_run(config))
     if os.environ.get("RANK", "0") == "0":
+    config = resolve(config, "cuda" if torch.cuda.is_available() else "cpu")
         console().print(table)
     return 0
 

@@ -21,7 +21,6 @@ from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run.plan.dry_run import structure_of
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
 from offload_sparse.store.config import StoreConfig
@@ -308,9 +307,9 @@ def sent(subnets: str) -> tuple[float, float]:
     train(session, config, lambda: fetched.append(session.transfers.bytes_fetched))
     leaving = fetched[-1] - fetched[0]  # of which a subnet of one's own takes a half to this rank itself
     counted = session.averaging.bytes_sent / 2 + leaving / (2 if subnets == "per_rank" else 1)
-    data = declared_data(config.data)
-    planner = Planner(config, data, structure_of(config, data))
-    return counted, planner.sent(Machine(2, 2, 1 << 50, None), rounds=2) * rounds.k
+    machine = Machine(2, 2, 1 << 50, None)
+    planner = Planner.of(config, declared_data(config.data), machine)
+    return counted, planner.sent(machine, rounds=2) * rounds.k
 
 
 def everything(folder: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
-from offload_sparse.config.run import RunConfig
+from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.plan.dry_run import dry_run, passes
@@ -22,7 +22,7 @@ VGG = ModelConfig("offload_sparse/vgg_small")
 
 def saving_of(**settings: Any) -> tuple[float, float]:
     """Train-cost saving, and the share of the dense FLOPs that a forward pass of the subnet takes."""
-    figures = dry_run(RunConfig(**settings))
+    figures = dry_run(resolve(RunConfig(**settings), "cpu"))
     return figures["train_cost_saving"], figures["flops_ratio"]
 
 
@@ -68,7 +68,7 @@ def test_the_controls_pay_for_one_forward_and_one_backward() -> None:
 
 
 def test_rigl_keeps_its_density_of_the_layers_that_it_masks() -> None:
-    figures = dry_run(RunConfig(method="rigl", policy=PolicyConfig(rho=0.1)))
+    figures = dry_run(resolve(RunConfig(method="rigl", policy=PolicyConfig(rho=0.1)), "cpu"))
     assert 0.1 < figures["params_ratio"] < 0.12, "biases and norms are not masked"
     assert 0.1 < figures["flops_ratio"] < 0.6, "early layers are denser, and spend more"
     assert figures["knob"] == "rho 0.1"
@@ -128,8 +128,8 @@ def test_a_declared_data_set_is_taken_at_its_word() -> None:
     config = DataConfig(
         name="x/y", image_size=40, declared={"num_classes": 7, "channels": 3, "train_images": 900}
     )
-    assert declared_data(config) == DeclaredData(7, 3, 40, 900)
-    figures = dry_run(RunConfig(data=config, model=VGG))
+    assert declared_data(config) == DeclaredData(7, 3, (40, 40), 900)
+    figures = dry_run(resolve(RunConfig(data=config, model=VGG), "cpu"))
     assert (figures["steps_per_epoch"], figures["steps"]) == (3, 30)
 
 

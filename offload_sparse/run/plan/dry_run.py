@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import CostModel, flops_by_weight, train_cost_saving
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.config import chosen_block
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
@@ -45,9 +44,10 @@ def dry_run(
     """The figures of a run that can be known beforehand; nothing is read or written. ``structure`` and
     ``data`` are given where they are known already.
 
-    The subnetwork is the one whose groups all keep ``policy.rho`` of their channels: the expected widths at
-    the start, where every keep probability is rho. Of RigL's layers it is their densities that count. Raises
-    ValueError: the network cannot be built or narrowed, or the data section leaves something open."""
+    ``config`` has no ``auto`` left for what a device decides (see ``resolve``). The subnetwork is the one
+    whose groups all keep ``policy.rho`` of their channels: the expected widths at the start, where every keep
+    probability is rho. Of RigL's layers it is their densities that count. Raises ValueError: the network
+    cannot be built or narrowed, or the data section leaves something open."""
     data = data or declared_data(config.data)
     structure = structure or structure_of(config, data)
     channel_map, cost = structure.channel_map, structure.cost
@@ -133,15 +133,15 @@ def example_inputs(config: RunConfig, data: DeclaredData, number: int) -> tuple[
 
 
 def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
-    """The network of ``config``, built on the meta device, and its channels."""
+    """The network of ``config``, built on the meta device, and its channels; ``atoms.block`` is what it is on
+    the device of the run."""
     from offload_sparse.channels.discovery import discover
 
     model, inputs = model_on_meta(config, data), example_inputs(config, data, 1)
     # What goes with what is the same in a short sequence; every layer of a deep network takes its time.
     short = example_inputs(config, replace(data, tokens=min(data.tokens, _SHORT)), 1)
-    device, bf16 = "cuda" if torch.cuda.is_available() else "cpu", config.train.precision == "bf16"
-    block = chosen_block(config.atoms.block, device, bf16)
-    channel_map = block_atoms(discover(model, short, config.model.residual), block)
+    assert config.atoms.block != "auto", "another device has other channels: resolve() comes first"
+    channel_map = block_atoms(discover(model, short, config.model.residual), config.atoms.block)
     return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from offload_sparse.config.run import RunConfig
-from offload_sparse.run.plan.dry_run import dry_run, example_inputs, model_on_meta, structure_of
+from offload_sparse.run.plan.dry_run import dry_run, example_inputs, model_on_meta
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import PLANNED, Memory, Planner
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
+from offload_sparse.workloads.data.order import check_batch
 
 Progress = Callable[[str], None]
 
@@ -37,7 +38,7 @@ def check(config: RunConfig, data: DeclaredData, machine: Machine) -> None:
     it does not fit; names the rho or the tier that would."""
     if config.method != "sparse_offload" or _surely_fits(config, data, machine):
         return
-    planner = Planner(config, data, structure_of(config, data))
+    planner = Planner.of(config, data, machine)
     missing = shortage(planner.memory(machine), machine)
     if missing:
         raise ValueError(f"this run does not fit: {missing}; {advice(planner, machine)}")
@@ -89,7 +90,7 @@ def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> st
     memory that the run could have had."""
     if config.method != "sparse_offload":
         return "out of device memory; lower data.batch_size, or train with method sparse_offload"
-    planner = Planner(config, data, structure_of(config, data))
+    planner = Planner.of(config, data, machine)
     rho, batch = largest_rho(planner, machine), largest_batch(planner, machine)
     return (
         f"out of device memory; by the plan policy.rho is at most {rho or '-'} (it is {config.policy.rho:g}) "
@@ -100,16 +101,18 @@ def out_of_memory(config: RunConfig, data: DeclaredData, machine: Machine) -> st
 def figures(config: RunConfig, machine: Machine, progress: Progress = lambda _: None) -> dict[str, Any]:
     """The plan of a run as one JSON object; sizes in bytes. ``beside`` has those of other methods;
     ``progress`` hears what is being worked out. Raises ValueError: the network cannot be built or narrowed,
-    the data section leaves something open, or the method is none that is planned."""
+    the data section leaves something open, the batch does not divide over the ranks, or the method is none
+    that is planned."""
     data = declared_data(config.data)
+    check_batch(config.data.batch_size, machine.ranks)
     progress(f"looking for the channels of {config.model.name}")
-    structure = structure_of(config, data)
-    planner = Planner(config, data, structure)
+    planner = Planner.of(config, data, machine)
+    config = planner.config
     progress("the memory of a step")
     memories = {method: planner.with_method(method).memory(machine) for method in PLANNED}
     memory = memories.get(config.method) or planner.memory(machine)
     missing = shortage(memory, machine)
-    run = dry_run(config, structure, data)
+    run = dry_run(config, planner.structure, data)
     found = {
         "method": config.method,
         "model": config.model.name,

@@ -27,6 +27,11 @@ class Machine:
     host: int
     device: int | None
 
+    @property
+    def device_type(self) -> str:
+        """As torch names it."""
+        return "cpu" if self.device is None else "cuda"
+
 
 def this_machine(device: torch.device, ranks: int) -> Machine:
     """The machine that this process runs on, with what is free now."""

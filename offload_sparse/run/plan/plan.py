@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.channels.stream_add import expose_additions
-from offload_sparse.config.run import RunConfig
+from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.family import Family, with_own_norms
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.policy.width_search import MEMORY_ROOM
-from offload_sparse.run.plan.dry_run import Structure, trained_mask
+from offload_sparse.run.plan.dry_run import Structure, structure_of, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
 from offload_sparse.run.plan.live_bytes import Loss, labels_shape, step_peak
 from offload_sparse.run.plan.machine import Machine, process_bytes
@@ -115,6 +115,12 @@ class Planner:
         self._names = dict.fromkeys((WEIGHTS, *self._slots), parameters)
         self._names |= {BUFFERS: tuple(name for name, _ in floating)}
         self._item = getattr(torch, config.train.dtype).itemsize
+
+    @classmethod
+    def of(cls, config: RunConfig, data: DeclaredData, machine: Machine) -> Planner:
+        """For a run on ``machine``, whose device says what ``auto`` is."""
+        config = resolve(config, machine.device_type)
+        return cls(config, data, structure_of(config, data))
 
     def memory(self, machine: Machine, rounds: int = ROUNDS) -> Memory:
         """Bytes that a rank of ``machine`` takes, over its first ``rounds`` rounds where there are any.

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from offload_sparse.bench.plan import build_session, case
+from offload_sparse.channels.config import AtomsConfig
 from offload_sparse.channels.selection import Selection
-from offload_sparse.config.run import RunConfig
+from offload_sparse.config.run import MethodName, RunConfig, resolve
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.width_search import MEMORY_ROOM
-from offload_sparse.run.plan import fit
+from offload_sparse.run.plan import fit, plan
 from offload_sparse.run.plan.dry_run import Structure, structure_of
 from offload_sparse.run.plan.fit import check, largest_rho, shortage
 from offload_sparse.run.plan.machine import Machine
@@ -25,7 +26,7 @@ from offload_sparse.run.plan.plan import PLANNED, Planner
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.weight_store import WEIGHTS, Ranks, WeightStore
 from offload_sparse.workloads.config import DataConfig, ModelConfig
-from offload_sparse.workloads.data.loader import declared_data
+from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from tests.support.planned_runs import CASES, SMALL, train
 
 LARGE = Machine(1, 1, 1 << 50, None)
@@ -35,8 +36,8 @@ _structures: dict[str, Structure] = {}
 """Discovery takes longer than what is made of it, and most cases share a network."""
 
 
-def planner_of(config: RunConfig) -> Planner:
-    data = declared_data(config.data)
+def planner_of(config: RunConfig, device: str = "cpu") -> Planner:
+    config, data = resolve(config, device), declared_data(config.data)
     key = repr((config.model, data, config.atoms, config.train.precision))
     if key not in _structures:
         _structures[key] = structure_of(config, data)
@@ -199,7 +200,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
 
 
 def test_the_advised_rho_fits_and_the_next_one_does_not() -> None:
-    planner = planner_of(SMALL)
+    planner = planner_of(SMALL, "cuda")
     device = int(planner.memory(Machine(1, 1, 1 << 50, 1 << 50)).device * 0.8)
     machine = Machine(1, 1, 1 << 50, device)
     rho = largest_rho(planner, machine)
@@ -223,7 +224,7 @@ def test_small_networks_are_let_through_without_a_search_for_channels(
     def fail(*_: object) -> None:
         raise AssertionError("searched")
 
-    monkeypatch.setattr(fit, "structure_of", fail)
+    monkeypatch.setattr(plan, "structure_of", fail)
     check(SMALL, declared_data(SMALL.data), LARGE)
     check(replace(SMALL, method="dense"), declared_data(SMALL.data), Machine(1, 1, 1, None))
 
@@ -248,6 +249,36 @@ def test_dense_static_and_sampled_training_are_planned_side_by_side() -> None:
     assert dense["host_store_bytes"] == static["host_store_bytes"] == 0
 
 
+def test_the_channels_are_those_of_the_planned_device() -> None:
+    """Runs of eight on a GPU and single ones on a CPU, wherever the plan is made."""
+    small = replace(SMALL, policy=PolicyConfig.paper(rho=0.05))
+    for machine, block in ((Machine(1, 1, 1 << 50, 1 << 50), "<=8"), (LARGE, "1")):
+        asked = planner_of(replace(small, atoms=AtomsConfig(block))).memory(machine)
+        assert fit.figures(small, machine)["device_bytes"] == asked.device
+
+
+def test_images_that_are_not_square_are_planned_as_they_are() -> None:
+    machine = Machine(1, 1, 1 << 50, 1 << 50)
+    square, wide, tall = (
+        Planner.of(SMALL, DeclaredData(10, 3, shape, 10_000), machine).memory(machine).activations
+        for shape in ((16, 16), (16, 64), (64, 16))
+    )
+    assert wide == tall == pytest.approx(4 * square, rel=0.02), "statistics and labels are the same"
+
+
+def test_a_plan_refuses_ranks_that_training_would_refuse() -> None:
+    with pytest.raises(ValueError, match="batch_size 64 does not divide over 3 ranks"):
+        fit.figures(SMALL, Machine(3, 3, 1 << 50, 1 << 50))
+
+
+@pytest.mark.parametrize("method", ["dense", "static"])
+def test_the_column_of_a_method_is_the_same_in_the_plan_of_another(method: MethodName) -> None:
+    planned = RunConfig(model=SMALL.model, data=SMALL.data, method=method)
+    ours = replace(planned, method="sparse_offload")
+    found = [planner_of(config).with_method("sparse_offload").memory(LARGE) for config in (planned, ours)]
+    assert replace(found[0], process=0) == replace(found[1], process=0)
+
+
 def test_a_method_whose_memory_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match="only dense, static, sparse_offload runs are planned, not rigl"):
         fit.figures(replace(SMALL, method="rigl"), LARGE)
@@ -256,7 +287,7 @@ def test_a_method_whose_memory_is_not_known_is_refused() -> None:
 def test_a_network_that_takes_no_images_of_this_size_is_one_line() -> None:
     config = case("timm/vit_tiny_patch16_224", 64, 8, 0.25)
     with pytest.raises(ValueError, match=r"224 does not take 3 x 64 x 64 images \(.*\); set") as error:
-        structure_of(config, declared_data(config.data))
+        planner_of(config)
     assert "\n" not in str(error.value)
 
 
