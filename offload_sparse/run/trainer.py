@@ -30,7 +30,7 @@ from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
 from offload_sparse.run.launch import as_launched, launched, sole_job, start_trackers
 from offload_sparse.run.log import MEMBERS_FOLDER, MODEL_FOLDER, Recorder
-from offload_sparse.run.plan.dry_run import Structure, knob, model_on_meta
+from offload_sparse.run.plan.dry_run import Structure, knob, model_arguments, model_on_meta
 from offload_sparse.run.plan.fit import beside_dense, check, out_of_memory
 from offload_sparse.run.plan.machine import process_bytes, this_machine
 from offload_sparse.run.plan.plan import Planner
@@ -127,6 +127,7 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.device = self.accelerator.device
         self.image_shape = (self.channels, *self.splits.image_shape)
+        self.model_arguments = model_arguments(config, self._declared())
         model = self._model = model_on_meta(config, self._declared())  # which says what does not fit together
         weights = source.fitted(model) if source is not None else None
         images, self.lines = prepared_images(config, weights, self.image_shape)
@@ -277,7 +278,7 @@ class Run:
         """The final network, written to ``model/``."""
         network = self.method.finalize(self._statistics_batches())
         if self.accelerator.is_main_process:
-            model = {"name": self.config.model.name, "arguments": self._model_arguments()}
+            model = {"name": self.config.model.name, "arguments": self.model_arguments}
             preprocessing = {
                 "mean": self.normalise.mean.flatten().tolist(),
                 "std": self.normalise.std.flatten().tolist(),
@@ -340,7 +341,7 @@ class Run:
 
     def _task(self, store_mode: Mode, weights: FittedWeights | None) -> Task:
         config = self.config
-        factory = partial(build_model, config.model.name, **self._model_arguments())
+        factory = partial(build_model, config.model.name, **self.model_arguments)
         frozen, scaler = config.train.batch_norm == "frozen", self.accelerator.scaler
         forward = Forward(self.accelerator.autocast, frozen, scaler)
         return Task(
@@ -377,7 +378,7 @@ class Run:
 
     def _declared(self) -> DeclaredData:
         splits = self.splits
-        return DeclaredData(splits.num_classes, splits.in_channels, self.image_shape[1], len(splits.train))
+        return DeclaredData(splits.num_classes, splits.in_channels, splits.image_shape, len(splits.train))
 
     def out_of_memory(self) -> str:
         """What to change after the device's memory has not been enough, in one line."""
@@ -385,15 +386,6 @@ class Run:
         if machine.device is not None:  # free is what the run itself does not hold already
             machine = replace(machine, device=machine.device + torch.cuda.memory_reserved(self.device))
         return out_of_memory(self.config, self._declared(), machine)
-
-    def _model_arguments(self) -> dict[str, Any]:
-        """Arguments of ``build_model`` that fit the data, with those of the configuration on top."""
-        own = {
-            "num_classes": self.splits.num_classes,
-            "in_channels": self.channels,
-            "image_size": self.image_shape[1],
-        }
-        return own | self.config.model.arguments
 
     def _loader(self, kind: Callable[..., _Loader], split: Split, **more: Any) -> _Loader:
         """This rank's batches of a split."""

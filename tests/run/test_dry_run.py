@@ -101,7 +101,7 @@ def test_the_embedded_set_is_known_without_reading_it() -> None:
     declared = declared_data(DataConfig())
     assert declared.num_classes == splits.num_classes
     assert declared.channels == splits.in_channels
-    assert (declared.image_size, declared.image_size) == splits.image_shape
+    assert declared.image_shape == splits.image_shape
     assert declared.train_images == len(splits.train)
 
 

@@ -13,6 +13,7 @@ from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
 from tests.support.image_runs import options
+from tests.workloads.data.images import pixels, table, write_parquet
 
 
 @pytest.mark.parametrize("method", ["sparse_offload", "dense", "static"])
@@ -128,6 +129,35 @@ def test_a_parquet_without_the_column_is_told_which_columns_there_are(
     message = capsys.readouterr().err
     assert "set data.columns" in message
     assert ("label" if column == "image" else "image") in message
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12)])
+def test_images_need_not_be_square(
+    height: int,
+    width: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What takes them is checked and trained with them; what takes squares only says so, by any method."""
+    for split in ("train", "test"):
+        rows = table(pixels(16, height, width), [i % 2 for i in range(16)], ("a", "b"))
+        write_parquet(tmp_path / "data" / f"{split}.parquet", rows)
+    planned: list[tuple[int, int]] = []
+    monkeypatch.setattr(trainer, "check", lambda config, data, machine: planned.append(data.image_shape))
+    command = options(tmp_path / "data", tmp_path / "run")
+    assert main([*command, "--train.max_steps", "1"]) == 0
+    structure = json.loads((tmp_path / "run" / "model" / "structure.json").read_text())
+    assert planned == [(height, width)]
+    assert structure["preprocessing"]["shape"] == [1, height, width]
+    assert structure["model"]["arguments"]["image_size"] == 12, "the shorter side"
+    capsys.readouterr()
+    for method in ("dense", "sparse_offload"):
+        squares = ["--model.name", "offload_sparse/mlp", "--method", method, "--overwrite", "true"]
+        assert main([*command, *squares]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"does not take 1 x {height} x {width} images" in line
+        assert "set data.image_size, which makes squares" in line
 
 
 def test_a_diverging_run_stops_with_advice(

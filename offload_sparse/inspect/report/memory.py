@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from offload_sparse.inspect.report.run_data import RunData
 
@@ -19,18 +20,19 @@ def planned_memory(run: RunData) -> list[list[float]] | None:
     if run.config.get("method") != "sparse_offload" or not shape:
         return None
     from offload_sparse.config import parse
-    from offload_sparse.run.plan.dry_run import structure_of
     from offload_sparse.run.plan.machine import Machine
     from offload_sparse.run.plan.plan import Planner
     from offload_sparse.workloads.data.loader import DeclaredData
 
     try:
         config = parse.parse(["--config", str(run.config_file)])
-        data = DeclaredData(classes, shape[0], shape[1], config.data.batch_size)
-        planner = Planner(config, data, structure_of(config, data))
+        # Of the images only their number is not known, which says no more than that of the steps.
+        train = replace(config.train, max_steps=int(run.summary.get("steps", 0)))
+        data = DeclaredData(classes, shape[0], (shape[1], shape[2]), config.data.batch_size)
         ranks = int(run.summary.get("world_size", 1))
         on_device = None if run.summary.get("device") == "cpu" else 1 << 62
         machine = Machine(ranks, ranks, 1 << 62, on_device)
+        planner = Planner.of(replace(config, train=train), data, machine)
         memories = [each.memory(machine) for each in (planner, planner.with_method("dense"))]
     except ValueError as error:
         logger.warning("%s cannot be planned: %s", run.name, error)

@@ -90,17 +90,21 @@ def knob(config: RunConfig) -> str:
     return knobs.get(config.method, f"rho {shares}{budget}")
 
 
+def model_arguments(config: RunConfig, data: DeclaredData) -> dict[str, Any]:
+    """Arguments of ``build_model`` that fit the data, with those of the configuration on top."""
+    own = {
+        "num_classes": data.num_classes,
+        "in_channels": input_channels(config.model.name, data.channels),
+        "image_size": min(data.image_shape),
+    }
+    return own | config.model.arguments
+
+
 def model_on_meta(config: RunConfig, data: DeclaredData) -> nn.Module:
     """The network of ``config`` on the meta device. Raises ValueError: it cannot be built, or does not take
     these data."""
     (inputs,) = example_inputs(config, data, 2)
-    given = {
-        "num_classes": data.num_classes,
-        "in_channels": input_channels(config.model.name, data.channels),
-        "image_size": data.image_size,
-    }
-    chosen: dict[str, Any] = given | config.model.arguments
-    model = build_on_meta(lambda: build_model(config.model.name, **chosen))
+    model = build_on_meta(lambda: build_model(config.model.name, **model_arguments(config, data)))
     try:
         with torch.no_grad():
             model(inputs)
@@ -110,8 +114,8 @@ def model_on_meta(config: RunConfig, data: DeclaredData) -> nn.Module:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         size, what = " x ".join(map(str, inputs.shape[1:])), "tokens" if data.tokens else "images"
         raise ValueError(
-            f"{config.model.name} does not take {size} {what} ({reason}); set data.image_size, or the "
-            "model's own argument for it"
+            f"{config.model.name} does not take {size} {what} ({reason}); set data.image_size, which "
+            "makes squares, or the model's own argument for it"
         ) from None
     return model
 
@@ -119,7 +123,7 @@ def model_on_meta(config: RunConfig, data: DeclaredData) -> nn.Module:
 def example_inputs(config: RunConfig, data: DeclaredData, number: int) -> tuple[Tensor]:
     """So many images, or sequences of tokens, on the meta device. Raises ValueError: images are declared for
     a network of tokens, or the other way round."""
-    name, size = config.model.name, data.image_size
+    name = config.model.name
     if takes_tokens(name) != bool(data.tokens):
         raise ValueError(
             f"{name} reads tokens, and no command trains on those; `plan` takes their number as "
@@ -129,7 +133,7 @@ def example_inputs(config: RunConfig, data: DeclaredData, number: int) -> tuple[
         )
     if data.tokens:
         return (torch.zeros(number, data.tokens, dtype=torch.int64, device="meta"),)
-    return (torch.empty(number, input_channels(name, data.channels), size, size, device="meta"),)
+    return (torch.empty(number, input_channels(name, data.channels), *data.image_shape, device="meta"),)
 
 
 def structure_of(config: RunConfig, data: DeclaredData) -> Structure:

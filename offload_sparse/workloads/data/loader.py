@@ -240,13 +240,13 @@ class EvalLoader(_Loader):
 
 @dataclass(frozen=True)
 class DeclaredData:
-    """A data set, unread: ``image_size`` is the side in pixels, ``train_images`` what training reads per
-    epoch, after what is held out and limited. Of sequences of ``tokens`` the classes are words, the images
-    sequences, and ``channels`` and ``image_size`` 0."""
+    """A data set, unread: ``image_shape`` is height and width in pixels, ``train_images`` what training reads
+    per epoch, after what is held out and limited. Of sequences of ``tokens`` the classes are words, the
+    images sequences, and ``channels``, height and width 0."""
 
     num_classes: int
     channels: int
-    image_size: int
+    image_shape: tuple[int, int]
     train_images: int
     tokens: int = 0
 
@@ -268,4 +268,5 @@ def declared_data(config: DataConfig) -> DeclaredData:
         values["train_images"] -= round(config.validation_size * values["train_images"])
     if config.limit:
         values["train_images"] = min(values["train_images"], config.limit)
-    return DeclaredData(**values, tokens=tokens)
+    side = values.pop("image_size")
+    return DeclaredData(**values, image_shape=(side, side), tokens=tokens)

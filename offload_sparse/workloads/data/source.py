@@ -184,6 +184,12 @@ def load_splits(config: DataConfig) -> Splits:
         train, validation = _hold_out(train, config.validation_size)
     train = _limit(train, config.limit)
     shape = train.image_shape(config.image_size)
+    for other in (split for split in (test, validation) if split is not None):
+        if (found := other.image_shape(config.image_size)) != shape:
+            raise ValueError(
+                f"the images of split {other.name!r} have {found[0]}×{found[1]} pixels, those of "
+                f"{train.name!r} {shape[0]}×{shape[1]}; set data.image_size"
+            )
     return Splits(train, test, validation, classes, channels, shape, _stored_as(sample))
 
 

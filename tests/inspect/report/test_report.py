@@ -30,6 +30,9 @@ from offload_sparse.inspect.report.memory import ROWS, planned_memory
 from offload_sparse.inspect.report.page_tables import difference_table, paper_tables, summary_table
 from offload_sparse.inspect.report.run_data import read_runs
 from offload_sparse.inspect.report.style import STYLES, THEMES, Theme, look, scale_of, themed
+from offload_sparse.run.plan.machine import Machine
+from offload_sparse.run.plan.plan import Planner
+from offload_sparse.workloads.data.loader import declared_data
 from offload_sparse.workloads.models import build_model
 
 SUMMARY = {
@@ -247,6 +250,20 @@ def test_the_memory_of_a_run_stands_beside_that_of_the_dense_network(tmp_path: P
     assert ours["activations"] < beside["activations"]
     (dense,) = read_runs([write_run(tmp_path / "dense", method="dense")])
     assert planned_memory(dense) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "NVIDIA"])
+def test_the_memory_of_a_run_is_that_of_all_its_steps(device: str, tmp_path: Path) -> None:
+    """Which have time for a search, and room for what it may find."""
+    folder = write_run(tmp_path / "run")
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"steps": 20_000, "device": device}))
+    (run,) = read_runs([folder])
+    config = arguments.parse(["--train.max_steps", "20000"])
+    machine = Machine(1, 1, 1 << 50, None if device == "cpu" else 1 << 50)
+    memory = Planner.of(config, declared_data(config.data), machine).memory(machine)
+    plan = planned_memory(run)
+    assert plan is not None
+    assert plan[0] == [memory.store, memory.subnets, memory.activations, memory.device]
 
 
 # --- series and tables -------------------------------------------------------------------------------

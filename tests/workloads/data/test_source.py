@@ -311,6 +311,18 @@ def test_unusable_labels_are_refused(
     assert complaint in message_of(name=str(tmp_path))
 
 
+@pytest.mark.parametrize("validation", ["", "valid"])
+def test_images_of_another_size_than_those_of_training_are_refused(validation: str, tmp_path: Path) -> None:
+    """Unless all are brought to one size."""
+    parquet_folder(tmp_path)
+    other = validation or "test"
+    write_parquet(tmp_path / f"{other}.parquet", table(pixels(6, 8, 12), [i % 3 for i in range(6)], "abc"))
+    assert message_of(name=str(tmp_path), validation=validation) == (
+        f"the images of split {other!r} have 8×12 pixels, those of 'train' 8×8; set data.image_size"
+    )
+    load_splits(DataConfig(name=str(tmp_path), validation=validation, image_size=8))
+
+
 def test_a_column_that_holds_no_images_is_refused(tmp_path: Path) -> None:
     for split in ("train", "test"):
         rows = datasets.Dataset.from_dict({"image": [1.5, 2.5], "label": [0, 1], "text": [b"no image"] * 2})
