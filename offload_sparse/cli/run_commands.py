@@ -48,12 +48,14 @@ def _searches_as_the_paper(config: RunConfig) -> bool:
 
 
 def _dry_run(config: RunConfig) -> int:
+    import torch
+
     from offload_sparse.run.plan.dry_run import dry_run, dry_run_table
     from offload_sparse.run.terminal import console
 
+    config = resolve(config, "cuda" if torch.cuda.is_available() else "cpu")
     table = dry_run_table(dry_run(config))
     if os.environ.get("RANK", "0") == "0":
-    config = resolve(config, "cuda" if torch.cuda.is_available() else "cpu")
         console().print(table)
     return 0
 
@@ -189,14 +191,12 @@ def _reference() -> str:
         actions = [action for action in group._group_actions if action.dest in RUN_OPTIONS.leaves]
         rows = []
         for action in actions:
-            values = action.metavar or arguments.type_name(RUN_OPTIONS.leaves[action.dest])
             default, text = yaml_text.shortened(action.default), " ".join((action.help or "").split())
-            cells = (f"`{action.dest}`", f"`{values}`", f"`{default}`", text[:1].upper() + text[1:])
+            cells = (f"`{action.dest}`", f"`{action.metavar}`", f"`{default}`", text[:1].upper() + text[1:])
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         if rows:
             section = actions[0].dest.rpartition(".")[0]
             title = f"## `{section}`" if section else "## The run"
             head = "| option | values | default | what it does |\n|---|---|---|---|"
-            line = f"{str(group.title).replace('``', '`')}."
-            parts.append("\n".join([title, "", line, "", head, *rows, ""]))
+            parts.append("\n".join([title, "", f"{group.title}.", "", head, *rows, ""]))
     return "\n".join(parts)

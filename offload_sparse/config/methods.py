@@ -13,11 +13,16 @@ class StaticConfig:
     """The control ``static``: a narrow network, fixed from the start.
 
     Attributes:
-        widths: atoms that each group keeps, such as ``8 8 16 16``; or the name of published widths, which are
-            scaled to ``policy.rho`` of ``policy.budget`` (``policy.published_widths`` lists them with their
-            sources). Empty keeps the same share of every group."""
+        widths: atoms that each group keeps, such as ``[8, 8, 16, 16]`` or ``8 8 16 16``; or the name of
+            published widths, which are scaled to ``policy.rho`` of ``policy.budget``
+            (``policy.published_widths`` lists them with their sources). Empty keeps the same share of every
+            group."""
 
-    widths: str = ""
+    widths: list[int] | str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.widths, list):
+            self.widths = " ".join(map(str, self.widths))
 
 
 @dataclass

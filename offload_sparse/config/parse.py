@@ -37,8 +37,9 @@ LONGEST = 10_000
 
 _ADVICE: dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"},
-    **{list[str]: "a list such as [tensorboard]", list[float]: "a list such as [0.5, 0.25]"},
+    **{list[str]: "a list of names such as [train, '2024']", list[float]: "a list such as [0.5, 0.25]"},
     **{dict: "a mapping such as {width: 64}", str | int | float: "text or a number"},
+    list[int] | str: "widths such as [8, 8, 16], or the name of published ones",
     str | int: "a number such as 8 or <=8, or auto",
     float | Literal["auto"]: "a number, or auto",
 }
@@ -57,6 +58,9 @@ class MistakesError(ValueError):
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=min(100, shutil.get_terminal_size().columns - 2))
+
+    def _get_type_str(self, action: Action) -> None:
+        """What an option takes is its placeholder."""
 
     def _format_action_invocation(self, action: Action) -> str:
         # jsonargparse lists its own "--name+" beside every list; here lists are given whole.
@@ -148,7 +152,11 @@ class Options(Generic[Tree]):
         for action in parser._actions:
             hidden = self.first and not everything and action.dest not in ("help", "config", *self.first)
             hidden = hidden or action.metavar == "CONFIG"  # jsonargparse reads a section from a file, too
+            if action.option_strings and action.dest in self.leaves:
+                action.metavar = action.metavar or type_name(self.leaves[action.dest])
             action.help = SUPPRESS if hidden else (action.help or "").replace("``", "`")
+        for group in parser._action_groups:
+            group.title = (group.title or "").replace("``", "`")
         return parser
 
     @cached_property
@@ -174,7 +182,7 @@ class Options(Generic[Tree]):
             elif not equals:
                 last = not tokens or tokens[0].startswith("--")
                 flag = self.leaves.get(name) is bool
-                if flag and (last or tokens[0] not in ("true", "false")):
+                if flag and (last or tokens[0].lower() not in ("true", "false")):
                     text = "true"
                 elif not last:
                     text = tokens.pop(0)
@@ -313,7 +321,7 @@ def _may_be(value: Any, hint: Any) -> bool:
     if isinstance(value, dict):
         return hint in (dict, None) and all(isinstance(key, str) for key in value)
     if isinstance(value, list):
-        return hint is None or get_origin(hint) is list
+        return hint is None or any(get_origin(kind) is list for kind in (hint, *get_args(hint)))
     return isinstance(value, str) or (value is not None and hint not in (str, Path))
 
 
@@ -373,9 +381,11 @@ RUN_OPTIONS = Options(
     reads_files=True,
     aliases={"log_every": "train.log_every"},
     first=(
-        *("method", "run_dir", "overwrite", "resume", "dry_run", "quiet", "model.name", "model.arguments"),
-        *("data.name", "data.batch_size", "data.image_size", "data.num_workers", "data.limit", "policy.rho"),
-        *("round.k", "optim.lr", "optim.weight_decay", "train.epochs", "train.precision", "train.seed"),
+        *("method", "run_dir", "overwrite", "resume", "dry_run", "quiet", "compile", "trackers"),
+        *("model.name", "model.arguments", "model.weights", "data.name", "data.validation"),
+        *("data.batch_size", "data.image_size", "data.num_workers", "data.limit", "policy.rho"),
+        *("policy.search", "round.k", "store.tier", "optim.name", "optim.lr", "optim.weight_decay"),
+        *("train.epochs", "train.precision", "train.seed"),
     ),
 )
 

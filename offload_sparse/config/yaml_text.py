@@ -125,5 +125,6 @@ def shortened(value: Any) -> str:
         return "empty"
     if isinstance(value, bool):
         return str(value).lower()
+    value = str(value) if isinstance(value, Path) else value
     text = value if isinstance(value, str) and value.strip() and value.isprintable() else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

@@ -43,7 +43,7 @@ def build_static(task: Task) -> Method:
     config, prepared = task.config, prepared_model(task)
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
-    mask = static_mask(config.static.widths, config.policy, channel_map, cost)
+    mask = static_mask(str(config.static.widths), config.policy, channel_map, cost)
     seed = config.train.seed
     start = config.policy.resolved(config.compile, task.weights is not None).start
 

@@ -53,6 +53,20 @@ def test_a_boolean_alone_means_true() -> None:
     assert (config.overwrite, config.train.check, config.data.random_flip) == (True, False, True)
 
 
+@pytest.mark.parametrize("truth", ["true", "True", "TRUE"])
+def test_truth_values_are_written_as_in_a_file(truth: str) -> None:
+    """Behind a name and after a sign."""
+    config = parse(["--overwrite", truth, f"--quiet={truth}", "--train.check", truth.replace("rue", "RUE")])
+    assert (config.overwrite, config.quiet, config.train.check) == (True, True, True)
+
+
+@pytest.mark.parametrize("widths", ["[8, 8, 16]", "8 8 16"])
+def test_widths_are_a_list_or_text(widths: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", f"static: {{widths: {widths}}}")
+    for config in (parse(["--config", file]), parse(["--static.widths", widths])):
+        assert config.static.widths == "8 8 16"
+
+
 def test_text_stays_text() -> None:
     for text in ("12", "null", "1e-3", "[a", "true", "~"):
         assert parse(["--data.name", text]).data.name == text
@@ -218,7 +232,7 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--round.k", "1.5"], "round.k is 1.5; give a whole number"),
         (["--method", "magic"], "method is magic; give one of sparse_offload, dense, static"),
         (["--train.check=maybe"], "train.check is maybe; give true or false"),
-        (["--trackers", "{a: b}"], "give a list such as [tensorboard]"),
+        (["--trackers", "{a: b}"], "give a list of names such as [train, '2024']"),
         (["--trackers", "[a"], "trackers is [a; give a list"),
         (["--data.mean", "[a]"], "give a list"),
         (["--model.arguments", "3"], "give a mapping"),
@@ -245,6 +259,8 @@ def test_a_mistake_on_the_command_line_is_one_line_with_advice(
         ("optim: {lr: 1e999}", "optim.lr is inf; give a finite number"),
         ("round: {k: true}", "round.k is true; give a whole number"),
         ("data: {name: 3}", "data.name is 3; give text"),
+        ("data: {splits: [train, 2024]}", "give a list of names such as [train, '2024']"),
+        ("static: {widths: {a: 8}}", "give widths such as [8, 8, 16], or the name of published ones"),
         ("model: {arguments: {1: 2}}", "give a mapping"),
         ("3: 4", "unknown key 3"),
         ("method: dense\nmethod: static", "line 2: not valid YAML, key 'method' appears twice"),
@@ -335,7 +351,11 @@ def test_help_shows_every_option_with_its_default_and_an_example(capsys: pytest.
         for name in vars(getattr(RunConfig(), section)):
             assert f"--{section}.{name} " in text
     assert "remaining ratio of what `budget` counts" in text
-    assert "(type: float, default: 0.25)" in text
+    assert "--policy.rho NUMBER remaining ratio" in text
+    assert "(default: 0.25)" in text
+    assert "type: " not in text, "which the placeholder says"
+    assert "``" not in text
+    assert "The method `dst`" in text
     assert "How the weights are trained:" in text
     assert "examples: offload-sparse train --config" in text
 
@@ -483,5 +503,5 @@ def test_help_shows_what_people_use_first_and_all_on_request(capsys: pytest.Capt
             parse(["--help", *more])
         shown[bool(more)] = set(re.findall(r"^  --([a-z_.]+)", capsys.readouterr().out, re.MULTILINE))
     assert shown[True] - {"config"} == set(flat_tree(RunConfig()))
-    assert len(shown[False] - {"config"}) == 20
-    assert {"policy.rho", "method", "run_dir", "train.epochs"} <= shown[False]
+    assert len(shown[False] - {"config"}) == 27
+    assert {"policy.rho", "method", "run_dir", "train.epochs", "optim.name", "model.weights"} <= shown[False]

@@ -153,7 +153,7 @@ def trained_mask(config: RunConfig, structure: Structure) -> Tensor:
     """The channels of the network that is trained: of the full one unless its method narrows it."""
     channel_map = structure.channel_map
     if config.method == "static":
-        return static_mask(config.static.widths, config.policy, channel_map, structure.cost)
+        return static_mask(str(config.static.widths), config.policy, channel_map, structure.cost)
     if config.method == "sparse_offload":
         largest = max(config.policy.budgets, default=config.policy.rho)
         return evenly_narrowed(replace(config.policy, rho=largest), channel_map, structure.cost)
