@@ -177,8 +177,8 @@ def columns() -> int:
 
 
 def console() -> Console:
-    """Where tables are printed: stdout."""
-    return Console(width=columns())
+    """Where tables are printed: stdout. Names in them are text, whatever brackets and colons they have."""
+    return Console(width=columns(), markup=False, emoji=False)
 
 
 def closing_table(summary: Mapping[str, Any]) -> Table:

@@ -260,6 +260,9 @@ class Run:
             if cycles:
                 number = f"each of {cycles} cycles" if cycles > 1 else "one cycle"
                 yield f"search: widths move after {number}, in the first {steps:,} steps"
+            elif steps >= policy.least_steps:
+                total = f"{self.total_steps:,} steps"
+                yield f"search: none, {total} are too few to compare {groups} groups; even widths stay"
             elif steps:
                 least = f"{policy.least_steps} steps"
                 yield f"search: none, a cycle takes {least} and there are {steps:,}; even widths stay"

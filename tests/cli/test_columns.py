@@ -10,10 +10,12 @@ from accelerate.state import AcceleratorState
 
 from offload_sparse.bench.contract import BenchResult, print_result
 from offload_sparse.cli import main as cli
-from offload_sparse.config.run import MethodName
+from offload_sparse.cli.table import show
+from offload_sparse.config.run import MethodName, RunConfig, resolve
 from offload_sparse.inspect import coverage, doctor
 from offload_sparse.inspect.doctor import Finding
-from offload_sparse.run.terminal import fitted
+from offload_sparse.run.plan.dry_run import dry_run, dry_run_table
+from offload_sparse.run.terminal import console, fitted
 
 MODEL = ("--model.name", "offload_sparse/vgg_small", "--model.arguments.width", "0.1")
 DATA = ("--data.limit", "64", "--data.batch_size", "32")
@@ -124,6 +126,15 @@ def test_the_figures_of_a_bench(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(BenchResult({"ratio": 0.5}, {}, [f"column {i}" for i in range(11)], [row]), "a bench")
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
     printed(capsys, "bench")
+
+
+def test_names_in_a_table_are_text_and_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets of a sweep's folders, and colons."""
+    name = "runs/[/x]/sweep[rho=0.1]:smile:"
+    show({"path": name}, json_wanted=False)
+    figures = dry_run(resolve(RunConfig(paper={"source": name}), "cpu"))
+    console().print(dry_run_table(figures))
+    assert capsys.readouterr().out.count(name) == 2
 
 
 def test_a_line_is_broken_between_words_only() -> None:

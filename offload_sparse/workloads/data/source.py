@@ -241,11 +241,12 @@ def _resolve(config: DataConfig) -> _Source:
 
 
 def _resolve_folder(path: Path, config: DataConfig) -> _Source:
+    folders = class_folders(path)
     for suffix in (".parquet", ".tar", *LISTINGS):
-        present = split_names(path, suffix)
-        if present and (suffix not in LISTINGS or _called(config.splits[0], present)):
+        present = split_names(path, suffix)  # of files beside folders, only those are meant that say so
+        if present and (not folders or _called(config.splits[0], present)):
             return present, lambda split, suffix=suffix: _read_files(split_files(path, split, suffix), config)
-    present = class_folders(path)
+    present = folders
     usual = {*config.splits, *_ALSO_CALLED, *sum(_ALSO_CALLED.values(), ())}
     if len(set(present) - usual) > 1 and not any(
         class_folders(path / name) for name in present if name in usual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,20 @@ def test_listings_may_be_named_after_their_splits(flat: Path) -> None:
     splits = splits_of(flat)
     assert splits.class_names == ("9", "10"), "numbers in their order"
     assert shades(splits) == ([1, 100], [102])
+
+
+@pytest.mark.parametrize("stray", ["ILSVRC2012.tar", "metadata.parquet", "labels.csv"])
+def test_files_beside_the_folders_of_the_splits_are_passed_over(stray: str, flat: Path) -> None:
+    """Such as the archives that they come from; alone, they are named."""
+    folder, alone = flat / "data", flat / "alone"
+    for split in ("train", "test"):
+        shutil.copytree(flat / "ant", folder / split / "ant")
+    (folder / stray).write_bytes(b"")
+    assert shades(splits_of(folder)) == ([*range(10)], [*range(10)])
+    alone.mkdir()
+    (folder / stray).rename(alone / stray)
+    with pytest.raises(ValueError, match=f"has no split 'train', only {Path(stray).stem}"):
+        splits_of(alone)
 
 
 def test_labels_in_a_listing_keep_their_zeros(flat: Path) -> None:
