@@ -118,15 +118,12 @@ def export(argv: Sequence[str]) -> int:
     )
     config = Options(ExportConfig, f"{PROGRAM} export", examples).parse(argv)
     from offload_sparse.export.convert import export_network
-    from offload_sparse.run.checkpoint_network import exported, is_checkpoint, member_of, run_of
+    from offload_sparse.run.checkpoint_network import exported, is_checkpoint, run_of
 
     output = Path(config.output).expanduser() if config.output else None
-    if config.budget:
-        path = member_of(config.path, config.budget)
-        show(export_network(path, config.format, output or path / "export" / config.format), config.json)
-        return 0
     if output is None and is_checkpoint(config.path):
-        output = run_of(config.path) / "export" / f"{config.path.name}_{config.format}"
-    with exported(config.path) as path:
+        member = f"{config.budget:g}_" if config.budget else ""
+        output = run_of(config.path) / "export" / f"{config.path.name}_{member}{config.format}"
+    with exported(config.path, config.budget) as path:
         show(export_network(path, config.format, output), config.json)
     return 0

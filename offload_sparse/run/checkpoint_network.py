@@ -27,30 +27,31 @@ def run_of(checkpoint: Path) -> Path:
     return run_around(checkpoint) or Path(os.path.abspath(checkpoint)).parent.parent
 
 
-def member_of(run: Path, share: float) -> Path:
+def _member_of(run: Path | None, share: float, path: Path) -> Path:
     """The folder of a member of the family that a run has trained; ``run`` itself for the largest. Raises
-    ValueError: there is no such member; says which there are."""
-    members, config = run / MEMBERS_FOLDER, run / CONFIG_FILE
-    budgets = sorted(arguments.parse(["--config", str(config)]).policy.budgets) if config.is_file() else []
-    if share not in budgets:
+    ValueError: ``path``, which led to the run, leads to no such member; says which there are."""
+    config = run / CONFIG_FILE if run is not None else None
+    budgets = sorted(arguments.parse(["--config", str(config)]).policy.budgets) if config else []
+    if run is None or share not in budgets:
         known = ", ".join(f"{budget:g}" for budget in budgets) or "none (no policy.budgets)"
-        raise ValueError(f"{run} has no member {share:g}; those of the run: {known}")
-    return run if share == budgets[-1] else members / f"{share:g}"
+        raise ValueError(f"{path} has no member {share:g}; those of the run: {known}")
+    return run if share == budgets[-1] else run / MEMBERS_FOLDER / f"{share:g}"
 
 
 @contextmanager
-def exported(path: Path) -> Iterator[Path]:
+def exported(path: Path, budget: float = 0.0) -> Iterator[Path]:
     """A folder with the exported network of a checkpoint, which is gone afterwards; another path as it is.
+    With a ``budget``, of the member of this share of the family that the run around ``path`` trains.
 
     The run is set up once more, in a folder of its own and on one process; nothing of it is trained. Raises
     ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights were in the files of
-    a store, which has gone on; there is none of this name."""
+    a store, which has gone on; there is none of this name, or no such member."""
     if not is_checkpoint(path):
         parent = next((f for f in (path, path.parent) if f.name == CHECKPOINT_FOLDER), None)
         if parent is not None and not (path / STRUCTURE_FILE).exists():
             known = ", ".join(found.name for found in CheckpointFolder(parent).checkpoints())
             raise ValueError(f"{path} is no checkpoint; {parent} holds {known or 'none'}")
-        yield path
+        yield _member_of(run_around(path), budget, path) if budget else path
         return
     config = arguments.parse(["--config", str(run_of(path) / CONFIG_FILE)])
     store = config.store
@@ -61,7 +62,7 @@ def exported(path: Path) -> Iterator[Path]:
         again = replace(config, run_dir=Path(folder), store=store, train=train, trackers=[], quiet=True)
         with redirect_stdout(StringIO()):
             _finalize(again, path)
-        yield Path(folder) / MODEL_FOLDER
+        yield _member_of(Path(folder), budget, path) if budget else Path(folder) / MODEL_FOLDER
 
 
 def _finalize(config: RunConfig, checkpoint: Path) -> None:

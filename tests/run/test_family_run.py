@@ -74,13 +74,28 @@ def test_a_member_is_evaluated_and_exported_like_a_run(
     assert main(["evaluate", str(run / "members" / "0.1"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == summary["members"]["0.1"]["test_accuracy"]
     for share, folder in zip(SHARES, folders(run), strict=True):
-        output = tmp_path / share
-        assert main(["export", str(run), "--budget", share, "--output", str(output)]) == 0
-        ours, copied = (load_pruned(path).state_dict() for path in (folder, output))
-        assert all(torch.equal(ours[name], copied[name]) for name in ours)
-    capsys.readouterr()
-    assert main(["export", str(run), "--budget", "0.2"]) == 2
-    assert "0.1, 0.3, 0.6" in capsys.readouterr().err
+        assert_exports(run, share, folder, tmp_path / share)
+
+
+def test_a_member_is_exported_from_the_model_and_from_a_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = max((run / "checkpoints").glob("step_*"))
+    for path, shares in ((run / "model", SHARES), (last, SHARES[1:])):
+        for share in shares:
+            folder = folders(run)[SHARES.index(share)]
+            assert_exports(path, share, folder, tmp_path / path.name / share)
+    for path in (run, run / "model"):
+        assert main(["export", str(path), "--budget", "0.2"]) == 2
+        assert "has no member 0.2; those of the run: 0.1, 0.3, 0.6" in capsys.readouterr().err
+
+
+def assert_exports(path: Path, share: str, expected: Path, output: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["export", str(path), "--budget", share, "--output", str(output)]) == 0
+    ours, copied = (load_pruned(folder).state_dict() for folder in (expected, output))
+    assert ours.keys() == copied.keys()
+    assert all(torch.equal(ours[name], copied[name]) for name in ours)
 
 
 def test_a_family_resumes_bit_for_bit(images: Path, run: Path, tmp_path: Path) -> None:
