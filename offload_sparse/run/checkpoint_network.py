@@ -73,7 +73,8 @@ def _finalize(config: RunConfig, checkpoint: Path) -> None:
 
     with launched(config) as accelerator:
         run = Run(config, accelerator, Start("look", checkpoint))
-        with run.recorder, run.progress as progress:
+        with run.recorder:
+            progress = run.progress  # not entered: nothing is to be saved, and a signal ends this at once
             progress.begin(run.total_steps, run.steps_per_epoch)
             step = Manifest.read(checkpoint).step
             if progress.step != step:  # only a store in files can be elsewhere

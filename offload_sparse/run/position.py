@@ -92,7 +92,7 @@ class Progress:
 
     Attributes:
         step, rollbacks: optimizer steps done, and how often the run went back.
-        stopped: the run was asked to stop, and has been saved.
+        stopped: the run was asked to stop, and has been saved, if it has made a step.
         taken_up: the run resumed from the method's own files, whose last step may lack its lines in the log.
     """
 
@@ -199,6 +199,13 @@ class Progress:
         return median(self._step_seconds) if self._step_seconds else 0.0
 
     # --- saving ---
+
+    def asked_to_stop(self) -> bool:
+        """Whether some rank was, where nothing has to be saved; the run is then stopped. Every rank asks."""
+        stop, _ = self._agreement.exchange(bool(self._interruption.signal_name), False)
+        self._stopping |= stop
+        self.stopped = self._stopping
+        return self.stopped
 
     def save_when_due(self) -> None:
         """Save if some rank wants to, as soon as the method can be saved; then stop if asked to."""

@@ -6,7 +6,7 @@ training image, computed once on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,25 +45,42 @@ class Teacher:
         self._folder, self._classes = folder, classes
         self._logits: list[Tensor] = []
 
-    @torch.no_grad()
-    def compute(self, rank: int = 0, world_size: int = 1, quiet: bool = False) -> None:
+    def compute(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        quiet: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Compute what is missing of this rank's share; every rank then waits for the others, and calls
-        ``open``."""
+        ``open``. ``stop`` is asked after every batch, as often on every rank; where it says so, the files
+        that are whole stay, and the answer is False."""
         make_folder(self._folder)
-        parts = list(enumerate(torch.arange(len(self._images)).split(_IMAGES_PER_FILE)))[rank::world_size]
+        parts = list(enumerate(torch.arange(len(self._images)).split(_IMAGES_PER_FILE)))
+        batches = self._batches(parts[rank::world_size], quiet or rank > 0)
+        for _ in range(-(-len(parts) // world_size) * -(-_IMAGES_PER_FILE // _BATCH)):
+            next(batches, None)
+            if stop():
+                return False
+        return True
+
+    @torch.no_grad()
+    def _batches(self, parts: Iterable[tuple[int, Tensor]], quiet: bool) -> Iterator[None]:
+        """Compute and write the files of these images that are missing, one batch at a time."""
         missing = [(number, part) for number, part in parts if not self._is_whole(number, part)]
         if not missing:
             return
         network = self._network().eval()
         total = sum(len(part) for _, part in missing)
-        with tqdm(total=total, desc="teacher", unit="image", disable=quiet or rank > 0) as bar:
+        with tqdm(total=total, desc="teacher", unit="image", disable=quiet) as bar:
             for number, part in missing:
-                found = []
-                for indices in part.split(_BATCH):
-                    logits = network(self._normalise(self._images.decode(indices).pixels))
-                    found.append(logits.to(torch.float16))
-                    bar.update(len(indices))
-                write_file(self._file(number), torch.cat(found).numpy().tobytes())
+                found = torch.empty(len(part), self._classes, dtype=torch.float16)
+                for place in torch.arange(len(part)).split(_BATCH):
+                    found[place] = network(self._normalise(self._images.decode(part[place]).pixels)).half()
+                    bar.update(len(place))
+                    if place[-1] + 1 == len(part):
+                        write_file(self._file(number), found.numpy().tobytes())
+                    yield
 
     def open(self) -> None:
         """Map the logits of all images into memory."""

@@ -92,7 +92,9 @@ def _loop(run: Run) -> dict[str, Any]:
                     recorder.log(step + 1, **run.epoch_metrics(step))
                 progress.save_when_due()
             if progress.stopped:
-                return progress.tell_stopped()
+                break
+        if progress.stopped:
+            return progress.tell_stopped()
         progress.save_the_end()
         network = run.finalize()
         summary = run.summary(network)
@@ -152,7 +154,8 @@ class Run:
         if self.accelerator.is_main_process and not self.config.quiet:
             tell(*self.start_lines())
         progress.begin(self.total_steps, self.steps_per_epoch)
-        self._teach()
+        if not self._teach():
+            return
         start_trackers(self.accelerator, self.config)
         if progress.taken_up:
             self._complete_log()
@@ -369,15 +372,19 @@ class Run:
         normalise, classes = copy.deepcopy(self.normalise).cpu(), self.splits.num_classes
         return Teacher(lambda: network().to(dtype), self.train_loader.images, normalise, folder, classes)
 
-    def _teach(self) -> None:
-        """The logits of the teacher, as far as they are not there; every rank takes part."""
-        if self.teacher is not None:
-            ranks = self.accelerator
-            ranks.wait_for_everyone()  # the first removes what an earlier run has left there
-            self.teacher.compute(ranks.process_index, ranks.num_processes, self.config.quiet)
-            ranks.wait_for_everyone()
-            self.teacher.open()
-            return_freed_memory()
+    def _teach(self) -> bool:
+        """The logits of the teacher, as far as they are not there; every rank takes part. False if the run
+        was asked to stop meanwhile."""
+        if self.teacher is None:
+            return True
+        ranks, stop = self.accelerator, self.progress.asked_to_stop
+        ranks.wait_for_everyone()  # the first removes what an earlier run has left there
+        if not self.teacher.compute(ranks.process_index, ranks.num_processes, self.config.quiet, stop):
+            return False
+        ranks.wait_for_everyone()
+        self.teacher.open()
+        return_freed_memory()
+        return True
 
     def _declared(self) -> DeclaredData:
         splits = self.splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,22 @@ def test_a_pass_that_was_killed_goes_on_where_it_was(made: Any) -> None:
     assert len(built) == 2, "nothing was missing the third time"
 
 
+def test_a_pass_that_is_asked_to_stop_keeps_whole_files(made: Any) -> None:
+    """It is asked after each of three batches a file, on every rank alike, whatever a rank has to do."""
+    make, _, folder = made
+    for rank in range(2):
+        answers = iter([False] * 6)
+        assert make().compute(rank, 2, quiet=True, stop=answers.__next__)
+        assert next(answers, None) is None
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    remove(folder)
+    answers = iter([False, False, False, False, True])
+    assert not make().compute(quiet=True, stop=answers.__next__)
+    assert [path.name for path in folder.iterdir()] == ["000000.bin"]
+    assert make().compute(quiet=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
 def test_a_rank_takes_no_logits_that_the_first_is_about_to_remove(made: Any) -> None:
     """The second of two ranks comes to its first wait before the first one begins the run."""
     make, built, folder = made
@@ -102,6 +119,7 @@ def test_a_rank_takes_no_logits_that_the_first_is_about_to_remove(made: Any) -> 
 
         run = object.__new__(Run)
         run.config, run.teacher = RunConfig(quiet=True), make()
+        run.progress = cast(Any, SimpleNamespace(asked_to_stop=lambda: False))
         run.accelerator = cast(Any, SimpleNamespace(process_index=rank, num_processes=2))
         run.accelerator.wait_for_everyone = wait_for_everyone  # type: ignore[method-assign]
         if rank == 0:
@@ -171,6 +189,33 @@ def test_a_run_learns_from_the_logits_of_its_start(images: Path, tmp_path: Path,
     torch.testing.assert_close(torch.from_numpy(found).float(), expected, rtol=1e-2, atol=1e-2)
     ends = [load_pruned(tmp_path / name / "model").state_dict() for name in ("plain", "run")]
     assert not torch.equal(ends[0]["features.0.weight"], ends[1]["features.0.weight"])
+
+
+def test_a_signal_ends_the_pass_and_the_same_command_resumes(
+    images: Path,
+    tmp_path: Path,
+    dense: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(teacher_module, "_IMAGES_PER_FILE", 40)
+    more = ("--model.weights", str(dense), "--method", "static", "--train.distill", "true")
+    assert train(images, tmp_path / "straight", *more) == 0
+    write = teacher_module.write_file
+
+    def write_and_hear(path: Path, content: bytes) -> None:
+        write(path, content)
+        signal.raise_signal(signal.SIGTERM)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module, "write_file", write_and_hear)
+        assert train(images, tmp_path / "parts", *more) == 0
+    assert "stopped at step 0 (SIGTERM); the same command resumes" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "parts" / "teacher").iterdir()] == ["000000.bin"]
+    assert train(images, tmp_path / "parts", *more) == 0
+    ends = [tmp_path / name / "model" / "weights.safetensors" for name in ("straight", "parts")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
 def test_there_is_nothing_to_learn_from_without_weights() -> None:
