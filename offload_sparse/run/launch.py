@@ -23,6 +23,7 @@ import torch.distributed as dist
 from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.distributed import on_first_rank, rank_and_world_size
+from offload_sparse.run import resume
 from offload_sparse.run.errors import RunError, disk_fails
 from offload_sparse.run.log import TRACKERS_FOLDER
 from offload_sparse.run.process import end_with_parent, grow_segments
@@ -158,7 +159,7 @@ def _in_one_line(error: BaseException, config: RunConfig) -> str:
     """What has befallen the run, and what to do; empty for an error that says so itself, or is a fault."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of device memory; `offload-sparse plan` says which policy.rho and data.batch_size fit"
-    again = "the same command resumes from the last checkpoint"
+    again = f"{resume.again(config)} from the last checkpoint"
     if disk_fails(error):
         where = error.filename or config.run_dir
         return f"{where} cannot be written ({error.strerror}); free space, and {again}"

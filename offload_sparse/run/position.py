@@ -29,7 +29,7 @@ from offload_sparse.run.checkpoint import Checkpointer, Loaded
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.log import Recorder
-from offload_sparse.run.resume import Start, run_values, same_place
+from offload_sparse.run.resume import Start, again, run_values, same_place
 from offload_sparse.run.signals import Agreement, Interruption
 from offload_sparse.run.terminal import tell
 from offload_sparse.workloads.data.order import seed_of
@@ -239,7 +239,7 @@ class Progress:
             raise RunError(f"asked to stop at step {self.step}, but the checkpoint could not be written")
         if self._rank == 0:
             why = self._interruption.signal_name or "another rank was asked to"
-            tell(f"stopped at step {self.step} ({why}); the same command resumes")
+            tell(f"stopped at step {self.step} ({why}); {again(self._config)}")
         return {"stopped_at": self.step}
 
     def _save(self, state: MethodState) -> None:

@@ -36,6 +36,8 @@ _LENGTH = ("train.epochs", "train.max_steps")
 _SEARCH = ("policy.search", "round.freeze_at")
 """Settings that only methods with a search know; earlier versions wrote other ones down for the rest."""
 
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
 
 @dataclass(frozen=True)
 class Start:
@@ -71,8 +73,16 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def restarted() -> bool:
-    """Whether the launcher started this process again after a failure; then the run always resumes."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether the launcher started this process again after a failure, or Slurm a job that was requeued; then
+    the run always resumes."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
+
+
+def again(config: RunConfig) -> str:
+    """How a run that did not come to its end is taken up, in words."""
+    anew = "--overwrite true (which starts anew)" if config.overwrite else ""
+    without = anew or ("--resume never" if config.resume == "never" else "")
+    return f"the same command{f' without {without}' if without else ''} resumes"
 
 
 def start_of(config: RunConfig) -> Start:

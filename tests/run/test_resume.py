@@ -251,20 +251,40 @@ def test_a_run_that_cannot_be_carried_on_is_refused_and_left_alone(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restarted_attempt_resumes_the_run_that_resume_never_has_begun(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    count: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And no other one, which the attempt before has refused."""
+    """And no other one, which the attempt before has refused. Slurm counts how often a job was requeued."""
     for name, resume in (("own", "never"), ("earlier", "auto")):
         with monkeypatch.context() as patch:
             raise_signal_at(2, patch)
             assert train(images, tmp_path / name, "--method", "dense", "--resume", resume) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    capsys.readouterr()
+    assert "the same command without --resume never resumes" in capsys.readouterr().err
+    monkeypatch.setenv(count, "1")
     assert train(images, tmp_path / "own", "--method", "dense", "--resume", "never") == 0
     assert "resuming at step 3" in capsys.readouterr().err
     assert train(images, tmp_path / "earlier", "--method", "dense", "--resume", "never") == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_requeued_job_resumes_the_run_that_overwrite_has_begun(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand the same command begins anew, which the first part says."""
+    more = ("--method", "dense", "--overwrite", "true")
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(images, tmp_path, *more) == 0
+    without = "the same command without --overwrite true (which starts anew) resumes"
+    assert without in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert train(images, tmp_path, *more) == 0
+    assert "resuming at step 3" in capsys.readouterr().err
 
 
 def test_a_start_from_another_run_names_the_setting_that_differs(
