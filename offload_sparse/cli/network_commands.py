@@ -66,26 +66,36 @@ def _data_of_run(path: Path) -> dict[str, Any]:
 
 
 def _evaluate(config: EvaluateConfig) -> Any:
+    from offload_sparse.channels.require import Explained
     from offload_sparse.export.open import open_artefact
     from offload_sparse.run import evaluation
     from offload_sparse.run.checkpoint_network import exported
     from offload_sparse.workloads.data.loader import EvalLoader
     from offload_sparse.workloads.data.normalise import Normalise
-    from offload_sparse.workloads.data.source import load_splits
+    from offload_sparse.workloads.data.source import load_split, load_splits
 
-    with exported(config.path) as path:
+    with exported(config.path, data=config.data) as path:
         opened = open_artefact(path, config.trust)
-    mean, std = opened.preprocessing.mean, opened.preprocessing.std
+    mean, std, classes = opened.preprocessing.mean, opened.preprocessing.std, opened.preprocessing.class_names
     if not mean:
         raise ValueError(
             f"{config.path} does not say how its images are normalised; evaluate it in your own loop"
         )
-    split = getattr(load_splits(config.data), config.split)
+    if classes:
+        split = load_split(config.data, config.split, classes, len(mean))
+    else:  # written by a loop that does not name them: they are numbered as in the images for training
+        split = getattr(load_splits(config.data), config.split)
     if split is None:
         raise ValueError("no validation images; set --data.validation to a share or a split")
     normalise = Normalise(mean, std, opened.dtype).to(opened.device)
     loader = EvalLoader(split, config.data, channels=len(mean))
-    return evaluation.evaluate(opened.network, loader, normalise, opened.device)
+    shape, trained = (len(mean), loader.images.height, loader.images.width), opened.preprocessing.shape
+    numbers, known = ("x".join(map(str, sizes)) for sizes in (shape, trained))
+    told = f", trained on {known}," if trained not in ((), shape) else ""
+    side = f" (set data.image_size to {trained[1]})" if told and trained[1] == trained[2] else ""
+    before = f"the network{told} cannot be evaluated on images of {numbers}{side}: "
+    with Explained(before, kinds=(RuntimeError, IndexError)):
+        return evaluation.evaluate(opened.network, loader, normalise, opened.device)
 
 
 @dataclass

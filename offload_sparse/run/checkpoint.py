@@ -27,7 +27,7 @@ from offload_sparse.export.json_values import Count
 from offload_sparse.run import checkpoint_files
 from offload_sparse.run.checkpoint_files import CheckpointFolder, FileRecord, Manifest, RowsFile, rows_file
 from offload_sparse.run.launch import own_group
-from offload_sparse.run.resume import differences
+from offload_sparse.run.resume import PLACES, differences
 from offload_sparse.store.files import TEMPORARY
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,8 @@ class Checkpointer:
     def _check(self, folder: Path, fresh: MethodState) -> Manifest:
         """Manifest and files of a checkpoint; the ranks share the work of reading the files."""
         manifest = Manifest.read(folder)
-        differing = differences(manifest.config, self._values)
+        knows_images = bool(manifest.run.get("images"))  # of earlier versions, only the places are known
+        differing = differences(manifest.config, self._values, PLACES if knows_images else ())
         if differing:
             raise ValueError(f"it is of a run with {differing}")
         if manifest.method.get("channel_map") != fresh.meta.get("channel_map"):

@@ -15,6 +15,8 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.export.network_file import STRUCTURE_FILE
 from offload_sparse.run.checkpoint_files import CHECKPOINT_FOLDER, MANIFEST_FILE, CheckpointFolder, Manifest
 from offload_sparse.run.log import CONFIG_FILE, MEMBERS_FOLDER, MODEL_FOLDER, run_around
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.source import load_splits
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -39,9 +41,10 @@ def _member_of(run: Path | None, share: float, path: Path) -> Path:
 
 
 @contextmanager
-def exported(path: Path, budget: float = 0.0) -> Iterator[Path]:
+def exported(path: Path, budget: float = 0.0, data: DataConfig | None = None) -> Iterator[Path]:
     """A folder with the exported network of a checkpoint, which is gone afterwards; another path as it is.
-    With a ``budget``, of the member of this share of the family that the run around ``path`` trains.
+    With a ``budget``, of the member of this share of the family that the run around ``path`` trains; ``data``
+    says where the images of the run may be, if they are not where they were.
 
     The run is set up once more, in a folder of its own and on one process; nothing of it is trained. Raises
     ValueError: the checkpoint is damaged, its run has no ``config.yaml``, or its weights were in the files of
@@ -59,10 +62,23 @@ def exported(path: Path, budget: float = 0.0) -> Iterator[Path]:
         store = replace(store, path=store.path or str(run_of(path) / "store"))
     with tempfile.TemporaryDirectory() as folder:
         train = replace(config.train, check=False)
-        again = replace(config, run_dir=Path(folder), store=store, train=train, trackers=[], quiet=True)
+        images = config.data if data is None else _found(config.data, data)
+        again = replace(config, run_dir=Path(folder), store=store, train=train, data=images)
+        again = replace(again, trackers=[], quiet=True)
         with redirect_stdout(StringIO()):
             _finalize(again, path)
         yield _member_of(Path(folder), budget, path) if budget else Path(folder) / MODEL_FOLDER
+
+
+def _found(of_run: DataConfig, data: DataConfig) -> DataConfig:
+    """The data section of a run with its places, or those in ``data`` if nothing is there any more."""
+    moved = replace(of_run, name=data.name, cache=data.cache, class_map=data.class_map)
+    if moved != of_run:
+        try:
+            load_splits(of_run)
+        except ValueError:
+            return moved
+    return of_run
 
 
 def _finalize(config: RunConfig, checkpoint: Path) -> None:

@@ -49,7 +49,8 @@ class Remembered:
     Attributes:
         recent: places in the order of the data of the last batches.
         best: the highest score of an evaluation.
-        unlogged: what the steps measured that no line of the log has in it, as of ``StepRecord``."""
+        unlogged: what the steps measured that no line of the log has in it, as of ``StepRecord``.
+        images: which they are, as ``Splits.identity`` says it; empty in checkpoints of earlier versions."""
 
     skipped_batches: Count
     rollbacks: Count
@@ -58,6 +59,7 @@ class Remembered:
     unlogged: tuple[tuple[Any, ...], ...]
     seconds: float = 0.0
     total_steps: int = 0
+    images: str = ""
 
     def records(self) -> list[StepRecord]:
         """``unlogged``. Raises ValueError: it is none."""
@@ -89,6 +91,7 @@ class Progress:
         recorder: whose lines must agree with the position.
         start: how the run begins in its folder.
         batches_at: the batches at given places in the order of the data.
+        images: which they are, in words that are compared.
 
     Attributes:
         step, rollbacks: optimizer steps done, and how often the run went back.
@@ -103,7 +106,9 @@ class Progress:
         recorder: Recorder,
         start: Start,
         batches_at: Callable[[list[int]], Iterable[Any]],
+        images: str,
     ) -> None:
+        self._images = images
         self._config, self._method, self._recorder, self._batches_at = config, method, recorder, batches_at
         self._start, self._total_steps = start, 0
         self._rank, world_size = rank_and_world_size()
@@ -168,6 +173,8 @@ class Progress:
         if self.step and self._rank == 0 and start.status != "look":
             where = "its own store" if loaded is None or in_place else str(loaded.folder)
             tell(f"resuming at step {self.step} from {where}")
+            if start.moved and kept and kept.images:
+                tell(f"the run had {start.moved}; the classes and all labels are the same")
             if kept and kept.total_steps not in (0, total_steps):
                 tell(f"the run grows from {kept.total_steps} to {total_steps} steps, as does its schedule")
         self._saved_step, self._saved_at = self.step, time.monotonic()
@@ -266,6 +273,7 @@ class Progress:
             "best": self._best,
             "unlogged": [astuple(record) for record in records],
             "total_steps": self._total_steps,
+            "images": self._images,
         }
 
     def _recall(self, run: dict[str, Any]) -> None:
@@ -274,6 +282,12 @@ class Progress:
             self._unlogged = kept.records()
         except ValueError as error:
             raise ValueError(f"what the run remembers of step {self.step} is damaged: {error}") from None
+        if kept.images not in ("", self._images):
+            raise ValueError(
+                f"the run was trained on {kept.images}, but data.name {self._config.data.name} has "
+                f"{self._images}; give its own images, another folder with --run_dir, or start anew with "
+                "--overwrite true"
+            )
         self._kept = kept
         self.rollbacks, self._skipped_batches = kept.rollbacks, kept.skipped_batches
         self._best, self._improved = kept.best, False
@@ -314,9 +328,9 @@ class Progress:
         state, run = loaded.state, loaded.manifest.run
         generators = {n.removeprefix(_RNG): t for n, t in state.local.items() if n.startswith(_RNG)}
         state.local = {n: t for n, t in state.local.items() if not n.startswith(_RNG)}
-        self._method.restore(state)
         self.step = loaded.manifest.step
         self._recall(run)
+        self._method.restore(state)
         self._method.recall(self._batches_at(list(self._recent)))
         if generators:
             set_random_state(generators)

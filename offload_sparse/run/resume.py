@@ -8,7 +8,7 @@ again goes on from where the folder is.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,9 @@ _LENGTH = ("train.epochs", "train.max_steps")
 _SEARCH = ("policy.search", "round.freeze_at")
 """Settings that only methods with a search know; earlier versions wrote other ones down for the rest."""
 
+PLACES = ("data.name", "data.cache", "data.class_map")
+"""Settings that say where the images of a run are; which images these are is compared by themselves."""
+
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -47,11 +50,13 @@ class Start:
         status: ``new``, ``started`` (there is an earlier part), ``finished``, or ``look``: nothing is
             trained, and weights in files stay as they are.
         source: the checkpoint or run to start from where the folder has no checkpoint of its own.
-        goes_back: ``source`` is a checkpoint of this run, and what came after it is dropped."""
+        goes_back: ``source`` is a checkpoint of this run, and what came after it is dropped.
+        moved: in words, where the images were and are, if that is not the same."""
 
     status: Literal["new", "started", "finished", "look"]
     source: Path | None = None
     goes_back: bool = False
+    moved: str = ""
 
 
 def run_values(config: RunConfig) -> dict[str, Any]:
@@ -60,9 +65,11 @@ def run_values(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k not in _FREE and k.split(".")[0] not in _FREE_SECTIONS}
 
 
-def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """How the settings of a run differ from those that it was begun with, in words; empty if it can go on."""
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """How the settings of a run differ from those that it was begun with, in words; empty if it can go on. A
+    ``free`` one may name another place, but not none."""
     keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    keys = [key for key in keys if key not in free or not (saved.get(key) and wanted.get(key))]
     (unit, before), (same_unit, now) = _length(saved), _length(wanted)
     if unit == same_unit and now >= before:
         keys = [key for key in keys if key not in _LENGTH]
@@ -107,8 +114,11 @@ def _start_of(config: RunConfig) -> Start:
     saved = _saved(folder / CONFIG_FILE)
     source = _place(saved.resume)
     before, now = run_values(saved), run_values(config)
-    differing = differences(before, now)
-    is_older = config.overwrite and (differing or (folder / SUMMARY_FILE).is_file())
+    differing = differences(before, now, PLACES)
+    moved = "" if differing else differences(before, now)
+    if moved and _length(now) == _length(before) and _is_whole(folder):
+        differing = moved  # finished: nothing shows which images it was trained on
+    is_older = config.overwrite and (differing or moved or (folder / SUMMARY_FILE).is_file())
     if is_older or (config.resume == "never" != saved.resume):
         return Start("new")  # the attempt that was restarted had not begun
     begun_from_it = named is None or (source is not None and same_place(named, source))
@@ -122,10 +132,10 @@ def _start_of(config: RunConfig) -> Start:
             "replace that run with --overwrite true"
         )
     if not begun_from_it and not same_place(named, folder):  # type: ignore[arg-type]
-        return Start("started", named, goes_back=True)
+        return Start("started", named, goes_back=True, moved=moved)
     if _length(now) == _length(before) and _is_whole(folder):
         return Start("finished")
-    return Start("started", source)
+    return Start("started", source, moved=moved)
 
 
 def _place(resume: str) -> Path | None:

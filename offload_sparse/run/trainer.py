@@ -144,7 +144,8 @@ class Run:
         self.teacher = self._teacher()
         self.method: Method = build_method(self.task)
         return_freed_memory()
-        self.progress = Progress(config, self.method, self.recorder, start, self._batches_at)
+        images_are = self.splits.identity()
+        self.progress = Progress(config, self.method, self.recorder, start, self._batches_at, images_are)
 
     # --- the loop ---
 

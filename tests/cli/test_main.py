@@ -236,18 +236,18 @@ def test_verify_all_ends_well_when_every_network_is_accepted(
 # --- evaluate ----------------------------------------------------------------------------------------
 
 
-def exported_run(run_dir: Path) -> nn.Module:
+def exported_run(run_dir: Path, name: str = SMALL, **preprocessing: Any) -> nn.Module:
     """A run folder whose network is a random one that keeps all its channels."""
     arguments = {"num_classes": 10, "in_channels": 1, "image_size": 28}
-    network = build_model(SMALL, **arguments).eval()
+    network = build_model(name, **arguments).eval()
     config = RunConfig(run_dir=run_dir)
     config.data.limit, config.data.image_size = 64, 28
     with Recorder(config) as recorder:
         recorder.begin(1, 1)
     channel_map = ChannelMap((Group("all", 0, 1),), {}, {})
-    model = {"name": SMALL, "arguments": arguments}
+    model = {"name": name, "arguments": arguments}
     final = FinalNetwork(network, torch.ones(1, dtype=torch.bool), channel_map)
-    final.save(run_dir / "model", model, {"mean": [0.25], "std": [0.5]})
+    final.save(run_dir / "model", model, {"mean": [0.25], "std": [0.5]} | preprocessing)
     return network
 
 
@@ -272,6 +272,36 @@ def test_evaluate_measures_the_exported_network_on_the_data_of_its_run(
         assert figures["images"] == 64
         assert figures["loss"] == pytest.approx(expected_loss, rel=1e-5)
         assert figures["accuracy"] == pytest.approx(expected_accuracy)
+
+
+def test_evaluate_numbers_the_classes_as_the_network_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offload_sparse.workloads.data.loader import EvalLoader
+    from offload_sparse.workloads.data.source import load_splits
+
+    config = RunConfig().data
+    config.limit = 64
+    splits = load_splits(config)
+    network = exported_run(tmp_path, class_names=splits.class_names[::-1])
+    (batch,) = EvalLoader(splits.test, config)
+    with torch.no_grad():
+        logits = network((batch.images / 255 - 0.25) / 0.5)
+    assert cli.main(["evaluate", "--json", str(tmp_path)]) == 0
+    expected = float((logits.argmax(1) == 9 - batch.labels).double().mean())
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(expected)
+
+
+def test_images_that_the_network_does_not_know_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported_run(tmp_path / "flat", "offload_sparse/mlp", shape=[1, 28, 28])
+    message = error_of(["evaluate", str(tmp_path / "flat"), "--data.image_size", "20"], capsys)
+    assert "trained on 1x28x28, cannot be evaluated on images of 1x20x20" in message
+    assert "(set data.image_size to 28)" in message
+    exported_run(tmp_path / "few", class_names=["Bag", "Coat"])
+    message = error_of(["evaluate", str(tmp_path / "few")], capsys)
+    assert "has labels outside the 2 classes of the network, such as 'Ankle boot'" in message
 
 
 def test_evaluate_takes_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

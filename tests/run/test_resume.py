@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,10 @@ from accelerate.state import AcceleratorState
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
+from offload_sparse.export.json_values import sealed
 from offload_sparse.run.checkpoint_files import CheckpointFolder
 from offload_sparse.run.trainer import Run
-from tests.support.image_runs import options, poison
+from tests.support.image_runs import options, poison, with_classes
 
 METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
 
@@ -27,9 +29,9 @@ def train(images: Path, run_dir: Path, *more: str) -> int:
     return main(options(images, run_dir, "--train.check", "false", "--train.log_every", "4", *more))
 
 
-def look(checkpoint: Path) -> int:
+def look(checkpoint: Path, *more: str) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return main(["evaluate", str(checkpoint)])
+    return main(["evaluate", str(checkpoint), *more])
 
 
 def raise_signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
@@ -284,6 +286,75 @@ def test_a_requeued_job_resumes_the_run_that_overwrite_has_begun(
     assert without in " ".join(capsys.readouterr().err.split())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert train(images, tmp_path, *more) == 0
+    assert "resuming at step 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tier", ["ram", "file"])
+def test_a_run_whose_classes_are_others_is_refused_and_left_alone(
+    tier: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The names have changed in the same files. With the old ones it resumes to the end that it would have
+    had, also where a store in files has been opened in between."""
+    data, run = Path(shutil.copytree(images, tmp_path / "data")), tmp_path / "run"
+    more = ("--store.tier", tier)
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(data, run, *more) == 0
+    with_classes(images, data, "light", "dusk")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "store" not in p.parts}
+    capsys.readouterr()
+    assert train(data, run, *more) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "was trained on 96 train, 40 test images of 2 classes: dark, light (" in message
+    assert "has 96 train, 40 test images of 2 classes: light, dusk (" in message
+    assert {p: p.read_bytes() for p in before} == before
+    if tier == "file":
+        shutil.copytree(images, data, dirs_exist_ok=True)
+        assert train(data, run, *more) == 0
+        assert train(data, tmp_path / "straight", *more) == 0
+        assert_same_run(tmp_path / "straight", run)
+
+
+def test_a_run_whose_images_have_moved_resumes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its checkpoint is evaluated, with the new place. A finished run is not taken for one on others."""
+    parts, more = tmp_path / "parts", ("--method", "dense")
+    assert train(images, tmp_path / "straight", *more) == 0
+    data = Path(shutil.copytree(images, tmp_path / "data"))
+    with monkeypatch.context() as patch:
+        raise_signal_at(4, patch)
+        assert train(data, parts, *more) == 0
+    there = data.rename(tmp_path / "there")
+    newest = parts / "checkpoints" / "step_00000005"
+    assert look(newest) == 2
+    assert look(newest, "--data.name", str(there)) == 0
+    capsys.readouterr()
+    assert train(there, parts, *more) == 0
+    assert "the classes and all labels are the same" in " ".join(capsys.readouterr().err.split())
+    assert_same_run(tmp_path / "straight", parts)
+    assert train(images, parts, *more) == 2
+    assert "holds a run already, with data.name" in capsys.readouterr().err
+
+
+def test_of_an_earlier_version_only_the_place_of_the_images_is_known(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        raise_signal_at(2, patch)
+        assert train(images, tmp_path / "run", "--method", "dense") == 0
+    path = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["digest"], manifest["run"]["images"]
+    path.write_text(sealed(manifest))
+    there = Path(shutil.copytree(images, tmp_path / "there"))
+    assert train(there, tmp_path / "run", "--method", "dense") == 2
+    assert f"it is of a run with data.name {images}" in capsys.readouterr().err
+    assert train(images, tmp_path / "run", "--method", "dense") == 0
     assert "resuming at step 3" in capsys.readouterr().err
 
 

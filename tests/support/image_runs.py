@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from offload_sparse.run import trainer
+from offload_sparse.workloads.data.parquet import read_parquet
 
 
 def options(images: Path, run_dir: Path, *more: str) -> list[str]:
@@ -18,6 +20,14 @@ def options(images: Path, run_dir: Path, *more: str) -> list[str]:
         *("--policy.search", "sampled", "--train.log_every", "2"),
         *("--quiet", "true", *more),
     ]
+
+
+def with_classes(images: Path, folder: Path, *names: str) -> Path:
+    """The same images, in parquet files in ``folder``, with other names of their classes."""
+    for path in images.glob("*.parquet"):
+        table = read_parquet([path]).cast_column("label", datasets.ClassLabel(names=list(names)))
+        table.to_parquet(folder / path.name)
+    return folder
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[Any]:

@@ -63,9 +63,15 @@ def class_names(train: Labels, class_map: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(class_map.values()) if name in occurring)
 
 
-def class_numbers(labels: Labels, split: str, names: Sequence[str], class_map: Mapping[str, str]) -> Tensor:
-    """int64[N]: the number of each row's class. Raises ValueError: a label belongs to no class of the
-    training split."""
+def class_numbers(
+    labels: Labels,
+    split: str,
+    names: Sequence[str],
+    class_map: Mapping[str, str],
+    whose: str = "the training split",
+) -> Tensor:
+    """int64[N]: the number of each row's class. Raises ValueError: a label belongs to no class of those that
+    are numbered, which are ``whose``."""
     number = {name: i for i, name in enumerate(names)}
     wanted = [number.get(class_map.get(value, "") if class_map else value, -1) for value in labels.values]
     known = (labels.codes >= 0) & (labels.codes < len(wanted))
@@ -73,10 +79,10 @@ def class_numbers(labels: Labels, split: str, names: Sequence[str], class_map: M
     if (found < 0).any():
         code = int(labels.codes[found < 0][0])
         value = labels.values[code] if 0 <= code < len(wanted) else str(code)
-        where = "data.class_map" if class_map and value not in class_map else "the training split"
+        where = "data.class_map" if class_map and value not in class_map else whose
         raise ValueError(
             f"split {split!r} has labels outside the {len(names)} classes of {where}, such as {value!r}; "
-            "choose another split or data.columns"
+            "choose another split or data.columns, or name the class of each label in data.class_map"
         )
     return torch.from_numpy(found)
 

@@ -7,12 +7,14 @@ or ``<class>/<image>``); a data set on the hub.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -147,16 +149,27 @@ class Splits:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def parts(self) -> dict[str, Split]:
+        """Those that are there, by purpose."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def identity(self) -> str:
+        """What is the same as long as these are the same images, wherever they lie: the classes, and how many
+        images there are of each, in which order. A few words for people, with a digest."""
+        digest = hashlib.blake2b(json.dumps(self.class_names).encode(), digest_size=8)
+        for name, part in self.parts().items():
+            digest.update(f"{name} {len(part)}".encode() + part.labels.numpy().tobytes())
+        images = ", ".join(f"{len(part):,} {name}" for name, part in self.parts().items())
+        classes = f"{self.num_classes} classes: {listed(self.class_names)}"
+        return f"{images} images of {classes} ({digest.hexdigest()})"
+
     def describe(self) -> list[str]:
         """What there is to train on, in lines of at most 98 columns."""
-        names = ", ".join(self.class_names)
-        if len(names) > _LONGEST_LIST:
-            names = f"{names[:_LONGEST_LIST].rpartition(', ')[0]}, … {self.class_names[-1][:20]}"
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        counted = [f"{name} {_counted(part, self.num_classes)}" for name, part in parts.items() if part]
+        counted = [f"{name} {_counted(part, self.num_classes)}" for name, part in self.parts().items()]
         height, width = self.image_shape
         return [
-            f"{self.num_classes} classes: {names}",
+            f"{self.num_classes} classes: {listed(self.class_names)}",
             f"images (of a class): {', '.join(counted)}",
             f"read as {height}×{width} pixels, {self.in_channels} channel(s); stored as {self.stored_as}",
         ]
@@ -167,14 +180,7 @@ def load_splits(config: DataConfig) -> Splits:
     the run. Raises ValueError: no such dataset, file, split or column; unusable labels; no images left. One
     line, with advice."""
     (train_name, test_name), held = config.splits, config.validation_split
-    names = [train_name, test_name, held] if held else config.splits
-    tables = _load_tables(config, list(dict.fromkeys(names)))
-    class_map = read_class_map(config.class_map) if config.class_map else {}
-    labels = {name: _labels(table, name, config.label_column) for name, table in tables.items()}
-    classes = class_names(labels[train_name], class_map)
-    numbers = {name: class_numbers(found, name, classes, class_map) for name, found in labels.items()}
-    images = {name: _image_column(table, config.image_column) for name, table in tables.items()}
-    splits = {name: Split(name, images[name], numbers[name]) for name in tables}
+    splits, classes = _numbered(config, _names(config))
     sample = splits[train_name].sample(config.corrupt_limit)
     channels = 1 if {image.mode for image in sample} <= set(GREY_MODES) else 3
     splits = {name: replace(split, channels=channels) for name, split in splits.items()}
@@ -193,14 +199,62 @@ def load_splits(config: DataConfig) -> Splits:
     return Splits(train, test, validation, classes, channels, shape, _stored_as(sample))
 
 
+def load_split(
+    config: DataConfig,
+    purpose: Literal["train", "test", "validation"],
+    classes: Sequence[str],
+    channels: int,
+) -> Split | None:
+    """One of the splits that ``load_splits`` gives, for a network: with the classes numbered as in its
+    ``classes``, decoded to its ``channels``; no other split has to be there. None for validation images where
+    there are none. Raises ValueError: as ``load_splits``."""
+    (train_name, test_name), held = config.splits, config.validation_split
+    share = config.validation_size
+    if purpose == "validation" and not (held or share):
+        return None
+    name = {"train": train_name, "test": test_name, "validation": held or train_name}[purpose]
+    split = replace(_numbered(config, [name], classes)[0][name], channels=channels)
+    if share and purpose != "test":
+        split = _hold_out(split, share)[purpose == "validation"]
+    return split if purpose == "validation" else _limit(split, config.limit)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names of classes, the first and the last of many."""
+    text = ", ".join(names)
+    if len(text) <= _LONGEST_LIST:
+        return text
+    return f"{text[:_LONGEST_LIST].rpartition(', ')[0]}, … {names[-1][:20]}"
+
+
+def _names(config: DataConfig) -> list[str]:
+    """The names of all splits that are configured; the first is that of the training images."""
+    return list(dict.fromkeys([*config.splits, config.validation_split or config.splits[0]]))
+
+
+def _numbered(
+    config: DataConfig, names: list[str], classes: Sequence[str] = ()
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """The asked-for splits by name, with the classes that they are numbered by: ``classes``, which a network
+    knows, else those of the first split."""
+    tables = _load_tables(config, names)
+    class_map = read_class_map(config.class_map) if config.class_map else {}
+    labels = {name: _labels(table, name, config.label_column) for name, table in tables.items()}
+    whose = "the network" if classes else "the training split"
+    classes = tuple(classes) or class_names(labels[names[0]], class_map)
+    numbers = {name: class_numbers(found, name, classes, class_map, whose) for name, found in labels.items()}
+    images = {name: _image_column(table, config.image_column) for name, table in tables.items()}
+    return {name: Split(name, images[name], numbers[name]) for name in tables}, classes
+
+
 def _load_tables(config: DataConfig, names: list[str]) -> dict[str, Table]:
     """The asked-for splits by name, each with the image and label columns."""
-    present, read = _resolve(config)
+    present, read = _resolve(config, names[0])
     tables: dict[str, Table] = {}
     taken = set[str]()
     for name in names:
         # A file on its own has no split name; it serves as the first one asked for, the training images.
-        found = "" if present == [""] and name == names[0] else _called(name, present, names)
+        found = "" if present == [""] and name == names[0] else _called(name, present, _names(config))
         if found is None or found in taken:  # two names never mean the same images
             raise ValueError(_missing_split(config.name, name, present))
         taken.add(found)
@@ -216,7 +270,8 @@ def _called(name: str, present: Sequence[str], wanted: Sequence[str] = ()) -> st
     return next((called for called in (name, *usual) if called in present), None)
 
 
-def _resolve(config: DataConfig) -> _Source:
+def _resolve(config: DataConfig, first: str) -> _Source:
+    """Where the splits are, of which ``first`` is wanted in any case."""
     name, path = config.name, Path(config.name).expanduser()
     if name == EMBEDDED:
         return ["test", "train"], lambda split: _read_files(
@@ -227,7 +282,7 @@ def _resolve(config: DataConfig) -> _Source:
     if path.is_file() and path.suffix in (".parquet", ".tar"):
         return [""], lambda _: _read_files([path], config)
     if path.is_dir():
-        return _resolve_folder(path, config)
+        return _resolve_folder(path, config, first)
     if path.exists():
         raise ValueError(
             f"data.name {name!r} is a file, but not a parquet file, a tar shard or a listing; give one of "
@@ -240,11 +295,11 @@ def _resolve(config: DataConfig) -> _Source:
     return _resolve_hub(config)
 
 
-def _resolve_folder(path: Path, config: DataConfig) -> _Source:
+def _resolve_folder(path: Path, config: DataConfig, first: str) -> _Source:
     folders = class_folders(path)
     for suffix in (".parquet", ".tar", *LISTINGS):
         present = split_names(path, suffix)  # of files beside folders, only those are meant that say so
-        if present and (not folders or _called(config.splits[0], present)):
+        if present and (not folders or _called(first, present)):
             return present, lambda split, suffix=suffix: _read_files(split_files(path, split, suffix), config)
     present = folders
     usual = {*config.splits, *_ALSO_CALLED, *sum(_ALSO_CALLED.values(), ())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import parquet, source
-from offload_sparse.workloads.data.source import Split, load_splits
+from offload_sparse.workloads.data.source import Split, load_split, load_splits
 from tests.support.constants import configured
 from tests.workloads.data.images import parquet_folder, pixels, png, table, write_parquet
 
@@ -181,6 +182,48 @@ def test_an_image_folder_gives_splits_and_classes_by_its_sub_folders(image_folde
     assert sorted(splits.train.labels.tolist()) == [0, 0, 1, 1, 2, 2]
     assert sorted(splits.test.labels.tolist()) == [0, 0, 2, 2], "a class keeps its number in every split"
     assert (splits.in_channels, splits.image_shape) == (3, (8, 8))
+
+
+def test_a_split_is_read_alone_with_the_classes_of_a_network(image_folder: Path) -> None:
+    shutil.rmtree(image_folder / "train")
+    config = DataConfig(name=str(image_folder), image_size=8)
+    split = load_split(config, "test", ("cow", "bee", "ant"), 3)
+    assert split is not None
+    heights = [image.shape[0] for image in arrays(split)]
+    assert list(zip(heights, split.labels.tolist(), strict=True)) == [(10, 2), (10, 2), (12, 0), (12, 0)]
+    with pytest.raises(ValueError, match="outside the 2 classes of the network, such as 'cow'"):
+        load_split(config, "test", ("ant", "bee"), 3)
+
+
+@pytest.mark.parametrize("validation", ["", "0.25", "test"])
+def test_a_split_that_is_read_alone_is_the_one_of_all(validation: str, tmp_path: Path) -> None:
+    name = str(parquet_folder(tmp_path))
+    config = DataConfig(name=name, validation=validation, limit=5)
+    splits = load_splits(config)
+    for purpose in ("train", "test", "validation"):
+        alone, expected = load_split(config, purpose, splits.class_names, 1), getattr(splits, purpose)
+        assert (alone is None) == (expected is None)
+        if alone is not None:
+            assert torch.equal(alone.labels, expected.labels)
+            assert_same_images(alone, arrays(expected))
+
+
+def test_a_file_on_its_own_serves_as_the_split_that_is_read_alone(tmp_path: Path) -> None:
+    classes = load_splits(DataConfig(name=str(parquet_folder(tmp_path)))).class_names
+    split = load_split(DataConfig(name=str(tmp_path / "test.parquet")), "test", classes, 1)
+    assert split is not None
+    assert_same_images(split, pixels(6, seed=1))
+
+
+def test_images_are_known_by_their_classes_and_labels_wherever_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    here = parquet_folder(tmp_path / "here")
+    there = Path(shutil.copytree(here, tmp_path / "there"))
+    identity = load_splits(DataConfig(name=str(here))).identity()
+    assert load_splits(DataConfig(name=str(there))).identity() == identity
+    assert load_splits(DataConfig(name=str(there), limit=5)).identity() != identity
+    shutil.copy(there / "train.parquet", there / "test.parquet")
+    assert load_splits(DataConfig(name=str(there))).identity() != identity
 
 
 def test_an_image_folder_without_the_split_names_what_is_there(image_folder: Path) -> None:
