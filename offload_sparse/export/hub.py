@@ -11,6 +11,7 @@ from offload_sparse.export.network_file import Structure, copy_network, read_str
 from offload_sparse.store.files import write_file
 
 CARD_FILE = "README.md"
+_LIBRARY = "offload-sparse"
 
 _FIGURES = (
     ("test_accuracy", "test accuracy", "{:.2%}"),
@@ -31,6 +32,11 @@ def write_hub_folder(source: Path, target: Path, summary: dict[str, Any]) -> Non
     ``target``; nothing is uploaded. Raises ValueError: the network is missing or damaged."""
     copy_network(source, target)
     write_file(target / CARD_FILE, model_card(read_structure(target), summary))
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a card that was written here."""
+    return path.is_file() and f"library_name: {_LIBRARY}".encode() in path.read_bytes()
 
 
 def model_card(structure: Structure, summary: dict[str, Any]) -> str:
@@ -74,9 +80,9 @@ def model_card(structure: Structure, summary: dict[str, Any]) -> str:
 
 def _metadata(short: str, summary: dict[str, Any]) -> dict[str, Any]:
     metadata: dict[str, Any] = {
-        "library_name": "offload-sparse",
+        "library_name": _LIBRARY,
         "pipeline_tag": "image-classification",
-        "tags": ["pruning", "structured-sparsity", "offload-sparse"],
+        "tags": ["pruning", "structured-sparsity", _LIBRARY],
         "metrics": ["accuracy"],
     }
     accuracy = summary.get("test_accuracy")

@@ -24,6 +24,8 @@ from offload_sparse.export.hub import model_card
 from offload_sparse.export.json_values import Count, sealed
 from offload_sparse.export.network_file import FinalNetwork, Structure, load_pruned
 from offload_sparse.export.open import open_artefact
+from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.source import load_splits
 from offload_sparse.workloads.models import build_model
 
 FORMATS: tuple[Format, ...] = ("safetensors", "torch_export", "onnx", "hub")
@@ -59,7 +61,8 @@ def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder of a run with the network in every format."""
     run_dir = tmp_path_factory.mktemp("run")
     model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
-    preprocessing = {"mean": [0.25], "std": [0.5], "shape": list(SHAPE), "class_names": ["a", "b"]}
+    classes = list(load_splits(DataConfig()).class_names)
+    preprocessing = {"mean": [0.25], "std": [0.5], "shape": list(SHAPE), "class_names": classes}
     network.save(run_dir / "model", model, preprocessing)
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
     (run_dir / "config.yaml").write_text("data: {limit: 48}\n")
@@ -175,6 +178,50 @@ def test_the_model_card_names_no_folder_of_the_machine(dataset: str) -> None:
 def test_a_network_is_never_written_over_itself(exports: Path) -> None:
     with pytest.raises(ValueError, match=r"is the folder that is read; .* --output"):
         export_network(exports, "safetensors", exports / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("safetensors", "structure.json"), ("hub", "README.md"), ("onnx", "network.json")]
+)
+def test_a_file_that_no_export_has_written_is_not_replaced(
+    name: Format, own: str, exports: Path, tmp_path: Path
+) -> None:
+    (tmp_path / own).write_text("my own")
+    with pytest.raises(ValueError, match=f"{own} is of no export that can be replaced; move it, or give"):
+        export_network(exports, name, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {own: "my own"}
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(
+    exports: Path, tmp_path: Path, network: FinalNetwork
+) -> None:
+    own = {name: name.encode() for name in ("model.pt2", "notes.txt")}
+    for name, content in own.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("onnx", "hub", "safetensors", "onnx"):
+        export_network(exports, name, tmp_path)
+        written = {path.name for path in (exports / "export" / name).iterdir()}
+        assert {path.name for path in tmp_path.iterdir()} | {"README.md"} == {*written, *own, "README.md"}
+        assert {name: (tmp_path / name).read_bytes() for name in own} == own
+        images = torch.randn(2, *SHAPE)
+        torch.testing.assert_close(logits(tmp_path, images), network.module(images), rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_that_fails_loses_no_earlier_one(
+    copy: Callable[[Kind], Path], exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload_sparse.export import convert
+
+    def breaks(network: Any, shape: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise ValueError("no such operator")
+
+    earlier = copy("onnx")
+    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    monkeypatch.setattr(convert, "write_onnx", breaks)
+    with pytest.raises(ValueError, match="no such operator"):
+        export_network(exports, "onnx", earlier)
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
 
 
 def test_a_graph_needs_the_shape_of_the_images(network: FinalNetwork, tmp_path: Path) -> None:
