@@ -128,9 +128,10 @@ class WeightSource:
 
         on_first_rank(check)
 
-    def fitted(self, network: nn.Module) -> FittedWeights:
-        """The same, known to fit ``network`` (on any device; only names and shapes matter). Raises
-        ValueError: tensors are missing or of other shapes; one line that counts and names them."""
+    def fitted(self, network: nn.Module, last: Sequence[str] = ()) -> FittedWeights:
+        """The same, known to fit ``network`` (on any device; only names and shapes matter). ``last`` are the
+        tensors that ``NEW_HEAD`` starts afresh where the classes are others, but as many. Raises ValueError:
+        tensors are missing or of other shapes; one line that counts and names them."""
         shared = dict(network.named_parameters(remove_duplicate=False))
         own = named_tensors(network)
         names = {id(tensor): name for name, tensor in network.named_parameters()}
@@ -145,7 +146,7 @@ class WeightSource:
             else:
                 found.setdefault(name, stored)
         odd = [name for name, stored in found.items() if not _alike(stored, own[name])]
-        head = self._head(odd, found, own)
+        head = self._head(odd, found, own) if odd else list(last)
         if self.new_head:
             found = {name: stored for name, stored in found.items() if name not in head}
             odd = [name for name in odd if name not in head]

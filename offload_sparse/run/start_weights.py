@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.pretrained import NEW_HEAD, FittedWeights, WeightSource
 from offload_sparse.export.description import Preprocessing
+from offload_sparse.run.plan.dry_run import model_on_meta
+from offload_sparse.store.initialisation import named_tensors
 from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.data.loader import DeclaredData
+from offload_sparse.workloads.data.source import listed
 from offload_sparse.workloads.models.weight_cache import PRETRAINED, CachedWeights, cached_weights
 
 
@@ -22,6 +28,32 @@ def weight_source(config: RunConfig) -> WeightSource | None:
     source = WeightSource(f"{published.path}{NEW_HEAD if text.endswith(NEW_HEAD) else ''}")
     source.preprocessing = Preprocessing(published.mean, published.std)
     return source
+
+
+def fitted_weights(
+    config: RunConfig,
+    source: WeightSource | None,
+    model: nn.Module,
+    data: DeclaredData,
+    classes: Sequence[str],
+    begins: bool,
+) -> FittedWeights | None:
+    """The weights of ``source``, known to fit the network ``model`` and, where a run begins, ``classes``, the
+    names of the classes of its images by number. Raises ValueError: they do not; one line with advice."""
+    if source is None:
+        return None
+    theirs = source.preprocessing.class_names
+    if not theirs or theirs == tuple(classes):
+        return source.fitted(model)
+    other = named_tensors(model_on_meta(config, replace(data, num_classes=data.num_classes + 1)))
+    last = [name for name, tensor in named_tensors(model).items() if other[name].shape != tensor.shape]
+    weights = source.fitted(model, last)
+    if begins and not source.new_head:
+        raise ValueError(
+            f"{source.path} knows the classes {listed(theirs)}, and the images have {listed(classes)}; "
+            f"{NEW_HEAD} behind the path starts the last layer afresh, data.class_map renames classes"
+        )
+    return weights
 
 
 def prepared_images(

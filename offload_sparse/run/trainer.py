@@ -38,7 +38,7 @@ from offload_sparse.run.position import Progress
 from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
-from offload_sparse.run.start_weights import prepared_images, weight_source
+from offload_sparse.run.start_weights import fitted_weights, prepared_images, weight_source
 from offload_sparse.run.teacher import TEACHER_FOLDER, Taught, Teacher, distilled
 from offload_sparse.run.terminal import fitted, tell, warn_of_collapse
 from offload_sparse.store.files import write_file
@@ -129,16 +129,17 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.device = self.accelerator.device
         self.image_shape = (self.channels, *self.splits.image_shape)
-        self.model_arguments = model_arguments(config, self._declared())
-        model = self._model = model_on_meta(config, self._declared())  # which says what does not fit together
-        weights = source.fitted(model) if source is not None else None
+        data, begins = self._declared(), start.status == "new"
+        self.model_arguments = model_arguments(config, data)
+        model = self._model = model_on_meta(config, data)  # which says what does not fit together
+        weights = fitted_weights(config, source, model, data, self.splits.class_names, begins)
         images, self.lines = prepared_images(config, weights, self.image_shape)
         last = takes_channels_last(model, self.image_shape)
         self.normalise = normalise_for(self.train_loader.images, images, self.dtype, last).to(self.device)
         mode: Mode = "look" if start.status == "look" else "resume" if resumes else "replace"
         self.task = self._task(mode, weights)
         if config.train.check:
-            data, machine = self._declared(), this_machine(self.device, accelerator.num_processes)
+            machine = this_machine(self.device, accelerator.num_processes)
             on_first_rank(lambda: check(config, data, machine))  # whose machine decides for all
         bound_memory(self.task.factory)
         self.teacher = self._teacher()

@@ -21,7 +21,7 @@ from offload_sparse.run.trainer import Run
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.models import build_model, weight_cache
 from offload_sparse.workloads.models.weight_cache import cached_weights
-from tests.support.image_runs import options
+from tests.support.image_runs import options, with_classes
 
 METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
 
@@ -66,6 +66,32 @@ def test_the_images_are_prepared_as_those_that_the_weights_know(
     more = ("--data.mean", "[0.1]", "--data.std", "[0.1]", "--quiet", "false")
     assert train(images, tmp_path / "own", "--model.weights", str(dense), *more) == 0
     assert "were trained on images of mean and std 0.500 ± 0.250" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--train.distill", "true")], ids=["start", "distill"])
+def test_weights_of_other_classes_are_refused(
+    more: tuple[str, ...], images: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many, so that every tensor has its shape."""
+    with_classes(images, tmp_path, "dark", "dusk")
+    capsys.readouterr()
+    assert train(tmp_path, tmp_path / "run", "--model.weights", str(dense), *more) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "knows the classes dark, light, and the images have dark, dusk; +new_head behind" in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_new_head_takes_nothing_of_the_last_layer_of_other_classes(
+    images: Path, dense: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 all else is what it was."""
+    with_classes(images, tmp_path, "dark", "dusk")
+    more = ("--method", "dense", "--model.weights", f"{dense}+new_head", "--optim.lr", "0")
+    assert train(tmp_path, tmp_path / "run", *more) == 0
+    start, end = (load_file(run / "model" / "weights.safetensors") for run in (dense, tmp_path / "run"))
+    names = dict(load_pruned(dense / "model").named_parameters())
+    differ = {name for name in names if not torch.equal(start[name], end[name])}
+    assert {name.partition(".")[0] for name in differ} == {"classifier"}
 
 
 def test_a_run_that_started_from_weights_resumes(
