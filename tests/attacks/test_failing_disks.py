@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from offload_sparse.cli.main import main
+from offload_sparse.export import convert
 from offload_sparse.run import trainer
 from tests.run import killed_run
 
@@ -119,10 +121,15 @@ def test_a_disk_that_fills_is_one_line_and_the_run_resumes(
     assert weights(tmp_path / "run") == undisturbed
 
 
-def test_an_export_to_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_to_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is written beside the files of an earlier one."""
     assert run(tmp_path / "run") == 0
     output = tmp_path / "export"
-    lead_to_full(output, "weights.safetensors.tmp")
+    output.mkdir()
+    lead_to_full(output / "part", "weights.safetensors.tmp")
+    monkeypatch.setattr(convert.tempfile, "TemporaryDirectory", lambda *_: nullcontext(output / "part"))
     assert main(["export", str(tmp_path / "run"), "--output", str(output)]) == 1
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert "error:" in line
