@@ -37,8 +37,8 @@ def train(argv: Sequence[str]) -> int:
 
 
 PAPER_NOTE = (
-    "the paper's search measured below static here (84.0 against 87.5 % at rho 0.25, two epochs); for the "
-    "default search add --config configs/default_search.yaml"
+    "the paper's search measured below static here (72.2 against 84.2 %: VGG-19, CIFAR-10, 40 epochs); for "
+    "the default search add --config configs/default_search.yaml"
 )
 
 
@@ -154,7 +154,7 @@ def _size(value: float) -> str:
 
 @dataclass
 class ConfigConfig(RunConfig):
-    """Print the configuration that files and options come to, as a run would keep it in config.yaml.
+    """Print the configuration that files and options come to; a run resolves auto for its device.
 
     Attributes:
         markdown: print the reference of all options instead.

@@ -47,9 +47,9 @@ class RoundConfig:
             one more slot per weight in the store.
         freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
             (the short fine-tune of the paper). 1 chooses it after the last step. ``auto`` is .2 for
-            ``policy.search`` ``forward``, .05 for ``sampled``, and .25 for ``probe``, but no more than 6,400
-            steps or .1, and 0 where it is less than two cycles of 800 steps: so short a search has gained
-            nothing.
+            ``policy.search`` ``forward``, .05 for ``sampled``, and .25 for ``probe``, but at most 6,400
+            steps, or .1 where that is more, and 0 in a run of fewer than 6,400 steps: so short a search has
+            gained nothing.
         prefetch: draw the masks of a round while the one before is trained, so that their weights can be
             fetched meanwhile. Their s is then one round old.
         transfer: what crosses the bus between two rounds. ``full`` takes all of a subnet back and fetches all

@@ -405,9 +405,9 @@ class SparseOffload(Rounds):
         return whole_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume bit for bit from what ``state_dict`` returned, on any number of ranks (in the middle of a
-        round
-        with BatchNorm statistics of each rank: on as many). Every rank calls it; rank 0 has the rows.
+        """Resume bit for bit from what ``state_dict`` returned, on any number of ranks (what ranks have of
+        their own in a round, BatchNorm statistics for instance, is averaged on another number; subnets per
+        rank need as many). Every rank calls it; rank 0 has the rows.
 
         The final mask is chosen on the last batches: if fewer than ``final.selection_batches`` steps are left
         to its choice, give those before to ``remember``, in order.

@@ -40,9 +40,8 @@ class PolicyConfig:
             search are pairs of forward passes, and nothing is trained; ``probe`` trains one mask in cycles
             and moves its widths after each by pairs of forward passes (see ``policy.width_search``), with
             ``count`` at the FLOPs of even widths; ``none`` keeps one even mask. What follows, up to ``lr``,
-            is of ``sampled`` and ``forward``. ``auto`` is ``probe``; ``sampled`` for runs that
-            ask for something of it, whose learning rate does not fall (``optim.schedule``) or that begin with
-            ``model.weights``, and in a loop of your own.
+            is of ``sampled`` and ``forward``. ``auto`` is ``probe``, or ``sampled`` in the cases that
+            offload_sparse/policy/README.md lists.
         start: which channels are the most probable ones, or the first mask: ``uniform`` tells none apart, as
             fresh weights do not; of weights to start from those with the largest norm of their filters
             (``l1``, ``l2``), or that norm times the scale of their BatchNorm (``norm_scale``). ``static``
