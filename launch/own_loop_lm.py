@@ -1,12 +1,14 @@
 """A character model in a loop of one's own: train, validate, save and resume, sample text.
 
-    python launch/own_loop_lm.py                                    ours: rho of the heads and hidden channels
-    python launch/own_loop_lm.py --method dense --train_flops 1e13  all of the network, for as many FLOPs
-    python launch/own_loop_lm.py --method even --train_flops 1e13   rho of every width, from the start
+    python launch/own_loop_lm.py                                 ours: rho of the heads and hidden channels
+    python launch/own_loop_lm.py --method dense --train_flops F  all of the network, for as many FLOPs
+    python launch/own_loop_lm.py --method even --train_flops F   rho of every width, from the start
     torchrun --nproc_per_node 2 launch/own_loop_lm.py
 
-The text is that of Python's own standard library, so nothing is downloaded. Interrupted, the same command
-resumes from ``--out``. The model is written in the style of nanoGPT; the package knows nothing of it.
+F is the ``train_flops`` that the first command prints at its end, 2.098e12 with these defaults. The text is
+that of Python's own standard library, so nothing is downloaded. Interrupted, the same command resumes from
+``--out``; other settings need another one. The controls start anew. The model is written in the style of
+nanoGPT; the package knows nothing of it.
 """
 
 from __future__ import annotations
@@ -144,6 +146,9 @@ class Result:
 
 def train_ours(settings: argparse.Namespace) -> Result:
     """The loop: a session in the place of model and optimizer."""
+    checkpoint, flops = settings.out / "session.pt", 0.0
+    given = {name: value for name, value in vars(settings).items() if name != "out"}
+    saved = saved_state(checkpoint, given)
     text, held_out = standard_library()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     session = SparseOffload(
@@ -155,9 +160,7 @@ def train_ours(settings: argparse.Namespace) -> Result:
         no_decay=True,
         seed=settings.seed,
     )
-    checkpoint, flops = settings.out / "session.pt", 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if saved:
         session.load_state_dict(saved["session"])
         flops = saved["flops"]
         show(f"resumed at step {session.steps_done}")
@@ -171,7 +174,7 @@ def train_ours(settings: argparse.Namespace) -> Result:
             with session.evaluation() as network:
                 found = validation_loss(network, held_out, session.device)
             show(f"step {step + 1:5d}  loss {float(loss):.3f}  validation {found:.3f}")
-            state = {"session": session.state_dict(), "flops": flops}
+            state = {"session": session.state_dict(), "flops": flops, "settings": given}
             if rank == 0:
                 save(state, checkpoint)
     final = session.finalize()
@@ -186,6 +189,17 @@ def show(text: str) -> None:
     """Print it, once for all ranks."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)
+
+
+def saved_state(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """What a run of the same settings has left, if anything. Other settings end the program in one line."""
+    if not path.exists():
+        return {}
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    began: dict[str, Any] = saved.get("settings", {})
+    if others := [f"--{name} {value}" for name, value in began.items() if value != given.get(name)]:
+        raise SystemExit(f"{path} is of a run with {' '.join(others)}; give the same, or another --out")
+    return saved
 
 
 def save(state: object, path: Path) -> None:

@@ -32,6 +32,8 @@ def test_the_example_trains_resumes_and_samples(
     printed, again = run(monkeypatch, capsys, *options)
     assert "resumed at step 2" in printed
     assert again == first, "a run that is over ends the same once more"
+    with pytest.raises(SystemExit, match=r"with --rho 0\.5 --seed 0; .* another --out"):
+        run(monkeypatch, capsys, *options, "--rho", "0.25", "--seed", "1")
     _, even = run(monkeypatch, capsys, "--method", "even", "--train_flops", str(first["train_flops"]))
     assert even["train_flops"] <= first["train_flops"]
     assert even["parameters"] == first["parameters"]
