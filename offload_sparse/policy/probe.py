@@ -26,8 +26,8 @@ MEAN_RATE, MOST = 0.08, 0.4
 """Share of the channels that a probe drops: mean over groups, and the largest of a group."""
 
 _RIDGE, _LEAST_VARIANCE = 1e-6, 1e-9
-"""Of a regression that can be solved, relative to the variances of shares, and to the largest of these. What a
-regression shrinks is not known to be small: wide and dear groups vary least, and would look worthless."""
+"""What lets a regression be solved: relative to the variances of the shares, and to the largest of these. More
+would take groups that vary least, the wide and dear ones, for worthless."""
 
 _FORGET = 0.5
 """What an earlier cycle's evidence counts for in the next one: the widths have moved since."""
@@ -105,9 +105,9 @@ class Comparisons:
             self.count += 1
 
     def regressed(self) -> tuple[Tensor, Tensor]:
-        """Loss per dropped share and its standard error, float64[G] each, by least squares; a group of which
-        no pair has dropped anything has an error beyond all others. Raises ValueError: there are no more pairs
-        than groups."""
+        """Loss per dropped share and its standard error, float64[G] each, by least squares; of a group from
+        which no pair has dropped anything the error is beyond all others. Raises ValueError: there are no
+        more pairs than groups."""
         size = len(self._groups)
         if self.count <= size + 1:
             raise ValueError(f"{self.count} pairs say nothing about {size} groups; give more pairs")
