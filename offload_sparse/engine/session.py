@@ -127,7 +127,8 @@ class SparseOffload(Rounds):
         policy, rounds: how the keep probabilities are learned, and what happens between two draws of masks.
         setup: what is rarely set.
         weights: values to start from, in place of the network's own: a file, a folder or a run, see
-            ``engine.pretrained.WeightSource``. Each rank reads its own rows.
+            ``engine.pretrained.WeightSource``. Each rank reads its own rows; the first one may
+            read the whole for its checksums.
         seed: seed of the initial weights and of the masks.
         device: where subnets compute; the CUDA device when there is one.
 
