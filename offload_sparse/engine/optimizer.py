@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -93,11 +93,14 @@ class _FirstValues(dict[str, Any]):
         return self[key]
 
 
-def probe(factory: OptimizerFactory, device: torch.device | None = None) -> OptimizerState:
-    """Find out what the optimizer of ``factory`` keeps, by stepping it on a tiny parameter. Raises
-    ValueError: it is no factory, or its optimizer cannot be used; names it."""
+def probe(
+    factory: OptimizerFactory, device: torch.device | None = None, settings: Mapping[str, Any] | None = None
+) -> OptimizerState:
+    """Find out what the optimizer of ``factory`` keeps of a group with ``settings``, by stepping it on a tiny
+    parameter. Raises ValueError: it is no factory, or its optimizer cannot be used; names it."""
+    own = Group((), settings or {})
     parameter = nn.Parameter(torch.zeros(_ENTRIES, device=device))
-    optimizer = build_optimizer(factory, [parameter])
+    optimizer = build_optimizer(factory, [own.of([parameter])])
     name, group = type(optimizer).__name__, optimizer.param_groups[0]
     before = dict(group)
     state = _FirstValues()
@@ -123,7 +126,7 @@ def probe(factory: OptimizerFactory, device: torch.device | None = None) -> Opti
         changed,
         group.get("fused") is True,
     )
-    _check_entries(factory, found, device)
+    _check_entries(factory, own, found, device)
     return found
 
 
@@ -161,22 +164,23 @@ def _step(
         raise ValueError(f"{name} cannot step a flat parameter by itself ({error}); {_ADVICE}") from None
 
 
-def _check_entries(factory: OptimizerFactory, found: OptimizerState, device: torch.device | None) -> None:
+def _check_entries(
+    factory: OptimizerFactory, own: Group, found: OptimizerState, device: torch.device | None
+) -> None:
     """Three steps on a parameter equal those on its two halves, by optimizers that are given their state."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(4, _ENTRIES, generator=generator).to(device)
     whole = nn.Parameter(draws[0].clone())
-    optimizer = build_optimizer(factory, [whole])
+    optimizer = build_optimizer(factory, [own.of([whole])])
     halves = [half.clone() for half in draws[0].split(_ENTRIES // 3 * 2)]
     keeps = [{name: torch.full_like(half, found.initial[name]) for name in found.slots} for half in halves]
-    groups = [Group((), {})]
-    given = [SubnetOptimizer(factory, groups, found, whole.device) for _ in halves]
+    given = [SubnetOptimizer(factory, [own], [found], whole.device) for _ in halves]
     for gradient in draws[1:]:
         _step(optimizer, [whole], [gradient])
-        for half, keep, part, own in zip(
+        for half, keep, part, session in zip(
             halves, keeps, gradient.split(_ENTRIES // 3 * 2), given, strict=True
         ):
-            FlatOptimizer(own, [half], [part.clone()], [keep]).step(torch.zeros((), device=device))
+            FlatOptimizer(session, [half], [part.clone()], [keep]).step(torch.zeros((), device=device))
     # A rate so large that weights overflow is not this check's concern: training stops with advice.
     if not torch.allclose(whole.detach(), torch.cat(halves), rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ValueError(
@@ -198,6 +202,10 @@ class Group:
 
     names: tuple[str, ...]
     settings: Mapping[str, Any]
+
+    def of(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """``parameters`` with these settings, as an optimizer takes them."""
+        return {**self.settings, "params": parameters}
 
 
 def group_parameters(model: nn.Module, grouping: Grouping | None, no_decay: bool) -> list[Group]:
@@ -228,11 +236,21 @@ def group_parameters(model: nn.Module, grouping: Grouping | None, no_decay: bool
 # --- steps ---
 
 
+def _first_scalars(state: OptimizerState, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    place = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    return {
+        name: value.to(place, copy=True) if isinstance(value, Tensor) else value
+        for name, value in state.scalars.items()
+    }
+
+
 class SubnetOptimizer:
     """The optimizer of a session: its settings, and the scalars of its state; it clips gradients of a subnet
     to ``clip_norm`` (0: not at all). Raises ValueError: a setting of a group is unknown to the optimizer.
 
     Attributes:
+        kept: what the optimizer keeps of each group.
+        slots: those of all groups; each has room in the store for every weight.
         shown: an optimizer with the same groups over stand-ins, for learning-rate schedulers and for whoever
             sets ``param_groups``."""
 
@@ -240,28 +258,32 @@ class SubnetOptimizer:
         self,
         factory: OptimizerFactory,
         groups: Sequence[Group],
-        kept: OptimizerState,
+        kept: Sequence[OptimizerState],
         device: torch.device,
         clip_norm: float = 0.0,
     ) -> None:
         self.factory, self.groups, self.kept, self.clip_norm = factory, groups, kept, clip_norm
+        self.name, self.fused = kept[0].name, all(state.fused for state in kept)
+        self.slots = tuple(dict.fromkeys(itertools.chain.from_iterable(state.slots for state in kept)))
         self.shown = build_optimizer(
-            factory, [{"params": [nn.Parameter(torch.zeros(1, device=device))], **g.settings} for g in groups]
+            factory, [group.of([nn.Parameter(torch.zeros(1, device=device))]) for group in groups]
         )
         for group in groups:
             if unknown := group.settings.keys() - self.shown.defaults.keys():
                 known = ", ".join(sorted(self.shown.defaults))
-                raise ValueError(f"{kept.name} has no setting {min(unknown)!r} of a group; it has {known}")
-        self.scalars = [self._first_scalars(group, device) for group in self.shown.param_groups]
+                raise ValueError(f"{self.name} has no setting {min(unknown)!r} of a group; it has {known}")
+        self.scalars = [
+            _first_scalars(state, group, device)
+            for state, group in zip(kept, self.shown.param_groups, strict=True)
+        ]
         self._counts: deque[Tensor] = deque()
         self._counted = -1
 
-    def _first_scalars(self, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        place = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-        return {
-            name: value.to(place, copy=True) if isinstance(value, Tensor) else value
-            for name, value in self.kept.scalars.items()
-        }
+    def initial(self) -> Iterator[tuple[str, str, float]]:
+        """Name of a parameter, slot, and the value that its entries begin with, if that is not 0."""
+        for group, state in zip(self.groups, self.kept, strict=True):
+            for slot, value in state.initial.items():
+                yield from ((name, slot, value) for name in group.names if value)
 
     def counts(self, steps_done: int, like: Tensor) -> Tensor:
         """[groups], each ``steps_done``, to be used once; made for many steps at once, since each would be an
@@ -317,20 +339,37 @@ class FlatOptimizer:
         if self._session.clip_norm > 0:
             nn.utils.clip_grad_norm_(self._flat, self._session.clip_norm)
         self._take_settings(steps_done)
-        kept = self._session.kept
-        if kept.fused:
+        if self._session.fused:
             # torch's fused optimizers read this attribute, as they do for torch.amp.GradScaler.
             self._optimizer.found_inf = not_finite  # type: ignore[attr-defined]
-            self._optimizer.step()
+            self._apply()
         elif not_finite.device.type == "cpu":
             if not bool(not_finite):
-                self._optimizer.step()
+                self._apply()
         else:
             self._step_or_undo(not_finite)
         for parameter, scalars in zip(self._flat, self._session.scalars, strict=True):
             scalars.update({name: self._optimizer.state[parameter][name] for name in scalars})
-        for own, shown in zip(self._optimizer.param_groups, self._session.shown.param_groups, strict=True):
+        of_groups = zip(
+            self._session.kept, self._optimizer.param_groups, self._session.shown.param_groups, strict=True
+        )
+        for kept, own, shown in of_groups:
             shown.update({name: own[name] for name in kept.group_scalars})
+
+    def _apply(self) -> None:
+        """The optimizer's step. Raises ValueError: its settings need state that it did not begin with, which
+        the store has no room for."""
+        try:
+            self._optimizer.step()
+            for parameter, scalars in zip(self._flat, self._session.scalars, strict=True):
+                for key, value in self._optimizer.state[parameter].items():
+                    if value is not None and key not in scalars and key not in self._session.slots:
+                        raise KeyError(key)
+        except KeyError as error:
+            raise ValueError(
+                f"{self._session.name} begins to keep {error} for a setting that has changed (as OneCycleLR "
+                "changes momentum); give that to the optimizer function or to groups from the start"
+            ) from error
 
     def _take_settings(self, steps_done: int | None) -> None:
         for own, shown in zip(self._optimizer.param_groups, self._session.shown.param_groups, strict=True):
@@ -349,7 +388,7 @@ class FlatOptimizer:
         tensors = [t for p in self._flat for t in (p.data, *self._optimizer.state[p].values())]
         tensors = [t for t in tensors if isinstance(t, Tensor) and t.device == not_finite.device]
         before = [tensor.clone() for tensor in tensors]
-        self._optimizer.step()
+        self._apply()
         for tensor, old in zip(tensors, before, strict=True):
             torch.where(not_finite > 0, old, tensor, out=tensor)
 

@@ -183,8 +183,10 @@ class SparseOffload(Rounds):
         with_members = dataclasses.replace(prepared, meta_model=model_of_all, channel_map=channel_map)
         self.meta_model = model_of_all
         parameter_groups = group_parameters(self.meta_model, groups, no_decay)
-        weights_optimizer = SubnetOptimizer(optimizer, parameter_groups, kept, self.device, clip_norm)
-        slots = (*kept.slots, *([EMA] if ema else []), *([OUTER] if rounds.outer_momentum else []))
+        states = [probe(optimizer, self.device, g.settings) if g.settings else kept for g in parameter_groups]
+        weights_optimizer = SubnetOptimizer(optimizer, parameter_groups, states, self.device, clip_norm)
+        averages = [*([EMA] if ema else []), *([OUTER] if rounds.outer_momentum else [])]
+        slots = (*weights_optimizer.slots, *averages)
         order = list(chain.from_iterable(group.names for group in parameter_groups))
         self.store = _store(with_members, order, slots, setup, ranks, shard, self.device)
         self.tier = self.store.tier
@@ -192,9 +194,8 @@ class SparseOffload(Rounds):
             if isinstance(weights, str | os.PathLike):
                 weights = WeightSource(weights).fitted(prepared.meta_model)
             prepared.fill(self.store, seed, weights)
-            for name, value in kept.initial.items():
-                if value:
-                    self.store.arrays[name].fill_(value)
+            for name, slot, value in weights_optimizer.initial():
+                self.store.own_rows(name, slot).fill_(value)
             self.tier.complete(self.store.integer_buffers)
         probabilities = policy or PolicyConfig()
         if rho is not None:

@@ -225,7 +225,7 @@ class SubnetPair:
         self.gradients: dict[int, FlatGradients] = {}
         self._optimizers: list[FlatOptimizer | None] = [None, None]
         self.shared: dict[str, BlockPlan] = {}
-        self.trained_kinds = (WEIGHTS, *optimizer.kept.slots, BUFFERS)
+        self.trained_kinds = (WEIGHTS, *optimizer.slots, BUFFERS)
         self.loaded = False
         self.same, self.masks = True, tuple[Tensor, ...]()
         self.train_second = False
@@ -303,5 +303,5 @@ class SubnetPair:
             self._optimizer,
             [arrays[WEIGHTS][group] for group in groups],
             [gradients[group] for group in groups],
-            [{name: arrays[name][group] for name in self._optimizer.kept.slots} for group in groups],
+            [{name: arrays[name][group] for name in self._optimizer.slots} for group in groups],
         )

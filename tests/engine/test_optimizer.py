@@ -159,6 +159,58 @@ def test_parameter_groups_are_those_of_torch(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)
 
 
+OF_A_GROUP: dict[str, tuple[Any, dict[str, Any]]] = {
+    "momentum": (partial(optim.SGD, lr=0.05), {"momentum": 0.9}),
+    "amsgrad": (partial(optim.Adam, lr=1e-2), {"amsgrad": True}),
+    "centered": (partial(optim.RMSprop, lr=1e-3), {"centered": True}),
+    "first steps": (partial(optim.Rprop, lr=1e-3), {"lr": 2.0**-7}),
+}
+"""State that the factory's own settings do not need, or that begins with another value."""
+
+
+@pytest.mark.parametrize("name", OF_A_GROUP)
+def test_a_group_keeps_the_state_that_its_settings_need(name: str) -> None:
+    """Over the ends of rounds, and by a state_dict; at rho = 1 against torch, in float64."""
+    factory, settings = OF_A_GROUP[name]
+    net = small_net(batch_norm=False)
+    plain = copy.deepcopy(net).train()
+    named = dict(plain.named_parameters())
+    others = [p for n, p in named.items() if not n.startswith("conv2")]
+    own = factory([{"params": others}, {"params": [named["conv2.weight"]], **settings}])
+
+    def made() -> SparseOffload:
+        groups = lambda name: settings if name.startswith("conv2") else None  # noqa: E731
+        rounds, policy = RoundConfig(k=3), PolicyConfig.paper(rho=1.0)
+        return make_session(net, policy, rounds, optimizer=factory, groups=groups)
+
+    session = made()
+    for step, batch in enumerate(batches(7)):
+        if step == 4:
+            state, session = session.state_dict(), made()
+            session.load_state_dict(state)
+        session.step(loss_of(batch))
+        own.zero_grad()
+        loss_fn(plain, batch).backward()
+        own.step()
+    trained = session.finalize([batches(1)[0][0]]).module
+    for (key, a), b in zip(trained.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kept"),
+    [("sgd", {"momentum": 0.9}, "momentum_buffer"), ("adam", {"amsgrad": True}, "max_exp_avg_sq")],
+)
+def test_a_setting_that_comes_to_need_more_state_is_refused(name: str, settings: Any, kept: str) -> None:
+    session = make_session(
+        small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=3), optimizer=USABLE[name]
+    )
+    session.step(loss_of(batches(1)[0]))
+    session.optimizer.param_groups[0].update(settings)
+    with pytest.raises(ValueError, match=f"begins to keep '{kept}' for a setting that has changed"):
+        session.step(loss_of(batches(1)[0]))
+
+
 def test_groups_change_nothing_but_their_settings() -> None:
     """Whatever order the flat buffers have then."""
 
