@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, SupportsFloat
 from weakref import WeakSet
 
 import torch
@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Metrics = dict[str, Tensor]
 Closure = Callable[[nn.Module], Any]
-"""network -> mean loss of a batch, a scalar tensor; or (mean loss, {name: scalar}), averaged over ranks."""
+"""network -> mean loss of a batch, a scalar tensor; or (mean loss, {name: scalar}), averaged over ranks. All
+ranks, and all parts of a batch, name the same scalars."""
 
 MOST_METRICS = 11
 
@@ -154,9 +155,17 @@ def _checked(result: Any) -> tuple[Tensor, Metrics]:
         raise ValueError(f"the metrics are {type(metrics).__name__}; return (loss, {{name: scalar}})")
     if len(metrics) > MOST_METRICS:
         raise ValueError(f"the closure returns {len(metrics)} metrics; at most {MOST_METRICS} are carried")
-    return loss.reshape(()), {
-        name: torch.as_tensor(value, device=loss.device).detach() for name, value in metrics.items()
-    }
+    # By name: ranks, and parts of a batch, may have them in different orders.
+    return loss.reshape(()), {name: _scalar(name, metrics[name], loss) for name in sorted(metrics, key=str)}
+
+
+def _scalar(name: str, value: Any, like: Tensor) -> Tensor:
+    """A metric as a scalar on the device of ``like``. Raises ValueError: it is something else."""
+    size = value.numel() if isinstance(value, Tensor) else int(isinstance(value, SupportsFloat))
+    if size != 1:
+        found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"metric {name!r} is {found}; return a number, or a tensor of one element")
+    return torch.as_tensor(value, device=like.device).detach().reshape(())
 
 
 def bound(closure: Closure) -> Closure:

@@ -41,7 +41,9 @@ class FlatGradients:
         zeros: as many as may lie between two of them, for what lies there.
 
     Attributes:
-        buffer, flat, tail: the buffer; its gradients; the ``TAIL`` scalars behind them.
+        flat, tail: the gradients; the ``TAIL`` scalars behind them.
+        sent: what is to be summed over ranks: the buffer. Beside gradients of fewer than 32 bits, which would
+            round losses and counts, the tail is float32, with memory of its own.
     """
 
     def __init__(
@@ -51,7 +53,10 @@ class FlatGradients:
         layout: Layout | None = None,
         zeros: Tensor | None = None,
     ) -> None:
-        self.buffer, self.flat, self.tail = buffer, buffer[:-TAIL], buffer[-TAIL:]
+        self.flat, self.tail, self.sent = buffer[:-TAIL], buffer[-TAIL:], [buffer]
+        if buffer.dtype.itemsize < 4:
+            self.tail = buffer.new_zeros(TAIL, dtype=torch.float32)
+            self.sent = [self.tail, self.flat]
         self._parameters = list(parameters)
         if layout is None:
             layout = Layout.of({str(n): tuple(p.shape) for n, p in enumerate(parameters)})
@@ -91,7 +96,12 @@ class FlatGradients:
         if late := [number for number in late if self._parameters[number].grad is not None]:
             self._add(late)
         rest = [number for bucket in self._buckets[self._whole :] for number in bucket.numbers]
-        self._copy(rest, self._scalars[: len(scalars)], scalars)
+        places = self._scalars[: len(scalars)]
+        if len(self.sent) == 1:
+            self._copy(rest, places, scalars)
+        else:  # two types in one call would be copied one by one
+            self._copy(rest)
+            torch._foreach_copy_(places, list(scalars))
         while self._whole < len(self._buckets):
             self._send()
 
@@ -190,8 +200,8 @@ class _Bucket:
 
 
 class Reducer:
-    """Averages the gradients of a subnet, which have the type and device of ``like``, and the scalars behind
-    them, over the ranks that had a batch."""
+    """Averages the gradients of a subnet, and the scalars behind them, which have the type and device of
+    ``like``, over the ranks that had a batch."""
 
     def __init__(self, world_size: int, like: Tensor) -> None:
         self._world_size = world_size
@@ -218,16 +228,17 @@ class Reducer:
         scalars[LIVE] = self._one if live else self._zero
         gradients.end(scalars)
         if not self._sends:
-            torch.sum(gradients.flat, 0, out=tail[GRADIENT_SUM])
+            torch.sum(gradients.flat, 0, dtype=tail.dtype, out=tail[GRADIENT_SUM])
         own = tail.clone()
         if self._world_size == 1:
             return own, own
-        dist.all_reduce(tail if self._sends or self._local else gradients.buffer)
+        for part in [tail] if self._sends or self._local else gradients.sent:
+            dist.all_reduce(part)
         averaged = tail / tail[LIVE]
         if not self._local:
             gradients.divide(tail[LIVE])
         if self._sends:
-            torch.sum(gradients.flat, 0, out=averaged[GRADIENT_SUM])
+            torch.sum(gradients.flat, 0, dtype=tail.dtype, out=averaged[GRADIENT_SUM])
         return averaged, own
 
 

@@ -1,6 +1,6 @@
 """What a step measures: the losses of both subnets and further scalars, which ride behind the gradients.
 
-| gradients … | loss | L(a) | L(b) | sum of the gradients | ranks that had a batch | metrics … |
+| gradients … | loss | L(a) | L(b) | sum of the gradients | ranks that had a batch | metrics by name … |
 """
 
 from __future__ import annotations
@@ -24,19 +24,27 @@ class Measured:
     of the type and device of ``like``.
 
     Attributes:
-        values: by place; the others are zero."""
+        values: by place; the others are zero.
+        names: of the metrics."""
 
     def __init__(self, passes: int, like: Tensor) -> None:
         self._passes, self._like = passes, like
         self.values: dict[int, Tensor] = {}
+        self.names: tuple[str, ...] = ()
 
     def add(self, place: int, value: Tensor) -> None:
-        part = share(value.detach(), self._passes)
+        part = share(value.detach().to(self._like), self._passes)
         known = self.values.get(place)
-        self.values[place] = (part if known is None else known + part).to(self._like)
+        self.values[place] = part if known is None else known + part
 
     def add_trained(self, side: int, loss: Tensor, metrics: Metrics) -> None:
-        """What a micro-batch has measured of the subnet that is trained."""
+        """What a micro-batch has measured of the subnet that is trained. Raises ValueError: the metrics are
+        not those of the micro-batches before."""
+        names = tuple(metrics)
+        if LOSS in self.values and names != self.names:
+            first, other = (", ".join(each) or "none" for each in (self.names, names))
+            raise ValueError(f"parts of a batch have different metrics ({first}; {other}); return the same")
+        self.names = names
         for place, value in ((LOSS, loss), *enumerate(metrics.values(), METRICS)):
             self.add(place, value)
         self.values[LOSS_A + side] = self.values[LOSS]

@@ -107,7 +107,8 @@ class Rounds(Requests):
         self.channel_map, self._policy, self.transfers, self.cost = channel_map, policy, transfers, cost
         self.forward, self.rounds, self.final = forward, rounds, final
         self.on_nonfinite, self._planned_freeze, self.asked_freeze = on_nonfinite, freeze_step, sys.maxsize
-        self._like = torch.zeros((), dtype=transfers.store.dtype, device=transfers.device)
+        measures = torch.promote_types(transfers.store.dtype, torch.float32)
+        self._like = torch.zeros((), dtype=measures, device=transfers.device)
         self.reducer = Reducer(ranks.world_size, self._like)
         self.losses = Losses(ranks.world_size, self._like)
         self.steps_done, self.trained_steps, self.rounds_done, self.forward_flops = 0, 0, 0, 0.0
@@ -160,8 +161,7 @@ class Rounds(Requests):
                 with transfers.timeline.stepping():
                     trained, reference = roles(self.rounds.reference, self.round_step, pair.same)
                     side, gradients = pair.sides[trained], pair.gradients[trained]
-                    measured, metrics = Measured(len(closures), self._like), Metrics()
-                    statistics = side.arrays[BUFFERS]
+                    measured, statistics = Measured(len(closures), self._like), side.arrays[BUFFERS]
                     before = statistics.clone()
                     self.reducer.begin(gradients, len(closures))
                     for closure in closures:
@@ -187,7 +187,7 @@ class Rounds(Requests):
                     # Shared entries: what both subnets keep is one weight with one momentum.
                     if self._shared_entries_are_read(pair):
                         pair.copy_shared(trained)
-                    loss = self.losses.add(losses, own, reference is not None, tuple(metrics))
+                    loss = self.losses.add(losses, own, reference is not None, measured.names)
                 self._count(side, trained, reference)
                 request = None
             # Estimate: s <- project(s - eta * estimate(L(m1) - L(m2))). No mask of this round depends on it.

@@ -55,6 +55,7 @@ WORKS: dict[str, Callable[[], Any]] = {
     "bare tensor as example": lambda: SparseOffload(network, X, SGD, rho=0.5),
     "list of examples": lambda: SparseOffload(network, [X], SGD, rho=0.5),
     "float metric": lambda: trained(lambda net: (loss(net), {"accuracy": 0.5})),
+    "metric of one entry": lambda: trained(lambda net: (loss(net), {"accuracy": torch.ones(1)})),
     "tensor metric with a graph": lambda: trained(lambda net: (loss(net), {"again": loss(net)})),
     "loss of one entry": lambda: trained(lambda net: loss(net)[None]),
     "optimizer class": lambda: SparseOffload(network, X, torch.optim.Adam, rho=0.5),
@@ -84,6 +85,19 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "too many metrics": (
         lambda: trained(lambda net: (loss(net), {str(i): 0.0 for i in range(20)})),
         "returns 20 metrics; at most 11",
+    ),
+    "metric of entries": (
+        lambda: trained(lambda net: (loss(net), {"accuracy": torch.ones(3)})),
+        r"metric 'accuracy' is of shape \[3\]; return a number",
+    ),
+    "no metric": (
+        lambda: trained(lambda net: (loss(net), {"accuracy": None})),
+        "metric 'accuracy' is NoneType; return a number",
+    ),
+    "metric in words": (lambda: trained(lambda net: (loss(net), {"a": "1"})), "metric 'a' is str"),
+    "metrics of some parts": (
+        lambda: new_session().step([lambda net: (loss(net), {"a": 1.0, "b": 1.0}), loss]),
+        r"parts of a batch have different metrics \(a, b; none\)",
     ),
     "backward in the closure": (lambda: trained(own_backward), "a list of closures for a batch in parts"),
     "backward at rho 1": (lambda: trained(own_backward, rho=1.0), "a list of closures for a batch in parts"),
