@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.selection import Layout
 from offload_sparse.engine.config import OptimConfig
+from offload_sparse.engine.distributed import everyones
+from offload_sparse.store.weight_store import Ranks
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """Parameters or parameter groups -> optimizer: ``functools.partial(torch.optim.SGD, lr=0.1,
@@ -284,6 +286,28 @@ class SubnetOptimizer:
         for group, state in zip(self.groups, self.kept, strict=True):
             for slot, value in state.initial.items():
                 yield from ((name, slot, value) for name in group.names if value)
+
+    def settings(self) -> dict[str, Any]:
+        """The numbers that whoever has ``shown`` can set, by a name for messages."""
+        return {
+            f"{name} of parameter group {i}": float(value) if isinstance(value, Tensor) else value
+            for i, group in enumerate(self.shown.param_groups)
+            for name, value in group.items()
+            if name in self.shown.defaults and isinstance(value, bool | int | float | tuple | Tensor)
+        }
+
+    def take_over(self, rank: int, ranks: Ranks) -> None:
+        """Go on with what the optimizer of ``rank`` keeps beside its slots; every rank calls it."""
+        kept = zip(self.kept, self.shown.param_groups, strict=True)
+        own = [{name: group[name] for name in state.group_scalars} for state, group in kept]
+        scalars = [{name: float(value) for name, value in each.items()} for each in self.scalars]
+        scalars, changed = everyones((scalars, own), ranks.world_size, ranks.host_group)[rank]
+        for present, values in zip(self.scalars, scalars, strict=True):
+            for name, old in present.items():
+                new = values[name]
+                present[name] = torch.full_like(old, new) if isinstance(old, Tensor) else type(old)(new)
+        for group, found in zip(self.shown.param_groups, changed, strict=True):
+            group.update(found)
 
     def counts(self, steps_done: int, like: Tensor) -> Tensor:
         """[groups], each ``steps_done``, to be used once; made for many steps at once, since each would be an

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from enum import Enum
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from offload_sparse.engine.distributed import everyones
 from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.losses import LIVE
+from offload_sparse.engine.subnet_pair import SubnetPair
+from offload_sparse.engine.transfers import Transfers
 from offload_sparse.store.weight_store import Ranks
 
 
@@ -30,10 +31,16 @@ Request = Sequence[Closure] | Ask
 class Requests(ABC):
     """A training that runs as far as it is asked to."""
 
+    transfers: Transfers
+    pair: SubnetPair | None
+    local: bool
+    live_steps: int
+
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._training: Generator[Tensor | None, Request, None] | None = None
         self._joined = False
+        self._compared = False  # settings, since ranks last waited for each other
 
     @abstractmethod
     def training(self) -> Generator[Tensor | None, Request, None]:
@@ -46,6 +53,8 @@ class Requests(ABC):
             self._training = self.training()
             next(self._training)
         try:
+            if self.pair is not None and not self._compared and request not in (Ask.OPEN, Ask.FINISH):
+                self._meet(request)
             return self._training.send(request)
         except BaseException:
             self._training = None
@@ -57,6 +66,19 @@ class Requests(ABC):
         self._joined = self.ranks.world_size == 1
         while not self._joined:
             self._ask(Ask.JOIN)
+        self._take_over()
+        self._compared = False
+
+    def _take_over(self) -> None:
+        """Bring the subnets of a rank that had fewer batches to where the others have trained them: it does
+        not make these steps itself, since it has neither their learning rates nor other settings. Every rank
+        calls it."""
+        if self.pair is None or self.local or self.ranks.world_size == 1:
+            return
+        live = everyones(self.live_steps, self.ranks.world_size, self.ranks.host_group)
+        if min(live) < max(live):
+            self.pair.take_over(live.index(max(live)), self.ranks)
+        self.live_steps = max(live)
 
     def _all_joined(self, request: Request, losses: Tensor | None = None) -> bool:
         """Whether every rank waits for the others.
@@ -67,7 +89,25 @@ class Requests(ABC):
         if losses is not None:
             self._joined = math.isnan(float(losses[LIVE]))
         elif self.ranks.world_size > 1:
-            waiting = torch.tensor(float(request is Ask.JOIN))
-            dist.all_reduce(waiting, dist.ReduceOp.MIN, group=self.ranks.host_group)
-            self._joined = bool(waiting)
+            self._meet(request)
         return self._joined and request is Ask.JOIN
+
+    def _meet(self, request: Request) -> None:
+        """Learn whether every rank waits for the others. Raises ValueError (on every rank): those that make
+        a step would make it with different settings."""
+        if self.ranks.world_size == 1:
+            return
+        own = None if isinstance(request, Ask) else self.transfers.optimizer.settings()
+        every = everyones((request is Ask.JOIN, own), self.ranks.world_size, self.ranks.host_group)
+        self._joined = all(waits for waits, _ in every)
+        live = [(rank, settings) for rank, (_, settings) in enumerate(every) if settings is not None]
+        self._compared = bool(live)
+        for rank, settings in live[1:]:
+            first, expected = live[0]
+            for name, value in settings.items():
+                if value != expected.get(name):
+                    raise ValueError(
+                        f"{name} is {expected.get(name)} on rank {first} and {value} on rank {rank}; one "
+                        "that had fewer batches has stepped its scheduler less often: before session.step, "
+                        "let it catch up (while scheduler.last_epoch < session.steps_done: scheduler.step())"
+                    )

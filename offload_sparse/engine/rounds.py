@@ -114,14 +114,13 @@ class Rounds(Requests):
         self.steps_done, self.trained_steps, self.rounds_done, self.forward_flops = 0, 0, 0, 0.0
         self.pair: SubnetPair | None = None
         self.masks: Masks | None = None
-        self.round_step, self.round_length = 0, 0
+        self.round_step = self.round_length = self.round_bytes = self._bytes_before = 0
         begins = max(local_from, compare_until)
         self.roles, self.local, self.live_steps = Roles(rounds, ranks.world_size, begins), False, 0
         self.averaging = Averaging(transfers.store, ranks, rounds)
         self.restored: list[Mapping[str, Tensor]] = []
         self._next_masks: Callable[[], Masks] | None = None
         self.final_mask: Tensor | None = channel_map.full_mask() if policy.trivial else None
-        self.round_bytes, self._bytes_before = 0, 0
         self._mask_flops = 0, 0  # of subnets a and b of the open round
         self.after_round: Callable[[Sequence[Side | Agreed]], None] | None = None
         self.check_ranks = os.environ.get(CHECK_RANKS) == "1"
@@ -341,9 +340,9 @@ class Rounds(Requests):
         return loss, metrics
 
     def _move(self, pair: SubnetPair, trained: int, not_finite: Tensor, batches: int) -> None:
-        """Step one side, if this rank has had a batch or takes part in what others learn from theirs."""
+        """Step one side, if this rank has had a batch; else it takes over later what others have made."""
         self._unscale(pair.gradients[trained].flat, not_finite)
-        if (batches or not self.local) and not self.only_compares:
+        if batches and not self.only_compares:
             pair.optimizer_step(trained, not_finite, self.trained_steps)
         self.live_steps += bool(batches)
 
@@ -427,6 +426,7 @@ class Rounds(Requests):
 
     def _agreed(self, pair: SubnetPair) -> Sequence[Side | Agreed]:
         """What all ranks know of the round that ends: their mean."""
+        self._take_over()
         if not self.local:
             for side in pair.trained:
                 average(side.arrays[BUFFERS], self.ranks.world_size)

@@ -249,6 +249,10 @@ class SparseOffload(Rounds):
     def step(self, closure: Closure | Sequence[Closure]) -> Tensor:
         """One optimizer step; begins and ends rounds as needed.
 
+        A rank with fewer batches waits for the others in ``evaluation``, ``finalize`` or ``state_dict`` and
+        goes on with what they have trained; a scheduler that is called with every batch then has to catch up:
+        ``while scheduler.last_epoch < session.steps_done: scheduler.step()``.
+
         Args:
             closure: network -> mean loss of this rank's part of the batch, or (mean loss, {name: scalar}). It
                 is called twice, once for each subnet, and again when the final mask is chosen. A list of

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +26,7 @@ from offload_sparse.engine.optimizer import FlatOptimizer, SubnetOptimizer
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.plans import Narrow
-from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, WeightStore
+from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 
 
 class Side:
@@ -290,6 +291,17 @@ class SubnetPair:
         for like, plan in self.shared.items():
             kinds = [kind for kind in b.arrays if (kind == BUFFERS) == (like == BUFFERS)]
             copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)
+
+    def take_over(self, rank: int, ranks: Ranks) -> None:
+        """Go on with weights, slots and scalars of the optimizer as ``rank`` has them. Every rank calls
+        it."""
+        for side in self.trained:
+            for kind, array in side.arrays.items():
+                if kind != BUFFERS:
+                    dist.broadcast(array, rank)
+        if not self.train_second:
+            self.copy_shared(0)
+        self._optimizer.take_over(rank, ranks)
 
     @property
     def nbytes(self) -> int:

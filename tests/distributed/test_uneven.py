@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.rounds import CHECK_RANKS
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import Ranks
@@ -18,6 +21,7 @@ from tests.support.ranks import run_ranks
 from tests.support.sessions import batches, loss_of, make_session, small_net, whole
 
 POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
+NADAM, NADAM_SLOTS = partial(torch.optim.NAdam, lr=0.01), ("exp_avg", "exp_avg_sq")
 
 
 def state_of(session: SparseOffload) -> dict[str, Any]:
@@ -66,6 +70,45 @@ def test_a_rank_with_fewer_batches_takes_part_in_the_others_steps(missing: int, 
         assert found["steps"] == 10
         for name in ("weights", "momentum_buffer", "s"):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def two_epochs(catches_up: bool) -> dict[str, Any] | str:
+    """With a rate for every step, and an optimizer that keeps more than slots; rank 1 has fewer batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CHECK_RANKS, "1")
+        session = make_session(small_net(False), POLICY, RoundConfig(k=4), total=100, optimizer=NADAM)
+    schedule = CosineAnnealingLR(session.optimizer, 20)
+    missing = 3 * dist.get_rank() if dist.is_initialized() else 0
+    try:
+        for epoch in range(2):
+            for step in range(10 - missing):
+                while catches_up and schedule.last_epoch < session.steps_done:
+                    schedule.step()
+                seeds = [dist.get_rank()] if dist.is_initialized() else [0, 1][: 2 if step < 7 else 1]
+                session.step([loss_of(batches(20, seed=seed)[10 * epoch + step]) for seed in seeds])
+                if not catches_up:
+                    schedule.step()
+            session.state_dict()
+    except ValueError as error:
+        return str(error)
+    session.settle()
+    return {kind: whole(session.store, kind) for kind in ("weights", *NADAM_SLOTS)}
+
+
+def test_a_rank_with_fewer_batches_goes_on_with_the_rates_of_the_others() -> None:
+    """In the middle of a round and over its end; as one process that steps on whatever batches there are."""
+    expected = two_epochs(True)
+    assert not isinstance(expected, str)
+    for found in run_ranks(2, two_epochs, True):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_ranks_whose_rates_differ_do_not_train_on() -> None:
+    first, second = run_ranks(2, two_epochs, False)
+    assert first == second
+    assert first.startswith("lr of parameter group 0 is 0.0")
+    assert "while scheduler.last_epoch < session.steps_done: scheduler.step()" in first
 
 
 @pytest.mark.parametrize("end", ["finalize", "evaluation"])
