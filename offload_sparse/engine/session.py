@@ -251,7 +251,8 @@ class SparseOffload(Rounds):
 
         A rank with fewer batches waits for the others in ``evaluation``, ``finalize`` or ``state_dict`` and
         goes on with what they have trained; a scheduler that is called with every batch then has to catch up:
-        ``while scheduler.last_epoch < session.steps_done: scheduler.step()``.
+        ``while scheduler.last_epoch < session.steps_done: scheduler.step()``. A parameter that no loss of a
+        step reaches has a gradient of zero: decay and momentum go on moving it, as torch does not.
 
         Args:
             closure: network -> mean loss of this rank's part of the batch, or (mean loss, {name: scalar}). It
