@@ -33,6 +33,7 @@ from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.json_values import Count
 from offload_sparse.export.read_back import compare
 from offload_sparse.store.files import make_folder, write_file
+from offload_sparse.store.lock import lock_folder
 from offload_sparse.store.tensor_file import blocks_of
 
 FORMAT = 1
@@ -145,9 +146,10 @@ class FinalNetwork:
         preprocessing: dict[str, Any] | None = None,
     ) -> float:
         """Write ``weights.safetensors`` and ``structure.json``, each complete or not at all, then read them
-        in a fresh process and compare the outputs of both networks. Returns the largest relative difference
-        between the outputs; 0 if nothing is known to call it with. Raises ValueError: what is read back is
-        not this network (and is made unreadable), or ``preprocessing`` has other fields.
+        in a fresh process and compare the outputs of both networks. Ranks that save to one folder do so in
+        turns. Returns the largest relative difference between the outputs; 0 if nothing is known to call it
+        with. Raises ValueError: what is read back is not this network (and is made unreadable), or
+        ``preprocessing`` has other fields.
 
         Args:
             model: how the full network is built: ``name`` and ``arguments`` of
@@ -167,8 +169,9 @@ class FinalNetwork:
             {name: _held(add) for name, add in additions(self.module) if add.width},
             {name: _fitted(calls) for name, calls in fitted_views(self.module)},
         )
-        _write(folder, structure, tensors)
-        return self._read_back(folder, images, by_name=bool(model and "name" in model))
+        with lock_folder(folder, wait=True):
+            _write(folder, structure, tensors)
+            return self._read_back(folder, images, by_name=bool(model and "name" in model))
 
     def _read_back(self, folder: Path, images: Preprocessing, by_name: bool) -> float:
         dtype = next((p.dtype for p in self.module.parameters()), torch.float32)

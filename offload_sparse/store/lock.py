@@ -3,6 +3,7 @@
     first rank     exclusive at the start ──▶ shared once all ranks are there
     other ranks                               shared
     another job    fails to get its exclusive one, whichever of these ranks is left
+    who takes turns    waits for it
 
 The kernel drops the lock (flock) of a process that ends, however it ends: a file that is left over locks
 nothing, and the next start takes it. Within a process a folder can be locked more than once.
@@ -15,6 +16,7 @@ import logging
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ class FolderLock:
 
     def share(self) -> None:
         """Let the other ranks of the job hold it too. Raises ValueError: another job has come between."""
-        _take(self.descriptor, fcntl.LOCK_SH, self.path)
+        _take(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, self.path)
 
     def release(self) -> None:
         """Let go; the file goes too unless another rank still holds it, and with it a folder that has nothing
@@ -65,10 +67,12 @@ class FolderLock:
 _held: dict[Path, FolderLock] = {}
 
 
-def lock_folder(folder: Path, shared: bool = False, name: str = LOCK_FILE) -> FolderLock:
+def lock_folder(
+    folder: Path, shared: bool = False, name: str = LOCK_FILE, wait: bool = False
+) -> FolderLock:
     """Lock ``folder``, which is made if it is not there, by its file ``name``; ``shared`` as a further rank
-    of a job whose first rank has called ``share``. Raises ValueError: another job holds it, on this host or
-    another; or the folder cannot be written."""
+    of a job whose first rank has called ``share``; ``wait`` as one of several that take turns. Raises
+    ValueError: another job holds it, on this host or another; or the folder cannot be written."""
     path = Path(os.path.realpath(folder / name))
     if (held := _held.get(path)) is not None:
         held.holders += 1
@@ -76,7 +80,8 @@ def lock_folder(folder: Path, shared: bool = False, name: str = LOCK_FILE) -> Fo
     made = not folder.exists()
     try:
         make_folder(folder)
-        descriptor = _open(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        descriptor = _open(path, kind if wait else kind | fcntl.LOCK_NB)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{folder} cannot be written ({reason}); give another folder") from error
@@ -93,8 +98,9 @@ def _open(path: Path, kind: int) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _take(descriptor, kind, path)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
         except BaseException:
             os.close(descriptor)
             raise
@@ -103,7 +109,7 @@ def _open(path: Path, kind: int) -> int:
 
 def _take(descriptor: int, kind: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind)
     except BlockingIOError:
         raise ValueError(
             f"{path.parent} is in use by {_owner(descriptor)}; wait for its end, or give another folder"

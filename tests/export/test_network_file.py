@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from offload_sparse import load_pruned
 from offload_sparse.channels.discovery import discover
@@ -14,6 +15,7 @@ from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
+from tests.support.ranks import run_ranks
 
 ARGUMENTS = {"num_classes": 5, "in_channels": 1, "image_size": 16, "width": 0.5}
 
@@ -61,6 +63,28 @@ def test_a_users_own_model_is_loaded_through_its_constructor(tmp_path: Path) -> 
     assert torch.equal(load_pruned(tmp_path, model=SmallNet)(images), narrow(images))
     with pytest.raises(ValueError, match="pass `model`"):
         load_pruned(tmp_path)
+
+
+def saved_by_every_rank(folder: str) -> list[float]:
+    torch.manual_seed(0)
+    full = SmallNet()
+    channel_map = small_map(full)
+    mask = channel_map.uniform_mask(0.5)
+    final = FinalNetwork(narrow_module(full, channel_map, mask).eval(), mask, channel_map)
+    differences = []
+    for number in range(10):
+        torch.nn.init.constant_(final.module.get_parameter("conv1.weight"), number)
+        dist.barrier()
+        final.save(folder)
+        weight = load_pruned(folder, SmallNet).get_parameter("conv1.weight").detach()
+        differences.append(float((weight - number).abs().max()))
+    return differences
+
+
+def test_ranks_that_all_save_to_one_folder_take_turns(tmp_path: Path) -> None:
+    """As in the README: every rank saves, and what it then reads is whole."""
+    assert run_ranks(3, saved_by_every_rank, str(tmp_path)) == [[0.0] * 10] * 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["structure.json", "weights.safetensors"]
 
 
 def damage(folder: Path, how: str) -> None:
