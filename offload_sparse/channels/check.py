@@ -250,7 +250,10 @@ def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
         if tensor.is_meta:
             set_tensor(name, torch.empty_like(tensor, device="cpu"))
             unknown |= {name} if tensor.numel() else set()
+    buffers = [name for name, _ in full.named_buffers()]
     full = full.to("cpu").double()
+    for name in buffers:  # of which .double() makes one for each module that holds it
+        set_tensor(name, full.get_buffer(name))
     disable_dropout(full)
     norms = {id(m) for m in full.modules() if is_norm(m)}
     with torch.no_grad():

@@ -9,7 +9,8 @@ copy instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,8 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import expose_additions, set_additions
 
-_Held = dict[str, nn.Parameter | None]
+_Place = tuple[Any, Any]
+"""A mapping or a list, and a key of it."""
 
 
 class Subnet:
@@ -42,22 +44,21 @@ class Subnet:
         self, model: nn.Module, device: torch.device, integer_buffers: Mapping[str, Tensor] | None = None
     ) -> None:
         self.module = meta_copy(model)
+        values, buffers = integer_buffers or {}, dict(self.module.named_buffers())
         self.parameter_names = tuple(name for name, _ in self.module.named_parameters())
-        self.buffer_names = tuple(n for n, b in self.module.named_buffers() if b.is_floating_point())
+        self.buffer_names = tuple(n for n, b in buffers.items() if b.is_floating_point())
         self.device = device
         self.parameters: list[nn.Parameter] = []  # as bound, in the order of their names
         self._fits = _fits(self.module)
-        self._owners = {
-            name: (self.module.get_submodule(name.rpartition(".")[0])._buffers, name.rpartition(".")[2])
-            for name, _ in self.module.named_buffers()
-        }
-        places = _holders(self.module)
-        self._holders = {n: (p.requires_grad, places[p]) for n, p in self.module.named_parameters()}
-        values = integer_buffers or {}
-        for name, buffer in list(self.module.named_buffers()):
-            if not buffer.is_floating_point():
-                value = values.get(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-                self._set_buffer(name, value.to(device))
+        self._places = _places(self.module)
+        self._trainable = {name: p.requires_grad for name, p in self.module.named_parameters()}
+        for name in buffers.keys() - set(self.buffer_names):
+            buffer = buffers[name]
+            value = values.get(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+            _put(value.to(device), self._places[name])
+        for layer in self.module.modules():
+            if isinstance(layer, nn.RNNBase):
+                vars(layer)["flatten_parameters"] = _stay
 
     def bind(self, selection: Selection, weights: Tensor, buffers: Tensor, step: int = 1) -> None:
         """Make the skeleton the network of ``selection``.
@@ -69,14 +70,11 @@ class Subnet:
         views = selection.layout(self.parameter_names, step).views(weights)
         self.parameters = []
         for name, view in zip(self.parameter_names, views, strict=True):
-            trainable, places = self._holders[name]
-            parameter = nn.Parameter(view, trainable)
-            self.parameters.append(parameter)
-            for held, leaf in places:
-                held[leaf] = parameter
+            self.parameters.append(nn.Parameter(view, self._trainable[name]))
+            _put(self.parameters[-1], self._places[name])
         views = selection.layout(self.buffer_names, step).views(buffers)
         for name, view in zip(self.buffer_names, views, strict=True):
-            self._set_buffer(name, view)
+            _put(view, self._places[name])
         for fit in self._fits:
             fit()
         set_additions(self.module, selection, self.device)
@@ -84,15 +82,13 @@ class Subnet:
     def release(self) -> None:
         """Drop every view, so that the buffers can be freed."""
         self.parameters = []
-        for name in self.parameter_names:
-            for held, leaf in self._holders[name][1]:
-                held[leaf] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
-        for name in self.buffer_names:
-            self._set_buffer(name, torch.empty(0, device="meta"))
+        for name in (*self.parameter_names, *self.buffer_names):
+            empty = torch.empty(0, device="meta")
+            _put(nn.Parameter(empty, False) if name in self._trainable else empty, self._places[name])
 
-    def _set_buffer(self, name: str, value: Tensor) -> None:
-        held, leaf = self._owners[name]
-        held[leaf] = value
+
+def _stay() -> None:
+    """In place of what moves the weights of a recurrent layer into memory of their own, on a GPU."""
 
 
 def build_on_meta(build: Callable[[], nn.Module], whole: bool = True) -> nn.Module:
@@ -122,11 +118,22 @@ def build_on_meta(build: Callable[[], nn.Module], whole: bool = True) -> nn.Modu
 
 
 def other_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that the modules of ``model`` hold as plain attributes, alone or in lists and mappings."""
-    own = ("_parameters", "_buffers", "_modules")
+    """Tensors that the modules of ``model`` hold as plain attributes, alone or in lists, tuples and mappings.
+    A parameter or buffer that is held so, too, is none of them where it can be replaced."""
+    own, registered = {*model.parameters(), *model.buffers()}, ("_parameters", "_buffers", "_modules")
     for module in model.modules():
-        rest = {name: value for name, value in vars(module).items() if name not in own}
-        yield from (leaf for leaf in tree_leaves(rest) if isinstance(leaf, Tensor))
+        rest = {name: value for name, value in vars(module).items() if name not in registered}
+        yield from (tensor for held, _, tensor in _held(rest) if held is None or tensor not in own)
+
+
+def require_places(model: nn.Module) -> None:
+    """Raises ValueError: a module keeps a tensor that has no values, and cannot be given any."""
+    left = next((value for value in other_tensors(model) if value.is_meta), None)
+    if left is not None:
+        raise ValueError(
+            f"{type(model).__name__} keeps a tensor of shape {tuple(left.shape)} without values; let its "
+            "constructor register it as a buffer, or keep a parameter in a list, where a tuple does"
+        )
 
 
 def _all_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -164,7 +171,8 @@ def meta_copy(model: nn.Module, other: bool = False) -> nn.Module:
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for tensor in other_tensors(model):
         if other or not tensor.is_leaf:  # computed from parameters; deepcopy refuses such
-            memo[id(tensor)] = torch.empty_like(tensor, device="meta") if other else tensor.detach().clone()
+            empty = torch.empty_like(tensor, device="meta") if other else tensor.detach().clone()
+            memo.setdefault(id(tensor), empty)
     return copy.deepcopy(model, memo)
 
 
@@ -204,32 +212,48 @@ def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn
 
 
 def tensor_setter(module: nn.Module) -> Callable[[str, Tensor], None]:
-    """What replaces a parameter (under all its names) or a buffer of ``module``, given its name and value.
+    """What replaces a parameter or a buffer of ``module``, wherever it is held, given its name and value.
 
-    Looks through the modules once, for however many tensors: tied layers share a parameter."""
-    places = _holders(module)
+    Looks through the modules once, for however many tensors."""
+    places = _places(module)
 
     def set_tensor(name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if leaf not in owner._parameters:
-            owner._buffers[leaf] = value
-            return
-        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-        places[parameter] = places.pop(owner._parameters[leaf])
-        for held, key in places[parameter]:
-            held[key] = parameter
+        plain = leaf not in module.get_submodule(path)._parameters or isinstance(value, nn.Parameter)
+        _put(value if plain else nn.Parameter(value), places[name])
 
     return set_tensor
 
 
-def _holders(module: nn.Module) -> dict[nn.Parameter | None, list[tuple[_Held, str]]]:
-    """What holds each parameter, and its name there."""
-    places: dict[nn.Parameter | None, list[tuple[_Held, str]]] = {}
-    for part in module.modules():
-        for key, parameter in part._parameters.items():
-            places.setdefault(parameter, []).append((part._parameters, key))
-    return places
+def _put(value: Tensor, places: list[_Place]) -> None:
+    for held, key in places:
+        held[key] = value
+
+
+def _places(module: nn.Module) -> dict[str, list[_Place]]:
+    """Under each of its names, where a parameter or buffer is held: by every layer that shares it, and in
+    plain attributes, such as the list of the parameters of an LSTM."""
+    named: dict[str, Tensor] = {}
+    places: dict[Tensor, list[_Place]] = {}
+    for path, part in module.named_modules():
+        own = {**part._parameters, **part._buffers}
+        named |= {f"{path}.{leaf}".lstrip("."): tensor for leaf, tensor in own.items() if tensor is not None}
+        for held, key, tensor in _held(vars(part)):
+            if held is not None:
+                places.setdefault(tensor, []).append((held, key))
+    return {name: places[tensor] for name, tensor in named.items()}
+
+
+def _held(container: Any) -> Iterator[tuple[Any, Any, Tensor]]:
+    """The tensors in a mapping or a list and in those within, with their places; None for one that has none,
+    in a tuple, say."""
+    for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+        if isinstance(value, Tensor):
+            yield container, key, value
+        elif isinstance(value, dict | list):
+            yield from _held(value)
+        elif isinstance(value, Collection):
+            yield from ((None, None, leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def fit_attributes(module: nn.Module) -> None:
@@ -249,6 +273,7 @@ def _fits(module: nn.Module) -> list[Callable[[], None]]:
         (_NormBase, _fit_norm),
         (nn.PReLU, _fit_prelu),
         (nn.MultiheadAttention, fit_attention),
+        (nn.RNNBase, _fit_recurrent),
     ]
     found = ((layer, [fit for kind, fit in kinds if isinstance(layer, kind)]) for layer in module.modules())
     return [partial(fits[0], layer) for layer, fits in found if fits]
@@ -280,6 +305,12 @@ def _fit_norm(layer: _NormBase) -> None:
 
 def _fit_prelu(layer: nn.PReLU) -> None:
     vars(layer)["num_parameters"] = layer.weight.numel()
+
+
+def _fit_recurrent(layer: Any) -> None:
+    vars(layer)["input_size"] = layer.weight_ih_l0.shape[1]
+    layer._flat_weight_refs = [w if w is None else weakref.ref(w) for w in layer._flat_weights]
+    layer.flatten_parameters()  # as it does itself where its weights are others than those it refers to
 
 
 def _fit_convolution(layer: _ConvNd) -> None:

@@ -15,7 +15,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.stream_add import expose_additions
-from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tensors
+from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tensors, require_places
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.store.initialisation import Recording, build_seeded, named_tensors, record
@@ -98,6 +98,7 @@ def prepare(
         meta_model = recording.model if recording.replayable else build_on_meta(source)
         if any(value.is_meta for value in other_tensors(meta_model)):
             meta_model = build_on_meta(source)
+    require_places(meta_model)
     if channel_map is None:
         channel_map = discover(meta_model, example_inputs, residual)
     channel_map = block_atoms(channel_map, block)

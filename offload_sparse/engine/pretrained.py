@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -132,10 +133,10 @@ class WeightSource:
         """The same, known to fit ``network`` (on any device; only names and shapes matter). ``last`` are the
         tensors that ``NEW_HEAD`` starts afresh where the classes are others, but as many. Raises ValueError:
         tensors are missing or of other shapes; one line that counts and names them."""
-        shared = dict(network.named_parameters(remove_duplicate=False))
-        own = named_tensors(network)
-        names = {id(tensor): name for name, tensor in network.named_parameters()}
-        own_name = {alias: names[id(p)] for alias, p in shared.items()} | {name: name for name in own}
+        own, first = named_tensors(network), dict[Tensor, str]()
+        shared = (network.named_parameters, network.named_buffers)
+        tensors = chain.from_iterable(named(remove_duplicate=False) for named in shared)
+        own_name = {name: first.setdefault(tensor, name) for name, tensor in tensors}
         prefix = max(_PREFIXES, key=lambda p: sum(p + name in self.tensors for name in own_name))
         found: dict[str, Stored] = {}
         unexpected = []
@@ -168,7 +169,8 @@ class WeightSource:
         notes += [f"  names begin with {prefix!r} there"] if prefix else []
         notes += [f"  not taken, unknown to the network: {_listed(unexpected)}"] if unexpected else []
         notes += [f"  started afresh: {_listed(head)}"] if self.new_head and head else []
-        return FittedWeights(found, frozenset(names.values()), tuple(notes), self.preprocessing)
+        parameters = frozenset(name for name, _ in network.named_parameters())
+        return FittedWeights(found, parameters, tuple(notes), self.preprocessing)
 
     @staticmethod
     def _head(odd: Sequence[str], found: Mapping[str, Stored], own: Mapping[str, Tensor]) -> list[str]:

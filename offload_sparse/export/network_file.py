@@ -26,7 +26,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.model_call import Inputs
 from offload_sparse.channels.require import Explained
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
-from offload_sparse.channels.subnet import build_on_meta, fit_attributes, other_tensors, tensor_setter
+from offload_sparse.channels.subnet import build_on_meta, fit_attributes, require_places, tensor_setter
 from offload_sparse.channels.views import Fit, fit_views, fitted_views
 from offload_sparse.export import json_values
 from offload_sparse.export.description import Preprocessing, file_digest
@@ -225,12 +225,8 @@ def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn
     except ValueError as error:
         raise ValueError(f"{folder}: {error}; was it exported from another model?") from None
     fit_attributes(module)
-    left = next((value for value in other_tensors(module) if value.is_meta), None)
-    if left is not None:
-        raise ValueError(
-            f"{folder}: {type(module).__name__} keeps a tensor of shape {tuple(left.shape)} without values; "
-            "let its constructor register it as a buffer"
-        )
+    with Explained(f"{folder}: "):
+        require_places(module)
     return module.eval()
 
 

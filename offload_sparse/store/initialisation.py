@@ -32,6 +32,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from offload_sparse.channels.subnet import meta_copy
+
 
 def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     """The network as ``torch.manual_seed(seed); factory()`` gives it; the caller's random state stays as it
@@ -143,7 +145,7 @@ def record(factory: Callable[[], nn.Module]) -> Recording:
                 model = factory()
         except Exception as error:  # tensors without values may fail anywhere; a real fault fails again below
             message = (str(error) or type(error).__name__).splitlines()[0]
-            return Recording(factory().to("meta"), f"it does not build on the meta device: {message}")
+            return Recording(meta_copy(factory()), f"it does not build on the meta device: {message}")
         if _random_states() != before:
             recorder.reject("it draws random numbers outside PyTorch's default device and generator")
     return _recording(model, recorder)
@@ -165,7 +167,7 @@ def _recording(model: nn.Module, recorder: Recorder) -> Recording:
         if on_meta(tensor):
             places[view_of(tensor).storage].append((name, view_of(tensor)))
     if constants:
-        model = model.to("meta")
+        model = meta_copy(model)
     if recorder.reason:
         return Recording(model, recorder.reason)
     return Recording(model, "", _plan(recorder.operations, set(places)), places, constants)

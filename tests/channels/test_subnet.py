@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -49,3 +51,26 @@ def test_a_model_that_reads_values_while_it_is_built_is_moved_to_meta() -> None:
 
     assert build_on_meta(build).weight.is_meta
     assert build_on_meta(lambda: nn.Linear(2, 3)).weight.is_meta
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_follows_the_width_before_it(kind: type[nn.RNNBase]) -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.rnn = nn.Linear(3, 8), kind(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(self.fc(x))[0]
+
+    model, inputs = Sequence(), torch.randn(4, 2, 3)
+    channel_map = discover(model, (inputs,))
+    subnet = Subnet(model, torch.device("cpu"))
+    for mask in (torch.arange(8) < 3, channel_map.full_mask()):
+        found, dropped = bound(subnet, model, channel_map, mask), copy.deepcopy(model)
+        with torch.no_grad():
+            dropped.fc.weight[~mask], dropped.fc.bias[~mask] = 0, 0
+        assert found.rnn.input_size == int(mask.sum())
+        torch.testing.assert_close(found(inputs), dropped(inputs))
+    subnet.release()
+    assert all(weight.is_meta for weight in found.rnn._flat_weights), "nothing keeps the weights alive"

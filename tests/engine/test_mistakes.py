@@ -74,6 +74,12 @@ def own_backward(net: nn.Module) -> Tensor:
     return loss(net) / 2
 
 
+def with_tuple() -> nn.Module:
+    net = network()
+    net.pair = net[0].weight, net[2].weight
+    return net
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dict loss": (lambda: trained(lambda net: {"loss": loss(net)}), "the closure returns dict"),
     "no loss": (lambda: trained(lambda net: None), "the closure returns NoneType"),
@@ -112,6 +118,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "budgets": (
         lambda: new_session(policy=PolicyConfig(search="none", budgets=[0.25, 0.5])),
         "leave it empty in a loop",
+    ),
+    "parameters in a tuple": (
+        lambda: SparseOffload(with_tuple, X, SGD, rho=0.5),
+        r"keeps a tensor of shape \(16, 12\).*in a list",
     ),
     "clip_norm": (lambda: new_session(clip_norm=-1.0), r"clip_norm -1.0"),
 }

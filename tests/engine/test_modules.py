@@ -196,6 +196,43 @@ def test_a_buffer_is_kept_whether_forward_writes_into_it_or_assigns_it(in_place:
     assert int(final.module.seen) == 60
 
 
+class Shared(Net):
+    """A running mean that two modules hold; the first writes it, the second is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        centre = torch.zeros(3)
+        self.writes, self.reads = nn.Module(), nn.Module()
+        self.writes.register_buffer("centre", centre)
+        self.reads.register_buffer("centre", centre)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.writes.centre.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3)))
+        return super().forward(x - self.reads.centre[:, None, None])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_buffer_of_two_modules_stays_one(verify: bool) -> None:
+    """At rho = 1, in float64, against torch."""
+    net = Shared().double()
+    net.reads.centre = net.writes.centre  # .double() makes two of them
+    plain = copy.deepcopy(net).train()
+    setup = Setup(dtype=torch.float64, verify=verify)
+    session = SparseOffload(net, IMAGES[0].double(), SGD, rho=1.0, total_steps=20, setup=setup, device="cpu")
+    optimizer = SGD(plain.parameters())
+    for x, y in batches(6):
+        optimizer.zero_grad()
+        loss(plain, (x.double(), y)).backward()
+        optimizer.step()
+        session.step(partial(loss, batch=(x.double(), y)))
+    final = session.finalize([(x.double(), y) for x, y in batches(2)]).module
+    torch.testing.assert_close(final.reads.centre, plain.reads.centre)
+    assert final.reads.centre is final.writes.centre
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(final.get_parameter(name), parameter)
+
+
 class Growing(Net):
     def __init__(self) -> None:
         super().__init__()

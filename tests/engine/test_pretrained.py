@@ -102,6 +102,23 @@ def test_what_a_file_lacks_keeps_the_values_of_the_constructor(tmp_path: Path) -
     assert torch.equal(store.own_rows("conv1.weight"), net.conv1.weight)
 
 
+def test_a_buffer_of_two_modules_is_known_by_both_names(tmp_path: Path) -> None:
+    class Shared(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            table = torch.zeros(3)
+            self.norm1.register_buffer("table", table)
+            self.norm2.register_buffer("table", table)
+
+    state = Shared().state_dict()
+    tables = dict.fromkeys(("norm1.table", "norm2.table"), torch.arange(3.0))
+    save_file(state | {name: table.clone() for name, table in tables.items()}, tmp_path / "w.safetensors")
+    prepared = prepare(Shared, INPUTS, "coupled", verify=False)
+    weights = WeightSource(tmp_path).fitted(prepared.meta_model)
+    assert not [line for line in weights.lines if "unknown" in line]
+    assert {name for name in weights.stored if "table" in name} == {"norm1.table"}
+
+
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "module.model."])
 def test_prefixes_of_wrappers_are_taken_off_and_told(prefix: str, tmp_path: Path) -> None:
     save_file({prefix + n: t for n, t in trained().state_dict().items()}, tmp_path / "w.safetensors")

@@ -47,6 +47,18 @@ def assert_replays(factory: Callable[[], nn.Module], seed: int = 3) -> None:
     assert not expected, f"never yielded: {list(expected)}"
 
 
+def test_a_constant_that_two_layers_hold_stays_one() -> None:
+    def build() -> nn.Module:
+        layers, table = [nn.Linear(3, 3), nn.Linear(3, 3)], torch.from_numpy(np.arange(3.0))
+        for layer in layers:
+            layer.register_buffer("table", table)
+        return nn.Sequential(*layers)
+
+    assert_replays(build)
+    model = record(build).model
+    assert model[0].table is model[1].table
+
+
 @pytest.mark.parametrize(
     "name",
     [

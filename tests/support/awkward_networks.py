@@ -130,6 +130,46 @@ class Residual(Plain):
         return self.fc(F.relu(x + self.c2(x)).mean((2, 3)))
 
 
+class SharedTable(Plain):
+    """A buffer that two modules hold, as all blocks of a network may hold one mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.linspace(0.5, 1, 16)
+        self.blocks = nn.ModuleList([nn.Module(), nn.Module()])
+        for block in self.blocks:
+            block.register_buffer("table", table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.blocks[0].table * self.blocks[1].table)
+
+
+class Aliases(Plain):
+    """A parameter and a buffer that are in a list and in a mapping as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
+        self.first, self.means = [self.c1.weight], {"images": self.mean}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x - self.means["images"], self.first[0], self.c1.bias)
+        return self.fc(F.relu(self.b1(x)).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which keeps its parameters in a list, behind channels that can be dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.rnn = nn.Conv2d(3, 16, 3), nn.LSTM(16, 12, batch_first=True, bidirectional=True)
+        self.hidden, self.fc = nn.Linear(24, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.rnn(F.relu(self.c1(x)).mean(3).transpose(1, 2))
+        return self.fc(F.relu(self.hidden(states[:, -1])))
+
+
 class Dictionary(Plain):
     """Its output is a mapping."""
 
@@ -149,5 +189,8 @@ ALL = (
     NumpyRates,
     Frozen,
     Residual,
+    SharedTable,
+    Aliases,
+    Recurrent,
     Dictionary,
 )
