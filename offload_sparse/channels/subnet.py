@@ -37,8 +37,8 @@ class Subnet:
     Args:
         model: the full model, on any device (the meta device serves), with the additions of its channel map
             exposed; it is not changed.
-        integer_buffers: real values of the buffers that are not sliced, by qualified name; not copied, so
-            that subnets on the same device share them."""
+        integer_buffers: real values of the buffers that are not sliced, by qualified name, integer ones among
+            them; not copied, so that subnets on the same device share them."""
 
     def __init__(
         self, model: nn.Module, device: torch.device, integer_buffers: Mapping[str, Tensor] | None = None
@@ -46,7 +46,7 @@ class Subnet:
         self.module = meta_copy(model)
         values, buffers = integer_buffers or {}, dict(self.module.named_buffers())
         self.parameter_names = tuple(name for name, _ in self.module.named_parameters())
-        self.buffer_names = tuple(n for n, b in buffers.items() if b.is_floating_point())
+        self.buffer_names = tuple(n for n, b in buffers.items() if b.is_floating_point() and n not in values)
         self.device = device
         self.parameters: list[nn.Parameter] = []  # as bound, in the order of their names
         self._fits = _fits(self.module)

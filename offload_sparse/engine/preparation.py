@@ -51,6 +51,8 @@ class PreparedModel:
             self._initialise(store, seed)
         if weights is not None:
             weights.fill(store)
+        for name, value in store.integer_buffers.items():  # what is read may be of another type in its file
+            store.integer_buffers[name] = value.to(self.meta_model.get_buffer(name).dtype)
 
     def _initialise(self, store: WeightStore, seed: int) -> None:
         if self.recording is not None and self.recording.replayable:
@@ -66,11 +68,24 @@ class PreparedModel:
             tensors |= {name: torch.zeros(shape) for name, shape in shapes if name not in tensors}
         store.fill_from_first_rank(tensors)
 
-    def tensor_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the parameters, and of the floating-point buffers, in the model's order."""
+    def tensor_names(self, dtype: torch.dtype = torch.float32) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the parameters, and of the buffers, that a store of ``dtype`` has the rows of, in the
+        model's order."""
         parameters = tuple(name for name, _ in self.meta_model.named_parameters())
-        buffers = tuple(name for name, b in self.meta_model.named_buffers() if b.is_floating_point())
-        return parameters, buffers
+        return parameters, sliced_buffers(self.meta_model, self.channel_map, dtype)
+
+
+def sliced_buffers(model: nn.Module, channel_map: ChannelMap, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the buffers that a store of ``dtype`` has the rows of. Others are whole on every rank, as they
+    are: integers, and what is meant to be more exact than the weights, of which nothing can be dropped."""
+    kinds = {dtype, *(p.dtype for p in model.parameters())}
+    most = max(torch.finfo(kind).bits for kind in kinds)
+    return tuple(
+        name
+        for name, b in model.named_buffers()
+        if b.is_floating_point()
+        and (torch.finfo(b.dtype).bits <= most or any(axis is not None for axis in channel_map.axes[name]))
+    )
 
 
 def prepare(
@@ -98,6 +113,7 @@ def prepare(
         meta_model = recording.model if recording.replayable else build_on_meta(source)
         if any(value.is_meta for value in other_tensors(meta_model)):
             meta_model = build_on_meta(source)
+    _refuse_odd_parameters(meta_model)
     require_places(meta_model)
     if channel_map is None:
         channel_map = discover(meta_model, example_inputs, residual)
@@ -117,3 +133,11 @@ def prepare(
 
         on_first_rank(test)
     return PreparedModel(source, meta_model, channel_map, recording)
+
+
+def _refuse_odd_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            advice = "keep torch.view_as_real of it" if parameter.is_complex() else "register it as a buffer"
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(f"parameter {name!r} is {kind}; only real numbers are trained: {advice}")

@@ -46,7 +46,7 @@ class FittedWeights:
         Raises ValueError: weights are not finite; one line, on every rank."""
         count, odd = 0, ""
         for name, stored in self.stored.items():
-            if not stored.dtype.is_floating_point:
+            if not store.has_rows(name):
                 value = torch.empty(stored.shape, dtype=stored.dtype)
                 count += read_rows(stored, 0, row_shape(stored.shape)[0], value)
                 store.integer_buffers[name] = value
@@ -133,10 +133,10 @@ class WeightSource:
         """The same, known to fit ``network`` (on any device; only names and shapes matter). ``last`` are the
         tensors that ``NEW_HEAD`` starts afresh where the classes are others, but as many. Raises ValueError:
         tensors are missing or of other shapes; one line that counts and names them."""
-        own, first = named_tensors(network), dict[Tensor, str]()
+        own, names = named_tensors(network), dict[Tensor, str]()
         shared = (network.named_parameters, network.named_buffers)
         tensors = chain.from_iterable(named(remove_duplicate=False) for named in shared)
-        own_name = {name: first.setdefault(tensor, name) for name, tensor in tensors}
+        own_name = {name: names.setdefault(tensor, name) for name, tensor in tensors}
         prefix = max(_PREFIXES, key=lambda p: sum(p + name in self.tensors for name in own_name))
         found: dict[str, Stored] = {}
         unexpected = []

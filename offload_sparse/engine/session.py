@@ -79,7 +79,7 @@ class Setup:
         on_nonfinite: what a step whose loss or gradient is not finite leads to, beside moving nothing itself:
             ``stop`` raises, ``skip`` goes on with the next batch, ``rollback`` goes on from the end of the
             round before (which costs the bus a full subnet per round).
-        dtype: type of weights, slots and gradients.
+        dtype: type of weights, slots, gradients and buffers; a buffer of more bits than all weights stays.
         store: where the weights are.
         run_id: what a store in files is known by.
         store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
@@ -492,7 +492,7 @@ def _store(
     device: torch.device,
 ) -> WeightStore:
     """The store, with the trained parameters in ``order`` and behind them those that are not."""
-    parameters, buffers = prepared.tensor_names()
+    parameters, buffers = prepared.tensor_names(setup.dtype)
     names = (*order, *(name for name in parameters if name not in set(order)))
     identity = Identity.of(setup.run_id, prepared.channel_map, setup.dtype, ranks.world_size, ranks.rank)
     if names != parameters:  # the files of a run with other groups do not fit

@@ -8,8 +8,8 @@
     fetch:     own rows --> wire buffer --sent to whom it is for, or broadcast--> every rank's narrow buffer
     put_back:  narrow buffer --> own rows; no network
 
-Rank memory is (1 + slots) * bytes(full weights) / world_size. Integer buffers are not sliced; every rank
-holds them.
+Rank memory is (1 + slots) * bytes(full weights) / world_size. Every rank holds the buffers that are not
+sliced: integers, and those of more bits than the weights.
 """
 
 from __future__ import annotations
@@ -187,6 +187,10 @@ class WeightStore:
         """Bytes of this rank's rows."""
         return sum(a.numel() * a.element_size() for a in self.arrays.values())
 
+    def has_rows(self, name: str) -> bool:
+        """Whether tensor ``name`` is divided among the ranks; others are ``integer_buffers``."""
+        return name in self.partitions[WEIGHTS].layout or name in self.partitions[BUFFERS].layout
+
     def own_rows(self, name: str, kind: str | None = None) -> Tensor:
         """This rank's rows of tensor ``name`` (of the slot ``kind``), a view of the store."""
         kind = kind or (WEIGHTS if name in self.partitions[WEIGHTS].layout else BUFFERS)
@@ -199,7 +203,7 @@ class WeightStore:
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take this rank's rows out of whole tensors that every rank iterates over, one at a time."""
         for name, tensor in tensors:
-            if not tensor.is_floating_point():
+            if not self.has_rows(name):
                 self.integer_buffers[name] = tensor.clone()
                 continue
             low, high = self.own_range(name)
@@ -216,7 +220,7 @@ class WeightStore:
         for kind in (WEIGHTS, BUFFERS):
             for name in self.partitions[kind].layout.shapes:
                 self.from_first_rank(name, kind, None if tensors is None else tensors[name])
-        shared = [{n: t for n, t in (tensors or {}).items() if not t.is_floating_point()}]
+        shared = [{n: t.clone() for n, t in (tensors or {}).items() if not self.has_rows(n)}]
         dist.broadcast_object_list(shared, src=self.ranks.first, group=self.ranks.host_group)
         self.integer_buffers = shared[0]
 

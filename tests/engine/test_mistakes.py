@@ -74,6 +74,12 @@ def own_backward(net: nn.Module) -> Tensor:
     return loss(net) / 2
 
 
+def with_parameter(value: Tensor) -> nn.Module:
+    net = network()
+    net.register_parameter("odd", nn.Parameter(value, requires_grad=False))
+    return net
+
+
 def with_tuple() -> nn.Module:
     net = network()
     net.pair = net[0].weight, net[2].weight
@@ -118,6 +124,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "budgets": (
         lambda: new_session(policy=PolicyConfig(search="none", budgets=[0.25, 0.5])),
         "leave it empty in a loop",
+    ),
+    "complex parameter": (
+        lambda: SparseOffload(lambda: with_parameter(torch.zeros(3, dtype=torch.complex64)), X, SGD, rho=0.5),
+        "parameter 'odd' is complex64.*view_as_real",
+    ),
+    "integer parameter": (
+        lambda: SparseOffload(with_parameter(torch.arange(3)), X, SGD, rho=0.5),
+        "parameter 'odd' is int64.*as a buffer",
     ),
     "parameters in a tuple": (
         lambda: SparseOffload(with_tuple, X, SGD, rho=0.5),

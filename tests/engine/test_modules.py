@@ -233,6 +233,24 @@ def test_a_buffer_of_two_modules_stays_one(verify: bool) -> None:
         torch.testing.assert_close(final.get_parameter(name), parameter)
 
 
+class Counting(Net):
+    """Counts in float64 what float32 cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1 + 2.0**-40
+        return super().forward(x)
+
+
+def test_a_buffer_of_more_bits_than_the_weights_keeps_them() -> None:
+    final = train(Counting, 12)
+    assert torch.equal(final.module.seen, torch.tensor(12 * (1 + 2.0**-40), dtype=torch.float64))
+
+
 class Growing(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -144,6 +144,20 @@ class SharedTable(Plain):
         return super().forward(x * self.blocks[0].table * self.blocks[1].table)
 
 
+class Exact(Plain):
+    """A buffer of more bits than the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.seen.dtype == torch.float64
+        if self.training:
+            self.seen = self.seen + 2.0**-40 + len(x)
+        return super().forward(x * (1 + self.seen).log().to(x.dtype))
+
+
 class Aliases(Plain):
     """A parameter and a buffer that are in a list and in a mapping as well."""
 
@@ -190,6 +204,7 @@ ALL = (
     Frozen,
     Residual,
     SharedTable,
+    Exact,
     Aliases,
     Recurrent,
     Dictionary,

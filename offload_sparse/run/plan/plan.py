@@ -29,6 +29,7 @@ from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.family import Family, with_own_norms
 from offload_sparse.engine.optimizer import slot_names
+from offload_sparse.engine.preparation import sliced_buffers
 from offload_sparse.policy.width_search import MEMORY_ROOM
 from offload_sparse.run.plan.dry_run import Structure, structure_of, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
@@ -110,11 +111,11 @@ class Planner:
         members = len(config.policy.budgets) - 1 if config.method == "sparse_offload" else 0
         self._model, self.channel_map = with_own_norms(structure.model, structure.channel_map, members)
         parameters = tuple(name for name, _ in self._model.named_parameters())
-        floating = ((n, b) for n, b in self._model.named_buffers() if b.is_floating_point())
+        dtype = getattr(torch, config.train.dtype)
         self._slots = slot_names(config.optim)
         self._names = dict.fromkeys((WEIGHTS, *self._slots), parameters)
-        self._names |= {BUFFERS: tuple(name for name, _ in floating)}
-        self._item = getattr(torch, config.train.dtype).itemsize
+        self._names |= {BUFFERS: sliced_buffers(self._model, self.channel_map, dtype)}
+        self._item = dtype.itemsize
 
     @classmethod
     def of(cls, config: RunConfig, data: DeclaredData, machine: Machine) -> Planner:
