@@ -26,8 +26,8 @@ MEAN_RATE, MOST = 0.08, 0.4
 """Share of the channels that a probe drops: mean over groups, and the largest of a group."""
 
 _RIDGE, _LEAST_VARIANCE = 1e-6, 1e-9
-"""What lets a regression be solved: relative to the variances of the shares, and to the largest of these. More
-would take groups that vary least, the wide and dear ones, for worthless."""
+"""What lets a regression be solved: relative to the variances of the shares, and to the largest of these.
+More would take groups that vary least, the wide and dear ones, for worthless."""
 
 _FORGET = 0.5
 """What an earlier cycle's evidence counts for in the next one: the widths have moved since."""
