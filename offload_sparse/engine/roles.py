@@ -17,8 +17,8 @@ every rank, where each trains a subnet of its own.
 
 
 class Roles:
-    """The part of every rank. With ``round.sync round`` ranks talk once per round after ``local_from``
-    optimizer steps."""
+    """The part of every rank. With ``round.sync round`` ranks talk once per round from step ``local_from``
+    of the run on."""
 
     def __init__(self, rounds: RoundConfig, world_size: int, local_from: int) -> None:
         self._rounds, self._world_size, self._local_from = rounds, world_size, local_from

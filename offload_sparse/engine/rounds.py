@@ -70,7 +70,7 @@ class Rounds(Requests):
         freeze_step: optimizer steps after which the final mask is chosen.
         ema: decay of the moving average of the weights that is kept once it is; 0 keeps none.
         compare_until: steps before this one compare masks by forward passes, and train nothing.
-        local_from: optimizer steps after which, with ``round.sync round``, ranks talk once per round.
+        local_from: steps of training after which, with ``round.sync round``, ranks talk once per round.
 
     Attributes:
         pair: the subnets of the round that is open, if one is.
@@ -115,8 +115,8 @@ class Rounds(Requests):
         self.pair: SubnetPair | None = None
         self.masks: Masks | None = None
         self.round_step = self.round_length = self.round_bytes = self._bytes_before = 0
-        begins = max(local_from, compare_until)
-        self.roles, self.local, self.live_steps = Roles(rounds, ranks.world_size, begins), False, 0
+        self.roles = Roles(rounds, ranks.world_size, compare_until + local_from)
+        self.local, self.live_steps = False, 0
         self.averaging = Averaging(transfers.store, ranks, rounds)
         self.restored: list[Mapping[str, Tensor]] = []
         self._next_masks: Callable[[], Masks] | None = None
@@ -467,7 +467,7 @@ class Rounds(Requests):
 
     @property
     def freeze_step(self) -> int:
-        """Optimizer steps after which the final mask is chosen: those planned, or asked for on the way."""
+        """Optimizer steps after which the final mask is, or was, chosen: as planned or as asked for."""
         return min(self._planned_freeze, self.asked_freeze)
 
     @property
@@ -486,13 +486,14 @@ class Rounds(Requests):
         losses = losses_of(compared, *among) if compared else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.policy.freeze()
+        self.asked_freeze = min(self.freeze_step, self.steps_done)  # whatever length the run is given later
         self.next_masks = None
 
     def span(self, step: int, steps: int) -> tuple[int, int]:
-        """The cycle of a search that ``step`` lies in; all ``steps`` where none goes on."""
-        if self.frozen or not isinstance(self._policy, WidthSearch):
-            return 0, steps
-        return self._policy.cycle(step, steps)
+        """The cycle of a search that ``step`` lies in; of any other run the steps that train."""
+        if isinstance(self._policy, WidthSearch):
+            return self._policy.cycle(step, steps, self.freeze_step if self.frozen else None)
+        return self.steps_done - self.trained_steps, steps
 
     def _cycle_ends(self, step: int) -> bool:
         """Whether the widths of a search by probes move before ``step``."""

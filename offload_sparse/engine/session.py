@@ -84,8 +84,8 @@ class Setup:
         run_id: what a store in files is known by.
         store_mode: ``new`` initialises the weights; ``resume`` opens the files of an interrupted run instead;
             ``replace`` initialises whatever files of this run there are.
-        local_from: with ``round.sync round``, optimizer steps after which ranks talk once per round; before,
-            at every step.
+        local_from: with ``round.sync round``, steps of training after which ranks talk once per round;
+            before, at every step.
         members: networks smaller than the final one that its caller trains with it, each with norms of its
             own (``engine.family``).
     """

@@ -176,6 +176,8 @@ def restore_small(session: Rounds, state: MethodState) -> None:
             "many ranks"
         )
     session.next_masks, session.final_mask = drawn, final[0] if final else None
+    if session.frozen:  # a state of an earlier version does not say since when; of a longer run it is not yet
+        session.asked_freeze = min(session.freeze_step, session.steps_done)
 
 
 def recall(session: Rounds, closures: Iterable[Closure]) -> None:

@@ -90,7 +90,7 @@ class Method(Protocol):
 
     def span(self, step: int) -> tuple[int, int]:
         """First and last step of what the learning rate's schedule spans at ``step``: the whole run, unless a
-        search goes in cycles."""
+        search goes in cycles or begins without training."""
 
     def records(self) -> list[StepRecord]:
         """Losses and metrics of the steps since the last call, averaged over ranks."""

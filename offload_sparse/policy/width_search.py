@@ -165,9 +165,12 @@ class WidthSearch:
 
     # --- probing and moving ---
 
-    def cycle(self, step: int, total_steps: int) -> tuple[int, int]:
-        """First step of the cycle that ``step`` is in, and of the next one."""
+    def cycle(self, step: int, total_steps: int, ended: int | None = None) -> tuple[int, int]:
+        """First step of the cycle that ``step`` is in, and of the next one; the last one begins where the
+        search has ``ended``, if it has, or will."""
         edges = [0, *self.boundaries, total_steps]
+        if ended is not None and self.boundaries:  # before its time, or in a run that was to be shorter
+            edges = [0, *(edge for edge in self.boundaries if edge < ended), ended, total_steps]
         return max(e for e in edges[:-1] if e <= step), min(e for e in edges[1:] if e > step)
 
     def rates(self) -> Tensor:

@@ -11,10 +11,16 @@ WARMUP_SHARE = 0.25
 
 
 def learning_rate(
-    config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int, cycle: bool = False
+    config: OptimConfig,
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    cycle: bool = False,
+    before: int = 0,
 ) -> float:
     """Linear warm-up to ``config.lr``, then a cosine to zero at ``total_steps``, a constant, or steps down;
-    after ``step`` optimizer steps of a run, or of one ``cycle`` of its search."""
+    after ``step`` optimizer steps of a run, or of one ``cycle`` of its search with so many steps ``before``
+    it. Milestones are epochs of the run."""
     warmup = config.warmup_epochs * steps_per_epoch
     if cycle:
         warmup = min(warmup, WARMUP_SHARE * total_steps)
@@ -23,7 +29,7 @@ def learning_rate(
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "step":
-        passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+        passed = sum(before + step >= epoch * steps_per_epoch for epoch in config.milestones)
         return config.lr * 0.1**passed
     progress = (step - warmup) / max(1.0, total_steps - warmup)
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -188,7 +188,7 @@ class Run:
     def learning_rate(self, step: int) -> float:
         first, last = self.method.span(step)
         cycle, per_epoch = last < self.total_steps, self.steps_per_epoch
-        return learning_rate(self.config.optim, step - first, last - first, per_epoch, cycle)
+        return learning_rate(self.config.optim, step - first, last - first, per_epoch, cycle, first)
 
     def log_due(self, step: int) -> bool:
         every = min(self.config.train.log_every, self.steps_per_epoch)  # each epoch has figures of its own

@@ -29,7 +29,7 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 def make(
-    net: SmallNet, rho: float = 0.5, optimizer: OptimizerFactory = SGD, **settings: Any
+    net: SmallNet, rho: float = 0.5, optimizer: OptimizerFactory = SGD, warmup: int = 0, **settings: Any
 ) -> SparseOffload:
     return SparseOffload(
         net,
@@ -38,7 +38,7 @@ def make(
         total_steps=STEPS,
         policy=replace(CONFIG, rho=rho),
         rounds=RoundConfig(k=10, freeze_at=SEARCHED / STEPS, **settings),
-        setup=Setup(channel_map=small_map(net), verify=False, dtype=torch.float64),
+        setup=Setup(channel_map=small_map(net), verify=False, dtype=torch.float64, local_from=warmup),
         device="cpu",
     )
 
@@ -100,6 +100,13 @@ def test_a_network_whose_mask_is_final_is_trained(why: str) -> None:
     session.settle()
     assert session.frozen
     assert not torch.equal(session.store.arrays[WEIGHTS], before)
+
+
+def test_ranks_talk_at_every_step_of_the_warm_up_which_follows_the_comparisons() -> None:
+    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
+    assert isinstance(net, SmallNet)
+    roles = make(net, warmup=3, sync="round", reference="round_start").roles
+    assert [roles.local(step) for step in (0, COMPARED, COMPARED + 2, COMPARED + 3)] == [False] * 3 + [True]
 
 
 def test_an_optimizer_counts_the_steps_that_it_has_made() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -274,6 +275,25 @@ def test_a_search_that_has_ended_has_no_more_cycles() -> None:
     session.freeze()
     session.step(loss_of(batches(1)[0]))
     assert session.span(first, STEPS) == (0, STEPS)
+
+
+@pytest.mark.parametrize("says_when", [True, False])
+def test_the_last_cycle_begins_where_the_search_has_ended(says_when: bool) -> None:
+    """In a run that is made longer, too; by a state of an earlier version not before the step that it has."""
+    session = session_of()
+    last = session.freeze_step
+    for batch in batches(last + 3):
+        session.step(loss_of(batch))
+    assert session.span(last, STEPS) == session.span(STEPS - 1, STEPS) == (last, STEPS)
+    session.records()
+    state = session_state(session)
+    if not says_when:
+        state.meta["asked_freeze"] = sys.maxsize
+    longer = make_session(net(), POLICY, RoundConfig(k=4, freeze_at=0.8), 2 * STEPS)  # type: ignore[arg-type]
+    restore_session(longer, state)
+    first = last if says_when else last + 3
+    for step in (last + 3, longer._planned_freeze, 2 * STEPS - 1):
+        assert longer.span(step, 2 * STEPS) == (first, 2 * STEPS)
 
 
 def test_none_keeps_one_even_mask_and_compares_nothing() -> None:

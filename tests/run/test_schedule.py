@@ -41,3 +41,9 @@ def test_steps_down_happen_at_the_milestones() -> None:
     assert found[:40] == [0.2] * 40
     assert found[40:65] == pytest.approx([0.02] * 25)
     assert found[65:] == pytest.approx([0.002] * 35)
+
+
+def test_milestones_are_epochs_of_the_run_wherever_a_cycle_begins() -> None:
+    config = OptimConfig(lr=0.2, schedule="step", milestones=[4])
+    found = [learning_rate(config, step, 75, 10, cycle=True, before=25) for step in range(75)]
+    assert found == pytest.approx([0.2] * 15 + [0.02] * 60)

@@ -11,7 +11,11 @@ import torch
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
+from offload_sparse.engine.config import OptimConfig
+from offload_sparse.policy import width_search
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run import trainer
+from offload_sparse.run.schedule import learning_rate
 from tests.support.image_runs import options
 from tests.workloads.data.images import pixels, table, write_parquet
 
@@ -54,6 +58,34 @@ def test_every_epoch_has_figures_of_its_own(
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
     assert len(told) == 2
     assert all(loss in line for loss, line in zip(losses.values(), told, strict=True))
+
+
+def rates(run_dir: Path) -> list[float]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["lr"] for line in lines if "lr" in line]
+
+
+def test_every_cycle_of_a_search_has_a_schedule_of_its_own(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a warm-up; the last one, which trains what was found, too."""
+    monkeypatch.setattr(PolicyConfig, "cycle_steps", 10)
+    monkeypatch.setattr(width_search, "PROBE_SHARE", 2.0)
+    more = ("--policy.search", "probe", "--round.freeze_at", "0.6", "--optim.warmup_epochs", "0.5")
+    length = ("--train.epochs", "6", "--train.log_every", "1", "--train.check", "false")
+    assert main(options(images, tmp_path / "run", *more, *length)) == 0
+    config = OptimConfig(warmup_epochs=0.5)
+    expected = [learning_rate(config, step, n, 6, cycle=True) for n in (11, 11, 14) for step in range(n)]
+    assert rates(tmp_path / "run") == pytest.approx(expected)
+
+
+def test_a_warm_up_begins_with_the_first_step_that_trains(images: Path, tmp_path: Path) -> None:
+    """A search by forward passes compares masks before; two of four epochs are its, half of them compare."""
+    more = ("--policy.search", "forward", "--round.freeze_at", "0.5", "--optim.warmup_epochs", "1")
+    length = ("--train.epochs", "4", "--train.log_every", "1", "--train.check", "false")
+    assert main(options(images, tmp_path / "run", *more, *length)) == 0
+    expected = [learning_rate(OptimConfig(warmup_epochs=1), step, 18, 6) for step in range(18)]
+    assert rates(tmp_path / "run")[6:] == pytest.approx(expected)
 
 
 def test_the_same_seed_gives_the_same_run(images: Path, tmp_path: Path) -> None:
