@@ -31,7 +31,7 @@ def block_atoms(channel_map: ChannelMap, block: str | int) -> ChannelMap:
         raise ValueError(f"atoms.block is {block}; give at least 1 channel per atom")
     if most == 1:
         return channel_map
-    fewest = _fewest_channels(channel_map)
+    fewest = fewest_channels(channel_map)
     groups: list[Group] = []
     number = torch.full((channel_map.num_ids + 2,), ALWAYS)  # the last entries serve positions of no atom
     number[NEVER] = NEVER
@@ -66,7 +66,7 @@ def block_atoms(channel_map: ChannelMap, block: str | int) -> ChannelMap:
     return ChannelMap(tuple(groups), channel_map.shapes, axes, members, additions, views)
 
 
-def _fewest_channels(channel_map: ChannelMap) -> torch.Tensor:
+def fewest_channels(channel_map: ChannelMap) -> torch.Tensor:
     """int64[C]: the fewest positions that an atom takes on an axis that names it; 0 for one without any."""
     never = torch.iinfo(torch.int64).max
     fewest = torch.full((channel_map.num_atoms,), never)

@@ -53,9 +53,9 @@ class Costs(Protocol):
 
 def evenly_narrowed(config: PolicyConfig, channel_map: ChannelMap, costs: Costs) -> Tensor:
     """The mask bool[C] of the network whose groups all keep the same share, as large as ``config`` allows."""
+    budget = Budget.to_start_with(config, channel_map.groups, costs)
     if config.budget == "count":
         return channel_map.uniform_mask(config.rho, config.min_width)
-    budget = Budget.of(config, channel_map.groups, costs)
     start = budget.start()
     return budget.mask(start, 1 - start, config.min_width)
 
@@ -82,7 +82,7 @@ class Budget:
         else:
             assert costs is not None
             whole = costs.dense_parameters if kind == "params" else costs.dense_flops
-        self.limit = rho * whole
+        self.limit, self._whole = rho * whole, whole
         least = float(self._expected(torch.full((self._count,), bounds[0], dtype=torch.float64)))
         if least > self.limit * (1 + _PRECISION):
             raise ValueError(
@@ -94,6 +94,26 @@ class Budget:
     def of(cls, config: PolicyConfig, groups: Sequence[Group], costs: Costs | None) -> Budget:
         """What ``config`` allows."""
         return cls(config.budget, config.rho, groups, costs, (config.floor, 1 - config.floor))
+
+    @classmethod
+    def to_start_with(cls, config: PolicyConfig, groups: Sequence[Group], costs: Costs | None) -> Budget:
+        """What ``config`` allows, in which the minimum widths of all its networks fit. Raises ValueError:
+        they do not."""
+        budget = cls.of(config, groups, costs)
+        for share in (config.rho, *config.budgets):
+            budget.at(share).require_widths(config.min_width)
+        return budget
+
+    def require_widths(self, least: int) -> None:
+        """Masks never have fewer than ``least`` atoms of a group. Raises ValueError: that is too many."""
+        mask = torch.zeros(self._count, dtype=torch.bool)
+        for group in self._groups:
+            mask[group.start : min(group.start + least, group.stop)] = True
+        if (cost := self.of_mask(mask)) > self.limit * (1 + _PRECISION):
+            raise ValueError(
+                f"policy.rho {self._rho:g} of the {self._kind} is below the {cost / self._whole:.3g} that "
+                f"remain with {least} of every group's atoms; raise policy.rho or lower atoms.block"
+            )
 
     def at(self, rho: float) -> Budget:
         """The budget of another share."""

@@ -6,12 +6,11 @@ named with them. Streams of residual blocks count once, at the block that begins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from offload_sparse.channels.channel_map import ChannelMap, Group
+from offload_sparse.channels.atoms import fewest_channels
+from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.policy.budget import Budget, Costs, evenly_narrowed
 from offload_sparse.policy.config import PolicyConfig
 
@@ -84,7 +83,7 @@ def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, cost
         return evenly_narrowed(config, channel_map, costs)
     groups = channel_map.groups
     if not all(part.isdigit() for part in parts):
-        return mask_of_shape(widths, groups, Budget.of(config, groups, costs))
+        return mask_of_shape(widths, channel_map, Budget.to_start_with(config, groups, costs))
     numbers = [int(part) for part in parts]
     if len(numbers) != len(groups) or any(not 1 <= n <= g.size for n, g in zip(numbers, groups, strict=True)):
         raise ValueError(
@@ -97,13 +96,15 @@ def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, cost
     return mask
 
 
-def mask_of_shape(name: str, groups: Sequence[Group], budget: Budget) -> Tensor:
+def mask_of_shape(name: str, channel_map: ChannelMap, budget: Budget) -> Tensor:
     """The mask bool[C] of the published widths ``name`` of ``SHAPES``, all times the factor that spends the
-    budget; the first atoms. Raises ValueError: there is no such shape, or it is of another network."""
+    budget; the first atoms. Raises ValueError: there is no such shape, it is of another network, or the
+    budget has no room for ``_LEAST`` channels everywhere."""
     if name not in SHAPES:
         raise ValueError(f"there are no published widths {name!r}; give one of {', '.join(SHAPES)}")
     whole, widths = SHAPES[name]
-    sizes = [group.size for group in groups]
+    fewest = fewest_channels(channel_map)
+    sizes = [int(fewest[group.start : group.stop].sum()) for group in channel_map.groups]
     full = [width * sizes[0] // whole[0] for width in whole]  # of a wider one of the same kind, too
     if sizes != full:
         raise ValueError(
@@ -111,5 +112,8 @@ def mask_of_shape(name: str, groups: Sequence[Group], budget: Budget) -> Tensor:
             f"{sizes}; give the widths themselves, or take the model that they are made for"
         )
     shares = [w / f for w, f in zip(widths, whole, strict=True)]
-    s = torch.repeat_interleave(torch.tensor(shares, dtype=torch.float64), torch.tensor(sizes))
-    return budget.mask(s, torch.arange(len(s), dtype=torch.float64), _LEAST)
+    atoms = [group.size for group in channel_map.groups]
+    least = max(-(-_LEAST * count // size) for count, size in zip(atoms, sizes, strict=True))
+    budget.require_widths(least)
+    s = torch.repeat_interleave(torch.tensor(shares, dtype=torch.float64), torch.tensor(atoms))
+    return budget.mask(s, torch.arange(len(s), dtype=torch.float64), least)

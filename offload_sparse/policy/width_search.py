@@ -278,7 +278,7 @@ def build_policy(
     importance: Tensor | None = None,
 ) -> MaskPolicy | WidthSearch:
     """The policy that ``config.search`` names. Raises ValueError: a search in cycles must know the end of the
-    run.
+    run; the minimum widths exceed the budget.
 
     Args:
         freeze_step: step at which the final mask is chosen; None without an end of the run.
@@ -286,6 +286,7 @@ def build_policy(
         importance: float64[C], by which the atoms are ranked at the start; None tells none apart."""
     if config.search == "forward" and freeze_step is None:
         raise ValueError("policy.search forward goes on up to a share of a run; give total_steps")
+    Budget.to_start_with(config, groups, costs)
     if config.search in ("sampled", "forward"):
         return MaskPolicy(config, groups, seed, costs, importance)
     if config.search == "none":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.policy.budget import Budget, project
-from offload_sparse.policy.config import BudgetName
+from offload_sparse.policy.config import BudgetName, PolicyConfig
 from tests.support.channel_maps import SmallNet, small_map
 
 INPUTS = (torch.empty(1, 2, 6, 6, device="meta"),)
@@ -126,6 +126,23 @@ def test_masks_come_as_close_to_the_budget_as_their_atoms_allow(
         wider = mask.clone()
         wider[atom] = True
         assert budget.of_mask(wider) > budget.limit
+
+
+@pytest.mark.parametrize("kind", ["count", *NONLINEAR])
+def test_a_budget_below_the_minimum_widths_is_refused_at_the_start(kind: BudgetName) -> None:
+    """Masks would exceed it in silence; of a family that of any member."""
+    mask = torch.zeros(112, dtype=torch.bool)
+    mask[[group.start for group in GROUPS]] = True
+    whole = budget_of(kind, 1.0)
+    least = whole.of_mask(mask) / whole.limit
+    for budgets in ([], [least, 0.5]):
+        config = PolicyConfig(rho=1.01 * least, budget=kind, budgets=[1.01 * share for share in budgets])
+        assert Budget.to_start_with(config, GROUPS, WIDE).limit == pytest.approx(1.01 * least * whole.limit)
+    less = 0.99 * least
+    for few in (PolicyConfig(rho=less, budget=kind), PolicyConfig(budget=kind, budgets=[less])):
+        with pytest.raises(ValueError, match=rf"of the {kind} is below .* lower atoms\.block") as error:
+            Budget.to_start_with(few, GROUPS, WIDE)
+        assert "\n" not in str(error.value)
 
 
 def test_a_budget_that_the_floor_alone_exceeds_is_an_error() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.discovery import discover
 from offload_sparse.policy.budget import Budget
@@ -27,18 +28,20 @@ MODELS = {
 
 
 @cache
-def costs(model: str, size: int) -> tuple[ChannelMap, CostModel]:
+def costs(model: str, size: int, block: str = "1") -> tuple[ChannelMap, CostModel]:
     with torch.device("meta"):
         network = build_model(model, 1000, 3, size)
     image = (torch.empty(1, 3, size, size, device="meta"),)
-    channel_map = discover(network, image)
+    channel_map = block_atoms(discover(network, image), block)
     return channel_map, CostModel(network, channel_map, image)
 
 
-def mask_at(name: str, model: str, size: int, rho: float) -> tuple[Tensor, CostModel, list[int]]:
-    channel_map, cost = costs(model, size)
+def mask_at(
+    name: str, model: str, size: int, rho: float, block: str = "1"
+) -> tuple[Tensor, CostModel, list[int]]:
+    channel_map, cost = costs(model, size, block)
     budget = Budget("flops", rho, channel_map.groups, cost, (0.001, 0.999))
-    mask = mask_of_shape(name, channel_map.groups, budget)
+    mask = mask_of_shape(name, channel_map, budget)
     return mask, cost, present_widths(mask, channel_map.groups).int().tolist()
 
 
@@ -57,6 +60,26 @@ def test_vgg19_at_the_paper_s_smallest_budget_is_the_shape_of_the_study() -> Non
     _, _, widths = mask_at("vgg19_cifar_slimming", "offload_sparse/vgg19_cifar", 32, 0.0169)
     study = [9, 11, 23, 23, 45, 45, 41, 35, 20, 7, 4, 4, 4, 4, 4, 18]
     assert all(abs(a - b) <= 1 for a, b in zip(widths, study, strict=True)), widths
+
+
+@pytest.mark.parametrize("name", ["vgg19_cifar_slimming", "mobilenetv1_metapruning"])
+def test_atoms_of_several_channels_keep_the_shape_and_the_budget(name: str) -> None:
+    """As on a CUDA device: widths are those of single channels, to an atom, and 4 channels are least."""
+    rho = 0.0169 if name.startswith("vgg") else 0.05
+    _, _, single = mask_at(name, *MODELS[name], rho)
+    mask, cost, widths = mask_at(name, *MODELS[name], rho, "<=8")
+    assert 0.95 * rho * cost.dense_flops <= cost.flops(mask) <= rho * cost.dense_flops
+    run = [4 if size == 32 else 8 for size in SHAPES[name][0]]
+    assert all(abs(w * r - n) <= 1.5 * r for w, r, n in zip(widths, run, single, strict=True)), widths
+
+
+@pytest.mark.parametrize("widths", ["", "vgg19_cifar_slimming"])
+def test_a_budget_without_room_for_the_least_widths_is_refused(widths: str) -> None:
+    channel_map, cost = costs("offload_sparse/vgg19_cifar", 32, "16")
+    config = PolicyConfig(rho=0.01, budget="flops")
+    with pytest.raises(ValueError, match=r"0\.01 of the flops is below the 0\.0\d+ that remain") as error:
+        static_mask(widths, config, channel_map, cost)
+    assert "raise policy.rho or lower atoms.block" in str(error.value)
 
 
 @pytest.mark.parametrize(
