@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,10 +21,10 @@ from offload_sparse.store.weight_files import Stored, check_whole, read_rows, te
 from offload_sparse.store.weight_store import WeightStore
 
 NEW_HEAD = "+new_head"
-"""Behind a path: the tensors of the last layer start afresh where the network has other classes."""
+"""Behind a path: the tensors of the last layer start afresh, whether or not the network has other classes."""
 
-_PREFIXES = ("", "module.", "model.", "backbone.", "_orig_mod.", "module.model.", "module.backbone.")
-"""What wrappers put before the names of a network's own tensors."""
+_WRAPPER = re.compile(r"(module|model|backbone|_orig_mod)\.")
+"""What wrappers put before the names of a network's own tensors, any number of them."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,15 @@ class WeightSource:
 
         on_first_rank(check)
 
-    def fitted(self, network: nn.Module, last: Sequence[str] = ()) -> FittedWeights:
-        """The same, known to fit ``network`` (on any device; only names and shapes matter). ``last`` are the
-        tensors that ``NEW_HEAD`` starts afresh where the classes are others, but as many. Raises ValueError:
-        tensors are missing or of other shapes; one line that counts and names them."""
+    def fitted(self, network: nn.Module) -> FittedWeights:
+        """The same, known to fit ``network`` (on any device; only names and shapes matter). Raises
+        ValueError: tensors are missing or of other shapes; one line that counts and names them."""
         own, names = named_tensors(network), dict[Tensor, str]()
-        shared = (network.named_parameters, network.named_buffers)
-        tensors = chain.from_iterable(named(remove_duplicate=False) for named in shared)
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        tensors = chain(parameters.items(), network.named_buffers(remove_duplicate=False))
         own_name = {name: names.setdefault(tensor, name) for name, tensor in tensors}
-        prefix = max(_PREFIXES, key=lambda p: sum(p + name in self.tensors for name in own_name))
+        prefixes = _prefixes(self.tensors)
+        prefix = max(prefixes, key=lambda p: sum(p + name in self.tensors for name in own_name))
         found: dict[str, Stored] = {}
         unexpected = []
         for key, stored in self.tensors.items():
@@ -147,7 +148,7 @@ class WeightSource:
             else:
                 found.setdefault(name, stored)
         odd = [name for name, stored in found.items() if not _alike(stored, own[name])]
-        head = self._head(odd, found, own) if odd else list(last)
+        head = self._head(odd, found, own) if odd else [own_name[alias] for alias in _last_layer(parameters)]
         if self.new_head:
             found = {name: stored for name, stored in found.items() if name not in head}
             odd = [name for name in odd if name not in head]
@@ -178,6 +179,25 @@ class WeightSource:
         pairs = {(found[name].shape[:1], tuple(own[name].shape[:1])) for name in odd}
         alike = all(own[name].dim() and _alike(found[name], own[name], 1) for name in odd)
         return list(odd) if len(pairs) == 1 and alike else []
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What may stand before the names of all tensors: nothing, or wrappers that stand before some."""
+    found = {"": None}
+    for name in names:
+        end = 0
+        while match := _WRAPPER.match(name, end):
+            end = match.end()
+            found[name[:end]] = None
+    return list(found)
+
+
+def _last_layer(parameters: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parameters beside the last weight: networks have their layers in the order in which they
+    run."""
+    weights = [name for name, parameter in parameters.items() if parameter.dim() > 1]
+    layer = weights[-1].rpartition(".")[0] if weights else None
+    return [name for name in parameters if name.rpartition(".")[0] == layer]
 
 
 def _alike(stored: Stored, tensor: Tensor, first: int = 0) -> bool:

@@ -114,9 +114,8 @@ class Rounds(Requests):
         self.steps_done, self.trained_steps, self.rounds_done, self.forward_flops = 0, 0, 0, 0.0
         self.pair: SubnetPair | None = None
         self.masks: Masks | None = None
-        self.round_step = self.round_length = self.round_bytes = self._bytes_before = 0
-        self.roles = Roles(rounds, ranks.world_size, compare_until + local_from)
-        self.local, self.live_steps = False, 0
+        self.round_step = self.round_length = self.round_bytes = self._bytes_before = self.live_steps = 0
+        self.roles, self.local = Roles(rounds, ranks.world_size, compare_until + local_from), False
         self.averaging = Averaging(transfers.store, ranks, rounds)
         self.restored: list[Mapping[str, Tensor]] = []
         self._next_masks: Callable[[], Masks] | None = None

@@ -10,10 +10,7 @@ from torch import nn
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.pretrained import NEW_HEAD, FittedWeights, WeightSource
 from offload_sparse.export.description import Preprocessing
-from offload_sparse.run.plan.dry_run import model_on_meta
-from offload_sparse.store.initialisation import named_tensors
 from offload_sparse.workloads.config import DataConfig
-from offload_sparse.workloads.data.loader import DeclaredData
 from offload_sparse.workloads.data.source import listed
 from offload_sparse.workloads.models.weight_cache import PRETRAINED, CachedWeights, cached_weights
 
@@ -31,29 +28,20 @@ def weight_source(config: RunConfig) -> WeightSource | None:
 
 
 def fitted_weights(
-    config: RunConfig,
-    source: WeightSource | None,
-    model: nn.Module,
-    data: DeclaredData,
-    classes: Sequence[str],
-    begins: bool,
+    source: WeightSource | None, model: nn.Module, classes: Sequence[str], begins: bool
 ) -> FittedWeights | None:
     """The weights of ``source``, known to fit the network ``model`` and, where a run begins, ``classes``, the
     names of the classes of its images by number. Raises ValueError: they do not; one line with advice."""
     if source is None:
         return None
     theirs = source.preprocessing.class_names
-    if not theirs or theirs == tuple(classes):
-        return source.fitted(model)
-    other = named_tensors(model_on_meta(config, replace(data, num_classes=data.num_classes + 1)))
-    last = [name for name, tensor in named_tensors(model).items() if other[name].shape != tensor.shape]
-    weights = source.fitted(model, last)
-    if begins and not source.new_head:
+    if begins and theirs and theirs != tuple(classes) and not source.new_head:
+        source.fitted(model)  # which has advice of its own where the classes are not as many
         raise ValueError(
             f"{source.path} knows the classes {listed(theirs)}, and the images have {listed(classes)}; "
             f"{NEW_HEAD} behind the path starts the last layer afresh, data.class_map renames classes"
         )
-    return weights
+    return source.fitted(model)
 
 
 def prepared_images(

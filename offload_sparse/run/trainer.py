@@ -132,7 +132,7 @@ class Run:
         data, begins = self._declared(), start.status == "new"
         self.model_arguments = model_arguments(config, data)
         model = self._model = model_on_meta(config, data)  # which says what does not fit together
-        weights = fitted_weights(config, source, model, data, self.splits.class_names, begins)
+        weights = fitted_weights(source, model, self.splits.class_names, begins)
         images, self.lines = prepared_images(config, weights, self.image_shape)
         last = takes_channels_last(model, self.image_shape)
         self.normalise = normalise_for(self.train_loader.images, images, self.dtype, last).to(self.device)

@@ -124,7 +124,9 @@ def test_a_buffer_of_two_modules_is_known_by_both_names(tmp_path: Path) -> None:
     assert torch.equal(store.integer_buffers["norm1.table"], torch.arange(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "module.model."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "backbone.", "module.model.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_prefixes_of_wrappers_are_taken_off_and_told(prefix: str, tmp_path: Path) -> None:
     save_file({prefix + n: t for n, t in trained().state_dict().items()}, tmp_path / "w.safetensors")
     weights = WeightSource(tmp_path).fitted(SmallNet())
@@ -186,8 +188,10 @@ def test_unknown_tensors_beside_are_told_and_left(tmp_path: Path) -> None:
     assert any("unknown to the network: 1 (aux.weight)" in line for line in weights.lines)
 
 
-def test_a_new_head_starts_afresh_and_all_else_is_read(tmp_path: Path) -> None:
-    other = trained(classes=9)
+@pytest.mark.parametrize("classes", [9, 4])
+def test_a_new_head_starts_afresh_and_all_else_is_read(classes: int, tmp_path: Path) -> None:
+    """Where it has as many classes as the old one, too."""
+    other = trained(classes=classes)
     save_file(other.state_dict(), tmp_path / "w.safetensors")
     net, fresh = build_seeded(SmallNet, 5), build_seeded(SmallNet, 5)
     weights = WeightSource(f"{tmp_path}{NEW_HEAD}").fitted(net)
@@ -197,6 +201,14 @@ def test_a_new_head_starts_afresh_and_all_else_is_read(tmp_path: Path) -> None:
     assert torch.equal(net.head.weight, fresh.head.weight)
     assert torch.equal(net.conv2.weight, other.conv2.weight)
     assert any("head.weight" in line for line in weights.lines)
+
+
+def test_a_backbone_without_a_head_is_a_start_for_a_new_one(tmp_path: Path) -> None:
+    save_file(changed(head__weight=None, head__bias=None), tmp_path / "w.safetensors")
+    weights = WeightSource(f"{tmp_path}{NEW_HEAD}").fitted(SmallNet())
+    assert len(weights.stored) == len(trained().state_dict()) - 2
+    with pytest.raises(ValueError, match=r"lacks 2 \(head\.weight, head\.bias\)"):
+        WeightSource(tmp_path).fitted(SmallNet())
 
 
 def test_a_new_head_is_no_excuse_for_other_tensors(tmp_path: Path) -> None:
