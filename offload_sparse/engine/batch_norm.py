@@ -22,6 +22,11 @@ Run = Callable[[nn.Module, Any], object]
 """Runs a network on a batch."""
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether the vectors of ``module`` are the scale and the shift of a norm: its class calls itself one."""
+    return "norm" in type(module).__name__.lower()
+
+
 def reestimate_batch_norm(
     module: nn.Module,
     batches: Iterable[Any],

@@ -27,6 +27,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection, open_grid, restrict
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import meta_copy, narrow_module, tensor_setter
+from offload_sparse.engine.batch_norm import is_norm
 from offload_sparse.engine.transfers import Transfers
 from offload_sparse.policy.samplers import mask_generator
 
@@ -35,13 +36,13 @@ _OF = "_of_member_"
 
 def with_own_norms(model: nn.Module, channel_map: ChannelMap, members: int) -> tuple[nn.Module, ChannelMap]:
     """``model`` on the meta device, and its map, with a scale and a shift of every norm for each of so many
-    members smaller than the largest, whose are the shared ones. A norm is what its class calls one."""
+    members smaller than the largest, whose are the shared ones."""
     if not members:
         return model, channel_map
     model, shapes, axes = meta_copy(model), dict(channel_map.shapes), dict(channel_map.axes)
     for name, parameter in list(model.named_parameters()):
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if parameter.dim() == 1 and "norm" in type(owner).__name__.lower():
+        if parameter.dim() == 1 and is_norm(owner):
             for number in range(members):
                 own = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
                 owner.register_parameter(f"{leaf}{_OF}{number}", own)

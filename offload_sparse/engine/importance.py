@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.engine.batch_norm import is_norm
 from offload_sparse.policy.config import StartName
 from offload_sparse.policy.samplers import mask_generator, uniforms
 from offload_sparse.store.partition import row_shape
@@ -45,7 +46,7 @@ class Importance:
             for dim, axis in enumerate(channel_map.axes.get(name, ())):
                 if axis is not None and parameter.dim() > 1 and dim < 2:
                     self._roles[name, dim] = _GIVES if dim == gives else _READS
-                elif axis is not None and parameter.dim() == 1 and name.endswith("weight"):
+                elif axis is not None and is_norm(owner) and name.endswith("weight"):
                     self._roles[name, dim] = _SCALES
         shapes = channel_map.shapes
         self._sums = {key: torch.zeros(shapes[key[0]][key[1]]).double() for key in self._roles}

@@ -64,6 +64,19 @@ def test_where_no_norm_scales_a_width_both_sides_count() -> None:
     torch.testing.assert_close(found, (gives * reads / (2 * 2.5)).double())
 
 
+def test_the_slopes_of_an_activation_scale_no_channel() -> None:
+    linear, both = (nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 2)) for act in (nn.ReLU(), nn.PReLU(4)))
+    with torch.no_grad():
+        both[1].weight.copy_(torch.tensor([0.1, 0.9, -0.3, 0.0]))
+    both.load_state_dict(linear.state_dict(), strict=False)
+    prepared = [prepare(net, (torch.empty(1, 3),), "coupled", verify=False) for net in (linear, both)]
+    found = [
+        Importance.of_tensors("norm_scale", p.channel_map, net, named_tensors(net).items(), 0)
+        for p, net in zip(prepared, (linear, both), strict=True)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def of_rows(kind: Any) -> Tensor:
     net, ranks = network(), Ranks.current()
     store = WeightStore(small_map(net), *_names(net), ranks=ranks)
