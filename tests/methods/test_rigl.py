@@ -62,12 +62,31 @@ def test_a_replacement_drops_small_weights_and_grows_others() -> None:
         weight.view(-1)[alive] = torch.tensor([0.1, -3.0, 2.0, -0.2])
     gradient = torch.zeros(1, 8)
     gradient[0, dead] = torch.tensor([5.0, 1.0, -6.0, 2.0])
-    gradient[0, alive] = 100.0
+    gradient[0, alive[1:3]] = 100.0
     weight.grad = gradient
     assert not sparsity.amend_gradients(1)
     kept = set(sparsity.masks()["weight"].flatten().nonzero().flatten().tolist())
     assert kept == {*alive[1:3].tolist(), int(dead[0]), int(dead[2])}
     assert (weight != 0).flatten().nonzero().flatten().tolist() == alive[1:3].tolist()
+
+
+def test_a_dropped_weight_with_a_large_gradient_returns_as_it_was() -> None:
+    """Algorithm 1 grows from all weights but those that stay; in a dense layer from those just dropped."""
+    options = configured(RigLConfig, fraction=0.6, interval=1)
+    for density in (0.5, 1.0):
+        weight = torch.nn.Parameter(torch.zeros(1, 8))
+        sparsity = DropAndGrow({"weight": weight}, density, options, total_steps=1000, seed=0)
+        mask = sparsity.masks()["weight"]
+        first = mask.flatten().nonzero().flatten()[0]
+        with torch.no_grad():
+            weight[mask] = torch.linspace(0.1, 1, int(mask.sum()))
+        weight.grad = torch.linspace(0.3, 0.4, 8)[None] * ~mask
+        weight.grad[0, first] = 9.0
+        assert not sparsity.amend_gradients(1)
+        found = sparsity.masks()["weight"]
+        assert int(found.sum()) == int(mask.sum())
+        assert found[0, first]
+        assert float(weight.detach()[0, first]) == pytest.approx(0.1)
 
 
 def test_counts_stay_and_nothing_lives_outside_the_masks() -> None:

@@ -5,9 +5,10 @@ Evci, Gale, Menick, Castro & Elsen, "Rigging the Lottery: Making All Tickets Win
 
     f(step) = fraction / 2 · (1 + cos(π step / (stop · total_steps)))
 
-In such a step the gradient of all weights chooses, and no weight is trained (Algorithm 1). Grown weights and
-their momentum start at 0. Densities of layers by ERK (Erdős-Rényi-Kernel): proportional to
-the sum of a layer's dimensions over their product, at most 1.
+In such a step the gradient of all weights chooses, and no weight is trained (Algorithm 1). One that was just
+dropped may be grown at once, and stays as it was; other grown weights and their momentum start at 0.
+Densities of layers by ERK (Erdős-Rényi-Kernel): proportional to the sum of a layer's dimensions over their
+product, at most 1.
 """
 
 from __future__ import annotations
@@ -118,21 +119,16 @@ class DropAndGrow(Sparsity):
         return self.forward_kept + (1 - self.forward_kept) / self._options.interval
 
     def _replace(self, layer: int, weight: nn.Parameter, fraction: float) -> None:
-        """Drop the smallest weights of a layer and grow as many, where the gradient is largest among those
-        that were masked."""
+        """Drop the smallest weights of a layer and grow as many, where the gradient is largest among all but
+        those that stay."""
         mask = self._masks[layer]
-        count = min(int(fraction * self.kept[layer]), mask.numel() - self.kept[layer])
-        if count == 0:
-            return
+        count = int(fraction * self.kept[layer])
         assert weight.grad is not None
         size = weight.abs().masked_fill(~mask, torch.inf).flatten()
-        gain = weight.grad.abs().masked_fill(mask, -1.0).flatten()
-        dropped = size.topk(count, largest=False).indices
-        grown = gain.topk(count).indices
         flat = mask.view(-1)
-        flat[dropped] = False
-        flat[grown] = True
-        weight.mul_(mask)  # a grown weight was masked, so it is zero already
+        flat[size.topk(count, largest=False).indices] = False
+        flat[weight.grad.abs().flatten().masked_fill(flat, -1.0).topk(count).indices] = True
+        weight.mul_(mask)  # what was masked before is zero already
 
 
 def build(task: Task) -> Method:
