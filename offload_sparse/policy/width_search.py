@@ -50,10 +50,10 @@ def cycles_and_pairs(
     groups: int, freeze_step: int, total_steps: int, cycle_steps: int = PolicyConfig.cycle_steps
 ) -> tuple[int, int]:
     """How many cycles of at least ``cycle_steps`` a search in the first ``freeze_step`` of ``total_steps``
-    steps has, or one shorter one, and the pairs of each probe on a rank."""
+    steps has, or one shorter one, and the pairs of each probe on a rank. One group has none to trade with."""
     time_for = max(freeze_step // cycle_steps, int(freeze_step >= PolicyConfig.least_steps))
     affordable = 1.5 * PROBE_SHARE * total_steps / groups  # pairs per group
-    cycles = min(CYCLES, int(affordable / LEAST_PAIRS_PER_GROUP), time_for)
+    cycles = min(CYCLES, int(affordable / LEAST_PAIRS_PER_GROUP), time_for) if groups > 1 else 0
     return cycles, int(groups * min(PAIRS_PER_GROUP, affordable / max(1, cycles)))
 
 

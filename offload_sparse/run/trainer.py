@@ -265,6 +265,8 @@ class Run:
             if cycles:
                 number = f"each of {cycles} cycles" if cycles > 1 else "one cycle"
                 yield f"search: widths move after {number}, in the first {steps:,} steps"
+            elif groups < 2:
+                yield "search: none, no other group of channels could become narrower for this one to grow"
             elif steps >= policy.least_steps:
                 total = f"{self.total_steps:,} steps"
                 yield f"search: none, {total} are too few to compare {groups} groups; even widths stay"

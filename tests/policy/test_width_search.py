@@ -15,7 +15,7 @@ from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.policy import width_search
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.probe import Comparisons, present_widths
-from offload_sparse.policy.width_search import CYCLES, PROBE_SHARE, WidthSearch
+from offload_sparse.policy.width_search import CYCLES, PROBE_SHARE, WidthSearch, cycles_and_pairs
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 
@@ -144,6 +144,11 @@ def test_cycles_share_the_search_and_probes_cost_at_most_a_tenth() -> None:
         assert forwards <= PROBE_SHARE * 3 * total
         assert not few.boundaries or few.pairs > len(GROUPS) + 1
     assert search(total=10).boundaries == []
+
+
+def test_one_group_has_none_to_trade_with() -> None:
+    cycles = [cycles_and_pairs(groups, 1600, 6400)[0] for groups in (1, 2)]
+    assert cycles == [0, 2]
 
 
 def test_without_steps_to_search_in_it_is_one_even_mask() -> None:

@@ -208,6 +208,7 @@ def test_a_diverging_run_stops_with_advice(
         ("0.25", 1600, "search: widths move after one cycle, in the first 400 steps"),
         ("auto", 6400, "search: widths move after each of 2 cycles, in the first 1,600 steps"),
         ("0.5 on 31 groups", 700, "search: none, 700 steps are too few to compare 31 groups"),
+        ("auto", 6401, "search: none, no other group of channels could become narrower for this one to grow"),
     ],
 )
 def test_a_run_says_when_its_widths_move(
@@ -228,5 +229,8 @@ def test_a_run_says_when_its_widths_move(
         more += ["--model.name", "offload_sparse/mlp", "--model.arguments.depth", "30"]
         more += ["--model.arguments.stream", "32", "--model.arguments.hidden", "32"]
     more += ["--train.max_steps", str(steps), "--train.epochs", "2000"]
+    if steps == 6401:
+        more += ["--model.name", "offload_sparse/mlp", "--model.residual", "internal"]
+        more += ["--model.arguments.depth", "1"]
     assert main(options(images, tmp_path / "run", *more, "--quiet", "false")) == 2
     assert says in " ".join(capsys.readouterr().err.split())
