@@ -147,7 +147,7 @@ class ModelConfig:
         weights: what training starts from, in place of fresh weights: a file (safetensors, or a state_dict of
             ``torch.save``), a folder of such files with an index, a finished run; or ``pretrained``, the
             published weights of a timm or torchvision name (``pretrained:IMAGENET1K_V1``) in the local cache.
-            ``+new_head`` behind it starts the last layer afresh, for other classes.
+            ``+new_head`` behind it starts the last layer afresh, as for other classes.
     """
 
     name: str = "offload_sparse/vgg_small"

@@ -289,7 +289,7 @@ def test_the_last_cycle_begins_where_the_search_has_ended(says_when: bool) -> No
     state = session_state(session)
     if not says_when:
         state.meta["asked_freeze"] = sys.maxsize
-    longer = make_session(net(), POLICY, RoundConfig(k=4, freeze_at=0.8), 2 * STEPS)  # type: ignore[arg-type]
+    longer = make_session(net(), POLICY, RoundConfig(k=4, freeze_at=0.8), 2 * STEPS)
     restore_session(longer, state)
     first = last if says_when else last + 3
     for step in (last + 3, longer._planned_freeze, 2 * STEPS - 1):
