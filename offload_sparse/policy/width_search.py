@@ -9,6 +9,7 @@ two masks of a round are the same one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,9 @@ class WidthSearch:
         self._worth = Worth(stages(self.groups, self._moves_in.slopes(torch.ones_like(start))))
         self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
         self._costs, self._most_outputs = costs, MEMORY_ROOM * costs.outputs(self.mask)
+        self._even, self._most_of_family, self.size_cap = self._log_widths, math.inf, costs.dense_parameters
+        if config.budgets:
+            self._most_of_family = MEMORY_ROOM * costs.outputs(self.family()[-1])
         self.size_cap = self._largest()
 
     # --- what the engine asks of a policy ---
@@ -138,15 +142,26 @@ class WidthSearch:
 
     def family(self) -> list[Tensor]:
         """bool[C] of every member of ``policy.budgets``, the smallest first: the present widths, scaled, of
-        which each has the channels of those before it. Without budgets the present mask."""
+        which each has the channels of those before it; nearer to even ones where the largest has not room.
+        Without budgets the present mask."""
+        masks = [self.mask]
+        for share in (*_STEPS, 0.0) if self.config.budgets else ():
+            masks = self._members(self._even.lerp(self._log_widths, share))
+            if self._costs.outputs(masks[-1]) <= self._most_of_family:
+                break
+        return masks
+
+    def _members(self, log_widths: Tensor) -> list[Tensor]:
         masks: list[Tensor] = []
+        least = self.config.min_width
         for share in sorted(self.config.budgets):
             budget = self._budget.at(share)
             budget = budget.to_move_in() if len(self.history) else budget
-            rates = self._rates_of(self._affordable(self._log_widths, budget))
-            mask = budget.mask(rates, self._margin, self.config.min_width)
+            mask = budget.mask(self._rates_of(self._affordable(log_widths, budget)), self._margin, least)
             masks.append(mask | masks[-1] if masks else mask)
-        return masks or [self.mask]
+        size = self._costs.parameters
+        largest = respect_size(masks[-1], self._margin, self.groups, least, size, self.size_cap)
+        return [mask & largest for mask in masks]
 
     def freeze(self) -> None:
         """Nothing moves any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -209,6 +210,28 @@ def test_a_search_moves_on_from_the_widths_that_there_are() -> None:
     widths = present_widths(found.mask, GROUPS)
     assert spent(found, "count") <= 0.2 * (1 + 1e-9)
     assert float(widths[0] / widths[1]) == pytest.approx(60 / round(0.2 * 128), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("measure", "limit"), [(COSTS.parameters, "size_cap"), (COSTS.outputs, "_most_of_family")]
+)
+def test_a_family_stays_within_the_room_that_is_planned(
+    measure: Callable[[Tensor], float], limit: str
+) -> None:
+    """Its largest member is what the final phase holds; the others stay parts of it."""
+    found = search(budgets=[0.1, 0.3], search="probe")
+    even = found.family()[-1]
+    assert found._most_of_family == width_search.MEMORY_ROOM * COSTS.outputs(even)
+    for number in range(CYCLES):
+        cycle(found, torch.tensor([1.0, 30.0]).double(), noise=0.01, seed=number)
+    free = found.family()[-1]
+    room = (measure(even) + measure(free)) / 2
+    assert measure(free) > room
+    setattr(found, limit, room)
+    small, large = found.family()
+    assert measure(large) <= room
+    assert bool((large >= small).all())
+    assert bool((small != large).any())
 
 
 @pytest.mark.parametrize("budget", ["count", "params", "flops"])
