@@ -8,7 +8,8 @@ control.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,11 @@ def build_static(task: Task) -> Method:
     if start != "uniform":
         importance = Importance.of_tensors(start, channel_map, meta_model, tensors(), seed)
         mask = of_least_margin(mask, -importance, channel_map.groups)
-    scaled = task.weights is None
-    module = narrow_initialised(meta_model, tensors(), Selection(channel_map, mask), scaled)
+    laws = None
+    if task.weights is None:
+        assert prepared.recording is not None
+        laws = scale_laws(prepared.recording.draws(), channel_map.shapes)
+    module = narrow_initialised(meta_model, tensors(), Selection(channel_map, mask), laws)
     return FixedNetwork(task, module, channel_map, mask, cost)
 
 
@@ -73,22 +77,63 @@ def undivided_map(module: nn.Module) -> ChannelMap:
     return ChannelMap((), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()})
 
 
+def _fans(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """What the scale of a weight may go by: how many it reads, how many read it, both, or neither."""
+    reads, read = math.prod(shape[1:]), shape[0] * math.prod(shape[2:])
+    return reads, read, reads + read, 1
+
+
+def scale_laws(
+    draws: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """By name of a weight, by which of its ``_fans`` the scale of its initial values goes.
+
+    Of the weights that are drawn in the same way those with the same numbers have the same fan, and others
+    another one; where that is so of no kind, each set of weights with the same numbers is looked at by
+    itself.
+
+    Args:
+        draws: how tensors get their values, see ``Recording.draws``."""
+    sets: dict[tuple[str, ...], dict[tuple[float, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, (operations, numbers) in draws.items():
+        if len(shapes.get(name, ())) > 1:
+            sets[operations][numbers].append(name)
+
+    def law(alike: Collection[Sequence[str]]) -> int:
+        for kind in range(3):
+            fans = [{_fans(shapes[name])[kind] for name in names} for names in alike]
+            if all(len(fan) == 1 for fan in fans) and len(set.union(*fans)) == len(fans):
+                return kind
+        return 3
+
+    found: dict[str, int] = {}
+    for alike in sets.values():
+        together = law(alike.values())
+        for names in alike.values():
+            found |= dict.fromkeys(names, law([names]) if together == 3 else together)
+    return found
+
+
 def narrow_initialised(
-    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], selection: Selection, scaled: bool = True
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    selection: Selection,
+    laws: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """The narrow network of ``model`` (its additions exposed) and its initial tensors, with the scale of
     weights that its own initialisation would have.
 
-    The initial standard deviation of a layer falls with the square root of its fan, so the kept entries of
-    the full network are scaled up by the square root of the ratio of the fans; not unless ``scaled``: trained
-    values stay as they are."""
+    The initial standard deviation of a layer falls with the square root of a fan, so the kept entries of
+    the full network are scaled up by the square root of the ratio of the fans; without ``laws`` (see
+    ``scale_laws``) values, such as trained ones, stay as they are."""
     module = meta_copy(model)
     set_tensor = tensor_setter(module)
     parameters = dict(module.named_parameters())
     for name, full in tensors:
         value = selection.take(name, full) if name in selection.shapes else full.clone()
-        if scaled and name in parameters and value.dim() > 1:
-            value *= math.sqrt(full[0].numel() / value[0].numel())
+        if laws is not None and name in parameters and value.dim() > 1:
+            kind = laws.get(name, 0)
+            value *= math.sqrt(_fans(full.shape)[kind] / _fans(value.shape)[kind])
         if name in parameters:
             set_tensor(name, nn.Parameter(value, requires_grad=parameters[name].requires_grad))
         else:

@@ -105,6 +105,21 @@ class Recording:
             raise ValueError(f"this initialisation cannot be replayed ({self.reason}); build the model once")
         return self._values(seed)
 
+    def draws(self) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
+        """By name of a tensor the operations that give it its values, and the numbers that they take; of
+        tensors that are neither constants nor undefined, in a recording that is replayable."""
+        of_storage: dict[int, list[Operation]] = defaultdict(list)
+        for step in self._steps:
+            if not step.scratch:
+                of_storage[step.operation.target.storage].append(step.operation)
+        found: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {}
+        for storage, operations in of_storage.items():
+            leaves = tree_iter([(operation.args, operation.kwargs) for operation in operations])
+            numbers = tuple(leaf for leaf in leaves if isinstance(leaf, float))
+            drawn = tuple(str(operation.call) for operation in operations), numbers
+            found |= {name: drawn for name, _ in self._named.get(storage, [])}
+        return found
+
     def _values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         held: dict[int, Tensor] = {}
