@@ -11,7 +11,8 @@ What a killed process loses are the steps since the last round, or the last ``sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from offload_sparse.store.tiers import FileTier
 from offload_sparse.store.weight_store import WeightStore
 from offload_sparse.store.write_ahead_log import WriteAheadLog
 
-_LOCAL, _RANDOM, _BESIDE = "local/", "random/", "beside"
+_LOCAL, _RANDOM, _BESIDE, _REPLACED = "local/", "random/", "beside", "replaced"
 
 
 class DurableRounds:
-    """Logs every round of a session before it is scattered.
+    """Logs what a session is about to write to its store: every round before it is scattered, and what is
+    brought there on the way, by ``settle`` or ``state_dict``. ``load_state_dict`` writes all of it anew.
 
     The batches that the final mask is chosen on are not kept: a session that is resumed at the very step at
     which the mask is chosen, by ``rounds.freeze_at``, chooses it on those that follow. Raises ValueError: the
@@ -57,7 +59,11 @@ class DurableRounds:
         self._random: dict[str, Tensor] = {}
         self.beside: Callable[[], dict[str, Any]] = dict
         self.found: dict[str, Any] = {}
-        session.after_round = self._log
+        self._logged = 0  # steps of the newest log
+        if not session.tier.looks:  # else nothing reaches the files
+            session.after_round = self._log
+            session.transfers.before_settling = self._before_settling
+            session.transfers.replacing = self._replacing
 
     @property
     def store(self) -> WeightStore:
@@ -65,18 +71,26 @@ class DurableRounds:
 
     def restore(self) -> int:
         """Make the store whole and the session what it was after the last round that was logged. Returns
-        optimizer steps that are done; 0 when no round was logged."""
+        optimizer steps that are done; 0 when no round was logged. Raises ValueError: a log cannot be read, or
+        the process ended while a state was loaded."""
         if (common := self._common_round()) is not None:
             self.log.drop_after(common)
         entry = self.log.replay(self._session.store)
         if entry is None:
             return 0
+        if _REPLACED in entry.state:
+            raise ValueError(
+                f"the store in {self._tier.folder} was left while a state was loaded into it; open it with "
+                "store_mode replace and load the state once more"
+            )
         self.found = entry.state.pop(_BESIDE, {})
         local = _with_prefix(entry.tensors, _LOCAL)
         restore_small(self._session, MethodState({}, entry.tensors, local, entry.state))
         self._random = _with_prefix(entry.tensors, _RANDOM)
         self.restore_random_state()
-        return self._session.steps_done
+        self._logged = self._session.steps_done
+        self._session.transfers.went_back = False  # to where the logs lead
+        return self._logged
 
     def restore_random_state(self) -> None:
         """Set torch's generators as they were where ``restore`` has taken up the run."""
@@ -89,8 +103,19 @@ class DurableRounds:
         session.catch_up()  # what the steps have measured is in no log
         if session.transfers.ahead:
             self._log(session.transfers.pair.trained)
-        elif session.steps_done > max(self.log.rounds(), default=0):
+        elif session.steps_done != self._logged:
             self._log(())  # a rollback: the store holds the weights, no log yet where the run is
+
+    def _before_settling(self) -> None:
+        if self._session.steps_done != self._logged:  # else a log holds all that will be written
+            self.save()
+
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """Of a store that is left inside no log says what it holds, and the newest one says so."""
+        self._append((), {_REPLACED: True}, {})
+        yield
+        self._log(())
 
     def _log(self, sides: Sequence[Side | Agreed]) -> None:
         """Before any of what ``sides`` have learned goes back to the store.
@@ -98,21 +123,33 @@ class DurableRounds:
         The logs that ``settle`` deletes are older than the newest: what they hold has been returned, or has
         gone on to the next round and is in the newest."""
         session = self._session
-        pieces = [(side.selection, packed(side)) for side in sides]
-        if len(self.log.rounds()) >= self._settle_every:
-            session.transfers.finish_returns()
-            self.log.settle(self._tier.sync)
         small = small_state(session)
         meta = small.meta | {_BESIDE: self.beside()}
         tensors = small.replicated | {_LOCAL + name: t for name, t in small.local.items()}
         tensors |= {_RANDOM + name: t for name, t in random_state().items()}
-        self.log.append(session.steps_done, session.store, pieces, meta, tensors)
+        self._append(sides, meta, tensors)
+        self._logged = session.steps_done
+
+    def _append(
+        self, sides: Sequence[Side | Agreed], meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """One more log on every rank. After the session went back, earlier ones may be of what came then."""
+        session = self._session
+        pieces = [(side.selection, packed(side)) for side in sides]
+        alone = session.transfers.went_back
+        if alone or len(self.log.rounds()) >= self._settle_every:
+            session.transfers.finish_returns()
+            self.log.settle(self._tier.sync)
+        if alone:
+            self._tier.sync()
+        self.log.append(self.log.next, session.store, pieces, meta, tensors, alone)
+        session.transfers.went_back = False
         if session.ranks.world_size > 1:
             # No rank scatters a round that another may not have logged.
             dist.barrier(group=session.ranks.host_group)
 
     def _common_round(self) -> int | None:
-        """The newest round that every rank has logged; None on a single rank, whose word is enough."""
+        """The newest log that every rank has; None on a single rank, whose word is enough."""
         session = self._session
         if session.ranks.world_size == 1:
             return None

@@ -308,8 +308,7 @@ class SparseOffload(Rounds):
 
     def settle(self) -> None:
         """Bring the store up to date; until then the subnets in training may hold newer weights. No transfer
-        is under way then, so that the store can be read and written.
-        """
+        is under way then, so that the store can be read and written. Every rank calls it."""
         self._check_not_evaluating()
         self.transfers.settle()
 

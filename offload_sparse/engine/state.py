@@ -216,12 +216,13 @@ def load_state(session: Rounds, state: Mapping[str, Any]) -> None:
     if problem := first_word(problem, ranks.world_size, ranks.host_group):
         raise ValueError(problem)
     session.transfers.forget()
-    for kind, partition in store.partitions.items():
-        for name in partition.layout.shapes:
-            store.from_first_rank(name, kind, state["rows"].get(f"{kind}/{name}"))
     every = small["local"]
     local = every[ranks.rank] if len(every) == ranks.world_size else _mean(every)
-    restore_small(session, MethodState({}, small["replicated"], local, small["meta"]))
+    with session.transfers.replacing():
+        for kind, partition in store.partitions.items():
+            for name in partition.layout.shapes:
+                store.from_first_rank(name, kind, state["rows"].get(f"{kind}/{name}"))
+        restore_small(session, MethodState({}, small["replicated"], local, small["meta"]))
     for group, settings in zip(session.transfers.optimizer.shown.param_groups, small["groups"], strict=True):
         group.update(settings)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -100,6 +101,9 @@ class Transfers:
         bytes_fetched, bytes_returned: bytes that have left, and come back to, this rank's rows.
         bytes_peak: largest bytes of subnets and gradients so far.
         before_return: called before the store is written to.
+        before_settling: called before all that the pair in training knows is written to the store.
+        replacing: entered while every value of the store is written anew.
+        went_back: set by ``forget``: the store is where the session is, whatever the pair had learned.
         finish_asides: waits for all that ``aside`` was given.
         steps_done: optimizer steps of the run, as far as told.
         timeline: when transfers began and ended.
@@ -137,6 +141,9 @@ class Transfers:
         self.steps_done = 0
         self.timeline = Timeline(device)
         self.before_return: Callable[[], object] = lambda: None
+        self.before_settling: Callable[[], object] = lambda: None
+        self.replacing: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.went_back = False
 
     @property
     def pair(self) -> SubnetPair:
@@ -251,6 +258,8 @@ class Transfers:
         """
         self.join()
         if self._ahead:
+            self.before_settling()
+        if self._ahead:  # it has not led back
             self._return(self.pair, ())
             self._ahead = False
 
@@ -274,6 +283,7 @@ class Transfers:
         self._prefetched = None
         self._ahead = False
         self.pair.loaded = False
+        self.went_back = True
 
     def close(self, abandon: bool = False) -> None:
         """Wait for the transfer under way and stop the thread; the next one starts another.

@@ -207,6 +207,4 @@ def build(task: Task) -> Method:
     durable = DurableRounds(session)
     if mode != "replace":
         durable.restore()
-    if mode == "look":
-        session.after_round = None  # nothing is logged
     return SparseOffloadMethod(session, task, durable)

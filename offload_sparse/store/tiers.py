@@ -100,7 +100,10 @@ class FileTier(MemoryTier):
     Args:
         folder: folder of the store; this rank's files are in ``rank<n>`` below it.
         open_direct: folder -> what reads and writes files past the page cache, or None; the arrays are then
-            mapped all the same, for whoever reads or writes whole tensors."""
+            mapped all the same, for whoever reads or writes whole tensors.
+
+    Attributes:
+        looks: what is written to the arrays stays in this process."""
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class FileTier(MemoryTier):
             unlock()
             raise
         self.filled = mode in ("resume", "look")
-        self._access: Literal["c", "r+"] = "c" if mode == "look" else "r+"  # copy on write
+        self.looks = mode == "look"
         self._sizes: dict[str, int] = dict(found["sizes"]) if self.filled and found else {}
         self._maps: list[np.memmap[Any, Any]] = []
         self._paths: dict[str, Path] = {}
@@ -139,7 +142,7 @@ class FileTier(MemoryTier):
             return torch.empty(0, dtype=self._dtype)
         if not self.filled:
             _reserve(path, self._file_bytes(size))
-        mapped = np.memmap(path, np.uint8, self._access, shape=(size * self._dtype.itemsize,))
+        mapped = np.memmap(path, np.uint8, "c" if self.looks else "r+", shape=(size * self._dtype.itemsize,))
         self._maps.append(mapped)
         return torch.from_numpy(mapped).view(self._dtype)
 

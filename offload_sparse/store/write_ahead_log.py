@@ -4,6 +4,8 @@
     scatter  the same values go to their places in the mapped files            torn if the process dies here
     start    every log that is left is applied again, in order                 whole again
 
+Logs are numbered in the order in which they were written, from the first on to the last; none replaces another.
+
 A log holds what a scatter is about to write (this rank's run of each narrow buffer, with the masks that place
 it) and the small state that belongs to it. Applying it twice gives the same bits. The system writes mapped
 files back when it likes, so logs are kept until ``settle`` has waited for the store to reach the disk: a kill
@@ -29,6 +31,7 @@ from offload_sparse.store.tensor_file import blocks_of
 from offload_sparse.store.weight_store import WeightStore
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
+_ALONE = "alone"
 
 Piece = tuple[Selection, Mapping[str, Tensor]]
 """A selection and, by kind, the whole narrow flat buffers that are about to be scattered; on any device."""
@@ -36,8 +39,7 @@ Piece = tuple[Selection, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Entry:
-    """What came with the newest log: the number of its round, and the JSON and the tensors that the caller
-    gave."""
+    """What came with the newest log: its number, and the JSON and the tensors that the caller gave."""
 
     round: int
     state: dict[str, Any]
@@ -45,7 +47,7 @@ class Entry:
 
 
 class WriteAheadLog:
-    """The log of one rank, a file per round in ``folder``, which is made if it is not there."""
+    """The log of one rank, a file per entry in ``folder``, which is made if it is not there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,24 +62,31 @@ class WriteAheadLog:
         pieces: Sequence[Piece],
         state: Mapping[str, Any],
         tensors: Mapping[str, Tensor] | None = None,
+        alone: bool = False,
     ) -> None:
         """Log what is about to be scattered into ``store`` (of which only the layout is read), with small
-        JSON and tensors that are handed back with it, under the number of the round, larger than any before.
-        When this returns, the log outlives the process and the machine. Raises OSError: it cannot be written.
-        """
+        JSON and tensors that are handed back with it, under a number larger than any before. ``alone``: the
+        store on the disk holds all else, and earlier logs no longer count. When this returns, the log
+        outlives the process and the machine. Raises OSError: it cannot be written."""
+        assert round >= self.next, "a log never replaces another, which may hold what the store does not"
         content: dict[str, Tensor] = {f"state.{name}": t for name, t in (tensors or {}).items()}
         for index, (selection, arrays) in enumerate(pieces):
             content[f"{index}.mask"] = selection.mask
             for kind, values in arrays.items():
                 low, high = own_segment(store, selection, kind)
                 content[f"{index}.values.{kind}"] = values[low:high]
-        metadata = {"round": str(round), "state": json.dumps(state)}
+        metadata = {"round": str(round), "state": json.dumps(state)} | ({_ALONE: "true"} if alone else {})
         write_file(self._path(round), lambda file: file.writelines(blocks_of(content, metadata)))
 
     def rounds(self) -> list[int]:
-        """The rounds whose logs are there, oldest first."""
+        """The numbers of the logs that are there, oldest first."""
         found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
+
+    @property
+    def next(self) -> int:
+        """The number of the log that follows."""
+        return max(self.rounds(), default=-1) + 1
 
     def latest(self) -> Entry | None:
         """What came with the newest log; None when there is none. Raises ValueError: the log cannot be read.
@@ -99,15 +108,21 @@ class WriteAheadLog:
         return state
 
     def replay(self, store: WeightStore) -> Entry | None:
-        """Apply every log that is left, oldest first, and hand back what came with the newest. Raises
+        """Apply every log that counts, oldest first, and hand back what came with the newest. Raises
         ValueError: a log cannot be read, or is of another network."""
-        for round in self.rounds():
+        counting: list[int] = []
+        for round in reversed(self.rounds()):
+            counting.insert(0, round)
+            with self._open(round) as log:
+                if _ALONE in (log.metadata() or {}):
+                    break
+        for round in counting:
             for selection, kind, values in self.pieces(round, store):
                 self._scatter(store, selection, kind, values)
         return self.latest()
 
     def drop_after(self, round: int) -> None:
-        """Delete the logs of rounds after ``round``: another rank never logged them, so nobody scattered."""
+        """Delete the logs after ``round``: another rank never wrote them, so nobody scattered."""
         for later in self.rounds():
             if later > round:
                 self._path(later).unlink()

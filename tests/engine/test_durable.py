@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.config import OnNonFinite, RoundConfig
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.session import Setup, SparseOffload
@@ -27,7 +30,9 @@ def network() -> nn.Module:
     )
 
 
-def session_of(folder: Path, mode: str = "new", tier: str = "file", **more: Any) -> SparseOffload:
+def session_of(
+    folder: Path, mode: str = "new", tier: str = "file", on_nonfinite: OnNonFinite = "stop", **more: Any
+) -> SparseOffload:
     return SparseOffload(
         network,
         (torch.empty(2, 6),),
@@ -40,6 +45,7 @@ def session_of(folder: Path, mode: str = "new", tier: str = "file", **more: Any)
             run_id="test",
             store_mode=mode,  # type: ignore[arg-type]
             verify=False,
+            on_nonfinite=on_nonfinite,
         ),
         device="cpu",
         **more,
@@ -59,11 +65,14 @@ def loss_of(batch: tuple[Tensor, Tensor]) -> Closure:
     return lambda module: F.cross_entropy(module(batch[0]), batch[1])
 
 
-def train(session: SparseOffload, first: int, last: int) -> list[float]:
+def train(session: SparseOffload, first: int, last: int, bad: int = -1) -> list[float]:
+    """The losses; the batch of step ``bad`` holds a value that is not finite."""
     losses = []
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+        if step == bad:
+            batch[0][0] = torch.inf
         losses.append(float(session.step(loss_of(batch))))
     return losses
 
@@ -86,6 +95,97 @@ def test_a_resumed_session_is_bit_equal_to_one_that_never_stopped(tmp_path: Path
     for kind, array in whole.store.arrays.items():
         assert torch.equal(second.store.arrays[kind], array)
     assert (second.rounds_done, second.forward_flops) == (whole.rounds_done, whole.forward_flops)
+
+
+Then = Callable[[SparseOffload, DurableRounds], object]
+
+
+def begin(folder: Path, then: Then, first: int, **more: Any) -> tuple[SparseOffload, DurableRounds]:
+    """A session that has made ``first`` steps, and then what ``then`` does."""
+    session = session_of(folder, **more)
+    durable = DurableRounds(session, settle_every=3)
+    train(session, 0, first)
+    then(session, durable)
+    return session, durable
+
+
+def assert_goes_on(left: Path, whole: SparseOffload, done: int, **more: Any) -> None:
+    """What a process has left in ``left`` is resumed at step ``done``, and ends as ``whole``, which is there
+    by now, does."""
+    resumed = session_of(left, "resume", **more)
+    assert DurableRounds(resumed, settle_every=3).restore() == done
+    assert train(resumed, done, K * ROUNDS) == train(whole, done, K * ROUNDS)
+    for session in (whole, resumed):
+        session.settle()
+    for kind, array in whole.store.arrays.items():
+        assert torch.equal(resumed.store.arrays[kind], array), kind
+
+
+def test_a_round_that_was_evaluated_and_saved_survives_a_loss_of_power(tmp_path: Path) -> None:
+    """What mapped files were given since the last wait for the disk is lost with the power."""
+
+    def evaluated_and_saved(session: SparseOffload, durable: DurableRounds) -> None:
+        with session.evaluation():
+            pass
+        durable.save()
+
+    session_of(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "at_first")
+    begin(tmp_path / "run", evaluated_and_saved, 2 * K, mode="replace")
+    for path in (tmp_path / "at_first" / "rank0").glob("*.bin"):
+        shutil.copy(path, tmp_path / "run" / "rank0")
+    shutil.copytree(tmp_path / "run", tmp_path / "left")
+    whole, _ = begin(tmp_path / "whole", evaluated_and_saved, 2 * K)
+    assert_goes_on(tmp_path / "left", whole, 2 * K)
+
+
+@pytest.mark.parametrize(
+    "then", [lambda session, _: session.settle(), lambda session, _: session.state_dict()]
+)
+def test_killed_after_the_store_was_written_within_a_round_it_goes_on(tmp_path: Path, then: Then) -> None:
+    begin(tmp_path / "run", then, K + 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "left")
+    whole, _ = begin(tmp_path / "whole", then, K + 1)
+    assert_goes_on(tmp_path / "left", whole, K + 1)
+
+
+@pytest.mark.parametrize(("steps", "done"), [(0, 3), (2, 4)])
+def test_a_session_that_was_led_back_resumes_from_there(tmp_path: Path, steps: int, done: int) -> None:
+    def go_back(session: SparseOffload, _: DurableRounds) -> None:
+        state = session.state_dict()
+        train(session, 3, 7)
+        session.load_state_dict(state)
+        train(session, 3, 3 + steps)
+
+    begin(tmp_path / "run", go_back, 3)
+    shutil.copytree(tmp_path / "run", tmp_path / "left")
+    whole, _ = begin(tmp_path / "whole", lambda session, _: train(session, 3, done), 3)
+    assert_goes_on(tmp_path / "left", whole, done)
+
+
+def test_a_store_that_was_left_while_a_state_was_loaded_is_refused(tmp_path: Path) -> None:
+    session, _ = begin(tmp_path / "run", lambda *_: None, 3)
+    state = session.state_dict()
+    small = torch.load(io.BytesIO(state["small"]), weights_only=True)
+    del small["meta"]["policy_frozen"]
+    torch.save(small, file := io.BytesIO())
+    with pytest.raises(ValueError, match="does not fit"):
+        session.load_state_dict(state | {"small": file.getvalue()})
+    shutil.copytree(tmp_path / "run", tmp_path / "left")
+    with pytest.raises(ValueError, match="while a state was loaded into it"):
+        DurableRounds(session_of(tmp_path / "left", "resume")).restore()
+
+
+def test_what_was_saved_of_a_round_that_is_rolled_back_does_not_return(tmp_path: Path) -> None:
+    def roll_back(session: SparseOffload, durable: DurableRounds) -> None:
+        durable.save()
+        train(session, 3, 2 * K + 2, bad=3)
+
+    begin(tmp_path / "run", roll_back, 3, on_nonfinite="rollback")
+    shutil.copytree(tmp_path / "run", tmp_path / "left")
+    whole, _ = begin(tmp_path / "whole", roll_back, 3, on_nonfinite="rollback")
+    assert whole.nonfinite.skipped
+    assert_goes_on(tmp_path / "left", whole, 2 * K + 2, on_nonfinite="rollback")
 
 
 def test_files_and_memory_train_the_same(tmp_path: Path) -> None:

@@ -134,6 +134,32 @@ def test_rounds_that_not_every_rank_logged_are_dropped(tmp_path: Path) -> None:
     assert log.latest() is None
 
 
+def test_a_log_that_stands_alone_is_applied_without_those_before(tmp_path: Path) -> None:
+    """The store on the disk held the rest of it, and may have gone back since the others were written."""
+    store, _ = open_store(tmp_path, "new")
+    log = WriteAheadLog(tmp_path / "log")
+    log.append(0, store, pieces_of(store, 0), {})
+    log.append(1, store, [], {"alone": 1}, alone=True)
+    before = {kind: array.clone() for kind, array in store.arrays.items()}
+    entry = log.replay(store)
+    assert entry is not None
+    assert entry.state == {"alone": 1}
+    assert all(torch.equal(array, before[kind]) for kind, array in store.arrays.items())
+    log.append(2, store, pieces_of(store, 2), {})
+    log.replay(store)
+    assert holds(store, log, 2)
+    assert not holds(store, log, 0)
+
+
+def test_a_log_never_replaces_another(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path, "new")
+    log = WriteAheadLog(tmp_path / "log")
+    log.append(3, store, [], {})
+    for number in (2, 3):
+        with pytest.raises(AssertionError, match="never replaces another"):
+            log.append(number, store, [], {})
+
+
 def test_a_damaged_log_is_told_without_showing_what_is_in_it(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path, "new")
     log = WriteAheadLog(tmp_path / "log")
