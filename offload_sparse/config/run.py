@@ -48,8 +48,8 @@ class TrainConfig:
         seed: seed of initial weights, masks, data order and augmentation.
         on_nonfinite: what happens when a loss or gradient is not finite on some rank; the weights never see
             it. ``stop`` ends the run, ``skip`` leaves out the step, ``rollback`` goes on behind the
-            batches that led there: ``sparse_offload`` from the end of its last good round, other methods from
-            the last checkpoint.
+            batches that led there: ``sparse_offload`` from the end of its last good round, other methods (and
+            that one after ten bad steps in a row, unless its store is in files) from the last checkpoint.
         timeout: seconds that a rank waits for the others before it takes one for dead; loading data and
             checking the model count too.
         check: before training starts, check slice = mask on the model, and refuse what would not fit into

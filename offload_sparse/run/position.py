@@ -314,6 +314,8 @@ class Progress:
         self._checkpointer.join()
         if rollbacks > MOST_ROLLBACKS:
             raise FloatingPointError(f"{error} (after {MOST_ROLLBACKS} rollbacks)") from error
+        if self._method.durable is not None:
+            raise FloatingPointError(f"{error} (a store in files does not go back)") from error
         loaded = self._checkpointer.load(self._blank)
         if loaded is None:
             raise FloatingPointError(f"{error} (there is no checkpoint to go back to)") from error

@@ -481,6 +481,20 @@ def test_a_rollback_leaves_out_the_batches_that_led_to_it(
         assert torch.equal(seen[8], again[8])
 
 
+def test_a_store_in_files_does_not_go_back_to_a_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends, and the same command resumes where its store is."""
+    more = ["--store.tier", "file", "--train.on_nonfinite", "rollback", "--checkpoint.every", "2"]
+    more += ["--train.max_steps", "24", "--round.k", "2", "--round.freeze_at", "0.9"]
+    with monkeypatch.context() as patch:
+        poison(patch, *range(12, 1000))
+        assert train(images, tmp_path, *more) == 1
+    assert "(a store in files does not go back)" in capsys.readouterr().err
+    assert train(images, tmp_path, *more) == 0
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line][-1] == 24
+
+
 def test_rollback_without_a_checkpoint_stops(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
