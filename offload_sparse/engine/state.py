@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from itertools import chain
 from pickle import UnpicklingError
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.averaging import packed
 from offload_sparse.engine.distributed import everyones, first_word
 from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.roles import Masks
 from offload_sparse.engine.rounds import Rounds
+from offload_sparse.export.json_values import digest
 from offload_sparse.store.weight_store import BUFFERS
 
 _LIVE = "live_steps"
@@ -74,8 +77,14 @@ def session_state(session: Rounds) -> MethodState:
     session.transfers.settle()
     state = small_state(session)
     state.sharded = _shards(session)
-    state.meta["channel_map"] = session.channel_map.to_json()
+    state.meta["channel_map"] = channels_digest(session.channel_map)
     return state
+
+
+@lru_cache(maxsize=1)  # of millions of channels it takes seconds
+def channels_digest(channel_map: ChannelMap) -> str:
+    """What a saved state says of the channels: equal for equal maps."""
+    return digest(channel_map.to_json())
 
 
 def restore_session(session: Rounds, state: MethodState) -> None:

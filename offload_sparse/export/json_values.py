@@ -61,8 +61,7 @@ def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES, sealed_by: str 
 def parse(text: bytes) -> Any:
     """A JSON document (UTF-8) of bounded size and nesting. Raises ValueError: it is none; an object names a
     key twice; a number is not finite."""
-    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+    _check_values(text)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
@@ -87,8 +86,16 @@ def digest(value: Any) -> str:
 
 
 def sealed(body: dict[str, Any]) -> str:
-    """The text of a file with ``body`` and its digest, as ``read`` wants it."""
-    return json.dumps(body | {"digest": digest(body)}, allow_nan=False) + "\n"
+    """The text of a file with ``body`` and its digest, as ``read`` wants it. Raises ValueError: that
+    would not take so much."""
+    text = json.dumps(body | {"digest": digest(body)}, allow_nan=False) + "\n"
+    try:
+        _check_bytes(text.encode(), MAX_BYTES)
+        _check_values(text.encode())
+        _check_depth(body)
+    except ValueError as error:
+        raise ValueError(f"its JSON could not be read again: {error}") from None
+    return text
 
 
 def json_value(value: Any) -> Any:
@@ -122,9 +129,18 @@ def _contents(path: Path, max_bytes: int) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("it is no regular file")
         text = file.read(max_bytes + 1)
-    if len(text) > max_bytes:
-        raise ValueError(f"it is larger than {max_bytes:,} bytes")
+    _check_bytes(text, max_bytes)
     return text
+
+
+def _check_bytes(text: bytes, most: int) -> None:
+    if len(text) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+
+
+def _check_values(text: bytes) -> None:
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

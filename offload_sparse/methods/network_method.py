@@ -18,7 +18,7 @@ from offload_sparse.engine.distributed import average, describe_fault, rank_and_
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import optimizer_factory, slot_names
-from offload_sparse.engine.state import MethodState
+from offload_sparse.engine.state import MethodState, channels_digest
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Costs, Method, Task
 
@@ -134,7 +134,7 @@ class FixedNetwork(Method):
         meta = {
             "steps_done": self._steps,
             "skipped_steps": self._nonfinite.skipped,
-            "channel_map": self.channel_map.to_json(),
+            "channel_map": channels_digest(self.channel_map),
             "mask": self._mask.tolist(),
         }
         # Each rank has running statistics of its own images; those of the first serve any other world size.

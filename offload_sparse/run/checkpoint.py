@@ -23,7 +23,7 @@ from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.distributed import everyones, first_word, rank_and_world_size
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.state import MethodState
-from offload_sparse.export.json_values import Count
+from offload_sparse.export.json_values import Count, digest
 from offload_sparse.run import checkpoint_files
 from offload_sparse.run.checkpoint_files import CheckpointFolder, FileRecord, Manifest, RowsFile, rows_file
 from offload_sparse.run.launch import own_group
@@ -175,7 +175,10 @@ class Checkpointer:
         differing = differences(manifest.config, self._values, PLACES if knows_images else ())
         if differing:
             raise ValueError(f"it is of a run with {differing}")
-        if manifest.method.get("channel_map") != fresh.meta.get("channel_map"):
+        channels = manifest.method.get("channel_map")
+        if isinstance(channels, dict):  # of earlier versions: the map itself
+            channels = digest(channels)
+        if channels != fresh.meta.get("channel_map"):
             raise ValueError("it is of a model with other channels")
         for name in sorted(manifest.files)[self._rank :: self._world_size]:
             checkpoint_files.check_file(folder / name, manifest.files[name])

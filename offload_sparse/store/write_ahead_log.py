@@ -4,7 +4,7 @@
     scatter  the same values go to their places in the mapped files            torn if the process dies here
     start    every log that is left is applied again, in order                 whole again
 
-Logs are numbered in the order in which they were written, from the first on to the last; none replaces another.
+Logs are numbered in the order in which they were written; none replaces another.
 
 A log holds what a scatter is about to write (this rank's run of each narrow buffer, with the masks that place
 it) and the small state that belongs to it. Applying it twice gives the same bits. The system writes mapped

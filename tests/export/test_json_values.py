@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, Literal
 
 import pytest
 
-from offload_sparse.export.json_values import Count, convert, digest, parse, read
+from offload_sparse.export import json_values
+from offload_sparse.export.json_values import Count, convert, digest, parse, read, sealed
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,17 @@ def test_only_regular_files_of_bounded_size_are_read(kind: str, tmp_path: Path) 
         path.write_bytes(b" " * 1001)
     with pytest.raises(ValueError, match=f"^{path} (is damaged: it is|cannot be read)"):
         read(path, Document, max_bytes=1000)
+
+
+@pytest.mark.parametrize("body", [{"x": [0] * 20}, {"x": "x" * 200}, {"x": json.loads("[" * 64 + "]" * 64)}])
+def test_what_could_not_be_read_again_is_not_sealed(
+    body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_values, "MAX_VALUES", 20)
+    monkeypatch.setattr(json_values, "MAX_BYTES", 200)
+    assert parse(sealed({"x": [0] * 10}).encode())["x"] == [0] * 10
+    with pytest.raises(ValueError, match=r"not be read again: it (holds more|is larger|is nested deeper)"):
+        sealed(body)
 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from offload_sparse.config.run import CheckpointConfig
 from offload_sparse.engine.state import MethodState, Shard
+from offload_sparse.export import json_values
 from offload_sparse.export.json_values import digest
 from offload_sparse.run import checkpoint_files
 from offload_sparse.run.checkpoint import Checkpointer
 from offload_sparse.run.checkpoint_files import CheckpointFolder
 from offload_sparse.store import tensor_file
 
+CHANNELS = {"groups": [["g", 0, 3]]}
 VALUES = {"optim.lr": 0.1, "model.name": "net"}
 
 
@@ -46,7 +48,7 @@ def state(offset: float = 0.0) -> MethodState:
             "count": torch.tensor(7),
         },
         {"rng": torch.arange(16, dtype=torch.uint8)},
-        {"steps_done": 3, "share": 0.1 + 0.2, "channel_map": {"groups": [["g", 0, 3]]}},
+        {"steps_done": 3, "share": 0.1 + 0.2, "channel_map": digest(CHANNELS)},
     )
 
 
@@ -199,6 +201,29 @@ def test_a_folder_that_is_deleted_under_the_run_is_made_again(tmp_path: Path) ->
     loaded = saver.load(blank())
     assert loaded is not None
     assert loaded.manifest.step == 7
+
+
+def test_a_checkpoint_of_earlier_versions_names_every_channel_and_is_read(tmp_path: Path) -> None:
+    saver = checkpointer(tmp_path)
+    saver.save(3, state(), {})
+    for channels, fits in ((CHANNELS, True), ({"groups": [["g", 0, 4]]}, False)):
+        rewrite(saver.folder.of_step(3), lambda body, c=channels: body["method"].update(channel_map=c))  # type: ignore[misc]
+        if fits:
+            assert saver.load(blank()) is not None
+        else:
+            with pytest.raises(ValueError, match="other channels"):
+                saver.load(blank())
+
+
+def test_a_checkpoint_that_could_not_be_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = checkpointer(tmp_path)
+    saver.save(3, state(), {})
+    monkeypatch.setattr(json_values, "MAX_VALUES", 1000)
+    saver.save(5, state(), {"recent": list(range(1000))})
+    assert "could not be read again: it holds more than 1,000 values" in caplog.text
+    assert saver.folder.checkpoints() == [saver.folder.of_step(3)]
 
 
 # --- damage ------------------------------------------------------------------------------------------
