@@ -49,7 +49,8 @@ def run_command(command: Callable[[], int | None]) -> int:
     """Run a command; bad input becomes one line on stderr and exit code 2.
 
     Bad input is a ``ValueError``, or a file that is missing or cannot be used. Only rank 0 prints, so that a
-    launch of several processes shows the line once; with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
+    launch of several processes shows the line once (ranks agree on it, see ``on_every_rank``; where one ends
+    alone, it leaves the others its word); with ``OFFLOAD_SPARSE_TRACEBACK=1`` after its traceback.
 
     A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1; one that failed
     (``RunError``) by every rank, since the others may not live to tell. A disk that is full is 1, too. Ctrl-C

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 T = TypeVar("T")
@@ -84,6 +85,34 @@ def assert_equal_on_ranks(named: dict[str, list[Tensor]], world_size: int, devic
         raise RuntimeError(
             f"ranks disagree about {', '.join(differing)}: they no longer train the same network"
         )
+
+
+def attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What ``function`` returns on this rank, or the error (of a setting or a file) that it raises, for
+    ``agreed``."""
+    try:
+        return function(), None
+    except (ValueError, OSError, SafetensorError) as error:
+        return None, error
+
+
+def agreed(attempted: tuple[T | None, Exception | None], group: dist.ProcessGroup | None = None) -> T:
+    """What came of an ``attempt`` on this rank. Every rank has to ask. Raises ValueError: it has failed on
+    some rank; the word of the first, on every rank, so that none waits for one that is gone."""
+    value, error = attempted
+    rank, world_size = rank_and_world_size()
+    if world_size == 1 and error is not None:
+        raise error
+    word = "" if error is None else " ".join(str(error).split()) or type(error).__name__
+    if found := first_word(f"rank {rank}: {word}" if word and rank else word, world_size, group):
+        raise ValueError(found) from error
+    return value  # type: ignore[return-value]
+
+
+def on_every_rank(function: Callable[[], T]) -> T:
+    """What ``function``, which talks to no other rank, returns on this one. Raises ValueError: as
+    ``agreed``."""
+    return agreed(attempt(function))
 
 
 def on_first_rank(function: Callable[[], T]) -> T:

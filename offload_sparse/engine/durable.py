@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.engine.averaging import Agreed, packed
+from offload_sparse.engine.distributed import on_every_rank
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import MethodState, restore_small, small_state
 from offload_sparse.engine.subnet_pair import Side
@@ -55,7 +56,8 @@ class DurableRounds:
         self._session = session
         self._tier = session.tier
         self._settle_every = settle_every
-        self.log = WriteAheadLog(session.tier.folder / "log")
+        folder = session.tier.folder / "log"
+        self.log = on_every_rank(lambda: WriteAheadLog(folder))
         self._random: dict[str, Tensor] = {}
         self.beside: Callable[[], dict[str, Any]] = dict
         self.found: dict[str, Any] = {}
@@ -72,10 +74,10 @@ class DurableRounds:
     def restore(self) -> int:
         """Make the store whole and the session what it was after the last round that was logged. Returns
         optimizer steps that are done; 0 when no round was logged. Raises ValueError: a log cannot be read, or
-        the process ended while a state was loaded."""
+        the process ended while a state was loaded (on every rank)."""
         if (common := self._common_round()) is not None:
             self.log.drop_after(common)
-        entry = self.log.replay(self._session.store)
+        entry = on_every_rank(lambda: self.log.replay(self._session.store))
         if entry is None:
             return 0
         if _REPLACED in entry.state:

@@ -35,7 +35,7 @@ from offload_sparse.channels.subnet import fit_attributes, meta_copy, tensor_set
 from offload_sparse.engine.averaging import EMA, OUTER
 from offload_sparse.engine.batch_norm import Run, flags_restored, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
-from offload_sparse.engine.distributed import average
+from offload_sparse.engine.distributed import average, on_every_rank
 from offload_sparse.engine.family import own_entries, start_own_norms, with_own_norms
 from offload_sparse.engine.forward import Closure, Forward, bound
 from offload_sparse.engine.importance import Importance
@@ -490,7 +490,8 @@ def _store(
     shard: Ranks,
     device: torch.device,
 ) -> WeightStore:
-    """The store, with the trained parameters in ``order`` and behind them those that are not."""
+    """The store, with the trained parameters in ``order`` and behind them those that are not. Raises
+    ValueError: a rank cannot have its part (on every rank)."""
     parameters, buffers = prepared.tensor_names(setup.dtype)
     names = (*order, *(name for name in parameters if name not in set(order)))
     identity = Identity.of(setup.run_id, prepared.channel_map, setup.dtype, ranks.world_size, ranks.rank)
@@ -498,8 +499,12 @@ def _store(
         rows = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
         identity = dataclasses.replace(identity, channel_map=f"{identity.channel_map}#{rows}")
     pin, folder = pin_mode(setup.store.pin, device), Path(setup.store.path or "store")
-    tier = open_tier(setup.store.tier, folder, identity, setup.dtype, pin, setup.store_mode)
-    store = WeightStore(prepared.channel_map, names, buffers, slots, setup.dtype, shard, tier)
-    if tier.filled:
-        store.integer_buffers = tier.integers()
-    return store
+
+    def opened() -> WeightStore:
+        tier = open_tier(setup.store.tier, folder, identity, setup.dtype, pin, setup.store_mode)
+        store = WeightStore(prepared.channel_map, names, buffers, slots, setup.dtype, shard, tier)
+        if tier.filled:
+            store.integer_buffers = tier.integers()
+        return store
+
+    return on_every_rank(opened)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from offload_sparse.config.run import CheckpointConfig
-from offload_sparse.engine.distributed import everyones, first_word, rank_and_world_size
+from offload_sparse.engine.distributed import agreed, attempt, everyones, rank_and_world_size
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.state import MethodState
 from offload_sparse.export.json_values import Count, digest
@@ -208,16 +208,10 @@ class Checkpointer:
     def _agree(self, function: Callable[[], _T]) -> _T:
         """The value of ``function`` on this rank. Raises CheckpointError: ``function`` raised OSError or
         ValueError on some rank; alike everywhere."""
-        value, message = None, ""
         try:
-            value = function()
-        except ValueError as error:
-            message = str(error) or "ValueError"
-        except (OSError, SafetensorError) as error:
-            message = f"rank {self._rank}: {error}"
-        if found := first_word(message, self._world_size, self._group):
-            raise CheckpointError(found)
-        return value  # type: ignore[return-value]
+            return agreed(attempt(function), self._group)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise CheckpointError(str(error) or type(error).__name__) from None
 
 
 def _checkpoints_of(path: Path) -> list[Path]:

@@ -41,6 +41,9 @@ _PROJECT = "offload_sparse"
 _PACKAGES = {"comet_ml": "comet-ml", "aim": "'aim<4'"}
 """What is installed under another name than the tracker's."""
 
+_LAST_WORD = "offload_sparse/last_word"
+"""Where a rank that ends alone leaves why, for those that see nothing but its end."""
+
 _LOST_RANK = (
     "gloo",
     "Connection closed by peer",
@@ -135,6 +138,7 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
         accelerator.end_training()  # which writes what trackers still hold
     except BaseException as error:
         heard = _hear_of_no_worker()
+        _leave_word(error)
         reason = _in_one_line(error, config)
         with suppress(OSError):
             accelerator.end_training()
@@ -165,12 +169,33 @@ def _in_one_line(error: BaseException, config: RunConfig) -> str:
         return f"{where} cannot be written ({error.strerror}); free space, and {again}"
     if isinstance(error, RuntimeError) and is_lost_rank(error):
         seconds = config.train.timeout
+        if word := _word_left():
+            return word
         return f"another rank has died, or has not answered within train.timeout ({seconds} s); {again}"
     if "DataLoader worker" in str(error) or _breaks_a_pipe(error):
         return (
             "a process that loads data was killed, most likely for want of memory; lower data.num_workers or "
             f"data.batch_size, and {again}"
         )
+    return ""
+
+
+def _leave_word(error: BaseException) -> None:
+    """What this rank has to say, which a rank that is not the first does not print; in the store that the
+    ranks have met at, since no other rank may listen."""
+    rank, world_size = rank_and_world_size()
+    if world_size > 1 and isinstance(error, ValueError | OSError):
+        with suppress(RuntimeError):
+            word = " ".join(str(error).split()) or type(error).__name__
+            dist.distributed_c10d._get_default_store().set(_LAST_WORD, f"rank {rank}: {word}")
+
+
+def _word_left() -> str:
+    """What a rank has left by ``_leave_word``; empty if none has."""
+    with suppress(RuntimeError):
+        store = dist.distributed_c10d._get_default_store()
+        if store.check([_LAST_WORD]):
+            return bytes(store.get(_LAST_WORD)).decode()
     return ""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import FinalConfig
-from offload_sparse.engine.distributed import on_first_rank
+from offload_sparse.engine.distributed import agreed, attempt, on_every_rank, on_first_rank
 from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.export.network_file import FinalNetwork
@@ -109,14 +109,16 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         resumes = start.status == "started"
-        self.recorder = Recorder(config, accelerator.is_main_process, self._track, resumes)
-        source = weight_source(config)
+        main = accelerator.is_main_process
+        self.recorder = on_every_rank(lambda: Recorder(config, main, self._track, resumes))
+        source = on_every_rank(lambda: weight_source(config))
         log = config.run_dir / CORRUPT_LOG
         if not resumes:  # an earlier run's
             log.unlink(missing_ok=True)
         self.corrupt = CorruptImages(config.data.corrupt_limit, log)
         with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
-            self.splits: Splits = load_splits(config.data)
+            loaded = attempt(lambda: load_splits(config.data))
+        self.splits: Splits = agreed(loaded)
         self.channels = input_channels(config.model.name, self.splits.in_channels)
         self.train_loader: TrainLoader = self._loader(
             TrainLoader, self.splits.train, seed=config.train.seed, device=accelerator.device

@@ -138,7 +138,7 @@ def test_a_full_disk_is_a_warning_and_the_older_checkpoint_stays(
     monkeypatch.setattr(checkpoint_files, "write_rows", full)
     saver.save(7, state(3.0), {}, wait=wait)
     assert saver.join() is wait, "the failure is told once"
-    assert "step 7 was not written (rank 0: [Errno 28] No space left on device)" in caplog.text
+    assert "step 7 was not written ([Errno 28] No space left on device)" in caplog.text
     monkeypatch.undo()
     loaded = saver.load(blank())
     assert loaded is not None

@@ -45,6 +45,19 @@ def test_a_rank_that_dies_is_one_line_on_the_other_and_ends_the_job(
     assert "Traceback" not in log
 
 
+def test_a_part_of_the_store_that_one_rank_lacks_is_one_line(tmp_path: Path) -> None:
+    """As on a node whose disk is not mounted; every rank knows why."""
+    more = ["--train.timeout", "60", "--store.tier", "file"]
+    codes, log = killed_run.run(tmp_path, "run", 2, more, "kill:rank=1:step=5:phase=step")
+    assert codes == [1, -signal.SIGKILL], log
+    (tmp_path / "run_run" / "store" / "rank1" / "weights.bin").unlink()
+    codes, log = killed_run.run(tmp_path, "run", 2, more)
+    assert codes == [2, 2], log
+    (error,) = [line for line in log.splitlines() if "error:" in line]
+    assert error.startswith("offload-sparse: error: rank 1: ")
+    assert "store/rank1/weights.bin does not hold" in error
+
+
 @pytest.mark.parametrize(
     "phase", [p if p == "step" else pytest.param(p, marks=pytest.mark.slow) for p in PHASES]
 )

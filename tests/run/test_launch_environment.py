@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch.distributed as dist
 
 from offload_sparse.config.run import RunConfig, TrainConfig, resolve
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.run.launch import as_launched, check_environment
+from offload_sparse.run.launch import _in_one_line, _leave_word, as_launched, check_environment
 from offload_sparse.run.process import SEGMENTS, grow_segments
+from tests.support.ranks import run_ranks
 
 RENDEZVOUS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -97,3 +99,16 @@ def test_auto_is_resolved_once_and_nothing_else_changes(device: str, transfer: s
     chosen = RunConfig()
     chosen.round.transfer, chosen.store.pin = "full", "on"
     assert (resolve(chosen, device).round.transfer, resolve(chosen, device).store.pin) == ("full", "on")
+
+
+def what_is_seen_of_the_second_rank(says: str) -> str:
+    if says and dist.get_rank() == 1:
+        _leave_word(ValueError(says))
+    dist.barrier()
+    return _in_one_line(RuntimeError("Connection closed by peer"), RunConfig())
+
+
+def test_a_rank_that_ends_alone_leaves_the_others_its_word() -> None:
+    """Without one, all that they know is that it is gone."""
+    assert run_ranks(2, what_is_seen_of_the_second_rank, "no disk is\nthere")[0] == "rank 1: no disk is there"
+    assert run_ranks(2, what_is_seen_of_the_second_rank, "")[0].startswith("another rank has died")
