@@ -27,6 +27,9 @@ _BLOCK = 8 << 20
 _LARGEST_INDEX = 64 << 20
 _INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 _SINGLE = ("*.safetensors", "*.pt", "*.pth", "*.bin")
+_USUAL = ("model", "pytorch_model")
+"""Names of files of weights that have those of optimizers and schedulers beside them."""
+
 _HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net")
 """Keys under which training programs keep a state_dict."""
 
@@ -131,8 +134,10 @@ def _in_folder(folder: Path) -> dict[str, Stored]:
     for pattern in _INDICES:
         if indices := sorted(folder.glob(pattern)):
             return _of_shards(indices[0])
-    for pattern in _SINGLE:
-        files = sorted(folder.glob(pattern))
+    found = [sorted(folder.glob(pattern)) for pattern in _SINGLE]
+    if usual := [file for files in found for file in files if file.stem in _USUAL]:
+        return tensors_in(usual[0])
+    for files in found:
         if len(files) > 1:
             raise ValueError(f"{folder} holds {len(files)} files of weights and no index; give one of them")
         if files:
@@ -205,8 +210,9 @@ def _of_torch(path: Path) -> dict[str, Stored]:
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The mapping of names to tensors in what was loaded: itself, or one that is kept under a usual key."""
-    for held in (loaded, *(loaded.get(key) for key in _HOLDERS if isinstance(loaded, Mapping))):
+    """The mapping of names to tensors in what was loaded: one that is kept under a usual key, which may have
+    tensors beside it that are no weights, or all of it."""
+    for held in (*(loaded.get(key) for key in _HOLDERS if isinstance(loaded, Mapping)), loaded):
         if isinstance(held, Mapping):
             tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
             if tensors:

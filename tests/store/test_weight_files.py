@@ -51,9 +51,23 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         where = {name: part for part, held in parts.items() for name in held}
         (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
         return tmp_path
-    nested = {"epoch": 3, "state_dict": tensors}
+    nested = {"epoch": 3, "best_acc1": torch.tensor(76.1), "state_dict": tensors, "optimizer": {"state": {}}}
     torch.save(nested if request.param == "nested" else tensors, tmp_path / "a.pt")
     return tmp_path / "a.pt"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model.pt"])
+def test_the_weights_of_a_folder_are_told_from_what_lies_beside_them(tmp_path: Path, name: str) -> None:
+    """The files are those that transformers' Trainer leaves."""
+    tensors = some_tensors()
+    for other in ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth"):
+        torch.save({"other": torch.ones(1)}, tmp_path / other)
+    if name.endswith(".safetensors"):
+        save_file(tensors, tmp_path / name)
+    else:
+        torch.save(tensors, tmp_path / name)
+    assert {stored.path.name for stored in tensors_in(tmp_path).values()} == {name}
+    assert tensors_in(tmp_path).keys() == tensors.keys()
 
 
 def test_every_tensor_is_found_and_read_bit_for_bit(file: Path) -> None:
