@@ -191,9 +191,14 @@ class FileTier(MemoryTier):
             expected = {"run": self._identity.run}
         for key, value in expected.items():
             if found[key] != value:
+                advice = "give store.path another folder"
+                if key == "world_size" and mode == "resume":
+                    advice = "start as many ranks, or give store.path another folder"
+                elif key == "world_size" and mode == "look":
+                    advice = "finish the run, which leaves its network in its own folder"
                 raise ValueError(
                     f"the store in {self.folder} has {key.replace('_', ' ')} {repr(found[key])[:100]}, "
-                    f"this run {value!r}; give store.path another folder"
+                    f"this run {value!r}; {advice}"
                 )
         if mode == "new" and found["initialised"]:
             raise ValueError(

@@ -96,6 +96,13 @@ def test_the_store_of_another_run_is_refused_and_left_alone(
     assert contents(tmp_path) == before
 
 
+def test_a_store_of_several_ranks_is_not_looked_at_by_one(tmp_path: Path) -> None:
+    """As by ``evaluate`` of a checkpoint of its run, for which no other folder is of use."""
+    store_on(FileTier(tmp_path, replace(IDENTITY, world_size=2)), Ranks(0, 2))
+    with pytest.raises(ValueError, match="has world size 2, this run 1; finish the run"):
+        FileTier(tmp_path, IDENTITY, mode="look")
+
+
 @pytest.mark.parametrize("changed", [changed for changed, _ in OTHERS[1:]])
 def test_a_run_replaces_its_own_store_whatever_it_was(tmp_path: Path, changed: dict[str, Any]) -> None:
     """With those of ranks that there are no more; what others have left beside them stays."""
