@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig
+from tests.support.ranks import run_ranks
 
 K, ROUNDS = 2, 4
 
@@ -147,6 +149,30 @@ def test_killed_after_the_store_was_written_within_a_round_it_goes_on(tmp_path: 
     shutil.copytree(tmp_path / "run", tmp_path / "left")
     whole, _ = begin(tmp_path / "whole", then, K + 1)
     assert_goes_on(tmp_path / "left", whole, K + 1)
+
+
+def left_by_two_ranks(folder: Path) -> str:
+    """One of two ranks: what is said of a log that the second one finds damaged."""
+    settle: Then = lambda session, _: session.settle()  # noqa: E731
+    begin(folder / "run", settle, K + 1)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "run", folder / "left")
+        shutil.copytree(folder / "run", folder / "damaged")
+        log = max((folder / "damaged" / "rank1" / "log").iterdir())
+        log.write_bytes(log.read_bytes()[:-1])
+    dist.barrier()
+    whole, _ = begin(folder / "whole", settle, K + 1)
+    assert_goes_on(folder / "left", whole, K + 1)
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        DurableRounds(session_of(folder / "damaged", "resume")).restore()
+    return str(caught.value)
+
+
+def test_two_ranks_log_and_refuse_as_one(tmp_path: Path) -> None:
+    said = run_ranks(2, left_by_two_ranks, tmp_path)
+    assert said[0] == said[1]
+    assert said[0].startswith(f"rank 1: {tmp_path / 'damaged' / 'rank1'}")
 
 
 @pytest.mark.parametrize(("steps", "done"), [(0, 3), (2, 4)])
