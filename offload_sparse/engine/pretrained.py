@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.engine.distributed import first_word, on_first_rank, rank_and_world_size
+from offload_sparse.engine.distributed import first_word, on_every_rank, on_first_rank, rank_and_world_size
 from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, read_structure
 from offload_sparse.store.initialisation import named_tensors
@@ -101,16 +101,26 @@ class WeightSource:
         self.preprocessing = Preprocessing()
         inner = self.path / "model"
         exported = inner if (inner / STRUCTURE_FILE).is_file() else self.path
-        if (exported / STRUCTURE_FILE).is_file():
-            self._open_export(exported)
-        elif (self.path / "checkpoints").is_dir():
-            raise ValueError(f"the run in {self.path} has not ended; let it, or give a file of weights")
-        self.tensors = tensors_in(exported / WEIGHTS_FILE if exported != self.path else self.path)
-        files = {stored.path for stored in self.tensors.values()}
+        digest = on_every_rank(lambda: self._described(exported))
+        weights = exported / WEIGHTS_FILE
+
+        def check() -> None:
+            if digest and (not weights.is_file() or file_digest(weights) != digest):
+                raise ValueError(f"{weights} is missing or damaged; export the network again")
+
         # Where there are checksums, the first rank alone reads all, once, to be sure that it is whole.
+        on_first_rank(check)
+        self.tensors = on_every_rank(lambda: tensors_in(weights if exported != self.path else self.path))
+        files = {stored.path for stored in self.tensors.values()}
         on_first_rank(lambda: check_whole(files))
 
-    def _open_export(self, folder: Path) -> None:
+    def _described(self, folder: Path) -> str:
+        """Take in what an exported network says of itself, if ``folder`` holds one; the digest of its
+        weights."""
+        if not (folder / STRUCTURE_FILE).is_file():
+            if (self.path / "checkpoints").is_dir():
+                raise ValueError(f"the run in {self.path} has not ended; let it, or give a file of weights")
+            return ""
         structure = read_structure(folder)
         self.preprocessing = structure.preprocessing
         narrow = next((name for name, group in structure.groups.items() if len(group.kept) < group.size), "")
@@ -120,15 +130,7 @@ class WeightSource:
                 f"{folder} is a narrow network ({kept} of {size} channels of {narrow}); start from the full "
                 "one, as method dense leaves it"
             )
-        file = folder / WEIGHTS_FILE
-
-        def check() -> None:
-            if structure.weights_digest and (
-                not file.is_file() or file_digest(file) != structure.weights_digest
-            ):
-                raise ValueError(f"{file} is missing or damaged; export the network again")
-
-        on_first_rank(check)
+        return structure.weights_digest
 
     def fitted(self, network: nn.Module) -> FittedWeights:
         """The same, known to fit ``network`` (on any device; only names and shapes matter). Raises

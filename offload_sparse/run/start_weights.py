@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from offload_sparse.config.run import RunConfig
+from offload_sparse.engine.distributed import on_every_rank
 from offload_sparse.engine.pretrained import NEW_HEAD, FittedWeights, WeightSource
 from offload_sparse.export.description import Preprocessing
 from offload_sparse.workloads.config import DataConfig
@@ -19,7 +20,7 @@ def weight_source(config: RunConfig) -> WeightSource | None:
     """What ``model.weights`` names, opened; None where training starts afresh. Raises ValueError: there are
     no weights, or they cannot be read; one line, on every rank."""
     text = config.model.weights
-    published = _published(config)
+    published = on_every_rank(lambda: _published(config))
     if published is None:
         return WeightSource(text) if text else None
     source = WeightSource(f"{published.path}{NEW_HEAD if text.endswith(NEW_HEAD) else ''}")

@@ -111,7 +111,7 @@ class Run:
         resumes = start.status == "started"
         main = accelerator.is_main_process
         self.recorder = on_every_rank(lambda: Recorder(config, main, self._track, resumes))
-        source = on_every_rank(lambda: weight_source(config))
+        source = weight_source(config)
         log = config.run_dir / CORRUPT_LOG
         if not resumes:  # an earlier run's
             log.unlink(missing_ok=True)
