@@ -6,6 +6,7 @@ forward only.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,10 +141,14 @@ class CostModel:
         self._always = torch.ones(axes + 1, dtype=torch.int64)
         self._always[:-1] = segment[atoms < 0].bincount(minlength=axes)
         self._atoms, self._segment = atoms[atoms >= 0], segment[atoms >= 0]
-        mask = _uneven_mask(channel_map)
-        sizes = list(zip(*(self._kept(m).tolist() for m in (channel_map.full_mask(), mask)), strict=True))
-        spent = _count(model, example_inputs)
-        left = _count(narrow_module(meta_copy(model), channel_map, mask), example_inputs)
+        masks, counts = [channel_map.full_mask()], [_count(model, example_inputs)]
+        for mask in _telling_masks(channel_map):
+            masks.append(mask)
+            counts.append(_count(narrow_module(meta_copy(model), channel_map, mask), example_inputs))
+            if counts[1].others == counts[0].others:  # all that shrink are products with weights
+                break
+        spent, fitted = counts[0], counts[: max(2, len(counts) - 1)]
+        sizes = list(zip(*(self._kept(m).tolist() for m in masks[: len(fitted)]), strict=True))
         # Numbers of the axes of every tensor; the last one stands for dimensions that never shrink, whose
         # size is a factor elsewhere: it counts 1.
         axes_of = {
@@ -151,19 +156,19 @@ class CostModel:
             for name, _ in model.named_parameters()
             if name in channel_map.shapes
         }
-        others = _terms_of_others(model, axes_of, sizes, spent, left)
+        others = _terms_of_others(model, axes_of, sizes, fitted)
         self._hold([*_terms_of_weights(channel_map, axes_of, spent), *others])
-        self._hold_outputs(axes_of, sizes, spent, left)
+        self._hold_outputs(axes_of, sizes, fitted)
         self._constant = 0
         self._constant = spent.total - self.flops(channel_map.full_mask())
         self.dense_flops = spent.total
         self.dense_parameters = self.parameters(channel_map.full_mask())
-        if left.total != self.flops(mask):
+        if counts[-1].total != self.flops(masks[-1]):
             lost = next((term.module for term in others if term.axes == [-1]), "the network")
             raise ValueError(
-                f"FLOPs of {lost} in a {type(model).__name__} depend on the mask, but grow "
-                f"as no width does ({left.total} counted, {self.flops(mask)} predicted); keep those channels "
-                "by a channel map of your own"
+                f"FLOPs of {lost} in a {type(model).__name__} depend on the mask, but grow as no width does "
+                f"({counts[-1].total} counted, {self.flops(masks[-1])} predicted); keep those channels by a "
+                "channel map of your own"
             )
 
     def _hold(self, terms: Sequence[_Term]) -> None:
@@ -177,16 +182,15 @@ class CostModel:
     def _hold_outputs(
         self,
         axes_of: Mapping[str, list[int]],
-        sizes: Sequence[tuple[int, int]],
-        spent: _Products,
-        left: _Products,
+        sizes: Sequence[tuple[int, ...]],
+        counts: Sequence[_Products],
     ) -> None:
         """Which axis counts what a weight puts out, and how many numbers that are for each position."""
-        made = [(spent.outputs[name], left.outputs[name]) for name in axes_of]
+        made = [[count.outputs[name] for count in counts] for name in axes_of]
         rows = zip(axes_of.values(), made, strict=True)
         out = [axis for row, n in rows for axis in _growing(([a] for a in row), sizes, n)]
         self._out = torch.tensor(out, dtype=torch.int64)
-        per_row = [whole / sizes[axis][0] for (whole, _), axis in zip(made, out, strict=True)]
+        per_row = [n[0] / sizes[axis][0] for n, axis in zip(made, out, strict=True)]
         self._per_row = torch.tensor(per_row, dtype=torch.float64)
 
     def flops(self, mask: Tensor) -> int:
@@ -240,40 +244,52 @@ def _terms_of_weights(
 def _terms_of_others(
     model: nn.Module,
     axes_of: Mapping[str, list[int]],
-    sizes: Sequence[tuple[int, int]],
-    spent: _Products,
-    left: _Products,
+    sizes: Sequence[tuple[int, ...]],
+    counts: Sequence[_Products],
 ) -> list[_Term]:
-    """Those of products of which a part is left in the narrow network."""
+    """Those of products of which a part is left in a narrow network."""
     terms = []
-    for (module, whole), (_, part) in zip(spent.others, left.others, strict=False):
-        if whole != part:
-            row = _growing(_rows_around(model, module, axes_of), sizes, (whole, part))
+    for products in zip(*(count.others for count in counts), strict=False):
+        module, spent = products[0][0], [flops for _, flops in products]
+        if len({*spent}) > 1:
+            row = _growing(_rows_around(model, module, axes_of), sizes, spent)
             full = prod(sizes[axis][0] for axis in row)
-            terms.append(_Term(row, 0, Fraction(whole, full), module or "the network"))
+            terms.append(_Term(row, 0, Fraction(spent[0], full), module or "the network"))
     return terms
 
 
-def _uneven_mask(channel_map: ChannelMap) -> Tensor:
-    """The mask bool[C] of the first channels of every group, of each another share."""
-    mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
-    shares = torch.rand(len(channel_map.groups), generator=torch.Generator().manual_seed(0)).tolist()
-    for group, share in zip(channel_map.groups, shares, strict=True):
-        mask[group.start : group.start + max(1, int(group.size * share))] = True
-    return mask
+def _telling_masks(channel_map: ChannelMap) -> Iterator[Tensor]:
+    """Masks bool[C] of random channels until no two groups have kept the same shares in all of them, and one
+    more; the first and the last leave something of every group out."""
+    draw = random.Random(0)
+    groups = [group for group in channel_map.groups if group.size > 1]
+    shares: list[tuple[Fraction, ...]] = [() for _ in groups]
+    told = False
+    while not told:
+        told = len({*shares}) == len(groups) and () not in shares
+        mask, used = channel_map.full_mask(), set[tuple[Fraction, ...]]()
+        for number, group in enumerate(groups):
+            most = group.size - (told or not shares[number])
+            kept = draw.sample(range(1, most + 1), most)
+            new = [(*shares[number], Fraction(n, group.size)) for n in kept]
+            shares[number] = next((s for s in new if s not in used), new[0])
+            used.add(shares[number])
+            dropped = draw.sample(range(group.size), group.size - kept[new.index(shares[number])])
+            mask[group.start : group.stop][dropped] = False
+        yield mask
 
 
 def _growing(
-    rows: Iterable[list[int]], sizes: Sequence[tuple[int, int]], numbers: tuple[int, int]
+    rows: Iterable[list[int]], sizes: Sequence[tuple[int, ...]], numbers: Sequence[int]
 ) -> list[int]:
     """The first row of axes whose positions shrink as a number does; else the axis that never shrinks.
 
     Args:
-        sizes: positions of each axis in the full network and in a narrow one.
-        numbers: the number in both."""
+        sizes: positions of each axis in the full network and in narrow ones.
+        numbers: the number in each of these."""
     for row in rows:
-        full, kept = (prod(sizes[axis][side] for axis in row) for side in (0, 1))
-        if full * numbers[1] == kept * numbers[0]:
+        full, *narrow = (prod(sizes[axis][n] for axis in row) for n in range(len(numbers)))
+        if all(full * m == n * numbers[0] for n, m in zip(narrow, numbers[1:], strict=True)):
             return row
     return [-1]
 

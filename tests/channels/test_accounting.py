@@ -252,3 +252,44 @@ def test_a_map_without_atoms_costs_what_the_network_costs() -> None:
     cost = CostModel(model, channel_map, inputs)
     assert cost.flops(channel_map.full_mask()) == count_flops(model, inputs)
     assert cost.parameters(channel_map.full_mask()) == sum(p.numel() for p in model.parameters())
+
+
+class Cross(nn.Module):
+    """An attention whose keys and values may come from elsewhere, its number of heads told by its tensors."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(16)
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        y = self.norm(x)
+        given = (y, *(2 * [y if memory is None else memory]))
+        pairs = zip((self.q, self.k, self.v), given, strict=True)
+        q, k, v = (layer(t).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer, t in pairs)
+        return x + self.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Decoder(nn.Module):
+    """Layers with two attentions each, over tokens and over a longer memory, which run in one module."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.own, self.cross = (nn.ModuleList(Cross(heads) for _ in range(2)) for _ in range(2))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        for own, cross in zip(self.own, self.cross, strict=True):
+            x = cross(own(x), memory)
+        return self.head(x)
+
+
+def test_products_of_attentions_that_keep_as_many_heads_are_told_apart() -> None:
+    """Of few heads, attentions often keep the same share; each product still goes with its own."""
+    model, inputs = Decoder(heads=2).to("meta"), (torch.zeros(2, 6, 16), torch.zeros(2, 20, 16))
+    channel_map = discover(model, inputs)
+    cost = CostModel(model, channel_map, inputs)
+    for group in channel_map.groups:
+        mask = channel_map.full_mask()
+        mask[group.start] = False
+        assert cost.flops(mask) == count_flops(narrow_module(model, channel_map, mask), inputs)
