@@ -115,9 +115,9 @@ def _follow(model: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
 def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
     given = [*network.named_parameters(), *network.named_buffers()]  # before a forward changes them
     shapes = {name: tuple(t.shape) for name, t in given if t.is_floating_point()}
+    if separate:  # as it will be built: with its dropout
+        expose_additions(network.eval(), inputs=inputs)
     disable_dropout(network)
-    if separate:
-        expose_additions(network)
     for module in network.modules():
         if can_drop_heads(module):
             module.__class__ = HeadAttention  # what it becomes when heads are dropped

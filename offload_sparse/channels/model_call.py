@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,6 +64,19 @@ def enlarge_inputs(inputs: Inputs, least: int) -> Inputs:
         return x[rows.to(x.device)] if x.dim() else x
 
     return pytree.tree_map_only(Tensor, enlarged, inputs)
+
+
+def random_states() -> bytes:
+    """The states of the generators that everybody draws from: of torch on the CPU, Python, numpy."""
+    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
+
+
+def restore_random_states(states: bytes) -> None:
+    """Go back to what ``random_states`` gave."""
+    of_torch, of_python, of_numpy = pickle.loads(states)
+    torch.set_rng_state(torch.from_numpy(of_torch))
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
 
 
 @contextmanager

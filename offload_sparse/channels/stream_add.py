@@ -14,11 +14,13 @@ import copy
 import inspect
 import operator
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from offload_sparse.channels.model_call import Inputs, random_states, restore_random_states
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.views import fit_views
 
@@ -68,18 +70,23 @@ class StreamAdd(nn.Module):
         return f"{self.left_index.numel()} + {self.right_index.numel()} -> {self.width} channels"
 
 
-def expose_additions(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+def expose_additions(
+    model: nn.Module, names: Collection[str] | None = None, inputs: Inputs | None = None
+) -> nn.Module:
     """Put a ``StreamAdd`` in place of every addition of two tensors. Done twice, it changes nothing more.
     Returns the model. Raises ValueError: one of ``names`` is not an addition of this model.
 
     Args:
         model: on any device; changed in place: blocks with additions get a class with a new ``forward``.
         names: qualified names of the additions wanted, from an earlier call on the same architecture; all
-            that can be found if None. A ``forward`` that torch.fx cannot trace, or that looks at
-            ``training``, is left alone."""
+            that can be found if None. A ``forward`` that torch.fx cannot trace, that looks at ``training``
+            or that draws random numbers is left alone.
+        inputs: if given, a ``forward`` that is called with other values than the defaults of its arguments
+            when the model is called with these is left alone, too."""
     owners = None if names is None else {name.rpartition(".")[0] for name in names}
+    other = _called_otherwise(model, inputs) if inputs is not None else set()
     for path, module in list(model.named_modules()):
-        if owners is None or path in owners:
+        if path not in other and (owners is None or path in owners):
             wanted = None if names is None else {n.rpartition(".")[2] for n in names if _owner(n) == path}
             _expose_in(module, wanted)
     found = {name for name, _ in additions(model)}
@@ -112,8 +119,12 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _is_own(module: nn.Module) -> bool:
+    return not (type(module).__module__.startswith("torch.nn.") or isinstance(module, StreamAdd))
+
+
 def _expose_in(module: nn.Module, wanted: Collection[str] | None) -> None:
-    if type(module).__module__.startswith("torch.nn.") or isinstance(module, StreamAdd):
+    if not _is_own(module):
         return
     if any(isinstance(child, StreamAdd) for child in module.children()):
         return
@@ -197,7 +208,7 @@ class _OwnForward(fx.Tracer):
 
 def _own_forward(module: nn.Module) -> fx.Graph | None:
     """The graph of a ``forward`` if it holds additions and is the same in training and evaluation."""
-    training = module.training
+    training, states = module.training, random_states()
     try:
         graphs = []
         for module.training in (True, False):
@@ -206,14 +217,41 @@ def _own_forward(module: nn.Module) -> fx.Graph | None:
         return None
     finally:
         module.training = training
+        drawn = random_states() != states
+        restore_random_states(states)
     codes = [graph.python_code("self").src for graph in graphs]
-    return graphs[0] if codes[0] == codes[1] and _sums(graphs[0]) else None
+    return graphs[0] if codes[0] == codes[1] and not drawn and _sums(graphs[0]) else None
 
 
 def _defaults(module: nn.Module) -> dict[str, object]:
-    """Arguments that have a default are traced with it: a proxy would never be None."""
+    """Arguments that have a default are traced with it: a proxy would never be None. Those with a container,
+    which torch.fx would take apart, are not."""
     parameters = inspect.signature(type(module).forward).parameters
-    return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    plain = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return {n: default for n, default in plain.items() if not isinstance(default, (tuple, list, dict))}
+
+
+def _called_otherwise(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Names of modules that are given other values for arguments than those that ``_defaults`` traces."""
+    found = set[str]()
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        defaults = _defaults(module).items()
+        pairs = [(given[n], default) for n, default in defaults if n in given]
+        if any(type(value) is not type(default) or value != default for value, default in pairs):
+            found.add(name)
+
+    handles = [
+        module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if _is_own(module) and _defaults(module)
+    ]
+    if handles:
+        model(*inputs)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def _sums(graph: fx.Graph) -> list[fx.Node]:

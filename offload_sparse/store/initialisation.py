@@ -15,8 +15,6 @@ recording as not replayable, with a reason, and the caller builds the model once
 
 from __future__ import annotations
 
-import pickle
-import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +23,13 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from offload_sparse.channels.model_call import random_states
 from offload_sparse.channels.subnet import meta_copy
 
 
@@ -154,20 +152,16 @@ def record(factory: Callable[[], nn.Module]) -> Recording:
     and then moved there; such a recording is not replayable. PyTorch's random state is left as it was."""
     recorder = Recorder()
     with torch.random.fork_rng(devices=[]):
-        before = _random_states()
+        before = random_states()
         try:
             with torch.device("meta"), recorder, PythonCalls(recorder), recorder.opaque_initialisers():
                 model = factory()
         except Exception as error:  # tensors without values may fail anywhere; a real fault fails again below
             message = (str(error) or type(error).__name__).splitlines()[0]
             return Recording(meta_copy(factory()), f"it does not build on the meta device: {message}")
-        if _random_states() != before:
+        if random_states() != before:
             recorder.reject("it draws random numbers outside PyTorch's default device and generator")
     return _recording(model, recorder)
-
-
-def _random_states() -> bytes:
-    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
 
 
 def _recording(model: nn.Module, recorder: Recorder) -> Recording:

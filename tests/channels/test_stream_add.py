@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from offload_sparse.channels.stream_add import StreamAdd, additions, expose_additions
 from offload_sparse.workloads.models import build_model
@@ -110,12 +111,46 @@ class Optional(nn.Module):
         return x if more is None else x + more
 
 
-@pytest.mark.parametrize("model", [Moody(), Chooser(), Optional()], ids=lambda m: type(m).__name__)
+class Skipping(nn.Module):
+    """Leaves its branch out at random, whatever the mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if torch.rand(()).item() < 0.5 else x + x.relu()
+
+
+@pytest.mark.parametrize(
+    "model", [Moody(), Chooser(), Optional(), Skipping()], ids=lambda m: type(m).__name__
+)
 def test_a_forward_that_cannot_be_traced_once_and_for_all_is_left_alone(model: nn.Module) -> None:
-    kind = type(model)
-    assert not list(additions(expose_additions(model)))
+    kind, states = type(model), torch.get_rng_state()
+    for _ in range(8):  # of which the skipping one would run as many ways
+        assert not list(additions(expose_additions(model)))
     assert type(model) is kind
     assert model.training
+    assert torch.equal(torch.get_rng_state(), states), "nobody else's random numbers are drawn"
+
+
+class Pooling(nn.Module):
+    """Has a default that is no single value, and one that others may give."""
+
+    def forward(self, x: Tensor, more: Tensor | None = None, size: tuple[int, int] = (1, 1)) -> Tensor:
+        x = x + functional.avg_pool2d(x, size)
+        return x if more is None else x * more
+
+
+def test_a_forward_with_defaults_is_exposed_where_it_is_called_by_them() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.given = Pooling(), Pooling()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.given(self.plain(x), x)
+
+    x = torch.randn(2, 3, 4, 4)
+    model = expose_additions(Outer(), inputs=(x,))
+    assert [name for name, _ in additions(model)] == ["plain.stream_add_0"]
+    assert torch.equal(model(x), Outer()(x))
 
 
 def test_bias_like_additions_are_not_residual() -> None:

@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters
 from offload_sparse.channels.channel_map import ALWAYS, ChannelMap
@@ -234,6 +235,19 @@ class Repeated(ResidualNet):
         return self.head(self.pool(self.blocks[0](self.blocks[0](x))).flatten(1))
 
 
+class Dropped(ResidualNet):
+    """Drops its branch by a function, which is no addition as others are once its rate is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_prob = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.stem(x)
+        b = self.blocks[0].conv2(self.blocks[0].conv1(a).relu())
+        return self.head(self.pool(a + stochastic_depth(b, self.drop_prob, "row", self.training)).flatten(1))
+
+
 class Branching(ResidualNet):
     """Adds where torch.fx cannot follow."""
 
@@ -276,6 +290,7 @@ IN_PLACE = "addition in .* in place to what is read again"
     ("net", "message"),
     [
         (Repeated(), "addition in .* runs twice"),
+        (Dropped(), "addition in .* that depends on the training mode"),
         (Branching(), "addition in .* torch.fx cannot trace"),
         (InPlace(lambda y, x: y.add_(x)), IN_PLACE),
         (InPlace(operator.iadd), IN_PLACE),
