@@ -11,7 +11,7 @@ their sizes replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
+from itertools import count, pairwise
 from math import prod
 from typing import Any
 
@@ -33,15 +33,28 @@ EXPANDS: set[Any] = {Tensor.expand, Tensor.broadcast_to, torch.broadcast_to}
 SLICES: set[Any] = {Tensor.__getitem__}
 SIZED: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape} | SPLITS | UNFLATTENS | EXPANDS | SLICES
 SIZED |= NARROWS | TENSOR_SPLITS
+SQUEEZES: set[Any] = {Tensor.squeeze, torch.squeeze}
 REPEATS: set[Any] = {Tensor.repeat_interleave, torch.repeat_interleave}
 MEETINGS: set[Any] = {Tensor.add, torch.add, Tensor.add_, Tensor.baddbmm, torch.baddbmm}
 MEETINGS |= {Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, functional.scaled_dot_product_attention}
-"""Where a constant meets the scores of heads; numbered by themselves, from -1 down."""
+"""Where a constant meets the scores of heads."""
 
 
-def meets(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call is one of ``MEETINGS``: of tensors, for batch norms add a number in one mode only."""
-    return func in MEETINGS and all(isinstance(x, Tensor) for x in args[:2])
+class Numbers:
+    """Numbers the calls of one forward: those of ``SIZED`` functions from 0 up; of ``MEETINGS`` of tensors,
+    for batch norms add a number in one mode only, from -1 down; ``SQUEEZES`` without dimensions from 2^20 up.
+    """
+
+    def __init__(self) -> None:
+        self._sized, self._meetings, self._squeezes = count(), count(-1, -1), count(1 << 20)
+
+    def next(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """The number of this call; None for one of another function."""
+        if func in MEETINGS and all(isinstance(x, Tensor) for x in args[:2]):
+            return next(self._meetings)
+        if func in SQUEEZES and len(args) + len(kwargs) == 1:
+            return next(self._squeezes)
+        return next(self._sized) if func in SIZED else None
 
 
 def by_position(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
@@ -102,6 +115,8 @@ def _fitted(func: Callable[..., Any], args: tuple[Any, ...], fits: tuple[Fit, ..
     x = args[0]
     if func in SLICES:
         return _sliced(x, args[1], fits)
+    if func in SQUEEZES:  # a single channel that is left is still a dimension
+        return x, [d for d, fit in enumerate(fits) if fit is None and x.shape[d] == 1]
     place = 2 if func in UNFLATTENS else 1
     flat = args[place] if isinstance(args[place], (tuple, list)) else args[place:]
     if func in SPLITS:
@@ -149,22 +164,19 @@ def _size(written: int, fit: Fit) -> int:
 class _Refit(TorchFunctionMode):
     def __init__(self, calls: Mapping[int, tuple[Fit, ...]]) -> None:
         super().__init__()
-        self.calls, self.count, self.meetings = calls, 0, 0
+        self.calls, self.numbers = calls, Numbers()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if meets(func, args):
-            self.meetings -= 1
-            if self.meetings in self.calls:
-                args, kwargs = _chosen(args, kwargs, self.calls[self.meetings])
-        elif func in SIZED:
-            fits = self.calls.get(self.count)
-            self.count += 1
-            if fits is not None:
-                func, args = by_position(func, args, kwargs)
-                args, kwargs = _fitted(func, args, fits), {}
-                if func in CHUNKS and not isinstance(args[1], int):
-                    func = torch.split  # parts that are no longer equal
+        number = self.numbers.next(func, args, kwargs)
+        fits = None if number is None else self.calls.get(number)
+        if fits is not None and func in MEETINGS:
+            args, kwargs = _chosen(args, kwargs, fits)
+        elif fits is not None:
+            func, args = by_position(func, args, kwargs)
+            args, kwargs = _fitted(func, args, fits), {}
+            if func in CHUNKS and not isinstance(args[1], int):
+                func = torch.split  # parts that are no longer equal
         return func(*args, **kwargs)
 
 

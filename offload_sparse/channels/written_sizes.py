@@ -20,19 +20,19 @@ from offload_sparse.channels.views import (
     MEETINGS,
     PLACES,
     REPEATS,
-    SIZED,
     SLICES,
     SPLITS,
+    SQUEEZES,
     UNFLATTENS,
+    Numbers,
     by_position,
     indexed,
-    meets,
     written_sizes,
 )
 
 
 class Sizes(TorchFunctionMode):
-    """Notes the calls of ``SIZED`` functions and of ``MEETINGS``, and the module whose ``forward`` made them.
+    """Notes the calls that ``Numbers`` counts, and the module whose ``forward`` made them.
 
     Attributes:
         calls: (module, number of the call in this run of its forward, function, arguments, result).
@@ -44,14 +44,14 @@ class Sizes(TorchFunctionMode):
         super().__init__()
         self.calls: list[tuple[str, int, Any, Any, Any, Any]] = []
         self.sequences = self.repeats = False
-        self._stack: list[list[Any]] = []
+        self._stack: list[tuple[str, Numbers]] = []
         for name, module in network.named_modules():
             module.register_forward_pre_hook(self._entered(name), with_kwargs=True)
             module.register_forward_hook(self._left, always_call=True)
 
     def _entered(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._stack.append([name, 0, 0])
+            self._stack.append((name, Numbers()))
             self.sequences |= isinstance(module, nn.Linear) and [*given, *named.values()][0].dim() == 3
 
         return enter
@@ -67,15 +67,13 @@ class Sizes(TorchFunctionMode):
         self.repeats = func in REPEATS
         out = func(*args, **(kwargs or {}))
         self.repeats = False
-        meeting = meets(func, args)
-        if self._stack and (func in SIZED or meeting):
-            for frame in self._stack:
-                frame[1 + meeting] += 1
-            name, calls, meetings = self._stack[-1]
-            if not meeting:
-                func, args = by_position(func, args, kwargs or {})
-                kwargs = None
-            self.calls.append((name, -meetings if meeting else calls - 1, func, args, kwargs or {}, out))
+        kwargs = kwargs or {}
+        number = [numbers.next(func, args, kwargs) for _, numbers in self._stack][-1:]
+        if number and number[0] is not None:
+            if func not in MEETINGS:
+                func, args = by_position(func, args, kwargs)
+                kwargs = {}
+            self.calls.append((self.place(), number[0], func, args, kwargs, out))
         return out
 
 
@@ -147,6 +145,9 @@ def _view(found: Propagation, call: int, func: Any, args: Any, out: Any, ids: Te
     """How the sizes of one call are fitted; None if there is no need."""
     if func in SLICES:
         return _slice(found, call, args[0], args[1], ids)
+    if func in SQUEEZES:
+        own = _axes_of(found, args[0], ids)
+        return View(call, (0,) * args[0].dim(), tuple(own.get(d) for d in range(args[0].dim())))
     written = written_sizes(func, args)
     if written is None:
         return None

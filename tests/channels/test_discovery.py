@@ -16,6 +16,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import check
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.propagation import connected_components
+from offload_sparse.channels.subnet import narrow_module
 
 IMAGES = (torch.zeros(2, 3, 16, 16),)
 Conv = nn.Conv2d
@@ -67,6 +68,18 @@ def axis(channel_map: ChannelMap, tensor: str, dim: int = 0) -> list[int] | None
 
 def group_sizes(channel_map: ChannelMap) -> dict[str, int]:
     return {group.name: group.size for group in channel_map.groups}
+
+
+def test_a_single_channel_that_is_left_is_still_a_dimension_when_others_are_squeezed() -> None:
+    pooled = Net(lambda n, x: n.a(x).relu().mean((2, 3), keepdim=True).squeeze(), a=Conv(3, 8, 1))
+    net = Net(lambda n, x: n.b(n.pooled(x)), pooled=pooled, b=nn.Linear(8, 5))
+    found = discover(net, IMAGES)
+    mask = torch.arange(8) == 3
+    narrow = narrow_module(net, found, mask)
+    for images in (torch.randn(4, 3, 5, 5), torch.randn(1, 3, 5, 5)):  # a batch of one is squeezed as ever
+        hidden = functional.conv2d(images, pooled.a.weight[mask], pooled.a.bias[mask]).relu()
+        expected = functional.linear(hidden.mean((2, 3)).squeeze(0), net.b.weight[:, mask], net.b.bias)
+        torch.testing.assert_close(narrow(images), expected)
 
 
 def test_connected_components_are_those_of_a_search() -> None:
