@@ -90,11 +90,14 @@ def indexed(x: Tensor, key: Any) -> list[tuple[int, int]]:
 
 
 def _sliced(x: Tensor, key: Any, fits: tuple[Fit, ...]) -> tuple[Any, ...]:
-    """``x[key]`` with other bounds, where they are those that ``fits`` holds at the place of their slice."""
+    """``x[key]`` with other bounds, where they are those that ``fits`` holds at the place of their slice.
+    Raises ValueError: a bound is neither that nor what it becomes."""
     keys = list(key) if isinstance(key, tuple) else [key]
     for place, (start, stop) in enumerate(zip(fits[::2], fits[1::2], strict=True)):
-        if isinstance(keys[place], slice) and (start is not None or stop is not None):
+        if start is not None or stop is not None:
             bounds = ((keys[place].start, start), (keys[place].stop, stop))
+            if any(fit and (bound or 0) not in fit for bound, fit in bounds):
+                raise ValueError("other bounds")
             keys[place] = slice(*(fit[1] if fit and bound == fit[0] else bound for bound, fit in bounds))
     return (x, tuple(keys))
 
@@ -162,21 +165,29 @@ def _size(written: int, fit: Fit) -> int:
 
 
 class _Refit(TorchFunctionMode):
-    def __init__(self, calls: Mapping[int, tuple[Fit, ...]]) -> None:
+    def __init__(self, kind: str, calls: Mapping[int, tuple[Fit, ...]]) -> None:
         super().__init__()
-        self.calls, self.numbers = calls, Numbers()
+        self.kind, self.calls, self.numbers = kind, calls, Numbers()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         number = self.numbers.next(func, args, kwargs)
         fits = None if number is None else self.calls.get(number)
-        if fits is not None and func in MEETINGS:
-            args, kwargs = _chosen(args, kwargs, fits)
-        elif fits is not None:
-            func, args = by_position(func, args, kwargs)
-            args, kwargs = _fitted(func, args, fits), {}
-            if func in CHUNKS and not isinstance(args[1], int):
-                func = torch.split  # parts that are no longer equal
+        if fits is None:
+            return func(*args, **kwargs)
+        try:
+            if func in MEETINGS:
+                args, kwargs = _chosen(args, kwargs, fits)
+            else:
+                func, args = by_position(func, args, kwargs)
+                args, kwargs = _fitted(func, args, fits), {}
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"a {self.kind} takes a branch that the example inputs did not, or computes sizes that do "
+                "not follow its channels; give example inputs that take it, or write a channel map by hand"
+            ) from error
+        if func in CHUNKS and not isinstance(args[1], int):
+            func = torch.split  # parts that are no longer equal
         return func(*args, **kwargs)
 
 
@@ -189,7 +200,7 @@ class FittedForward:
         self.calls: dict[int, tuple[Fit, ...]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Refit(self.calls):
+        with _Refit(type(self.module).__name__, self.calls):
             return type(self.module).forward(self.module, *args, **kwargs)
 
 

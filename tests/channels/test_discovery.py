@@ -70,6 +70,33 @@ def group_sizes(channel_map: ChannelMap) -> dict[str, int]:
     return {group.name: group.size for group in channel_map.groups}
 
 
+class Cropping(nn.Module):
+    """Cuts odd images by one column; behind that, the code counts channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Conv(3, 16, 1), Conv(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            x = x[..., :-1]
+        h = self.a(x).relu()
+        return self.b(torch.cat([h[:, 8:], h[:, :8]], 1))
+
+
+@pytest.mark.parametrize("sizes", [(16, 17), (17, 16)])
+def test_a_branch_that_the_example_did_not_take_is_refused_where_sizes_would_be_others(
+    sizes: tuple[int, int],
+) -> None:
+    net, (known, other) = Cropping(), (torch.randn(2, 3, 16, size) for size in sizes)
+    found = discover(net, (known,))
+    assert check(net, (known,), found).error < 1e-10
+    narrow = narrow_module(net, found, torch.arange(16) % 3 > 0)
+    assert narrow(known).shape == net(known).shape
+    with pytest.raises(ValueError, match="a Cropping takes a branch that the example inputs did not"):
+        narrow(other)
+
+
 def test_a_single_channel_that_is_left_is_still_a_dimension_when_others_are_squeezed() -> None:
     pooled = Net(lambda n, x: n.a(x).relu().mean((2, 3), keepdim=True).squeeze(), a=Conv(3, 8, 1))
     net = Net(lambda n, x: n.b(n.pooled(x)), pooled=pooled, b=nn.Linear(8, 5))
