@@ -92,7 +92,7 @@ def verify(
     kept = []
     for trial in range(_trials(channel_map)):
         errors, mask = _compare_once(network, example_inputs, channel_map, rho, seed + trial)
-        found |= {name: _largest([e, found.get(name, 0.0)]) for name, e in errors.items()}
+        found = _worse(found, errors)
         kept.append(int(mask.sum()))
     worst = max(found, key=lambda key: (found[key] != found[key], found[key]))
     return Verification(
@@ -214,9 +214,9 @@ def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> Non
             _zero_along(parameter, axis, dim, read)
     for name, module in model.named_modules():
         for leaf, dim in _produced(module):
-            tensor, full_name = getattr(module, leaf), f"{name}.{leaf}" if name else leaf
-            if tensor is not None and full_name in channel_map.axes:
-                _zero_along(tensor, channel_map.axes[full_name][dim], dim, alive)
+            full_name = f"{name}.{leaf}" if name else leaf
+            if full_name in channel_map.axes:
+                _zero_along(getattr(module, leaf), channel_map.axes[full_name][dim], dim, alive)
 
 
 def _produced(module: nn.Module) -> list[tuple[str, int]]:
@@ -285,25 +285,31 @@ def _randomise(tensor: Tensor, leaf: str, generator: torch.Generator) -> None:
         tensor.normal_(0, 0.2, generator=generator)
 
 
-def _random_inputs(example_inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """Random values where inputs are floating; tokens, masks and lengths keep those of the example."""
+def _random_inputs(
+    example_inputs: Inputs, generator: torch.Generator, least: int = _MIN_BATCH
+) -> Inputs:
+    """Random values where inputs are floating; tokens, masks and lengths keep those of the example. Of at
+    least ``least`` samples."""
 
     def value(x: Tensor) -> Tensor:
         if x.is_floating_point():
             return torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_()
         return torch.zeros_like(x, device="cpu") if x.is_meta else x.cpu()
 
-    return pytree.tree_map_only(Tensor, value, enlarge_inputs(example_inputs, _MIN_BATCH))
+    return pytree.tree_map_only(Tensor, value, enlarge_inputs(example_inputs, least))
 
 
-def _narrow(full: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
+def _masked_pair(full: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
+    """The narrow network of ``mask``; what it drops is zero in ``full`` from then on."""
     names = {name for name, t in [*full.named_parameters(), *full.named_buffers()] if t.is_floating_point()}
     if names != set(channel_map.shapes):
         raise ValueError(
             f"the channel map is of another network: it and the model differ in "
             f"{sorted(names ^ set(channel_map.shapes))[:3]}"
         )
-    return narrow_module(full, channel_map, mask)
+    narrow = narrow_module(full, channel_map, mask)
+    zero_dropped(full, channel_map, mask)
+    return narrow
 
 
 def _compare_once(
@@ -314,12 +320,40 @@ def _compare_once(
     full = _double_copy(network, generator)
     inputs = _random_inputs(example_inputs, generator)
     mask = random_mask(channel_map, rho, generator)
-    narrow = _narrow(full, channel_map, mask)
-    zero_dropped(full, channel_map, mask)
+    found: dict[_Key, float] = {}
+    if not seed:
+        few = _random_inputs(example_inputs, generator, 2)
+        for other in _unlike(channel_map, mask):
+            masked = copy.deepcopy(full)
+            narrow = _masked_pair(masked, channel_map, other)
+            with torch.no_grad():
+                errors = _compare(masked, narrow, few, Selection(channel_map, other), False, seed)
+            found = _worse(found, errors)
+    narrow = _masked_pair(full, channel_map, mask)
     selection = Selection(channel_map, mask)
-    # Evaluation first: training moves the running statistics.
-    evaluation = _compare(full, narrow, inputs, selection, False, seed)
-    return evaluation | _compare(full, narrow, inputs, selection, True, seed), mask
+    for train in (False, True):  # training moves the running statistics
+        found = _worse(found, _compare(full, narrow, inputs, selection, train, seed))
+    return found, mask
+
+
+def _worse(found: dict[_Key, float], errors: dict[_Key, float]) -> dict[_Key, float]:
+    """The larger error of each tensor."""
+    return found | {name: _largest([e, found.get(name, 0.0)]) for name, e in errors.items()}
+
+
+def _unlike(channel_map: ChannelMap, mask: Tensor) -> Iterator[Tensor]:
+    """Masks bool[C] under which other positions of each group are the first, the last and the middle ones:
+    what ``mask`` drops, all but the ends, a single atom."""
+    ends, one = channel_map.full_mask(), ~channel_map.full_mask()
+    for group in channel_map.groups:
+        if group.size > 3:
+            ends[[group.start, group.stop - 2, group.stop - 1]] = False
+        one[group.start + group.size // 4] = True
+    other = ~mask
+    for group in channel_map.groups:  # what has one atom, or all of them, has no others
+        if not other[group.start : group.stop].any():
+            other[group.start : group.stop] = True
+    yield from (other, ends, one)
 
 
 def _compare(
@@ -376,12 +410,15 @@ def _run(
     """Outputs, and gradients by the inputs; gradients by parameters are left in ``grad``."""
     network.zero_grad(set_to_none=True)
     arguments = pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
-    with NoDropout():
+    with NoDropout(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # what a network draws by itself is the same for both
         leaves = pytree.tree_leaves(network(*arguments))
     outputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
     if not outputs:
         raise ValueError("the network returns no floating-point tensor; there is nothing to compare")
     _refuse_other_shapes(outputs, expected)
+    if not torch.is_grad_enabled():
+        return outputs, {}
     generator = torch.Generator().manual_seed(seed + 1)
     functional = [(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs]
     torch.stack(functional).sum().backward()

@@ -44,12 +44,21 @@ _MOVED = re.compile(
     r"(view|_unsafe_view|permute|transpose|t|slice|select|(un)?squeeze|split|split_with_sizes|unbind|flip|"
     r"roll|repeat|diagonal|index_select|unfold)"
 )
+_PLACED = {"select": 1, "index_select": 1, "roll": 2}
+"""Operations at positions that the code counts, and which of their arguments has the dimensions."""
 _REDUCED = re.compile(r"(sum|mean|amax|amin|var|std|prod|any|all|max|min|logsumexp|argmax)")
 _MIXED = re.compile(r"(_(safe_|log_)?softmax|cumsum)")
 _SPATIAL = re.compile(
     r"_?((adaptive_)?(avg|max)_pool[123]d(_with_indices)?|upsample_\w+|(reflection|replication)_pad[123]d)"
 )
 _POINTWISE = re.compile(r"(masked_fill|copy|add|mul|hardswish|_prelu_kernel|rsub|log_sigmoid_forward)_?")
+
+
+def _dimensions(x: Tensor, dims: Any = None) -> set[int]:
+    """The dimensions that an operation on ``x`` is given; all if it is given none."""
+    if not isinstance(dims, (int, list, tuple)) or dims == []:
+        return set(range(x.dim()))
+    return {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 class Propagation(TorchDispatchMode):
@@ -317,7 +326,13 @@ class Propagation(TorchDispatchMode):
     def _moved(self, func: Any, args: Any, kwargs: Any, out: Any) -> list[Labels]:
         """The same operation on the labels; leading dimensions that it leaves alone are not touched."""
         per_comp = []
-        view = func.overloadpacket.__name__ in ("view", "_unsafe_view")
+        name = func.overloadpacket.__name__
+        view = name in ("view", "_unsafe_view")
+        if name in _PLACED:
+            dims = _dimensions(args[0], *args[_PLACED[name] :][:1])
+            for labels in self.of(args[0]):
+                if varying(labels) and varying(labels) <= dims:  # another channel is there when some are gone
+                    self._keep(labels, name)
         for labels in self.of(args[0]):
             if view:
                 per_comp.append([viewed(labels, out.shape)])
@@ -329,12 +344,7 @@ class Propagation(TorchDispatchMode):
     def _reduced(self, name: str, out: Any, x: Tensor, dims: Any = None, *rest: Any, **named: Any) -> Labels:
         del rest, named
         result = out[0] if isinstance(out, (tuple, list)) else out
-        whole = not isinstance(dims, (int, list, tuple)) or dims == []
-        over = (
-            set(range(x.dim()))
-            if whole
-            else {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
-        )
+        over = _dimensions(x, dims)
         kept = []
         for labels in self._mix(self.of(x), over, name):
             if varying(labels) - over and not varying(labels) & over:

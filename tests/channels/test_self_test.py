@@ -89,6 +89,60 @@ def test_a_wrong_map_is_refused_on_the_twin_too(monkeypatch: pytest.MonkeyPatch)
         self_test(net, inputs, channel_map)
 
 
+class Between(nn.Module):
+    """Two layers, and what its own code does between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Conv2d(3, width, 1), nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x).relu()))
+
+
+BY_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "rolled": lambda h: h.roll(1, 1),
+    "gated by the first": lambda h: h * h.select(1, 0).sigmoid().unsqueeze(1),
+    "picked": lambda h: h.index_select(1, torch.arange(h.shape[1])),
+}
+
+
+@pytest.mark.parametrize("kind", BY_PLACE)
+@pytest.mark.parametrize("width", [8, 48])
+def test_channels_that_are_taken_by_their_place_stay(kind: str, width: int) -> None:
+    """Another one is there when some are gone, whatever the width, and whether or not the test draws such."""
+    with pytest.raises(ValueError, match="no channel of Between can be dropped: first meets"):
+        discover(Between(BY_PLACE[kind], width), (torch.zeros(2, 3, 4, 4),))
+
+
+@pytest.mark.parametrize("width", [48, 64, 96, 128])
+def test_widths_that_one_mask_would_not_tell_from_others_are_refused_too(width: int) -> None:
+    """A half is not that of the channels that are left, but for masks that keep as many of each."""
+
+    def halves(h: Tensor) -> Tensor:
+        half = h.shape[1] // 2
+        return torch.cat([h[:, :half], 2 * h[:, half:]], 1)
+
+    model, inputs = Between(halves, width), (torch.zeros(2, 3, 4, 4),)
+    with pytest.raises(ValueError, match="sizes that do not follow its channels"):
+        self_test(model, inputs, discover(model, inputs))
+
+
+class DropPath(nn.Module):
+    """Drops samples; what its rate is called is its own affair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(len(x), 1, 1, 1) > 0.5) if self.training else x
+
+
+def test_what_a_network_draws_is_the_same_with_and_without_the_dropped_channels() -> None:
+    model, inputs = Between(DropPath(), 8), (torch.zeros(2, 3, 4, 4),)
+    found, states = discover(model, inputs), torch.get_rng_state()
+    assert self_test(model, inputs, found).error < 1e-10
+    assert torch.equal(torch.get_rng_state(), states)
+
+
 class SplitStream(nn.Module):
     """A stream of which one half goes on as it is and the other through residual blocks."""
 
