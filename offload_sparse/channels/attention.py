@@ -29,32 +29,33 @@ class HeadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs float[N, L, embed_dim] of float[N, L or S, embed_dim], and None for the weights.
-
-        With ``batch_first=False``, length comes before batch. Raises ValueError: attention weights are asked
-        for."""
-        del average_attn_weights
-        if need_weights:
-            raise ValueError(
-                "attention with dropped heads gives no attention weights; call it with need_weights=False"
-            )
+        """Outputs float[N, L, embed_dim] of float[N, L or S, embed_dim], and the weights if they are needed:
+        float[N, heads, L, S], or their mean over the heads that are left, which keeps discovery from dropping
+        any. With ``batch_first=False``, length comes before batch."""
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        weights = self.in_proj_weight.chunk(3)
+        parts = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            for x, w, b in zip((query, key, value), parts, biases, strict=True)
         )
         mask = _additive(attn_mask, q.dtype)
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, q.dtype)[:, None, None]  # type: ignore[index]
             mask = padding if mask is None else mask + padding
-        y = functional.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal and mask is None
-        )
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(2, 3) * self.head_dim**-0.5
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            weights = functional.dropout(weights, self.dropout, self.training)
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal and mask is None)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
-        return (y if self.batch_first else y.transpose(0, 1)), None
+        return (y if self.batch_first else y.transpose(0, 1)), weights
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

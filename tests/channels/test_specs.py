@@ -84,8 +84,10 @@ def test_attention_keeps_its_meaning_with_all_heads() -> None:
     for mask in (None, hidden, torch.zeros(5, 5, dtype=torch.float64).masked_fill(hidden, -torch.inf)):
         expected, _ = full(x, x, x, need_weights=False, attn_mask=mask)
         assert torch.allclose(own(x, x, x, need_weights=False, attn_mask=mask)[0], expected, atol=1e-12)
-    with pytest.raises(ValueError, match="need_weights=False"):
-        own(x, x, x)
+        for average in (True, False):
+            asked = {"attn_mask": mask, "average_attn_weights": average}
+            for found, right in zip(own(x, x, x, **asked), full(x, x, x, **asked), strict=True):
+                assert torch.allclose(found, right, atol=1e-12)
 
 
 def test_a_language_model_drops_gated_widths_and_grouped_heads() -> None:
