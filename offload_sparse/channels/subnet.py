@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -288,6 +289,11 @@ def is_norm(module: nn.Module) -> bool:
 
 def _weight_shape(layer: Any) -> torch.Size:
     weight = layer._parameters.get("weight")  # faster than the attribute, which may be computed of others
+    if weight is None and is_parametrized(layer, "weight"):  # in training, a spectral norm learns of it
+        computed = layer.parametrizations.weight
+        training = computed.training
+        weight = computed.eval()()
+        computed.train(training)
     shape: torch.Size = (layer.weight if weight is None else weight).shape
     return shape
 

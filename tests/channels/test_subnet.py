@@ -45,6 +45,17 @@ def test_a_grouped_convolution_grows_again_after_it_was_one_group(kind: str) -> 
     assert convolution.groups == channel_map.num_atoms, "the model is left as it was"
 
 
+def test_to_fit_a_layer_is_no_step_of_its_spectral_norm() -> None:
+    middle = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3)).train()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), middle, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)).train()
+    found = discover(model, IMAGES)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    narrow = narrow_module(model, found, found.full_mask())
+    assert narrow[1].parametrizations.training
+    for network in (model, narrow):
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_a_model_that_reads_values_while_it_is_built_is_moved_to_meta() -> None:
     def build() -> nn.Module:
         return nn.Conv2d(1, int(torch.tensor(4).item()), 1)
