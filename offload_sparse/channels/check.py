@@ -404,15 +404,27 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Any]:
+    """What a network returns, without dropout; what it draws by itself are the numbers of ``seed``."""
+    with NoDropout(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return pytree.tree_leaves(network(*arguments))
+
+
 def _run(
     network: nn.Module, inputs: Inputs, seed: int, expected: list[Tensor] | None = None
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Outputs, and gradients by the inputs; gradients by parameters are left in ``grad``."""
     network.zero_grad(set_to_none=True)
     arguments = pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
-    with NoDropout(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # what a network draws by itself is the same for both
-        leaves = pytree.tree_leaves(network(*arguments))
+    try:
+        leaves = _leaves(network, arguments, seed)
+    except RuntimeError as error:
+        if "requires_grad" not in str(error):
+            raise
+        # A network that says itself where gradients begin wants inputs without.
+        arguments = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+        leaves = _leaves(network, arguments, seed)
     outputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
     if not outputs:
         raise ValueError("the network returns no floating-point tensor; there is nothing to compare")

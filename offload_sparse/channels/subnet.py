@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -178,13 +179,13 @@ def meta_copy(model: nn.Module, other: bool = False) -> nn.Module:
 
 
 def hollow_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU whose parameters are zeros that take no memory, to run models that look at values.
-
-    Buffers keep their values, as far as these are known.
+    """A copy on the CPU whose parameters are zeros that take no memory as long as nobody writes to them, to
+    run models that look at values. Buffers keep their values, as far as these are known.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
-        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        zeros = torch.from_numpy(np.zeros(parameter.numel() * parameter.itemsize, np.uint8))
+        zeros = zeros.view(parameter.dtype).view(parameter.shape)
         memo[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
     for buffer in model.buffers():
         known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()

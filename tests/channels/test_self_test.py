@@ -143,6 +143,21 @@ def test_what_a_network_draws_is_the_same_with_and_without_the_dropped_channels(
     assert torch.equal(torch.get_rng_state(), states)
 
 
+class Beginning(Between):
+    """Says itself where gradients begin, as Wav2Vec2 does, whose first layers are frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x
+        if self.training:
+            x.requires_grad = True
+        return super().forward(x)
+
+
+def test_a_network_that_says_where_gradients_begin_is_tested_from_there() -> None:
+    model, inputs = Beginning(torch.tanh, 8), (torch.zeros(2, 3, 4, 4),)
+    assert self_test(model, inputs, discover(model, inputs)).error < 1e-10
+
+
 class SplitStream(nn.Module):
     """A stream of which one half goes on as it is and the other through residual blocks."""
 

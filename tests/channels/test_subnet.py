@@ -11,7 +11,7 @@ from torch import nn
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
-from offload_sparse.channels.subnet import Subnet, build_on_meta, narrow_module
+from offload_sparse.channels.subnet import Subnet, build_on_meta, hollow_copy, narrow_module
 
 IMAGES = (torch.randn(2, 3, 6, 6),)
 CONVOLUTIONS = {
@@ -54,6 +54,16 @@ def test_to_fit_a_layer_is_no_step_of_its_spectral_norm() -> None:
     assert narrow[1].parametrizations.training
     for network in (model, narrow):
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_hollow_copy_has_zeros_of_every_type_laid_out_as_others_are() -> None:
+    """Some operations take no weights whose entries share one place in memory."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        with torch.device("meta"):
+            model = nn.Conv2d(3, 4, 2, dtype=dtype)
+        weight = hollow_copy(model).weight
+        assert torch.equal(weight, torch.zeros(4, 3, 2, 2, dtype=dtype))
+        assert weight.is_contiguous()
 
 
 def test_a_model_that_reads_values_while_it_is_built_is_moved_to_meta() -> None:
