@@ -58,7 +58,8 @@ def reestimate_batch_norm(
         for images in batches:
             run(module, images)
             given += 1
-    counts = torch.tensor([given, *passes.values()], dtype=torch.float32, device=norms[0].running_mean.device)
+    device = next(buffer.device for buffer in norms[0].buffers())
+    counts = torch.tensor([given, *passes.values()], dtype=torch.float32, device=device)
     mean = counts if reduce is None else reduce(counts.clone())
     if not mean[0]:
         raise ValueError(

@@ -136,8 +136,8 @@ class WeightSource:
         """The same, known to fit ``network`` (on any device; only names and shapes matter). Raises
         ValueError: tensors are missing or of other shapes; one line that counts and names them."""
         own, names = named_tensors(network), dict[Tensor, str]()
-        parameters = dict(network.named_parameters(remove_duplicate=False))
-        tensors = chain(parameters.items(), network.named_buffers(remove_duplicate=False))
+        aliases = dict(network.named_parameters(remove_duplicate=False))
+        tensors = chain(aliases.items(), network.named_buffers(remove_duplicate=False))
         own_name = {name: names.setdefault(tensor, name) for name, tensor in tensors}
         prefixes = _prefixes(self.tensors)
         prefix = max(prefixes, key=lambda p: sum(p + name in self.tensors for name in own_name))
@@ -150,7 +150,7 @@ class WeightSource:
             else:
                 found.setdefault(name, stored)
         odd = [name for name, stored in found.items() if not _alike(stored, own[name])]
-        head = self._head(odd, found, own) if odd else [own_name[alias] for alias in _last_layer(parameters)]
+        head = self._head(odd, found, own) if odd else [own_name[alias] for alias in _last_layer(aliases)]
         if self.new_head:
             found = {name: stored for name, stored in found.items() if name not in head}
             odd = [name for name in odd if name not in head]

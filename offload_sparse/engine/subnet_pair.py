@@ -127,7 +127,8 @@ class Side:
             return []
         known = {(id(layer), leaf) for layer, leaf, _ in self._held}
         found = ((layer, *entry) for layer in self._layers for entry in layer._buffers.items())
-        return [(*at, own) for *at, own in found if own is not None and (id(at[0]), at[1]) not in known]
+        new = ((layer, leaf, own) for layer, leaf, own in found if (id(layer), leaf) not in known)
+        return [(layer, leaf, own) for layer, leaf, own in new if own is not None]
 
     @contextmanager
     def put_back(self, *kinds: str) -> Iterator[None]:
