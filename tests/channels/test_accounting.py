@@ -284,7 +284,7 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
-def test_products_of_attentions_that_keep_as_many_heads_are_told_apart() -> None:
+def test_products_of_attentions_with_as_many_heads_are_told_apart() -> None:
     """Of few heads, attentions often keep the same share; each product still goes with its own."""
     model, inputs = Decoder(heads=2).to("meta"), (torch.zeros(2, 6, 16), torch.zeros(2, 20, 16))
     channel_map = discover(model, inputs)

@@ -85,7 +85,7 @@ class Cropping(nn.Module):
 
 
 @pytest.mark.parametrize("sizes", [(16, 17), (17, 16)])
-def test_a_branch_that_the_example_did_not_take_is_refused_where_sizes_would_be_others(
+def test_sizes_of_a_branch_that_the_example_did_not_take_are_refused(
     sizes: tuple[int, int],
 ) -> None:
     net, (known, other) = Cropping(), (torch.randn(2, 3, 16, size) for size in sizes)
@@ -97,7 +97,7 @@ def test_a_branch_that_the_example_did_not_take_is_refused_where_sizes_would_be_
         narrow(other)
 
 
-def test_a_single_channel_that_is_left_is_still_a_dimension_when_others_are_squeezed() -> None:
+def test_a_single_channel_is_still_a_dimension_when_others_are_squeezed() -> None:
     pooled = Net(lambda n, x: n.a(x).relu().mean((2, 3), keepdim=True).squeeze(), a=Conv(3, 8, 1))
     net = Net(lambda n, x: n.b(n.pooled(x)), pooled=pooled, b=nn.Linear(8, 5))
     found = discover(net, IMAGES)

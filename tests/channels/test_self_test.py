@@ -117,7 +117,7 @@ def test_channels_that_are_taken_by_their_place_stay(kind: str, width: int) -> N
 
 
 @pytest.mark.parametrize("width", [48, 64, 96, 128])
-def test_widths_that_one_mask_would_not_tell_from_others_are_refused_too(width: int) -> None:
+def test_widths_that_one_mask_may_not_tell_are_refused_too(width: int) -> None:
     """A half is not that of the channels that are left, but for masks that keep as many of each."""
 
     def halves(h: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class DropPath(nn.Module):
         return x * (torch.rand(len(x), 1, 1, 1) > 0.5) if self.training else x
 
 
-def test_what_a_network_draws_is_the_same_with_and_without_the_dropped_channels() -> None:
+def test_what_a_network_draws_is_the_same_without_dropped_channels() -> None:
     model, inputs = Between(DropPath(), 8), (torch.zeros(2, 3, 4, 4),)
     found, states = discover(model, inputs), torch.get_rng_state()
     assert self_test(model, inputs, found).error < 1e-10
