@@ -254,33 +254,33 @@ def test_a_map_without_atoms_costs_what_the_network_costs() -> None:
     assert cost.parameters(channel_map.full_mask()) == sum(p.numel() for p in model.parameters())
 
 
-class Cross(nn.Module):
-    """An attention whose keys and values may come from elsewhere, its number of heads told by its tensors."""
+class Layer(nn.Module):
+    """Attention over itself, then over a longer memory, in one forward; both tell heads by their tensors."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(16)
-        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.heads, self.norms = heads, nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.own, self.cross = (nn.ModuleList(nn.Linear(16, 16) for _ in range(4)) for _ in range(2))
 
-    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        y = self.norm(x)
-        given = (y, *(2 * [y if memory is None else memory]))
-        pairs = zip((self.q, self.k, self.v), given, strict=True)
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        y = self.norms[0](x)
+        x = x + self.attend(self.own, y, y)
+        return x + self.attend(self.cross, self.norms[1](x), memory)
+
+    def attend(self, layers: Any, x: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(layers[:3], (x, y, y), strict=True)
         q, k, v = (layer(t).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer, t in pairs)
-        return x + self.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return layers[3](functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Decoder(nn.Module):
-    """Layers with two attentions each, over tokens and over a longer memory, which run in one module."""
-
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.own, self.cross = (nn.ModuleList(Cross(heads) for _ in range(2)) for _ in range(2))
-        self.head = nn.Linear(16, 5)
+        self.layers, self.head = nn.ModuleList(Layer(heads) for _ in range(2)), nn.Linear(16, 5)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        for own, cross in zip(self.own, self.cross, strict=True):
-            x = cross(own(x), memory)
+        for layer in self.layers:
+            x = layer(x, memory)
         return self.head(x)
 
 
