@@ -102,7 +102,7 @@ def test_a_network_whose_mask_is_final_is_trained(why: str) -> None:
     assert not torch.equal(session.store.arrays[WEIGHTS], before)
 
 
-def test_ranks_talk_at_every_step_of_the_warm_up_which_follows_the_comparisons() -> None:
+def test_ranks_talk_at_every_step_of_a_warm_up_behind_comparisons() -> None:
     net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
     assert isinstance(net, SmallNet)
     roles = make(net, warmup=3, sync="round", reference="round_start").roles
