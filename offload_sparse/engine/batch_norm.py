@@ -58,10 +58,12 @@ def reestimate_batch_norm(
         for images in batches:
             run(module, images)
             given += 1
-    device = next(buffer.device for buffer in norms[0].buffers())
-    counts = torch.tensor([given, *passes.values()], dtype=torch.float32, device=device)
-    mean = counts if reduce is None else reduce(counts.clone())
-    if not mean[0]:
+    if reduce is not None:
+        device = next(buffer.device for buffer in norms[0].buffers())
+        counts = torch.tensor([given, *passes.values()], dtype=torch.float32, device=device)
+        mean = reduce(counts.clone())
+        given = int(mean[0].ceil())
+    if not given:
         raise ValueError(
             "BatchNorm statistics need at least one batch; give some to evaluation() or finalize()"
         )

@@ -471,7 +471,8 @@ class SparseOffload(Rounds):
         run: Run = self._run
         if batches is None:
             batches, run = chain.from_iterable(self._recent), self.forward.loss
-        mean = partial(average, world_size=1 if self.own_subnets else self.ranks.world_size)
+        alone = self.own_subnets or self.ranks.world_size == 1
+        mean = None if alone else partial(average, world_size=self.ranks.world_size)
         reestimate_batch_norm(module, islice(batches, self.final.bn_batches), mean, run)
 
     def _run(self, network: nn.Module, batch: Any) -> object:

@@ -128,7 +128,7 @@ def without_column(images: Path, folder: Path, column: str) -> Path:
         (["--data.name", "no_such_dataset_anywhere"], "no_such_dataset_anywhere"),
         (["--data.name", "./no/such/file.parquet"], "file.parquet"),
         (["--model.arguments.widht", "1"], "widht"),
-        (["--model.name", "timm/dla34", "--data.image_size", "64", "--model.residual", "filter"], "traced"),
+        (["--model.name", "timm/dla34", "--data.image_size", "64", "--model.residual", "filter"], "trace"),
         (["--data.batch_size", "1000"], "batch_size"),
         (["--data.columns", "[image, class]"], "label"),
         (["--policy.rho", "1.5"], "rho"),

@@ -120,6 +120,7 @@ def wrong_values(hint: Any) -> list[Any]:
         bool: ["maybe", 2, [True], "", 0.5],
         str: [[1], ["a"]],
         Path: [[1], ["a"]],
+        list[int] | str: [["a"], [1.5], [[1]]],
         str | int: ["fast", [1], "", 1.5, "<8", "0x", -(10**30)],
         str | int | float: [[1], ["a"]],
     }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from offload_sparse.config.run import RunConfig
+from offload_sparse.policy.budget import Budget
 from offload_sparse.run.plan.dry_run import dry_run, example_inputs, model_on_meta
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import PLANNED, Memory, Planner
@@ -63,11 +64,20 @@ def advice(planner: Planner, machine: Machine) -> str:
 
 def largest_rho(planner: Planner, machine: Machine) -> float | None:
     """The largest rho in whole percent, at most 1, at which the run fits; None when none does."""
+    groups, cost = planner.structure.channel_map.groups, planner.structure.cost
 
     def fits(percent: int) -> bool:
         return not shortage(planner.with_rho(percent / 100).memory(machine), machine)
 
-    found = 100 if fits(100) else _bisect(fits, 1, 99)
+    def is_refused(percent: int) -> bool:
+        try:
+            Budget.to_start_with(planner.with_rho(percent / 100).config.policy, groups, cost)
+        except ValueError:
+            return True
+        return False
+
+    least = (_bisect(is_refused, 1, 99) or 0) + 1
+    found = 100 if fits(100) else _bisect(fits, least, 99)
     return None if found is None else found / 100
 
 
@@ -204,7 +214,7 @@ def _forward_bytes(model: torch.nn.Module, inputs: tuple[torch.Tensor]) -> int:
 
 def _bisect(fits: Callable[[int], bool], low: int, high: int) -> int | None:
     """The largest number in [low, high] that fits, for a condition that holds up to some number."""
-    if not fits(low):
+    if low > high or not fits(low):
         return None
     while low < high:
         middle = (low + high + 1) // 2

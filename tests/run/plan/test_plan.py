@@ -252,7 +252,7 @@ def test_dense_static_and_sampled_training_are_planned_side_by_side() -> None:
 
 def test_the_channels_are_those_of_the_planned_device() -> None:
     """Runs of eight on a GPU and single ones on a CPU, wherever the plan is made."""
-    small = replace(SMALL, policy=PolicyConfig.paper(rho=0.05))
+    small = replace(SMALL, policy=PolicyConfig.paper(rho=0.06))
     for machine, block in ((Machine(1, 1, 1 << 50, 1 << 50), "<=8"), (LARGE, "1")):
         asked = planner_of(replace(small, atoms=AtomsConfig(block))).memory(machine)
         assert fit.figures(small, machine)["device_bytes"] == asked.device
