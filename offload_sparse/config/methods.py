@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,10 @@ class StaticConfig:
     def __post_init__(self) -> None:
         if isinstance(self.widths, list):
             self.widths = " ".join(map(str, self.widths))
+        require(
+            re.fullmatch(r"[\d\s,]*|[^\W\d][\w-]*", self.widths) is not None,
+            f"static.widths is {self.widths!r}; give widths such as 8 8 16, or the name of published ones",
+        )
 
 
 @dataclass
