@@ -34,7 +34,7 @@ class RoundConfig:
         sync: when ranks talk. ``step`` averages the gradients of every step. ``round`` lets each rank train
             its copy of the subnet by itself, exchanges nothing but losses on the way, and averages weights,
             optimizer slots and statistics once, at the end of a round (local SGD; Stich 2019): for slow
-            links. During ``optim.warmup_epochs`` ranks talk at every step in any case.
+            links. During the first ``optim.warmup_epochs`` ranks talk at every step.
         subnets: which masks ranks share. ``shared``: all. ``references``: each rank evaluates a reference of
             its own. ``per_rank`` (with ``sync round``): each trains a subnet of its own, and no reference is
             evaluated; an entry is averaged over the ranks that held it. ``partition``: the same with masks
