@@ -35,14 +35,14 @@ def fitted_weights(
     names of the classes of its images by number. Raises ValueError: they do not; one line with advice."""
     if source is None:
         return None
+    weights = source.fitted(model)  # which has advice of its own where the classes are not as many
     theirs = source.preprocessing.class_names
     if begins and theirs and theirs != tuple(classes) and not source.new_head:
-        source.fitted(model)  # which has advice of its own where the classes are not as many
         raise ValueError(
             f"{source.path} knows the classes {listed(theirs)}, and the images have {listed(classes)}; "
             f"{NEW_HEAD} behind the path starts the last layer afresh, data.class_map renames classes"
         )
-    return source.fitted(model)
+    return weights
 
 
 def prepared_images(
