@@ -77,6 +77,21 @@ USABLE = {
 }
 
 
+def step_both(
+    session: SparseOffload, plain: nn.Module, own: optim.Optimizer, batch: tuple[Tensor, Tensor]
+) -> None:
+    session.step(loss_of(batch))
+    own.zero_grad()
+    loss_fn(plain, batch).backward()
+    own.step()
+
+
+def assert_ends_as(session: SparseOffload, plain: nn.Module) -> None:
+    trained = session.finalize([batches(1)[0][0]]).module
+    for (key, a), b in zip(trained.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)
+
+
 @pytest.mark.parametrize("name", USABLE)
 def test_at_rho_one_an_optimizer_is_that_of_torch(name: str) -> None:
     """Seven steps in rounds of three, in float64."""
@@ -85,13 +100,8 @@ def test_at_rho_one_an_optimizer_is_that_of_torch(name: str) -> None:
     session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=3), optimizer=USABLE[name])
     own = USABLE[name](plain.parameters())
     for batch in batches(7):
-        session.step(loss_of(batch))
-        own.zero_grad()
-        loss_fn(plain, batch).backward()
-        own.step()
-    trained = session.finalize([batches(1)[0][0]]).module
-    for (key, a), b in zip(trained.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)
+        step_both(session, plain, own, batch)
+    assert_ends_as(session, plain)
 
 
 @pytest.mark.parametrize("name", USABLE)
@@ -150,13 +160,8 @@ def test_parameter_groups_are_those_of_torch(name: str) -> None:
         [{"params": others}, {"params": [named["conv2.weight"]], "lr": 0.005, "weight_decay": 0.3}]
     )
     for batch in batches(7):
-        session.step(loss_of(batch))
-        own.zero_grad()
-        loss_fn(plain, batch).backward()
-        own.step()
-    trained = session.finalize([batches(1)[0][0]]).module
-    for (key, a), b in zip(trained.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)
+        step_both(session, plain, own, batch)
+    assert_ends_as(session, plain)
 
 
 OF_A_GROUP: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -188,13 +193,8 @@ def test_a_group_keeps_the_state_that_its_settings_need(name: str) -> None:
         if step == 4:
             state, session = session.state_dict(), made()
             session.load_state_dict(state)
-        session.step(loss_of(batch))
-        own.zero_grad()
-        loss_fn(plain, batch).backward()
-        own.step()
-    trained = session.finalize([batches(1)[0][0]]).module
-    for (key, a), b in zip(trained.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)
+        step_both(session, plain, own, batch)
+    assert_ends_as(session, plain)
 
 
 @pytest.mark.parametrize(
@@ -268,16 +268,11 @@ def test_a_scheduler_of_torch_sets_the_rates_of_all_groups() -> None:
     own = USABLE["adamw"](plain.parameters())
     schedules = [optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9) for o in (session.optimizer, own)]
     for batch in batches(8):
-        session.step(loss_of(batch))
-        own.zero_grad()
-        loss_fn(plain, batch).backward()
-        own.step()
+        step_both(session, plain, own, batch)
         for schedule in schedules:
             schedule.step()
     assert session.optimizer.param_groups[0]["lr"] == own.param_groups[0]["lr"]
-    trained = session.finalize([batches(1)[0][0]]).module
-    for (key, a), b in zip(trained.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)
+    assert_ends_as(session, plain)
 
 
 # --- accumulation, scaled losses, moving average ---
@@ -338,10 +333,7 @@ def test_the_moving_average_is_what_is_evaluated() -> None:
     plain = small_net(False).train()
     own, average = USABLE["sgd"](plain.parameters()), [torch.zeros(0)]
     for step, batch in enumerate(batches(5)):
-        session.step(loss_of(batch))
-        own.zero_grad()
-        loss_fn(plain, batch).backward()
-        own.step()
+        step_both(session, plain, own, batch)
         now = [p.detach().clone() for p in plain.parameters()]
         average = now if step == 0 else [0.75 * a + 0.25 * b for a, b in zip(average, now, strict=True)]
     with session.evaluation() as network:
