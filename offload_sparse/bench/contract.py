@@ -62,20 +62,17 @@ def load(name: str) -> Callable[..., BenchResult]:
     return run
 
 
-def report(result: BenchResult, command: str) -> dict[str, Any]:
-    """The record of a bench: the command that made it, where it ran, and its figures."""
-    return {
+def write(result: BenchResult, command: str, path: Path) -> None:
+    """Write the record of a bench as JSON: the command that made it, where it ran, and its figures. Raises
+    ValueError: the file cannot be written."""
+    record = {
         "command": command,
         "hardware": hardware(),
         "versions": versions(),
         "ratios": result.ratios,
         "raw": result.raw,
     }
-
-
-def write(result: BenchResult, command: str, path: Path) -> None:
-    """Write ``report`` as JSON. Raises ValueError: the file cannot be written."""
-    text = json.dumps(report(result, command), indent=2) + "\n"
+    text = json.dumps(record, indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -107,13 +104,14 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: processor, cores this process may use, memory in bytes, CUDA devices."""
+    """The machine: processor, cores this process may use, threads of torch, memory in bytes, CUDA devices."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
         "cores": cores,
+        "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

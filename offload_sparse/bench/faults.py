@@ -106,10 +106,10 @@ class Attempt:
     """One process that was given a command.
 
     Attributes:
+        said: what it printed, an error last.
         ended: what must be equal to the undisturbed run (weights, log, figures); nothing if it did not end.
         points: where it could have been cut off, if it was watched; the last one is its end."""
 
-    wrong: str = ""
     said: str = ""
     ended: Any = None
     points: list[Point] = field(default_factory=list)
@@ -150,11 +150,10 @@ class Swept:
             self.lost.append(f"{kind}: {', then '.join(point.call for point in points)}: {wrong}")
 
 
-def run(quick: bool, config: FaultsConfig | None = None) -> BenchResult:
+def run(quick: bool, config: FaultsConfig) -> BenchResult:
     """Every point of every way; ``quick`` a sample, and without the second kill."""
-    cache = config.cache if config else ""
-    with tempfile.TemporaryDirectory(prefix="faults") as folder, Sweep(Path(cache or folder)) as sweep:
-        found = []
+    found = []
+    with tempfile.TemporaryDirectory(prefix="faults") as folder, Sweep(Path(config.cache or folder)) as sweep:
         for way in WAYS:
             found.append(sweep.way(way, QUICK if quick else None, twice=0 if quick else SECOND_KILLS))
             print(found[-1], file=sys.stderr, flush=True)
@@ -269,33 +268,30 @@ class Sweep:
         gc.freeze()
 
     def _all(self, tasks: Sequence[_Task]) -> list[Attempt]:
-        """Every task in a process of its own."""
+        """Every task in a process of its own, but for those that have ended before."""
         free = [self._folder / f"slot{number}" for number in range(self._processes)]
-        running: dict[Any, tuple[int, Path, Any]] = {}
-        attempts = [Attempt(said="the process died") for _ in tasks]
+        running: dict[Any, tuple[Any, Path]] = {}
 
         def await_one() -> None:
-            for sentinel in wait(list(running))[:1]:
-                number, slot, process = running.pop(sentinel)
-                process.join()
-                if process.exitcode == 0:
-                    attempts[number] = pickle.loads(self._ended(tasks[number]).read_bytes())
-                free.append(slot)
+            process, slot = running.pop(wait(list(running))[0])
+            process.join()
+            free.append(slot)
 
-        for number, task in enumerate(tasks):
-            if self._ended(task).exists():
-                attempts[number] = pickle.loads(self._ended(task).read_bytes())
-                continue
+        for task in (task for task in tasks if not self._ended(task).exists()):
             if not free:
                 await_one()
             slot = free.pop()
             config = _parsed(tuple(word.replace("{folder}", str(slot)) for word in task.arguments))
             process = _FORK.Process(target=self._perform, args=(task, config, slot))
             process.start()
-            running[process.sentinel] = number, slot, process
+            running[process.sentinel] = process, slot
         while running:
             await_one()
-        return attempts
+        return [self._attempt(task) for task in tasks]
+
+    def _attempt(self, task: _Task) -> Attempt:
+        ended = self._ended(task)
+        return pickle.loads(ended.read_bytes()) if ended.exists() else Attempt(said="the process died")
 
     def _perform(self, task: _Task, config: RunConfig, slot: Path) -> None:
         """In a process of its own, whose clocks stand still."""
@@ -318,8 +314,7 @@ class Sweep:
         try:
             train(config)
             attempt.ended = outcome(slot / "it") if (slot / "it").is_dir() else {}
-        except BaseException as error:
-            attempt.wrong = f"{type(error).__name__}: {error}"
+        except BaseException:
             traceback.print_exc()
         if disk is not None:
             disk.point("the end", str(slot / "it"))
@@ -371,7 +366,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 
 def _difference(attempt: Attempt, straight: Attempt) -> str:
     if attempt.ended is None:
-        return attempt.wrong or "the process died"
+        return attempt.said.strip().splitlines()[-1]
     return ", ".join(
         f"another {name}" for name, value in straight.ended.items() if attempt.ended[name] != value
     )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_sparse.channels.discovery import discover
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run.process import bound_memory
+from offload_sparse.store.copy import host_copy
 from offload_sparse.workloads.models import build_model
 
 Batch = tuple[Tensor, Tensor]
@@ -89,6 +92,11 @@ def take_turns(
     return seconds
 
 
+def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios of neighbours: of the same turn, or of the same seed."""
+    return median(a / b for a, b in zip(ours, others, strict=True))
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -128,9 +136,6 @@ def session_of(
 
 def warm_up() -> None:
     """Load what a training process needs however small its model is, so that it counts as idle."""
-    from offload_sparse.channels.discovery import discover
-    from offload_sparse.store.copy import host_copy
-
     host_copy.load()
     small = build_model("offload_sparse/vgg_small", 10, 3, 8, width=0.25)
     discover(small, (torch.randn(1, 3, 8, 8),))
@@ -139,22 +144,16 @@ def warm_up() -> None:
     optimizer.step()
 
 
-def reset_peak() -> None:
-    """Make the kernel forget this process's peak (Linux)."""
+def reset_peak() -> int:
+    """Make the kernel forget this process's peak (Linux). Returns what is resident now, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Resident memory of this process now, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this bench needs Linux")
+    return peak_resident()
 
 
 def peak_resident() -> int:
     """Largest resident memory of this process since ``reset_peak``, in bytes."""
-    return resident("VmHWM")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 # --- processes ---

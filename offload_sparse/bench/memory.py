@@ -49,8 +49,7 @@ def run(quick: bool) -> BenchResult:
 def measure(width: float) -> dict[str, int]:
     """Bytes of ``_COLUMNS`` on this rank, by training ``STEPS`` steps."""
     warm_up()
-    reset_peak()
-    idle = peak_resident()
+    idle = reset_peak()
     factory = partial(build_model, "offload_sparse/vgg19_cifar", num_classes=10, in_channels=3, width=width)
     rounds = RoundConfig(k=2, reference="turns", freeze_at=1.0)
     session = session_of(factory, (3, 32, 32), RHO, rounds, setup=Setup())

@@ -115,8 +115,7 @@ def measure_resident(config: RunConfig) -> int:
     network, by which the libraries have what they need whatever the size."""
     train(tiny(config), build_session(tiny(config)))
     return_freed_memory()
-    reset_peak()
-    idle = peak_resident()
+    idle = reset_peak()
     train(config, build_session(config))
     return peak_resident() - idle
 

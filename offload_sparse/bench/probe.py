@@ -13,6 +13,7 @@ from offload_sparse.bench.measure import (
     NETWORKS,
     default_device,
     loss_of,
+    median_ratio,
     network_of,
     random_batch,
     take_turns,
@@ -33,13 +34,11 @@ _CASES = {"vgg19": (0.017, 128), "resnet50": (0.25, 8)}
 
 def run(quick: bool) -> BenchResult:
     """VGG-19 at 1.7 % and ResNet-50 at 25 % of the FLOPs; ``quick`` takes VGG-19 and fewer pairs."""
-    raw: dict[str, Any] = {"device": str(default_device()), "threads": torch.get_num_threads()}
+    raw: dict[str, Any] = {}
     ratios, rows = {}, []
     for name in ("vgg19",) if quick else _CASES:
         figures = raw[name] = measure(name, pairs=4 if quick else 20, repetitions=3 if quick else 7)
-        ratio = ratios[f"probe.{name}.vs_forward"] = median(
-            plain / probe for plain, probe in zip(figures["plain"], figures["probe"], strict=True)
-        )
+        ratio = ratios[f"probe.{name}.vs_forward"] = median_ratio(figures["plain"], figures["probe"])
         rows.append([name, *(f"{1000 * median(figures[k]):.1f}" for k in ("plain", "probe")), f"{ratio:.3f}"])
     return BenchResult(ratios, raw, ("network", "forward ms", "of a probe ms", "ratio"), rows)
 

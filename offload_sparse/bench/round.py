@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import (
@@ -26,6 +25,7 @@ from offload_sparse.bench.measure import (
     batch_of,
     default_device,
     loss_of,
+    median_ratio,
     network_of,
     session_of,
     timed,
@@ -35,118 +35,55 @@ from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 
 RHO = 0.25
+PLAIN = Setup(verify=False)
 
 _PLAN = (("vgg19", 10, 5), ("vgg19", 50, 3), ("resnet50", 10, 5), ("resnet50", 50, 3))
 """Network, steps per round, rounds that count."""
 
 _QUICK = (("vgg19", 10, 3),)
+_HEADER = ("network", "K", "round ms", "narrow ms", "ours/narrow")
 
 
 def run(quick: bool) -> BenchResult:
     """VGG-19 and ResNet-50 at K = 10 and 50; ``quick`` takes VGG-19 at K = 10."""
     device = default_device()
-    result = BenchResult({}, {"device": str(device), "threads": torch.get_num_threads()}, _HEADER, [])
+    result = BenchResult({}, {}, _HEADER, [])
     for network, k, rounds in _QUICK if quick else _PLAN:
-        times = measure(network, k, rounds, device)
-        key = f"round.{network}.k{k}"
-        result.ratios[f"{key}.vs_narrow"] = times.ratio
-        result.raw[key] = {"ours_seconds": times.ours, "narrow_seconds": times.narrow}
-        milliseconds = (times.round, times.narrow_round, times.first, times.last, times.between)
-        result.table.append(
-            [network, k, *(f"{1000 * t:.0f}" for t in milliseconds), f"{times.ratio:.3f}"]
-        )
+        ours, narrow = measure(partial(network_of, network), batch_of(network, device), k, rounds, device)
+        key, ratio = f"round.{network}.k{k}", median_ratio(ours, narrow)
+        result.ratios[f"{key}.vs_narrow"] = ratio
+        result.raw[key] = {"ours_seconds": ours, "narrow_seconds": narrow}
+        milliseconds = (f"{1000 * median(side):.0f}" for side in (ours, narrow))
+        result.table.append([network, k, *milliseconds, f"{ratio:.3f}"])
     return result
 
 
-_HEADER = (
-    *("network", "K", "round ms", "narrow ms", "first step + ms", "last step + ms", "K steps + ms"),
-    "ours/narrow",
-)
-"""``+``: what our first step, our last step, and all our steps at the pace of the middle ones take beyond the
-narrow pair's."""
-
-
-@dataclass
-class RoundTimes:
-    """Seconds of every step, per round, of both sides."""
-
-    ours: list[list[float]] = field(default_factory=list)
-    narrow: list[list[float]] = field(default_factory=list)
-
-    @property
-    def ratio(self) -> float:
-        """Median over rounds of ours over the narrow pair right after it."""
-        return median(sum(a) / sum(b) for a, b in zip(self.ours, self.narrow, strict=True))
-
-    @property
-    def round(self) -> float:
-        return median(map(sum, self.ours))
-
-    @property
-    def narrow_round(self) -> float:
-        return median(map(sum, self.narrow))
-
-    @property
-    def first(self) -> float:
-        """What opening a round costs: the first step beyond a middle one."""
-        return median(steps[0] - median(steps) for steps in self.ours)
-
-    @property
-    def last(self) -> float:
-        """What closing a round costs."""
-        return median(steps[-1] - median(steps) for steps in self.ours)
-
-    @property
-    def between(self) -> float:
-        """K times what a middle step of ours takes beyond one of the narrow pair."""
-        pairs = zip(self.ours, self.narrow, strict=True)
-        return median(len(a) * (median(a) - median(b)) for a, b in pairs)
-
-
 def measure(
-    network: str, k: int, rounds: int, device: torch.device, setup: Setup | None = None
-) -> RoundTimes:
-    """Rounds of both sides in turns, after one of each that does not count."""
-    images, labels = batch_of(network, device)
-    batch = (images.to((setup or Setup()).dtype), labels)
-    return measure_model(partial(network_of, network), batch, k, rounds, device, setup)
-
-
-def measure_model(
     factory: Callable[[], nn.Module],
     batch: Batch,
     k: int,
     rounds: int,
     device: torch.device,
-    setup: Setup | None = None,
-) -> RoundTimes:
-    """``measure`` for any classifier and batch."""
-    optim = OptimConfig(lr=0.01)
-    plan, quiet = RoundConfig(k=k, reference="turns"), replace(setup or Setup(), verify=False)
-    session = session_of(factory, batch[0].shape[1:], RHO, plan, optim, device=device, setup=quiet)
-    times = RoundTimes()
-    for number in range(rounds + 1):
-        ours, subnets = our_round(session, batch, k)
-        narrow = narrow_round(subnets, batch, k, optim)
-        if number:
-            times.ours.append(ours)
-            times.narrow.append(narrow)
-    return times
+    setup: Setup = PLAIN,
+) -> tuple[list[float], list[float]]:
+    """Seconds of rounds of ours and of the narrow pair, in turns, after one of each that does not count."""
+    optim, plan = OptimConfig(lr=0.01), RoundConfig(k=k, reference="turns")
+    batch = batch[0].to(setup.dtype), batch[1]
+    session = session_of(factory, batch[0].shape[1:], RHO, plan, optim, device=device, setup=setup)
+    ours, narrow = [], []
+    for _ in range(rounds + 1):
+        seconds, subnets = our_round(session, batch, k)
+        ours.append(sum(seconds))
+        narrow.append(sum(narrow_round(subnets, batch, k, optim)))
+    return ours[1:], narrow[1:]
 
 
 def our_round(session: SparseOffload, batch: Batch, k: int) -> tuple[list[float], list[nn.Module]]:
     """Seconds of every step of one round, and independent copies of its two subnets."""
-    seen: dict[int, nn.Module] = {}
-
-    def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
-        seen.setdefault(id(module), module)
-        return loss_of(module, batch)
-
-    seconds, copies = [], []
-    for step in range(k):
-        seconds.append(timed(lambda: session.step(partial(loss_fn, batch=batch))))
-        if step == 0:
-            copies = [independent_copy(module) for module in reversed(seen.values())]
+    step = partial(session.step, partial(loss_of, batch=batch))
+    seconds = [timed(step)]
+    copies = [independent_copy(side.module) for side in session.transfers.pair.sides]
+    seconds += [timed(step) for _ in range(k - 1)]
     session.records()  # a trainer reads them now and then; nothing may pile up
     return seconds, copies
 

@@ -21,25 +21,24 @@ first reduced within nodes, then 1/node of them between nodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from offload_sparse.bench.contenders import moved_bytes
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import Batch, loss_of, on_ranks, random_batch, session_of, timed
+from offload_sparse.bench.measure import loss_of, on_ranks, random_batch, session_of, timed
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
-from offload_sparse.engine.session import SparseOffload
 from offload_sparse.workloads.models import build_model
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -95,72 +94,52 @@ class Constants:
 def run(quick: bool) -> BenchResult:
     """One and two processes in turns, then the model; ``quick`` measures a narrower network once."""
     width, k, repetitions = (0.25, 5, 1) if quick else (1.0, _K, 3)
-    found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-    for _ in range(repetitions):
-        for n, figures in found.items():
-            figures.append(measure(n, width, k, rounds=2))
-    measured = {n: {key: median(f[key] for f in found[n]) for key in found[n][0]} for n in found}
+    turns = [{n: measure(n, width, k) for n in (1, 2)} for _ in range(repetitions)]
+    measured = {n: median(turn[n] for turn in turns) for n in (1, 2)}
+    ratios = {"scale.p2_vs_p1": 2 * measured[2] / measured[1]}
+    rows: list[list[Any]] = []
+    for n, rate in measured.items():
+        rows.append([f"measured, K = {k}", n, f"{rate:.2f}", f"{rate / measured[1]:.3f}"])
     cluster = Cluster()
     constants = modelled_constants(cluster)
-    single = measured[1]["images_per_second"]
-    ratios = {"scale.p2_vs_p1": measured[2]["images_per_second"] / single}
-    rows: list[list[Any]] = []
-    for n, found_ in measured.items():
-        exchanged = (found_["all_reduce_bytes"] / 2**20, found_["gather_bytes"] / 2**20)
-        share = found_["images_per_second"] / single / n
-        rate = f"{found_['steps_per_second']:.2f}"
-        rows.append([f"measured, K = {k}", n, rate, *exchanged, f"{share:.3f}"])
-    curve = {n: round_seconds(n, constants, cluster) for n in GPUS}
-    for n, seconds in curve.items():
-        share = ratios[f"scale.model.n{n}.efficiency"] = efficiency(n, constants, cluster)
-        exchanged = (constants.gradient_bytes / 2**20, constants.round_bytes * (n - 1) / n / 2**20)
-        rows.append(["modelled", n, f"{constants.k / seconds:.2f}", *exchanged, f"{share:.3f}"])
-    for link, changes in LINKS.items():
+
+    def modelled(name: str, cluster: Cluster, sync: str, shown: Sequence[int]) -> dict[int, float]:
+        """Efficiency by number of GPUs, with a row for those that are ``shown``."""
+        shares = {n: efficiency(n, constants, cluster, sync) for n in GPUS}
+        for n in shown:
+            rows.append([name, n, f"{shares[n] / constants.compute_seconds:.2f}", f"{shares[n]:.3f}"])
+        return shares
+
+    shares = modelled("modelled", cluster, "step", GPUS)
+    ratios |= {f"scale.model.n{n}.efficiency": share for n, share in shares.items()}
+    for (link, changes), sync in product(LINKS.items(), ("step", "round")):
         changed = replace(cluster, **changes)  # type: ignore[arg-type]
-        for sync in ("step", "round"):
-            found_at = {n: efficiency(n, constants, changed, sync) for n in GPUS}
-            ratios |= {f"scale.model.{link}.{sync}.n{n}": share for n, share in found_at.items()}
-            for n in GPUS[:: len(GPUS) // 2]:
-                seconds = round_seconds(n, constants, changed, sync)
-                row = [f"{link}, sync {sync}", n, f"{constants.k / seconds:.2f}", "", ""]
-                rows.append([*row, f"{found_at[n]:.3f}"])
+        shares = modelled(f"{link}, sync {sync}", changed, sync, GPUS[:: len(GPUS) // 2])
+        ratios |= {f"scale.model.{link}.{sync}.n{n}": share for n, share in shares.items()}
     lines = assumptions(constants, cluster)
-    rows += [[line, *[""] * 5] for line in lines]
-    raw = {"measured": measured, "constants": asdict(constants), "assumptions": lines, "round_seconds": curve}
-    return BenchResult(ratios, raw, _HEADER, rows)
+    rows += [[line, *[""] * 3] for line in lines]
+    raw = {"steps_per_second": measured, "constants": asdict(constants), "assumptions": lines}
+    return BenchResult(ratios, raw, ("", "ranks", "steps/s", "efficiency"), rows)
 
 
-_HEADER = ("", "ranks", "steps/s", "all-reduce MiB/step", "gather MiB/round", "efficiency")
+def measure(world_size: int, width: float, k: int) -> float:
+    """Steps per second of ours on this many processes of one thread, the same number of images on each."""
+    return min(on_ranks(world_size, measure_here, width, k))
 
 
-def measure(world_size: int, width: float, k: int, rounds: int) -> dict[str, float]:
-    """Ours on this many processes of one thread, the same number of images on each."""
-    per_rank = on_ranks(world_size, measure_here, width, k, rounds)
-    slowest = min(per_rank, key=lambda figures: figures["steps_per_second"])
-    return slowest | {"images_per_second": slowest["steps_per_second"] * _BATCH * world_size}
-
-
-def measure_here(width: float, k: int, rounds: int) -> dict[str, float]:
-    """Steps per second of whole rounds (their median) on this rank, and the bytes that ranks exchange."""
+def measure_here(width: float, k: int) -> float:
+    """Steps per second of whole rounds (the median of two) on this rank."""
     factory = partial(build_model, _MEASURED, 10, 3, 32, width=width)
     session = session_of(factory, (3, 32, 32), _RHO, RoundConfig(k=k, reference="every_step"))
     rank = dist.get_rank() if dist.is_initialized() else 0
     batch = random_batch(_BATCH, 32, 10, session.device, torch.Generator().manual_seed(rank))
-    seconds = [timed(partial(_round, session, batch, k)) for _ in range(rounds + 1)][1:]
-    gathered, _ = moved_bytes(session)
-    world_size = session.ranks.world_size
-    gradients = sum(side.arrays["weights"].nbytes for side in session.transfers.pair.active) / 2
-    return {
-        "steps_per_second": k / median(seconds),
-        "all_reduce_bytes": gradients if world_size > 1 else 0.0,
-        "gather_bytes": gathered * (world_size - 1),
-    }
 
+    def a_round() -> None:
+        for _ in range(k):
+            session.step(partial(loss_of, batch=batch))
+        session.records()
 
-def _round(session: SparseOffload, batch: Batch, k: int) -> None:
-    for _ in range(k):
-        session.step(partial(loss_of, batch=batch))
-    session.records()
+    return k / median([timed(a_round) for _ in range(3)][1:])
 
 
 def modelled_constants(cluster: Cluster) -> Constants:

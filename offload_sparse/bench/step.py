@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from offload_sparse.bench.measure import (
     batch_of,
     default_device,
     loss_of,
+    median_ratio,
     network_of,
     take_turns,
 )
@@ -38,7 +38,7 @@ def run(quick: bool) -> BenchResult:
     """Every network at rho = 0.5, 0.25 and 0.1; ``quick`` takes one network at 0.25 and fewer repetitions."""
     device = default_device()
     rhos, repetitions = ((0.25,), 5) if quick else ((0.5, 0.25, 0.1), 7)
-    result = BenchResult({}, {"device": str(device), "threads": torch.get_num_threads()}, _HEADER, [])
+    result = BenchResult({}, {}, _HEADER, [])
     for name in ("resnet20",) if quick else NETWORKS:
         for rho, figures in measure_network(name, rhos, repetitions, device).items():
             key = f"step.{name}.rho{rho:g}"
@@ -68,9 +68,8 @@ def measure_network(
             "subnet": flat_subnet(dense, channel_map, mask, device),
         }
         seconds = take_turns({k: pass_of(net, batch, k) for k, net in networks.items()}, repetitions)
-        pairs = zip(seconds["subnet"], seconds["narrow"], strict=True)
         results[rho] = {k: median(v) for k, v in seconds.items()} | {
-            "vs_narrow": median(ours / hand for ours, hand in pairs),
+            "vs_narrow": median_ratio(seconds["subnet"], seconds["narrow"]),
             "flops_ratio": cost.flops(mask) / cost.dense_flops,
         }
     return results
@@ -81,12 +80,12 @@ def flat_subnet(model: nn.Module, channel_map: ChannelMap, mask: Tensor, device:
     selection = Selection(channel_map, mask)
     integers = {n: b for n, b in model.named_buffers() if not b.is_floating_point()}
     subnet = Subnet(model, device, integers)
-    values: dict[str, Any] = {
-        n: t.detach().cpu() for n, t in (*model.named_parameters(), *model.named_buffers())
-    }
-    weights = torch.cat([selection.take(n, values[n]).flatten() for n in subnet.parameter_names]).to(device)
-    buffers = [selection.take(n, values[n]).flatten() for n in subnet.buffer_names]
-    subnet.bind(selection, weights, torch.cat(buffers).to(device))
+    values = narrow_module(model, channel_map, mask).state_dict()
+    weights, buffers = (
+        torch.cat([values[name].flatten() for name in names]).to(device)
+        for names in (subnet.parameter_names, subnet.buffer_names)
+    )
+    subnet.bind(selection, weights, buffers)
     return subnet.module.train()
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,16 +12,16 @@ import torch
 from torch import Tensor
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import take_turns
+from offload_sparse.bench.measure import median_ratio, take_turns
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.check import random_mask
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.store.copy import host_copy
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.plans import Narrow, fetch_plan
-from offload_sparse.store.copy.tables import Tables
 from offload_sparse.store.host_memory import host_zeros
 from offload_sparse.store.partition import Partition
 from offload_sparse.workloads.models import build_model
@@ -44,43 +43,28 @@ def run(quick: bool) -> BenchResult:
     channel_map, names = wide_resnet50(width)
     layout = Layout.of({name: tuple(channel_map.shapes[name]) for name in names})
     store = host_zeros(layout.size, torch.float32, "off").normal_(generator=torch.Generator().manual_seed(0))
-    raw: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "native_kernel": host_copy.load() is not None,
-        "store_bytes": layout.size * 4,
-    }
+    raw: dict[str, Any] = {"native_kernel": host_copy.load() is not None, "store_bytes": layout.size * 4}
     ratios: dict[str, float] = {}
-    rows: list[list[str]] = []
+    rows = []
     for rho in (0.5, 0.25, 0.1):
         for block in (1, WIDE_BLOCK):
             figures = measure(block_atoms(channel_map, block), layout, store, rho, repetitions)
             suffix = f"rho{rho:g}" + (f".block{block}" if block > 1 else "")
             ratios |= {f"transfer.{name}.{suffix}": figures[name] for name in RATIOS}
             raw[suffix] = figures
-            rows.append(_row(rho, block, figures))
-    return BenchResult(ratios, raw, HEADER, rows)
+            shares = (f"{figures[name]:.2f}" for name in (*RATIOS, "lines_bound"))
+            rows.append([f"{rho:g}", block, f"{figures['bytes'] / 2**20:.0f}", *shares])
+    return BenchResult(ratios, raw, _HEADER, rows)
 
 
 RATIOS = ("gather_vs_memcpy", "scatter_vs_memcpy", "gather_vs_chained")
 
-HEADER = (
-    *("rho", "block", "MiB moved", "copy GB/s", "gather", "scatter", "chained"),
-    *("gather / copy (more is better)", "scatter / copy", "lines bound", "gather / chained", "plan CPU ms"),
+_HEADER = (
+    *("rho", "block", "MiB moved", "gather / copy (more is better)", "scatter / copy", "gather / chained"),
+    "lines bound",
 )
-"""``lines bound`` is what the two shares before it could be at most: memory hands out whole cache lines, and
-single entries of 4 bytes each cost one of 64. ``plan CPU ms`` is done once per mask and serves all optimizer
-slots; it is not part of the other times."""
-
-
-def _row(rho: float, block: int, figures: Mapping[str, float]) -> list[str]:
-    speeds = (figures["bytes"] / figures[side] / 1e9 for side in SIDES)
-    shares = ("gather_vs_memcpy", "scatter_vs_memcpy", "lines_bound", "gather_vs_chained")
-    moved, planned = f"{figures['bytes'] / 2**20:.0f}", f"{1000 * figures['plan_seconds']:.1f}"
-    numbers = (*speeds, *(figures[share] for share in shares))
-    return [f"{rho:g}", str(block), moved, *(f"{number:.2f}" for number in numbers), planned]
-
-
-SIDES = ("memcpy", "gather", "scatter", "chained")
+"""``lines bound`` is what gather / copy could be at most: memory hands out whole cache lines, and single
+entries of 4 bytes each cost one of 64."""
 
 
 def wide_resnet50(width: int) -> tuple[ChannelMap, tuple[str, ...]]:
@@ -98,14 +82,11 @@ def measure(
 
     ``*_vs_memcpy`` is copy time / our time, ``gather_vs_chained`` chained time / our time; medians of the
     ratios of neighbours. ``lines_bound`` is what ``gather_vs_memcpy`` would be if both were only held up by
-    the cache lines that they read and write; ``plan_seconds`` is CPU time."""
-    selection = Selection(channel_map, random_mask(channel_map, rho))
+    the cache lines that they read and write."""
+    selection = Selection(channel_map, random_mask(channel_map, rho, torch.Generator().manual_seed(0)))
     narrow = selection.layout(layout.shapes)
-    start = time.process_time()
     plan = fetch_plan(Partition(layout, 1), 0, Narrow(selection, layout.shapes)).fetched
     assert plan is not None
-    assert plan.derived(Tables).addresses  # the tables of the kernel are made when they are first read
-    planning = time.process_time() - start
     taken, copied = (host_zeros(narrow.size, torch.float32, "off") for _ in range(2))
     passes: dict[str, Callable[[], object]] = {
         "memcpy": lambda: copied.copy_(taken),
@@ -116,28 +97,13 @@ def measure(
     other = torch.zeros(CACHES // 4)  # between the transfers of a run lie the training steps
     seconds = take_turns(passes, repetitions, between=partial(other.add_, 1))
     assert torch.equal(taken, copied), "our gather and chained indexing must agree"
-
-    def against(side: str, ours: str) -> float:
-        return median(a / b for a, b in zip(seconds[side], seconds[ours], strict=True))
-
     return {name: median(values) for name, values in seconds.items()} | {
         "bytes": narrow.size * 4,
-        "plan_seconds": planning,
-        "gather_vs_memcpy": against("memcpy", "gather"),
-        "scatter_vs_memcpy": against("memcpy", "scatter"),
-        "gather_vs_chained": against("chained", "gather"),
+        "gather_vs_memcpy": median_ratio(seconds["memcpy"], seconds["gather"]),
+        "scatter_vs_memcpy": median_ratio(seconds["memcpy"], seconds["scatter"]),
+        "gather_vs_chained": median_ratio(seconds["chained"], seconds["gather"]),
         "lines_bound": lines_bound(plan),
     }
-
-
-def random_mask(channel_map: ChannelMap, rho: float) -> Tensor:
-    """bool[C]: ``round(rho * size)`` random atoms of every group, at least one."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
-    for group in channel_map.groups:
-        kept = torch.randperm(group.size, generator=generator)[: max(1, round(rho * group.size))]
-        mask[group.start + kept] = True
-    return mask
 
 
 def chained(layout: Layout, selection: Selection, narrow: Layout, store: Tensor, out: Tensor) -> None:

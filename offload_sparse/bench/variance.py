@@ -57,7 +57,10 @@ def run(quick: bool, config: VarianceConfig) -> BenchResult:
     steps, pairs = config.steps or (20 if quick else 600), config.pairs or (20 if quick else 200)
     count = 1 if quick else config.checkpoints
     drawn = _batches(images, normalise_for(images, data))
-    session = _session(config, next(drawn).images.shape[1:], splits.num_classes)
+    shape = next(drawn).images.shape[1:]
+    factory = partial(build_model, config.model, splits.num_classes, *shape[:2])
+    rounds = RoundConfig(k=_K, freeze_at=1.0, prefetch=False)
+    session = session_of(factory, shape, config.rho, rounds, OptimConfig(lr=0.05))
     checkpoints = []
     for number in range(1, count + 1):
         until = max(1, steps * number // count // _K) * _K
@@ -68,17 +71,14 @@ def run(quick: bool, config: VarianceConfig) -> BenchResult:
         checkpoints.append({"step": session.steps_done, "entropy": session.policy.entropy} | found)
     last: dict[str, Any] = checkpoints[-1]
     variance = last["variance"]
-    ratios: dict[str, float] = {}
+    ratios = {f"variance.{name}": last[name] for name in ("V", "V_max", "mean_square_loss")}
+    rows = []
     for name, value in variance.items():
-        ratios[f"variance.{name}.vs_pge"] = value / variance["pge"]
-        ratios[f"variance.{name}.vs_vr_pge"] = value / variance["vr_pge"]
-    ratios |= {f"variance.{name}": last[name] for name in ("V", "V_max", "mean_square_loss")}
+        shares = {paper: value / variance[paper] for paper in ("pge", "vr_pge")}
+        ratios |= {f"variance.{name}.vs_{paper}": share for paper, share in shares.items()}
+        rows.append([name, value, *shares.values()])
     raw = {"checkpoints": checkpoints, "pairs": pairs, "atoms": session.channel_map.num_atoms}
     raw |= {"model": config.model, "rho": config.rho, "images": len(images), "batch": _BATCH}
-    rows = [
-        [name, value, ratios[f"variance.{name}.vs_pge"], ratios[f"variance.{name}.vs_vr_pge"]]
-        for name, value in variance.items()
-    ]
     return BenchResult(ratios, raw, ["estimator", "variance", "/ pge", "/ vr_pge"], rows)
 
 
@@ -141,13 +141,6 @@ def _variance(name: str, pairs: Pairs, s: Tensor, groups: Sequence[Group]) -> fl
     m, m_ref, loss, reference = (part[half:] for part in pairs)
     g = ESTIMATORS[name](Comparison(loss, reference, m, m_ref, s, control=control))
     return float(precondition(g, s, ALPHA).var(0).sum())
-
-
-def _session(config: VarianceConfig, shape: torch.Size, classes: int) -> SparseOffload:
-    channels, height, _ = shape
-    factory = partial(build_model, config.model, classes, channels, height)
-    rounds = RoundConfig(k=_K, freeze_at=1.0, prefetch=False)
-    return session_of(factory, shape, config.rho, rounds, OptimConfig(lr=0.05))
 
 
 def _batches(images: ImageSet, normalise: Normalise) -> Iterator[Batch]:

@@ -67,7 +67,7 @@ class WatchedDisk:
         ``names``, or ``some`` of it, by names of a folder and sectors of a file.
         """
         draw = random.Random(seed)
-        names = {"nothing": self._at_last, "names": self._now, "some": self._some(draw, self._now)}
+        names = {"nothing": self._at_last, "names": self._now, "some": self._some(draw)}
         return self._tree(names[kind], self._torn(draw) if kind == "some" else self._at_last_content)
 
     def _tree(self, names: Callable[[int], dict[str, int]], content: Callable[[int], bytes]) -> Tree:
@@ -97,8 +97,8 @@ class WatchedDisk:
     def _at_last(self, folder: int) -> dict[str, int]:
         return self._names.get(folder, {})
 
-    def _some(self, draw: random.Random, now: Callable[[int], dict[str, int]]) -> Any:
-        return lambda folder: (now if draw.random() < 0.5 else self._at_last)(folder)
+    def _some(self, draw: random.Random) -> Callable[[int], dict[str, int]]:
+        return lambda folder: (self._now if draw.random() < 0.5 else self._at_last)(folder)
 
     def _whole(self, inode: int) -> bytes:
         return Path(f"/proc/self/fd/{self._held[inode]}").read_bytes()

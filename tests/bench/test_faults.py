@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from offload_sparse.bench import contract
 from offload_sparse.bench.faults import KINDS, Point, Swept, _result
 
 
-def test_the_record_counts_points_by_kind_and_names_what_was_lost() -> None:
+def test_the_record_counts_points_by_kind_and_names_what_was_lost(tmp_path: Path) -> None:
     swept = Swept("start")
     for kind in (*KINDS, "twice", "twice"):
         swept.count(kind, "", Point("open it", kind, "digest"))
     swept.count("kill", "another loss", Point("rename it/model", "kill", "digest"))
-    record = json.loads(json.dumps(contract.report(_result([swept]), "bench faults")))
+    contract.write(_result([swept]), "bench faults", tmp_path / "faults.json")
+    record = json.loads((tmp_path / "faults.json").read_text())
     assert record["ratios"]["faults.points"] == 4
     assert record["ratios"]["faults.survived"] == 0.75
     assert record["ratios"]["faults.power_loss"] == 1

@@ -14,10 +14,17 @@ from offload_sparse.config.run import MethodName
 CPU = torch.device("cpu")
 
 
-def test_a_part_that_fails_is_a_row_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+class CompilationError(Exception):
+    """As Triton's, which is of no other kind."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, CompilationError])
+def test_a_part_that_fails_is_a_row_and_the_next_goes_on(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(device: torch.device, quick: bool) -> Iterator[gpu.Row]:
         yield "broken.first", 1.0, "before"
-        raise RuntimeError(f"CUDA error: on {device}, {quick}")
+        raise error(f"CUDA error: on {device}, {quick}")
 
     def fine(device: torch.device, quick: bool) -> Iterator[gpu.Row]:
         del device, quick
