@@ -1,6 +1,7 @@
 """Benches that train many networks: a cell is a run of ``offload-sparse train`` in a folder of its own.
 
-Cut short, it resumes from its checkpoints; finished, it is not run again.
+It is started as a user would start it, on one thread. Cut short, it resumes from its checkpoints; finished,
+it is not run again.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from tqdm import tqdm
 
-from offload_sparse.bench.options import SetConfig
+from offload_sparse.bench.options import CellsConfig, SetConfig
 from offload_sparse.channels.require import require
 from offload_sparse.config import yaml_text
 from offload_sparse.run.errors import RunError
@@ -52,12 +55,19 @@ SETS: Mapping[str, tuple[Mapping[str, Any], int]] = {
 """Networks with their images: the options that name them, and the images of an epoch."""
 
 
-def options_on(name: str, config: SetConfig) -> dict[str, Any]:
-    """Of a run on a set of ``SETS``. Raises ValueError: there are no images."""
-    if not config.data and name != "fashion_mnist":
-        raise ValueError(f"--set {name} needs images; give a folder of them with --data")
-    options = {**COMMON, **SETS[name][0]} | ({"data.name": config.data} if config.data else {})
+def options_on(config: SetConfig) -> dict[str, Any]:
+    """Of a run on its set of ``SETS``."""
+    options = {**COMMON, **SETS[config.set][0]} | ({"data.name": config.data} if config.data else {})
     return options | ({"train.precision": config.precision} if config.precision != "no" else {})
+
+
+@contextmanager
+def kept(config: CellsConfig) -> Iterator[Path]:
+    """The folder of the runs: that of the cache; or one that goes at the end, which is said at the start."""
+    if not (config.cache or config.quick):
+        tell("the runs are not kept; with --cache FOLDER the same command resumes them")
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(config.cache or folder)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Run:
     one thread each, so that several runs can share a machine."""
 
     folder: Path
-    options: Callable[[], Mapping[str, Any]]
+    options: Mapping[str, Any]
     ranks: int = 1
 
     @property
@@ -76,7 +86,7 @@ class Run:
     def check_images(self) -> None:
         """Raise ValueError: it was of other images, of which the folder's name has only the last part."""
         held = yaml_text.read_keys(self.folder / CONFIG_FILE)["data"]["name"]
-        asked = self.options().get("data.name", DataConfig.name)
+        asked = self.options.get("data.name", DataConfig.name)
         same = same_place(*(Path(name).expanduser() for name in (held, asked)))
         require(same, f"{self.folder} holds a run on {held}, not on {asked}; give another --cache")
 
@@ -88,7 +98,7 @@ class Run:
         return subprocess.Popen(self.command(), env=environment, stdout=silence, preexec_fn=end_with_parent)
 
     def command(self) -> list[str]:
-        given = {**self.options(), "quiet": "true", "trackers": "[]"}
+        given = {**self.options, "quiet": "true", "trackers": "[]"}
         written = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
         started = [*(launcher if self.ranks > 1 else []), "-m", "offload_sparse.cli", "train"]
@@ -130,11 +140,11 @@ def finish(runs: Iterable[Run], jobs: int = 1) -> None:
                     continue
                 time.sleep(_POLL_SECONDS)
                 if asked.signal_name:
-                    raise RunError(f"stopped by {asked.signal_name}; the same command goes on from here")
+                    raise RunError(f"stopped by {asked.signal_name}; with --cache the same command goes on")
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
                     if process.returncode or not run.finished:
-                        raise RunError(f"{run.folder.name} has not finished; the same command resumes it")
+                        raise RunError(f"{run.folder.name} ended too soon; with --cache the bench resumes it")
                     bar.update()
                 if not bar.disable:
                     bar.set_postfix_str(", ".join(f"epoch {run.epoch():.1f}" for run in running.values()))
@@ -145,7 +155,7 @@ def finish(runs: Iterable[Run], jobs: int = 1) -> None:
                 process.wait()
 
 
-def finished_run(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def outcome(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary and the lines of metrics of ``run``, which is started, or resumed, if it has not finished.
     Raises RunError: it has not."""
     finish([run])
@@ -156,6 +166,11 @@ def finished_run(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def last(lines: Sequence[Mapping[str, Any]], name: str, missing: Any = None) -> Any:
     """The last value of a metric in the lines of a run."""
     return next((line[name] for line in reversed(lines) if name in line), missing)
+
+
+def accuracy(key: str, percents: Sequence[float]) -> dict[str, float]:
+    """The figures of runs of several seeds, by key."""
+    return {f"{key}.accuracy": fmean(percents), f"{key}.spread": spread(percents)}
 
 
 def spread(values: Sequence[float]) -> float:

@@ -10,13 +10,14 @@ where in such a cycle that is, so that the median over seeds says more than the 
 
 from __future__ import annotations
 
-import tempfile
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from offload_sparse.bench.cells import Run, finish, finished_run, last, spread
+from offload_sparse.bench.cells import Run, accuracy, finish, kept, last, outcome
 from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.measure import median_ratio
 from offload_sparse.bench.options import DFBSTBenchConfig
 
 MODELS = {"lenet300": "offload_sparse/lenet_300_100", "lenet5": "offload_sparse/lenet5_caffe"}
@@ -46,40 +47,34 @@ _HEADER = (
 
 def run(quick: bool, config: DFBSTBenchConfig) -> BenchResult:
     """5 seeds and 20 epochs; ``quick`` takes LeNet-300-100 only, one seed and 150 steps."""
-    seeds = config.seeds or (1 if quick else 5)
+    seeds = range(config.seeds or (1 if quick else 5))
+    models = ("lenet300",) if quick else tuple(MODELS)
     raw: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with kept(config) as folder:
         runs = {
-            (model, method): [
-                cell(config, Path(config.cache or folder), model, method, seed, quick)
-                for seed in range(seeds)
-            ]
-            for model in (("lenet300",) if quick else MODELS)
-            for method in METHODS
+            f"{model}.{method}": [cell(config, folder, model, method, seed, quick) for seed in seeds]
+            for model, method in product(models, METHODS)
         }
         finish([run for of in runs.values() for run in of], config.jobs)
-        for (model, method), of in runs.items():
-            cells = [figures(run) for run in of]
-            key = f"dfbst.{model}.{method}"
-            raw[key] = cells
-            pairs = zip(cells, raw[f"dfbst.{model}.dense"], strict=True)
-            found = {name: [cell[name] for cell in cells] for name in cells[0]}
-            ratios |= {
-                f"{key}.accuracy": fmean(found["accuracy"]),
-                f"{key}.spread": spread(found["accuracy"]),
-                f"{key}.remaining": fmean(found["forward"]),
-                f"{key}.remaining_median": median(found["forward"]),
-                f"{key}.backward_remaining": fmean(found["backward"]),
-                f"{key}.step_vs_dense": median(a["step"] / b["step"] for a, b in pairs),
+        for name, of in runs.items():
+            model, method = name.split(".")
+            key = f"dfbst.{name}"
+            raw[key] = [figures(run) for run in of]
+            found = {figure: [cell[figure] for cell in raw[key]] for figure in raw[key][0]}
+            dense = [cell["step"] for cell in raw[f"dfbst.{model}.dense"]]
+            shares = {
+                "remaining": fmean(found["forward"]),
+                "remaining_median": median(found["forward"]),
+                "backward_remaining": fmean(found["backward"]),
             }
-            values = [f"{ratios[f'{key}.{name}']:.2f}" for name in ("accuracy", "spread")]
-            shares = ("remaining", "remaining_median", "backward_remaining")
-            values += [str(PAPER[f"{model}.{method}"])]
-            values += [f"{100 * ratios[f'{key}.{name}']:.2f}" for name in shares]
-            values += [f"{ratios[f'{key}.step_vs_dense']:.2f}", f"{fmean(found['seconds']):.0f}"]
-            rows.append([model, method, *values])
+            step = median_ratio(found["step"], dense)
+            ratios |= accuracy(key, found["accuracy"]) | {f"{key}.{s}": share for s, share in shares.items()}
+            ratios[f"{key}.step_vs_dense"] = step
+            values = [f"{ratios[f'{key}.{figure}']:.2f}" for figure in ("accuracy", "spread")]
+            values += [str(PAPER[name]), *(f"{100 * share:.2f}" for share in shares.values())]
+            rows.append([model, method, *values, f"{step:.2f}", f"{fmean(found['seconds']):.0f}"])
     return BenchResult(ratios, raw, _HEADER, rows)
 
 
@@ -90,13 +85,13 @@ def cell(config: DFBSTBenchConfig, folder: Path, model: str, method: str, seed: 
     options |= {"train.epochs": config.epochs or 20}
     few = {"train.max_steps": 150} if quick and not config.epochs else {}
     name = f"{model}-{method}-epochs{config.epochs}-seed{seed}{'-quick' if few else ''}"
-    return Run(folder / f"{name}-{config.images_name}", lambda: options | few)
+    return Run(folder / f"{name}-{config.images_name}", options | few)
 
 
 def figures(run: Run) -> dict[str, float]:
     """Of a finished run: accuracy in %, shares of the weights left in both passes, seconds in all and of a
     step."""
-    summary, lines = finished_run(run)
+    summary, lines = outcome(run)
     return {
         "accuracy": 100 * summary["test_accuracy"],
         "forward": last(lines, "forward_remaining", 1.0),

@@ -96,6 +96,12 @@ class SetConfig(CellsConfig):
     """
 
     precision: Literal["no", "bf16"] = "no"
+    set: str = "fashion_mnist"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data and self.set != "fashion_mnist":
+            raise ValueError(f"--set {self.set} needs images; give a folder of them with --data")
 
     @property
     def images_name(self) -> str:

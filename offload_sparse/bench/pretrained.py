@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.bench.cells import BATCH, SETS, Run, finish, finished_run, last, options_on, spread
+from offload_sparse.bench.cells import BATCH, SETS, Run, accuracy, finish, kept, last, options_on, outcome
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import on_ranks, peak_resident, reset_peak
 from offload_sparse.bench.options import PretrainedConfig, check_names
@@ -70,111 +69,84 @@ def run(quick: bool, config: PretrainedConfig) -> BenchResult:
     """
     check_names("arms", config.arms, ARMS)
     arms = config.arms or (["scratch", "norm_scale", "forward"] if quick else list(ARMS))
-    ratios, raw, rows = loading(quick), {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Cell(config, Path(config.cache or folder), quick)
-        level = 100 * dense.figures()["accuracy"]
-        ratios[f"pretrained.{config.set}.dense.accuracy"] = level
-        settings = product([0.5] if quick else config.rho, [1] if quick else config.epochs)
+    names = [arm for arm in ARMS if arm in arms]
+    prefix, raw, rows = f"pretrained.{config.set}", dict[str, list[dict[str, Any]]](), []
+    ratios, images = loading(quick), SETS[config.set][1]
+    with kept(config) as folder:
+        dense = cell(config, folder, quick)
+        level = ratios[f"{prefix}.dense.accuracy"] = 100 * figures(dense, images)["accuracy"]
+        settings = list(product([0.5] if quick else config.rho, [1] if quick else config.epochs))
         seeds = range(config.seeds or (1 if quick else 2))
         cells = {
-            setting: {
-                arm: [Cell(config, dense.folder, quick, arm, *setting, seed) for seed in seeds]
-                for arm in ARMS
-                if arm in arms
-            }
-            for setting in settings
+            (*setting, arm): [cell(config, folder, quick, arm, *setting, seed) for seed in seeds]
+            for setting, arm in product(settings, names)
         }
-        finish([cell.run for of in cells.values() for arm in of.values() for cell in arm], config.jobs)
-        for (rho, epochs), of in cells.items():
-            reach = (level - _BELOW) / 100
-            found = {arm: [cell.figures(reach) for cell in of[arm]] for arm in of}
-            for arm, runs in found.items():
-                key = f"pretrained.{config.set}.rho{rho:g}.epochs{epochs}.{arm}"
-                accuracies = [100 * figures["accuracy"] for figures in runs]
-                costs = ("train_flops", "teacher_flops", "seconds")
-                train, teacher, seconds = (fmean(figures[k] for figures in runs) for k in costs)
-                ratios |= {f"{key}.accuracy": fmean(accuracies), f"{key}.spread": spread(accuracies)}
-                raw[key] = runs
-                steps = [str(figures["steps_to"] or "-") for figures in runs]
-                numbers = [f"{fmean(accuracies):.2f}", f"{spread(accuracies):.2f}", " ".join(steps)]
-                numbers += [f"{train / 1e9:.0f}", f"{teacher / 1e9:.0f}", f"{seconds:.0f}"]
-                rows.append([rho, epochs, arm, *numbers])
-            ratios |= _won(f"pretrained.{config.set}.rho{rho:g}.epochs{epochs}", found)
+        finish([run for of in cells.values() for run in of], config.jobs)
+        for (rho, epochs, arm), of in cells.items():
+            key = f"{prefix}.rho{rho:g}.epochs{epochs}.{arm}"
+            runs = raw[key] = [figures(run, images, (level - _BELOW) / 100) for run in of]
+            costs = ("train_flops", "teacher_flops", "seconds")
+            train, teacher, seconds = (fmean(run[cost] for run in runs) for cost in costs)
+            percents = accuracy(key, [100 * run["accuracy"] for run in runs])
+            ratios |= percents
+            steps = " ".join(str(run["steps_to"] or "-") for run in runs)
+            numbers = [f"{train / 1e9:.0f}", f"{teacher / 1e9:.0f}", f"{seconds:.0f}"]
+            rows.append([rho, epochs, arm, *(f"{p:.2f}" for p in percents.values()), steps, *numbers])
+    for rho, epochs in settings:
+        ratios |= _won(f"{prefix}.rho{rho:g}.epochs{epochs}", ratios)
     return BenchResult(ratios, raw, _HEADER, rows)
 
 
-def _won(key: str, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+def _won(key: str, ratios: Mapping[str, float]) -> dict[str, float]:
     """Percentage points by which the search is better than the best one-shot cut, with the larger spread."""
-    cuts = {arm: [100 * r["accuracy"] for r in found[arm]] for arm in _CUTS if arm in found}
-    if "forward" not in found or not cuts:
+    cuts = [arm for arm in _CUTS if f"{key}.{arm}.accuracy" in ratios]
+    if not cuts or f"{key}.forward.accuracy" not in ratios:
         return {}
-    searched = [100 * r["accuracy"] for r in found["forward"]]
-    best = max(cuts.values(), key=fmean)
+    best = max(cuts, key=lambda arm: ratios[f"{key}.{arm}.accuracy"])
     return {
-        f"{key}.search_vs_cut": fmean(searched) - fmean(best),
-        f"{key}.search_vs_cut_spread": max(spread(searched), spread(best)),
+        f"{key}.search_vs_cut": ratios[f"{key}.forward.accuracy"] - ratios[f"{key}.{best}.accuracy"],
+        f"{key}.search_vs_cut_spread": max(ratios[f"{key}.{arm}.spread"] for arm in ("forward", best)),
     }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: of ``arm``, or of the dense network."""
+def cell(
+    config: PretrainedConfig,
+    folder: Path,
+    quick: bool,
+    arm: str = "dense",
+    rho: float = 1.0,
+    epochs: int = 0,
+    seed: int = 0,
+) -> Run:
+    """The run of an arm, or of the dense network."""
+    options = options_on(config) | {"train.eval_every": 1}
+    dense_epochs = config.dense_epochs or (1 if quick else _DENSE_EPOCHS)
+    name, images = f"{config.set}-dense{dense_epochs}", config.images_name
+    dense = folder / f"{name}-{images}"
+    if arm == "dense":
+        return Run(dense, options | {"method": "dense", "optim.lr": 0.1, "train.epochs": dense_epochs})
+    options |= {"optim.lr": 0.1} if arm == "scratch" else {"model.weights": dense, "optim.lr": 0.02}
+    options |= {"policy.rho": rho, "train.seed": seed, "train.epochs": epochs}
+    options |= {"train.max_steps": 30} if quick else {}
+    name += f"-{arm}-rho{rho:g}-epochs{epochs}-seed{seed}{'-quick' if quick else ''}"
+    return Run(folder / f"{name}-{images}", options | ARMS[arm])
 
-    config: PretrainedConfig
-    folder: Path
-    quick: bool
-    arm: str = "dense"
-    rho: float = 1.0
-    epochs: int = 0
-    seed: int = 0
 
-    @property
-    def dense_epochs(self) -> int:
-        return self.config.dense_epochs or (1 if self.quick else _DENSE_EPOCHS)
-
-    @property
-    def run_dir(self) -> Path:
-        data, length = self.config.images_name, f"dense{self.dense_epochs}"
-        if self.arm == "dense":
-            return self.folder / f"{self.config.set}-{length}-{data}"
-        name = f"{self.arm}-rho{self.rho:g}-epochs{self.epochs}-seed{self.seed}"
-        return self.folder / f"{self.config.set}-{length}-{name}{'-quick' if self.quick else ''}-{data}"
-
-    @property
-    def run(self) -> Run:
-        return Run(self.run_dir, self.options)
-
-    def options(self) -> dict[str, Any]:
-        """Of the run. Raises ValueError: there are no images."""
-        options = options_on(self.config.set, self.config) | {"train.eval_every": 1}
-        if self.arm == "dense":
-            return options | {"method": "dense", "optim.lr": 0.1, "train.epochs": self.dense_epochs}
-        if self.arm != "scratch":
-            dense = Cell(self.config, self.folder, self.quick).run_dir
-            options |= {"model.weights": dense, "optim.lr": 0.02}
-        else:
-            options |= {"optim.lr": 0.1}
-        options |= {"policy.rho": self.rho, "train.seed": self.seed, "train.epochs": self.epochs}
-        options |= {"train.max_steps": 30} if self.quick else {}
-        return options | ARMS[self.arm]
-
-    def figures(self, level: float = 1.0) -> dict[str, Any]:
-        """Of the finished run, which is started, or resumed, if it is not there; ``steps_to`` counts to the
-        accuracy ``level``, in [0, 1]."""
-        summary, lines = finished_run(self.run)
-        reached = [(line["step"], line["test_accuracy"]) for line in lines if "test_accuracy" in line]
-        reached.append((summary["steps"], summary["test_accuracy"]))
-        flops = last(lines, "train_flops")
-        dense = flops * summary["train_cost_saving"] / (3 * summary["steps"] * BATCH)  # of an image, forward
-        taught = SETS[self.config.set][1] * dense if self.arm.startswith("distilled") else 0.0
-        return {
-            "accuracy": summary["test_accuracy"],
-            "steps_to": next((step for step, accuracy in sorted(reached) if accuracy >= level), 0),
-            "train_flops": flops,
-            "teacher_flops": taught,
-            **{name: summary[name] for name in ("flops_ratio", "params_ratio", "steps", "seconds")},
-        }
+def figures(run: Run, images: int, level: float = 1.0) -> dict[str, Any]:
+    """Of a run, which is started, or resumed, if it has not finished; ``steps_to`` counts to the accuracy
+    ``level``, in [0, 1]. A teacher looks at each of the ``images`` once."""
+    summary, lines = outcome(run)
+    reached = [(line["step"], line["test_accuracy"]) for line in lines if "test_accuracy" in line]
+    reached.append((summary["steps"], summary["test_accuracy"]))
+    flops = last(lines, "train_flops")
+    dense = flops * summary["train_cost_saving"] / (3 * summary["steps"] * BATCH)  # of an image, forward
+    return {
+        "accuracy": summary["test_accuracy"],
+        "steps_to": next((step for step, accuracy in sorted(reached) if accuracy >= level), 0),
+        "train_flops": flops,
+        "teacher_flops": images * dense if "train.distill" in run.options else 0.0,
+        **{name: summary[name] for name in ("flops_ratio", "params_ratio", "steps", "seconds")},
+    }
 
 
 # --- loading ---
@@ -200,8 +172,7 @@ def load(path: str, arguments: Mapping[str, int]) -> dict[str, float]:
     buffers = tuple(name for name, b in network.named_buffers() if b.is_floating_point())
     names = tuple(name for name, _ in network.named_parameters())
     store = WeightStore(undivided_map(network), names, buffers, ranks=Ranks.current())
-    reset_peak()  # the rows have been touched when they were allocated
-    idle = peak_resident()
+    idle = reset_peak()  # the rows have been touched when they were allocated
     read = WeightSource(path).fitted(network).fill(store)
     return {"read": read / store.nbytes, "rss": peak_resident() - idle}
 

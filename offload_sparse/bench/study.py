@@ -1,9 +1,7 @@
 """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
-A cell is a run of ``offload-sparse train`` as a user would start it, on one thread, in a folder of its own
-under ``--cache``, two at a time (``--jobs``): cut short, it resumes from its checkpoints; finished, it is not
-run again. All have the same share of the dense FLOPs, and as many steps as give a row the same train FLOPs,
-probes included:
+All cells of a row have the same share of the dense FLOPs, and as many steps as give the row the same train
+FLOPs, probes included:
 
     even        one width everywhere, fixed from the start (method static)
     published   widths from a paper, scaled (VGG-19 only)
@@ -21,14 +19,13 @@ probes included:
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from offload_sparse.bench.cells import BATCH, SETS, Run, finish, finished_run, last, options_on, spread
+from offload_sparse.bench.cells import BATCH, SETS, Run, accuracy, finish, kept, last, options_on, outcome
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import StudyConfig, check_names
 from offload_sparse.engine.config import SEARCHED, RoundConfig
@@ -37,14 +34,6 @@ from offload_sparse.policy.width_search import cycles_and_pairs
 _COMMON = {"optim.lr": 0.1, "policy.budget": "flops", "train.eval_every": 0}
 GROUPS = {"fashion_mnist": 6, "resnet20": 12, "mobilenetv1": 14, "vgg19": 16}
 EPOCHS = {"fashion_mnist": 4, "resnet20": 15, "mobilenetv1": 15, "vgg19": 40}
-WIDTHS = {
-    "vgg19": {
-        "taper": "10 10 20 20 40 40 40 40 57 40 28 20 16 16 16 24",
-        "published": "vgg19_cifar_slimming",
-    }
-}
-"""Of the shapes by hand, by set and method."""
-
 _PAPER = {
     "policy.sampler": "bernoulli",
     "policy.parametrisation": "atom",
@@ -55,8 +44,8 @@ _PAPER = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "even": {"method": "static"},
-    "published": {"method": "static"},
-    "taper": {"method": "static"},
+    "published": {"method": "static", "static.widths": "vgg19_cifar_slimming"},
+    "taper": {"method": "static", "static.widths": "10 10 20 20 40 40 40 40 57 40 28 20 16 16 16 24"},
     "none": {"policy.search": "none"},
     "probe": {"policy.search": "probe"},
     "family": {"policy.search": "none"},
@@ -74,36 +63,40 @@ _HEADER = ("set", "FLOPs", "method", "accuracy %", "±", "FLOPs %", "params %", 
 def run(quick: bool, config: StudyConfig) -> BenchResult:
     """Every cell that is not in the cache yet; ``quick`` takes one seed and 40 steps of three methods. Raises
     ValueError: there is no method of a name, or not in this setting."""
-    possible = [name for name in METHODS if Cell(config, name, 0.0, 0, 0, Path()).possible()]
-    check_names("methods", config.methods, possible)
-    methods = config.methods or (["even", "probe", "persistent"] if quick else list(METHODS))
+    names = [name for name in METHODS if possible(config, name)]
+    check_names("methods", config.methods, names)
+    methods = config.methods or (["even", "probe", "persistent"] if quick else names)
     epochs = config.epochs or EPOCHS[config.set]
     steps = 40 if quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with kept(config) as folder:
         cells = [
-            Cell(config, name, share, seed, steps, Path(config.cache or folder))
+            (name, share, seed)
             for seed in range(config.seeds or (1 if quick else 3))
             for share in config.flops
-            for name in (name for name in possible if name in methods)
+            for name in names
+            if name in methods
         ]
-        finish([cell.before().run for cell in cells], config.jobs)
-        finish([cell.run for cell in cells], config.jobs)
-        for cell in cells:
-            found.setdefault((cell.flops, cell.name), []).append(cell.figures())
+        run_of = partial(cell, config, folder, steps)
+        before = [("probe" if name == "found" else name, share, seed) for name, share, seed in cells]
+        finish([run_of(*at) for at in before], config.jobs)
+        finish([run_of(*at) for at in cells], config.jobs)
+        for name, share, seed in cells:
+            of = figures(config, name, share, run_of(name, share, seed))
+            found.setdefault((share, name), []).append(of)
     ratios: dict[str, float] = {}
     rows = []
     for (share, name), runs in found.items():
         prefix, even = f"study.{config.set}.flops{share:g}.{name}", found.get((share, "even"), runs)
-        accuracies = [figures["accuracy"] for figures in runs]
         keys = ("flops_ratio", "params_ratio", "train_flops", "seconds")
-        means = {key: fmean(figures[key] for figures in runs) for key in keys}
-        cost = means["train_flops"] / fmean(r["train_flops"] for r in even)
-        ratios |= {f"{prefix}.accuracy": fmean(accuracies), f"{prefix}.spread": spread(accuracies)}
+        means = {key: fmean(run[key] for run in runs) for key in keys}
+        cost = means["train_flops"] / fmean(run["train_flops"] for run in even)
+        percents = accuracy(prefix, [run["accuracy"] for run in runs])
+        ratios |= percents
         ratios |= {f"{prefix}.params_ratio": means["params_ratio"], f"{prefix}.train_cost_vs_even": cost}
-        shares = (100 * means["flops_ratio"], 100 * means["params_ratio"])
-        numbers = [*(f"{n:.2f}" for n in (fmean(accuracies), spread(accuracies), *shares)), f"{cost:.3f}"]
-        rows.append([config.set, f"{share:g}", name, *numbers, runs[0]["steps"], f"{means['seconds']:.0f}"])
+        numbers = (*percents.values(), 100 * means["flops_ratio"], 100 * means["params_ratio"])
+        costs = (f"{cost:.3f}", runs[0]["steps"], f"{means['seconds']:.0f}")
+        rows.append([config.set, f"{share:g}", name, *(f"{number:.2f}" for number in numbers), *costs])
     gains = [
         fmean(run["accuracy"] for run in runs) - fmean(run["accuracy"] for run in found[share, "even"])
         for (share, name), runs in found.items()
@@ -114,75 +107,48 @@ def run(quick: bool, config: StudyConfig) -> BenchResult:
     return BenchResult(ratios, {"runs": raw, "steps": steps}, _HEADER, rows)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run, in a folder below ``folder``; ``steps`` are the optimizer steps of ``even``."""
+def possible(config: StudyConfig, name: str) -> bool:
+    """Whether the setting has what a method needs."""
+    if name == "family":
+        return len(config.flops) > 1
+    return name not in ("published", "taper") or config.set == "vgg19"
 
-    config: StudyConfig
-    name: str
-    flops: float
-    seed: int
-    steps: int
-    folder: Path
 
-    @property
-    def run_dir(self) -> Path:
-        flops = "_".join(f"{share:g}" for share in (self._members if self.name == "family" else [self.flops]))
-        name = f"{self.config.set}-{self.name}-flops{flops}-steps{self.steps}-seed{self.seed}"
-        return self.folder / f"{name}-{self.config.images_name}"
+def cell(config: StudyConfig, folder: Path, steps: int, name: str, share: float, seed: int) -> Run:
+    """One run, in a folder below ``folder``; ``steps`` are the optimizer steps of ``even``. What ``found``
+    takes from ``probe`` has to have finished."""
+    members, images = sorted(config.flops), SETS[config.set][1]
+    options = options_on(config) | _COMMON | METHODS[name]
+    options |= {"policy.rho": share, "train.seed": seed, "train.epochs": 1 + steps * BATCH // images}
+    options["train.max_steps"] = equal_steps(name, steps, GROUPS[config.set], members)
+    if name == "found":
+        probe = cell(config, folder, steps, "probe", share, seed)
+        options["static.widths"] = " ".join(map(str, figures(config, "probe", share, probe)["widths"]))
+    if name == "family":
+        options |= {"policy.rho": members[0], "policy.budgets": members}
+    if name == "probe":
+        options["round.freeze_at"] = round(searched(steps) / steps, 3)
+    flops = "_".join(f"{share:g}" for share in (members if name == "family" else [share]))
+    place = f"{config.set}-{name}-flops{flops}-steps{steps}-seed{seed}-{config.images_name}"
+    return Run(folder / place, options)
 
-    @property
-    def _members(self) -> list[float]:
-        return sorted(self.config.flops)
 
-    def possible(self) -> bool:
-        """Whether the setting has what the method needs."""
-        if self.name == "family":
-            return len(self._members) > 1
-        return self.name not in ("published", "taper") or self.name in WIDTHS.get(self.config.set, {})
-
-    @property
-    def run(self) -> Run:
-        return Run(self.run_dir, self.options)
-
-    def before(self) -> Cell:
-        """The cell that has to have finished before this one begins, or this one."""
-        return replace(self, name="probe") if self.name == "found" else self
-
-    def options(self) -> dict[str, Any]:
-        """Of the run; the widths of ``found`` are those that ``probe`` has left. Raises ValueError: there are
-        no images."""
-        widths = WIDTHS.get(self.config.set, {}).get(self.name, "")
-        if self.name == "found":
-            widths = " ".join(map(str, self.before().figures()["widths"]))
-        options = options_on(self.config.set, self.config) | _COMMON | METHODS[self.name]
-        options |= {"static.widths": widths} if widths else {}
-        options |= {"policy.budgets": self._members} if self.name == "family" else {}
-        share = round(searched(self.steps) / self.steps, 3)
-        options |= {"round.freeze_at": share} if self.name == "probe" else {}
-        return options | {
-            "policy.rho": self._members[0] if self.name == "family" else self.flops,
-            "train.seed": self.seed,
-            "train.epochs": 1 + self.steps * BATCH // SETS[self.config.set][1],
-            "train.max_steps": equal_steps(self.name, self.steps, GROUPS[self.config.set], self._members),
-        }
-
-    def figures(self) -> dict[str, Any]:
-        """Of the finished run, which is started, or resumed, if it is not there."""
-        summary, lines = finished_run(self.run)
-        structure = json.loads((self.run_dir / "model" / "structure.json").read_text())
-        member = summary.get("members", {}).get(f"{self.flops:g}", summary)
-        part = self.flops / sum(self._members) if self.name == "family" else 1
-        return {
-            "accuracy": 100 * member["test_accuracy"],
-            "params_ratio": member["params_ratio"],
-            "flops_ratio": member["flops_ratio"],
-            "train_flops": part * last(lines, "train_flops"),
-            "steps": summary["steps"],
-            "seconds": summary["seconds"],
-            "widths": [len(group["kept"]) for group in structure["groups"].values()],
-            "probes": last(lines, "probes", []),
-        }
+def figures(config: StudyConfig, name: str, share: float, run: Run) -> dict[str, Any]:
+    """Of a run, which is started, or resumed, if it has not finished; of a family, those of one member."""
+    summary, lines = outcome(run)
+    structure = json.loads((run.folder / "model" / "structure.json").read_text())
+    member = summary.get("members", {}).get(f"{share:g}", summary)
+    part = share / sum(config.flops) if name == "family" else 1
+    return {
+        "accuracy": 100 * member["test_accuracy"],
+        "params_ratio": member["params_ratio"],
+        "flops_ratio": member["flops_ratio"],
+        "train_flops": part * last(lines, "train_flops"),
+        "steps": summary["steps"],
+        "seconds": summary["seconds"],
+        "widths": [len(group["kept"]) for group in structure["groups"].values()],
+        "probes": last(lines, "probes", []),
+    }
 
 
 def searched(steps: int) -> int:

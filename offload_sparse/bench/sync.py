@@ -1,7 +1,6 @@
 """Accuracy of ranks that talk once per round beside that of ranks that talk at every step, over seeds.
 
-Two ranks on CPUs train a small VGG on equally many images of 16×16 pixels, in whole runs of ``offload-sparse
-train`` in folders of their own under ``--cache``: cut short, they resume; finished, they are not run again.
+Two ranks on CPUs train a small VGG on equally many images of 16×16 pixels.
 
     step             gradients averaged at every step, K = 50
     round10, round50 K steps of each rank by itself, then the average
@@ -13,14 +12,11 @@ train`` in folders of their own under ``--cache``: cut short, they resume; finis
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from offload_sparse.bench.cells import Run, finish, finished_run, spread
+from offload_sparse.bench.cells import Run, accuracy, finish, kept, outcome, spread
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.options import SyncBenchConfig, check_names
 
@@ -66,28 +62,28 @@ def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
     options |= {"data.name": config.data, "data.splits": "[train, validation]"} if config.data else {}
     modes = config.modes or (["step", "round10"] if quick else list(MODES))
     runs: dict[str, list[Run]] = {}
-    with tempfile.TemporaryDirectory() as kept:
+    with kept(config) as folder:
         for seed in range(seeds):
             for mode in modes:
                 size = f"{options['data.limit']}x{epochs}{'-quick' if quick else ''}"
-                folder = Path(config.cache or kept) / f"sync-{mode}-{size}-seed{seed}"
+                name = f"sync-{mode}-{size}-seed{seed}"
                 given, ranks = options | MODES[mode] | {"train.seed": seed}, RANKS
                 if mode == "alone":
                     given |= {key: given[key] // RANKS for key in ("data.limit", "data.batch_size")}
                     ranks = 1
-                runs.setdefault(mode, []).append(Run(folder, partial(dict, given), ranks))
+                runs.setdefault(mode, []).append(Run(folder / name, given, ranks))
         finish([of[seed] for seed in range(seeds) for of in runs.values()], config.jobs)
         found = {
-            mode: [100 * finished_run(run)[0]["test_accuracy"] for run in of] for mode, of in runs.items()
+            mode: [100 * outcome(run)[0]["test_accuracy"] for run in of] for mode, of in runs.items()
         }
     ratios: dict[str, float] = {}
     rows: list[list[Any]] = []
-    for mode, accuracy in found.items():
-        ratios |= {f"sync.{mode}.accuracy": fmean(accuracy), f"sync.{mode}.spread": spread(accuracy)}
+    for mode, percents in found.items():
+        ratios |= accuracy(f"sync.{mode}", percents)
         beside: list[Any] = ["", ""]
         if mode != "step" and "step" in found:
-            apart = [a - b for a, b in zip(accuracy, found["step"], strict=True)]
+            apart = [a - b for a, b in zip(percents, found["step"], strict=True)]
             beside = [fmean(apart), spread(apart)]
             ratios |= {f"sync.{mode}.vs_step": beside[0], f"sync.{mode}.vs_step_spread": beside[1]}
-        rows.append([mode, len(accuracy), fmean(accuracy), spread(accuracy), *beside])
+        rows.append([mode, len(percents), fmean(percents), spread(percents), *beside])
     return BenchResult(ratios, {"accuracy": found, "options": options}, _HEADER, rows)

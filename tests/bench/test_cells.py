@@ -65,20 +65,20 @@ def test_two_run_at_a_time_and_no_more(tmp_path: Path) -> None:
     """Neither of the first two ends before the other one has begun."""
     folders, alive = [tmp_path / name for name in "abcd"], list[subprocess.Popen[bytes]]()
     pairs = {0: folders[1:2], 1: folders[:1]}
-    finish([Scripted(f, dict, 1, pairs.get(i, ()), _DONE, alive) for i, f in enumerate(folders)], jobs=2)
+    finish([Scripted(f, {}, 1, pairs.get(i, ()), _DONE, alive) for i, f in enumerate(folders)], jobs=2)
     assert max(int((folder / "at_once").read_text()) for folder in folders) == 2
     assert all((folder / "summary.json").exists() for folder in folders)
 
 
 def test_a_run_of_two_ranks_counts_twice_or_runs_alone(tmp_path: Path) -> None:
     alive: list[subprocess.Popen[bytes]] = []
-    finish([Scripted(tmp_path / name, dict, 2, (), _DONE, alive) for name in "ab"], jobs=3)
-    finish([Scripted(tmp_path / name, dict, 2, (), _DONE, alive) for name in "cd"], jobs=1)
+    finish([Scripted(tmp_path / name, {}, 2, (), _DONE, alive) for name in "ab"], jobs=3)
+    finish([Scripted(tmp_path / name, {}, 2, (), _DONE, alive) for name in "cd"], jobs=1)
     assert {(tmp_path / name / "at_once").read_text() for name in "abcd"} == {"1"}
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [Scripted(tmp_path / "a", dict)] * 2
+    runs = [Scripted(tmp_path / "a", {})] * 2
     finish(runs)  # whose folder could not be made a second time
     finish(runs)
     assert capsys.readouterr().err == "run 1 of 1: a\n"
@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_a_finished_run_of_other_images_is_not_reported(held: str, asked: str | None, tmp_path: Path) -> None:
-    run = Run(tmp_path / "a", lambda: {"data.name": asked} if asked else {})
+    run = Run(tmp_path / "a", {"data.name": asked} if asked else {})
     run.folder.mkdir()
     (run.folder / "summary.json").touch()
     (run.folder / "config.yaml").write_text(f"data: {{name: {held}}}")
@@ -110,30 +110,30 @@ def test_the_same_images_may_be_named_in_other_ways(
     (tmp_path / "link").symlink_to("data/cifar10")
     (tmp_path / "config.yaml").write_text("data: {name: data/cifar10}")
     (tmp_path / "summary.json").touch()
-    finish([Run(tmp_path, lambda: {"data.name": asked.format(tmp_path)})])
+    finish([Run(tmp_path, {"data.name": asked.format(tmp_path)})])
 
 
 def test_when_one_fails_the_others_save_and_end(tmp_path: Path) -> None:
-    lives = Scripted(tmp_path / "lives", dict, 1, (), _FOREVER)
-    fails = Scripted(tmp_path / "fails", dict, 1, [tmp_path / "lives"], "sys.exit(3)")
-    with pytest.raises(RunError, match="fails has not finished; the same command resumes it"):
-        finish([lives, fails, Scripted(tmp_path / "later", dict)], jobs=2)
+    lives = Scripted(tmp_path / "lives", {}, 1, (), _FOREVER)
+    fails = Scripted(tmp_path / "fails", {}, 1, [tmp_path / "lives"], "sys.exit(3)")
+    with pytest.raises(RunError, match="fails ended too soon; with --cache the bench resumes it"):
+        finish([lives, fails, Scripted(tmp_path / "later", {})], jobs=2)
     assert (tmp_path / "lives" / "saved").exists()
     assert not (tmp_path / "later").exists()
 
 
 def test_a_signal_to_the_bench_ends_its_runs(tmp_path: Path) -> None:
-    lives = Scripted(tmp_path / "lives", dict, 1, (), _FOREVER)
+    lives = Scripted(tmp_path / "lives", {}, 1, (), _FOREVER)
     signals = f"import os; os.kill({os.getpid()}, signal.SIGTERM); {_FOREVER}"
-    with pytest.raises(RunError, match="SIGTERM; the same command goes on"):
-        finish([lives, Scripted(tmp_path / "b", dict, 1, [tmp_path / "lives"], signals)], jobs=2)
+    with pytest.raises(RunError, match="SIGTERM; with --cache the same command goes on"):
+        finish([lives, Scripted(tmp_path / "b", {}, 1, [tmp_path / "lives"], signals)], jobs=2)
     assert all((tmp_path / name / "saved").exists() for name in ("lives", "b"))
 
 
 def bench_that_is_killed(arguments: list[str]) -> None:
     """SIGKILL leaves it no time for anything."""
     kill = f"import os; os.kill(os.getppid(), signal.SIGKILL); {_FOREVER}"
-    finish([Scripted(Path(arguments[0]), dict, 1, (), kill)])
+    finish([Scripted(Path(arguments[0]), {}, 1, (), kill)])
 
 
 def test_a_killed_bench_ends_its_runs(tmp_path: Path) -> None:
@@ -146,11 +146,21 @@ def test_a_killed_bench_ends_its_runs(tmp_path: Path) -> None:
 
 
 def test_how_far_a_run_is(tmp_path: Path) -> None:
-    run = Run(tmp_path, dict)
+    run = Run(tmp_path, {})
     assert run.epoch() == 0
     for text, epoch in (("", 0), ('{"epoch": 1.5}\n', 1.5), ('{"epoch": 1.5}\n{"epo', 0)):
         (tmp_path / "metrics.jsonl").write_text(text)
         assert run.epoch() == epoch
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({}, True), ({"cache": "cells"}, False), ({"quick": True}, False)]
+)
+def test_that_nothing_is_kept_is_said_at_the_start(
+    given: dict[str, Any], said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cells.kept(CellsConfig(**given)):
+        assert ("--cache" in capsys.readouterr().err) == said
 
 
 # The folders of the benches
@@ -175,7 +185,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     def finish_at_once(runs: Iterable[Run], jobs: int = 1) -> None:
         for run in runs:
-            found.append(Run(run.folder, dict(run.options()).copy))
+            found.append(run)
             (run.folder / "model").mkdir(parents=True, exist_ok=True)
             (run.folder / "summary.json").write_text(json.dumps(SUMMARY))
             (run.folder / "metrics.jsonl").write_text('{"train_flops": 1.0}')
@@ -199,7 +209,7 @@ def test_a_quick_bench_and_a_full_one_share_only_equal_runs(
     found: list[dict[Path, Mapping[str, Any]]] = []
     for quick in (True, False):
         importlib.import_module(f"offload_sparse.bench.{name}").run(quick, config)
-        found.append({run.folder: run.options() for run in asked})
+        found.append({run.folder: run.options for run in asked})
         asked.clear()
     assert all(found)
     assert all(found[1].get(folder, options) == options for folder, options in found[0].items())

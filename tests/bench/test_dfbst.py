@@ -17,7 +17,7 @@ def test_every_method_has_its_figures_from_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(run: cells.Run) -> subprocess.Popen[bytes]:
-        options = run.options()
+        options = run.options
         method, seed = options["method"], options["train.seed"]
         run.folder.mkdir()
         step = 0.01 if method == "dense" else 0.02

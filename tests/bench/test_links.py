@@ -64,12 +64,12 @@ def test_speeds_are_relative_to_the_same_mode_without_a_limit(
 def test_a_difference_is_over_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(run: Run) -> tuple[dict[str, float], list[Any]]:
         assert run.ranks == 2
-        options = run.options()
+        options = run.options
         once = options.get("round.sync") == "round"
         return {"test_accuracy": 0.5 + 0.1 * options["train.seed"] - 0.02 * once}, []
 
     monkeypatch.setattr(sync, "finish", lambda runs, jobs: None)
-    monkeypatch.setattr(sync, "finished_run", trained)
+    monkeypatch.setattr(sync, "outcome", trained)
     result = sync.run(False, SyncBenchConfig(modes=["step", "round50"]))
     assert result.ratios["sync.round50.vs_step"] == pytest.approx(-2)
     assert result.ratios["sync.round50.vs_step_spread"] == pytest.approx(0)

@@ -22,6 +22,7 @@ from offload_sparse.cli import main as cli
         ("pretrained", "rho", "[0]", "rho is 0.0; give a ratio in (0, 1)"),
         ("sync", "modes", "steps", "modes gives 'steps'; give some of step, round10"),
         ("dfbst", "jobs", "0", "jobs is 0; give 1 or more"),
+        *((bench, "set", "resnet20", "--set resnet20 needs images") for bench in ("study", "pretrained")),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(

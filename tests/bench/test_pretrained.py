@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from offload_sparse.bench import cells, pretrained
+from offload_sparse.bench.cells import Run
 from offload_sparse.bench.options import PretrainedConfig
-from offload_sparse.bench.pretrained import ARMS, Cell
+from offload_sparse.bench.pretrained import ARMS
 
 
 def finished(folder: Path, accuracy: float, steps: int = 10) -> None:
@@ -22,18 +23,18 @@ def finished(folder: Path, accuracy: float, steps: int = 10) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, flops]))
 
 
-def cell(config: PretrainedConfig, folder: Path, arm: str = "dense", seed: int = 0) -> Cell:
-    return Cell(config, folder, False, arm, 0.5, 3, seed)
+def cell(config: PretrainedConfig, folder: Path, arm: str = "dense", seed: int = 0) -> Run:
+    return pretrained.cell(config, folder, False, arm, 0.5, 3, seed)
 
 
 def test_finished_cells_are_compared_with_the_best_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = PretrainedConfig(set="resnet20", data="cifar10", rho=[0.5], epochs=[3], cache=str(tmp_path))
-    finished(cell(config, tmp_path).run_dir, 0.9)
+    finished(cell(config, tmp_path).folder, 0.9)
     for number, arm in enumerate(ARMS):
         for seed in range(2):
-            finished(cell(config, tmp_path, arm, seed).run_dir, 0.8 + 0.01 * number + 0.02 * seed)
+            finished(cell(config, tmp_path, arm, seed).folder, 0.8 + 0.01 * number + 0.02 * seed)
     monkeypatch.setattr(cells.subprocess, "Popen", lambda *_, **__: pytest.fail("run again"))
     monkeypatch.setattr(pretrained, "loading", lambda quick: {"pretrained.read": 1.0})
     result = pretrained.run(False, config)
@@ -52,13 +53,13 @@ def test_finished_cells_are_compared_with_the_best_cut(
 def test_arms_start_from_the_dense_run_and_scratch_does_not(tmp_path: Path) -> None:
     config = PretrainedConfig()
     dense = cell(config, tmp_path)
-    assert dense.options()["method"] == "dense"
+    assert dense.options["method"] == "dense"
     for arm in ARMS:
-        options = cell(config, tmp_path, arm).options()
-        assert options.get("model.weights") == (None if arm == "scratch" else dense.run_dir)
+        options = cell(config, tmp_path, arm).options
+        assert options.get("model.weights") == (None if arm == "scratch" else dense.folder)
         assert options["policy.rho"] == 0.5
     with pytest.raises(ValueError, match="--data"):
-        cell(PretrainedConfig(set="vgg16"), tmp_path).options()
+        PretrainedConfig(set="vgg16")
 
 
 def test_a_rank_reads_its_rows_and_holds_little_else() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from offload_sparse.bench import cells, study
 from offload_sparse.bench.options import StudyConfig
-from offload_sparse.bench.study import GROUPS, METHODS, Cell, equal_steps
+from offload_sparse.bench.study import GROUPS, METHODS, equal_steps, possible
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.policy.width_search import CYCLES
@@ -36,7 +36,7 @@ def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
     alone = [name for name in METHODS if name != "family"]
     for name in alone:
         for seed in range(2):
-            finished(Cell(config, name, 0.0169, seed, steps, tmp_path).run_dir, 0.8 + 0.02 * seed)
+            finished(study.cell(config, tmp_path, steps, name, 0.0169, seed).folder, 0.8 + 0.02 * seed)
     monkeypatch.setattr(cells.subprocess, "Popen", lambda *_, **__: pytest.fail("run again"))
     result = study.run(False, config)
     for name in alone:
@@ -49,24 +49,24 @@ def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
 
 def test_found_takes_the_widths_that_the_probe_has_left(tmp_path: Path) -> None:
     config = StudyConfig(set="vgg19", data="cifar10", flops=[0.0169])
-    finished(Cell(config, "probe", 0.0169, 0, 100, tmp_path).run_dir, 0.8)
-    assert Cell(config, "found", 0.0169, 0, 100, tmp_path).options()["static.widths"] == "3 1"
+    finished(study.cell(config, tmp_path, 100, "probe", 0.0169, 0).folder, 0.8)
+    assert study.cell(config, tmp_path, 100, "found", 0.0169, 0).options["static.widths"] == "3 1"
 
 
-def test_shapes_by_hand_are_for_vgg19_only(tmp_path: Path) -> None:
+def test_shapes_by_hand_are_for_vgg19_only() -> None:
     small = StudyConfig()
-    assert not Cell(small, "published", 0.1, 0, 10, tmp_path).possible()
-    assert Cell(small, "probe", 0.1, 0, 10, tmp_path).possible()
-    assert Cell(StudyConfig(set="vgg19"), "taper", 0.1, 0, 10, tmp_path).possible()
+    assert not possible(small, "published")
+    assert possible(small, "probe")
+    assert possible(StudyConfig(set="vgg19", data="cifar10"), "taper")
     with pytest.raises(ValueError, match="--data"):
-        Cell(StudyConfig(set="vgg19"), "even", 0.1, 0, 10, tmp_path).options()
+        StudyConfig(set="vgg19")
 
 
 def test_runs_of_another_precision_are_other_runs(tmp_path: Path) -> None:
     configs = StudyConfig(data="cifar10"), StudyConfig(data="cifar10", precision="bf16")
-    plain, bf16 = (Cell(config, "even", 0.1, 0, 10, tmp_path) for config in configs)
-    assert plain.run_dir != bf16.run_dir
-    assert bf16.options() == plain.options() | {"train.precision": "bf16"}
+    plain, bf16 = (study.cell(config, tmp_path, 10, "even", 0.1, 0) for config in configs)
+    assert plain.folder != bf16.folder
+    assert bf16.options == plain.options | {"train.precision": "bf16"}
 
 
 def test_steps_of_a_row_take_the_same_train_flops() -> None:
@@ -93,27 +93,29 @@ def test_a_family_costs_what_its_members_cost_alone(tmp_path: Path) -> None:
     turns = equal_steps("family", 900, 16, [0.1, 0.2, 0.3, 0.4, 0.5])
     assert turns * (0.1 + 0.3 + 0.5) == pytest.approx(900 * 1.5, rel=1e-3)
     config = StudyConfig(set="vgg19", data="cifar10", flops=[0.4, 0.1])
-    small, large = (Cell(config, "family", share, 0, 100, tmp_path) for share in config.flops)
-    assert small.run_dir == large.run_dir
-    assert small.options()["policy.budgets"] == [0.1, 0.4]
-    finished(small.run_dir, 0.8)
-    summary = json.loads((small.run_dir / "summary.json").read_text())
+    small, large = (study.cell(config, tmp_path, 100, "family", share, 0) for share in config.flops)
+    assert small.folder == large.folder
+    assert small.options["policy.budgets"] == [0.1, 0.4]
+    finished(small.folder, 0.8)
+    summary = json.loads((small.folder / "summary.json").read_text())
     member = {"test_accuracy": 0.7, "params_ratio": 0.1, "flops_ratio": 0.1}
-    (small.run_dir / "summary.json").write_text(json.dumps(summary | {"members": {"0.1": member}}))
-    assert [round(cell.figures()["accuracy"]) for cell in (small, large)] == [80, 70]
-    assert not Cell(StudyConfig(), "family", 0.1, 0, 100, tmp_path).possible()
+    (small.folder / "summary.json").write_text(json.dumps(summary | {"members": {"0.1": member}}))
+    runs = zip(config.flops, (small, large), strict=True)
+    found = [study.figures(config, "family", share, run) for share, run in runs]
+    assert [round(figures["accuracy"]) for figures in found] == [80, 70]
+    assert not possible(StudyConfig(), "family")
 
 
 def test_a_family_is_compared_in_the_mean_over_members(tmp_path: Path) -> None:
     names, shares, steps = ["even", "family"], [0.1, 0.4], 40 * 351
     at = {"set": "vgg19", "data": "cifar10", "cache": str(tmp_path)}
     config = StudyConfig(flops=shares, methods=names, seeds=1, **at)  # type: ignore[arg-type]
-    cells = [Cell(config, name, share, 0, steps, tmp_path) for name in names for share in shares]
+    cells = [study.cell(config, tmp_path, steps, name, share, 0) for name in names for share in shares]
     for cell, accuracy in zip(cells, (0.70, 0.80, 0.83), strict=False):
-        finished(cell.run_dir, accuracy)
-    summary = json.loads((cells[-1].run_dir / "summary.json").read_text())
+        finished(cell.folder, accuracy)
+    summary = json.loads((cells[-1].folder / "summary.json").read_text())
     member = {"test_accuracy": 0.69, "params_ratio": 0.1, "flops_ratio": 0.1}
-    (cells[-1].run_dir / "summary.json").write_text(json.dumps(summary | {"members": {"0.1": member}}))
+    (cells[-1].folder / "summary.json").write_text(json.dumps(summary | {"members": {"0.1": member}}))
     assert study.run(False, config).ratios["study.vgg19.family.gain"] == pytest.approx((-1 + 3) / 2)
 
 
