@@ -29,17 +29,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_sparse.bench.measure import Batch, loss_of, session_of
 from offload_sparse.bench.options import PeersConfig
+from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import build_on_meta, narrow_module
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.session import Setup, SparseOffload
+from offload_sparse.engine.session import Setup
 from offload_sparse.workloads.models import build_model
 
 OPTIM = OptimConfig(lr=0.01)
 CLASSES, BATCH, RHO = 100, 8, 0.25
 _UNIT = 1 << 18
 """Layers of at least so many weights are units of their own under ``fsdp2``; the rest is one unit."""
-
-_BOTTLENECKS = tuple(f"torchvision/resnet{depth}" for depth in (50, 101, 152))
 
 
 @dataclass
@@ -74,14 +73,9 @@ def image_size(config: PeersConfig) -> int:
 
 def build_network(config: PeersConfig) -> nn.Module:
     """The full network of ``config``. Raises ValueError: the model takes no width."""
-    arguments: dict[str, Any] = {}
-    if config.width != 1:
-        if config.model.startswith("offload_sparse/vgg"):
-            arguments["width"] = config.width
-        elif config.model in _BOTTLENECKS:
-            arguments["width_per_group"] = round(64 * config.width)
-        else:
-            raise ValueError(f"{config.model} takes no width; give --width 1")
+    arguments = {"width": config.width} if config.model.startswith("offload_sparse/vgg") else {}
+    if config.width != 1 and not arguments:
+        raise ValueError(f"{config.model} takes no width; give --width 1")
     return build_model(config.model, CLASSES, 3, image_size(config), **arguments)
 
 
@@ -91,8 +85,6 @@ def dense(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
 
 def static(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
     """The widths are those of ``rho`` in every group; the full network is never held."""
-    from offload_sparse.channels.discovery import discover
-
     full = build_on_meta(partial(build_network, config))
     channel_map = discover(full, (batch[0][:1].to("meta"),))
     module = narrow_module(full, channel_map, channel_map.uniform_mask(RHO)).to_empty(device=device)
@@ -196,17 +188,12 @@ def ours(config: PeersConfig, device: torch.device, batch: Batch) -> Contender:
     shape, rounds = batch[0].shape[1:], RoundConfig(k=config.k)
     factory = partial(build_network, config)
     session = session_of(factory, shape, RHO, rounds, OPTIM, device=device, setup=Setup())
+    moved = session.transfers
     return Contender(
         lambda: session.step(lambda network: loss_of(network, batch)),
-        lambda: sum(moved_bytes(session)) / config.k,
+        lambda: (moved.bytes_fetched + moved.bytes_returned) / session.steps_done,
         unit=config.k,
     )
-
-
-def moved_bytes(session: SparseOffload) -> tuple[float, float]:
-    """Bytes per round that have left a rank's rows, and come back to them; the first round's are all new."""
-    rounds = max(1, session.rounds_done)
-    return session.transfers.bytes_fetched / rounds, session.transfers.bytes_returned / rounds
 
 
 def _sgd(module: nn.Module, fused: bool = True) -> torch.optim.SGD:

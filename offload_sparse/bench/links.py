@@ -30,6 +30,7 @@ from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import Batch, loss_of, random_batch, session_of
 from offload_sparse.bench.options import LinksConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig, Sync
+from offload_sparse.store.files import write_file
 from offload_sparse.workloads.models import build_model
 
 MODELS: dict[str, tuple[str, int, int, int]] = {
@@ -38,7 +39,7 @@ MODELS: dict[str, tuple[str, int, int, int]] = {
 }
 """Name, image side, images per rank, classes."""
 
-RATES = {"unlimited": "", "1gbit": "1gbit", "100mbit": "100mbit"}
+UNLIMITED, RATES = "unlimited", ("1gbit", "100mbit")
 MODES = ("dense", "step", "round")
 
 _RHO, _TURNS, _LIMIT = 0.25, 2, 3600
@@ -47,27 +48,27 @@ _HEADER = ("network", "mode", "rate", "steps/s", "of its own without limit", "Mi
 
 def run(quick: bool, config: LinksConfig) -> BenchResult:
     """Both networks at both rates, K = 50; ``quick`` takes VGG-19 at 100 Mbit/s, K = 10, few images, once."""
-    models: list[str] = [*config.models] or (["vgg19"] if quick else list(MODELS))
-    rates = ["unlimited", *(config.rates or (["100mbit"] if quick else list(RATES)[1:]))]
+    models = ["vgg19"] if quick else list(MODELS)
+    rates = [UNLIMITED, *(RATES[1:] if quick else RATES)]
     images = config.images or (4 if quick else 0)
     settings = {"rates": rates, "images": images, "k": 10 if quick else 50, "turns": 1 if quick else _TURNS}
     found: dict[str, dict[str, Any]] = {}
     try:
         with _linked() as names:
             for model, mode in product(models, MODES):
-                found |= _cell(names, {"model": model, "mode": mode} | settings, config.cache)
+                found |= _measured(names, {"model": model, "mode": mode} | settings, config.cache)
     except PermissionError as error:
         return BenchResult({}, {"skipped": str(error)}, _HEADER, [[f"skipped: {error}", *[""] * 5]])
     ratios, rows = {}, []
     for model in models:
         for mode in MODES:
-            alone = found[f"{model}.{mode}.unlimited"]["steps_per_second"]
+            alone = found[f"{model}.{mode}.{UNLIMITED}"]["steps_per_second"]
             for rate in rates:
                 figures = found[f"{model}.{mode}.{rate}"]
                 share = figures["steps_per_second"] / alone
                 sent = figures["bytes_per_step"] / 2**20
                 rows.append([model, mode, rate, figures["steps_per_second"], share, sent])
-                if rate != "unlimited":
+                if rate != UNLIMITED:
                     ratios[f"links.{model}.{rate}.{mode}"] = share
         step, once = (
             sum(found[f"{model}.{mode}.{rate}"]["bytes_per_step"] for rate in rates) for mode in MODES[1:]
@@ -102,11 +103,9 @@ def _linked() -> Iterator[tuple[str, str]]:
 
 
 def _limit(rate: str) -> tuple[str, ...]:
-    """Arguments of tc that limit what leaves; no rate takes the limit away."""
-    if not rate:
-        return ("qdisc", "replace", "dev", "veth0", "root", "pfifo")
+    """Arguments of tc that limit what leaves."""
     bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
-    return ("qdisc", "replace", "dev", "veth0", "root", *bucket)
+    return ("qdisc", "replace", "dev", "veth0", "root", *(("pfifo",) if rate == UNLIMITED else bucket))
 
 
 def _call(*command: str) -> None:
@@ -119,7 +118,7 @@ def _call(*command: str) -> None:
         raise PermissionError(f"network namespaces need root and a kernel that has them ({said})")
 
 
-def _cell(names: tuple[str, str], settings: dict[str, Any], cache: str) -> dict[str, dict[str, Any]]:
+def _measured(names: tuple[str, str], settings: dict[str, Any], cache: str) -> dict[str, dict[str, Any]]:
     """What was measured of one network and mode, now or by an earlier start with this ``cache``."""
     values = (value if isinstance(value, list) else [value] for value in settings.values())
     file = Path(cache) / f"links-{'-'.join(str(v) for part in values for v in part)}.json"
@@ -128,7 +127,7 @@ def _cell(names: tuple[str, str], settings: dict[str, Any], cache: str) -> dict[
     found = _on_both(names, settings)
     if cache:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
+        write_file(file, json.dumps(found))
     return found
 
 
@@ -170,7 +169,7 @@ def _rank(folder: str, settings: dict[str, Any], rank: int) -> None:
     store = dist.FileStore(str(Path(folder) / "rendezvous"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     found: dict[str, list[tuple[int, float, int]]] = {}
-    model, mode, k = (settings[key] for key in ("model", "mode", "k"))
+    model, mode, k = (settings[name] for name in ("model", "mode", "k"))
     name, side, images, classes = MODELS[model]
     images = settings["images"] or images
     batch = random_batch(images, side, classes, torch.device("cpu"), torch.Generator().manual_seed(rank))
@@ -178,8 +177,8 @@ def _rank(folder: str, settings: dict[str, Any], rank: int) -> None:
     steps = 2 if mode == "dense" else k
     step = data_parallel(build(), batch).compute if mode == "dense" else _ours(build, batch, k, mode)
     for turn in range(settings["turns"] + 1):  # the first is not counted: what happens once
-        for rate in settings["rates"] if turn else ["unlimited"]:
-            figures = _measured(step, steps, RATES[rate])
+        for rate in settings["rates"] if turn else [UNLIMITED]:
+            figures = _timed(step, steps, rate)
             if turn:
                 found.setdefault(f"{model}.{mode}.{rate}", []).append(figures)
     (Path(folder) / f"result{rank}").write_text(json.dumps(found))
@@ -187,7 +186,7 @@ def _rank(folder: str, settings: dict[str, Any], rank: int) -> None:
     os._exit(0)
 
 
-def _measured(step: Callable[[], object], steps: int, rate: str) -> tuple[int, float, int]:
+def _timed(step: Callable[[], object], steps: int, rate: str) -> tuple[int, float, int]:
     """Steps on a link of this rate, their seconds, and the bytes that have left meanwhile."""
     _call("tc", *_limit(rate))
     dist.barrier()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from offload_sparse.config.parse import Options
+
 
 @dataclass
 class BenchConfig:
@@ -23,8 +25,9 @@ class BenchConfig:
     json: str = ""
 
     def __post_init__(self) -> None:
-        """Numbers are at least 0 where that is the default, else 1; shares lie in (0, 1). Of lists, this goes
-        for every value, and only those that are empty by default may be."""
+        """Numbers are at least 0 where that is the default, else 1; shares lie in (0, 1); steps of a round
+        and pairs are at least 4, where given. Of lists, this goes for every value, and only those that are
+        empty by default may be."""
         for option in fields(self):
             value = getattr(self, option.name)
             values, least = value if isinstance(value, list) else [value], int(bool(option.default))
@@ -34,6 +37,8 @@ class BenchConfig:
                 if option.name in ("rho", "flops"):
                     if not 0 < number < 1:
                         raise ValueError(f"{option.name} is {number}; give a ratio in (0, 1), such as 0.25")
+                elif option.name in ("k", "pairs") and 0 < number < 4:
+                    raise ValueError(f"{option.name} is {number}; give 4 or more")
                 elif isinstance(number, int | float) and number < least:
                     raise ValueError(f"{option.name} is {number}; give {least} or more")
 
@@ -44,25 +49,16 @@ class PeersConfig(BenchConfig):
 
     Attributes:
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
-        width: multiplier of the channels of an ``offload_sparse/vgg…`` network, or of the inner channels of
-            ``torchvision/resnet50`` and its kin; 0 takes 2, with ``quick`` 0.5.
+        width: multiplier of the channels of an ``offload_sparse/vgg…`` network, 1 for any other; 0 takes 2,
+            with ``quick`` 0.5.
         k: steps of a round of ours; 0 takes 50, with ``quick`` 10.
-        processes: ranks, 1 or 2.
-        only: one peer to run beside ours (dense, fsdp2, zero2, zero3, static); empty runs all.
+        processes: ranks, each on a device of its own if there is CUDA.
     """
 
     model: str = "offload_sparse/vgg19_cifar"
     width: float = 0.0
     k: int = 0
     processes: int = 1
-    only: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if 0 < self.k < 4:
-            raise ValueError(f"k is {self.k}; give at least 4 steps per round")
-        if self.processes > 2:
-            raise ValueError(f"processes is {self.processes}; give 1 or 2")
 
 
 @dataclass
@@ -125,14 +121,10 @@ class LinksConfig(BenchConfig):
     """Two ranks on a slow link: dense DDP, ranks that talk at every step, and ranks that talk once per round.
 
     Attributes:
-        models: ``vgg19``, ``resnet50``; empty takes both, with ``quick`` the first.
-        rates: ``1gbit``, ``100mbit``; empty takes both, with ``quick`` the second.
         images: of each rank in a step; 0 takes those of the network, with ``quick`` 4.
         cache: folder of the figures of each network and mode, which are not measured again; empty keeps none.
     """
 
-    models: list[Literal["vgg19", "resnet50"]] = field(default_factory=list)
-    rates: list[Literal["1gbit", "100mbit"]] = field(default_factory=list)
     images: int = 0
     cache: str = ""
 
@@ -242,5 +234,8 @@ def check_names(option: str, given: Iterable[str], known: Collection[str]) -> No
 
 
 def options_of(argv: Sequence[str]) -> type[BenchConfig]:
-    """The configuration class of the bench that a command line names, if that has one of its own."""
-    return next((OPTIONS[token] for token in argv if token in OPTIONS), BenchConfig)
+    """The configuration class of the bench that a command line names, if that has one of its own; what is the
+    value of an option names none."""
+    words = [token.removeprefix("--name=") for token in argv if token != "--name"]
+    places = Options(BenchConfig, "", ()).places(words)
+    return next((OPTIONS[place] for place in places if place in OPTIONS), BenchConfig)

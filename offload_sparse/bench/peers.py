@@ -36,16 +36,13 @@ _STEPS = 3
 _RATIOS = {"step": "step_seconds", "device": "device_bytes", "host": "host_bytes"}
 
 
-def run(quick: bool, config: PeersConfig | None = None) -> BenchResult:
+def run(quick: bool, config: PeersConfig) -> BenchResult:
     """Every peer in turns; ``quick`` takes a narrower network and one repetition."""
-    config = resolve(config or PeersConfig(), quick)
-    names = list(dict.fromkeys([config.only, "ours"])) if config.only else list(CONTENDERS)
-    found: dict[str, list[Figures]] = {name: [] for name in names}
+    config = resolve(config, quick)
+    found: dict[str, list[Figures]] = {name: [] for name in CONTENDERS}
     reasons: dict[str, str] = {}
     for _ in range(1 if quick else 3):
-        for name in names:
-            if name in reasons:
-                continue
+        for name in (name for name in CONTENDERS if name not in reasons):
             try:
                 ranks = measure(name, config)
                 found[name].append({key: max(figures[key] for figures in ranks) for key in ranks[0]})
@@ -55,10 +52,7 @@ def run(quick: bool, config: PeersConfig | None = None) -> BenchResult:
 
 
 def resolve(config: PeersConfig, quick: bool) -> PeersConfig:
-    """``config`` with the sizes that 0 stands for. Raises ValueError: an unknown peer, or more processes than
-    CUDA devices."""
-    if config.only and config.only not in CONTENDERS:
-        raise ValueError(f"there is no peer {config.only!r}; give one of {', '.join(CONTENDERS)}")
+    """``config`` with the sizes that 0 stands for. Raises ValueError: more processes than CUDA devices."""
     devices = torch.cuda.device_count()
     if torch.cuda.is_available() and config.processes > devices:
         raise ValueError(f"processes is {config.processes}, but there are {devices} CUDA devices; give fewer")
@@ -82,8 +76,7 @@ def measure_here(name: str, config: PeersConfig) -> Figures:
     warm_up()
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     batch = random_batch(BATCH, image_size(config), CLASSES, device, generator)
-    reset_peak()
-    idle = peak_resident()
+    idle = reset_peak()
     contender = CONTENDERS[name](config, device, batch)
     units = 2 if contender.unit > 1 else _STEPS
     seconds = [timed(partial(_unit, contender)) / contender.unit for _ in range(units + 1)][1:]
@@ -124,8 +117,7 @@ def _device() -> torch.device:
 
 def last_line(error: RuntimeError) -> str:
     """What a failed peer said last, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+    return str(error).strip().splitlines()[-1][:200]
 
 
 def summary(
@@ -146,7 +138,7 @@ def summary(
     }
     rows = [[name, *_cells(medians.get(name)), reasons.get(name, "")] for name in found]
     raw: dict[str, Any] = {"config": asdict(config), "peers": medians, "repetitions": dict(found)}
-    raw |= {"not_run": dict(reasons), "cuda": torch.cuda.is_available()}
+    raw["not_run"] = dict(reasons)
     return BenchResult(ratios, raw, _HEADER, rows)
 
 

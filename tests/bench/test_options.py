@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from offload_sparse.bench import cells, pretrained
+from offload_sparse.bench.options import BenchConfig, PretrainedConfig, options_of
 from offload_sparse.cli import main as cli
 
 
@@ -22,6 +23,8 @@ from offload_sparse.cli import main as cli
         ("pretrained", "rho", "[0]", "rho is 0.0; give a ratio in (0, 1)"),
         ("sync", "modes", "steps", "modes gives 'steps'; give some of step, round10"),
         ("dfbst", "jobs", "0", "jobs is 0; give 1 or more"),
+        ("peers", "k", "3", "k is 3; give 4 or more"),
+        ("variance", "pairs", "2", "pairs is 2; give 4 or more"),  # a variance needs two of each half
         *((bench, "set", "resnet20", "--set resnet20 needs images") for bench in ("study", "pretrained")),
     ],
 )
@@ -39,3 +42,18 @@ def test_a_mistake_is_one_line_before_anything_starts(
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("memory --json study", BenchConfig),
+        ("--cache study pretrained", PretrainedConfig),
+        ("--quick pretrained", PretrainedConfig),
+        ("--name pretrained", PretrainedConfig),
+        ("pretrained -h", PretrainedConfig),
+        ("pretrained --help", PretrainedConfig),
+    ],
+)
+def test_the_value_of_an_option_names_no_bench(command: str, options: type[BenchConfig]) -> None:
+    assert options_of(command.split()) is options
