@@ -21,18 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_sparse.bench import input as loaders
-from offload_sparse.bench import plan, round, step
+from offload_sparse.bench import measure, plan, round, step
 from offload_sparse.bench.contract import BenchResult, hardware
-from offload_sparse.bench.measure import (
-    NETWORKS,
-    Batch,
-    batch_of,
-    default_device,
-    median_ratio,
-    network_of,
-    random_batch,
-    session_of,
-)
 from offload_sparse.config.run import MethodName, RunConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.forward import Forward, Metrics
@@ -58,7 +48,7 @@ _WATCHED = (
 
 def run(quick: bool) -> BenchResult:
     """ResNet-50 and VGG-19; ``quick`` takes ResNet-20, fewer images and fewer repetitions."""
-    device = default_device()
+    device = measure.default_device()
     result = BenchResult({}, {}, ("part", "figure", "what it is"), [])
     for part in PARTS:
         try:
@@ -119,25 +109,25 @@ def engine(device: torch.device, _quick: bool) -> Iterator[Row]:
 def _trained(device: torch.device, transfer: Literal["full", "overlap"]) -> dict[str, Tensor]:
     """The store and s after a few rounds."""
     factory, rounds = partial(build_model, _SMALL, 10, 3, 16, width=0.5), RoundConfig(k=_K, transfer=transfer)
-    setup = Setup(dtype=torch.float64, verify=False)
-    session = session_of(factory, (3, 16, 16), 0.5, rounds, OptimConfig(lr=0.01), setup=setup, device=device)
+    setup, optim = Setup(dtype=torch.float64, verify=False), OptimConfig(lr=0.01)
+    session = measure.session_of(factory, (3, 16, 16), 0.5, rounds, optim, setup=setup, device=device)
     generator = torch.Generator().manual_seed(0)
     for _ in range(_K * _ROUNDS):
-        images, labels = random_batch(8, 16, 10, device, generator)
+        images, labels = measure.random_batch(8, 16, 10, device, generator)
         session.step(partial(_loss, batch=(images.double(), labels)))
     session.settle()
     session.transfers.close()
     return {"store": torch.cat(list(session.store.arrays.values())), "s": session.policy.s}
 
 
-def _loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+def _loss(module: nn.Module, batch: measure.Batch) -> tuple[Tensor, Metrics]:
     return F.cross_entropy(module(batch[0]), batch[1]), {}
 
 
 def methods(device: torch.device, quick: bool) -> Iterator[Row]:
     """A few steps of every method on a small network."""
     factory, example = partial(build_model, _SMALL, 10, 3, 16), (torch.empty(1, 3, 16, 16, device="meta"),)
-    batch = random_batch(8, 16, 10, device)
+    batch = measure.random_batch(8, 16, 10, device)
     for name in get_args(MethodName):
         config = RunConfig(method=name, policy=PolicyConfig(rho=0.5), round=RoundConfig(k=_K))
         total = _K * (1 if quick else _ROUNDS)
@@ -157,19 +147,19 @@ def rounds(device: torch.device, quick: bool) -> Iterator[Row]:
         ".bf16_block16": Setup(verify=False, dtype=torch.bfloat16, block=16),
     }
     for network in ("resnet20",) if quick else ("vgg19", "resnet50"):
-        factory, batch = partial(network_of, network), batch_of(network, device)
+        factory, batch = partial(measure.network_of, network), measure.batch_of(network, device)
         for suffix, setup in setups.items():
             ours, narrow = round.measure(factory, batch, 10, repetitions, device, setup)
-            key = f"round.{network}.k10{suffix}"
+            key, ratio = f"round.{network}.k10{suffix}", measure.median_ratio(ours, narrow)
             yield f"{key}.ms", 1000 * median(ours), "a round of 10 steps"
-            yield f"{key}.vs_narrow", median_ratio(ours, narrow), "over 10 steps of a narrow pair by hand"
+            yield f"{key}.vs_narrow", ratio, "over 10 steps of a narrow pair by hand"
 
 
 def steps(device: torch.device, quick: bool) -> Iterator[Row]:
     """``bench step`` at rho = 0.25."""
     for network in ("resnet20",) if quick else ("vgg19", "resnet50"):
         figures = step.measure_network(network, (0.25,), 3 if quick else 7, device)[0.25]
-        key, size = f"step.{network}.rho0.25", NETWORKS[network][2]
+        key, size = f"step.{network}.rho0.25", measure.NETWORKS[network][2]
         yield f"{key}.vs_dense", figures["subnet"] / figures["dense"], "forward and backward, over dense"
         yield f"{key}.vs_narrow", figures["vs_narrow"], "over a narrow network's by hand"
         yield f"{key}.images_per_s", size / figures["subnet"], "that a step of forward and backward takes"

@@ -69,7 +69,8 @@ def measure(
     """Median milliseconds per round of the launching thread and of all threads, by way."""
     channel_map, found = discover(build_on_meta(factory), (example,)), {}
     for way, (block, transfer) in _WAYS.items():
-        with without_copies(device), learning(one_by_one=way == "before"):
+        update = one_by_one if way == "before" else MaskPolicy.update
+        with without_copies(device), mock.patch.object(MaskPolicy, "update", update):
             session = SparseOffload(
                 factory,
                 (example,),
@@ -125,14 +126,10 @@ def without_copies(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def learning(one_by_one: bool) -> Iterator[None]:
-    """Inside, s is updated by one comparison per call, or by as many as there are."""
-    update = MaskPolicy.update
+_update = MaskPolicy.update
 
-    def singly(policy: MaskPolicy, losses: Any, references: Any, *rest: Any) -> None:
-        for loss, reference in zip(losses, references, strict=True):
-            update(policy, loss, reference, *rest)
 
-    with mock.patch.object(MaskPolicy, "update", singly if one_by_one else update):
-        yield
+def one_by_one(policy: MaskPolicy, losses: Any, references: Any, *rest: Any) -> None:
+    """``MaskPolicy.update`` with one comparison per call."""
+    for loss, reference in zip(losses, references, strict=True):
+        _update(policy, loss, reference, *rest)
