@@ -20,16 +20,16 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from offload_sparse.bench.contenders import data_parallel
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import Batch, loss_of, random_batch, session_of
+from offload_sparse.bench.measure import loss_of, random_batch, session_of
 from offload_sparse.bench.options import LinksConfig
-from offload_sparse.engine.config import OptimConfig, RoundConfig, Sync
+from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.store.files import write_file
 from offload_sparse.workloads.models import build_model
 
@@ -174,8 +174,12 @@ def _rank(folder: str, settings: dict[str, Any], rank: int) -> None:
     images = settings["images"] or images
     batch = random_batch(images, side, classes, torch.device("cpu"), torch.Generator().manual_seed(rank))
     build = partial(build_model, name, classes, 3, side)
-    steps = 2 if mode == "dense" else k
-    step = data_parallel(build(), batch).compute if mode == "dense" else _ours(build, batch, k, mode)
+    if mode == "dense":
+        steps, step = 2, data_parallel(build(), batch).compute
+    else:
+        rounds = RoundConfig(k=k, reference="every_step", sync=mode)
+        session = session_of(build, (3, side, side), _RHO, rounds, OptimConfig(lr=0.01))
+        steps, step = k, partial(session.step, partial(loss_of, batch=batch))
     for turn in range(settings["turns"] + 1):  # the first is not counted: what happens once
         for rate in settings["rates"] if turn else [UNLIMITED]:
             figures = _timed(step, steps, rate)
@@ -200,12 +204,6 @@ def _timed(step: Callable[[], object], steps: int, rate: str) -> tuple[int, floa
 def _sent_bytes() -> int:
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("veth0:"))
-
-
-def _ours(build: Callable[[], torch.nn.Module], batch: Batch, k: int, sync: str) -> Callable[[], object]:
-    rounds = RoundConfig(k=k, reference="every_step", sync=cast(Sync, sync))
-    session = session_of(build, batch[0].shape[1:], _RHO, rounds, OptimConfig(lr=0.01))
-    return lambda: session.step(partial(loss_of, batch=batch))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -227,10 +227,12 @@ OPTIONS: Mapping[str, type[BenchConfig]] = {
 """Benches with options of their own; their ``run`` takes the configuration behind ``quick``."""
 
 
-def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raise ValueError: ``option`` gives a name that is not ``known``."""
+def chosen(option: str, given: list[str], known: Collection[str], usual: Collection[str]) -> list[str]:
+    """Those of the ``known`` names, in their order, that ``option`` gives, or else the ``usual`` ones. Raises
+    ValueError: one is not known."""
     for name in (name for name in given if name not in known):
         raise ValueError(f"{option} gives {name!r}; give some of {', '.join(known)}")
+    return [name for name in known if name in (given or usual)]
 
 
 def options_of(argv: Sequence[str]) -> type[BenchConfig]:

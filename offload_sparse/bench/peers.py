@@ -136,7 +136,7 @@ def summary(
         for short, key in _RATIOS.items()
         if base is not None and name != "ours"
     }
-    rows = [[name, *_cells(medians.get(name)), reasons.get(name, "")] for name in found]
+    rows = [[name, *_row(medians.get(name)), reasons.get(name, "")] for name in found]
     raw: dict[str, Any] = {"config": asdict(config), "peers": medians, "repetitions": dict(found)}
     raw["not_run"] = dict(reasons)
     return BenchResult(ratios, raw, _HEADER, rows)
@@ -145,7 +145,7 @@ def summary(
 _HEADER = ("peer", "step ms", "device MiB", "host MiB", "bus MiB/step", "not run because")
 
 
-def _cells(figures: Figures | None) -> list[str]:
+def _row(figures: Figures | None) -> list[str]:
     if figures is None:
         return ["-"] * 4
     mebibytes = (figures[key] / 2**20 for key in ("device_bytes", "host_bytes", "bus_bytes"))

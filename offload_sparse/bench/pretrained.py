@@ -34,7 +34,7 @@ from torch import Tensor
 from offload_sparse.bench.cells import BATCH, SETS, Run, accuracy, finish, kept, last, options_on, outcome
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import on_ranks, peak_resident, reset_peak
-from offload_sparse.bench.options import PretrainedConfig, check_names
+from offload_sparse.bench.options import PretrainedConfig, chosen
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.engine.pretrained import WeightSource
 from offload_sparse.methods.controls import undivided_map
@@ -67,9 +67,7 @@ def run(quick: bool, config: PretrainedConfig) -> BenchResult:
     """Every cell that is not in the cache yet, and loading; ``quick`` takes three arms of 30 steps after a
     dense epoch, and a file of 0.13 GB. Raises ValueError: there is no arm of a name.
     """
-    check_names("arms", config.arms, ARMS)
-    arms = config.arms or (["scratch", "norm_scale", "forward"] if quick else list(ARMS))
-    names = [arm for arm in ARMS if arm in arms]
+    arms = chosen("arms", config.arms, ARMS, ["scratch", "norm_scale", "forward"] if quick else ARMS)
     prefix, raw, rows = f"pretrained.{config.set}", dict[str, list[dict[str, Any]]](), []
     ratios, images = loading(quick), SETS[config.set][1]
     with kept(config) as folder:
@@ -79,7 +77,7 @@ def run(quick: bool, config: PretrainedConfig) -> BenchResult:
         seeds = range(config.seeds or (1 if quick else 2))
         cells = {
             (*setting, arm): [cell(config, folder, quick, arm, *setting, seed) for seed in seeds]
-            for setting, arm in product(settings, names)
+            for setting, arm in product(settings, arms)
         }
         finish([run for of in cells.values() for run in of], config.jobs)
         for (rho, epochs, arm), of in cells.items():

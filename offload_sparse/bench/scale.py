@@ -97,9 +97,9 @@ def run(quick: bool) -> BenchResult:
     turns = [{n: measure(n, width, k) for n in (1, 2)} for _ in range(repetitions)]
     measured = {n: median(turn[n] for turn in turns) for n in (1, 2)}
     ratios = {"scale.p2_vs_p1": 2 * measured[2] / measured[1]}
-    rows: list[list[Any]] = []
-    for n, rate in measured.items():
-        rows.append([f"measured, K = {k}", n, f"{rate:.2f}", f"{rate / measured[1]:.3f}"])
+    rows: list[list[Any]] = [
+        [f"measured, K = {k}", n, f"{rate:.2f}", f"{rate / measured[1]:.3f}"] for n, rate in measured.items()
+    ]
     cluster = Cluster()
     constants = modelled_constants(cluster)
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from offload_sparse.bench.cells import BATCH, SETS, Run, accuracy, finish, kept, last, options_on, outcome
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.options import StudyConfig, check_names
+from offload_sparse.bench.options import StudyConfig, chosen
 from offload_sparse.engine.config import SEARCHED, RoundConfig
 from offload_sparse.policy.width_search import cycles_and_pairs
 
@@ -64,8 +64,7 @@ def run(quick: bool, config: StudyConfig) -> BenchResult:
     """Every cell that is not in the cache yet; ``quick`` takes one seed and 40 steps of three methods. Raises
     ValueError: there is no method of a name, or not in this setting."""
     names = [name for name in METHODS if possible(config, name)]
-    check_names("methods", config.methods, names)
-    methods = config.methods or (["even", "probe", "persistent"] if quick else names)
+    names = chosen("methods", config.methods, names, ["even", "probe", "persistent"] if quick else names)
     epochs = config.epochs or EPOCHS[config.set]
     steps = 40 if quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
@@ -75,7 +74,6 @@ def run(quick: bool, config: StudyConfig) -> BenchResult:
             for seed in range(config.seeds or (1 if quick else 3))
             for share in config.flops
             for name in names
-            if name in methods
         ]
         run_of = partial(cell, config, folder, steps)
         before = [("probe" if name == "found" else name, share, seed) for name, share, seed in cells]

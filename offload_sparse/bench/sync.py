@@ -18,7 +18,7 @@ from typing import Any
 
 from offload_sparse.bench.cells import Run, accuracy, finish, kept, outcome, spread
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.options import SyncBenchConfig, check_names
+from offload_sparse.bench.options import SyncBenchConfig, chosen
 
 RANKS = 2
 
@@ -55,12 +55,11 @@ _HEADER = ("mode", "runs", "test accuracy %", "spread", "difference from step", 
 def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
     """Every mode over the same seeds; ``quick`` makes few steps of one seed. Raises ValueError: there is no
     mode of a name."""
-    check_names("modes", config.modes, MODES)
+    modes = chosen("modes", config.modes, MODES, ["step", "round10"] if quick else MODES)
     seeds, epochs = config.seeds or (1 if quick else 2), config.epochs or 8
     options = _COMMON | {"data.limit": 512 if quick else config.images, "train.epochs": epochs}
     options |= {"train.max_steps": 40} if quick else {}
     options |= {"data.name": config.data, "data.splits": "[train, validation]"} if config.data else {}
-    modes = config.modes or (["step", "round10"] if quick else list(MODES))
     runs: dict[str, list[Run]] = {}
     with kept(config) as folder:
         for seed in range(seeds):
