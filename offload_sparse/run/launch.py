@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from offload_sparse.config import parse as arguments
-from offload_sparse.config.run import RunConfig, TrainConfig
+from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.distributed import on_first_rank, rank_and_world_size
 from offload_sparse.run import resume
 from offload_sparse.run.errors import RunError, disk_fails
@@ -129,7 +129,9 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
     """The accelerator of this process; what may befall a run inside is one line. Raises ValueError: ranks do
     not find each other, or the device cannot do what is asked; RunError: memory or the disk is too small, or
     another process has died."""
-    accelerator = start(config.train, config.run_dir, config.trackers)
+    accelerator = start(config)
+    from accelerate.state import AcceleratorState
+
     before, heard = threading.excepthook, None
     # A thread of a tracker that meets a full disk ends; this one hears of it with its next line.
     threading.excepthook = lambda found: None if disk_fails(found.exc_value) else before(found)
@@ -146,6 +148,7 @@ def launched(config: RunConfig) -> Iterator[Accelerator]:
             raise RunError(reason) from error
         raise
     finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of which a next run knows nothing
         threading.excepthook = before
         if heard is not None:
             signal.signal(signal.SIGCHLD, heard)
@@ -205,25 +208,27 @@ def _breaks_a_pipe(error: BaseException) -> bool:
     return isinstance(error, EOFError | ConnectionError) and frames[-1].filename == connection.__file__
 
 
-def start(config: TrainConfig, run_dir: Path, trackers: list[str]) -> Accelerator:
+def start(config: RunConfig) -> Accelerator:
     """The accelerator of this process. Raises ValueError: ranks do not find each other, or the device cannot
     do what is asked."""
     check_environment()
-    end_with_launcher()
-    check_trackers(trackers)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # saved; it must not train on beside the next job
+    check_trackers(config.trackers)
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
     grow_segments()
-    _join_again(timedelta(seconds=config.timeout))
+    timeout, run_dir = timedelta(seconds=config.train.timeout), config.run_dir
+    _join_again(timeout)
     accelerator = Accelerator(
-        mixed_precision=config.autocast,
+        mixed_precision=config.train.autocast,
         cpu=not torch.cuda.is_available(),
-        log_with=trackers or None,
+        log_with=config.trackers or None,
         project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / TRACKERS_FOLDER)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
-    if config.precision == "tf32":
+    if config.train.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
@@ -282,13 +287,6 @@ def sole_job(run_dir: Path) -> Iterator[None]:
     finally:
         for lock in locks:
             lock.release()
-
-
-def end_with_launcher() -> None:
-    """A rank is asked to stop when its launcher is gone: it saves and ends, as on any SIGTERM, and does not
-    train on beside the next job."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from offload_sparse.bench.contract import BenchResult, print_result
 from offload_sparse.cli import main as cli
@@ -28,7 +27,6 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
     """What a command prints, all of whose lines fit."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
     if "--help" in argv:
         with pytest.raises(SystemExit):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
@@ -32,7 +31,6 @@ OPTIONS = {
 
 def train(folder: Path, **more: str) -> Path:
     words = [word for name, value in (OPTIONS | more).items() for word in (f"--{name}", value)]
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert main(["train", *words, "--run_dir", str(folder)]) == 0
     return folder
 
@@ -43,7 +41,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
     assert main([*argv, "--json", "true"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -107,7 +104,6 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(
 def test_a_damaged_checkpoint_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = checkpoints(run)[1]
     (first / "manifest.json").write_text("{}")
-    AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
     assert main(["evaluate", str(first)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -147,7 +143,6 @@ def test_a_store_in_files_is_only_looked_at(
     ours, other = (load_pruned(tmp_path / "exported" / name).state_dict() for name in ("ram", "file"))
     assert ours.keys() == other.keys()
     assert all(torch.equal(ours[name], other[name]) for name in ours)
-    AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
     assert main(["evaluate", str(on_disk / "checkpoints" / "step_00000004")]) == 2
     assert re.search(

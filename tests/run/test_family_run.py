@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
@@ -20,7 +19,6 @@ SHARES = ("0.1", "0.3", "0.6")
 
 
 def family(images: Path, run_dir: Path, *more: str) -> int:
-    AcceleratorState._reset_state(reset_partial_state=True)
     budgets = ("--policy.search", "none", "--policy.budget", "flops", "--policy.rho", "0.1")
     given = (*budgets, "--policy.budgets", f"[{', '.join(SHARES)}]", "--trackers", "[]")
     return main(options(images, run_dir, *given, *more))
@@ -91,7 +89,6 @@ def test_a_member_is_exported_from_the_model_and_from_a_checkpoint(
 
 
 def assert_exports(path: Path, share: str, expected: Path, output: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert main(["export", str(path), "--budget", share, "--output", str(output)]) == 0
     ours, copied = (load_pruned(folder).state_dict() for folder in (expected, output))
     assert ours.keys() == copied.keys()

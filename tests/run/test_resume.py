@@ -11,39 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
 from offload_sparse.export.json_values import sealed
 from offload_sparse.run.checkpoint_files import CheckpointFolder
 from offload_sparse.run.trainer import Run
-from tests.support.image_runs import options, poison, with_classes
+from tests.support.image_runs import interrupted, poison, train, with_classes
 
 METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
 
 
-def train(images: Path, run_dir: Path, *more: str) -> int:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.manual_seed(torch.seed())  # a new process has a generator of its own
-    return main(options(images, run_dir, "--train.check", "false", "--train.log_every", "4", *more))
+@pytest.fixture(scope="module")
+def _dense(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("dense") / "run"
+    assert interrupted(2, images, run, "--method", "dense") == 0
+    return run
 
 
-def look(checkpoint: Path, *more: str) -> int:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return main(["evaluate", str(checkpoint), *more])
+@pytest.fixture
+def stopped(_dense: Path, tmp_path: Path) -> Path:
+    """A run of ``dense`` that was interrupted in its third step; a test has its own copy."""
+    return Path(shutil.copytree(_dense, tmp_path / "stopped"))
 
 
-def raise_signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
-    """From now on a run gets the signal while it does this step."""
-    original = Run.train_step
-
-    def train_step(self: Run, at: int, batch: Any) -> None:
-        if at == step:
-            signal.raise_signal(number)
-        original(self, at, batch)
-
-    monkeypatch.setattr(Run, "train_step", train_step)
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -76,33 +69,26 @@ QUICK = ("sparse_offload", "dense", "dfbst", "rigl")
         for method in METHODS
     ],
 )
-def test_straight_is_interrupted_and_resumed(
-    method: str, step: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_straight_is_interrupted_and_resumed(method: str, step: int, images: Path, tmp_path: Path) -> None:
     """SIGTERM inside the first round, between two lines of metrics, in the fine-tune; SGD and AdamW."""
     optimizer = "adamw" if step == 4 else "sgd"
     more = ["--method", method, "--optim.name", optimizer, "--optim.lr", "0.01", "--round.freeze_at", "0.6"]
     assert train(images, tmp_path / "straight", *more) == 0
-    with monkeypatch.context() as patch:
-        raise_signal_at(step, patch)
-        assert train(images, tmp_path / "parts", *more) == 0
+    assert interrupted(step, images, tmp_path / "parts", *more) == 0
     assert not (tmp_path / "parts" / "summary.json").exists()
     assert train(images, tmp_path / "parts", *more) == 0
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
 
 
 def test_many_parts_and_background_checkpoints_make_the_same_run(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(images, tmp_path / "straight") == 0
     more = ["--checkpoint.every", "1", "--checkpoint.keep", "1"]
     for step in (1, 5, 9):
-        with monkeypatch.context() as patch:
-            raise_signal_at(step, patch, signal.SIGINT)
-            assert train(images, tmp_path / "parts", *more) == 0
-            assert (
-                f"stopped at step {step + 1} (SIGINT); the same command resumes" in capsys.readouterr().err
-            )
+        assert interrupted(step, images, tmp_path / "parts", *more, number=signal.SIGINT) == 0
+        said = f"stopped at step {step + 1} (SIGINT); the same command resumes"
+        assert said in capsys.readouterr().err
     assert train(images, tmp_path / "parts", *more) == 0
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
     assert len(CheckpointFolder(tmp_path / "parts" / "checkpoints").checkpoints()) in (1, 2), (
@@ -202,25 +188,20 @@ def test_a_run_goes_back_to_one_of_its_checkpoints(linked: bool, images: Path, t
 
 
 def test_the_run_that_another_was_begun_from_is_known_in_every_folder(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    for name, step, more in (("first", 2, []), ("second", 4, ["--resume", "first"])):
-        with monkeypatch.context() as patch:
-            raise_signal_at(step, patch)
-            assert train(images, Path(name), "--method", "dense", *more) == 0
+    assert interrupted(4, images, Path("second"), "--method", "dense", "--resume", stopped.name) == 0
     monkeypatch.chdir("elsewhere")
-    assert train(images, Path("../second"), "--method", "dense", "--resume", "../first") == 0
+    assert train(images, Path("../second"), "--method", "dense", "--resume", f"../{stopped.name}") == 0
 
 
 def test_a_store_in_files_knows_its_checkpoint_by_every_path(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(images, Path("run"), "--store.tier", "file") == 0
+    assert interrupted(2, images, Path("run"), "--store.tier", "file") == 0
     newest = tmp_path / "run" / "checkpoints" / "step_00000003"
     assert train(images, Path("run"), "--store.tier", "file", "--resume", str(newest)) == 0
 
@@ -235,42 +216,32 @@ def test_a_store_in_files_knows_its_checkpoint_by_every_path(
     ],
 )
 def test_a_run_that_cannot_be_carried_on_is_refused_and_left_alone(
-    more: list[str],
-    advice: str,
-    images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    more: list[str], advice: str, images: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(images, tmp_path, "--method", "dense") == 0
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    capsys.readouterr()
-    assert train(images, tmp_path, "--method", "dense", *more) == 2
+    before = contents(stopped)
+    assert train(images, stopped, "--method", "dense", *more) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert advice in message
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert contents(stopped) == before
 
 
 @pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restarted_attempt_resumes_the_run_that_resume_never_has_begun(
     count: str,
     images: Path,
+    stopped: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """And no other one, which the attempt before has refused. Slurm counts how often a job was requeued."""
-    for name, resume in (("own", "never"), ("earlier", "auto")):
-        with monkeypatch.context() as patch:
-            raise_signal_at(2, patch)
-            assert train(images, tmp_path / name, "--method", "dense", "--resume", resume) == 0
+    more = ("--method", "dense", "--resume", "never")
+    assert interrupted(2, images, tmp_path / "own", *more) == 0
     assert "the same command without --resume never resumes" in capsys.readouterr().err
     monkeypatch.setenv(count, "1")
-    assert train(images, tmp_path / "own", "--method", "dense", "--resume", "never") == 0
+    assert train(images, tmp_path / "own", *more) == 0
     assert "resuming at step 3" in capsys.readouterr().err
-    assert train(images, tmp_path / "earlier", "--method", "dense", "--resume", "never") == 2
+    assert train(images, stopped, *more) == 2
     assert "holds a run already" in capsys.readouterr().err
 
 
@@ -279,9 +250,7 @@ def test_a_requeued_job_resumes_the_run_that_overwrite_has_begun(
 ) -> None:
     """By hand the same command begins anew, which the first part says."""
     more = ("--method", "dense", "--overwrite", "true")
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(images, tmp_path, *more) == 0
+    assert interrupted(2, images, tmp_path, *more) == 0
     without = "the same command without --overwrite true (which starts anew) resumes"
     assert without in " ".join(capsys.readouterr().err.split())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -291,21 +260,15 @@ def test_a_requeued_job_resumes_the_run_that_overwrite_has_begun(
 
 @pytest.mark.parametrize("tier", ["ram", "file"])
 def test_a_run_whose_classes_are_others_is_refused_and_left_alone(
-    tier: str,
-    images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tier: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The names have changed in the same files. With the old ones it resumes to the end that it would have
     had, also where a store in files has been opened in between."""
     data, run = Path(shutil.copytree(images, tmp_path / "data")), tmp_path / "run"
     more = ("--store.tier", tier)
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(data, run, *more) == 0
+    assert interrupted(2, data, run, *more) == 0
     with_classes(images, data, "light", "dusk")
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "store" not in p.parts}
+    before = {p: text for p, text in contents(run).items() if "store" not in p.parts}
     capsys.readouterr()
     assert train(data, run, *more) == 2
     (message,) = capsys.readouterr().err.splitlines()
@@ -320,19 +283,17 @@ def test_a_run_whose_classes_are_others_is_refused_and_left_alone(
 
 
 def test_a_run_whose_images_have_moved_resumes(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And its checkpoint is evaluated, with the new place. A finished run is not taken for one on others."""
     parts, more = tmp_path / "parts", ("--method", "dense")
     assert train(images, tmp_path / "straight", *more) == 0
     data = Path(shutil.copytree(images, tmp_path / "data"))
-    with monkeypatch.context() as patch:
-        raise_signal_at(4, patch)
-        assert train(data, parts, *more) == 0
+    assert interrupted(4, data, parts, *more) == 0
     there = data.rename(tmp_path / "there")
     newest = parts / "checkpoints" / "step_00000005"
-    assert look(newest) == 2
-    assert look(newest, "--data.name", str(there)) == 0
+    assert main(["evaluate", str(newest)]) == 2
+    assert main(["evaluate", str(newest), "--data.name", str(there)]) == 0
     capsys.readouterr()
     assert train(there, parts, *more) == 0
     assert "the classes and all labels are the same" in " ".join(capsys.readouterr().err.split())
@@ -342,30 +303,23 @@ def test_a_run_whose_images_have_moved_resumes(
 
 
 def test_of_an_earlier_version_only_the_place_of_the_images_is_known(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(images, tmp_path / "run", "--method", "dense") == 0
-    path = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"
+    path = stopped / "checkpoints" / "step_00000003" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["digest"], manifest["run"]["images"]
     path.write_text(sealed(manifest))
     there = Path(shutil.copytree(images, tmp_path / "there"))
-    assert train(there, tmp_path / "run", "--method", "dense") == 2
+    assert train(there, stopped, "--method", "dense") == 2
     assert f"it is of a run with data.name {images}" in capsys.readouterr().err
-    assert train(images, tmp_path / "run", "--method", "dense") == 0
+    assert train(images, stopped, "--method", "dense") == 0
     assert "resuming at step 3" in capsys.readouterr().err
 
 
 def test_a_start_from_another_run_names_the_setting_that_differs(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(images, tmp_path / "first", "--method", "dense") == 0
-    capsys.readouterr()
-    more = ("--method", "dense", "--optim.lr", "0.01", "--resume", str(tmp_path / "first"))
+    more = ("--method", "dense", "--optim.lr", "0.01", "--resume", str(stopped))
     assert train(images, tmp_path / "second", *more) == 2
     said = capsys.readouterr().err
     assert "with optim.lr 0.1 instead of 0.01); give the settings that it was made with" in said
@@ -378,44 +332,35 @@ def test_a_run_whose_store_is_elsewhere_is_refused_and_left_alone(
     run, more = tmp_path / "run", ("--store.tier", "file", "--store.path", "store")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(images, run, *more) == 0
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert interrupted(2, images, run, *more) == 0
+    before = contents(tmp_path)
     monkeypatch.chdir("elsewhere")
-    for again in (partial(train, images, run, *more), partial(look, run / "checkpoints" / "step_00000003")):
+    checkpoint = run / "checkpoints" / "step_00000003"
+    for again in (partial(train, images, run, *more), partial(main, ["evaluate", str(checkpoint)])):
         capsys.readouterr()
         assert again() == 2
         assert "there is no store in store/rank0" in capsys.readouterr().err
-        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        assert contents(tmp_path) == before
     monkeypatch.chdir("..")
     assert train(images, run, *more) == 0
     assert "resuming at step 3 from its own store" in capsys.readouterr().err
 
 
 def test_checkpoints_that_are_all_damaged_are_an_error_and_stay(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        raise_signal_at(2, patch)
-        assert train(images, tmp_path, "--method", "dense") == 0
-    (folder,) = CheckpointFolder(tmp_path / "checkpoints").checkpoints()
+    (folder,) = CheckpointFolder(stopped / "checkpoints").checkpoints()
     (folder / "rank_0.safetensors").write_bytes(b"damaged")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    capsys.readouterr()
-    assert train(images, tmp_path, "--method", "dense") == 2
+    before = contents(stopped)
+    assert train(images, stopped, "--method", "dense") == 2
     assert "--overwrite true" in capsys.readouterr().err
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert contents(stopped) == before
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_folder_can_be_the_start(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_another_folder_can_be_the_start(images: Path, tmp_path: Path) -> None:
     assert train(images, tmp_path / "straight") == 0
-    with monkeypatch.context() as patch:
-        raise_signal_at(4, patch)
-        assert train(images, tmp_path / "first") == 0
+    assert interrupted(4, images, tmp_path / "first") == 0
     assert train(images, tmp_path / "second", "--resume", str(tmp_path / "first")) == 0
     straight = [line for line in metrics(tmp_path / "straight") if line["step"] > 5]
     assert metrics(tmp_path / "second") == straight

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
-import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from offload_sparse import load_pruned
-from offload_sparse.cli.main import main
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.pretrained import WeightSource
-from offload_sparse.run.trainer import Run
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.models import build_model, weight_cache
 from offload_sparse.workloads.models.weight_cache import cached_weights
-from tests.support.image_runs import options, with_classes
+from tests.support import image_runs
+from tests.support.image_runs import with_classes
 
 METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
 
 
 def train(images: Path, run_dir: Path, *more: str) -> int:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return main(options(images, run_dir, "--train.check", "false", "--train.max_steps", "2", *more))
+    return image_runs.train(images, run_dir, "--train.max_steps", "2", *more)
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +90,10 @@ def test_a_new_head_takes_nothing_of_the_last_layer_of_other_classes(
     assert {name.partition(".")[0] for name in differ} == {"classifier"}
 
 
-def test_a_run_that_started_from_weights_resumes(
-    images: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Run.train_step
-
-    def stopped(self: Run, at: int, batch: object) -> None:
-        if at == 0:
-            signal.raise_signal(signal.SIGTERM)
-        original(self, at, batch)  # type: ignore[arg-type]
-
-    more = ("--model.weights", str(dense), "--checkpoint.every", "1")
+def test_a_run_that_started_from_weights_resumes(images: Path, dense: Path, tmp_path: Path) -> None:
+    more = ("--model.weights", str(dense), "--checkpoint.every", "1", "--train.max_steps", "2")
     assert train(images, tmp_path / "straight", *more) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "train_step", stopped)
-        assert train(images, tmp_path / "parts", *more) == 0
+    assert image_runs.interrupted(0, images, tmp_path / "parts", *more) == 0
     assert not (tmp_path / "parts" / "summary.json").exists()
     assert train(images, tmp_path / "parts", *more) == 0
     ends = [load_file(tmp_path / run / "model" / "weights.safetensors") for run in ("straight", "parts")]

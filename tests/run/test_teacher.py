@@ -13,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from offload_sparse import load_pruned
@@ -27,7 +26,7 @@ from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.normalise import normalise_for
 from offload_sparse.workloads.data.source import load_splits
-from tests.support.image_runs import options
+from tests.support import image_runs
 
 
 class Images:
@@ -145,8 +144,7 @@ def test_the_loss_is_half_that_of_the_labels_and_half_the_divergence() -> None:
 
 
 def train(images: Path, run_dir: Path, *more: str) -> int:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return main(options(images, run_dir, "--train.check", "false", "--train.max_steps", "3", *more))
+    return image_runs.train(images, run_dir, "--train.max_steps", "3", *more)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +165,6 @@ def test_a_checkpoint_of_a_search_is_chosen_by_the_logits_of_its_run(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     losses = []
     for path in (tmp_path / "checkpoints" / "step_00000003", tmp_path):
-        AcceleratorState._reset_state(reset_partial_state=True)
         capsys.readouterr()
         assert main(["evaluate", str(path), "--json"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 
+from offload_sparse.cli.main import main
 from offload_sparse.run import trainer
 from offload_sparse.workloads.data.parquet import read_parquet
 
@@ -20,6 +23,28 @@ def options(images: Path, run_dir: Path, *more: str) -> list[str]:
         *("--policy.search", "sampled", "--train.log_every", "2"),
         *("--quiet", "true", *more),
     ]
+
+
+def train(images: Path, run_dir: Path, *more: str) -> int:
+    """Such a run, whose network is not checked; its exit code."""
+    torch.manual_seed(torch.seed())  # a new process has a generator of its own
+    return main(options(images, run_dir, "--train.check", "false", "--train.log_every", "4", *more))
+
+
+def interrupted(
+    step: int, images: Path, run_dir: Path, *more: str, number: int = signal.SIGTERM
+) -> int:
+    """``train``, which gets a signal while it does this step."""
+    original = trainer.Run.train_step
+
+    def train_step(run: trainer.Run, at: int, batch: Any) -> None:
+        if at == step:
+            signal.raise_signal(number)
+        original(run, at, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Run, "train_step", train_step)
+        return train(images, run_dir, *more)
 
 
 def with_classes(images: Path, folder: Path, *names: str) -> Path:
