@@ -63,25 +63,14 @@ class Remembered:
 
     def records(self) -> list[StepRecord]:
         """``unlogged``. Raises ValueError: it is none."""
-        names = [field.name for field in fields(_Measured)]
+        names = [field.name for field in fields(StepRecord)]
         found = [
-            json_values.convert(dict(zip(names, values, strict=False)), _Measured) for values in self.unlogged
+            json_values.convert(dict(zip(names, values, strict=False)), StepRecord)
+            for values in self.unlogged
         ]
-        return [StepRecord(**vars(record)) for record in found]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """The numbers of a ``StepRecord``; None is one that was not finite."""
-
-    loss: float | None
-    compared: tuple[float, ...] | None
-    metrics: dict[str, float | None]
-    fault: str = ""
-
-    def __post_init__(self) -> None:
-        if self.compared is not None and len(self.compared) != 2:
+        if any(record.compared is not None and len(record.compared) != 2 for record in found):
             raise ValueError("two losses are compared")
+        return found
 
 
 class Progress:
@@ -111,8 +100,7 @@ class Progress:
         self._images = images
         self._config, self._method, self._recorder, self._batches_at = config, method, recorder, batches_at
         self._start, self._total_steps = start, 0
-        self._rank, world_size = rank_and_world_size()
-        self._alone = world_size == 1
+        self._rank, self._world_size = rank_and_world_size()
         folder = config.run_dir / CHECKPOINT_FOLDER
         self._checkpointer = Checkpointer(folder, config.checkpoint, run_values(config))
         self._interruption, self._agreement = Interruption(), Agreement()
@@ -123,7 +111,6 @@ class Progress:
         self._skipped_batches = 0
         self._recent: deque[int] = deque(maxlen=FinalConfig.selection_batches)
         self._unlogged: list[StepRecord] = []
-        self._kept: Remembered | None = None
         self._best: float | None = None
         self._improved, self._wanted, self._stopping = False, False, False
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -145,7 +132,7 @@ class Progress:
         be used."""
         self._seed()
         self._total_steps = total_steps
-        start, loaded, in_place = self._start, None, 0
+        start, loaded, kept, in_place = self._start, None, None, 0
         reads = start.status == "started" or start.source is not None
         if reads or self._config.train.on_nonfinite == "rollback":
             state = self._method.state()
@@ -157,7 +144,7 @@ class Progress:
             if loaded is None and start.source is not None and not in_place:
                 loaded = self._checkpointer.load(self._blank, start.source)
         if loaded is not None:
-            self._take(loaded)
+            kept = self._take(loaded)
         if in_place:
             here = self._checkpointer.folder.of_step(in_place)
             if start.goes_back and start.source and not same_place(start.source, here):
@@ -165,10 +152,10 @@ class Progress:
                     f"a store in files goes on from where it is, step {in_place}, and not back to "
                     f"{start.source}; set resume auto, or start anew with --overwrite true"
                 )
-            self._take_up(in_place)
+            kept = self._take_up(in_place) or kept
         if start.goes_back and self._rank == 0:
             self._checkpointer.folder.drop_after(self.step)
-        origin, kept = str(start.source) if start.source else None, self._kept
+        origin = str(start.source) if start.source else None
         self._recorder.begin(total_steps, steps_per_epoch, self.step, kept.seconds if kept else 0.0, origin)
         if self.step and self._rank == 0 and start.status != "look":
             where = "its own store" if loaded is None or in_place else str(loaded.folder)
@@ -276,7 +263,7 @@ class Progress:
             "images": self._images,
         }
 
-    def _recall(self, run: dict[str, Any]) -> None:
+    def _recall(self, run: dict[str, Any]) -> Remembered:
         try:
             kept = json_values.convert(run, Remembered)
             self._unlogged = kept.records()
@@ -288,11 +275,11 @@ class Progress:
                 f"{self._images}; give its own images, another folder with --run_dir, or start anew with "
                 "--overwrite true"
             )
-        self._kept = kept
         self.rollbacks, self._skipped_batches = kept.rollbacks, kept.skipped_batches
         self._best, self._improved = kept.best, False
         self._recent.clear()
         self._recent.extend(kept.recent)
+        return kept
 
     # --- going back ---
 
@@ -326,32 +313,33 @@ class Progress:
         if self._rank == 0:
             logger.warning("%s; went back to step %d and left out the batches since", error, self.step)
 
-    def _take(self, loaded: Loaded) -> None:
+    def _take(self, loaded: Loaded) -> Remembered:
         state, run = loaded.state, loaded.manifest.run
         generators = {n.removeprefix(_RNG): t for n, t in state.local.items() if n.startswith(_RNG)}
         state.local = {n: t for n, t in state.local.items() if not n.startswith(_RNG)}
         self.step = loaded.manifest.step
-        self._recall(run)
+        kept = self._recall(run)
         self._method.restore(state)
         self._method.recall(self._batches_at(list(self._recent)))
         if generators:
             set_random_state(generators)
         else:
             self._seed()  # on another number of ranks
+        return kept
 
-    def _take_up(self, step: int) -> None:
+    def _take_up(self, step: int) -> Remembered | None:
         """Resume where a method stands that keeps its state by itself, whatever the last checkpoint; what the
         loop remembers came with it."""
         self.step, self.taken_up = step, True
         durable = self._method.durable
-        if durable is not None and durable.found:
-            self._recall(durable.found)
+        kept = self._recall(durable.found) if durable is not None and durable.found else None
         position = self.data_position
         self._recent.clear()
         self._recent.extend(range(max(0, position - (self._recent.maxlen or 0)), position))
         self._seed()
         self._method.restore(self._blank)
         self._method.recall(self._batches_at(list(self._recent)))
+        return kept
 
     def _seed(self) -> None:
         """torch's own generator (dropout) is a function of seed, rank and step."""
@@ -366,6 +354,6 @@ class Progress:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._interruption.__exit__(kind, error, trace)
         # After any other error a rank may be gone, and waiting for it would only delay the end.
-        if error is None or isinstance(error, FloatingPointError) or self._alone:
+        if error is None or isinstance(error, FloatingPointError) or self._world_size == 1:
             self._agreement.drain()
             self._checkpointer.join()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +46,11 @@ from offload_sparse.store.tiers import Mode
 from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.normalise import normalise_for, takes_channels_last
-from offload_sparse.workloads.data.source import Split, Splits, load_splits
+from offload_sparse.workloads.data.source import Splits, load_splits
 from offload_sparse.workloads.models import build_model, input_channels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_Loader = TypeVar("_Loader", TrainLoader, EvalLoader)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -106,48 +104,53 @@ class Run:
     """Everything that one run holds; the loop itself is ``train``."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, start: Start) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        resumes = start.status == "started"
-        main = accelerator.is_main_process
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        main, resumes = accelerator.is_main_process, start.status == "started"
         self.recorder = on_every_rank(lambda: Recorder(config, main, self._track, resumes))
         source = weight_source(config)
         log = config.run_dir / CORRUPT_LOG
         if not resumes:  # an earlier run's
             log.unlink(missing_ok=True)
         self.corrupt = CorruptImages(config.data.corrupt_limit, log)
-        with self.accelerator.local_main_process_first():  # which fills the cache that the others then read
+        with accelerator.local_main_process_first():  # which fills the cache that the others then read
             loaded = attempt(lambda: load_splits(config.data))
         self.splits: Splits = agreed(loaded)
-        self.channels = input_channels(config.model.name, self.splits.in_channels)
-        self.train_loader: TrainLoader = self._loader(
-            TrainLoader, self.splits.train, seed=config.train.seed, device=accelerator.device
-        )
-        self.test_loader: EvalLoader = self._loader(EvalLoader, self.splits.test)
-        held_out = self.splits.validation
-        self.watch_loader = self._loader(EvalLoader, held_out) if held_out else self.test_loader
+        splits, data = self.splits, config.data
+        self.image_shape = (input_channels(config.model.name, splits.in_channels), *splits.image_shape)
+        loading: dict[str, Any] = {
+            "rank": accelerator.process_index,
+            "world_size": accelerator.num_processes,
+            "channels": self.image_shape[0],
+            "progress": not config.quiet,
+            "corrupt": self.corrupt,
+            "write": write_file,
+        }
+        seed = config.train.seed
+        self.train_loader = TrainLoader(splits.train, data, seed=seed, device=self.device, **loading)
+        self.test_loader = self.watch_loader = EvalLoader(splits.test, data, **loading)
+        if splits.validation:
+            self.watch_loader = EvalLoader(splits.validation, data, **loading)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.total_steps = config.train.steps(self.steps_per_epoch)
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
-        self.device = self.accelerator.device
-        self.image_shape = (self.channels, *self.splits.image_shape)
-        data, begins = self._declared(), start.status == "new"
-        self.model_arguments = model_arguments(config, data)
-        model = self._model = model_on_meta(config, data)  # which says what does not fit together
-        weights = fitted_weights(source, model, self.splits.class_names, begins)
+        shape, number = splits.image_shape, len(splits.train)
+        self.data = DeclaredData(splits.num_classes, splits.in_channels, shape, number)
+        self.machine = this_machine(self.device, accelerator.num_processes)
+        self.model_arguments = model_arguments(config, self.data)
+        model = self._model = model_on_meta(config, self.data)  # which says what does not fit together
+        weights = fitted_weights(source, model, splits.class_names, begins=start.status == "new")
         images, self.lines = prepared_images(config, weights, self.image_shape)
         last = takes_channels_last(model, self.image_shape)
         self.normalise = normalise_for(self.train_loader.images, images, self.dtype, last).to(self.device)
         mode: Mode = "look" if start.status == "look" else "resume" if resumes else "replace"
         self.task = self._task(mode, weights)
         if config.train.check:
-            machine = this_machine(self.device, accelerator.num_processes)
-            on_first_rank(lambda: check(config, data, machine))  # whose machine decides for all
+            on_first_rank(lambda: check(config, self.data, self.machine))  # whose machine decides for all
         bound_memory(self.task.factory)
         self.teacher = self._teacher()
         self.method: Method = build_method(self.task)
         return_freed_memory()
-        images_are = self.splits.identity()
+        images_are = splits.identity()
         self.progress = Progress(config, self.method, self.recorder, start, self._batches_at, images_are)
 
     # --- the loop ---
@@ -241,15 +244,14 @@ class Run:
     def start_lines(self) -> tuple[str, ...]:
         """Device, model, data (in detail) and method, with what the run is expected to take."""
         config, splits, method = self.config, self.splits, self.method
-        cuda, ranks = self.device.type == "cuda", self.accelerator.num_processes
-        device = torch.cuda.get_device_name(self.device) if cuda else "cpu"
+        ranks = self.accelerator.num_processes
         precision = config.train.dtype if config.train.autocast == "no" else config.train.autocast
         groups = len(method.channel_map.groups)
         channels = f", {method.channel_map.num_atoms:,} channels in {groups} groups" if groups else ""
         counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         images = ", ".join(f"{len(split):,} {name}" for name, split in counts.items() if split is not None)
         return (
-            f"device: {device}{f', {ranks} ranks' if ranks > 1 else ''}, {precision}",
+            f"device: {self._device_name}{f', {ranks} ranks' if ranks > 1 else ''}, {precision}",
             f"model: {config.model.name}, {method.cost.dense_parameters:,} parameters{channels}",
             f"data: {config.data.name}, {splits.num_classes} classes, {images}, "
             f"{'x'.join(map(str, self.image_shape))}",
@@ -280,9 +282,9 @@ class Run:
 
     def _expected(self) -> str:
         """FLOPs and memory beside those of dense training, by the plan."""
-        method, machine = self.method, this_machine(self.device, self.accelerator.num_processes)
+        method = self.method
         structure = Structure(method.channel_map, method.cost, self._model, self.task.example_inputs)
-        return beside_dense(Planner(self.config, self._declared(), structure), machine)
+        return beside_dense(Planner(self.config, self.data, structure), self.machine)
 
     # --- the end ---
 
@@ -308,7 +310,6 @@ class Run:
         costs = self.method.costs()
         cuda = self.device.type == "cuda"
         sizes = self._sizes(network.module)
-        params_ratio = sizes["params_ratio"]
         members = {
             f"{share:g}": {"test_accuracy": self._evaluate(member.module, self.test_loader).accuracy}
             | self._sizes(member.module)
@@ -316,7 +317,7 @@ class Run:
         }
         report = self.method.report()
         if self.accelerator.is_main_process:
-            kept = report.get("params_ratio", params_ratio)
+            kept = report.get("params_ratio", sizes["params_ratio"])
             warn_of_collapse(self.config.method, kept, result.one_class)
         return {
             "method": self.config.method,
@@ -326,7 +327,7 @@ class Run:
             "knob": knob(self.config),
             "steps": self.total_steps,
             "world_size": self.accelerator.num_processes,
-            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "device": self._device_name,
             "test_accuracy": result.accuracy,
             "test_loss": result.loss,
             **sizes,
@@ -342,6 +343,10 @@ class Run:
         } | report
 
     # --- parts ---
+
+    @property
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def _sizes(self, module: nn.Module) -> dict[str, float]:
         """Parameters and FLOPs of a network as shares of the full one's."""
@@ -392,30 +397,12 @@ class Run:
         return_freed_memory()
         return True
 
-    def _declared(self) -> DeclaredData:
-        splits = self.splits
-        return DeclaredData(splits.num_classes, splits.in_channels, splits.image_shape, len(splits.train))
-
     def out_of_memory(self) -> str:
         """What to change after the device's memory has not been enough, in one line."""
         machine = this_machine(self.device, self.accelerator.num_processes)
         if machine.device is not None:  # free is what the run itself does not hold already
             machine = replace(machine, device=machine.device + torch.cuda.memory_reserved(self.device))
-        return out_of_memory(self.config, self._declared(), machine)
-
-    def _loader(self, kind: Callable[..., _Loader], split: Split, **more: Any) -> _Loader:
-        """This rank's batches of a split."""
-        return kind(
-            split,
-            self.config.data,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            channels=self.channels,
-            progress=not self.config.quiet,
-            corrupt=self.corrupt,
-            write=write_file,
-            **more,
-        )
+        return out_of_memory(self.config, self.data, machine)
 
     def _to_device(self, batch: Batch) -> Batch | Taught:
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -424,8 +411,7 @@ class Run:
 
     def _batches_at(self, positions: list[int]) -> Iterator[Batch | Taught]:
         """The batches at these places in the order of the data."""
-        for batch in self.train_loader.at(positions):
-            yield self._to_device(batch)
+        return map(self._to_device, self.train_loader.at(positions))
 
     def _statistics_batches(self) -> Iterator[Tensor]:
         """Training images for BatchNorm statistics, the same whenever they are asked for."""
@@ -433,9 +419,7 @@ class Run:
             yield self._to_device(batch).images
 
     def _evaluate(self, module: nn.Module, loader: EvalLoader) -> Evaluation:
-        def total(values: Tensor) -> Tensor:
-            return self.accelerator.reduce(values, "sum")
-
+        total = partial(self.accelerator.reduce, reduction="sum")
         return evaluate(module, loader, self.normalise, self.device, total)
 
     def _saving(self, steps: int) -> float:
