@@ -17,7 +17,7 @@ from typing import Any
 
 from offload_sparse.bench.cells import Run
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.run.plan.machine import anonymous_bytes
+from offload_sparse.run.plan.machine import process_bytes
 
 ROUNDS = 3
 LIMIT = 3 * 3600.0
@@ -110,7 +110,7 @@ def watch(command: list[str], enough: Callable[[], bool] = lambda: False) -> Par
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
         try:
             while process.poll() is None:
-                peak = max(peak, anonymous_bytes(process.pid))
+                peak = max(peak, process_bytes(process.pid))
                 if enough():
                     break
                 if time.monotonic() - started > LIMIT:

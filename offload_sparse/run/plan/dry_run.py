@@ -109,7 +109,7 @@ def model_on_meta(config: RunConfig, data: DeclaredData) -> nn.Module:
         with torch.no_grad():
             model(inputs)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        if "meta" in str(error):  # it wants values, which the search for its channels will tell
+        if "meta" in str(error):  # it reads values, of which there are none here
             return model
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         size, what = " x ".join(map(str, inputs.shape[1:])), "tokens" if data.tokens else "images"

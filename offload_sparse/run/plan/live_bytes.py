@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import Subnet
+from offload_sparse.config.run import TrainConfig
 from offload_sparse.engine.gradients import FlatGradients
 from offload_sparse.engine.losses import TAIL
 
@@ -79,21 +80,20 @@ def step_peak(
     selection: Selection,
     images: Tensor,
     loss_fn: Loss,
-    dtype: torch.dtype = torch.float32,
-    autocast: torch.dtype | None = None,
+    train: TrainConfig,
     trained: bool = True,
     kept_gradients: bool = False,
 ) -> int:
     """The most bytes that live at once in a subnet's pass, beside its weights, flat gradients, statistics and
-    the batch.
+    the batch; of the types that ``train`` computes with.
 
     Args:
         model: the full model on the meta device, additions exposed.
         images: [b, C, H, W], or int64[b, L] tokens, of this rank's part of a batch; its values do not matter.
-        dtype: type of weights and images.
-        autocast: type that forward passes compute in, if not that of the weights.
         trained: whether a backward pass follows; a forward pass alone has no graph.
         kept_gradients: the pass adds to gradients that were there before, as an ordinary network's."""
+    dtype = getattr(torch, train.dtype)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.autocast)
     # Meta tensors serve and are several times faster, but nothing can be autocast on them, and attention has
     # no fused kernel there.
     tokens = not images.is_floating_point()

@@ -27,11 +27,6 @@ class Machine:
     host: int
     device: int | None
 
-    @property
-    def device_type(self) -> str:
-        """As torch names it."""
-        return "cpu" if self.device is None else "cuda"
-
 
 def this_machine(device: torch.device, ranks: int) -> Machine:
     """The machine that this process runs on, with what is free now."""
@@ -60,14 +55,9 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
     return min(limits)
 
 
-def process_bytes() -> int:
-    """Resident memory of this process that is its own: the interpreter, its libraries' data, and what it has
-    allocated so far. 0 where the system does not tell."""
-    return anonymous_bytes(os.getpid())
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Resident memory of a process that no file stands behind. 0 where the system does not tell."""
+def process_bytes(pid: int | str = "self") -> int:
+    """Resident memory that is a process's own (no file stands behind it): the interpreter, its libraries'
+    data, and what it has allocated so far. 0 where the system does not tell."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

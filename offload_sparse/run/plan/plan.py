@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from offload_sparse.policy.width_search import MEMORY_ROOM
 from offload_sparse.run.plan.dry_run import Structure, structure_of, trained_mask
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
 from offload_sparse.run.plan.live_bytes import Loss, labels_shape, step_peak
-from offload_sparse.run.plan.machine import Machine, process_bytes
+from offload_sparse.run.plan.machine import Machine
 from offload_sparse.store.copy.device_copy import STAGE
 from offload_sparse.store.copy.plans import WIRE
 from offload_sparse.store.direct_files import WINDOW
@@ -62,8 +63,7 @@ class Memory:
             CUDA device, what is ever written on a CPU.
         reserved: what is allocated for them; the same on a CUDA device.
         activations: largest transient of a step on the device, the batches that are kept included.
-        on_host: the subnets compute in host memory.
-        process: memory that the process takes before it allocates anything of this."""
+        on_host: the subnets compute in host memory."""
 
     store: int
     files: int
@@ -73,7 +73,6 @@ class Memory:
     reserved: int
     activations: int
     on_host: bool
-    process: int
 
     @property
     def device(self) -> int:
@@ -120,7 +119,7 @@ class Planner:
     @classmethod
     def of(cls, config: RunConfig, data: DeclaredData, machine: Machine) -> Planner:
         """For a run on ``machine``, whose device says what ``auto`` is."""
-        config = resolve(config, machine.device_type)
+        config = resolve(config, "cpu" if machine.device is None else "cuda")
         return cls(config, data, structure_of(config, data))
 
     def memory(self, machine: Machine, rounds: int = ROUNDS) -> Memory:
@@ -144,7 +143,6 @@ class Planner:
             reserved=first.reserved * self._item,
             activations=self.step_bytes(first, machine),
             on_host=not cuda,
-            process=process_bytes(),
         )
 
     def _network_memory(self, machine: Machine) -> Memory:
@@ -156,11 +154,11 @@ class Planner:
         )
         held = weights * (2 + len(self._slots) + (machine.ranks > 1)) + buffers
         images = self._images(machine)
-        passes = self._step_peak(selection, images, True, self._loss, kept_gradients=True)
+        passes = step_peak(self._model, selection, images, self._loss, self.config.train, kept_gradients=True)
         whole = sum(prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS])
         built = 4 * whole if self.config.method == "dense" else self.initialising_bytes()
-        activations, on_host = passes + self._batch_bytes(images), machine.device is None
-        return Memory(0, 0, built, 0, held, held, activations, on_host, process_bytes())
+        activations = passes + self._batch_bytes(images)
+        return Memory(0, 0, built, 0, held, held, activations, on_host=machine.device is None)
 
     def first_rounds(self, rounds: int, ranks: int = 1) -> FirstRounds:
         images, batch = self.data.train_images, self.config.data.batch_size
@@ -212,12 +210,12 @@ class Planner:
         share = self._item / (1 if first.own_subnets else machine.ranks)
         return to_device * share, back * share
 
-    def sent(self, machine: Machine, rounds: int = ROUNDS) -> float:
+    def sent(self, machine: Machine) -> float:
         """Bytes that a rank sends to other ranks per step of the search, a mean over rounds: the gradients of
         every step in a ring, or what ranks agree on at the end of a round; and what subnets are made from.
         """
         ranks, k = machine.ranks, self.config.round.k
-        first = self.first_rounds(rounds, ranks)
+        first = self.first_rounds(ROUNDS, ranks)
         learned = [[s for s in sides if s.trained] for sides in first.rounds]
         if self.config.round.sync == "round":
             agreed = [sum(first.entries(s, kind) for s in sides for kind in s.kinds) for sides in learned]
@@ -231,12 +229,14 @@ class Planner:
         train = self.config.train
         if method != "sparse_offload" and train.precision == "fp16":  # refused there, and bf16 takes as much
             train = replace(train, precision="bf16")
-        config = replace(self.config, method=method, train=train)  # type: ignore[arg-type]
-        return Planner(config, self.data, self.structure)
+        return self.having(method=method, train=train)
 
     def with_rho(self, rho: float) -> Planner:
-        config = replace(self.config, policy=replace(self.config.policy, rho=rho))
-        return Planner(config, self.data, self.structure)
+        return self.having(policy=replace(self.config.policy, rho=rho))
+
+    def having(self, **changes: Any) -> Planner:
+        """For the same network with other settings."""
+        return Planner(replace(self.config, **changes), self.data, self.structure)
 
     def _window_bytes(self) -> int:
         """Bytes of the windows through which files are read past the page cache."""
@@ -261,17 +261,10 @@ class Planner:
     def _passes(self, first: FirstRounds, sides: tuple[Side, ...], images: Tensor) -> int:
         """Most bytes of the passes of a round, the copy of the trained side's statistics included."""
         loss = self._sandwich(first.family) if len(first.family) > 1 else self._loss
-        peaks = [self._step_peak(side.selection, images, side.trained, loss) for side in sides]
+        train = self.config.train
+        peaks = [step_peak(self._model, s.selection, images, loss, train, s.trained) for s in sides]
         statistics = max(first.entries(s, BUFFERS) for s in sides if s.trained)
         return max(peaks) + statistics * self._item
-
-    def _step_peak(
-        self, selection: Selection, images: Tensor, trained: bool, loss: Loss, kept_gradients: bool = False
-    ) -> int:
-        train = self.config.train
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision)
-        dtype = getattr(torch, train.dtype)
-        return step_peak(self._model, selection, images, loss, dtype, autocast, trained, kept_gradients)
 
     def _images(self, machine: Machine) -> Tensor:
         """A rank's part of a batch, on the meta device."""
