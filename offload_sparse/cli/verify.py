@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from offload_sparse.channels.config import Residual
@@ -21,8 +19,7 @@ class VerifyConfig:
 
     Attributes:
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
-        all: check a table of networks of many families instead; only ``rho``, ``seed``, ``json``
-            and ``results`` count.
+        all: check a table of networks of many families instead; only ``rho``, ``seed`` and ``json`` count.
         rho: probability that a channel is kept, in (0, 1].
         residual: what is sampled on residual streams.
         image_size: side of the images in pixels; 0 takes 32 for networks of this package and 64 for others.
@@ -30,7 +27,6 @@ class VerifyConfig:
         num_classes: outputs of the network.
         seed: seed of the mask and of the network's random weights.
         json: print one JSON object instead of a table.
-        results: of ``--all``, a file of JSON lines that grows with every network and is resumed from.
     """
 
     model: str = ""
@@ -42,7 +38,6 @@ class VerifyConfig:
     num_classes: int = 10
     seed: int = 0
     json: bool = False
-    results: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.model) == self.all:
@@ -118,17 +113,14 @@ def _verify_all(config: VerifyConfig) -> int:
     """The table of ``--all``; exit code 1 if a network is refused with every policy."""
     from offload_sparse.inspect import coverage
 
-    start, rows, known = time.perf_counter(), _read_rows(config.results), {c.name for c in coverage.CASES}
-    done = {row["model"] for row in rows}
+    start, known = time.perf_counter(), {case.name for case in coverage.CASES}
     if not config.json:
         titles = ("model", "streams", "atoms", "groups", "search", "output", "gradient", "export")
         print(_ROW.format(*titles))
-    for row in [] if config.json else rows:
-        print(_row(row))
-    for case in (case for case in coverage.CASES if case.name not in done):
+    rows: list[dict[str, Any]] = []
+    for case in coverage.CASES:
         found = coverage.examine(case, rho=config.rho, seed=config.seed)
         rows += found
-        _append_rows(config.results, found)
         for row in [] if config.json else found:
             print(_row(row), flush=True)
     accepted = {row["model"] for row in rows if row["accepted"]}
@@ -143,21 +135,6 @@ def _verify_all(config: VerifyConfig) -> int:
     }
     show(summary | ({"models": rows} if config.json else {}), config.json)
     return 0 if summary["ok"] else 1
-
-
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of an earlier call, one JSON object a line; an unfinished last line counts as none."""
-    text = Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def _append_rows(path: str, rows: list[dict[str, Any]]) -> None:
-    """Behind the last whole line: what follows it would make one line with these."""
-    if path:
-        with Path(path).open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 _ROW = "{:<46}{:<9}{:>6}{:>7}{:>8}{:>7}{:>9}{:>7}"

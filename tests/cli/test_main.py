@@ -177,17 +177,16 @@ def test_verify_prints_a_table_and_fails_with_1(
 
 
 @pytest.fixture(scope="module")
-def covered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The results of `verify --all` of a network and of one that is refused, and what it printed."""
-    results = tmp_path_factory.mktemp("covered") / "rows.jsonl"
+def covered() -> Any:
+    """What `verify --all` prints of a network and of one that is refused."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr(coverage, "CASES", CASES)
-        assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 1
-    return results, json.loads(printed.getvalue())
+        assert cli.main(["verify", "--all", "--json"]) == 1
+    return json.loads(printed.getvalue())
 
 
-def test_verify_all_lists_every_network_and_why_it_is_refused(covered: tuple[Path, Any]) -> None:
-    found = covered[1]
+def test_verify_all_lists_every_network_and_why_it_is_refused(covered: Any) -> None:
+    found = covered
     assert (found["accepted"], found["refused"], found["ok"]) == (1, 1, False)
     *good_rows, bad = (r for r in found["models"] if r["model"] == SMALL or r["residual"] == "coupled")
     good = good_rows[0]
@@ -199,38 +198,18 @@ def test_verify_all_lists_every_network_and_why_it_is_refused(covered: tuple[Pat
     assert "cannot be traced" in bad["reason"]
 
 
-def test_verify_all_resumes_from_its_results(
-    covered: tuple[Path, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+@pytest.mark.parametrize("cases", [CASES[:1], CASES], ids=["accepted", "refused"])
+def test_verify_all_fails_where_a_network_is_refused(
+    cases: Any, covered: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where the first call has died while it wrote a row, and the next one has added to the file."""
-    rows, results = covered[1]["models"], tmp_path / "rows.jsonl"
-    examined: list[str] = []
-    whole = [json.dumps(row) + "\n" for row in rows if row["model"] == SMALL]
-    results.write_text("".join(whole) + json.dumps(rows[-1])[:20])
-
     def examine(case: coverage.Case, **_: object) -> list[Any]:
-        examined.append(case.name)
-        return [row for row in rows if row["model"] == case.name]
+        return [row for row in covered["models"] if row["model"] == case.name]
 
-    monkeypatch.setattr(coverage, "CASES", CASES)
+    monkeypatch.setattr(coverage, "CASES", cases)
     monkeypatch.setattr(coverage, "examine", examine)
-    for _ in range(2):
-        assert cli.main(["verify", "--all", "--json", "--results", str(results)]) == 1
-        assert json.loads(capsys.readouterr().out)["models"] == rows
-    assert examined == ["torchvision/alexnet"], "nothing is computed again"
-    assert cli.main(["verify", "--all", "--results", str(results)]) == 1
-    assert "refused: AlexNet cannot be traced" in capsys.readouterr().out
-
-
-def test_verify_all_ends_well_when_every_network_is_accepted(
-    covered: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(coverage, "CASES", CASES[:1])
-    assert cli.main(["verify", "--all", "--json", "--results", str(covered[0])]) == 0
-    assert json.loads(capsys.readouterr().out)["ok"] is True
+    refused = len(cases) > 1
+    assert cli.main(["verify", "--all"]) == refused
+    assert ("refused: AlexNet cannot be traced" in capsys.readouterr().out) == refused
 
 
 # --- evaluate ----------------------------------------------------------------------------------------
@@ -242,6 +221,7 @@ def exported_run(run_dir: Path, name: str = SMALL, **preprocessing: Any) -> nn.M
     network = build_model(name, **arguments).eval()
     config = RunConfig(run_dir=run_dir)
     config.data.limit, config.data.image_size = 64, 28
+    run_dir.mkdir(exist_ok=True)
     with Recorder(config) as recorder:
         recorder.begin(1, 1)
     channel_map = ChannelMap((Group("all", 0, 1),), {}, {})
