@@ -9,6 +9,7 @@
       store/          the weights of a store in files
       trackers/       files of trackers such as TensorBoard
       model/          the exported network
+      members/        the smaller ones of a family
 
 Only the main process records; on the others every method does nothing.
 """
@@ -19,7 +20,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -56,9 +56,9 @@ class Recorder:
 
     Making one only checks ``run_dir``, so that a folder that cannot serve is known before anything slow
     happens; ``begin`` writes the first files, so that a run that fails before its first step leaves no files
-    and costs no earlier run. ``track`` receives every line of metrics too; with ``resumes`` the folder holds
-    the earlier part of this run. Raises ValueError: ``run_dir`` cannot be written, or holds a run already and
-    ``overwrite`` is off."""
+    and costs no earlier run. ``track`` receives every line of metrics too; with ``resumes`` the folder, which
+    is there, holds the earlier part of this run. Raises ValueError: ``run_dir`` holds what may not be
+    replaced."""
 
     def __init__(
         self,
@@ -75,10 +75,8 @@ class Recorder:
         self._metrics: TextIO | None = None
         self._steps_per_epoch = 1
         self._begun = time.monotonic()
-        if is_main:
-            check_writable(config.run_dir)
-            if not resumes:
-                check_run_dir(config.run_dir, config.overwrite)
+        if is_main and not resumes:
+            check_run_dir(config.run_dir, config.overwrite)
 
     def begin(
         self,
@@ -209,26 +207,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def check_writable(run_dir: Path) -> None:
-    """Make sure that files can be written in ``run_dir``; the folder is created. Raises ValueError: they
-    cannot."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"run_dir {run_dir} cannot be written ({reason}); give another folder with --run_dir"
-        raise ValueError(message) from error
-
-
 def check_run_dir(run_dir: Path, overwrite: bool) -> None:
     """Make sure that a new run can start in ``run_dir``; nothing in it changes.
 
-    With ``overwrite`` the files of an earlier run may be replaced: config.yaml, metrics.jsonl, summary.json,
-    model/, trackers/ and checkpoints/, and only in a folder whose config.yaml a run has written, so that no
-    other ``model`` is ever lost. Raises ValueError: the folder holds files of these names that may not be
-    replaced."""
+    With ``overwrite`` what an earlier run has left may be replaced, and only in a folder whose config.yaml a
+    run has written, so that no other ``model`` is ever lost. Raises ValueError: the folder holds files of
+    these names that may not be replaced."""
     present = [name for name in _KNOWN if os.path.lexists(run_dir / name)]
     if not present:
         return

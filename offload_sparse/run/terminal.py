@@ -60,14 +60,14 @@ class Terminal:
         self._bar: tqdm[Any] | None = None
         self._redirected = ExitStack()
         self._values: dict[str, Any] = {}
-        self._total = self._step = self._first = self._epochs_told = 0
+        self._total = self._step = self._made = self._epochs_told = 0
         self._per_epoch = 1
         self._began = self._started = self._warm = self._last = 0.0
 
     def begin(self, total_steps: int, steps_per_epoch: int, step: int, seconds: float) -> None:
         """The run is at ``step`` of ``total_steps``, which took ``seconds`` so far."""
         self._total, self._per_epoch = total_steps, steps_per_epoch
-        self._step = self._first = step
+        self._step, self._made = step, 0
         self._warm = self._last = self._started = time.monotonic()
         self._began = self._started - seconds
         self._epochs_told = step // steps_per_epoch
@@ -84,8 +84,9 @@ class Terminal:
     def advance(self) -> None:
         self.epoch()
         self._step += 1
+        self._made += 1
         self._last = time.monotonic()
-        if self._step == self._first + _WARM_UP:
+        if self._made == _WARM_UP:
             self._warm = self._last
         if self._bar is not None:
             self._bar.set_postfix_str(self._words(on_bar=True), refresh=False)
@@ -132,10 +133,10 @@ class Terminal:
 
     def _left(self) -> str:
         """The time that the rest will take, by the steps of this process."""
-        done, since = self._step - self._first, self._started
-        if done > _WARM_UP:
-            done, since = done - _WARM_UP, self._warm
-        per_step = (self._last - since) / max(1, done)
+        made, since = self._made, self._started
+        if made > _WARM_UP:
+            made, since = made - _WARM_UP, self._warm
+        per_step = (self._last - since) / max(1, made)
         return tqdm.format_interval(per_step * (self._total - self._step))
 
     def _words(self, on_bar: bool = False) -> str:
