@@ -99,7 +99,9 @@ class CheckpointFolder:
         self.of_step(step, TEMPORARY).mkdir(parents=True)
 
     def commit(self, manifest: Manifest, best: bool, keep: int) -> None:
-        """Turn what was written into a checkpoint; all but the newest ``keep`` and the best one go."""
+        """Turn what was written into a checkpoint; all but the newest ``keep`` and the best one go. Those of
+        later steps, which could not be used when the run went on from an earlier one, neither count nor go.
+        """
         final = self.of_step(manifest.step)
         if os.path.lexists(final):  # the same step once more, after a rollback or on other ranks
             self.discard(final)
@@ -108,7 +110,8 @@ class CheckpointFolder:
         sync_folder(self.path.parent)  # where this folder may be new
         for pointer in (LATEST, BEST) if best else (LATEST,):
             write_file(self.path / pointer, final.name + "\n")
-        for folder in self.checkpoints()[keep:]:
+        up_to_here = [folder for folder in self.checkpoints() if step_of(folder) <= manifest.step]
+        for folder in up_to_here[keep:]:
             if folder != self.pointed(BEST):
                 self.discard(folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import zlib
 from collections.abc import Callable
@@ -191,12 +192,7 @@ def test_a_file_that_is_longer_than_what_may_wait_in_memory_is_whole(
 
 def test_a_folder_that_is_deleted_under_the_run_is_made_again(tmp_path: Path) -> None:
     saver = two_checkpoints(tmp_path)
-    for folder in CheckpointFolder(tmp_path / "checkpoints").checkpoints():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    (tmp_path / "checkpoints" / "latest").unlink()
-    (tmp_path / "checkpoints").rmdir()
+    shutil.rmtree(tmp_path / "checkpoints")
     saver.save(7, state(3.0), {})
     loaded = saver.load(blank())
     assert loaded is not None
@@ -316,6 +312,19 @@ def test_a_damaged_checkpoint_is_told_and_the_older_one_used(
     assert_equal(loaded.state, state(1.0))
     assert "step_00000005 cannot be used" in caplog.text
     assert (tmp_path / "checkpoints" / "step_00000005").exists(), "nothing is removed"
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
+    """The run goes on from the older one, and what it saves on the way is what it has."""
+    saver = two_checkpoints(tmp_path)
+    DAMAGES["a shard is truncated"](saver.folder.of_step(5))
+    saver = checkpointer(tmp_path, keep=1)
+    assert saver.load(blank()) is not None
+    saver.save(4, state(3.0), {})
+    loaded = saver.load(blank())
+    assert loaded is not None
+    assert loaded.manifest.step == 4
+    assert saver.folder.checkpoints() == [saver.folder.of_step(5), saver.folder.of_step(4)]
 
 
 @pytest.mark.parametrize("damage", ["a shard is truncated", "another shape", "another configuration"])
