@@ -10,7 +10,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import connection
@@ -27,7 +27,7 @@ from offload_sparse.run import resume
 from offload_sparse.run.errors import RunError, disk_fails
 from offload_sparse.run.log import TRACKERS_FOLDER
 from offload_sparse.run.process import end_with_parent, grow_segments
-from offload_sparse.store.lock import FolderLock, lock_folder
+from offload_sparse.store.lock import lock_folder
 from offload_sparse.store.weight_store import default_timeout
 
 if TYPE_CHECKING:
@@ -54,14 +54,13 @@ _LOST_RANK = (
 )
 
 
-def check_environment(environment: dict[str, str] | None = None) -> None:
+def check_environment(env: Mapping[str, str]) -> None:
     """Refuse launches whose processes would each train alone.
 
     ``accelerate launch --cpu --num_processes 2`` starts one process, and leaves nothing but MASTER_ADDR to
     tell; a process started by MPI or Slurm without a rendezvous knows its rank only from variables that torch
     does not read. Raises ValueError: the launcher wanted several ranks, but they cannot find each other; says
     what to run."""
-    env = dict(os.environ) if environment is None else environment
     if "WORLD_SIZE" in env:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
         if int(env["WORLD_SIZE"]) > 1 and missing:
@@ -82,17 +81,13 @@ def check_environment(environment: dict[str, str] | None = None) -> None:
             )
 
 
-def as_launched(
-    config: RunConfig, environment: Mapping[str, str] | None = None, launcher: Sequence[str] | None = None
-) -> RunConfig:
+def as_launched(config: RunConfig, env: Mapping[str, str], launcher: Sequence[str]) -> RunConfig:
     """The configuration with what ``accelerate launch`` was told in the environment, or in its own command
     line (``launcher``): precision and compilation are adopted. Raises ValueError: the launcher was told what
     a run cannot do, or something else than the configuration says."""
-    env = os.environ if environment is None else environment
-    flags = _parent_command() if launcher is None else launcher
-    for at, flag in enumerate(flags):
+    for flag, following in zip(launcher, [*launcher[1:], ""], strict=False):
         name, _, value = flag.partition("=")
-        value = value or (flags[at + 1] if at + 1 < len(flags) else "")
+        value = value or following
         if name.replace("-", "_") == "__gradient_accumulation_steps" and value != "1":
             raise ValueError(
                 f"accelerate launch was told --gradient_accumulation_steps {value}, but a step of a run is "
@@ -115,7 +110,7 @@ def as_launched(
     return replace(config, compile=config.compile or backend == "inductor")
 
 
-def _parent_command() -> list[str]:
+def parent_command() -> list[str]:
     """The command line of ``accelerate launch`` if it has started this process."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -211,7 +206,7 @@ def _breaks_a_pipe(error: BaseException) -> bool:
 def start(config: RunConfig) -> Accelerator:
     """The accelerator of this process. Raises ValueError: ranks do not find each other, or the device cannot
     do what is asked."""
-    check_environment()
+    check_environment(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # saved; it must not train on beside the next job
     check_trackers(config.trackers)
@@ -272,21 +267,17 @@ def sole_job(run_dir: Path) -> Iterator[None]:
     """Inside, every rank of this job holds the lock of ``run_dir``, and no other job can. Raises ValueError:
     another job does (on every rank)."""
     rank, world_size = rank_and_world_size()
-    locks: list[FolderLock] = []
+    with ExitStack() as held:
 
-    def first() -> None:
-        locks.append(lock_folder(run_dir))
-        if world_size > 1:
-            locks[0].share()
+        def first() -> None:
+            lock = held.enter_context(lock_folder(run_dir))
+            if world_size > 1:
+                lock.share()
 
-    try:
         on_first_rank(first)
         if rank:
-            locks.append(lock_folder(run_dir, shared=True))
+            held.enter_context(lock_folder(run_dir, shared=True))
         yield
-    finally:
-        for lock in locks:
-            lock.release()
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,15 +104,6 @@ class Teacher:
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:06d}.bin"
-
-
-class Taught(NamedTuple):
-    """A batch, and whose logits for its images (by ``indices``, int64[b]) are learned from."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    teacher: Teacher
 
 
 def distilled(loss: Tensor, logits: Tensor, teacher: Tensor) -> Tensor:

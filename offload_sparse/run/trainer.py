@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,7 @@ from offload_sparse.methods.method import Method, Task
 from offload_sparse.policy.width_search import cycles_and_pairs
 from offload_sparse.run.errors import RunError
 from offload_sparse.run.evaluation import Evaluation, evaluate
-from offload_sparse.run.launch import as_launched, launched, sole_job, start_trackers
+from offload_sparse.run.launch import as_launched, launched, parent_command, sole_job, start_trackers
 from offload_sparse.run.log import MEMBERS_FOLDER, MODEL_FOLDER, Recorder
 from offload_sparse.run.plan.dry_run import Structure, knob, model_arguments, model_on_meta
 from offload_sparse.run.plan.fit import beside_dense, check, out_of_memory
@@ -39,7 +40,7 @@ from offload_sparse.run.process import bound_memory, return_freed_memory
 from offload_sparse.run.resume import Start, finished_summary, start_of
 from offload_sparse.run.schedule import learning_rate
 from offload_sparse.run.start_weights import fitted_weights, prepared_images, weight_source
-from offload_sparse.run.teacher import TEACHER_FOLDER, Taught, Teacher, distilled
+from offload_sparse.run.teacher import TEACHER_FOLDER, Teacher, distilled
 from offload_sparse.run.terminal import fitted, tell, warn_of_collapse
 from offload_sparse.store.files import write_file
 from offload_sparse.store.tiers import Mode
@@ -59,7 +60,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     something in the configuration, the data or the launch has to be changed; says what; FloatingPointError: a
     loss or gradient was not finite; RunError: memory or the disk is too small, or another process has died.
     """
-    config = as_launched(config)
+    config = as_launched(config, os.environ, parent_command())
     with launched(config) as accelerator, sole_job(config.run_dir):
         config = resolve(config, accelerator.device.type)
         start = start_of(config)
@@ -142,12 +143,12 @@ class Run:
         images, self.lines = prepared_images(config, weights, self.image_shape)
         last = takes_channels_last(model, self.image_shape)
         self.normalise = normalise_for(self.train_loader.images, images, self.dtype, last).to(self.device)
+        self.teacher = self._teacher() if config.train.distill else None
         mode: Mode = "look" if start.status == "look" else "resume" if resumes else "replace"
         self.task = self._task(mode, weights)
         if config.train.check:
             on_first_rank(lambda: check(config, self.data, self.machine))  # whose machine decides for all
         bound_memory(self.task.factory)
-        self.teacher = self._teacher()
         self.method: Method = build_method(self.task)
         return_freed_memory()
         images_are = splits.identity()
@@ -155,7 +156,7 @@ class Run:
 
     # --- the loop ---
 
-    def batches(self) -> Iterator[tuple[int, Batch | Taught]]:
+    def batches(self) -> Iterator[tuple[int, Batch]]:
         """(step, this rank's part of the batch on the device) for every optimizer step that is left."""
         progress = self.progress
         if self.accelerator.is_main_process and not self.config.quiet:
@@ -185,7 +186,7 @@ class Run:
             self.recorder.log(step + 1, **self.epoch_metrics(step))
         self.progress.save_when_due()
 
-    def train_step(self, step: int, batch: Batch | Taught) -> None:
+    def train_step(self, step: int, batch: Batch) -> None:
         self.method.train_step(batch, self.learning_rate(step))
         self.progress.advance()
         self.recorder.advance()
@@ -365,7 +366,11 @@ class Run:
             config,
             factory,
             (torch.empty(1, *self.image_shape, device="meta"),),
-            partial(classification_loss, label_smoothing=config.optim.label_smoothing),
+            partial(
+                classification_loss,
+                label_smoothing=config.optim.label_smoothing,
+                teacher=self.teacher,
+            ),
             self.total_steps,
             self.device,
             self.dtype,
@@ -375,13 +380,11 @@ class Run:
             round(config.optim.warmup_epochs * self.steps_per_epoch),
         )
 
-    def _teacher(self) -> Teacher | None:
-        """The full network with the weights of the start, if it is to be learned from."""
-        if not self.config.train.distill:
-            return None
-        network, dtype, folder = self.task.network, self.dtype, self.config.run_dir / TEACHER_FOLDER
-        normalise, classes = copy.deepcopy(self.normalise).cpu(), self.splits.num_classes
-        return Teacher(lambda: network().to(dtype), self.train_loader.images, normalise, folder, classes)
+    def _teacher(self) -> Teacher:
+        """The full network with the weights of the start, to be learned from."""
+        folder, classes = self.config.run_dir / TEACHER_FOLDER, self.splits.num_classes
+        images, normalise = self.train_loader.images, copy.deepcopy(self.normalise).cpu()
+        return Teacher(lambda: self.task.network().to(self.dtype), images, normalise, folder, classes)
 
     def _teach(self) -> bool:
         """The logits of the teacher, as far as they are not there; every rank takes part. False if the run
@@ -404,12 +407,11 @@ class Run:
             machine = replace(machine, device=machine.device + torch.cuda.memory_reserved(self.device))
         return out_of_memory(self.config, self.data, machine)
 
-    def _to_device(self, batch: Batch) -> Batch | Taught:
+    def _to_device(self, batch: Batch) -> Batch:
         labels = batch.labels.to(self.device, non_blocking=True)
-        ready = Batch(self.normalise(batch.images), labels, batch.indices)
-        return ready if self.teacher is None else Taught(*ready, self.teacher)
+        return Batch(self.normalise(batch.images), labels, batch.indices)
 
-    def _batches_at(self, positions: list[int]) -> Iterator[Batch | Taught]:
+    def _batches_at(self, positions: list[int]) -> Iterator[Batch]:
         """The batches at these places in the order of the data."""
         return map(self._to_device, self.train_loader.at(positions))
 
@@ -432,11 +434,11 @@ class Run:
 
 
 def classification_loss(
-    module: nn.Module, batch: Batch | Taught, label_smoothing: float = 0.0
+    module: nn.Module, batch: Batch, label_smoothing: float = 0.0, teacher: Teacher | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy, or what ``distilled`` makes of it, with the accuracy of the batch beside it."""
     logits = module(batch.images)
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
-    if isinstance(batch, Taught):
-        loss = distilled(loss, logits, batch.teacher(batch.indices))
+    if teacher is not None:
+        loss = distilled(loss, logits, teacher(batch.indices))
     return loss, {"accuracy": (logits.argmax(1) == batch.labels).to(loss.dtype).mean()}

@@ -55,9 +55,7 @@ def main(argv: list[str]) -> int:
     return cli(["train", *argv[1:]])
 
 
-def _loss_with_dropout(
-    module: nn.Module, batch: Batch, label_smoothing: float = 0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss_with_dropout(module: nn.Module, batch: Batch, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """What depends on torch's generator, so that a run that lost its place in it shows."""
     logits = module(F.dropout(batch.images, 0.2))
     return F.cross_entropy(logits, batch.labels), {"accuracy": logits.detach().sum()}
@@ -116,9 +114,7 @@ def run(
     return [codes[process.pid] for process in processes], log.read_bytes()[before:].decode()
 
 
-def start(
-    folder: Path, name: str, more: list[str], environment: Mapping[str, str], output: int
-) -> Forked:
+def start(folder: Path, name: str, more: list[str], environment: Mapping[str, str], output: int) -> Forked:
     arguments = [str(folder / name), *OPTIONS, "--run_dir", str(folder / f"run_{name}"), *more]
     return fork_server.shared().start("tests.run.killed_run:main", arguments, environment, output)
 

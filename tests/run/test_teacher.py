@@ -162,14 +162,14 @@ def test_a_checkpoint_of_a_search_is_chosen_by_the_logits_of_its_run(
     assert train(images, tmp_path, *more, "--train.distill", "true") == 0
     if not kept:
         remove(tmp_path / "teacher")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = image_runs.contents(tmp_path)
     losses = []
     for path in (tmp_path / "checkpoints" / "step_00000003", tmp_path):
         capsys.readouterr()
         assert main(["evaluate", str(path), "--json"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert losses[0] == losses[1], "the last checkpoint is the end of the run"
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert image_runs.contents(tmp_path) == before
 
 
 def test_a_run_learns_from_the_logits_of_its_start(images: Path, tmp_path: Path, dense: Path) -> None:

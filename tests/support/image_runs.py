@@ -47,6 +47,11 @@ def interrupted(
         return train(images, run_dir, *more)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of every file in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def with_classes(images: Path, folder: Path, *names: str) -> Path:
     """The same images, in parquet files in ``folder``, with other names of their classes."""
     for path in images.glob("*.parquet"):
@@ -59,9 +64,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[Any]:
     """The loss is NaN at these calls. Returns the labels of every batch that was trained on."""
     original, seen = trainer.classification_loss, []
 
-    def loss(module: Any, batch: Any, label_smoothing: float = 0.0) -> Any:
+    def loss(module: Any, batch: Any, **settings: Any) -> Any:
         seen.append(batch.labels)
-        value, scalars = original(module, batch, label_smoothing)
+        value, scalars = original(module, batch, **settings)
         return (value * float("nan") if len(seen) - 1 in calls else value), scalars
 
     monkeypatch.setattr(trainer, "classification_loss", loss)
