@@ -87,9 +87,10 @@ def restarted() -> bool:
 
 def again(config: RunConfig) -> str:
     """How a run that did not come to its end is taken up, in words."""
-    anew = "--overwrite true (which starts anew)" if config.overwrite else ""
-    without = anew or ("--resume never" if config.resume == "never" else "")
-    return f"the same command{f' without {without}' if without else ''} resumes"
+    options = ["--overwrite true (which starts anew)"] if config.overwrite else []
+    options += ["--resume never"] if config.resume == "never" else []
+    without = f" without {' and '.join(options)}" if options else ""
+    return f"the same command{without} resumes"
 
 
 def start_of(config: RunConfig) -> Start:

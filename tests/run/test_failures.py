@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from offload_sparse.cli.main import main
 from offload_sparse.engine.faults import PHASES
 from offload_sparse.run import trainer
 from tests.run import killed_run
-from tests.support.image_runs import poison
 
 
 def test_a_device_too_small_is_one_line_with_what_fits(
@@ -33,9 +30,7 @@ def test_a_device_too_small_is_one_line_with_what_fits(
     assert "data.batch_size at most 8 (it is 8)" in line
 
 
-def test_a_rank_that_dies_is_one_line_on_the_other_and_ends_the_job(
-    tmp_path: Path
-) -> None:
+def test_a_rank_that_dies_is_one_line_on_the_other_and_ends_the_job(tmp_path: Path) -> None:
     fault = "kill:rank=1:step=5:phase=step"
     codes, log = killed_run.run(tmp_path, "run", 2, ["--train.timeout", "30"], fault)
     assert codes == [1, -signal.SIGKILL], log
@@ -73,38 +68,6 @@ def test_a_rank_that_hangs_is_given_up_after_the_time_limit(phase: str, tmp_path
     assert len(errors) == 1, log
     assert "has not answered within train.timeout (5 s)" in errors[0]
     assert "Traceback" not in log
-
-
-def test_a_checkpoint_folder_deleted_under_the_run_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_dir = tmp_path / "run"
-    original = trainer.Run.train_step
-
-    def train_step(run: trainer.Run, step: int, batch: Any) -> None:
-        if step == 5:
-            run.progress._checkpointer.join()
-            shutil.rmtree(run_dir / "checkpoints")
-        original(run, step, batch)
-
-    monkeypatch.setattr(trainer.Run, "train_step", train_step)
-    assert main(["train", *killed_run.OPTIONS, "--run_dir", str(run_dir)]) == 0
-    assert sorted(os.listdir(run_dir / "checkpoints")) == ["latest", "step_00000010", "step_00000012"]
-
-
-@pytest.mark.parametrize("method", ["dense", "sparse_offload"])
-@pytest.mark.parametrize("reaction", ["skip", "rollback"])
-def test_a_poisoned_batch_is_left_out(
-    method: str, reaction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Through the trainer: the run comes to its end, and no weight is NaN."""
-    poison(monkeypatch, 8)
-    options = [*killed_run.OPTIONS, "--method", method, "--train.on_nonfinite", reaction]
-    assert main(["train", *options, "--run_dir", str(tmp_path / "run")]) == 0
-    from offload_sparse import load_pruned
-
-    network = load_pruned(tmp_path / "run" / "model").state_dict()
-    assert all(bool(value.isfinite().all()) for value in network.values())
 
 
 def test_runs_of_one_seed_repeat_each_other_with_dropout(tmp_path: Path) -> None:

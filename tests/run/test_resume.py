@@ -17,7 +17,7 @@ from offload_sparse.cli.main import main
 from offload_sparse.export.json_values import sealed
 from offload_sparse.run.checkpoint_files import CheckpointFolder
 from offload_sparse.run.trainer import Run
-from tests.support.image_runs import interrupted, poison, train, with_classes
+from tests.support.image_runs import contents, interrupted, poison, train, with_classes
 
 METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
 
@@ -33,10 +33,6 @@ def _dense(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(_dense: Path, tmp_path: Path) -> Path:
     """A run of ``dense`` that was interrupted in its third step; a test has its own copy."""
     return Path(shutil.copytree(_dense, tmp_path / "stopped"))
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -248,10 +244,10 @@ def test_a_restarted_attempt_resumes_the_run_that_resume_never_has_begun(
 def test_a_requeued_job_resumes_the_run_that_overwrite_has_begun(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By hand the same command begins anew, which the first part says."""
-    more = ("--method", "dense", "--overwrite", "true")
+    """By hand the same command begins anew, which the first part says; or is refused, as for another run."""
+    more = ("--method", "dense", "--overwrite", "true", "--resume", "never")
     assert interrupted(2, images, tmp_path, *more) == 0
-    without = "the same command without --overwrite true (which starts anew) resumes"
+    without = "the same command without --overwrite true (which starts anew) and --resume never resumes"
     assert without in " ".join(capsys.readouterr().err.split())
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert train(images, tmp_path, *more) == 0
@@ -381,17 +377,23 @@ def test_stop_names_the_step_and_the_rank(
     assert newest.name == "step_00000005", "what is not finite is never saved"
 
 
+def assert_finite(run_dir: Path) -> None:
+    """No line of the log and no weight has what was poisoned in it."""
+    assert all(line["loss"] is not None for line in metrics(run_dir) if "loss" in line)
+    network = load_pruned(run_dir / "model").state_dict()
+    assert all(bool(value.isfinite().all()) for value in network.values())
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse_offload"])
 def test_skip_leaves_out_the_step_and_its_statistics(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, 5, 6)
-    assert train(images, tmp_path, "--method", "dense", "--train.on_nonfinite", "skip") == 0
+    assert train(images, tmp_path, "--method", method, "--train.on_nonfinite", "skip") == 0
     assert metrics(tmp_path)[-1]["step"] == 12
     logged = [line for line in metrics(tmp_path) if "loss" in line]
-    assert logged[-1]["skipped_steps"] == 2
-    assert all(line["loss"] is not None for line in logged)
-    network = load_pruned(tmp_path / "model").state_dict()
-    assert all(bool(value.isfinite().all()) for value in network.values())
+    assert method != "dense" or logged[-1]["skipped_steps"] == 2
+    assert_finite(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["dense", "sparse_offload"])
@@ -418,7 +420,7 @@ def test_a_rollback_leaves_out_the_batches_that_led_to_it(
     more = ["--train.on_nonfinite", "rollback", "--checkpoint.every", "4"]
     assert train(images, tmp_path, "--method", method, *more) == 0
     assert sorted({line["step"] for line in metrics(tmp_path) if "loss" in line}) == [4, 8, 12]
-    assert all(line["loss"] is not None for line in metrics(tmp_path) if "loss" in line)
+    assert_finite(tmp_path)
     if method == "dense":
         again = poison(monkeypatch)  # without faults, to see the order of the data
         assert train(images, tmp_path / "plain", "--method", method) == 0
