@@ -20,6 +20,7 @@ from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatte
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -352,13 +353,7 @@ def dump(config: Any) -> str:
 
 def flat_tree(config: Any) -> dict[str, Any]:
     """Every leaf of a configuration tree by dotted name, as plain values; mappings are leaves."""
-    found = {}
-    for name in dict(_leaves(type(config))):
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        found[name] = _plain(value)
-    return found
+    return {name: _plain(attrgetter(name)(config)) for name, _ in _leaves(type(config))}
 
 
 def _plain(node: Any) -> Any:

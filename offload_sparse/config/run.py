@@ -101,8 +101,8 @@ class CheckpointConfig:
     is the best so far; that checkpoint is kept, too.
 
     Attributes:
-        every: time or steps between checkpoints: ``10min``, or ``500`` for steps; 0 for never. In the middle
-            of a round a checkpoint waits for its end.
+        every: time or steps between checkpoints: ``10min``, or ``500`` for steps; 0 for never. With
+            ``train.on_nonfinite rollback`` or ``round.sync round`` one waits for the end of a round.
         keep: newest checkpoints that are kept.
     """
 

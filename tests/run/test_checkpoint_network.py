@@ -15,6 +15,7 @@ import torch
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
 from offload_sparse.run.position import Progress
+from tests.support.image_runs import contents
 
 OPTIONS = {
     "model.name": "offload_sparse/vgg_small",
@@ -109,10 +110,6 @@ def test_a_damaged_checkpoint_is_one_line(run: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_store_in_files_is_only_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,13 +129,8 @@ def test_a_store_in_files_is_only_looked_at(
     assert checkpoints(on_disk)[-1].name == "step_00000005"
     before = contents(on_disk)
     for folder in (in_memory, on_disk):
-        told(
-            capsys,
-            "export",
-            str(folder / "checkpoints" / "step_00000005"),
-            "--output",
-            str(tmp_path / "exported" / folder.name),
-        )
+        checkpoint, output = folder / "checkpoints" / "step_00000005", tmp_path / "exported" / folder.name
+        told(capsys, "export", str(checkpoint), "--output", str(output))
     assert contents(on_disk) == before
     ours, other = (load_pruned(tmp_path / "exported" / name).state_dict() for name in ("ram", "file"))
     assert ours.keys() == other.keys()

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from offload_sparse.run import signals as interruption
+from offload_sparse.run import signals
 from offload_sparse.run.signals import GRACE, SIGNALS, Interruption
 
 
@@ -24,7 +24,7 @@ def test_a_signal_that_the_launcher_passes_on_once_more_is_one_signal(number: si
 
 def test_a_second_ctrl_c_later_on_ends_the_process_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: now)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # worker processes may ignore it
     try:
         with Interruption():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from offload_sparse.config.run import RunConfig, TrainConfig, resolve
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.run.launch import _in_one_line, _leave_word, as_launched, check_environment
+from offload_sparse.run.launch import _in_one_line, _leave_word, as_launched, check_environment, launched
 from offload_sparse.run.process import SEGMENTS, grow_segments
 from tests.support.ranks import run_ranks
 
@@ -82,6 +83,13 @@ def test_what_a_run_cannot_do_is_refused(told: dict[str, str], launcher: list[st
     with pytest.raises(ValueError, match=advice) as error:
         as_launched(RunConfig(train=TrainConfig(precision="bf16")), told, launcher)
     assert "\n" not in str(error.value)
+
+
+def test_runs_of_one_process_may_differ_in_precision(tmp_path: Path) -> None:
+    for precision in ("bf16", "no"):
+        config = RunConfig(run_dir=tmp_path, trackers=[], train=TrainConfig(precision=precision))  # type: ignore[arg-type]
+        with launched(config) as accelerator:
+            assert accelerator.mixed_precision == precision
 
 
 # --- auto --------------------------------------------------------------------------------------------
