@@ -395,7 +395,7 @@ def _stop_clocks() -> None:
     clock = SimpleNamespace(monotonic=lambda: 0.0, perf_counter=lambda: 0.0)
     for module in (log, position, timeline):
         module.time = clock  # type: ignore[attr-defined]
-    trainer.process_bytes = lambda: 0
+    trainer.process_bytes = lambda *_: 0
     network_file.compare = lambda *_: 0.0
 
 
