@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group, View
+from offload_sparse.channels.channel_map import ALWAYS, NEVER, ChannelMap, Group
+from offload_sparse.channels.config import channels_per_atom
 
 FEWEST_ATOMS = 8
 """Of a width whose runs may be shortened."""
@@ -24,11 +25,8 @@ def block_atoms(channel_map: ChannelMap, block: str | int) -> ChannelMap:
 
     An atom that already stands for several channels everywhere (a group of a grouped convolution, an
     attention head) counts as that many: runs are as short as gives ``block`` channels in every tensor. Raises
-    ValueError: ``block`` is less than 1."""
-    text = str(block)
-    most, shortens = int(text.removeprefix("<=")), text.startswith("<=")
-    if most < 1:
-        raise ValueError(f"atoms.block is {block}; give at least 1 channel per atom")
+    ValueError: ``block`` is no number of channels."""
+    most, shortens = channels_per_atom(block)
     if most == 1:
         return channel_map
     fewest = fewest_channels(channel_map)
@@ -44,26 +42,9 @@ def block_atoms(channel_map: ChannelMap, block: str | int) -> ChannelMap:
         number[group.start : group.stop] = start + torch.arange(group.size) // run
         groups.append(Group(group.name, start, -(-group.size // run), group.shared))
         start = groups[-1].stop
-    memo: dict[int, Axis] = {}  # axes that were one tensor stay one
-
-    def merged(axis: Axis) -> Axis:
-        if axis is not None and id(axis) not in memo:
-            memo[id(axis)] = number[axis]
-        return None if axis is None else memo[id(axis)]
-
     unions = channel_map.num_ids - channel_map.num_atoms
     number[channel_map.num_atoms : channel_map.num_ids] = start + torch.arange(unions)
-    members = torch.stack([channel_map.unions[0], number[channel_map.unions[1]]]).unique(dim=1)
-    axes = {name: tuple(merged(axis) for axis in of_tensor) for name, of_tensor in channel_map.axes.items()}
-    additions = {
-        name: Addition(number[a.left], number[a.right], number[a.out])
-        for name, a in channel_map.additions.items()
-    }
-    views = {
-        name: tuple(View(v.call, v.sizes, tuple(merged(a) for a in v.axes)) for v in calls)
-        for name, calls in channel_map.views.items()
-    }
-    return ChannelMap(tuple(groups), channel_map.shapes, axes, members, additions, views)
+    return channel_map.renumbered(groups, number, channel_map.full_mask())
 
 
 def fewest_channels(channel_map: ChannelMap) -> torch.Tensor:

@@ -23,7 +23,7 @@ member is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -222,6 +222,39 @@ class ChannelMap:
             width = min(group.size, max(min_width, round(ratio * group.size)))
             mask[group.start : group.start + width] = True
         return mask
+
+    def renumbered(self, groups: Iterable[Group], number: Tensor, mask: Tensor) -> ChannelMap:
+        """What ``mask`` (bool[C]) leaves of the map, with other ids.
+
+        Args:
+            groups: those of the new map.
+            number: int64[num_ids + 2], what each id becomes, unions behind the atoms of ``groups``; the last
+                two entries are those of ``NEVER`` and ``ALWAYS``."""
+        groups, alive = tuple(groups), self.alive(mask)
+        memo: dict[int, Axis] = {id(None): None}  # axes that were one tensor stay one
+
+        def left(axis: Axis) -> Axis:
+            if axis is not None and id(axis) not in memo:
+                memo[id(axis)] = number[axis[alive[axis]]]
+            return memo[id(axis)]
+
+        axes = {name: tuple(map(left, of_tensor)) for name, of_tensor in self.axes.items()}
+        shapes = {
+            name: tuple(n if a is None else len(a) for n, a in zip(shape, axes[name], strict=True))
+            for name, shape in self.shapes.items()
+        }
+        unions, members = self.unions[:, mask[self.unions[1]]]
+        unions = number[self.num_atoms + unions] - sum(group.size for group in groups)
+        pairs = torch.stack([unions, number[members]]).unique(dim=1)
+        additions = {
+            name: Addition(*(number[ids[alive[a.out]]] for ids in (a.left, a.right, a.out)))
+            for name, a in self.additions.items()
+        }
+        views = {
+            name: tuple(View(v.call, v.sizes, tuple(map(left, v.axes))) for v in calls)
+            for name, calls in self.views.items()
+        }
+        return ChannelMap(groups, shapes, axes, pairs, additions, views)
 
     def to_json(self) -> dict[str, Any]:
         """A form that JSON holds: equal for equal maps."""

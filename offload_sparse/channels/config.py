@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from offload_sparse.channels.require import require
-
 Residual = Literal["coupled", "internal", "filter"]
 """What is sampled on residual streams, see ``ModelConfig``."""
 
@@ -27,10 +25,18 @@ class AtomsConfig:
 
     def __post_init__(self) -> None:
         self.block = str(self.block)
-        require(
-            re.fullmatch(r"auto|(<=)?[1-9]\d{0,5}", self.block) is not None,
-            f"atoms.block is {self.block}; give at least 1 channel per atom, such as 8 or <=8, or auto",
+        if self.block != "auto":
+            channels_per_atom(self.block)
+
+
+def channels_per_atom(block: str | int) -> tuple[int, bool]:
+    """The number in ``block``, and whether it is the largest (``<=8``). Raises ValueError: it is neither."""
+    found = re.fullmatch(r"(<=)?([1-9]\d{0,5})", str(block))
+    if found is None:
+        raise ValueError(
+            f"atoms.block is {block}; give at least 1 channel per atom, such as 8 or <=8, or auto"
         )
+    return int(found[2]), found[1] is not None
 
 
 def chosen_block(block: str | int, device: str, bf16: bool = False) -> str | int:

@@ -14,16 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from math import prod
-from operator import add, sub
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offload_sparse.channels.channel_map import ALWAYS, NEVER, Addition, Axis, ChannelMap, Group, View
+from offload_sparse.channels.channel_map import ALWAYS, NEVER, Axis, ChannelMap, Group
 
 Kept = Tensor | None
 """int64, the sorted kept positions of one dimension, or None: every position is kept."""
@@ -59,15 +57,18 @@ class Layout:
         return np.fromiter(self.offsets.values(), np.int64, len(self.offsets))
 
     @cached_property
-    def _sizes(self) -> list[int]:
-        return list(map(prod, self.shapes.values()))
+    def _runs(self) -> list[int]:
+        """Entries of every tensor, and of the gap behind it."""
+        sizes = np.fromiter(map(prod, self.shapes.values()), np.int64, len(self.shapes))
+        gaps = np.append(self.starts[1:], self.size)[: len(sizes)] - self.starts - sizes
+        runs: list[int] = np.stack([sizes, gaps], 1).flatten().tolist()
+        return runs
 
     @cached_property
     def gaps(self) -> list[tuple[int, int]]:
         """(first entry, entries) of what lies between tensors."""
-        ends = map(add, self.offsets.values(), self._sizes)
-        pairs = zip(ends, list(self.offsets.values())[1:], strict=False)
-        return [(end, begin - end) for end, begin in pairs if begin > end]
+        pairs = zip(self.offsets.values(), self._runs[::2], self._runs[1::2], strict=True)
+        return [(start + size, gap) for start, size, gap in pairs if gap]
 
     def packed(self, flat: Tensor) -> Tensor:
         """The tensors of ``flat`` one after the other, a copy only where there are gaps."""
@@ -79,19 +80,9 @@ class Layout:
         for view, values in zip(views, packed.split([view.numel() for view in views]), strict=True):
             view.copy_(values.view(view.shape))
 
-    @cached_property
-    def _runs(self) -> list[int]:
-        """Entries of every tensor, and of the gap behind it."""
-        begins = [*list(self.offsets.values())[1:], self.size]
-        gaps = map(sub, begins, map(add, self.offsets.values(), self._sizes))
-        return list(chain.from_iterable(zip(self._sizes, gaps, strict=True)))
-
     def views(self, flat: Tensor) -> list[Tensor]:
         """All tensors, in order, as views of ``flat`` ([at least size])."""
-        if not self.shapes:
-            return []
-        sizes = self._runs if self.gaps else self._sizes
-        runs = flat[: self.size].split(sizes)[:: len(sizes) // len(self.shapes)]
+        runs = flat[: self.size].split(self._runs)[::2]
         pairs = zip(runs, self.shapes.values(), strict=True)
         return [run if len(shape) == 1 else run.view(shape) for run, shape in pairs]
 
@@ -160,57 +151,24 @@ class Selection:
             self._layouts[key] = Layout.of({name: self.shapes[name] for name in key[0]}, step)
         return self._layouts[key]
 
-    @cached_property
-    def widths(self) -> dict[str, int]:
-        """Kept atoms per group."""
-        return {g.name: int(self.mask[g.start : g.stop].sum()) for g in self.channel_map.groups}
-
     def take(self, name: str, full: Tensor) -> Tensor:
         """The kept entries of ``full``, a whole tensor of the network, copied by one indexing operation."""
         return full[open_grid(self.kept[name], tuple(full.shape))] if full.dim() else full.clone()
 
 
 def restrict(channel_map: ChannelMap, mask: Tensor) -> ChannelMap:
-    """The map of the narrow network of ``mask``: kept atoms, numbered anew, and what is left of the axes."""
-    selection = Selection(channel_map, mask)
+    """The map of the narrow network of ``mask``: kept atoms, numbered anew, and what is left of the axes.
+    Raises ValueError: the mask keeps nothing of a group."""
     alive = channel_map.alive(mask)
     number = torch.full((channel_map.num_ids + 2,), NEVER)
     number[:-2][alive[:-2]] = torch.arange(int(alive[:-2].sum()))
     number[ALWAYS] = ALWAYS
-    memo: dict[int, Tensor] = {}
-
-    def renumbered(axis: Axis, kept: Kept) -> Axis:
-        if axis is None:
-            return None
-        if id(axis) not in memo:
-            memo[id(axis)] = number[axis if kept is None else axis[kept]]
-        return memo[id(axis)]
-
-    axes = {
-        name: tuple(
-            renumbered(a, k) for a, k in zip(channel_map.axes[name], selection.kept[name], strict=True)
-        )
-        for name in channel_map.axes
-    }
     groups, start = [], 0
     for group in channel_map.groups:
-        width = selection.widths[group.name]
+        width = int(mask[group.start : group.stop].sum())
         groups.append(Group(group.name, start, width, group.shared))
         start += width
-    unions = channel_map.unions[:, mask[channel_map.unions[1]]]
-    unions = torch.stack([number[channel_map.num_atoms + unions[0]] - start, number[unions[1]]])
-    additions = {
-        name: Addition(*(number[vector[alive[a.out]]] for vector in (a.left, a.right, a.out)))
-        for name, a in channel_map.additions.items()
-    }
-    views = {
-        name: tuple(
-            View(v.call, v.sizes, tuple(None if a is None else number[a[alive[a]]] for a in v.axes))
-            for v in calls
-        )
-        for name, calls in channel_map.views.items()
-    }
-    return ChannelMap(tuple(groups), selection.shapes, axes, unions, additions, views)
+    return channel_map.renumbered(groups, number, mask)
 
 
 def open_grid(kept: tuple[Kept, ...], shape: tuple[int, ...]) -> tuple[Tensor, ...]:

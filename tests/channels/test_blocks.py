@@ -68,8 +68,9 @@ def test_a_coarse_mask_keeps_exactly_the_channels_of_its_blocks(channel_map: Cha
 def test_one_channel_per_atom_changes_nothing_and_less_is_refused() -> None:
     channel_map = small_map(SmallNet())
     assert block_atoms(channel_map, 1) is channel_map
-    with pytest.raises(ValueError, match=r"atoms\.block is 0"):
-        block_atoms(channel_map, 0)
+    for block in (0, "8x"):
+        with pytest.raises(ValueError, match=rf"atoms\.block is {block}; give at least 1 channel per atom"):
+            block_atoms(channel_map, block)
 
 
 @pytest.mark.parametrize(

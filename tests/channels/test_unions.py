@@ -180,6 +180,15 @@ def test_narrowing_a_narrow_network_is_narrowing_once() -> None:
         assert restrict(inner, second).to_json() == restrict(found, both).to_json()
 
 
+def test_groups_of_one_name_keep_their_own_widths() -> None:
+    """As a matrix has that no layer makes, whose rows and columns can both be dropped."""
+    net, found = net_and_map()
+    same = replace(found, groups=tuple(replace(group, name="w") for group in found.groups))
+    mask = torch.arange(found.num_atoms) % 2 == 0
+    assert [g.size for g in restrict(same, mask).groups] == [g.size for g in restrict(found, mask).groups]
+    assert self_test(net, IMAGES, same).error < 1e-10
+
+
 def test_the_self_test_works_on_a_narrow_twin_of_a_wide_network() -> None:
     model, images, channel_map = model_and_map("torchvision/resnet18", 64)
     assert self_test(model, images, channel_map).error < 1e-10
