@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -83,12 +83,13 @@ def expose_additions(
             or that draws random numbers is left alone.
         inputs: if given, a ``forward`` that is called with other values than the defaults of its arguments
             when the model is called with these is left alone, too."""
-    owners = None if names is None else {name.rpartition(".")[0] for name in names}
+    wanted: dict[str, set[str]] = {}
+    for owner, _, leaf in (name.rpartition(".") for name in names or ()):
+        wanted.setdefault(owner, set()).add(leaf)
     other = _called_otherwise(model, inputs) if inputs is not None else set()
     for path, module in list(model.named_modules()):
-        if path not in other and (owners is None or path in owners):
-            wanted = None if names is None else {n.rpartition(".")[2] for n in names if _owner(n) == path}
-            _expose_in(module, wanted)
+        if path not in other and (names is None or path in wanted):
+            _expose_in(module, wanted.get(path))
     found = {name for name, _ in additions(model)}
     missing = sorted(set(names or ()) - found)
     if missing:
@@ -113,10 +114,6 @@ def set_additions(model: nn.Module, selection: Selection, device: torch.device) 
         add = model.get_submodule(name)
         assert isinstance(add, StreamAdd)
         add.hold(left, right, device)
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _is_own(module: nn.Module) -> bool:
@@ -180,19 +177,20 @@ def change(left: Any, right: Any, by: str = "iadd") -> Any:
 
 
 class _Value(fx.Proxy):
-    """Knows that ``y += x`` is not ``y = y + x`` where others read ``y``, too."""
+    """Knows that ``y += x`` is not ``y = y + x`` where others read ``y``, too; so with other operators."""
 
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", change, (self, other), {})
 
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", change, (self, other), {"by": "isub"})
+def _operator(by: str) -> Callable[[fx.Proxy, Any], Any]:
+    def changed(left: fx.Proxy, right: Any) -> Any:
+        more = {} if by == "iadd" else {"by": by}
+        return left.tracer.create_proxy("call_function", change, (left, right), more)
 
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", change, (self, other), {"by": "imul"})
+    return changed
 
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", change, (self, other), {"by": "itruediv"})
+
+_ARITHMETIC = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
+for _by in (*_ARITHMETIC, "iand", "ior", "ixor", "ilshift", "irshift"):
+    setattr(_Value, f"__{_by}__", _operator(_by))
 
 
 class _OwnForward(fx.Tracer):
