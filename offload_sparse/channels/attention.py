@@ -16,7 +16,7 @@ class HeadAttention(nn.MultiheadAttention):
     """Attention over ``num_heads`` heads of ``head_dim`` channels each, whatever ``embed_dim`` is.
 
     Tensors: in_proj_weight [3 · num_heads · head_dim, embed_dim], out_proj.weight [embed_dim, num_heads ·
-    head_dim]. Made by ``fit_attention`` only."""
+    head_dim]. Made by ``drop_heads`` only."""
 
     def forward(
         self,
@@ -41,6 +41,8 @@ class HeadAttention(nn.MultiheadAttention):
             for x, w, b in zip((query, key, value), parts, biases, strict=True)
         )
         mask = _additive(attn_mask, q.dtype)
+        if mask is not None and mask.dim() == 3:  # [N · heads, L, S]
+            mask = mask.unflatten(0, (len(q), -1))
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, q.dtype)[:, None, None]  # type: ignore[index]
             mask = padding if mask is None else mask + padding
@@ -65,14 +67,18 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
 
 
-def can_drop_heads(module: nn.Module) -> bool:
-    """Whether this is torch's attention with one matrix for queries, keys and values, and nothing added."""
-    return (
-        isinstance(module, nn.MultiheadAttention)
-        and module.in_proj_weight is not None
-        and module.bias_k is None
-        and not module.add_zero_attn
-    )
+def drop_heads(layer: nn.Module) -> None:
+    """Make torch's attention a ``HeadAttention`` where it has one matrix for queries, keys and values, and
+    nothing is added to these; other modules stay."""
+    if (
+        isinstance(layer, nn.MultiheadAttention)
+        and layer.in_proj_weight is not None
+        and layer.bias_k is None
+        and not layer.add_zero_attn
+    ):
+        layer.__class__ = HeadAttention
+        # Keeps nn.TransformerEncoderLayer off its fused kernel, which knows nothing of this.
+        layer._qkv_same_embed_dim = False
 
 
 def fit_attention(layer: nn.Module) -> None:
@@ -80,8 +86,6 @@ def fit_attention(layer: nn.Module) -> None:
     if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
         rows = layer.in_proj_weight.shape[0]
         if rows != 3 * layer.embed_dim:
-            layer.__class__ = HeadAttention
-            # Keeps nn.TransformerEncoderLayer off its fused kernel, which knows nothing of this.
-            layer._qkv_same_embed_dim = False
+            drop_heads(layer)
         if isinstance(layer, HeadAttention):
             layer.num_heads = rows // (3 * layer.head_dim)

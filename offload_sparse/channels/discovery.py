@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
-from offload_sparse.channels.attention import HeadAttention, can_drop_heads
+from offload_sparse.channels.attention import drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.model_call import (
@@ -119,8 +119,7 @@ def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
         expose_additions(network.eval(), inputs=inputs)
     disable_dropout(network)
     for module in network.modules():
-        if can_drop_heads(module):
-            module.__class__ = HeadAttention  # what it becomes when heads are dropped
+        drop_heads(module)  # as it will be when some are
     names = {n for n, m in network.named_modules() if is_norm(m)}
     norms = {n: b for n, b in network.named_buffers() if n.rpartition(".")[0] in names and b.dim()}
     tensors = {n: t for n, t in [*network.named_parameters(), *norms.items()] if t.is_floating_point()}

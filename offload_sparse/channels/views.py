@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from offload_sparse.channels.attention import drop_heads
+
 Fit = tuple[int, int] | None
 """(size in the code, what it becomes); a size in the code of 0 stands for any; None: as it is."""
 
@@ -208,6 +210,8 @@ def fit_views(model: nn.Module, fits: Mapping[str, Mapping[int, tuple[Fit, ...]]
     """Let the modules that ``fits`` names run with these sizes, in place."""
     for name, calls in fits.items():
         module: Any = model.get_submodule(name)
+        for layer in module.modules():
+            drop_heads(layer)  # whose own calls were counted, and are others as long as all heads are there
         if not isinstance(module.__dict__.get("forward"), FittedForward):
             module.forward = FittedForward(module)
         module.forward.calls = dict(calls)

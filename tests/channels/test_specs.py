@@ -81,7 +81,8 @@ def test_attention_keeps_its_meaning_with_all_heads() -> None:
     own.__class__ = HeadAttention
     fit_attention(own)
     x, hidden = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(5, 5).triu(1).bool()
-    for mask in (None, hidden, torch.zeros(5, 5, dtype=torch.float64).masked_fill(hidden, -torch.inf)):
+    added = torch.zeros(5, 5, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    for mask in (None, hidden, added, torch.randn(2 * 3, 5, 5, dtype=torch.float64)):
         expected, _ = full(x, x, x, need_weights=False, attn_mask=mask)
         assert torch.allclose(own(x, x, x, need_weights=False, attn_mask=mask)[0], expected, atol=1e-12)
         for average in (True, False):

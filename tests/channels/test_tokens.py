@@ -116,6 +116,32 @@ def test_attention_that_also_gives_its_weights_is_narrowed(average: bool, sizes:
     assert self_test(model, inputs, found).error < 1e-10
 
 
+class OneForward(nn.Module):
+    """Torch's attention, and behind it a width whose halves are cut by a number of the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        first, last = self.up(self.norm(x)).relu().split(12, 2)
+        return x + self.down(torch.cat([last, first], 2))
+
+
+def test_widths_behind_an_attention_of_which_all_heads_are_kept() -> None:
+    model, x = OneForward().eval(), torch.randn(2, 5, 16)
+    found = discover(model, (x,))
+    mask = found.full_mask()
+    mask[4] = False  # behind the four heads: the first channel of the width
+    narrow = narrow_module(model, found, mask)
+    with torch.no_grad():
+        model.up.weight[0], model.up.bias[0] = 0, 0
+    torch.testing.assert_close(narrow(x), model(x))
+
+
 def test_the_only_key_value_head_is_always_there() -> None:
     model = LanguageModel(lambda: MultiQueryAttention(24, 6, True))
     found = discover(model, (TOKENS,))
