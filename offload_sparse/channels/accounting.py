@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.model_call import Inputs, attention_in_products, move_inputs
-from offload_sparse.channels.subnet import hollow_copy, meta_copy, narrow_module
+from offload_sparse.channels.model_call import Inputs, attention_in_products
+from offload_sparse.channels.subnet import meta_copy, narrow_module, on_copy
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -92,17 +92,13 @@ class _Products(TorchDispatchMode):
 
 
 def _count(module: nn.Module, example_inputs: Inputs) -> _Products:
-    try:
-        return _counted(meta_copy(module, other=True).eval(), move_inputs(example_inputs, "meta"))
-    except RuntimeError:  # a model that looks at values of its inputs
-        return _counted(hollow_copy(module).eval(), move_inputs(example_inputs, "cpu"))
+    def counted(network: nn.Module, inputs: Inputs) -> _Products:
+        products = _Products(network.eval())
+        with products.counter, products, torch.no_grad(), attention_in_products():
+            network(*inputs)
+        return products
 
-
-def _counted(network: nn.Module, inputs: Inputs) -> _Products:
-    products = _Products(network)
-    with products.counter, products, torch.no_grad(), attention_in_products():
-        network(*inputs)
-    return products
+    return on_copy(module, example_inputs, counted)
 
 
 @dataclass(frozen=True)

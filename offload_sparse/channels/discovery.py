@@ -29,11 +29,10 @@ from offload_sparse.channels.model_call import (
     attention_in_products,
     disable_dropout,
     enlarge_inputs,
-    move_inputs,
 )
 from offload_sparse.channels.propagation import Propagation
 from offload_sparse.channels.stream_add import additions, expose_additions
-from offload_sparse.channels.subnet import hollow_copy, is_norm, meta_copy
+from offload_sparse.channels.subnet import is_norm, on_copy
 from offload_sparse.channels.unions import follow_additions
 from offload_sparse.channels.written_sizes import Sizes, fitted_calls
 
@@ -93,18 +92,11 @@ class _Trace:
 
 
 def _follow(model: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
-    """Both modes of a copy on meta, or of a hollow one for a model that looks at values of its inputs.
-
-    Args:
-        separate: leave the operands of additions untied.
-    """
+    """Both modes of a copy; with ``separate``, the operands of additions are left untied."""
     inputs = enlarge_inputs(inputs, 2)  # in training mode, a batch norm wants two values
     try:
         with torch.inference_mode(), attention_in_products():
-            try:
-                return _run(meta_copy(model, other=True), move_inputs(inputs, "meta"), separate)
-            except Exception:  # a meta tensor has no values
-                return _run(hollow_copy(model), move_inputs(inputs, "cpu"), separate)
+            return on_copy(model, inputs, partial(_run, separate=separate))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -112,7 +104,7 @@ def _follow(model: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
         ) from error
 
 
-def _run(network: nn.Module, inputs: Inputs, separate: bool) -> _Trace:
+def _run(network: nn.Module, inputs: Inputs, *, separate: bool) -> _Trace:
     given = [*network.named_parameters(), *network.named_buffers()]  # before a forward changes them
     shapes = {name: tuple(t.shape) for name, t in given if t.is_floating_point()}
     if separate:  # as it will be built: with its dropout

@@ -12,7 +12,7 @@ import copy
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +26,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offload_sparse.channels.attention import fit_attention
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.model_call import Inputs, move_inputs
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import expose_additions, set_additions
 
+Result = TypeVar("Result")
 _Place = tuple[Any, Any]
 """A mapping or a list, and a key of it."""
 
@@ -193,20 +195,23 @@ def hollow_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def on_copy(model: nn.Module, inputs: Inputs, run: Callable[[nn.Module, Inputs], Result]) -> Result:
+    """What ``run`` makes of a copy of ``model`` and of the inputs on meta; of a hollow copy if that fails, as
+    it does where a model looks at values."""
+    try:
+        return run(meta_copy(model, other=True), move_inputs(inputs, "meta"))
+    except Exception:  # a meta tensor has no values; a real fault fails again
+        return run(hollow_copy(model), move_inputs(inputs, "cpu"))
+
+
 def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.Module:
     """An independent narrow copy of ``model`` (real or on meta) with copies of the kept entries."""
     selection = Selection(channel_map, mask)
     narrow = expose_additions(copy.deepcopy(model), channel_map.additions)
     set_tensor = tensor_setter(narrow)
-    with torch.no_grad():
-        for name, parameter in list(narrow.named_parameters()):
-            value = nn.Parameter(
-                selection.take(name, parameter.detach()), requires_grad=parameter.requires_grad
-            )
-            set_tensor(name, value)
-        for name, buffer in list(narrow.named_buffers()):
-            if name in selection.shapes:
-                set_tensor(name, selection.take(name, buffer))
+    for name, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]:
+        if name in selection.shapes:
+            set_tensor(name, selection.take(name, tensor.detach()))
     fit_attributes(narrow)
     device = next((p.device for p in narrow.parameters()), torch.device("cpu"))
     set_additions(narrow, selection, device)
@@ -214,15 +219,17 @@ def narrow_module(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn
 
 
 def tensor_setter(module: nn.Module) -> Callable[[str, Tensor], None]:
-    """What replaces a parameter or a buffer of ``module``, wherever it is held, given its name and value.
+    """What replaces a parameter or a buffer of ``module``, wherever it is held, given its name and value. A
+    plain tensor in place of a parameter becomes one, trained if that was.
 
     Looks through the modules once, for however many tensors."""
     places = _places(module)
 
     def set_tensor(name: str, value: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        plain = leaf not in module.get_submodule(path)._parameters or isinstance(value, nn.Parameter)
-        _put(value if plain else nn.Parameter(value), places[name])
+        held, key = places[name][0]
+        if isinstance(held[key], nn.Parameter) and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, held[key].requires_grad)
+        _put(value, places[name])
 
     return set_tensor
 
@@ -279,6 +286,12 @@ def _fits(module: nn.Module) -> list[Callable[[], None]]:
     ]
     found = ((layer, [fit for kind, fit in kinds if isinstance(layer, kind)]) for layer in module.modules())
     return [partial(fits[0], layer) for layer, fits in found if fits]
+
+
+def output_dimension(layer: nn.Module | None) -> int:
+    """The dimension of a layer's weight that its outputs lie along."""
+    transposed = isinstance(layer, _ConvTransposeNd) and layer.groups == 1
+    return int(transposed or type(layer).__name__ == "Conv1D")  # that of transformers is a linear layer
 
 
 def is_norm(module: nn.Module) -> bool:

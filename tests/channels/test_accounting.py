@@ -200,6 +200,20 @@ def test_flops_are_those_of_attention_that_is_not_fused() -> None:
     assert count_flops(Looking(), tokens) == count_flops(TorchEncoder(), tokens)
 
 
+class Numbers(nn.Linear):
+    """Looks at numbers of NumPy, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.detach().numpy().shape == x.shape
+        return super().forward(x)
+
+
+def test_what_discovery_takes_is_counted_too() -> None:
+    model, inputs = nn.Sequential(Numbers(4, 8), nn.Linear(8, 2)), (torch.zeros(3, 4),)
+    cost = CostModel(model, discover(model, inputs), inputs)
+    assert cost.dense_flops == 2 * 3 * (4 * 8 + 8 * 2)
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = SmallNet().train()
     count_flops(model, (torch.zeros(1, 2, 8, 8),))
