@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
@@ -27,7 +27,13 @@ from offload_sparse.channels.channel_map import Axis, ChannelMap
 from offload_sparse.channels.model_call import Inputs, NoDropout, disable_dropout, enlarge_inputs
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.stream_add import set_additions
-from offload_sparse.channels.subnet import is_norm, meta_copy, narrow_module, tensor_setter
+from offload_sparse.channels.subnet import (
+    is_norm,
+    meta_copy,
+    narrow_module,
+    output_dimension,
+    tensor_setter,
+)
 
 TOLERANCE = 1e-8
 """Largest relative error that ``check`` accepts in float64; a right map stays some orders of magnitude
@@ -220,15 +226,12 @@ def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> Non
 
 
 def _produced(module: nn.Module) -> list[tuple[str, int]]:
-    if isinstance(module, (_ConvNd, nn.Linear)):
-        by_column = isinstance(module, _ConvTransposeNd) and module.groups == 1
-        return [("weight", 1 if by_column else 0), ("bias", 0)]
+    if isinstance(module, (_ConvNd, nn.Linear)) or type(module).__name__ == "Conv1D":
+        return [("weight", output_dimension(module)), ("bias", 0)]
     if is_norm(module):
         return [("weight", 0), ("bias", 0)] if module.weight is not None else [("running_mean", 0)]
     if isinstance(module, nn.Embedding):
         return [("weight", 1)]
-    if type(module).__name__ == "Conv1D":  # of transformers: a linear layer, transposed
-        return [("weight", 1), ("bias", 0)]
     if isinstance(module, nn.MultiheadAttention):
         return [("in_proj_weight", 0), ("in_proj_bias", 0)]
     own = module.named_parameters(recurse=False)

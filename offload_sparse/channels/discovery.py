@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.attention import drop_heads
@@ -32,7 +32,7 @@ from offload_sparse.channels.model_call import (
 )
 from offload_sparse.channels.propagation import Propagation
 from offload_sparse.channels.stream_add import additions, expose_additions
-from offload_sparse.channels.subnet import is_norm, on_copy
+from offload_sparse.channels.subnet import is_norm, on_copy, output_dimension
 from offload_sparse.channels.unions import follow_additions
 from offload_sparse.channels.written_sizes import Sizes, fitted_calls
 
@@ -202,7 +202,7 @@ def _producers(network: nn.Module) -> set[tuple[str, int]]:
         elif (
             isinstance(module, _ConvNd) and not 1 < module.groups == module.in_channels == module.out_channels
         ):
-            found.add((weight, int(isinstance(module, _ConvTransposeNd) and module.groups == 1)))
+            found.add((weight, output_dimension(module)))
     return found
 
 

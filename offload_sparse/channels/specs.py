@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.channel_map import Axis, ChannelMap, Group
+from offload_sparse.channels.subnet import output_dimension
 
 
 class MapBuilder:
@@ -25,6 +26,7 @@ class MapBuilder:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._layers = dict(model.named_modules())
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._shapes = {name: tuple(t.shape) for name, t in tensors if t.is_floating_point()}
         self._axes: dict[str, list[Axis]] = {
@@ -43,16 +45,13 @@ class MapBuilder:
     def axis(self, tensor: str, dim: int, atoms: Tensor) -> None:
         """Dimension ``dim`` of the parameter or buffer ``tensor`` holds ``atoms``, one per position. Raises
         ValueError: there is no such tensor or dimension."""
-        if tensor not in self._axes:
-            raise ValueError(f"the model has no tensor {tensor!r}; give the name of a parameter or buffer")
-        if not 0 <= dim < len(self._shapes[tensor]):
-            raise ValueError(f"{tensor} has no dimension {dim}; its shape is {list(self._shapes[tensor])}")
+        self._size(tensor, dim)
         self._axes[tensor][dim] = atoms
 
     def rows(self, layer: str, atoms: Tensor) -> None:
         """The outputs of a linear layer or convolution, or the channels of a batch norm, are ``atoms``.
         Raises ValueError: the layer has no weight."""
-        self.axis(f"{layer}.weight", 0, atoms)
+        self.axis(f"{layer}.weight", output_dimension(self._layers.get(layer)), atoms)
         for leaf in ("bias", "running_mean", "running_var"):
             if f"{layer}.{leaf}" in self._axes:
                 self.axis(f"{layer}.{leaf}", 0, atoms)
@@ -60,13 +59,13 @@ class MapBuilder:
     def columns(self, layer: str, atoms: Tensor) -> None:
         """The inputs of a linear layer or convolution are ``atoms``. Raises ValueError: the layer has no
         weight of two dimensions."""
-        self.axis(f"{layer}.weight", 1, atoms)
+        self.axis(f"{layer}.weight", 1 - output_dimension(self._layers.get(layer)), atoms)
 
     def width(self, producers: tuple[str, ...], consumer: str) -> Tensor:
         """A group for a hidden width: the layers that make it, tied channel by channel, and its reader.
 
         Two producers are a gated unit, such as gate and up projection of SwiGLU."""
-        atoms = self.group(producers[0], self._size(f"{producers[0]}.weight", 0))
+        atoms = self.group(producers[0], self._outputs(producers[0]))
         for producer in producers:
             self.rows(producer, atoms)
         self.columns(consumer, atoms)
@@ -76,7 +75,7 @@ class MapBuilder:
         """A group for attention heads by their four projections, with ``head_dim`` channels each: one atom
         per key-value head, with all query heads that read it. Raises ValueError: the widths are no multiples
         of a head, or queries cannot be spread over key heads."""
-        queries, keys = self._size(f"{query}.weight", 0), self._size(f"{key}.weight", 0)
+        queries, keys = self._outputs(query), self._outputs(key)
         if keys % head_dim or queries % keys:
             raise ValueError(
                 f"{query} has {queries} channels and {key} {keys}, which are no heads of {head_dim}; "
@@ -96,7 +95,13 @@ class MapBuilder:
         axes = {name: tuple(of_tensor) for name, of_tensor in self._axes.items()}
         return ChannelMap(tuple(self._groups), self._shapes, axes)
 
+    def _outputs(self, layer: str) -> int:
+        return self._size(f"{layer}.weight", output_dimension(self._layers.get(layer)))
+
     def _size(self, tensor: str, dim: int) -> int:
         if tensor not in self._shapes:
             raise ValueError(f"the model has no tensor {tensor!r}; give the name of a parameter or buffer")
-        return self._shapes[tensor][dim]
+        shape = self._shapes[tensor]
+        if not 0 <= dim < len(shape):
+            raise ValueError(f"{tensor} has no dimension {dim}; its shape is {list(shape)}")
+        return shape[dim]

@@ -147,6 +147,14 @@ def test_a_user_maps_a_network_of_his_own_in_a_few_lines() -> None:
     check(model, IMAGES, own_map(model))
 
 
+def test_the_outputs_of_a_transposed_layer_are_its_second_dimension() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 8, 2), nn.Conv2d(8, 5, 1))
+    builder = MapBuilder(net)
+    builder.width(("0",), "1")
+    builder.width(("1",), "2")
+    assert builder.build().to_json() == discover(net, IMAGES).to_json()
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
