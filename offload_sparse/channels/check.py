@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
-from offload_sparse.channels.model_call import Inputs, NoDropout, disable_dropout, enlarge_inputs
+from offload_sparse.channels.model_call import Inputs, NoDropout, enlarge_inputs
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import (
@@ -257,7 +257,6 @@ def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     full = full.to("cpu").double()
     for name in buffers:  # of which .double() makes one for each module that holds it
         set_tensor(name, full.get_buffer(name))
-    disable_dropout(full)
     norms = {id(m) for m in full.modules() if is_norm(m)}
     with torch.no_grad():
         for path, module in full.named_modules():
@@ -409,7 +408,7 @@ def _first_line(error: Exception) -> str:
 
 def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Any]:
     """What a network returns, without dropout; what it draws by itself are the numbers of ``seed``."""
-    with NoDropout(), torch.random.fork_rng(devices=[]):
+    with NoDropout(network), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return pytree.tree_leaves(network(*arguments))
 

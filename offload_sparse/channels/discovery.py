@@ -23,13 +23,7 @@ from torch.utils import _pytree as pytree
 from offload_sparse.channels.attention import drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group
 from offload_sparse.channels.config import Residual
-from offload_sparse.channels.model_call import (
-    Inputs,
-    NoDropout,
-    attention_in_products,
-    disable_dropout,
-    enlarge_inputs,
-)
+from offload_sparse.channels.model_call import Inputs, NoDropout, attention_in_products, enlarge_inputs
 from offload_sparse.channels.propagation import Propagation
 from offload_sparse.channels.stream_add import additions, expose_additions
 from offload_sparse.channels.subnet import is_norm, on_copy, output_dimension
@@ -109,7 +103,6 @@ def _run(network: nn.Module, inputs: Inputs, *, separate: bool) -> _Trace:
     shapes = {name: tuple(t.shape) for name, t in given if t.is_floating_point()}
     if separate:  # as it will be built: with its dropout
         expose_additions(network.eval(), inputs=inputs)
-    disable_dropout(network)
     for module in network.modules():
         drop_heads(module)  # as it will be when some are
     names = {n for n, m in network.named_modules() if is_norm(m)}
@@ -120,7 +113,7 @@ def _run(network: nn.Module, inputs: Inputs, *, separate: bool) -> _Trace:
     found = Propagation(tensors, leaves, sizes.place, lambda: sizes.repeats)
     for name, add in additions(network):
         add.forward = partial(found.add, name)  # type: ignore[method-assign]
-    with found, sizes, NoDropout():
+    with found, sizes, NoDropout(network):
         for training in (False, True):
             found.added.clear()
             for x in pytree.tree_leaves(network.train(training)(*inputs)):

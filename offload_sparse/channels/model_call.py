@@ -21,17 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Inputs = tuple[Any, ...]
 """Positional arguments of a network: tensors, or tuples, lists and dicts that hold some and other values."""
 
-_RATES = (
-    "p",
-    "attn_dropout",
-    "attention_dropout",
-    "drop_prob",
-    "drop_rate",
-    "dropout_rate",
-    "dropout",
-    "attn_drop_rate",
-    "drop_path_rate",
-)
 _DROPOUTS = {
     getattr(place, name)
     for place in (torch, functional)
@@ -92,7 +81,16 @@ def attention_in_products() -> Iterator[None]:
 
 
 class NoDropout(TorchFunctionMode):
-    """Makes the functions of dropout give what they are given; see ``disable_dropout``."""
+    """A network runs inside without dropout, which draws other numbers for other widths: functions of dropout
+    give what they are given, and rates, those of stochastic depth among them, are set to 0, for good."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for module in network.modules():
+            for name, value in [*vars(module).items()]:
+                rate = "drop" in name or (name == "p" and type(module).__name__ == "StochasticDepth")
+                if rate and isinstance(value, float):
+                    setattr(module, name, 0.0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -103,16 +101,6 @@ class NoDropout(TorchFunctionMode):
         elif func is functional.scaled_dot_product_attention and len(args) > 4:
             args = (*args[:4], 0.0, *args[5:])
         return func(*args, **kwargs)
-
-
-def disable_dropout(network: nn.Module) -> None:
-    """Set the rates of dropout and stochastic depth to 0: they draw other numbers for other widths. Dropout
-    that a forward calls as a function is left to ``NoDropout``."""
-    for module in network.modules():
-        for rate in _RATES:
-            ours = rate != "p" or type(module).__name__ == "StochasticDepth"
-            if ours and type(getattr(module, rate, None)) in (int, float):
-                setattr(module, rate, 0.0)
 
 
 class _Recorder(TorchDispatchMode):
@@ -130,19 +118,15 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(network: nn.Module, inputs: Inputs, training: bool) -> list[str]:
-    """Names of the operations of one forward pass, in order, dropout aside. The mode is set, and stays.
-
-    How a batch norm computes is no difference between the modes; what its layer's own ``train`` keeps counts.
-    """
-    with _Recorder() as recorder, torch.enable_grad(), NoDropout():
-        network.train(training)(*inputs)
-    return recorder.names
-
-
 def modes_differ(network: nn.Module, inputs: Inputs) -> bool:
-    """Whether training computes something else than evaluation, such as an auxiliary head. ``network`` is a
-    copy that nobody needs, on one device with ``inputs`` (two samples or more, as batch norms want them): its
-    dropout is switched off, its running statistics move."""
-    disable_dropout(network)
-    return operations(network, inputs, False) != operations(network, inputs, True)
+    """Whether training computes something else than evaluation, such as an auxiliary head: other operations,
+    dropout and the way in which a batch norm computes aside; what its layer's own ``train`` keeps counts.
+
+    ``network`` is a copy that nobody needs, on one device with ``inputs`` (two samples or more, as batch
+    norms want them): its dropout is switched off, its running statistics move."""
+    found = []
+    for training in (False, True):
+        with _Recorder() as recorder, torch.enable_grad(), NoDropout(network):
+            network.train(training)(*inputs)
+        found.append(recorder.names)
+    return found[0] != found[1]
