@@ -11,8 +11,7 @@ carry it on.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
 from offload_sparse.channels.model_call import Inputs, NoDropout, enlarge_inputs
+from offload_sparse.channels.require import Explained, require
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import (
@@ -43,7 +43,9 @@ MAX_PARAMETERS = 2_000_000
 """Larger networks are tested as a narrow twin: 16 MB of float64 weights, whatever the size of the model."""
 
 _MIN_BATCH = 4  # batch statistics of fewer values are too ill-conditioned to compare
-_SURE_SIZE, _MAX_TRIALS = 32, 4
+_FAILURES = (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""What a network may raise where it cannot be called; a ValueError says itself what to do."""
+
 _Key = tuple[str, str, str]  # ("output" or "gradient", mode, tensor)
 
 
@@ -53,71 +55,63 @@ class Verification:
     tensor.
 
     Attributes:
-        train_error: outputs and updated running statistics in training mode.
-        eval_error: outputs in evaluation mode.
+        output_error: outputs in both modes, and updated running statistics.
         gradient_error: gradients of a random linear functional of the outputs, in both modes, by every kept
             parameter entry and by the inputs.
         worst: the tensor that has the largest of these errors.
-        atoms: atoms of the map.
-        kept: atoms that the first random mask keeps.
-        seconds: wall-clock time of the test."""
+        kept: atoms that the random mask keeps."""
 
-    train_error: float
-    eval_error: float
+    output_error: float
     gradient_error: float
     worst: str
-    atoms: int
     kept: int
-    seconds: float
 
     @property
     def error(self) -> float:
         """The largest of all errors; NaN if one of them is."""
-        return _largest([self.train_error, self.eval_error, self.gradient_error])
+        return _largest([self.output_error, self.gradient_error])
 
 
 def verify(
-    model: nn.Module | Callable[[], nn.Module],
-    example_inputs: Inputs,
-    channel_map: ChannelMap,
-    rho: float = 0.5,
-    seed: int = 0,
+    model: nn.Module, example_inputs: Inputs, channel_map: ChannelMap, rho: float = 0.5, seed: int = 0
 ) -> Verification:
-    """Compare the narrow network of a random mask with the masked full network, in float64 on the CPU. Raises
-    ValueError: the narrow network does not run, or gives outputs of other shapes.
+    """Compare narrow networks with the masked full network, in float64 on the CPU: of a random mask outputs
+    and gradients in both modes, of some more (see ``_telling``) outputs in evaluation mode. Raises
+    ValueError: a narrow network does not run, or gives outputs of other shapes.
 
     Args:
-        model: the network or a function that builds it; left untouched. Networks on the meta device are
-            given random values.
+        model: left untouched. Networks on the meta device are given random values.
         example_inputs: inputs that the network accepts, nested as it likes. Floating ones are replaced by
             random ones; all others keep their values. A batch of fewer than 4 samples is repeated.
-        rho: keep probability of an atom; see ``random_mask``. Small groups are tested with several masks."""
-    start = time.perf_counter()
-    network = model if isinstance(model, nn.Module) else model()
+        rho: keep probability of an atom; see ``random_mask``.
+        seed: of the masks, parameters and inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    full = _double_copy(model, generator)
+    inputs = _random_inputs(example_inputs, generator)
+    mask = random_mask(channel_map, rho, generator)
+    few = _random_inputs(example_inputs, generator, 2)
     found: dict[_Key, float] = {}
-    kept = []
-    for trial in range(_trials(channel_map)):
-        errors, mask = _compare_once(network, example_inputs, channel_map, rho, seed + trial)
+    for other in _telling(channel_map, generator):
+        masked = copy.deepcopy(full)
+        narrow = _masked_pair(masked, channel_map, other)
+        with torch.no_grad():
+            errors = _compare(masked, narrow, few, Selection(channel_map, other), False, seed)
         found = _worse(found, errors)
-        kept.append(int(mask.sum()))
-    worst = max(found, key=lambda key: (found[key] != found[key], found[key]))
+    narrow = _masked_pair(full, channel_map, mask)
+    for train in (False, True):  # training moves the running statistics
+        errors = _compare(full, narrow, inputs, Selection(channel_map, mask), train, seed)
+        found = _worse(found, errors)
+    kind, mode, worst = max(found, key=lambda key: (found[key] != found[key], found[key]))
     return Verification(
-        train_error=_largest([e for key, e in found.items() if key[:2] == ("output", "train")]),
-        eval_error=_largest([e for key, e in found.items() if key[:2] == ("output", "eval")]),
+        output_error=_largest([e for key, e in found.items() if key[0] == "output"]),
         gradient_error=_largest([e for key, e in found.items() if key[0] == "gradient"]),
-        worst=f"{'gradient of ' if worst[0] == 'gradient' else ''}{worst[2]} ({worst[1]} mode)",
-        atoms=channel_map.num_atoms,
-        kept=kept[0],
-        seconds=time.perf_counter() - start,
+        worst=f"{'gradient of ' if kind == 'gradient' else ''}{worst} ({mode} mode)",
+        kept=int(mask.sum()),
     )
 
 
 def check(
-    model: nn.Module | Callable[[], nn.Module],
-    example_inputs: Inputs,
-    channel_map: ChannelMap,
-    rho: float = 0.5,
-    seed: int = 0,
+    model: nn.Module, example_inputs: Inputs, channel_map: ChannelMap, rho: float = 0.5, seed: int = 0
 ) -> Verification:
     """``verify`` that refuses: the arguments and the result are the same. Raises ValueError: an error exceeds
     ``TOLERANCE`` (the message names the worst tensor), or the narrow network does not run."""
@@ -198,10 +192,22 @@ def _has_gap(part: Tensor) -> bool:
     return len(kept) > 1 and int(kept[-1] - kept[0]) >= len(kept)
 
 
-def _trials(channel_map: ChannelMap) -> int:
-    """Masks to try: a permutation of few channels may map one mask to itself."""
-    smallest = min((group.size for group in channel_map.groups if group.size > 1), default=_SURE_SIZE)
-    return min(_MAX_TRIALS, -(-_SURE_SIZE // smallest))
+def _telling(channel_map: ChannelMap, generator: torch.Generator) -> Iterator[Tensor]:
+    """Masks bool[C] that tell any two atoms of a group apart: one of them keeps one atom and drops the other.
+    The first keeps a single atom of each group; of the others the atoms of a group, in random order, are kept
+    by the bits of their numbers."""
+    one = ~channel_map.full_mask()
+    for group in channel_map.groups:
+        one[group.start + group.size // 4] = True
+    yield one
+    orders = [torch.randperm(group.size, generator=generator) for group in channel_map.groups]
+    bits = [(group.size - 1).bit_length() for group in channel_map.groups]
+    for number in range(max(bits, default=0)):
+        mask = channel_map.full_mask()
+        for group, order, known in zip(channel_map.groups, orders, bits, strict=True):
+            if known:
+                mask[group.start : group.stop] = (order >> number % known) % 2 == 1
+        yield mask
 
 
 def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> None:
@@ -250,13 +256,9 @@ def _double_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     set_tensor = tensor_setter(full)
     unknown: set[str] = set()  # values of tensors on the meta device
     for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
-        if tensor.is_meta:
-            set_tensor(name, torch.empty_like(tensor, device="cpu"))
-            unknown |= {name} if tensor.numel() else set()
-    buffers = [name for name, _ in full.named_buffers()]
-    full = full.to("cpu").double()
-    for name in buffers:  # of which .double() makes one for each module that holds it
-        set_tensor(name, full.get_buffer(name))
+        value = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
+        set_tensor(name, value.double() if value.is_floating_point() else value)
+        unknown |= {name} if tensor.is_meta and tensor.numel() else set()
     norms = {id(m) for m in full.modules() if is_norm(m)}
     with torch.no_grad():
         for path, module in full.named_modules():
@@ -314,48 +316,9 @@ def _masked_pair(full: nn.Module, channel_map: ChannelMap, mask: Tensor) -> nn.M
     return narrow
 
 
-def _compare_once(
-    network: nn.Module, example_inputs: Inputs, channel_map: ChannelMap, rho: float, seed: int
-) -> tuple[dict[_Key, float], Tensor]:
-    """Errors of one random mask, with its own random parameters and inputs, and the mask."""
-    generator = torch.Generator().manual_seed(seed)
-    full = _double_copy(network, generator)
-    inputs = _random_inputs(example_inputs, generator)
-    mask = random_mask(channel_map, rho, generator)
-    found: dict[_Key, float] = {}
-    if not seed:
-        few = _random_inputs(example_inputs, generator, 2)
-        for other in _unlike(channel_map, mask):
-            masked = copy.deepcopy(full)
-            narrow = _masked_pair(masked, channel_map, other)
-            with torch.no_grad():
-                errors = _compare(masked, narrow, few, Selection(channel_map, other), False, seed)
-            found = _worse(found, errors)
-    narrow = _masked_pair(full, channel_map, mask)
-    selection = Selection(channel_map, mask)
-    for train in (False, True):  # training moves the running statistics
-        found = _worse(found, _compare(full, narrow, inputs, selection, train, seed))
-    return found, mask
-
-
 def _worse(found: dict[_Key, float], errors: dict[_Key, float]) -> dict[_Key, float]:
     """The larger error of each tensor."""
     return found | {name: _largest([e, found.get(name, 0.0)]) for name, e in errors.items()}
-
-
-def _unlike(channel_map: ChannelMap, mask: Tensor) -> Iterator[Tensor]:
-    """Masks bool[C] under which other positions of each group are the first, the last and the middle ones:
-    what ``mask`` drops, all but the ends, a single atom."""
-    ends, one = channel_map.full_mask(), ~channel_map.full_mask()
-    for group in channel_map.groups:
-        if group.size > 3:
-            ends[[group.start, group.stop - 2, group.stop - 1]] = False
-        one[group.start + group.size // 4] = True
-    other = ~mask
-    for group in channel_map.groups:  # what has one atom, or all of them, has no others
-        if not other[group.start : group.stop].any():
-            other[group.start : group.stop] = True
-    yield from (other, ends, one)
 
 
 def _compare(
@@ -363,21 +326,20 @@ def _compare(
 ) -> dict[_Key, float]:
     """Relative error of every output, gradient and (in training mode) running statistic."""
     mode = "train" if train else "eval"
-    try:
+    with Explained(
+        f"the network does not run in float64 on inputs of {_shapes(inputs)} (",
+        "); give example inputs that it accepts or, if it is the narrow twin of a large network, write a "
+        "channel map by hand",
+        _FAILURES,
+    ):
         expected, by_input = _run(full.train(train), inputs, seed)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"the network does not run in float64 on inputs of {_shapes(inputs)} "
-            f"({_first_line(error)}); give example inputs that it accepts or, if it is the narrow twin of a "
-            "large network, write a channel map by hand"
-        ) from error
-    try:
-        found, narrow_by_input = _run(narrow.train(train), inputs, seed, expected)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"the channel map is wrong: the narrow network does not run ({_first_line(error)}); "
-            "correct the map or write one by hand"
-        ) from error
+    wrong = "the channel map is wrong: the narrow network"
+    advice = "; correct the map or write one by hand"
+    with Explained(f"{wrong} does not run (", f"){advice}", _FAILURES):
+        found, narrow_by_input = _run(narrow.train(train), inputs, seed)
+    narrow_shapes, shapes = _shapes(found), _shapes(expected)
+    other = f"{wrong}'s outputs have shapes {narrow_shapes}, those of the full network {shapes}{advice}"
+    require(narrow_shapes == shapes, other)
     errors: dict[_Key, float] = {
         ("output", mode, f"output {i}"): _relative(a, b)
         for i, (a, b) in enumerate(zip(expected, found, strict=True))
@@ -393,17 +355,17 @@ def _compare(
         ("gradient", mode, name): _relative(reference[name], actual[name], floor) for name in reference
     }
     if train:
-        errors |= {("output", mode, name): e for name, e in _statistics_errors(full, narrow, selection)}
+        statistics = dict(narrow.named_buffers())
+        errors |= {
+            ("output", mode, name): _relative(selection.take(name, buffer), statistics[name])
+            for name, buffer in full.named_buffers()
+            if name in selection.shapes
+        }
     return errors
 
 
 def _shapes(values: Any) -> list[list[int]]:
     return [list(x.shape) for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Any]:
@@ -413,9 +375,7 @@ def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Any]:
         return pytree.tree_leaves(network(*arguments))
 
 
-def _run(
-    network: nn.Module, inputs: Inputs, seed: int, expected: list[Tensor] | None = None
-) -> tuple[list[Tensor], dict[int, Tensor]]:
+def _run(network: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Outputs, and gradients by the inputs; gradients by parameters are left in ``grad``."""
     network.zero_grad(set_to_none=True)
     arguments = pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), inputs)
@@ -430,7 +390,6 @@ def _run(
     outputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
     if not outputs:
         raise ValueError("the network returns no floating-point tensor; there is nothing to compare")
-    _refuse_other_shapes(outputs, expected)
     if not torch.is_grad_enabled():
         return outputs, {}
     generator = torch.Generator().manual_seed(seed + 1)
@@ -438,25 +397,6 @@ def _run(
     torch.stack(functional).sum().backward()
     tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
     return [t.detach() for t in outputs], {i: x.grad for i, x in enumerate(tensors) if x.grad is not None}
-
-
-def _refuse_other_shapes(outputs: list[Tensor], expected: list[Tensor] | None) -> None:
-    shapes = [list(t.shape) for t in outputs]
-    if expected is not None and shapes != [list(t.shape) for t in expected]:
-        raise ValueError(
-            f"the channel map is wrong: the narrow network's outputs have shapes {shapes}, those of the "
-            f"full network "
-            f"{[list(t.shape) for t in expected]}; correct the map or write one by hand"
-        )
-
-
-def _statistics_errors(
-    full: nn.Module, narrow: nn.Module, selection: Selection
-) -> Iterator[tuple[str, float]]:
-    found = dict(narrow.named_buffers())
-    for name, buffer in full.named_buffers():
-        if buffer.is_floating_point() and name in found and name in selection.shapes:
-            yield name, _relative(selection.take(name, buffer), found[name])
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -57,9 +57,10 @@ def test_slice_equals_mask_to_ten_digits(name: str, residual: Residual) -> None:
     with torch.device("meta"):
         model = build_model(name, num_classes=5, in_channels=3, image_size=max(32, SIZES[name]))
     inputs = (torch.empty(2, 3, SIZES[name], SIZES[name], device="meta"),)
-    result = self_test(model, inputs, discover(model, inputs, residual))
+    found = discover(model, inputs, residual)
+    result = self_test(model, inputs, found)
     assert result.error < 1e-10
-    assert 0 < result.kept < result.atoms
+    assert 0 < result.kept < found.num_atoms
 
 
 def test_the_twin_is_small_keeps_every_layer_and_every_group() -> None:
@@ -141,6 +142,16 @@ def test_what_a_network_draws_is_the_same_without_dropped_channels() -> None:
     found, states = discover(model, inputs), torch.get_rng_state()
     assert self_test(model, inputs, found).error < 1e-10
     assert torch.equal(torch.get_rng_state(), states)
+
+
+def test_a_network_that_wants_so_many_channels_is_refused_in_a_line() -> None:
+    def eight(h: Tensor) -> Tensor:
+        assert h.shape[1] == 8, "eight channels"
+        return h
+
+    model, inputs = Between(eight, 8), (torch.zeros(2, 3, 4, 4),)
+    with pytest.raises(ValueError, match=r"the narrow network does not run \(eight channels.*\); correct"):
+        self_test(model, inputs, discover(model, inputs))
 
 
 class Beginning(Between):
