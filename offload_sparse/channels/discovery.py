@@ -10,7 +10,7 @@ is kept; slice = mask (see ``check``) is tested all the same before anything tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _LEAST_PART = 1 / 8
 """Where a network splits what it has shuffled again and again, the runs become shorter and shorter."""
 
-_STREAM = ("a layer norm", "an RMS norm", "a residual addition", "a table", "mean", "a constant")
+_STREAM = ("a layer norm", "a residual addition", "a table", "mean", "a constant")
 
 
 def discover(model: nn.Module, example_inputs: Inputs, residual: Residual = "coupled") -> ChannelMap:
@@ -205,9 +205,7 @@ def _atoms(found: Propagation, producers: set[tuple[str, int]]) -> tuple[tuple[G
     Atoms are numbered by the first layer that produces them; those that none does, by their first tensor.
     """
     root = found.roots()
-    free = torch.zeros(found.size + 1, dtype=torch.bool)
-    free[root[torch.cat([torch.tensor([-1]), *found.consumed])]] = True
-    free &= ~_dense(found)
+    free = _classes(found, found.consumed) & ~_dense(found)
     starts = torch.tensor([start for start, _, _ in found.starts])
     width = starts.diff(append=torch.tensor([found.size]))
     produced = torch.tensor([(name, dim) in producers for _, name, dim in found.starts])
@@ -219,8 +217,7 @@ def _atoms(found: Propagation, producers: set[tuple[str, int]]) -> tuple[tuple[G
     classes = free[:-1].nonzero().flatten()
     place, order = (first[classes] % found.size).sort()
     owner = torch.searchsorted(starts, place, right=True) - 1
-    shared = torch.zeros(found.size + 1, dtype=torch.bool)
-    shared[root[torch.cat([torch.tensor([-1]), *found.shared])]] = True
+    shared = _classes(found, found.shared)
     groups: list[Group] = []
     atoms = torch.full((found.size + 1,), ALWAYS)
     for number, size in zip(*(x.tolist() for x in owner.unique_consecutive(return_counts=True)), strict=True):
@@ -235,11 +232,14 @@ def _atoms(found: Propagation, producers: set[tuple[str, int]]) -> tuple[tuple[G
 
 def _dense(found: Propagation) -> Tensor:
     """bool[labels + 1], the classes that must be kept."""
-    dense = torch.zeros(found.size + 1, dtype=torch.bool)
-    dense[
-        found.roots()[torch.cat([torch.tensor([-1]), *(labels.flatten() for labels, _ in found.dense)])]
-    ] = True
-    return dense
+    return _classes(found, (labels for labels, _ in found.dense))
+
+
+def _classes(found: Propagation, labels: Iterable[Tensor]) -> Tensor:
+    """bool[labels + 1], those that some of ``labels`` (int64[...] each) belong to, and the last."""
+    among = torch.zeros(found.size + 1, dtype=torch.bool)
+    among[found.roots()[torch.cat([torch.tensor([-1]), *(x.flatten() for x in labels)])]] = True
+    return among
 
 
 def _refuse_other_additions(found: Propagation, ids: Tensor) -> None:

@@ -37,7 +37,7 @@ Labels = tuple[Tensor, ...]
 """int64, each of the shape of the labelled tensor: an element lives if all of its labels do; -1: none."""
 
 _SAME = re.compile(
-    r"(clone|_to_copy|detach|alias|lift_fresh|contiguous|(native_)?dropout|bernoulli_?|(zeros|ones|empty|rand|randn|"
+    r"(clone|_to_copy|detach|alias|lift_fresh|native_dropout|bernoulli_?|(zeros|ones|empty|rand|randn|"
     r"full)_like|fill_|zero_)"
 )
 _MOVED = re.compile(
@@ -388,9 +388,6 @@ class Propagation(TorchDispatchMode):
     def _constant_pad_nd_rule(self, _: Any, x: Tensor, pad: list[int], *__: Any) -> Labels:
         return tuple(torch.constant_pad_nd(labels, pad, -1) for labels in self.of(x))
 
-    def _where_rule(self, out: Tensor, *given: Any) -> Labels:
-        return self._pointwise(out.shape, [x for x in given if isinstance(x, Tensor)])
-
     def _embedding_rule(self, out: Tensor, weight: Tensor, indices: Tensor, *_: Any) -> Labels:
         return self._rows(self.of(weight), indices, out)
 
@@ -427,16 +424,10 @@ class Propagation(TorchDispatchMode):
         return tuple(found)
 
     def _native_layer_norm_rule(self, _: Any, x: Tensor, shape: list[int], *rest: Any) -> Labels:
-        return self._normalised(x, shape, [t for t in rest if isinstance(t, Tensor)], "a layer norm")
+        self._labels[id(x)] = self._mix(self.of(x), range(x.dim() - len(shape), x.dim()), "a layer norm")
+        return self._pointwise(x.shape, [x, *(t for t in rest if isinstance(t, Tensor))])
 
-    def _fused_rms_norm_rule(self, _: Any, x: Tensor, shape: list[int], *rest: Any) -> Labels:
-        return self._normalised(x, shape, [t for t in rest if isinstance(t, Tensor)], "an RMS norm")
-
-    def _normalised(self, x: Tensor, shape: list[int], affine: list[Tensor], reason: str) -> Labels:
-        dims = set(range(x.dim() - len(shape), x.dim()))
-        mixed = self._mix(self.of(x), dims, reason)
-        self._labels[id(x)] = mixed
-        return self._pointwise(x.shape, [x, *affine])
+    _fused_rms_norm_rule = _native_layer_norm_rule
 
     def _native_group_norm_rule(self, _: Any, x: Tensor, *rest: Any) -> Labels:
         for t in [x, *(t for t in rest if isinstance(t, Tensor))]:
@@ -483,22 +474,19 @@ class Propagation(TorchDispatchMode):
                 self._keep(labels, reason)
         return found
 
-    def _addmm_rule(self, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Labels:
-        self._labels[id(out)] = self._mm_rule(out, a, b)
-        return self._pointwise(out.shape, [out, bias])
-
-    def _mm_rule(self, out: Tensor, a: Tensor, b: Tensor) -> Labels:
-        found = self._product(
-            [x[None] for x in self.of(a)], [x[None] for x in self.of(b)], a, b, out[None].shape
-        )
-        return tuple(labels[0] for labels in found)
-
     def _bmm_rule(self, out: Tensor, a: Tensor, b: Tensor) -> Labels:
-        return self._product(list(self.of(a)), list(self.of(b)), a, b, out.shape)
+        one = (None,) * (3 - out.dim())  # two matrices are a batch of one
+        left, right = ([labels[one] for labels in self.of(x)] for x in (a, b))
+        found = self._product(left, right, a, b, out[one].shape)
+        return tuple(labels[(0,) * len(one)] for labels in found)
 
-    def _baddbmm_rule(self, out: Tensor, c: Tensor, a: Tensor, b: Tensor, **_: Any) -> Labels:
+    _mm_rule = _bmm_rule
+
+    def _addmm_rule(self, out: Tensor, added: Tensor, a: Tensor, b: Tensor, **_: Any) -> Labels:
         self._labels[id(out)] = self._bmm_rule(out, a, b)
-        return self._pointwise(out.shape, [out, c])
+        return self._pointwise(out.shape, [out, added])
+
+    _baddbmm_rule = _addmm_rule
 
     def _product(
         self, left: list[Tensor], right: list[Tensor], a: Tensor, b: Tensor, shape: torch.Size

@@ -23,27 +23,24 @@ class Unions:
 
     def __init__(self, num_atoms: int) -> None:
         self._num_atoms = num_atoms
-        self._members: list[tuple[int, ...]] = []
         self._number: dict[tuple[int, ...], int] = {}
+        self._members: dict[int, tuple[int, ...]] = {}
 
     def of(self, left: int, right: int) -> int:
         """The id of the union of two ids."""
+        if left == right:
+            return left
         if ALWAYS in (left, right):
             return ALWAYS
-        members = tuple(sorted({*self._atoms(left), *self._atoms(right)}))
-        if len(members) == 1:
-            return members[0]
-        if members not in self._number:
-            self._number[members] = self._num_atoms + len(self._members)
-            self._members.append(members)
-        return self._number[members]
-
-    def _atoms(self, number: int) -> tuple[int, ...]:
-        return (number,) if number < self._num_atoms else self._members[number - self._num_atoms]
+        sides = (self._members.get(number, (number,)) for number in (left, right))
+        members = tuple(sorted({atom for side in sides for atom in side}))
+        number = self._number.setdefault(members, self._num_atoms + len(self._number))
+        self._members[number] = members
+        return number
 
     def pairs(self) -> Tensor:
         """int64[2, members]: (union, atom), the form that a channel map keeps."""
-        pairs = [(u, atom) for u, members in enumerate(self._members) for atom in members]
+        pairs = [(u, atom) for u, members in enumerate(self._number) for atom in members]
         return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
 
 
