@@ -17,21 +17,35 @@ from offload_sparse.channels.accounting import CostModel, count_flops, count_par
 from offload_sparse.channels.attention import HeadAttention
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import random_mask
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.specs import MapBuilder
 from offload_sparse.channels.subnet import meta_copy, narrow_module
-from tests.support.channel_maps import SmallNet
-from tests.support.language_models import WORDS, LanguageModel, SeparateAttention, TorchEncoder
+from tests.support.channel_maps import Net, SmallNet
+from tests.support.language_models import (
+    WORDS,
+    LanguageModel,
+    SeparateAttention,
+    SlicedAttention,
+    TorchEncoder,
+)
 
 IMAGE = (torch.zeros(1, 3, 64, 64),)
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg16_bn", "resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow), "densenet121"]
+    ("name", "residual"),
+    [
+        ("vgg16_bn", "coupled"),
+        ("resnet18", "coupled"),
+        ("resnet18", "filter"),
+        ("densenet121", "coupled"),
+        *(pytest.param("mobilenet_v2", policy, marks=pytest.mark.slow) for policy in ("coupled", "filter")),
+    ],
 )
-def test_costs_of_random_masks_are_those_of_the_narrow_network(name: str) -> None:
+def test_costs_of_random_masks_are_those_of_the_narrow_network(name: str, residual: Residual) -> None:
     model = torchvision.models.get_model(name, num_classes=10).to("meta")
-    channel_map = discover(model, IMAGE)
+    channel_map = discover(model, IMAGE, residual)
     cost = CostModel(model, channel_map, IMAGE)
     assert (cost.dense_flops, cost.dense_parameters) == (count_flops(model, IMAGE), count_parameters(model))
     mask = random_mask(channel_map, 0.3, torch.Generator().manual_seed(0))
@@ -80,26 +94,19 @@ def test_outputs_of_a_mask_are_those_of_the_layers_of_the_narrow_network(name: s
     assert cost.outputs(mask) == pytest.approx(sum(made))
 
 
-class Net(nn.Module):
+def between(run: Callable[[Any, Tensor], Tensor], **layers: Any) -> Net:
     """Layers of 8 channels from 3 to 5, and what is done between them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Tensor], **layers: Any) -> None:
-        super().__init__()
-        self.run, self.first, self.last = run, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.run(self, self.first(x)))
+    first, last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+    return Net(lambda n, x: n.last(run(n, n.first(x))), first=first, last=last, **layers)
 
 
 def shared() -> nn.Module:
     layer = nn.Conv2d(8, 8, 3, padding=1)
-    return Net(lambda n, x: n.b(n.a(x)), a=nn.Sequential(layer, nn.ReLU()), b=nn.Sequential(layer))
+    return between(lambda n, x: n.b(n.a(x)), a=nn.Sequential(layer, nn.ReLU()), b=nn.Sequential(layer))
 
 
 def tied() -> nn.Module:
-    net = Net(lambda n, x: n.b(n.a(x).relu()), a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1))
+    net = between(lambda n, x: n.b(n.a(x).relu()), a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1))
     net.b.weight = net.a.weight
     return net
 
@@ -110,7 +117,7 @@ class Doubled(nn.Module):
 
 
 def computed() -> nn.Module:
-    net = Net(lambda n, x: n.a(x), a=nn.Conv2d(8, 8, 1))
+    net = between(lambda n, x: n.a(x), a=nn.Conv2d(8, 8, 1))
     nn.utils.parametrize.register_parametrization(net.a, "weight", Doubled())
     return net
 
@@ -148,16 +155,19 @@ BY_WEIGHT: dict[str, Callable[[], nn.Module]] = {
     "one layer under two parents": shared,
     "one weight of two layers": tied,
     "a computed weight": computed,
-    "two weights of one module": lambda: Net(
+    "two weights of one module": lambda: between(
         lambda n, x: functional.conv2d(functional.conv2d(x, n.a), n.b).relu(),
         a=nn.Parameter(torch.ones(6, 8, 3, 3)),
         b=nn.Parameter(torch.ones(8, 6, 1, 1)),
     ),
-    "a sum of products": lambda: Net(
+    "a sum of products": lambda: between(
         lambda n, x: torch.einsum("bchw,co->bohw", x, n.a), a=nn.Parameter(torch.ones(8, 8))
     ),
-    "attention whose values are narrowed": lambda: Net(lambda n, x: n.a(x), a=NarrowValues()),
+    "attention whose values are narrowed": lambda: between(lambda n, x: n.a(x), a=NarrowValues()),
     "attention in a module of its own": lambda: LanguageModel(CoredAttention),
+    "grouped queries": lambda: LanguageModel(lambda: SlicedAttention(24, 6, 3)),
+    "attention of torch": WITH_OUTPUTS["attention of torch"],
+    "attention of timm": WITH_OUTPUTS["test_vit"],
 }
 
 
@@ -169,7 +179,9 @@ def test_flops_go_with_the_weight_that_is_multiplied(name: str) -> None:
     cost = CostModel(model, channel_map, inputs)
     for seed in range(3):
         mask = random_mask(channel_map, 0.5, torch.Generator().manual_seed(seed))
-        assert cost.flops(mask) == count_flops(narrow_module(model, channel_map, mask), inputs)
+        narrow = narrow_module(model, channel_map, mask)
+        assert cost.flops(mask) == count_flops(narrow, inputs) < cost.dense_flops
+        assert cost.parameters(mask) == count_parameters(narrow)
 
 
 def test_outputs_of_a_layer_are_counted_each_time_that_it_runs() -> None:

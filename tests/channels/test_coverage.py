@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -19,13 +18,8 @@ def up_to(last: str, names: Sequence[str]) -> Sequence[str]:
     return names[: names.index(last) + 1]
 
 
-class Network(nn.Module):
-    def __init__(self, middle: Any) -> None:
-        super().__init__()
-        self.a, self.b, self.middle = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), middle
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.middle(self.a(x)))
+def network(middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 1), middle, nn.Conv2d(8, 5, 1))
 
 
 def test_the_table_is_wide() -> None:
@@ -67,7 +61,7 @@ def test_a_refusal_gives_its_reason_and_the_table_goes_on() -> None:
         if case.name == "no constructor":
             raise KeyError("depth")
         middle = {"sigmoid": nn.Sigmoid(), "reorders": nn.ChannelShuffle(2), "fine": nn.ReLU()}
-        return Network(middle[case.name])
+        return network(middle[case.name])
 
     names = ("no constructor", "sigmoid", "reorders", "fine")
     rows = [examine(Case(name, 8), broken)[0] for name in names]
@@ -88,7 +82,7 @@ def test_buffers_that_are_read_keep_their_values() -> None:
             return x[self.order] * self.scale
 
     def indexed(case: Case) -> nn.Module:
-        return nn.Sequential(Network(nn.ReLU()), Indexed())
+        return nn.Sequential(network(nn.ReLU()), Indexed())
 
     assert examine(Case("indexed", 8), indexed)[0]["accepted"]
     assert not coverage.lacks_values(indexed(CASES[0]))

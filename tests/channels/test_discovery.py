@@ -17,22 +17,10 @@ from offload_sparse.channels.check import check
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.propagation import connected_components
 from offload_sparse.channels.subnet import narrow_module
+from tests.support.channel_maps import Net
 
 IMAGES = (torch.zeros(2, 3, 16, 16),)
 Conv = nn.Conv2d
-
-
-class Net(nn.Module):
-    """Layers by name and a forward function over them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def gated(net: Any, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from offload_sparse.channels.check import self_test
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.model_call import modes_differ
 from offload_sparse.channels.subnet import meta_copy
+from tests.support.channel_maps import Net
 
 TOKENS = torch.randint(0, 10, (2, 5), generator=torch.Generator().manual_seed(0))
 IMAGES = (torch.zeros(2, 3, 16, 16),)
@@ -70,7 +71,9 @@ def test_the_self_test_keeps_the_values_of_inputs_that_are_not_floating(kind: st
     CostModel(model, channel_map, inputs)
 
 
-class Net(nn.Module):
+class Auxiliary(nn.Module):
+    """A head that only training has."""
+
     def __init__(self) -> None:
         super().__init__()
         self.c1, self.b1, self.fc = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 4)
@@ -84,7 +87,7 @@ class Net(nn.Module):
         return (self.fc(h), self.aux(h)) if self.training else self.fc(h)
 
 
-class ConvAux(Net):
+class ConvAux(Auxiliary):
     """An auxiliary branch with a width of its own, behind a norm that its own ``train`` keeps fixed."""
 
     def __init__(self) -> None:
@@ -102,7 +105,7 @@ class ConvAux(Net):
         return {"out": out, "aux": self.aux(h).mean((2, 3))} if self.training else {"out": out}
 
 
-class EvaluationOnly(Net):
+class EvaluationOnly(Auxiliary):
     """A projection that training skips."""
 
     def forward(self, x: Tensor) -> Any:
@@ -110,7 +113,7 @@ class EvaluationOnly(Net):
         return self.fc(h) if self.training else self.fc(h) + self.aux(h)
 
 
-class TrainingGate(Net):
+class TrainingGate(Auxiliary):
     """A gate between two widths that ties them in training mode only."""
 
     def __init__(self) -> None:
@@ -123,8 +126,8 @@ class TrainingGate(Net):
         return self.fc(mixed.mean((2, 3))), self.aux(gate.mean((2, 3)))
 
 
-@pytest.mark.parametrize("build", [Net, ConvAux, EvaluationOnly, TrainingGate])
-def test_layers_that_run_in_one_mode_only_are_followed(build: type[Net]) -> None:
+@pytest.mark.parametrize("build", [Auxiliary, ConvAux, EvaluationOnly, TrainingGate])
+def test_layers_that_run_in_one_mode_only_are_followed(build: type[Auxiliary]) -> None:
     model = meta_copy(build())
     assert modes_differ(meta_copy(model), (torch.zeros(2, 3, 16, 16, device="meta"),))
     channel_map = discover(model, IMAGES)
@@ -152,20 +155,10 @@ DROPOUTS: dict[str, Callable[[Tensor, bool], Tensor]] = {
 }
 
 
-class Dropping(nn.Module):
-    """Drops by a call in its own forward."""
-
-    def __init__(self, drop: Callable[[Tensor, bool], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b, self.drop = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), drop
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.drop(self.a(x), self.training))
-
-
 @pytest.mark.parametrize("kind", DROPOUTS)
 def test_dropout_by_a_function_is_switched_off_too(kind: str) -> None:
-    net = Dropping(DROPOUTS[kind])
+    drop = DROPOUTS[kind]
+    net = Net(lambda n, x: n.b(drop(n.a(x), n.training)), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 4, 1))
     channel_map = discover(net, IMAGES)
     assert channel_map.num_atoms == 8
     assert self_test(net, IMAGES, channel_map).error < 1e-10

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.check import check, random_mask, self_test
 from offload_sparse.channels.discovery import discover, policies
 from offload_sparse.channels.selection import Selection
-from offload_sparse.channels.subnet import Subnet, meta_copy, narrow_module
+from offload_sparse.channels.subnet import Subnet, narrow_module
+from offload_sparse.inspect.coverage import CASES, build
 from tests.support.decoder import decoder_map, small_decoder
 from tests.support.language_models import (
     WORDS,
@@ -187,17 +186,6 @@ def test_one_skeleton_is_bound_to_one_selection_after_the_other() -> None:
         subnet.release()
 
 
-def test_flops_of_a_decoder_follow_heads_and_widths() -> None:
-    model = meta_copy(LanguageModel(lambda: SlicedAttention(24, 6, 3)))
-    found = discover(model, (TOKENS,))
-    cost = CostModel(model, found, (TOKENS,))
-    for seed in range(3):
-        mask = random_mask(found, 0.5, torch.Generator().manual_seed(seed))
-        narrow = narrow_module(model, found, mask)
-        assert cost.flops(mask) == count_flops(narrow, (TOKENS,)) < cost.dense_flops
-        assert cost.parameters(mask) == count_parameters(narrow)
-
-
 class Sorted(nn.Module):
     """A hidden width that is sorted: nothing can be followed through it."""
 
@@ -256,84 +244,25 @@ def test_what_cannot_be_followed_stays_dense_beside_what_can() -> None:
     assert self_test(model, (TOKENS,), found).error < 1e-10
 
 
-def _config(name: str, **settings: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return getattr(transformers, name)(**settings)
-
-
-def _published(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import transformers
-
-        built: nn.Module = getattr(transformers, model)(_config(config, **settings))
-        return built
-
-    return build
-
-
-_DECODER: dict[str, Any] = {
-    "vocab_size": WORDS,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 32,
-    "use_cache": False,
-    "pad_token_id": 0,
+PUBLISHED = {
+    "Llama": [3, 80] * 2,
+    "Qwen3": [3, 80] * 2,
+    "Phi3": [3, 80] * 2,
+    "GPT2LMHeadModel": [6, 192] * 2,
+    "BertForSequenceClassification": [6, 80] * 2 + [48],
+    "Bloom": [6, 192] * 2,
+    "Falcon": [6, 80] * 2,
+    "OPT": [6, 80] * 2,
+    "ViT": [6, 80] * 2,
 }
-_ENCODER = {k: v for k, v in _DECODER.items() if k not in ("num_key_value_heads", "use_cache")}
-_VISION: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "intermediate_size": 40,
-    "image_size": 32,
-    "patch_size": 8,
-}
-_GPT2: dict[str, Any] = {"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 32}
-_BLOOM: dict[str, Any] = {
-    "vocab_size": WORDS,
-    "hidden_size": 24,
-    "n_layer": 2,
-    "n_head": 6,
-    "use_cache": False,
-}
-_FALCON: dict[str, Any] = {
-    "vocab_size": WORDS,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "use_cache": False,
-}
-_IMAGES = (torch.zeros(2, 3, 32, 32),)
-
-PUBLISHED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[int]]] = {
-    "llama": (_published("LlamaForCausalLM", "LlamaConfig", **_DECODER), (TOKENS,), [3, 40] * 2),
-    "qwen3": (_published("Qwen3ForCausalLM", "Qwen3Config", **_DECODER, head_dim=8), (TOKENS,), [3, 40] * 2),
-    "phi3": (_published("Phi3ForCausalLM", "Phi3Config", **_DECODER), (TOKENS,), [3, 40] * 2),
-    "gpt2": (
-        _published("GPT2LMHeadModel", "GPT2Config", **_GPT2, use_cache=False),
-        (TOKENS,),
-        [6, 96] * 2,
-    ),
-    "bert": (
-        _published("BertForSequenceClassification", "BertConfig", **_ENCODER),
-        (TOKENS,),
-        [6, 40] * 2 + [24],
-    ),
-    "bloom": (_published("BloomForCausalLM", "BloomConfig", **_BLOOM), (TOKENS,), [6, 96] * 2),
-    "falcon": (_published("FalconForCausalLM", "FalconConfig", **_FALCON), (TOKENS,), [6, 96] * 2),
-    "opt": (_published("OPTForCausalLM", "OPTConfig", **_ENCODER, ffn_dim=40), (TOKENS,), [6, 40] * 2),
-    "vit": (_published("ViTForImageClassification", "ViTConfig", **_VISION), _IMAGES, [6, 40] * 2),
-}
+"""Sizes of the groups by the beginning of a name in the table of networks."""
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_families_of_transformers_lose_whole_heads(family: str) -> None:
     pytest.importorskip("transformers")
-    build, inputs, sizes = PUBLISHED[family]
-    model = build()
+    (case,) = (case for case in CASES if case.name.startswith(f"transformers/{family}"))
+    model, inputs = build(case), (torch.zeros(2, 3, 32, 32) if case.size else TOKENS,)
     found = discover(model, inputs)
-    assert [group.size for group in found.groups] == sizes
+    assert [group.size for group in found.groups] == PUBLISHED[family]
     assert self_test(model, inputs, found).error < 1e-10

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from offload_sparse.channels.accounting import CostModel, count_flops, count_parameters
 from offload_sparse.channels.channel_map import ALWAYS, ChannelMap
 from offload_sparse.channels.check import check, random_mask, self_test, zero_dropped
 from offload_sparse.channels.discovery import discover
@@ -148,19 +147,6 @@ def outputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
             module.register_forward_hook(note(name))  # type: ignore[arg-type]
     network(x)
     return found
-
-
-@pytest.mark.parametrize(("name", "size"), [*MODELS[:2], pytest.param(*MODELS[2], marks=pytest.mark.slow)])
-def test_costs_of_random_masks_are_those_of_the_narrow_network(name: str, size: int) -> None:
-    model, images, channel_map = model_and_map(name, size)
-    cost = CostModel(model, channel_map, images)
-    mask = random_mask(channel_map, 0.3, torch.Generator().manual_seed(1))
-    narrow = narrow_module(model, channel_map, mask)
-    assert (cost.flops(mask), cost.parameters(mask)) == (
-        count_flops(narrow, images),
-        count_parameters(narrow),
-    )
-    assert cost.dense_flops == count_flops(model, images)
 
 
 def test_narrowing_a_narrow_network_is_narrowing_once() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from offload_sparse.channels.channel_map import Axis, ChannelMap, Group
+from offload_sparse.channels.specs import MapBuilder
 
 
 @st.composite
@@ -47,6 +51,19 @@ def masks(draw: st.DrawFn, channel_map: ChannelMap) -> Tensor:
     return mask
 
 
+class Net(nn.Module):
+    """Layers by name and a forward function over them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
 class SmallNet(nn.Module):
     """conv - BN - ReLU - conv - BN - ReLU - pool - flatten - linear: two groups, one atom at four columns."""
 
@@ -68,21 +85,12 @@ class SmallNet(nn.Module):
 
 def small_map(net: SmallNet) -> ChannelMap:
     """The map of a ``SmallNet``, written by hand."""
-    a, b = net.conv1.out_channels, net.conv2.out_channels
-    first, second = torch.arange(a), torch.arange(a, a + b)
-    axis_of = {"conv1": first, "norm1": first, "conv2": second, "norm2": second}
-    shapes: dict[str, tuple[int, ...]] = {}
-    axes: dict[str, tuple[Axis, ...]] = {}
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if not tensor.is_floating_point():
-            continue
-        layer = name.split(".")[0]
-        axis: list[Axis] = [None] * tensor.dim()
-        if layer in axis_of:
-            axis[0] = axis_of[layer]
-        if name == "conv2.weight":
-            axis[1] = first
-        if name == "head.weight":
-            axis[1] = second.repeat_interleave(4)
-        shapes[name], axes[name] = tuple(tensor.shape), tuple(axis)
-    return ChannelMap((Group("conv1", 0, a), Group("conv2", a, b)), shapes, axes)
+    builder = MapBuilder(net)
+    first, second = (builder.group(f"conv{n}", net.get_submodule(f"conv{n}").out_channels) for n in (1, 2))
+    for number, atoms in ((1, first), (2, second)):
+        builder.rows(f"conv{number}", atoms)
+        if isinstance(net.norm1, nn.BatchNorm2d):
+            builder.rows(f"norm{number}", atoms)
+    builder.columns("conv2", first)
+    builder.columns("head", second.repeat_interleave(4))
+    return builder.build()
