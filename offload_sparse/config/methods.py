@@ -38,9 +38,6 @@ class DSTConfig:
         alpha: factor of the penalty that raises the thresholds, of ``dfbst`` too (the papers: 5e-4 on MNIST,
             5e-6 on CIFAR)."""
 
-    reset_at: ClassVar[float] = 0.01
-    """Remaining share of a layer at which its thresholds start anew, and all of it is back; 0 for never."""
-
     alpha: float = 5e-4
 
     def __post_init__(self) -> None:

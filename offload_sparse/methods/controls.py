@@ -1,8 +1,7 @@
-"""The controls: the full network on the device, and a narrow network of given FLOPs, fixed from the start.
+"""The controls: the full network on the device, and a narrow network, fixed from the start.
 
-A learner of structure that does not beat ``static`` has learned nothing. Every group keeps the same share of
-its channels there; the share is the largest that stays within the FLOPs, so the comparison never favours the
-control.
+A learner of structure that does not beat ``static`` has learned nothing. Unless it is given its widths, every
+group keeps the same share of its channels there: the one that the budget allows.
 """
 
 from __future__ import annotations
@@ -45,21 +44,18 @@ def build_static(task: Task) -> Method:
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
     mask = static_mask(str(config.static.widths), config.policy, channel_map, cost)
-    seed = config.train.seed
+    recording, seed = prepared.recording, config.train.seed
+    assert recording is not None, "a task has a function that builds its network"
     start = config.policy.resolved(config.compile, task.weights is not None).start
 
     def tensors() -> Iterable[tuple[str, Tensor]]:
-        assert prepared.recording is not None
-        own = initial_tensors(prepared.recording, task.factory, seed)
+        own = initial_tensors(recording, task.factory, seed)
         return own if task.weights is None else task.weights.overlaid(own)
 
     if start != "uniform":
         importance = Importance.of_tensors(start, channel_map, meta_model, tensors(), seed)
         mask = of_least_margin(mask, -importance, channel_map.groups)
-    laws = None
-    if task.weights is None:
-        assert prepared.recording is not None
-        laws = scale_laws(prepared.recording.draws(), channel_map.shapes)
+    laws = scale_laws(recording.draws(), channel_map.shapes) if task.weights is None else None
     module = narrow_initialised(meta_model, tensors(), Selection(channel_map, mask), laws)
     return FixedNetwork(task, module, channel_map, mask, cost)
 

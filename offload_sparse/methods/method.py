@@ -57,23 +57,6 @@ class Task:
         return network
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What training took, per rank.
-
-    Attributes:
-        spent_flops: FLOPs per image of all passes run so far; a backward pass counts as two forward passes.
-        dense_flops: FLOPs per image of one forward pass of the full network.
-        store_bytes: bytes of this rank's rows of the store.
-        subnet_bytes_peak: largest bytes of weights, gradients, slots and statistics on the device."""
-
-    spent_flops: float
-    dense_flops: float
-    dense_parameters: int
-    store_bytes: int
-    subnet_bytes_peak: int
-
-
 class Method(Protocol):
     """A way to train. One instance serves one run.
 
@@ -106,18 +89,20 @@ class Method(Protocol):
         """Expected ``params_ratio`` and ``flops_ratio`` of the networks that are being trained, and what the
         search for a structure has done since the last call; logged per epoch. Counts begin anew."""
 
+    @property
+    def spent_flops(self) -> float:
+        """FLOPs per image of all passes run so far; a backward pass counts as two forward passes."""
+
     def report(self) -> dict[str, Any]:
-        """Figures of the method for ``summary.json``; they replace those that the trainer counts."""
-        return {}
+        """Figures of the method for ``summary.json``; they replace those that the trainer counts.
+        ``store_bytes`` are those of this rank's rows of the store, ``subnet_bytes_peak`` the most that
+        weights, gradients, slots and statistics have taken on the device."""
 
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         """The network as it is now, ready to be evaluated; ``batches`` serve the BatchNorm statistics."""
 
     def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
         """End the training and hand out the final network."""
-
-    def costs(self) -> Costs:
-        """What training has taken so far."""
 
     def state(self) -> MethodState | None:
         """Everything that the next steps depend on; None in the middle of a round: ask again after the next
@@ -130,14 +115,12 @@ class Method(Protocol):
         Raises ValueError: the state belongs to another model or configuration."""
 
     def recall(self, batches: Iterable[Any]) -> None:
-        """After ``restore``: the last ``final.selection_batches`` batches before its position."""
-        del batches  # by which some structures are chosen
+        """After ``restore``: the last ``final.selection_batches`` batches before its position, by which some
+        structures are chosen."""
 
     def while_saving(self, release: Callable[[], object]) -> None:
-        """``state.sharded`` is being read: call ``release`` before changing what it refers to (any number of
-        times)."""
-        del release  # of a state that is no copy
+        """``state.sharded``, which need not be a copy, is being read: call ``release`` before changing what
+        it refers to (any number of times)."""
 
     def close(self, abandon: bool) -> None:
         """End what works beside the loop, whatever has ended that; ``abandon``: a rank may be gone."""
-        del abandon  # of a method whose work is all in the loop, as here

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import optimizer_factory, slot_names
 from offload_sparse.engine.state import MethodState, channels_digest
 from offload_sparse.export.network_file import FinalNetwork
-from offload_sparse.methods.method import Costs, Method, Task
+from offload_sparse.methods.method import Method, Task
 
 
 class FixedNetwork(Method):
@@ -41,8 +41,7 @@ class FixedNetwork(Method):
         if self._world_size > 1:
             device_ids = [task.device] if task.device.type == "cuda" else None
             self._parallel = DistributedDataParallel(self.module, device_ids=device_ids)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._optimizer = optimizer_factory(task.config.optim)(parameters)
+        self._optimizer = optimizer_factory(task.config.optim)(self._parameter_groups())
         self._fill_slots()
         self._skips = task.config.train.on_nonfinite == "skip"
         self._halted = torch.zeros((), device=task.device)
@@ -60,7 +59,8 @@ class FixedNetwork(Method):
         bad = self._bad_gradient()
         takes_step = self._amend_gradients()
         if self._task.config.optim.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self._network().parameters(), self._task.config.optim.clip_norm)
+            weights = self._optimizer.param_groups[0]["params"]
+            nn.utils.clip_grad_norm_(weights, self._task.config.optim.clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # torch's fused kernels then leave out the step
@@ -76,20 +76,16 @@ class FixedNetwork(Method):
     def records(self) -> list[StepRecord]:
         if not self._pending:
             return []
-        own = torch.stack([scalars for scalars, _ in self._pending])
-        values = own.clone()
-        average(values, self._world_size)
-        names = [n for _, n in self._pending]
-        first = self._steps - len(names)
-        self._pending.clear()
-        records = []
-        for i, (row, metric_names) in enumerate(zip(values.tolist(), names, strict=True)):
+        pending, self._pending, records = self._pending, [], []
+        own = torch.stack([scalars for scalars, _ in pending])
+        values = average(own.clone(), self._world_size).tolist()
+        for i, (row, (_, names)) in enumerate(zip(values, pending, strict=True)):
             fault = ""
             if row[1] > 0:
                 ranks = ranks_where(not bool(own[i, 0].isfinite()), self._world_size)
-                fault = describe_fault(first + i, ranks, row[0])
+                fault = describe_fault(self._steps - len(pending) + i, ranks, row[0])
             else:
-                records.append(StepRecord(row[0], None, dict(zip(metric_names, row[2:], strict=True))))
+                records.append(StepRecord(row[0], None, dict(zip(names, row[2:], strict=True))))
             self._nonfinite.seen(fault)
         self._nonfinite.rolls_back(self._steps)
         return records
@@ -106,27 +102,28 @@ class FixedNetwork(Method):
             "flops_ratio": cost.flops(self._mask) / cost.dense_flops,
         }
 
-    @contextmanager
-    def evaluation(self, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
-        del batches  # the structure stands still, so the running statistics are good
-        yield self.module
+    def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:  # noqa: ARG002
+        return nullcontext(self.module)  # whose structure stands still, so that its statistics are good
 
     def finalize(self, batches: Iterable[Tensor]) -> FinalNetwork:
         network, mask = self._final_network()
         if not self._task.forward.frozen_batch_norm:
-            reestimate_batch_norm(network, batches, self._averaged)
+            reestimate_batch_norm(network, batches, partial(average, world_size=self._world_size))
         origin = self._task.factory, self._task.example_inputs
         return FinalNetwork(network.eval(), mask, self.channel_map, *origin)
 
     def span(self, step: int) -> tuple[int, int]:  # noqa: ARG002
         return 0, self._task.total_steps
 
-    def costs(self) -> Costs:
+    @property
+    def spent_flops(self) -> float:
+        return 3.0 * self.cost.flops(self._mask) * self._steps
+
+    def report(self) -> dict[str, Any]:
         held = [*self._tensors().values(), *self.module.buffers()]
         for group in self._optimizer.param_groups:
             held += [p.grad for p in group["params"] if p.grad is not None]
-        size = sum(t.numel() * t.element_size() for t in held)
-        return Costs(self._spent_flops(), self.cost.dense_flops, self.cost.dense_parameters, 0, size)
+        return {"store_bytes": 0, "subnet_bytes_peak": sum(t.numel() * t.element_size() for t in held)}
 
     def state(self) -> MethodState | None:
         buffers = {f"buffers/{name}": b.detach().cpu().clone() for name, b in self.module.named_buffers()}
@@ -143,11 +140,8 @@ class FixedNetwork(Method):
     def restore(self, state: MethodState) -> None:
         targets = self._tensors() | {f"buffers/{name}": b for name, b in self.module.named_buffers()}
         saved = state.replicated | state.local
-        odd = sorted(
-            name
-            for name in targets.keys() | saved.keys()
-            if name not in targets or name not in saved or targets[name].shape != saved[name].shape
-        )
+        shapes, found = ({name: t.shape for name, t in tensors.items()} for tensors in (targets, saved))
+        odd = sorted(name for name, _ in shapes.items() ^ found.items())
         if odd or state.meta.get("mask") != self._mask.tolist():
             raise ValueError(
                 f"the state is of another network ({odd[0] if odd else 'other channels'} differ)"
@@ -162,9 +156,9 @@ class FixedNetwork(Method):
 
     # --- what another method of training a whole network does otherwise ---
 
-    def _network(self) -> nn.Module:
-        """The network without what a method has put around it."""
-        return self.module
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained: weights, whose gradients are clipped, and in other groups what goes with them."""
+        return [{"params": [p for p in self.module.parameters() if p.requires_grad]}]
 
     def _objective(self, loss: Tensor) -> Tensor:
         """What is minimised."""
@@ -176,9 +170,6 @@ class FixedNetwork(Method):
 
     def _settle(self) -> None:
         """The end of a step."""
-
-    def _spent_flops(self) -> float:
-        return 3.0 * self.cost.flops(self._mask) * self._steps
 
     def _final_network(self) -> tuple[nn.Module, Tensor]:
         """The network that is handed out, and the atoms that it keeps."""
@@ -195,10 +186,10 @@ class FixedNetwork(Method):
 
     def _fill_slots(self) -> None:
         """The slots of the first step, zeros, so that they are there to be restored into."""
+        optim = self._task.config.optim
         for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
-            names = slot_names(self._task.config.optim)
-            state = {name: torch.zeros_like(parameter) for name in names}
-            if self._task.config.optim.name == "adamw":
+            state = {name: torch.zeros_like(parameter) for name in slot_names(optim)}
+            if optim.name == "adamw":
                 state["step"] = torch.zeros((), device=parameter.device)
             self._optimizer.state[parameter].update(state)
 
@@ -210,7 +201,3 @@ class FixedNetwork(Method):
         if not self._skips:
             bad = self._halted.clamp_(min=bad).clone()
         return bad
-
-    def _averaged(self, tensor: Tensor) -> Tensor:
-        average(tensor, self._world_size)
-        return tensor

@@ -22,7 +22,7 @@ from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.engine.state import IN_PLACE, MethodState, recall, restore_session, session_state
 from offload_sparse.export.network_file import FinalNetwork
-from offload_sparse.methods.method import Costs, Method, Task
+from offload_sparse.methods.method import Method, Task
 from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.tiers import never_filled
 
@@ -30,7 +30,7 @@ from offload_sparse.store.tiers import never_filled
 class SparseOffloadMethod(Method):
     """Drives a ``SparseOffload`` session."""
 
-    def __init__(self, session: SparseOffload, task: Task, durable: DurableRounds | None = None) -> None:
+    def __init__(self, session: SparseOffload, task: Task, durable: DurableRounds | None) -> None:
         self.session = session
         self.channel_map, self.cost = session.channel_map, session.cost
         self.durable = durable
@@ -84,7 +84,7 @@ class SparseOffloadMethod(Method):
     def status(self) -> dict[str, float]:
         policy = self.session.policy
         return {
-            "expected_size": policy.expected_size / max(1, self.session.channel_map.num_atoms),
+            "expected_size": float(policy.s.sum()) / len(policy.s),
             "entropy": policy.entropy,
             "frozen": float(self.session.frozen),
             "bus_bytes_per_round": float(self.session.round_bytes),
@@ -94,13 +94,13 @@ class SparseOffloadMethod(Method):
     def dynamics(self) -> dict[str, Any]:
         self.session.catch_up()
         params_ratio, flops_ratio = self.session.expected_cost()
-        figures = {
+        return {
             "params_ratio": params_ratio,
             "flops_ratio": flops_ratio,
             "subnet_bytes": self.session.transfers.nbytes,
             "round_timeline": self.session.transfers.timeline.last_rounds(),
+            **self.session.policy.report(),
         }
-        return figures | self.session.policy.report()
 
     def evaluation(self, batches: Iterable[Tensor]) -> AbstractContextManager[nn.Module]:
         return self.session.evaluation(batches)
@@ -116,16 +116,13 @@ class SparseOffloadMethod(Method):
         without_own_norms(network.module)
         return replace(network, members=members)
 
-    def costs(self) -> Costs:
+    @property
+    def spent_flops(self) -> float:
+        return self.session.forward_flops
+
+    def report(self) -> dict[str, Any]:
         session = self.session
-        full = session.channel_map.full_mask()
-        return Costs(
-            session.forward_flops,
-            session.cost.flops(full),
-            session.cost.parameters(full),
-            session.store.nbytes,
-            session.transfers.bytes_peak,
-        )
+        return {"store_bytes": session.store.nbytes, "subnet_bytes_peak": session.transfers.bytes_peak}
 
     def state(self) -> MethodState | None:
         session = self.session
@@ -202,9 +199,7 @@ def build(task: Task) -> Method:
         seed=config.train.seed,
         device=task.device,
     )
-    if config.store.tier == "ram":
-        return SparseOffloadMethod(session, task)
-    durable = DurableRounds(session)
-    if mode != "replace":
+    durable = None if config.store.tier == "ram" else DurableRounds(session)
+    if durable is not None and mode != "replace":
         durable.restore()
     return SparseOffloadMethod(session, task, durable)

@@ -216,7 +216,7 @@ class Run:
             "accuracy": fmean(r.metrics["accuracy"] for r in records) if records else math.nan,
             "lr": self.learning_rate(step),
             "train_cost_saving": self._saving(step + 1),
-            "train_flops": self.method.costs().spent_flops * self.config.data.batch_size,
+            "train_flops": self.method.spent_flops * self.config.data.batch_size,
             **self.method.status(),
         }
         if differences:
@@ -308,7 +308,6 @@ class Run:
     def summary(self, network: FinalNetwork) -> dict[str, Any]:
         """The figures that a reader judges the run by."""
         result = self._evaluate(network.module, self.test_loader)
-        costs = self.method.costs()
         cuda = self.device.type == "cuda"
         sizes = self._sizes(network.module)
         members = {
@@ -337,8 +336,6 @@ class Run:
             "step_seconds_median": self.progress.step_seconds_median,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
-            "store_bytes": costs.store_bytes,
-            "subnet_bytes_peak": costs.subnet_bytes_peak,
             "corrupt_images": len(self.corrupt),
             **({"members": members} if members else {}),
         } | report
@@ -351,10 +348,10 @@ class Run:
 
     def _sizes(self, module: nn.Module) -> dict[str, float]:
         """Parameters and FLOPs of a network as shares of the full one's."""
-        costs = self.method.costs()
+        cost = self.method.cost
         return {
-            "params_ratio": count_parameters(module) / costs.dense_parameters,
-            "flops_ratio": count_flops(module, self.task.example_inputs) / costs.dense_flops,
+            "params_ratio": count_parameters(module) / cost.dense_parameters,
+            "flops_ratio": count_flops(module, self.task.example_inputs) / cost.dense_flops,
         }
 
     def _task(self, store_mode: Mode, weights: FittedWeights | None) -> Task:
@@ -425,8 +422,7 @@ class Run:
         return evaluate(module, loader, self.normalise, self.device, total)
 
     def _saving(self, steps: int) -> float:
-        costs = self.method.costs()
-        return train_cost_saving(costs.dense_flops, [(costs.spent_flops, 1, 0)], steps)
+        return train_cost_saving(self.method.cost.dense_flops, [(self.method.spent_flops, 1, 0)], steps)
 
     def _track(self, values: dict[str, float], step: int) -> None:
         if self.config.trackers:

@@ -87,16 +87,14 @@ def test_the_open_share_goes_to_rho_and_the_gates_then_stand_still() -> None:
     assert share == pytest.approx(0.3, abs=0.16)
 
 
-def test_every_group_keeps_its_minimum_width() -> None:
-    config = config_of()
-    config.policy = configured(PolicyConfig, rho=0.3, min_width=2)
-    method = make_method(config)
+def test_every_group_keeps_an_atom() -> None:
+    method = make_method(config_of())
     gates = gates_of(method)
     with torch.no_grad():
         gates.logits.fill_(-50.0)
     train(method, batches(2))
     for group in gates.channel_map.groups:
-        assert int(gates.mask()[group.start : group.stop].sum()) == 2
+        assert int(gates.mask()[group.start : group.stop].sum()) == 1
 
 
 def test_the_final_network_is_narrow() -> None:
@@ -105,7 +103,7 @@ def test_the_final_network_is_narrow() -> None:
     final = method.finalize([])
     report = method.report()
     assert sum(p.numel() for p in final.module.parameters()) == round(
-        report["params_ratio"] * method.costs().dense_parameters
+        report["params_ratio"] * method.cost.dense_parameters
     )
     with method.evaluation([]) as network, torch.no_grad():
         images = batches(1)[0][0]

@@ -64,7 +64,7 @@ def test_a_replacement_drops_small_weights_and_grows_others() -> None:
     gradient[0, dead] = torch.tensor([5.0, 1.0, -6.0, 2.0])
     gradient[0, alive[1:3]] = 100.0
     weight.grad = gradient
-    assert not sparsity.amend_gradients(1)
+    assert not sparsity.amend_gradients(1, torch.optim.SGD([weight]))
     kept = set(sparsity.masks()["weight"].flatten().nonzero().flatten().tolist())
     assert kept == {*alive[1:3].tolist(), int(dead[0]), int(dead[2])}
     assert (weight != 0).flatten().nonzero().flatten().tolist() == alive[1:3].tolist()
@@ -82,7 +82,7 @@ def test_a_dropped_weight_with_a_large_gradient_returns_as_it_was() -> None:
             weight[mask] = torch.linspace(0.1, 1, int(mask.sum()))
         weight.grad = torch.linspace(0.3, 0.4, 8)[None] * ~mask
         weight.grad[0, first] = 9.0
-        assert not sparsity.amend_gradients(1)
+        assert not sparsity.amend_gradients(1, torch.optim.SGD([weight]))
         found = sparsity.masks()["weight"]
         assert int(found.sum()) == int(mask.sum())
         assert found[0, first]

@@ -16,7 +16,7 @@ from offload_sparse.methods.weight_masks.sparsity import (
     MaskedNetwork,
     MaskedWeight,
     absolute_threshold,
-    by_row,
+    along,
     maskable_weights,
     row_sum,
     step_slope,
@@ -60,7 +60,7 @@ def test_the_unit_step_is_one_at_zero() -> None:
 def test_a_masked_weight_and_its_gradients_equal_the_written_out_form(shape: tuple[int, ...]) -> None:
     weight, upstream = random(*shape).requires_grad_(), random(*shape, seed=1)
     threshold = random(shape[0], seed=2).abs().requires_grad_()
-    expected = weight * ReferenceStep.apply(weight.abs() - by_row(threshold, weight))
+    expected = weight * ReferenceStep.apply(weight.abs() - along(threshold, weight))
     wanted = torch.autograd.grad(expected, (weight, threshold), upstream)
     found = MaskedWeight.apply(weight, threshold)
     assert torch.equal(found, expected)
@@ -156,9 +156,9 @@ def test_the_penalty_on_variance_reaches_the_gradient_thresholds_only() -> None:
         masked = MaskedNetwork(network, sparsity)
         network.zero_grad()
         (masked(images).square().mean() + sparsity.penalty()).backward()
-        sparsity.amend_gradients(0)
-        shared = [p.grad.clone() for p in (*network.parameters(), *sparsity.parameters())]
-        return shared, [p.grad.clone() for p in sparsity.own_parameters()]
+        sparsity.amend_gradients(0, torch.optim.SGD(network.parameters()))
+        shared = [p.grad.clone() for p in (*network.parameters(), *sparsity.thresholds)]
+        return shared, [p.grad.clone() for p in sparsity.own]
 
     without, own_without = gradients(0.0)
     with_it, own_with = gradients(5.0)
@@ -176,18 +176,17 @@ def test_the_sparsity_penalty_is_the_sum_of_exponentials() -> None:
     assert sparsity.penalty().item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("reset_at", [0.01, 0.0])
-def test_a_layer_with_one_percent_left_starts_anew_and_others_do_not(reset_at: float) -> None:
+def test_a_layer_with_one_percent_left_starts_anew_and_others_do_not() -> None:
     network = net()
-    sparsity = TrainableThresholds(maskable_weights(network), 0.5, False, reset_at)
+    sparsity = TrainableThresholds(maskable_weights(network), 0.5, absolute=False)
     limit = network[4].weight.abs().quantile(0.5)
     with torch.no_grad():
         sparsity.thresholds[0].fill_(1e9)
         sparsity.thresholds[1].fill_(limit)
-    sparsity.settle(torch.optim.SGD(network.parameters()), 0)
-    assert (sparsity.thresholds[0] == (0 if reset_at else 1e9)).all()
+    sparsity.settle()
+    assert (sparsity.thresholds[0] == 0).all()
     assert (sparsity.thresholds[1] == limit).all()
-    assert sparsity.forward_kept.tolist() == [bool(reset_at), pytest.approx(0.5, abs=0.01)]
+    assert sparsity.forward_kept.tolist() == [1, pytest.approx(0.5, abs=0.01)]
 
 
 def test_row_sums_of_a_filter_run_over_all_of_it() -> None:

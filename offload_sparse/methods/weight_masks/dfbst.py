@@ -16,7 +16,7 @@ What the text leaves open, and what is done here:
 * t_f and t_b start at 0, where |t| is given the derivative 1: with 0, t_b could never move.
 * Thresholds have the optimizer of the weights and no weight decay. Momentum and weight decay go on moving
   weights whose gradient is masked.
-* As in DST, a layer of which at most 1 % (``reset_at``) is left gets its t_f back to 0. t_b is never reset.
+* As in DST, a layer of which at most 1 % is left gets its t_f back to 0. t_b is never reset.
 * The gradient mask is chosen from the whole gradient, so the product that computes it stays dense: the sparse
   backward pass of the paper's counts is what the update uses, not what is saved.
 """
@@ -24,7 +24,7 @@ What the text leaves open, and what is done here:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.dst import TrainableThresholds
 from offload_sparse.methods.weight_masks.masked import build_masked
-from offload_sparse.methods.weight_masks.sparsity import by_row, row_sum, step_slope, unit_step
+from offload_sparse.methods.weight_masks.sparsity import along, row_sum, step_slope, unit_step
 
 
 class ForwardBackwardThresholds(TrainableThresholds):
@@ -41,19 +41,16 @@ class ForwardBackwardThresholds(TrainableThresholds):
     def __init__(self, weights: Mapping[str, nn.Parameter], alpha: float, beta: float) -> None:
         super().__init__(weights, alpha, True)
         self.beta = beta
-        # No parameters of the module: they have no part in the forward pass, which DistributedDataParallel
-        # asks of all parameters.
-        self._own = tuple(nn.Parameter(torch.zeros_like(threshold)) for threshold in self.thresholds)
-
-    def own_parameters(self) -> Iterator[nn.Parameter]:
-        return iter(self._own)
+        # What requires a gradient has a part in the forward pass; DistributedDataParallel insists on it.
+        self.own = nn.ParameterList(
+            nn.Parameter(torch.zeros_like(threshold), requires_grad=False) for threshold in self.thresholds
+        )
 
     @torch.no_grad()
-    def amend_gradients(self, step: int) -> bool:
-        del step
+    def amend_gradients(self, step: int, optimizer: torch.optim.Optimizer) -> bool:  # noqa: ARG002
         gradients = [_gradient(weight) for weight in self.weights.values()]
-        slopes, kept = mask_gradients(gradients, self._own)
-        for threshold, slope in zip(self._own, slopes, strict=True):
+        slopes, kept = mask_gradients(gradients, list(self.own))
+        for threshold, slope in zip(self.own, slopes, strict=True):
             threshold.grad = slope.mul_(self.beta)
         self.backward_kept.copy_(kept)
         return True
@@ -72,7 +69,7 @@ def mask_gradients(gradients: Sequence[Tensor], thresholds: Sequence[Tensor]) ->
     for gradient, threshold in zip(gradients, thresholds, strict=True):
         size = gradient.abs()
         total = row_sum(size).clamp_min_(torch.finfo(size.dtype).tiny)
-        distance = size.div_(by_row(total, gradient)).sub_(by_row(threshold.abs(), gradient))
+        distance = size.div_(along(total, gradient)).sub_(along(threshold.abs(), gradient))
         mask = unit_step(distance)
         slopes.append(step_slope(distance).mul_(gradient))
         gradient.mul_(mask)

@@ -9,18 +9,15 @@ With f_S and f_D the FLOPs of both forward passes a step costs f_S + 2 f_D, and 
     p = sigmoid(b z)     q ~ Bernoulli(p)     dq/dz ≈ dp/dz     loss + penalty · |mean p - rho|
 
 What is open there, and what is done here: b rises geometrically from 1 to ``sharpness`` until the gates are
-frozen; from then on a gate is open where p ≥ 1/2. Every group keeps its most probable ``policy.min_width``
-atoms open. Draws are a function of (seed, step), the same on every rank. A gate multiplies the columns that
-read its channel: behind the activation, since a ReLU has no slope where a gate before it has shut.
-As a module computes here, shut channels are multiplied by zero, not left out: FLOPs are counted, seconds are
-not saved.
+frozen; from then on a gate is open where p > 1/2. Every group keeps its most probable atom. Draws are a
+function of (seed, step), the same on every rank. A gate multiplies the columns that read its channel: behind
+the activation, since a ReLU has no slope where a gate before it has shut. As a module computes here, shut
+channels are multiplied by zero, not left out: FLOPs are counted, seconds are not saved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +29,8 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.methods.controls import prepared_model
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.masked import MaskedTraining
-from offload_sparse.methods.weight_masks.sparsity import Sparsity, by_column, maskable_weights
+from offload_sparse.methods.weight_masks.sparsity import Sparsity, along, maskable_weights
 from offload_sparse.policy.samplers import mask_generator
-
-NOTE = "Shut channels are multiplied by zero, so a step takes as long as a dense one; FLOPs leave them out."
 
 
 class ChannelGates(Sparsity):
@@ -54,11 +49,13 @@ class ChannelGates(Sparsity):
         self.logits = nn.Parameter(
             torch.full((channel_map.num_atoms,), start, dtype=some.dtype, device=device)
         )
+        axes = channel_map.axes
+        # Every weight with columns that belong to atoms, and the atom of each (-1: always read).
         self._gated = {
             name: (parameter, axis.to(device))
-            for name, parameter, axis in _read_channels(network, channel_map)
+            for name, parameter in network.named_parameters()
+            if len(axes.get(name, ())) > 1 and (axis := axes[name][1]) is not None
         }
-        axes = channel_map.axes
         self._axes = [[a.to(device) for a in axes[name] if a is not None] for name in self.weights]
         self._steps_done = torch.zeros((), dtype=torch.int64)
 
@@ -76,7 +73,7 @@ class ChannelGates(Sparsity):
         """The gates of this step, [C] of zeros and ones, with the gradient of their probabilities."""
         p = self.probabilities()
         if not (self.training and self.learning):
-            return self._open(p, p.new_full((), 0.5)).detach() + 0 * p
+            return self._open(p, 0.5) + 0 * p
         generator = mask_generator(self._seed, int(self._steps_done))
         uniforms = torch.rand(len(p), generator=generator, pin_memory=p.is_cuda)
         return self._open(p, uniforms.to(p, non_blocking=True)) + (p - p.detach())
@@ -84,8 +81,7 @@ class ChannelGates(Sparsity):
     def mask(self) -> Tensor:
         """bool[C] on the CPU: the channels that would be kept now."""
         with torch.no_grad():
-            p = self.probabilities()
-            return self._open(p, p.new_full((), 0.5)).bool().cpu()
+            return self._open(self.probabilities(), 0.5).bool().cpu()
 
     def masked(self) -> dict[str, Tensor]:
         gates = self.gates()
@@ -93,19 +89,9 @@ class ChannelGates(Sparsity):
             self._note(gates)
         open_or_always = torch.cat([gates, gates.new_ones(1)])  # -1 means always
         return {
-            name: parameter * by_column(open_or_always[axis], parameter)
+            name: parameter * along(open_or_always[axis], parameter, 1)
             for name, (parameter, axis) in self._gated.items()
         }
-
-    def masks(self) -> dict[str, Tensor]:
-        kept = torch.cat([self.mask(), torch.ones(1, dtype=torch.bool)])
-        masks = {}
-        for name, weight in self.weights.items():
-            masks[name] = torch.ones(weight.shape, dtype=torch.bool)
-            for dim, axis in enumerate(self.channel_map.axes[name]):
-                if axis is not None:
-                    masks[name] &= kept[axis].view(-1, *(1,) * (weight.dim() - dim - 1))
-        return masks
 
     def penalty(self) -> Tensor | None:
         if not self.learning:
@@ -113,17 +99,15 @@ class ChannelGates(Sparsity):
         return self._options.penalty * (self.probabilities().mean() - self._policy.rho).abs()
 
     @torch.no_grad()
-    def amend_gradients(self, step: int) -> bool:
+    def amend_gradients(self, step: int, optimizer: torch.optim.Optimizer) -> bool:  # noqa: ARG002
         """The gates have their own learning rate, and no momentum."""
-        del step
         assert self.logits.grad is not None
         if self.learning:
             self.logits.sub_(self.logits.grad, alpha=self._options.gate_lr)
         self.logits.grad.zero_()
         return True
 
-    def settle(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        del optimizer, step
+    def settle(self) -> None:
         self._steps_done += 1
 
     def tensors(self) -> dict[str, Tensor]:
@@ -132,13 +116,11 @@ class ChannelGates(Sparsity):
     def input_gradient_used(self) -> Tensor:
         return torch.ones_like(self.forward_kept)
 
-    def _open(self, p: Tensor, limit: Tensor) -> Tensor:
-        """1 where p > limit, and for the most probable atoms of every group up to its minimum width."""
+    def _open(self, p: Tensor, limit: Tensor | float) -> Tensor:
+        """1 where p > limit, and for the most probable atom of every group."""
         gates = (p.detach() > limit).to(p.dtype)
         for group in self.channel_map.groups:
-            width = min(group.size, self._policy.min_width)
-            best = p.detach()[group.start : group.stop].topk(width).indices
-            gates[group.start + best] = 1.0
+            gates[group.start + p.detach()[group.start : group.stop].topk(1).indices] = 1.0
         return gates
 
     def _note(self, gates: Tensor) -> None:
@@ -151,25 +133,19 @@ class ChannelGates(Sparsity):
             self.forward_kept[i] = share
 
 
-def _read_channels(network: nn.Module, channel_map: ChannelMap) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """Every weight with columns that belong to atoms, and the atom of each (-1: always read)."""
-    for name, parameter in network.named_parameters():
-        axes = channel_map.axes.get(name, ())
-        if len(axes) > 1 and axes[1] is not None:
-            yield name, parameter, axes[1]
-
-
 class GrowEfficient(MaskedTraining):
     """Trains gates and weights; hands out the narrow network of the open channels."""
 
     sparsity: ChannelGates
+    note = (
+        "Shut channels are multiplied by zero, so a step takes as long as a dense one; FLOPs leave them out."
+    )
 
-    def report(self) -> dict[str, Any]:
+    def _ratios(self) -> dict[str, float]:
         mask = self.sparsity.mask()
-        return super().report() | {
+        return super()._ratios() | {
             "params_ratio": self.cost.parameters(mask) / self.cost.dense_parameters,
             "flops_ratio": self.cost.flops(mask) / self.cost.dense_flops,
-            "note": NOTE,
         }
 
     def _final_network(self) -> tuple[nn.Module, Tensor]:

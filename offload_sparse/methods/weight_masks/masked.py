@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import CostModel, flops_by_weight
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.subnet import build_on_meta, meta_copy
-from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.methods.controls import undivided_map
 from offload_sparse.methods.method import Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork, Sparsity, maskable_weights
 
-NOTE = (
-    "Masks per element leave every matrix its size: on a GPU (and here) a step takes as long as a dense one "
-    "and the masking on top; the FLOPs are those that hardware for such sparsity would need."
-)
-
 
 class MaskedTraining(FixedNetwork):
     """Trains a network, on the device of the task, whose single weights are masked by a ``Sparsity``."""
+
+    note = (
+        "Masks per element leave every matrix its size: on a GPU (and here) a step takes as long as a dense "
+        "one and the masking on top; the FLOPs are those that hardware for such sparsity would need."
+    )
 
     def __init__(
         self,
@@ -42,12 +41,10 @@ class MaskedTraining(FixedNetwork):
             )
         self.network, self.sparsity = network, sparsity
         super().__init__(task, MaskedNetwork(network, sparsity), channel_map, channel_map.full_mask(), cost)
-        self._optimizer = optimizer_factory(task.config.optim)(list(network.parameters()))
-        own = [*sparsity.parameters(), *sparsity.own_parameters()]
-        if own:
-            self._optimizer.add_param_group({"params": own, "weight_decay": 0.0})
-        self._fill_slots()
-        self._layer_flops = _layer_flops(sparsity, task).to(task.device)
+        # The network itself may be of another type than the inputs.
+        flops = flops_by_weight(build_on_meta(task.factory), task.example_inputs)
+        of_layers = torch.tensor([flops[name] for name in sparsity.weights], dtype=torch.float64)
+        self._layer_flops = of_layers.to(task.device)
         self._other_flops = cost.dense_flops - float(self._layer_flops.sum())
         # FLOPs of all steps so far: forward pass, gradients of the inputs, gradients of the weights.
         self._spent = torch.zeros(3, dtype=torch.float64, device=task.device)
@@ -57,23 +54,27 @@ class MaskedTraining(FixedNetwork):
         return {"expected_size": forward, "forward_remaining": forward, "backward_remaining": backward}
 
     def dynamics(self) -> dict[str, Any]:
-        figures = self.report()
-        layers = {
-            f"{key}.{name}": value
-            for name, ratios in figures["layers"].items()
-            for key, value in ratios.items()
-        }
-        return {key: value for key, value in figures.items() if key not in ("layers", "note")} | layers
+        layers = {f"{key}.{name}": value for name, of in self._layers().items() for key, value in of.items()}
+        return self._ratios() | layers
 
     def report(self) -> dict[str, Any]:
-        """Remaining ratios of the real parameter count, overall and per layer, and FLOPs of the three
-        products of a step relative to dense ones.
+        return super().report() | self._ratios() | {"layers": self._layers(), "note": self.note}
+
+    def _layers(self) -> dict[str, dict[str, float]]:
+        """Remaining ratios of every masked layer."""
+        kept = torch.stack([self.sparsity.forward_kept, self.sparsity.backward_kept], 1).tolist()
+        return {
+            name.removesuffix(".weight"): {"forward_remaining": forward, "backward_remaining": backward}
+            for name, (forward, backward) in zip(self.sparsity.weights, kept, strict=True)
+        }
+
+    def _ratios(self) -> dict[str, float]:
+        """Remaining ratios of the real parameter count, and FLOPs of the three products of a step relative to
+        dense ones.
 
         ``weight_gradient_flops_ratio`` counts what has to be computed, ``weight_gradient_kept_flops_ratio``
         what the masks keep of it (the count of the paper)."""
         forward, backward = self._overall()
-        names = [name.removesuffix(".weight") for name in self.sparsity.weights]
-        shares_kept = self.sparsity.forward_kept.tolist(), self.sparsity.backward_kept.tolist()
         total = sum(p.numel() for p in self.network.parameters())
         masked = sum(w.numel() for w in self.sparsity.weights.values())
         dense = float(self.cost.dense_flops)
@@ -87,29 +88,26 @@ class MaskedTraining(FixedNetwork):
             "input_gradient_flops_ratio": shares[1],
             "weight_gradient_flops_ratio": shares[2],
             "weight_gradient_kept_flops_ratio": kept / dense,
-            "layers": {
-                name: {"forward_remaining": share, "backward_remaining": gradient}
-                for name, share, gradient in zip(names, *shares_kept, strict=True)
-            },
-            "note": NOTE,
         }
 
-    def _network(self) -> nn.Module:
-        return self.network
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        own = {"params": list(self.sparsity.parameters()), "weight_decay": 0.0}
+        return [{"params": list(self.network.parameters())}, *([own] if own["params"] else [])]
 
     def _objective(self, loss: Tensor) -> Tensor:
         penalty = self.sparsity.penalty()
         return loss if penalty is None else loss + penalty
 
     def _amend_gradients(self) -> bool:
-        takes_step = self.sparsity.amend_gradients(self._steps)
+        takes_step = self.sparsity.amend_gradients(self._steps, self._optimizer)
         self._spent += self._pass_flops()
         return takes_step
 
     def _settle(self) -> None:
-        self.sparsity.settle(self._optimizer, self._steps)
+        self.sparsity.settle()
 
-    def _spent_flops(self) -> float:
+    @property
+    def spent_flops(self) -> float:
         return float(self._spent.sum())
 
     def _final_network(self) -> tuple[nn.Module, Tensor]:
@@ -137,13 +135,8 @@ class MaskedTraining(FixedNetwork):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that changes while training, buffers aside, with thresholds, masks and FLOPs spent."""
-        tensors = super()._tensors()
-        for i, threshold in enumerate(self.sparsity.own_parameters()):
-            tensors[f"weights/sparsity.own.{i}"] = threshold
-            for slot, value in self._optimizer.state[threshold].items():
-                tensors[f"{slot}/sparsity.own.{i}"] = value
         masks = {f"sparsity/{name}": tensor for name, tensor in self.sparsity.tensors().items()}
-        return tensors | masks | {"spent": self._spent}
+        return super()._tensors() | masks | {"spent": self._spent}
 
 
 def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]], Sparsity]) -> MaskedTraining:
@@ -154,10 +147,3 @@ def build_masked(task: Task, sparsity_of: Callable[[Mapping[str, nn.Parameter]],
     cost = CostModel(meta_copy(network), channel_map, task.example_inputs)
     network = network.to(task.device, task.dtype)
     return MaskedTraining(task, network, sparsity_of(maskable_weights(network)), channel_map, cost)
-
-
-def _layer_flops(sparsity: Sparsity, task: Task) -> Tensor:
-    """float64[layers]: forward FLOPs per image of each masked layer."""
-    # The network itself may be of another type than the inputs.
-    flops = flops_by_weight(build_on_meta(task.factory), task.example_inputs)
-    return torch.tensor([flops[name] for name in sparsity.weights], dtype=torch.float64)

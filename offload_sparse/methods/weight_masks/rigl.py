@@ -65,13 +65,12 @@ class DropAndGrow(Sparsity):
         super().__init__(weights)
         self._options = options
         self._end = options.stop * total_steps
-        self._changed = False
         shares = erk_densities([tuple(weight.shape) for weight in self.weights.values()], density)
-        self.kept = [
-            max(1, round(share * w.numel())) for share, w in zip(shares, self.weights.values(), strict=True)
-        ]
         self._masks: list[Tensor] = []
-        for i, (weight, kept) in enumerate(zip(self.weights.values(), self.kept, strict=True)):
+        self._kept: list[int] = []
+        for i, (weight, share) in enumerate(zip(self.weights.values(), shares, strict=True)):
+            kept = max(1, round(share * weight.numel()))
+            self._kept.append(kept)
             order = torch.randperm(weight.numel(), generator=mask_generator(seed, i))
             mask = torch.zeros(weight.numel(), dtype=torch.bool)
             mask[order[:kept]] = True
@@ -90,45 +89,32 @@ class DropAndGrow(Sparsity):
         return super().tensors() | {f"mask.{i}": mask for i, mask in enumerate(self._masks)}
 
     @torch.no_grad()
-    def amend_gradients(self, step: int) -> bool:
-        self._changed = self.update_due(step)
-        for i, weight in enumerate(self.weights.values()):
+    def amend_gradients(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
+        replaces = 0 < step < self._end and step % self._options.interval == 0
+        fraction = update_fraction(step, self._options.fraction, self._end)
+        for mask, weight, kept in zip(self._masks, self.weights.values(), self._kept, strict=True):
             assert weight.grad is not None, "a masked layer took no part in the loss"
-            if self._changed:
-                self._replace(i, weight, update_fraction(step, self._options.fraction, self._end))
-            weight.grad.mul_(self._masks[i])
-        return not self._changed
-
-    def update_due(self, step: int) -> bool:
-        """Whether this step replaces weights instead of training them."""
-        return 0 < step < self._end and step % self._options.interval == 0
-
-    @torch.no_grad()
-    def settle(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Nothing of a dropped weight is left in the optimizer."""
-        del step
-        for i, weight in enumerate(self.weights.values()):
-            if self._changed:
-                for slot in optimizer.state[weight].values():
-                    if isinstance(slot, Tensor) and slot.shape == weight.shape:
-                        slot.mul_(self._masks[i])
-        self._changed = False
+            if replaces:
+                _replace(mask, weight, weight.grad, int(fraction * kept))
+                for slot in optimizer.state[weight].values():  # nothing of a dropped weight is left there
+                    if slot.shape == weight.shape:
+                        slot.mul_(mask)
+            weight.grad.mul_(mask)
+        return not replaces
 
     def weight_gradient_used(self) -> Tensor:
         # One dense product every `interval` steps.
         return self.forward_kept + (1 - self.forward_kept) / self._options.interval
 
-    def _replace(self, layer: int, weight: nn.Parameter, fraction: float) -> None:
-        """Drop the smallest weights of a layer and grow as many, where the gradient is largest among all but
-        those that stay."""
-        mask = self._masks[layer]
-        count = int(fraction * self.kept[layer])
-        assert weight.grad is not None
-        size = weight.abs().masked_fill(~mask, torch.inf).flatten()
-        flat = mask.view(-1)
-        flat[size.topk(count, largest=False).indices] = False
-        flat[weight.grad.abs().flatten().masked_fill(flat, -1.0).topk(count).indices] = True
-        weight.mul_(mask)  # what was masked before is zero already
+
+def _replace(mask: Tensor, weight: Tensor, gradient: Tensor, count: int) -> None:
+    """Drop the ``count`` smallest weights of a layer and grow as many, where the gradient is largest among
+    all but those that stay; ``mask`` and ``weight`` are changed in place."""
+    size = weight.abs().masked_fill(~mask, torch.inf).flatten()
+    flat = mask.view(-1)
+    flat[size.topk(count, largest=False).indices] = False
+    flat[gradient.abs().flatten().masked_fill(flat, -1.0).topk(count).indices] = True
+    weight.mul_(mask)  # what was masked before is zero already
 
 
 def build(task: Task) -> Method:

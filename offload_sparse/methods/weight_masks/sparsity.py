@@ -11,7 +11,7 @@ each row has its own threshold. Biases and norms are never masked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,14 +36,9 @@ def maskable_weights(network: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def by_row(threshold: Tensor, weight: Tensor) -> Tensor:
-    """``threshold`` [rows] in the shape that broadcasts against ``weight`` [rows, ...]."""
-    return threshold.view(-1, *(1,) * (weight.dim() - 1))
-
-
-def by_column(gate: Tensor, weight: Tensor) -> Tensor:
-    """``gate`` [columns] in the shape that broadcasts against ``weight`` [rows, columns, ...]."""
-    return gate.view(1, -1, *(1,) * (weight.dim() - 2))
+def along(values: Tensor, weight: Tensor, dim: int = 0) -> Tensor:
+    """``values`` of the positions of a dimension, in the shape that broadcasts against ``weight``."""
+    return values.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 
 def row_sum(values: Tensor) -> Tensor:
@@ -72,7 +67,7 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
-        distance = weight.abs().sub_(by_row(threshold, weight))
+        distance = weight.abs().sub_(along(threshold, weight))
         mask = unit_step(distance)
         ctx.save_for_backward(weight, distance, mask)
         return weight * mask
@@ -97,8 +92,8 @@ def absolute_threshold(threshold: Tensor) -> Tensor:
 class Sparsity(nn.Module, ABC):
     """Decides which weights of a network take part in a step.
 
-    Its parameters (forward thresholds) are trained with the network's; what ``own_parameters`` yields is
-    trained too, by gradients that ``amend_gradients`` writes.
+    Its parameters (thresholds) are trained with the network's; those without a part in the forward pass
+    require no gradient, and ``amend_gradients`` writes theirs.
 
     Attributes:
         forward_kept: float64[layers], share of each layer's weights that the forward pass used last.
@@ -117,25 +112,20 @@ class Sparsity(nn.Module, ABC):
     def masked(self) -> dict[str, Tensor]:
         """The weights that a forward pass uses instead of the network's own, with their graph."""
 
-    @abstractmethod
     def masks(self) -> dict[str, Tensor]:
-        """bool, shaped as the weights: what the forward pass keeps now."""
+        """bool, shaped as the weights: what the forward pass keeps now, where single weights are masked."""
+        return {}
 
     def penalty(self) -> Tensor | None:
         """A term of the loss."""
         return None
 
-    def own_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters without a part in the forward pass."""
-        return iter(())
-
-    def amend_gradients(self, step: int) -> bool:
+    def amend_gradients(self, step: int, optimizer: torch.optim.Optimizer) -> bool:  # noqa: ARG002
         """Change the gradients of the network (already averaged over ranks) before the optimizer sees them.
         Returns whether the optimizer takes its step."""
-        del step
         return True
 
-    def settle(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def settle(self) -> None:
         """After the step: bring masks and weights in line, and note the remaining ratios."""
 
     def tensors(self) -> dict[str, Tensor]:
