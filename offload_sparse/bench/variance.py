@@ -25,7 +25,7 @@ from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.mask_losses import losses_of
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.policy.config import ALPHA, PolicyConfig
+from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import CONTROLLED, ESTIMATORS, Comparison, precondition, regressed
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.run.trainer import classification_loss
@@ -103,7 +103,7 @@ def draw_pairs(session: SparseOffload, batch: Batch, estimator: str, count: int)
         session.steps_done,
     )
     state = sampler.state_dict()
-    state["tensors"]["s"] = session.policy.s
+    state["s"] = session.policy.s
     sampler.load_state_dict(state)
     masks = [sampler.sample(round) for round in range(count)]
     flat = [mask for pair in masks for mask in pair]
@@ -140,7 +140,7 @@ def _variance(name: str, pairs: Pairs, s: Tensor, groups: Sequence[Group]) -> fl
         control = regressed(loss - reference, m.to(s.dtype) - m_ref.to(s.dtype), groups)
     m, m_ref, loss, reference = (part[half:] for part in pairs)
     g = ESTIMATORS[name](Comparison(loss, reference, m, m_ref, s, control=control))
-    return float(precondition(g, s, ALPHA).var(0).sum())
+    return float(precondition(g, s).var(0).sum())
 
 
 def _batches(images: ImageSet, normalise: Normalise) -> Iterator[Batch]:

@@ -55,7 +55,7 @@ def run_probe(
     present atom, float64[C]."""
     rates = search.rates()
     thinned = _Thinned(module, selection, channel_map, survivor_scales(search.groups, rates))
-    found, pairs, differences = search.comparisons(), [], []
+    found, pairs, differences = Comparisons(search.groups), [], []
     with flags_restored(module):
         module.eval()  # also BatchNorm: a batch's statistics would make up for what is dropped
         for number in range(search.pairs if closures else 0):

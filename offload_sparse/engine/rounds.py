@@ -484,7 +484,6 @@ class Rounds(Requests):
         among = recent, self.channel_map, self.transfers, self.forward, self.ranks
         losses = losses_of(compared, *among) if compared else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
-        self.policy.freeze()
         self.asked_freeze = min(self.freeze_step, self.steps_done)  # whatever length the run is given later
         self.next_masks = None
 

@@ -104,11 +104,10 @@ def restore_session(session: Rounds, state: MethodState) -> None:
 
 def small_state(session: Rounds) -> MethodState:
     """Everything but the store."""
-    policy = session.policy.state_dict()
     integers = session.transfers.integer_buffers
     tensors = {f"integer_buffers/{name}": value.cpu().clone() for name, value in integers.items()}
     tensors |= {name: torch.as_tensor(value).cpu().clone() for name, value in _scalars(session).items()}
-    tensors |= {f"policy/{name}": value for name, value in policy["tensors"].items()}
+    tensors |= {f"policy/{name}": value for name, value in session.policy.state_dict().items()}
     if session.final_mask is not None:
         tensors["final_mask"] = session.final_mask.clone()
     if session.next_masks is not None:
@@ -120,7 +119,7 @@ def small_state(session: Rounds) -> MethodState:
         "subnet_bytes_peak": session.transfers.bytes_peak,
         "bytes_fetched": session.transfers.bytes_fetched,
         "bytes_returned": session.transfers.bytes_returned,
-        "policy_frozen": policy["frozen"],
+        "policy_frozen": session.frozen,  # read by earlier versions
         "ema_steps": session.ema_steps,
         "trained_steps": session.trained_steps,
         "skipped_steps": session.nonfinite.skipped,
@@ -145,7 +144,7 @@ def restore_small(session: Rounds, state: MethodState) -> None:
     tensors, meta = state.replicated, state.meta
     try:
         learned = {n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")}
-        session.policy.load_state_dict({"tensors": learned, "frozen": meta["policy_frozen"]})
+        session.policy.load_state_dict(learned)
         for name, own in session.transfers.integer_buffers.items():
             own.copy_(tensors[f"integer_buffers/{name}"])
         for name, scalar in _scalars(session).items():

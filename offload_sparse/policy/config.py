@@ -64,9 +64,6 @@ class PolicyConfig:
             of the uniformly narrowed network.
     """
 
-    min_width: ClassVar[int] = 1
-    """Atoms that every group keeps, whatever is drawn."""
-
     refresh: ClassVar[float] = 0.02
     """Share of the atoms that ``persistent`` redraws per round, in (0, 1]."""
 

@@ -62,7 +62,7 @@ class Diagnostics:
         return figures
 
     def state(self) -> dict[str, Tensor]:
-        return {"sums": self._sums.clone(), "mask": self._mask.clone(), "dead": self._dead.clone()}
+        return {"sums": self._sums, "mask": self._mask, "dead": self._dead}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._sums.copy_(state["sums"])

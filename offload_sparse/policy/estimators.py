@@ -7,13 +7,13 @@
 
 All are unbiased: averaged over the masks that they are made for, they give the gradient exactly. All are O(C)
 and need no backward pass. The preconditioner H = diag(s(1-s))^α is applied afterwards (Zhou et al. 2021,
-equations 4 and 5). Where s is 0 or 1 every estimate is 0.
+equations 4 and 5). No s is 0 or 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
+from offload_sparse.policy.config import ALPHA
 
 _DECAY = 0.95
 """Of the comparisons that a control variate comes from, per round."""
@@ -35,11 +36,10 @@ class Comparison:
 
     Attributes:
         loss, reference_loss: L(m) and L(m'), numbers or float64[..., 1].
-        m, m_ref: bool[..., C], m and m'.
+        m, m_ref: bool[..., C] or of numbers, m and m'.
         s: float64[C].
         mean: float64[C], E[m]; None means s, which it is unless widths are fixed.
-        control: float64[C], the control variate a, fixed before the masks were drawn; None means 0.
-        step: float64[..., C], m - m'."""
+        control: float64[C], the control variate a, fixed before the masks were drawn; None means 0."""
 
     loss: float | Tensor
     reference_loss: float | Tensor
@@ -48,13 +48,6 @@ class Comparison:
     s: Tensor
     mean: Tensor | None = None
     control: Tensor | None = None
-    step: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        m, m_ref = self.m, self.m_ref
-        if m.dtype == torch.bool:
-            m, m_ref = m.to(self.s.dtype), m_ref.to(self.s.dtype)
-        object.__setattr__(self, "step", m - m_ref)
 
     @property
     def difference(self) -> float | Tensor:
@@ -62,12 +55,18 @@ class Comparison:
         return self.loss - self.reference_loss
 
     @property
+    def step(self) -> Tensor:
+        """m - m', float64[..., C]."""
+        return self.m.to(self.s.dtype) - self.m_ref.to(self.s.dtype)
+
+    @property
     def score(self) -> Tensor:
-        """(m - E[m]) / (s(1-s)), float64[..., C]: the gradient of ln p(m|s); 0 where s is 0 or 1.
+        """(m - E[m]) / (s(1-s)), float64[..., C]: the gradient of ln p(m|s).
 
         With fixed widths p is the conditional Bernoulli distribution, an exponential family in the log-odds
         of s, whose score there is m - E[m]."""
-        return _over_variance(self.m.to(self.s.dtype) - (self.s if self.mean is None else self.mean), self.s)
+        mean = self.s if self.mean is None else self.mean
+        return (self.m.to(self.s.dtype) - mean) / _variance(self.s)
 
 
 def pge(pair: Comparison) -> Tensor:
@@ -86,19 +85,17 @@ def rloo(pair: Comparison) -> Tensor:
 
     Symmetric in the two masks, with about half the second moment of ``vr_pge``. E[m] cancels, so it serves
     fixed widths as it stands."""
-    return 0.5 * pair.difference * _over_variance(pair.step, pair.s)
+    return 0.5 * pair.difference * (pair.step / _variance(pair.s))
 
 
 def disarm_cv(pair: Comparison) -> Tensor:
     """DisARM (Dong et al. 2020), for antithetic masks, with a linear control variate: what is subtracted has
     the expectation a, which is added again."""
-    difference = pair.difference
+    difference, step = pair.difference, pair.step
     if pair.control is not None:
-        difference = difference - (pair.step * pair.control).sum(-1, keepdim=pair.step.dim() > 1)
-    g = 0.5 * difference * _ratio(pair.step, torch.minimum(pair.s, 1 - pair.s))
-    if pair.control is None:
-        return g
-    return g + torch.where((pair.s <= 0) | (pair.s >= 1), 0.0, pair.control)
+        difference = difference - (step * pair.control).sum(-1, keepdim=step.dim() > 1)
+    g = 0.5 * difference * (step / torch.minimum(pair.s, 1 - pair.s))
+    return g if pair.control is None else g + pair.control
 
 
 ESTIMATORS: Mapping[str, Callable[[Comparison], Tensor]] = {
@@ -118,7 +115,7 @@ def leave_one_out(losses: Tensor, masks: Tensor, s: Tensor) -> Tensor:
     float64[R] and masks bool[R, C]: REINFORCE with the mean of the other samples as baseline (Kool et al.
     2019). Two samples give ``rloo``; more of them lower the variance."""
     weights = (losses - losses.mean()) / (len(losses) - 1)
-    return weights @ _over_variance(masks.to(s.dtype) - s, s)
+    return weights @ ((masks.to(s.dtype) - s) / _variance(s))
 
 
 def apart_factor(s: Tensor, ranks: int) -> Tensor:
@@ -130,7 +127,7 @@ def apart_factor(s: Tensor, ranks: int) -> Tensor:
     masks are disjoint and 1 - c = 1 / (1-s); for R = 2 that is ``disarm_cv`` without its control.
     """
     share = (ranks * s) % 1.0
-    return (ranks - _ratio(share * (1 - share), ranks * s * (1 - s))) / (ranks - 1)
+    return (ranks - share * (1 - share) / (ranks * s * (1 - s))) / (ranks - 1)
 
 
 def paired_losses(first: Tensor, references: Tensor) -> Tensor:
@@ -144,16 +141,16 @@ def paired_losses(first: Tensor, references: Tensor) -> Tensor:
     return torch.cat([mean[None], references - first + mean])
 
 
-def precondition(g: Tensor, s: Tensor, alpha: float) -> Tensor:
-    """H g with H = diag(s(1-s))^alpha (Zhou et al. 2021, equation 4): float64[C]."""
-    return _variance(s) ** alpha * g
+def precondition(g: Tensor, s: Tensor) -> Tensor:
+    """H g with H = diag(s(1-s))^α (Zhou et al. 2021, equation 4): float64[C]."""
+    return _variance(s) ** ALPHA * g
 
 
 def preconditioned_rloo(
-    difference: float, step: NDArray[np.float64], s: NDArray[np.float64], alpha: float
+    difference: float, step: NDArray[np.float64], s: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """``precondition`` of ``rloo``, of some atoms whose s is neither 0 nor 1; ``step`` is their m - m'."""
-    return 0.5 * difference * step * (s * (1 - s)) ** (alpha - 1)
+    """``precondition`` of ``rloo``, of some atoms; ``step`` is their m - m'."""
+    return 0.5 * difference * step * (s * (1 - s)) ** (ALPHA - 1)
 
 
 class ControlVariate:
@@ -189,8 +186,7 @@ class ControlVariate:
         return {"known": self._known, "pending": self._pending, "round": self._round}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        self._known, self._pending = state["known"].clone(), state["pending"].clone()
-        self._round = state["round"].clone()
+        self._known, self._pending, self._round = (state[n].clone() for n in ("known", "pending", "round"))
 
 
 def regressed(differences: Tensor, steps: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -213,19 +209,5 @@ def _solved(equations: Tensor, groups: Sequence[Group]) -> Tensor:
     return torch.cat([values[i].expand(group.size) for i, group in enumerate(groups)])
 
 
-def _over_variance(numerator: Tensor, s: Tensor) -> Tensor:
-    return _ratio(numerator, _variance(s))
-
-
 def _variance(s: Tensor) -> Tensor:
-    """numpy's calls take a third of the time of torch's on so few numbers."""
-    keep = s.numpy()
-    return torch.from_numpy(keep * (1 - keep))
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """0 where the denominator is."""
-    over, under = numerator.numpy(), denominator.numpy()
-    if under.min(initial=1.0) > 0:
-        return torch.from_numpy(over / under)
-    return torch.from_numpy(np.divide(over, under, out=np.zeros_like(over), where=under > 0))
+    return s * (1 - s)

@@ -31,9 +31,10 @@ class Parametrisation:
 
     def __init__(self, config: PolicyConfig, groups: Sequence[Group], s: Tensor) -> None:
         self._config = config
-        self._counts = np.array([group.size for group in groups], np.float64)
-        self._group_of = np.repeat(np.arange(len(groups)), [group.size for group in groups])
-        self._name = "s" if config.parametrisation == "atom" else "rates"
+        atoms = config.parametrisation == "atom"  # each is then a group of its own
+        self._name = "s" if atoms else "rates"
+        counts = [1] * len(s) if atoms else [group.size for group in groups]
+        self._counts, self._group_of = np.array(counts, np.float64), np.repeat(np.arange(len(counts)), counts)
         self.settle(s.numpy())
         # A state that exists from the start keeps the same keys and shapes for the whole run, which lets
         # checkpoints be loaded in place; zeros are what both optimizers would start from.
@@ -56,8 +57,7 @@ class Parametrisation:
                 would be the sum, by which large groups would move more than small ones.
             where: the atoms that ``gradient`` is of, if not of all; it is 0 for the others."""
         step = self._adam if self._config.optimizer == "adam" else self._sgd
-        value = step(self._reduced(gradient, where))
-        return value if self._name == "s" else self._spread(value) + self._rounding
+        return step(self._means(gradient, where))[self._group_of] + self._rounding
 
     def _sgd(self, g: Values) -> Values:
         """As ``torch.optim.SGD``, in a tenth of the time of its step on so few numbers."""
@@ -79,9 +79,8 @@ class Parametrisation:
 
     def settle(self, s: Values) -> None:
         """Go on from ``s``, float64[C], which is not changed from now on."""
-        self.values, self._value = s, self._reduced(s)
-        if self._name == "rates":
-            self._rounding = s - self._spread(self._value)
+        self.values, self._value = s, self._means(s)
+        self._rounding = s - self._value[self._group_of]
 
     def slots(self) -> dict[str, Tensor]:
         """The optimizer's state by ``parameter.slot``."""
@@ -101,17 +100,7 @@ class Parametrisation:
             mine[name].copy_(value)
         self.settle(s.clone().numpy())
 
-    def _reduced(self, values: Values, where: NDArray[np.int64] | None = None) -> Values:
-        """Of the atoms ``where`` (None: of all): float64[C] with 0 for others, or its means over groups."""
-        if self._name == "rates":
-            of_groups = self._group_of if where is None else self._group_of[where]
-            return np.bincount(of_groups, values, len(self._counts)) / self._counts
-        if where is None:
-            return values
-        whole = np.zeros(len(self._group_of))
-        whole[where] = values
-        return whole
-
-    def _spread(self, rates: Values) -> Values:
-        """float64[C]: of every atom that of its group."""
-        return rates[self._group_of]
+    def _means(self, values: Values, where: NDArray[np.int64] | None = None) -> Values:
+        """Means over the groups of values of the atoms ``where`` (None: of all), which are 0 for others."""
+        of_groups = self._group_of if where is None else self._group_of[where]
+        return np.bincount(of_groups, values, len(self._counts)) / self._counts

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import Group
+from offload_sparse.policy.budget import bisected
 from offload_sparse.policy.samplers import mask_generator, uniforms
 
 MEAN_RATE, MOST = 0.08, 0.4
@@ -48,12 +49,10 @@ def probe_rates(cost_slopes: Tensor) -> Tensor:
     """δ float64[G]: the share of its channels that each group drops, so that all remove the same cost;
     ``cost_slopes`` is ∂cost/∂log width, float64[G]."""
     shares = 1 / cost_slopes.clamp_min(1e-9 * float(cost_slopes.max()))
-    low, high = 0.0, MOST / float(shares.min())
-    for _ in range(60):  # the one factor with which the mean of the capped rates is right
-        middle = (low + high) / 2
-        below = float((middle * shares).clamp_max(MOST).mean()) < MEAN_RATE
-        low, high = (middle, high) if below else (low, middle)
-    return (low * shares).clamp_max(MOST)
+    most = MOST / float(shares.min())
+    # the one factor with which the mean of the capped rates is right
+    factor, _ = bisected(0.0, most, lambda f: float((f * shares).clamp_max(MOST).mean()) < MEAN_RATE)
+    return (factor * shares).clamp_max(MOST)
 
 
 def probe_pair(
@@ -106,11 +105,10 @@ class Comparisons:
 
     def regressed(self) -> tuple[Tensor, Tensor]:
         """Loss per dropped share and its standard error, float64[G] each, by least squares; of a group from
-        which no pair has dropped anything the error is beyond all others. Raises ValueError: there are no
-        more pairs than groups."""
+        which no pair has dropped anything the error is beyond all others. Needs two pairs more than there
+        are groups."""
         size = len(self._groups)
-        if self.count <= size + 1:
-            raise ValueError(f"{self.count} pairs say nothing about {size} groups; give more pairs")
+        assert self.count > size + 1, "so few pairs say nothing"
         gram, right, square = self.sums[:size, :size], self.sums[:size, size], float(self.sums[size, size])
         variances = gram.diagonal()
         scale = variances.clamp_min(_LEAST_VARIANCE * float(variances.max()) + 1e-300).rsqrt()
@@ -171,10 +169,10 @@ class Worth:
 
 def _evidence(mean: Tensor, covariance: Tensor) -> float:
     """Log likelihood of ``mean`` around a common centre, which is integrated out."""
-    inverse, total = torch.linalg.inv(covariance), 0.0
+    inverse = torch.linalg.inv(covariance)
     deviation = mean - float((inverse @ mean).sum() / inverse.sum())
-    total -= 0.5 * float(torch.logdet(covariance)) + 0.5 * float(torch.log(inverse.sum()))
-    return total - 0.5 * float(deviation @ inverse @ deviation)
+    width = float(torch.logdet(covariance)) + float(torch.log(inverse.sum()))
+    return -0.5 * (width + float(deviation @ inverse @ deviation))
 
 
 def move(advantage: Tensor, spread: float, cost_slopes: Tensor, cost: float) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.atoms import fewest_channels
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.policy.budget import Budget, Costs, evenly_narrowed
+from offload_sparse.policy.budget import Budget, evenly_narrowed
 from offload_sparse.policy.config import PolicyConfig
 
 _VGG16 = (64, 64, 128, 128, *(256,) * 3, *(512,) * 6)
@@ -74,7 +75,7 @@ _LEAST = 4
 """Channels that every group keeps, however small the budget: fewer are a bottleneck that nobody published."""
 
 
-def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, costs: Costs) -> Tensor:
+def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, costs: CostModel) -> Tensor:
     """The mask bool[C] of a network that is fixed from the start, by one width for each group or the name of
     published ones; without either all groups are narrowed evenly to the budget of ``config``. Raises
     ValueError: the widths do not fit the groups."""
@@ -83,7 +84,7 @@ def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, cost
         return evenly_narrowed(config, channel_map, costs)
     groups = channel_map.groups
     if not all(part.isdigit() for part in parts):
-        return mask_of_shape(widths, channel_map, Budget.to_start_with(config, groups, costs))
+        return mask_of_shape(widths, channel_map, Budget.of(config, groups, costs))
     numbers = [int(part) for part in parts]
     if len(numbers) != len(groups) or any(not 1 <= n <= g.size for n, g in zip(numbers, groups, strict=True)):
         raise ValueError(

@@ -29,8 +29,6 @@ RANKS = 1 << 32
 """From here on, the streams of references that ranks have of their own."""
 
 _MASK64 = (1 << 64) - 1
-_TINY = 1e-12
-"""Probabilities are kept this far from 0 and 1, where odds are not finite."""
 
 
 def splitmix64(value: int) -> int:
@@ -93,7 +91,6 @@ class Bernoulli(Sampler):
         u = 1 - u if mirrored else u
         return Drawn(u < s, u / s)
 
-
     def draw_apart(self, s: Tensor, round: int, count: int) -> list[Drawn]:
         """Masks that overlap as little as they can; each by itself is an exact draw."""
         first = uniforms(self._count, mask_generator(self._seed, round, FIRST))
@@ -111,13 +108,13 @@ class Persistent(Sampler):
     def __init__(self, count: int, seed: int, refresh: float) -> None:
         super().__init__(count, seed)
         self._refresh = refresh
-        self._phase = self._hashed(np.zeros(count, dtype=np.int64))
+        self._phase = self._hashed(np.zeros(count, dtype=np.int64)).numpy()
 
     def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
         if stream == CANDIDATES:
             # the masks to come, which owe most of their atoms to those that were trained
             stream = FIRST
-        u = self._path(round + (stream == SECOND))
+        u = self._hashed(1 + self._turn(round + (stream == SECOND)))
         if stream >= RANKS:
             own = uniforms(self._count, mask_generator(self._seed, round, stream))
             u = torch.where(self.redrawn(round), own, u)
@@ -126,19 +123,16 @@ class Persistent(Sampler):
     def redrawn(self, round: int) -> Tensor:
         return torch.from_numpy(self._turn(round + 1) != self._turn(round))
 
-    def _path(self, round: int) -> Tensor:
-        return torch.from_numpy(self._hashed(1 + self._turn(round)))
-
     def _turn(self, round: int) -> np.ndarray:
         """How often each atom has been redrawn, int64[C]."""
         return np.floor(self._refresh * round + self._phase).astype(np.int64)
 
-    def _hashed(self, turn: np.ndarray) -> np.ndarray:
+    def _hashed(self, turn: np.ndarray) -> Tensor:
         """u ~ U[0, 1) of (seed, atom, turn), float64[C]."""
         mixed = np.full(self._count, splitmix64(self._seed & _MASK64), dtype=np.uint64)
         for part in (np.arange(self._count, dtype=np.uint64), turn.astype(np.uint64)):
             mixed = _splitmix64_each(mixed ^ part)
-        return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 class FixedWidth(Sampler):
@@ -174,8 +168,7 @@ class ConditionalBernoulli:
     too large."""
 
     def __init__(self, s: Tensor, width: int) -> None:
-        probabilities = s.numpy().clip(_TINY, 1 - _TINY)
-        self._log_odds = np.log(probabilities) - np.log1p(-probabilities)
+        self._log_odds = np.log(s.numpy()) - np.log1p(-s.numpy())
         self._width = width
         self._suffix = _tables(self._log_odds[::-1], width)[::-1]
 
@@ -194,9 +187,7 @@ class ConditionalBernoulli:
 
     def inclusion(self) -> Tensor:
         """E[m], float64[size]: w_c · e_{n-1}(all but c) / e_n(all); it sums to ``width``."""
-        size, width = len(self._log_odds), self._width
-        if width == 0:
-            return torch.zeros(size, dtype=torch.float64)
+        width = self._width
         prefix = _tables(self._log_odds, width)
         before, behind = prefix[:-1, :width], self._suffix[1:, :width][:, ::-1]
         others = np.logaddexp.reduce(before + behind, axis=1)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import Group
-from offload_sparse.policy.budget import Budget, Costs
+from offload_sparse.policy.budget import Budget, bisected
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.probe import (
@@ -67,39 +68,45 @@ class WidthSearch:
         total_steps: of the run; 0 searches nothing.
 
     Attributes:
+        trivial: the mask of every round keeps everything.
+        stays: the masks of all rounds are the same, as there is no cycle.
         mask: bool[C], of the subnet that is trained.
         trained: bool[C], atoms that have been in a mask.
         size_cap: most parameters that a mask of the run has.
         boundaries: steps at which the widths move.
         pairs: of each probe, on each rank.
+        entropy: of the mask as a probability.
         history: float64[probes, 5, G]: of each probe the widths before, the loss per share of the cost, its
             standard error, the shrunk advantage over the mean, and the widths after."""
+
+    entropy = 0.0
 
     def __init__(
         self,
         config: PolicyConfig,
         groups: Sequence[Group],
         seed: int,
-        costs: Costs,
+        costs: CostModel,
         freeze_step: int = 0,
         total_steps: int = 0,
         importance: Tensor | None = None,
     ) -> None:
         self.config, self.groups, self.seed = config, tuple(groups), seed
-        self.num_atoms = self.groups[-1].stop
-        self.trivial, self.frozen = config.rho == 1 and not config.budgets, False
+        self.trivial = config.rho == 1 and not config.budgets
         self._sizes = torch.tensor([g.size for g in self.groups], dtype=torch.float64)
         self._per_atom = torch.repeat_interleave(torch.arange(len(self.groups)), self._sizes.long())
         self._budget = Budget.of(config, self.groups, costs)
-        start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
+        start = self._budget.start()
+        start = torch.ones_like(start) if self.trivial else start
         self._margin = 1 - start if importance is None else -importance
-        self.mask = self._budget.mask(start, 1 - start, config.min_width)
+        self.mask = self._budget.mask(start, 1 - start)
         self.mask = of_least_margin(self.mask, self._margin, self.groups)
         self.trained = self.mask.clone()
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
         searched = 0 if self.trivial else freeze_step
         cycles, self.pairs = cycles_and_pairs(len(self.groups), searched, total_steps, config.cycle_steps)
         self.boundaries = [freeze_step * number // cycles for number in range(1, cycles + 1)]
+        self.stays = not cycles
         self._moves_in = self._budget.to_move_in() if cycles else self._budget
         self._worth = Worth(stages(self.groups, self._moves_in.slopes(torch.ones_like(start))))
         self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
@@ -115,23 +122,6 @@ class WidthSearch:
     def s(self) -> Tensor:
         """The mask as keep probabilities, float64[C]."""
         return self.mask.to(torch.float64)
-
-    @property
-    def stays(self) -> bool:
-        """Whether the masks of all rounds are the same: there is no cycle."""
-        return not self.boundaries
-
-    @property
-    def cap(self) -> int:
-        return self.num_atoms
-
-    @property
-    def expected_size(self) -> float:
-        return float(self.mask.sum())
-
-    @property
-    def entropy(self) -> float:
-        return 0.0
 
     def sample(self, round: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """The present mask, twice."""
@@ -153,19 +143,14 @@ class WidthSearch:
 
     def _members(self, log_widths: Tensor) -> list[Tensor]:
         masks: list[Tensor] = []
-        least = self.config.min_width
         for share in sorted(self.config.budgets):
             budget = self._budget.at(share)
             budget = budget.to_move_in() if len(self.history) else budget
-            mask = budget.mask(self._rates_of(self._affordable(log_widths, budget)), self._margin, least)
+            mask = budget.mask(self._rates_of(self._affordable(log_widths, budget)), self._margin)
             masks.append(mask | masks[-1] if masks else mask)
         size = self._costs.parameters
-        largest = respect_size(masks[-1], self._margin, self.groups, least, size, self.size_cap)
+        largest = respect_size(masks[-1], self._margin, self.groups, size, self.size_cap)
         return [mask & largest for mask in masks]
-
-    def freeze(self) -> None:
-        """Nothing moves any more."""
-        self.frozen = True
 
     def report(self) -> dict[str, Any]:
         """Keep ratio per group, and the probes so far."""
@@ -196,10 +181,6 @@ class WidthSearch:
         """m and m' of a pair of the next probe, bool[C]."""
         return probe_pair(self.mask, self.groups, rates, self.seed, number, len(self.history))
 
-    def comparisons(self) -> Comparisons:
-        """Of the next probe, none yet."""
-        return Comparisons(self.groups)
-
     def move(self, found: Comparisons, importance: Tensor) -> None:
         """Take in a probe, the comparisons of all ranks, and move the widths; too few comparisons (the losses
         were not finite) move none. Of a group that shrinks, the least important atoms (float64[C]) leave; one
@@ -216,11 +197,10 @@ class WidthSearch:
         wanted = move(advantage, spread, slopes, cost)
         order = torch.where(self.mask, importance / importance.max().clamp_min(1e-30), -1.0)
         margin = self._margin = -torch.where(~self.mask & self.trained, -0.5, order)
-        least = self.config.min_width
         for share in _STEPS:
             log_widths = self._affordable(start + share * wanted, self._moves_in)
-            mask = self._moves_in.mask(self._rates_of(log_widths), margin, least)
-            mask = respect_size(mask, margin, self.groups, least, self._costs.parameters, self.size_cap)
+            mask = self._moves_in.mask(self._rates_of(log_widths), margin)
+            mask = respect_size(mask, margin, self.groups, self._costs.parameters, self.size_cap)
             if self._costs.outputs(mask) <= self._most_outputs:
                 self.mask, self._log_widths = mask, log_widths
                 break
@@ -233,45 +213,41 @@ class WidthSearch:
 
     # --- state ---
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Copies of all that has been found; configuration and seed are the caller's."""
         tensors = {"s": self.s, "trained": self.trained, "log_widths": self._log_widths}
         tensors |= {"precision": self._worth.precision, "weighted": self._worth.weighted}
         tensors |= {"history": self._history, "margin": self._margin}
-        return {"tensors": {n: t.clone() for n, t in tensors.items()}, "frozen": self.frozen}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Resume from ``state_dict()`` bit for bit. Raises ValueError: the state belongs to another model."""
-        tensors: Mapping[str, Tensor] = state["tensors"]
-        if tensors["s"].shape != (self.num_atoms,) or "log_widths" not in tensors:
+        if tensors["s"].shape != self.mask.shape or "log_widths" not in tensors:
             raise ValueError(
                 "the saved masks are not those of a width search of this model; load a checkpoint of the "
                 "same model with policy.search probe"
             )
-        self.mask, self.trained = tensors["s"] > 0, tensors["trained"].clone()
-        self._log_widths, self._margin = tensors["log_widths"].clone(), tensors["margin"].clone()
-        self._worth.precision = tensors["precision"].clone()
-        self._worth.weighted = tensors["weighted"].clone()
-        self._history, self.frozen = tensors["history"].clone(), bool(state["frozen"])
+        found = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.mask, self.trained = found["s"] > 0, found["trained"]
+        self._log_widths, self._margin, self._history = found["log_widths"], found["margin"], found["history"]
+        self._worth.precision, self._worth.weighted = found["precision"], found["weighted"]
 
     # --- parts ---
 
     def _rates_of(self, log_widths: Tensor) -> Tensor:
         """Keep rate of every atom, float64[C]."""
-        least = self._sizes.clamp_max(self.config.min_width) / self._sizes
-        return torch.maximum(log_widths.exp() / self._sizes, least).clamp_max(1.0)[self._per_atom]
+        return (log_widths.exp().clamp_min(1.0) / self._sizes).clamp_max(1.0)[self._per_atom]
 
     def _slopes(self) -> Tensor:
         return self._moves_in.slopes(self._rates_of(present_widths(self.mask, self.groups).log()))
 
     def _affordable(self, log_widths: Tensor, budget: Budget) -> Tensor:
         """The same widths times the one factor that spends ``budget``."""
-        low, high = -10.0, 10.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            fits = budget.spent(self._rates_of(log_widths + middle)) <= budget.limit
-            low, high = (middle, high) if fits else (low, middle)
-        return log_widths + low
+
+        def fits(shift: float) -> bool:
+            return budget.spent(self._rates_of(log_widths + shift)) <= budget.limit
+
+        return log_widths + bisected(-10.0, 10.0, fits)[0]
 
     def _largest(self) -> int:
         """Parameters of the first mask, or of the largest member, with room for moves, within the whole
@@ -287,25 +263,21 @@ def build_policy(
     config: PolicyConfig,
     groups: Sequence[Group],
     seed: int,
-    costs: Costs,
+    costs: CostModel,
     freeze_step: int | None,
     total_steps: int | None,
     importance: Tensor | None = None,
 ) -> MaskPolicy | WidthSearch:
-    """The policy that ``config.search`` names. Raises ValueError: a search in cycles must know the end of the
-    run; the minimum widths exceed the budget.
+    """The policy that ``config.search`` names. Raises ValueError: a search that ends at a share of a run must
+    know its length; an atom of every group exceeds the budget.
 
     Args:
         freeze_step: step at which the final mask is chosen; None without an end of the run.
         total_steps: of the run, if it is known.
         importance: float64[C], by which the atoms are ranked at the start; None tells none apart."""
-    if config.search == "forward" and freeze_step is None:
-        raise ValueError("policy.search forward goes on up to a share of a run; give total_steps")
-    Budget.to_start_with(config, groups, costs)
+    if config.search in ("forward", "probe") and (freeze_step is None or total_steps is None):
+        raise ValueError(f"policy.search {config.search} ends at a share of a run; give total_steps")
     if config.search in ("sampled", "forward"):
         return MaskPolicy(config, groups, seed, costs, importance)
-    if config.search == "none":
-        return WidthSearch(config, groups, seed, costs, importance=importance)
-    if freeze_step is None or total_steps is None:
-        raise ValueError("policy.search probe goes in cycles up to the end of a run; give total_steps")
-    return WidthSearch(config, groups, seed, costs, freeze_step, total_steps, importance)
+    steps = (freeze_step or 0, total_steps or 0) if config.search == "probe" else (0, 0)
+    return WidthSearch(config, groups, seed, costs, *steps, importance)

@@ -193,7 +193,7 @@ def test_a_store_that_was_left_while_a_state_was_loaded_is_refused(tmp_path: Pat
     session, _ = begin(tmp_path / "run", lambda *_: None, 3)
     state = session.state_dict()
     small = torch.load(io.BytesIO(state["small"]), weights_only=True)
-    del small["meta"]["policy_frozen"]
+    del small["meta"]["forward_flops"]
     torch.save(small, file := io.BytesIO())
     with pytest.raises(ValueError, match="does not fit"):
         session.load_state_dict(state | {"small": file.getvalue()})

@@ -51,7 +51,7 @@ def result(session: SparseOffload) -> dict[str, Tensor]:
     found = arrays(session)
     assert session.final_mask is not None
     found |= {"s": session.policy.s, "mask": session.final_mask}
-    found |= {f"policy/{name}": value for name, value in session.policy.state_dict()["tensors"].items()}
+    found |= {f"policy/{name}": value for name, value in session.policy.state_dict().items()}
     found["flops"] = torch.tensor([session.forward_flops, session.steps_done, session.rounds_done])
     session.transfers.close()
     return found

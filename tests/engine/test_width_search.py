@@ -203,7 +203,7 @@ def test_a_probe_leaves_the_subnet_as_it_was_and_finds_what_matters() -> None:
 
 
 def result(session: SparseOffload) -> dict[str, Tensor]:
-    found = arrays(session) | {f"policy/{n}": v for n, v in session.policy.state_dict()["tensors"].items()}
+    found = arrays(session) | {f"policy/{n}": v for n, v in session.policy.state_dict().items()}
     found["flops"] = torch.tensor([session.forward_flops, session.steps_done, session.rounds_done])
     session.transfers.close()
     return found

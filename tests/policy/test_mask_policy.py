@@ -14,7 +14,6 @@ from offload_sparse.policy.budget import project
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
-from offload_sparse.policy.widths import minimum_size
 from tests.support.constants import configured
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
@@ -34,11 +33,10 @@ def train(learner: MaskPolicy, rounds: range) -> None:
 
 configurations = st.fixed_dictionaries(
     {
-        "rho": st.sampled_from([0.05, 0.25, 0.5, 0.9, 0.999, 1.0]),
+        "rho": st.sampled_from([0.12, 0.25, 0.5, 0.9, 0.999, 1.0]),
         "estimator": st.sampled_from(["vr_pge", "rloo"]),
         "optimizer": st.sampled_from(["adam", "sgd"]),
         "lr": st.sampled_from([0.012, 0.5]),
-        "min_width": st.integers(1, 4),
         "hard_cap": st.sampled_from([1.0, 1.1, 1.25]),
     }
 )
@@ -51,24 +49,23 @@ def test_budget_bounds_cap_and_widths_hold_after_every_update(
 ) -> None:
     learner = policy(seed, **config)
     rho, floor = learner.config.rho, learner.config.floor
-    lowest = minimum_size(GROUPS, learner.config.min_width)
     for round, difference in enumerate(differences):
         m1, m2 = learner.sample(round)
         for mask in (m1, m2):
-            assert int(mask.sum()) <= min(C, max(math.ceil(learner.config.hard_cap * rho * C - 1e-9), lowest))
+            assert int(mask.sum()) <= min(C, math.ceil(learner.config.hard_cap * rho * C - 1e-9))
             for group in GROUPS:
-                assert int(mask[group.start : group.stop].sum()) >= min(learner.config.min_width, group.size)
+                assert bool(mask[group.start : group.stop].any())
         learner.update(difference, 0.0, m1, m2)
-        assert learner.expected_size <= rho * C + 1e-9
+        assert float(learner.s.sum()) <= rho * C + 1e-9
         assert rho == 1 or floor <= float(learner.s.min()) <= float(learner.s.max()) <= 1 - floor
 
 
-@pytest.mark.parametrize("rho", [0.1, 0.25, 0.7])
+@pytest.mark.parametrize("rho", [0.12, 0.25, 0.7])
 def test_s_starts_at_rho_and_spends_the_whole_budget(rho: float) -> None:
     learner = policy(rho=rho)
     assert learner.s.dtype == torch.float64
     assert torch.equal(learner.s, torch.full((C,), rho, dtype=torch.float64))
-    assert learner.expected_size == pytest.approx(rho * C)
+    assert float(learner.s.sum()) == pytest.approx(rho * C)
 
 
 def test_masks_are_a_function_of_seed_and_round_whatever_was_drawn_before() -> None:
@@ -113,8 +110,9 @@ def test_updates_equal_a_hand_written_loop(optimizer: str, reference: object) ->
     for step in range(1, 6):
         m1, m2 = learner.sample(step)
         difference = 0.3 * math.cos(step)
-        g = precondition(rloo(Comparison(difference, 0.0, m1, m2, s)), s, 0.5)
-        s = project(reference(s, g, first, second, step, 0.02), 0.25 * C, 0.005, 0.995)  # type: ignore[operator]
+        g = precondition(rloo(Comparison(difference, 0.0, m1, m2, s)), s)
+        z = reference(s, g, first, second, step, 0.02)  # type: ignore[operator]
+        s = torch.from_numpy(project(z.numpy(), 0.25 * C, 0.005, 0.995))
         learner.update(difference, 0.0, m1, m2)
         torch.testing.assert_close(learner.s, s, rtol=0, atol=1e-13)
 
@@ -139,19 +137,8 @@ def test_a_remaining_ratio_of_one_keeps_everything_and_learns_nothing() -> None:
     learner.update(3.0, 0.0, m1, m2)
     assert torch.equal(learner.s, torch.ones(C, dtype=torch.float64))
     assert learner.entropy == 0
-    assert learner.expected_size == C == learner.cap
+    assert learner.cap == C
     assert [bool(mask.all()) for mask in learner.candidates(4)] == [True]
-
-
-def test_a_frozen_policy_still_draws_but_learns_no_more() -> None:
-    learner = policy()
-    train(learner, range(3))
-    before = learner.s.clone()
-    assert not learner.frozen
-    learner.freeze()
-    assert learner.frozen
-    train(learner, range(3, 6))
-    assert torch.equal(learner.s, before)
 
 
 def test_candidates_have_the_expected_widths_and_do_not_repeat() -> None:
@@ -184,30 +171,16 @@ def test_entropy_is_the_mean_in_bits() -> None:
     assert policy(rho=0.25).entropy == pytest.approx(expected)
 
 
-def test_the_cap_is_the_rounded_up_share_and_at_least_the_minimum_widths() -> None:
+def test_the_cap_is_the_rounded_up_share() -> None:
     assert policy(rho=0.5, hard_cap=1.25).cap == math.ceil(1.25 * 13.5)
-    assert policy(rho=0.05, min_width=2).cap == 6
     assert policy(rho=0.9, hard_cap=2.0).cap == C
 
 
 @pytest.mark.parametrize("difference", [float("nan"), float("inf")])
-def test_a_loss_difference_that_is_not_finite_is_named(difference: float) -> None:
+def test_a_loss_difference_that_is_not_finite_is_an_error(difference: float) -> None:
     learner = policy()
-    with pytest.raises(FloatingPointError, match=r"L\(m1\) - L\(m2\)"):
+    with pytest.raises(ValueError, match="finite"):
         learner.update(difference, 0.0, *learner.sample(0))
-
-
-def test_a_mask_of_the_wrong_kind_is_an_error() -> None:
-    learner = policy()
-    with pytest.raises(ValueError, match=r"bool\[27\]"):
-        learner.update(1.0, 0.0, torch.ones(C), torch.ones(C).bool())
-    with pytest.raises(ValueError, match=r"bool\[27\]"):
-        learner.update(1.0, 0.0, torch.ones(3).bool(), torch.ones(3).bool())
-
-
-def test_a_model_without_groups_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no groups"):
-        MaskPolicy(PolicyConfig(), [], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -232,16 +205,9 @@ def test_a_resumed_policy_continues_bit_for_bit(config: dict[str, object], saved
     resumed.load_state_dict(state)
     train(resumed, range(saved_at, 20))
     assert torch.equal(straight.s, resumed.s)
-    left, right = straight.state_dict()["tensors"], resumed.state_dict()["tensors"]
+    left, right = straight.state_dict(), resumed.state_dict()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_a_frozen_policy_is_frozen_after_a_resume() -> None:
-    learner, resumed = policy(), policy()
-    learner.freeze()
-    resumed.load_state_dict(learner.state_dict())
-    assert resumed.frozen
 
 
 def test_a_state_of_another_model_or_optimizer_is_an_error() -> None:
@@ -373,6 +339,6 @@ def test_the_steps_of_a_round_taken_at_once_are_those_taken_one_by_one(estimator
         at_once.update(*losses, m1, m2, round)
         for pair in zip(*losses, strict=True):
             one_by_one.update(*pair, m1, m2, round)
-    found, expected = (learner.state_dict()["tensors"] for learner in (at_once, one_by_one))
+    found, expected = (learner.state_dict() for learner in (at_once, one_by_one))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not torch.equal(at_once.s, policy(sampler=sampler, parametrisation="auto").s)

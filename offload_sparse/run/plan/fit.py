@@ -71,7 +71,7 @@ def largest_rho(planner: Planner, machine: Machine) -> float | None:
 
     def is_refused(percent: int) -> bool:
         try:
-            Budget.to_start_with(planner.with_rho(percent / 100).config.policy, groups, cost)
+            Budget.of(planner.with_rho(percent / 100).config.policy, groups, cost)
         except ValueError:
             return True
         return False
