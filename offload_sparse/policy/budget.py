@@ -70,7 +70,9 @@ class Budget:
     @classmethod
     def of(cls, config: PolicyConfig, groups: Sequence[Group], costs: CostModel | None) -> Budget:
         """What ``config`` allows. Raises ValueError: less than an atom of every group takes, in one of its
-        networks."""
+        networks; there is no group."""
+        if not groups:
+            raise ValueError("the channel map has no groups: nothing can be dropped; give it some")
         budget = cls(config.budget, config.rho, groups, costs, (config.floor, 1 - config.floor))
         for share in (config.rho, *config.budgets):
             budget.at(share).require_widths(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, ClassVar, Literal
 
 from offload_sparse.channels.require import require
@@ -103,7 +104,7 @@ class PolicyConfig:
             not self.budgets or self.search in ("auto", "probe", "none"),
             "policy.budgets makes a family around one mask; set policy.search to probe or none",
         )
-        require(self.lr >= 0, f"policy.lr is {self.lr}; give 0 or more")
+        require(0 <= self.lr < inf, f"policy.lr is {self.lr}; give 0 or more")
         require(self.hard_cap >= 1, f"policy.hard_cap is {self.hard_cap}; give 1 or more")
         require(
             self.sampler in ("auto", "bernoulli") or self.estimator != "disarm_cv",

@@ -282,15 +282,15 @@ class MaskPolicy:
         of a network whose groups all keep ``ratio`` of their atoms, rounded up, are given ``hard_cap``."""
         config, costs, atoms = self.config, self._costs, self.num_atoms
         if config.budget == "count":
-            atoms = min(atoms, math.ceil(config.hard_cap * self._budget.limit - 1e-9))
+            atoms = math.ceil(min(atoms, config.hard_cap * self._budget.limit - 1e-9))
         if costs is None:
             return atoms, 0, 0
         even = torch.zeros(self.num_atoms, dtype=torch.bool)
         for group in self.groups:
             even[group.start : group.start + min(group.size, math.ceil(ratio * group.size - 1e-9))] = True
         room = config.hard_cap**2
-        parameters = min(costs.dense_parameters, math.ceil(room * costs.parameters(even)))
-        flops = min(costs.dense_flops, math.ceil(room * costs.flops(even)))
+        parameters = math.ceil(min(costs.dense_parameters, room * costs.parameters(even)))
+        flops = math.ceil(min(costs.dense_flops, room * costs.flops(even)))
         return atoms, parameters, flops if config.budget == "flops" else 0
 
     def _build_sampler(self) -> Sampler:

@@ -256,7 +256,7 @@ class WidthSearch:
         if self.stays:
             return first
         room = 1.05 if self.config.budget == "params" else self.config.hard_cap**4
-        return min(self._costs.dense_parameters, int(room * first))
+        return int(min(self._costs.dense_parameters, room * first))
 
 
 def build_policy(

@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import RoundConfig, check_combination
 from offload_sparse.policy.budget import project
-from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.config import PolicyConfig, SearchName
 from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.width_search import build_policy
+from tests.support.channel_maps import SmallNet, small_map
 from tests.support.constants import configured
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
@@ -176,11 +179,34 @@ def test_the_cap_is_the_rounded_up_share() -> None:
     assert policy(rho=0.9, hard_cap=2.0).cap == C
 
 
+def test_a_cap_without_bound_caps_nothing() -> None:
+    """Neither atoms nor parameters nor FLOPs."""
+    net = SmallNet()
+    costs = CostModel(net, small_map(net), (torch.empty(1, 2, 6, 6, device="meta"),))
+    for budget in ("count", "flops"):
+        config = PolicyConfig(hard_cap=math.inf, budget=budget)  # type: ignore[arg-type]
+        learner = MaskPolicy(config, small_map(net).groups, 0, costs)
+        assert (learner.cap, learner.size_cap) == (learner.num_atoms, costs.dense_parameters)
+
+
+def test_a_rate_without_bound_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"policy\.lr is inf"):
+        PolicyConfig(lr=math.inf)
+
+
 @pytest.mark.parametrize("difference", [float("nan"), float("inf")])
 def test_a_loss_difference_that_is_not_finite_is_an_error(difference: float) -> None:
     learner = policy()
     with pytest.raises(ValueError, match="finite"):
         learner.update(difference, 0.0, *learner.sample(0))
+
+
+@pytest.mark.parametrize("search", ["sampled", "none"])
+def test_a_model_without_groups_is_an_error(search: SearchName) -> None:
+    net = SmallNet()
+    costs = CostModel(net, small_map(net), (torch.empty(1, 2, 6, 6, device="meta"),))
+    with pytest.raises(ValueError, match="no groups"):
+        build_policy(PolicyConfig(search=search), [], 0, costs, 10, 10)
 
 
 @pytest.mark.parametrize(
