@@ -115,12 +115,14 @@ class Method(Protocol):
         Raises ValueError: the state belongs to another model or configuration."""
 
     def recall(self, batches: Iterable[Any]) -> None:
-        """After ``restore``: the last ``final.selection_batches`` batches before its position, by which some
-        structures are chosen."""
+        """After ``restore``: the last ``final.selection_batches`` batches before its position."""
+        del batches  # by which some structures are chosen
 
     def while_saving(self, release: Callable[[], object]) -> None:
-        """``state.sharded``, which need not be a copy, is being read: call ``release`` before changing what
-        it refers to (any number of times)."""
+        """``state.sharded`` is being read: call ``release`` before changing what it refers to (any number of
+        times)."""
+        del release  # of a state that is no copy
 
     def close(self, abandon: bool) -> None:
         """End what works beside the loop, whatever has ended that; ``abandon``: a rank may be gone."""
+        del abandon  # of a method whose work is all in the loop, as here
