@@ -145,6 +145,14 @@ def test_the_command_prints_the_row_to_reach_and_leaves_no_folder(
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize("outputs", [5, "ten"])
+def test_fewer_outputs_than_classes_are_refused(outputs: Any) -> None:
+    """Which training would meet as a label without a logit."""
+    model = ModelConfig(VGG.name, arguments={"num_classes": outputs})
+    with pytest.raises(ValueError, match=f"num_classes is {outputs!r}, and there are 10 classes; remove it"):
+        dry_run(resolve(RunConfig(model=model), "cpu"))
+
+
 def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "--dry_run"]) == 0

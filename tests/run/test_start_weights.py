@@ -168,8 +168,12 @@ def test_a_tag_of_torchvision_is_found_in_the_cache_of_torch(
 def test_a_tag_of_timm_is_found_in_the_cache_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"hf download timm/resnet18\.a1_in1k model\.safetensors$"):
-        cached_weights("timm/resnet18.a1_in1k")
+    for name, tag in (("resnet18.a1_in1k", ""), ("resnet18", "a1_in1k"), ("resnet18.a2_in1k", "a1_in1k")):
+        with pytest.raises(ValueError, match=r"hf download timm/resnet18\.a1_in1k model\.safetensors$"):
+            cached_weights(f"timm/{name}", tag)
+    for name, tag in (("resnet18.nothing", ""), ("resnet18", "nothing")):
+        with pytest.raises(ValueError, match=r"no weights 'nothing'; give one of .*a1_in1k"):
+            cached_weights(f"timm/{name}", tag)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file: str(tmp_path / file))
     found = cached_weights("timm/resnet18.a1_in1k")
     assert found.path == tmp_path / "model.safetensors"

@@ -91,13 +91,20 @@ def knob(config: RunConfig) -> str:
 
 
 def model_arguments(config: RunConfig, data: DeclaredData) -> dict[str, Any]:
-    """Arguments of ``build_model`` that fit the data, with those of the configuration on top."""
+    """Arguments of ``build_model`` that fit the data, with those of the configuration on top. Raises
+    ValueError: these leave no output for some class."""
     own = {
         "num_classes": data.num_classes,
         "in_channels": input_channels(config.model.name, data.channels),
         "image_size": min(data.image_shape),
     }
-    return own | config.model.arguments
+    arguments = own | config.model.arguments
+    outputs = arguments["num_classes"]
+    if not isinstance(outputs, int) or outputs < data.num_classes:
+        raise ValueError(
+            f"model.arguments.num_classes is {outputs!r}, and there are {data.num_classes} classes; remove it"
+        )
+    return arguments
 
 
 def model_on_meta(config: RunConfig, data: DeclaredData) -> nn.Module:

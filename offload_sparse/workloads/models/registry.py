@@ -35,21 +35,11 @@ _OWN: dict[str, tuple[Callable[..., nn.Module], int]] = {
 _ONE_SIDE = ("lenet5_caffe", "lenet_300_100")
 """Networks that flatten their last feature map, and take images of their smallest side only."""
 
-# Auxiliary heads would make the output a tuple; these networks have them unless told otherwise.
-_WITHOUT_AUXILIARY_HEADS: dict[str, dict[str, Any]] = {
-    "googlenet": {"aux_logits": False, "init_weights": False},
-    "inception_v3": {"aux_logits": False, "init_weights": False},
-}
+_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+"""Networks that have such heads, which would make the output a tuple, unless they are told otherwise."""
 
-_RESERVED = (
-    "num_classes",
-    "in_channels",
-    "in_chans",
-    "weights",
-    "pretrained",
-    "pretrained_cfg",
-    "checkpoint_path",
-)
+_RESERVED = ("in_chans", "weights", "pretrained", "pretrained_cfg", "checkpoint_path")
+_GIVEN = ("num_classes", "in_channels", "image_size")
 
 
 def build_model(
@@ -74,8 +64,14 @@ def build_model(
                 f"model.arguments must not set {argument!r}: it follows from the data or would load weights; "
                 "remove it"
             )
-    builders = {"offload_sparse": _build_own, "torchvision": _build_torchvision, "timm": _build_timm}
-    return builders[family](short, num_classes, in_channels, image_size, arguments)
+    constructors = {"offload_sparse": _own, "torchvision": _of_torchvision, "timm": _of_timm}
+    constructor = constructors[family](short, num_classes, in_channels, image_size)
+    try:
+        return constructor(**arguments)
+    except Exception as error:  # which one says that an argument does not fit is the constructor's choice
+        if not arguments:
+            raise
+        raise ValueError(_unfit(name, arguments, constructor, error)) from error
 
 
 def input_channels(name: str, image_channels: int) -> int:
@@ -90,6 +86,15 @@ def takes_tokens(name: str) -> bool:
     """Whether a network reads sequences of tokens, and not images."""
     family, _, short = name.partition("/")
     return family == "offload_sparse" and short in _OWN and not _OWN[short][1]
+
+
+def published_by_timm(short: str) -> list[str]:
+    """The names, each with its tag, of the weights that there are for a network of timm; its own tag, if it
+    has one, counts for nothing."""
+    import timm
+
+    names: list[str] = timm.list_pretrained(f"{short.partition('.')[0]}.*")
+    return names
 
 
 def _short_names(family: str) -> list[str]:
@@ -108,29 +113,24 @@ def _is_known(family: str, short: str) -> bool:
     if family == "timm":
         import timm
 
-        # True for a name with a pretrained tag too, such as resnet50.a1_in1k.
-        return bool(timm.is_model(short))
+        _, _, tag = short.partition(".")  # as in resnet50.a1_in1k
+        return bool(timm.is_model(short)) and (not tag or short in published_by_timm(short))
     return family in FAMILIES and short in _short_names(family)
 
 
 def _unknown(name: str) -> str:
-    family, _, short = name.partition("/")
-    if family in FAMILIES:
-        near = [f"{family}/{match}" for match in difflib.get_close_matches(short, _short_names(family), 3)]
-    else:
-        short = short or family
-        near = [
-            f"{home}/{match}"
-            for home in FAMILIES
-            for match in difflib.get_close_matches(short, _short_names(home), 1)
-        ]
+    family, slash, short = name.partition("/")
+    homes = (family,) if family in FAMILIES else FAMILIES
+    near = [
+        f"{home}/{match}"
+        for home in homes
+        for match in difflib.get_close_matches(short if slash else name, _short_names(home), 3 // len(homes))
+    ]
     advice = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"unknown model {name!r}{advice} (names are torchvision/…, timm/… and offload_sparse/…)"
 
 
-def _build_own(
-    short: str, num_classes: int, in_channels: int, image_size: int, arguments: dict[str, Any]
-) -> nn.Module:
+def _own(short: str, num_classes: int, in_channels: int, image_size: int) -> partial[nn.Module]:
     constructor, smallest = _OWN[short]
     if image_size < smallest or (short in _ONE_SIDE and image_size > smallest):
         least = "" if short in _ONE_SIDE else "at least "
@@ -138,19 +138,12 @@ def _build_own(
             f"offload_sparse/{short} needs images of {least}{smallest} pixels, not {image_size}; set "
             "data.image_size or choose another model"
         )
-    parameters = set(inspect.signature(constructor).parameters)
-    given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    fixed: dict[str, Any] = {name: value for name, value in given.items() if name in parameters}
-    accepted = parameters - set(_RESERVED) - {"image_size"}
-    for argument in arguments:
-        if argument not in accepted:
-            raise ValueError(_unexpected(f"offload_sparse/{short}", argument, accepted))
-    return _construct(f"offload_sparse/{short}", constructor, arguments, **fixed)
+    taken = inspect.signature(constructor).parameters
+    given = zip(_GIVEN, (num_classes, in_channels, image_size), strict=True)
+    return partial(constructor, **{name: value for name, value in given if name in taken})
 
 
-def _build_torchvision(
-    short: str, num_classes: int, in_channels: int, image_size: int, arguments: dict[str, Any]
-) -> nn.Module:
+def _of_torchvision(short: str, num_classes: int, in_channels: int, image_size: int) -> partial[nn.Module]:
     import torchvision
 
     if in_channels != 3:
@@ -158,42 +151,29 @@ def _build_torchvision(
             f"torchvision/{short} takes images of 3 channels, not {in_channels}; have grey images repeated "
             "to 3 channels, or choose a timm/ or offload_sparse/ model"
         )
-    arguments = {**_WITHOUT_AUXILIARY_HEADS.get(short, {}), **arguments}
+    own: dict[str, Any] = {}
+    if short in _AUXILIARY_HEADS:
+        own = {"aux_logits": False, "init_weights": False}
     if short.startswith("vit_"):  # the others pool adaptively
-        arguments["image_size"] = image_size
+        own = {"image_size": image_size}
     builder = torchvision.models.get_model_builder(short)
-    return _construct(f"torchvision/{short}", builder, arguments, weights=None, num_classes=num_classes)
+    return partial(builder, weights=None, num_classes=num_classes, **own)
 
 
-def _build_timm(
-    short: str, num_classes: int, in_channels: int, image_size: int, arguments: dict[str, Any]
-) -> nn.Module:
+def _of_timm(short: str, num_classes: int, in_channels: int, image_size: int) -> partial[nn.Module]:
     del image_size  # networks of a fixed size take img_size among their arguments
     import timm
 
-    def builder(**keywords: Any) -> nn.Module:
-        return timm.create_model(short, **keywords)
-
-    return _construct(
-        f"timm/{short}", builder, arguments, pretrained=False, num_classes=num_classes, in_chans=in_channels
-    )
+    return partial(timm.create_model, short, pretrained=False, num_classes=num_classes, in_chans=in_channels)
 
 
-def _construct(
-    name: str, builder: Callable[..., nn.Module], arguments: dict[str, Any], **fixed: Any
-) -> nn.Module:
-    try:
-        return builder(**fixed, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        if not arguments:
-            raise
-        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unexpected and unexpected[1] in arguments:
-            raise ValueError(_unexpected(name, unexpected[1])) from error
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model.arguments {arguments} do not fit {name}: {reason}") from error
-
-
-def _unexpected(name: str, argument: str, accepted: set[str] | None = None) -> str:
-    known = f"; it takes {', '.join(sorted(accepted))}" if accepted else ""
-    return f"{name} has no argument {argument!r}{known}; correct model.arguments"
+def _unfit(name: str, arguments: dict[str, Any], constructor: partial[nn.Module], error: Exception) -> str:
+    """What is wrong with the arguments of a network, whose constructor has refused them by ``error``."""
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not unexpected or unexpected[1] not in arguments:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())[:200]
+        return f"model.arguments {arguments} do not fit {name}: {reason}"
+    known = set(inspect.signature(constructor).parameters) if name.startswith("offload_sparse/") else set()
+    takes = f"; it takes {', '.join(sorted(known.difference(_GIVEN)))}" if known else ""
+    return f"{name} has no argument {unexpected[1]!r}{takes}; correct model.arguments"

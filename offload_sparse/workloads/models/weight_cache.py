@@ -9,8 +9,10 @@ from urllib.parse import urlparse
 
 import torch
 
+from offload_sparse.workloads.models.registry import published_by_timm
+
 PRETRAINED = "pretrained"
-"""What stands in place of a path; a tag of torchvision's may follow behind a colon."""
+"""What stands in place of a path; a tag may follow behind a colon."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class CachedWeights:
 
 
 def cached_weights(name: str, tag: str = "") -> CachedWeights:
-    """The weights that a model's name (or that of timm with a tag behind a dot) stands for; ``tag`` is that
-    of torchvision's, empty for the best ones. Fetches nothing. Raises ValueError: there are none, or they
-    have not been fetched: says which file to fetch."""
+    """The weights that a model's name stands for, by their ``tag``: empty for the best ones or, of a name of
+    timm, for those of the tag behind a dot. Fetches nothing. Raises ValueError: there are none, or they have
+    not been fetched: says which file to fetch."""
     family, _, short = name.partition("/")
     if family == "torchvision":
         return _torchvision(name, short, tag)
     if family == "timm":
-        return _timm(name, short)
+        return _timm(name, short, tag)
     raise ValueError(f"{name} has no published weights; give a file with model.weights")
 
 
@@ -47,8 +49,7 @@ def _torchvision(name: str, short: str, tag: str) -> CachedWeights:
     import torchvision
 
     known = torchvision.models.get_model_weights(short)
-    if tag and tag not in known.__members__:
-        raise ValueError(f"{name} has no weights {tag!r}; give one of {', '.join(known.__members__)}")
+    _check_tag(name, tag, list(known.__members__))
     weights: Any = known[tag] if tag else known.DEFAULT
     images = weights.transforms()
     path, way = _in_cache_of_torch(name, weights.url), images.interpolation.value
@@ -56,10 +57,13 @@ def _torchvision(name: str, short: str, tag: str) -> CachedWeights:
     return CachedWeights(path, tuple(images.mean), tuple(images.std), *sides, way)
 
 
-def _timm(name: str, short: str) -> CachedWeights:
+def _timm(name: str, short: str, tag: str) -> CachedWeights:
     import timm
 
-    about = timm.models.get_pretrained_cfg(short)
+    network, _, of_name = short.partition(".")
+    tag = tag or of_name
+    _check_tag(name, tag, [each.partition(".")[2] for each in published_by_timm(network)])
+    about = timm.models.get_pretrained_cfg(f"{network}.{tag}" if tag else network)
     if about is None or not (about.url or about.hf_hub_id or about.file):
         raise ValueError(f"{name} has no published weights; give a file with model.weights")
     if about.file:
@@ -72,6 +76,11 @@ def _timm(name: str, short: str) -> CachedWeights:
     return CachedWeights(
         path, tuple(about.mean), tuple(about.std), crop, round(crop / about.crop_pct), about.interpolation
     )
+
+
+def _check_tag(name: str, tag: str, known: list[str]) -> None:
+    if tag and tag not in known:
+        raise ValueError(f"{name} has no weights {tag!r}; give one of {', '.join(known)}")
 
 
 def _in_cache_of_torch(name: str, url: str) -> Path:

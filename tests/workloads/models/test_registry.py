@@ -78,6 +78,7 @@ def test_the_seed_of_torch_decides_the_weights() -> None:
     [
         ("torchvision/resnet5", "torchvision/resnet50"),
         ("timm/mobilenetv1_10", "timm/mobilenetv1_100"),
+        ("timm/resnet18.nothing", "timm/resnet18"),
         ("offload_sparse/vgg19_cifr", "offload_sparse/vgg19_cifar"),
         ("resnet50", "torchvision/resnet50"),
         ("torchvison/resnet50", "timm/resnet50"),
@@ -97,6 +98,19 @@ def test_a_name_that_is_no_classifier_is_unknown(name: str) -> None:
 @pytest.mark.parametrize("name", ["offload_sparse/vgg_small", "torchvision/resnet18", "timm/resnet18"])
 def test_an_argument_that_the_constructor_does_not_take_is_named(name: str) -> None:
     assert f"{name} has no argument 'depht'" in message_of(name, depht=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("offload_sparse/decoder", {"heads": 0}),
+        ("offload_sparse/decoder", {"hidden": -3}),
+        ("timm/resnet18", {"act_layer": "nothing"}),
+    ],
+)
+def test_an_argument_that_breaks_the_constructor_is_one_line(name: str, arguments: dict[str, object]) -> None:
+    """Whatever the constructor raises."""
+    assert message_of(name, **arguments).startswith(f"model.arguments {arguments} do not fit {name}: ")
 
 
 @pytest.mark.parametrize("width", [0, -1.0, float("nan")])
