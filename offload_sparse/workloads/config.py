@@ -37,8 +37,9 @@ class DataConfig:
             ``image_size`` (area 8-100 %, aspect ratio 3:4-4:3: the usual recipe for ImageNet).
         eval_resize: pixels that the shorter side is scaled to before the middle ``image_size`` pixels are
             cut out for evaluation; 0 takes ``image_size``.
-        cache: folder for decoded images, which later runs read instead of the files; empty keeps none. With
-            ``train_crop`` resized, images are kept at about their final size, which is a little smoother.
+        cache: folder for decoded images, which later runs read instead of the files; empty keeps none. Splits
+            of up to 1 GiB are decoded into memory by every run instead. With ``train_crop`` resized, images
+            are kept at about their final size, which is a little smoother.
         random_crop: pixels of zero padding of a random crop; 0 crops nothing.
         random_flip: flip images horizontally at random.
         mean: mean per channel of images in [0, 1]; empty measures it on training images.
@@ -78,14 +79,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.validation = str(self.validation)
-        require(
-            len(self.splits) == 2 and all(self.splits),
-            f"data.splits is {self.splits}; give two names, such as [train, test]",
-        )
-        require(
-            len(self.columns) == 2 and all(self.columns),
-            f"data.columns is {self.columns}; give two names, such as [image, label]",
-        )
+        for name, such_as in (("splits", "[train, test]"), ("columns", "[image, label]")):
+            names = getattr(self, name)
+            two = len(names) == 2 and all(names)
+            require(two, f"data.{name} is {names}; give two names, such as {such_as}")
         for key, value in self.declared.items():
             require(
                 key in _DECLARED and type(value) is int and value >= 0,
@@ -123,6 +120,11 @@ class DataConfig:
     def validation_size(self) -> float:
         """Share of the training images that is held out; 0 where a split is named, or nothing."""
         return 0.0 if self.validation_split else float(self.validation or 0)
+
+    def held_out(self, train_images: int) -> int:
+        """How many of so many training images are held out: at least one of several, where any are."""
+        share = self.validation_size
+        return min(train_images - 1, max(1, round(share * train_images))) if share else 0
 
     @property
     def validation_split(self) -> str:

@@ -98,7 +98,7 @@ def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
     """Crop images uint8[b, C, H, W] out of themselves with ``padding`` pixels of zeros on each side (0 crops
     nothing), and mirror some of them if ``flip``. Returns as many of the same size."""
     if not padding:
-        return _mirrored(images, draws.flip) if flip else images
+        return torch.where(draws.flip[:, None, None, None], images.flip(3), images) if flip else images
     batch, channels, height, width = images.shape
     rows = draws.top[:, None] + torch.arange(height, device=images.device)
     columns = draws.left[:, None] + torch.arange(width, device=images.device)
@@ -108,14 +108,6 @@ def augment(images: Tensor, draws: Draws, padding: int, flip: bool) -> Tensor:
     rows = rows[:, None, :, None].expand(batch, channels, height, padded.shape[3])
     columns = columns[:, None, None, :].expand(batch, channels, height, width)
     return padded.gather(2, rows).gather(3, columns)
-
-
-def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
-    if images.device.type != "cpu":  # where picking images would wait for the device
-        return torch.where(chosen[:, None, None, None], images.flip(3), images)
-    images, rows = images.clone(), chosen.nonzero()[:, 0]
-    images[rows] = images[rows].flip(3)
-    return images
 
 
 def cut(images: Tensor, parts: Tensor, size: int) -> Tensor:

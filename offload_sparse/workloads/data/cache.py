@@ -14,10 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from offload_sparse.channels.require import Explained
 from offload_sparse.workloads.data.corrupt import Corrupt
-from offload_sparse.workloads.data.parquet import ParquetStream
+from offload_sparse.workloads.data.parquet import ParquetStream, file_state
 from offload_sparse.workloads.data.source import Split
 
 WriteFile = Callable[[Path, bytes], None]
@@ -44,15 +44,16 @@ class Decoded(NamedTuple):
     Attributes:
         pixels: uint8[b, channels, height, width].
         indices: int64[b], the images that these are: where one is corrupt, the one in its place.
-        sides: int64[b, 2], their height and width as they are stored; empty where nobody asks."""
+        sides: int64[b, 2], their height and width as they are stored; empty where nobody asks.
+        parts: int64[b, 4], what is still to be cut out of each (``augmentation.cut``); None for nothing."""
 
     pixels: Tensor
     indices: Tensor
     corrupt: tuple[Corrupt, ...] = ()
     sides: Tensor = torch.empty(0)
+    parts: Tensor | None = None
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 Decode = Callable[[Tensor], Decoded]
 """The images at these indices int64[n]; several threads may call it at once."""
 
@@ -84,8 +85,7 @@ class PixelCache:
         folder = folder / _key(split, f"{recipe} {self._rows_per_file}")
         parts = torch.arange(len(split)).split(self._rows_per_file)
         files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
-        advice, kinds = "); remove it, or give another", (*_UNREADABLE, safetensors.SafetensorError)
-        with Explained(f"data.cache {folder} cannot be used (", advice, kinds):
+        with Explained(f"data.cache {folder} cannot be used (", "); remove it, or give another"):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait, and find the files
@@ -113,17 +113,14 @@ def _build(parts: dict[Path, Tensor], name: str, decode: Decode, write: WriteFil
         tqdm(total=total, desc=f"decoding {name} into data.cache", disable=disable, leave=False) as bar,
     ):
         for file, indices in missing.items():
-            chunks = _counted(pool.map(decode, indices.split(_CHUNK)), bar)
-            pixels, shown, corrupt, sides = zip(*chunks, strict=True)
+            chunks = []
+            for chunk in pool.map(decode, indices.split(_CHUNK)):
+                chunks.append(chunk)
+                bar.update(len(chunk.indices))
+            pixels, shown, corrupt, sides, _ = zip(*chunks, strict=True)
             tensors = {"pixels": torch.cat(pixels), "shown": torch.cat(shown), "sides": torch.cat(sides)}
             found = json.dumps([list(image) for images in corrupt for image in images])
             write(file, safetensors.torch.save(tensors, {"corrupt": found}))
-
-
-def _counted(chunks: Iterator[Decoded], bar: tqdm[Any]) -> Iterator[Decoded]:
-    for chunk in chunks:
-        bar.update(len(chunk.indices))
-        yield chunk
 
 
 def _read(file: Path) -> Decoded:
@@ -146,10 +143,6 @@ def _key(split: Split, recipe: str) -> str:
         digest.update(table._fingerprint.encode())
         for image in table["image"] if "path" in str(table.features) else ():
             if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-                try:
-                    status = os.stat(image["path"])
-                    identity = status.st_size, status.st_mtime_ns
-                except (OSError, ValueError):  # there is no such file, which is counted when it is decoded
-                    identity = -1, -1
-                digest.update(np.array(identity).tobytes())
+                # Where there is no such file, it is counted when it is decoded.
+                digest.update(np.array(file_state(image["path"]) or (-1, -1)).tobytes())
     return digest.hexdigest()[:24]

@@ -157,27 +157,32 @@ class _Seen:
         return new
 
 
-def read_listing(file: Path, columns: Sequence[str] = ()) -> datasets.Dataset:
-    """A table whose rows name an image file and its class: CSV, TSV, or a JSON object per line.
+def read_listing(files: Sequence[Path], columns: Sequence[str]) -> datasets.Dataset:
+    """Tables whose rows name an image file and its class, one after the other: CSV, TSV, or a JSON object per
+    line.
 
     The column of paths, relative to the listing's folder, is ``image``, ``path``, ``file_name`` …; that of
     classes ``label``, ``class`` …; ``columns`` names the two if they are called otherwise. A column ``split``
     may say what each row is for. Raises ValueError: it cannot be read, one of the columns is missing, or that
     of paths holds something else."""
     usual = (_PATH_COLUMNS, _LABEL_COLUMNS)
-    paths, labels = (tuple(dict.fromkeys((*columns[i : i + 1], *names))) for i, names in enumerate(usual))
-    kinds = (pa.ArrowException, OSError)
-    with Explained(f"{file} cannot be read as a listing (", "); correct data.name", kinds):
-        table = _parsed(file, paths, labels)
-    path, label = (_first(file, table.column_names, names) for names in (paths, labels))
-    folder, kind = os.fsencode(file.parent), table.schema.field(path).type
-    if not any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_binary, pa.types.is_null)):
-        raise ValueError(f"{file} holds {kind} in column {path}, not paths; set data.columns")
-    names = (os.fsencode(name or "") for name in table.column(path).to_pylist())  # null is no image
-    read = _table([os.path.join(folder, name) for name in names], _numbers(table.column(label)))
-    if "split" in table.column_names:
-        read = read.add_column("split", table.column("split").to_pylist())
-    return read
+    paths, labels = (tuple(dict.fromkeys((own, *names))) for own, names in zip(columns, usual, strict=True))
+    images: list[bytes] = []
+    classes: list[pa.Array] = []
+    splits: list[str | None] = []
+    for file in files:
+        with Explained(f"{file} cannot be read as a listing (", "); correct data.name"):
+            table = _parsed(file, paths, labels)
+        path, label = (_first(file, table.column_names, names) for names in (paths, labels))
+        folder, kind = os.fsencode(file.parent), table.schema.field(path).type
+        if not any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_binary, pa.types.is_null)):
+            raise ValueError(f"{file} holds {kind} in column {path}, not paths; set data.columns")
+        names = (os.fsencode(name or "") for name in table.column(path).to_pylist())  # null is no image
+        images += [os.path.join(folder, name) for name in names]
+        classes.append(table.column(label).combine_chunks())
+        splits += table.column("split").to_pylist() if "split" in table.column_names else [None] * len(table)
+    read = _table(images, _numbers(pa.chunked_array(classes)))
+    return read.add_column("split", splits) if any(splits) else read
 
 
 def _parsed(file: Path, paths: Sequence[str], labels: Sequence[str]) -> pa.Table:

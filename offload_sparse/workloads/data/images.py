@@ -86,28 +86,27 @@ class ImageSet:
         self.corrupt.add(found.corrupt)
         return found.pixels
 
-    def decode(self, indices: Tensor, crop: Crop | None = None) -> Decoded:
-        """The parts that ``crop`` chooses (their middles by default) of the images at ``indices`` int64[b],
-        another image in the place of each corrupt one, which is not counted here: this may run in a worker
-        process. Raises ValueError: a hundred images in a row cannot be decoded."""
-        if self.squares:
-            found = self.decode_squares(indices)
-            pixels = cut(found.pixels, self.parts(indices, crop or _middle), self._image_size)
-            return found._replace(pixels=pixels)
+    def decode(self, indices: Tensor) -> Decoded:
+        """The middles of the images at ``indices`` int64[b], another image in the place of each corrupt one,
+        which is not counted here: this may run in a worker process. Raises ValueError: a hundred images in a
+        row cannot be decoded."""
+        found = self.uncut(indices)
+        if found.parts is None:
+            return found
+        return found._replace(pixels=cut(found.pixels, found.parts, self._image_size), parts=None)
+
+    def uncut(self, indices: Tensor, crop: Crop | None = None) -> Decoded:
+        """As ``decode``, but the parts that ``crop`` chooses, and of ``squares`` these as they are, with what
+        is to be cut out of each."""
         if self._pixels is not None:
             assert crop is None, "a cached split has lost the sizes of its images"
             found = Decoded(self._pixels[indices], self._shown[indices])
         elif self._cache is not None:
-            found = Decoded(self._cache.gather(indices), self._cache.shown[indices])
+            parts = self.parts(indices, crop or _middle) if self.squares else None
+            found = Decoded(self._cache.gather(indices), self._cache.shown[indices], parts=parts)
         else:
             found = self._decode_anew(indices, crop)
         return found._replace(pixels=found.pixels.expand(-1, self.channels, -1, -1))
-
-    def decode_squares(self, indices: Tensor) -> Decoded:
-        """The images at ``indices`` int64[b] as squares, for ``cut``."""
-        assert self._cache is not None, "only data.cache holds squares"
-        pixels = self._cache.gather(indices).expand(-1, self.channels, -1, -1)
-        return Decoded(pixels, self._cache.shown[indices])
 
     def parts(self, indices: Tensor, crop: Crop) -> Tensor:
         """What to cut out of the squares of ``indices``, int64[b, 4]: the parts of the images that ``crop``
@@ -117,10 +116,8 @@ class ImageSet:
         for position, (height, width) in enumerate(self._cache.sides[indices].tolist()):
             box = crop(position, height, width)
             top, left = box.top * side // height, box.left * side // width
-            bottom, right = (
-                -(-(box.top + box.height) * side // height),
-                -(-(box.left + box.width) * side // width),
-            )
+            bottom = -(-(box.top + box.height) * side // height)
+            right = -(-(box.left + box.width) * side // width)
             boxes.append(Box(top, left, bottom - top, right - left))
         return torch.tensor(boxes, dtype=torch.int64)
 
@@ -217,10 +214,9 @@ def _middle(position: int, height: int, width: int) -> Box:
     return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
-def resize(pixels: Tensor, size: int, shorter_side: int = 0) -> Tensor:
-    """Scale uint8[C, H, W] so that the shorter side has ``shorter_side`` pixels (0: ``size``), and keep the
-    square of ``size`` pixels in the middle."""
-    shorter_side = shorter_side or size
+def resize(pixels: Tensor, size: int, shorter_side: int) -> Tensor:
+    """Scale uint8[C, H, W] so that the shorter side has ``shorter_side`` pixels, and keep the square of
+    ``size`` pixels in the middle."""
     if pixels.shape[1:] == (size, size) and shorter_side == size:
         return pixels
     return F.center_crop(F.resize(pixels, [shorter_side], antialias=True), [size, size])

@@ -37,13 +37,14 @@ def read_labels(column: pa.ChunkedArray, feature: object, split: str, name: str)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if is_text:
+        column = pc.utf8_trim_whitespace(column)  # such as the end of a line
     missing = column.null_count + (pc.sum(pc.equal(column, "")).as_py() or 0 if is_text else 0)
     if missing:
         raise ValueError(f"column {name!r} has {missing} rows without a label; remove them")
     if isinstance(feature, datasets.ClassLabel):
         return Labels(column.to_numpy().astype(np.int64), tuple(feature.names))
-    kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
-    if not any(is_kind(column.type) for is_kind in kinds):
+    if not (is_text or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
         raise ValueError(
             f"column {name!r} of split {split!r} holds {column.type}, not class labels; set "
             "data.columns to a column of integers or names"
@@ -68,7 +69,7 @@ def class_numbers(
     split: str,
     names: Sequence[str],
     class_map: Mapping[str, str],
-    whose: str = "the training split",
+    whose: str,
 ) -> Tensor:
     """int64[N]: the number of each row's class. Raises ValueError: a label belongs to no class of those that
     are numbered, which are ``whose``."""
@@ -92,8 +93,7 @@ def read_class_map(path: str) -> dict[str, str]:
     ValueError: the file is missing, too large, or something else."""
     file = Path(path).expanduser()
     advice = "); give a JSON object {label: name}, or lines of a label and a name"
-    kinds = (OSError, ValueError, RecursionError)
-    with Explained(f"data.class_map {path} cannot be read (", advice, kinds):
+    with Explained(f"data.class_map {path} cannot be read (", advice):
         if not file.is_file() or file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"no regular file of at most {_MOST_BYTES >> 20} MiB")
         text = file.read_text(encoding="utf-8")

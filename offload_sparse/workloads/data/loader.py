@@ -23,7 +23,7 @@ from offload_sparse.workloads.data.corrupt import Corrupt, CorruptImages
 from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.order import check_batch, global_batch, rank_part, steps_per_epoch
 from offload_sparse.workloads.data.parquet import ParquetStream
-from offload_sparse.workloads.data.source import Split
+from offload_sparse.workloads.data.source import EMBEDDED, Split
 
 _EVALUATION_BATCH = 512
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -168,14 +168,12 @@ class TrainLoader(_Loader):
         config, images = self._config, self.images
         epoch, step = divmod(step, self.steps_per_epoch)
         indices = rank_part(self._global_batch(epoch, step), self._rank, self._world_size)
-        resized, parts = config.train_crop == "resized", None
+        resized = config.train_crop == "resized"
         crop = random_parts(image_keys(self._seed, epoch, indices)) if resized else None
-        if crop is not None and images.squares:
-            found, parts = images.decode_squares(indices), images.parts(indices, crop)
-        else:
-            found = images.decode(indices, crop)
+        found = images.uncut(indices, crop)
         batch = Batch(found.pixels, images.labels[found.indices], found.indices)
-        item = _Item(batch, found.corrupt, parts, draw(self._seed, epoch, indices, config.random_crop))
+        draws = draw(self._seed, epoch, indices, config.random_crop)
+        item = _Item(batch, found.corrupt, found.parts, draws)
         return self.finished(item) if self.device.type == "cpu" else item
 
     def finished(self, item: _Item) -> _Item:
@@ -202,7 +200,7 @@ class EvalLoader(_Loader):
     """Every image of a split that can be decoded, once: rank r reads the images r, r + R, r + 2R, …
 
     Ranks may read different numbers of images and batches, so sums are to be reduced over ranks, not means.
-    ``size`` counts the images of all ranks. Arguments and errors are those of ``TrainLoader``."""
+    Arguments and errors are those of ``TrainLoader``."""
 
     def __init__(
         self,
@@ -218,13 +216,8 @@ class EvalLoader(_Loader):
     ) -> None:
         images = ImageSet(split, config, channels, progress and rank == 0, corrupt, write=write)
         super().__init__(images, config.num_workers)
-        self.size = len(split)
-        mine = torch.arange(self.size)[rank::world_size]
+        mine = torch.arange(len(split))[rank::world_size]
         self._parts = mine.split(max(1, _EVALUATION_BATCH // world_size)) if len(mine) else ()
-
-    def __len__(self) -> int:
-        """Batches of this rank."""
-        return len(self._parts)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._in_order(range(len(self._parts)))
@@ -255,7 +248,7 @@ def declared_data(config: DataConfig) -> DeclaredData:
     """The data set as ``config`` declares it. Raises ValueError: the configuration leaves something open;
     names the key."""
     tokens = int(config.declared.get("tokens", 0))
-    known = _EMBEDDED if config.name == "fashion_mnist_small" and not tokens else {}
+    known = _EMBEDDED if config.name == EMBEDDED and not tokens else {}
     given = config.declared | {"image_size": config.image_size}
     values = {name: int(given.get(name) or known.get(name, 0)) for name in _EMBEDDED}
     for name, value in values.items():
@@ -264,8 +257,7 @@ def declared_data(config: DataConfig) -> DeclaredData:
                 f"{name} is 0, but the images of {config.name!r} are not read here; set "
                 f"{'data.image_size' if name == 'image_size' else f'data.declared.{name}'}"
             )
-    if not config.validation_split:
-        values["train_images"] -= round(config.validation_size * values["train_images"])
+    values["train_images"] -= config.held_out(values["train_images"])
     if config.limit:
         values["train_images"] = min(values["train_images"], config.limit)
     side = values.pop("image_size")

@@ -12,6 +12,7 @@ process of each rank does so for itself: cheap on a local disk, costly over a ne
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections import OrderedDict
@@ -78,10 +79,10 @@ def read_parquet(files: Sequence[Path]) -> datasets.Dataset:
 
 class ParquetStream:
     """The rows of parquet files (paths or fsspec addresses, ``hf://…``) in their order, with the images left
-    in the files; ``window`` rows are shuffled together. Raises ValueError: a file cannot be read, or the
-    files differ in their columns."""
+    in ``column`` of the files; ``window`` rows are shuffled together. Raises ValueError: a file cannot be
+    read, or the files differ in their columns."""
 
-    def __init__(self, files: Sequence[str], window: int) -> None:
+    def __init__(self, files: Sequence[str], window: int, column: str) -> None:
         self._files = tuple(files)
         self._window = window
         self._metadata = _in_parallel(_footer, self._files)
@@ -95,7 +96,7 @@ class ParquetStream:
         sizes = [self._metadata[f].row_group(g).num_rows for f, g in self._groups]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._index = np.arange(sum(sizes), dtype=np.int64)
-        self._column = "image"
+        self._column = column
         self._kept_rows = window + 2 * max(sizes, default=0)
         self._cache: OrderedDict[int, pa.Array] = OrderedDict()
         self._cache_owner = os.getpid()
@@ -106,7 +107,7 @@ class ParquetStream:
     @property
     def identity(self) -> bytes:
         """The files, as they are now, and the rows."""
-        states = [(file, *_state(file)) for file in self._files]
+        states = [(file, *file_state(file)) for file in self._files]
         return repr((states, self._column)).encode() + self._index.tobytes()
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -120,13 +121,11 @@ class ParquetStream:
         whole = pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
         return whole if len(whole) == len(self) else whole.take(pa.array(self._index))
 
-    def with_image_column(self, name: str) -> ParquetStream:
-        """The same rows, whose images are those of column ``name``."""
-        return self._changed(_column=name)
-
     def select(self, indices: np.ndarray[Any, Any]) -> ParquetStream:
         """The rows at ``indices`` int64[n]."""
-        return self._changed(_index=self._index[indices])
+        part = copy.copy(self)
+        part._index, part._cache = self._index[indices], OrderedDict()
+        return part
 
     def images(self, indices: Sequence[int]) -> list[Stored]:
         """The undecoded images at ``indices``, as the library's Image feature stores them."""
@@ -171,11 +170,6 @@ class ParquetStream:
             source = pq.ParquetFile(handle, metadata=self._metadata[file])
             return source.read_row_group(number, columns=[self._column])
 
-    def _changed(self, **attributes: Any) -> ParquetStream:
-        other = object.__new__(ParquetStream)
-        other.__dict__ |= self.__dict__ | {"_cache": OrderedDict()} | attributes
-        return other
-
 
 def hub_files(name: str) -> dict[str, list[str]]:
     """Addresses of a hub data set's parquet files, by split. Raises ValueError: the data set is not stored as
@@ -193,13 +187,13 @@ def _in_parallel(read: Callable[[str], Any], files: Sequence[str]) -> list[Any]:
 
 
 def _readable(read: Callable[[], Any], file: str) -> Any:
-    kinds = (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError)
-    with Explained(f"{file} cannot be read as a parquet file (", "); correct data.name", kinds):
+    with Explained(f"{file} cannot be read as a parquet file (", "); correct data.name"):
         return read()
 
 
-def _state(file: str) -> tuple[int, ...]:
-    """Size and time of change of a file on this machine; of others the address must do."""
+def file_state(file: str | bytes) -> tuple[int, ...]:
+    """Size and time of change of a file on this machine; empty for other addresses, and where there is no
+    file."""
     if not os.path.exists(file):
         return ()
     status = os.stat(file)

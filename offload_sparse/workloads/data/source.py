@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from offload_sparse.channels.require import Explained
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.decode import GREY_MODES, Stored, UndecodableError, decode, stored_image
 from offload_sparse.workloads.data.folder import (
@@ -65,6 +66,7 @@ _ALSO_CALLED = {
     "val": ("valid", "validation"),
 }
 
+Purpose = Literal["train", "test", "validation"]
 Table: TypeAlias = datasets.Dataset | ParquetStream
 _Source: TypeAlias = tuple[list[str], Callable[[str], Table]]
 """The names of the splits that are there, and a function that reads one of them."""
@@ -179,16 +181,14 @@ def load_splits(config: DataConfig) -> Splits:
     """Read the splits that ``config`` names. What is held out and what the limits leave depends on no seed of
     the run. Raises ValueError: no such dataset, file, split or column; unusable labels; no images left. One
     line, with advice."""
-    (train_name, test_name), held = config.splits, config.validation_split
     splits, classes = _numbered(config, _names(config))
-    sample = splits[train_name].sample(config.corrupt_limit)
+    sample = splits[config.splits[0]].sample(config.corrupt_limit)
     channels = 1 if {image.mode for image in sample} <= set(GREY_MODES) else 3
     splits = {name: replace(split, channels=channels) for name, split in splits.items()}
-    train, test = splits[train_name], _limit(splits[test_name], config.limit)
-    validation = splits[held] if held else None
-    if validation is None and config.validation_size > 0:
-        train, validation = _hold_out(train, config.validation_size)
-    train = _limit(train, config.limit)
+    train = _part(config, "train", splits[config.splits[0]])
+    test = _part(config, "test", splits[config.splits[1]])
+    held = _name(config, "validation")
+    validation = _part(config, "validation", splits[held]) if held else None
     shape = train.image_shape(config.image_size)
     for other in (split for split in (test, validation) if split is not None):
         if (found := other.image_shape(config.image_size)) != shape:
@@ -200,23 +200,15 @@ def load_splits(config: DataConfig) -> Splits:
 
 
 def load_split(
-    config: DataConfig,
-    purpose: Literal["train", "test", "validation"],
-    classes: Sequence[str],
-    channels: int,
+    config: DataConfig, purpose: Purpose, classes: Sequence[str], channels: int
 ) -> Split | None:
     """One of the splits that ``load_splits`` gives, for a network: with the classes numbered as in its
     ``classes``, decoded to its ``channels``; no other split has to be there. None for validation images where
     there are none. Raises ValueError: as ``load_splits``."""
-    (train_name, test_name), held = config.splits, config.validation_split
-    share = config.validation_size
-    if purpose == "validation" and not (held or share):
+    if not (name := _name(config, purpose)):
         return None
-    name = {"train": train_name, "test": test_name, "validation": held or train_name}[purpose]
-    split = replace(_numbered(config, [name], classes)[0][name], channels=channels)
-    if share and purpose != "test":
-        split = _hold_out(split, share)[purpose == "validation"]
-    return split if purpose == "validation" else _limit(split, config.limit)
+    splits, _ = _numbered(config, [name], classes)
+    return _part(config, purpose, replace(splits[name], channels=channels))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -227,9 +219,16 @@ def listed(names: Sequence[str]) -> str:
     return f"{text[:_LONGEST_LIST].rpartition(', ')[0]}, … {names[-1][:20]}"
 
 
+def _name(config: DataConfig, purpose: Purpose) -> str:
+    """The name of the split that images of a purpose are in; empty if there are none for validation."""
+    train, test = config.splits
+    held_out = train if config.validation_size else ""
+    return {"train": train, "test": test, "validation": config.validation_split or held_out}[purpose]
+
+
 def _names(config: DataConfig) -> list[str]:
     """The names of all splits that are configured; the first is that of the training images."""
-    return list(dict.fromkeys([*config.splits, config.validation_split or config.splits[0]]))
+    return list(filter(None, dict.fromkeys([*config.splits, _name(config, "validation")])))
 
 
 def _numbered(
@@ -278,7 +277,7 @@ def _resolve(config: DataConfig, first: str) -> _Source:
             [_EMBEDDED_FOLDER / f"{EMBEDDED}-{split}.parquet"], config
         )
     if path.is_file() and path.suffix in LISTINGS:
-        return _in_parts(read_listing(path, config.columns), config)
+        return _in_parts(read_listing([path], config.columns), config)
     if path.is_file() and path.suffix in (".parquet", ".tar"):
         return [""], lambda _: _read_files([path], config)
     if path.is_dir():
@@ -312,10 +311,11 @@ def _resolve_folder(path: Path, config: DataConfig, first: str) -> _Source:
 
 def _in_parts(table: datasets.Dataset, config: DataConfig) -> _Source:
     """A table for all splits: as its column ``split`` says, else one in five of each class is for testing."""
-    parts = halves(table)
     if "split" in table.column_names:
         of = np.asarray(table["split"]).astype(str)
         parts = {str(name): table.select(np.flatnonzero(of == name)) for name in np.unique(of)}
+    else:
+        parts = halves(table)
     return sorted(parts), lambda split: _named(parts[split], config)
 
 
@@ -332,10 +332,14 @@ def _read_files(files: list[Path], config: DataConfig) -> Table:
     if files[0].suffix == ".tar":
         return _named(read_tar(files), config)
     if files[0].suffix in LISTINGS:
-        return _named(datasets.concatenate_datasets([read_listing(f, config.columns) for f in files]), config)
+        return _named(read_listing(files, config.columns).select_columns(["image", "label"]), config)
     if config.streaming:
-        return ParquetStream([str(file) for file in files], config.shuffle_buffer)
+        return _stream([str(file) for file in files], config)
     return read_parquet(files)
+
+
+def _stream(files: Sequence[str], config: DataConfig) -> ParquetStream:
+    return ParquetStream(files, config.shuffle_buffer, config.image_column)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -351,19 +355,11 @@ def _resolve_hub(config: DataConfig) -> tuple[list[str], Callable[[str], Table]]
         raise ValueError(
             f"{unknown} the hub cannot be reached (HF_HUB_OFFLINE=1 reads what is cached); {advice}"
         )
-    try:
+    # Its client raises a dozen unrelated types of errors, its HTTP library's own among them.
+    with Explained(f"{unknown} the hub gives none (", f"); {advice}"):
         found = hub_files(name) if config.streaming else datasets.load_dataset(name)
-    except (
-        Exception
-    ) as error:  # the hub's client raises a dozen unrelated types, its HTTP library's own among them
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{unknown} the hub gives none ({type(error).__name__}: {reason}); {advice}"
-        ) from error
     present = sorted(str(split) for split in found)
-    if config.streaming:
-        return present, lambda split: ParquetStream(found[split], config.shuffle_buffer)
-    return present, lambda split: found[split]
+    return present, lambda split: _stream(found[split], config) if config.streaming else found[split]
 
 
 def _hub_answers() -> bool:
@@ -422,7 +418,7 @@ def _image_column(table: Table, column: str) -> Table:
             "their bytes"
         )
     if isinstance(table, ParquetStream):
-        return table.with_image_column(column)
+        return table
     table = table.select_columns([column])
     if column != "image":
         table = table.rename_column(column, "image")
@@ -458,14 +454,16 @@ def _shuffled(size: int, purpose: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(purpose)))
 
 
-def _hold_out(train: Split, share: float) -> tuple[Split, Split]:
-    """Training and validation images: the last ``share`` of a permutation is held out, at least one image."""
-    size = len(train)
-    held = min(size - 1, max(1, round(share * size)))
-    if held == 0:
-        raise ValueError("data.validation cannot be taken from a single training image; leave it empty")
-    order = _shuffled(size, 1)
-    return train.select(order[: size - held].sort().values), train.select(order[size - held :].sort().values)
+def _part(config: DataConfig, purpose: Purpose, split: Split) -> Split:
+    """The images of a split that serve a purpose: without those that are held out of the training images for
+    validation, the last ones of a permutation, or these; then as many as ``data.limit`` leaves."""
+    if config.validation_size and purpose != "test":
+        held = config.held_out(len(split))
+        if held == 0:
+            raise ValueError("data.validation cannot be taken from a single training image; leave it empty")
+        trained, validated = _shuffled(len(split), 1).tensor_split([-held])
+        split = split.select((validated if purpose == "validation" else trained).sort().values)
+    return split if purpose == "validation" else _limit(split, config.limit)
 
 
 def _limit(split: Split, limit: int) -> Split:

@@ -11,7 +11,10 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+
+from offload_sparse.workloads.data.loader import Batch
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -48,6 +51,13 @@ def write_parquet(path: Path, dataset: datasets.Dataset) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(dataset.data.table, path)
     return path
+
+
+def assert_equal(got: Sequence[Batch], expected: Sequence[Batch]) -> None:
+    """The same images and labels, batch by batch."""
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
 
 
 def parquet_folder(folder: Path, train: int = 12, test: int = 6, channels: int = 1, side: int = 8) -> Path:

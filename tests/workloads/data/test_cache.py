@@ -21,6 +21,7 @@ from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.source import load_splits
 from tests.support.constants import configured
+from tests.workloads.data.images import assert_equal
 from tests.workloads.data.jpegs import BROKEN, write_folder, write_shards
 
 RECIPE: dict[str, Any] = {"image_size": 16, "batch_size": 8, "cache_bytes": 0, "random_flip": True}
@@ -41,12 +42,6 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def batches(config: DataConfig, write: Any = write_file, **settings: Any) -> list[Batch]:
     loader = TrainLoader(load_splits(config).train, config, write=write, **settings)
     return list(islice(loader.batches(), 4))
-
-
-def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
-    for one, other in zip(got, expected, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

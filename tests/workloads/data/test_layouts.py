@@ -133,6 +133,15 @@ def test_files_beside_the_folders_of_the_splits_are_passed_over(stray: str, flat
         splits_of(alone)
 
 
+def test_shards_of_a_listing_may_hold_numbers_and_words(flat: Path) -> None:
+    (flat / "train-0.csv").write_text("path,label\nant/0.png,747\nant/1.png,747\n")
+    (flat / "train-1.csv").write_text("path,label\nbee/0.png,kite\n")
+    (flat / "test.csv").write_text("path,label\nant/2.png,747\n")
+    splits = splits_of(flat)
+    assert (splits.class_names, splits.train.labels.tolist()) == (("747", "kite"), [0, 0, 1])
+    assert shades(splits) == ([0, 1, 100], [2])
+
+
 def test_labels_in_a_listing_keep_their_zeros(flat: Path) -> None:
     (flat / "all.csv").write_text("path,label\n" + "".join(f"ant/{i}.png,00{i % 2}\n" for i in range(10)))
     splits = splits_of(flat / "all.csv")
@@ -252,6 +261,16 @@ def test_tar_shards_in_the_layout_of_webdataset(kind: str, tmp_path: Path) -> No
     assert splits.train.labels.bincount().tolist() == [2, 2, 2]
     assert splits.test.labels.bincount().tolist() == [1, 1, 1]
     assert splits.in_channels == 3
+
+
+@pytest.mark.usefixtures("library_cache")
+def test_the_end_of_a_line_is_no_part_of_a_class(tmp_path: Path) -> None:
+    """As ``echo ant > 0.txt`` writes it."""
+    for split in ("train", "test"):
+        members = {"0.png": image(1), "0.txt": b"ant\n", "1.png": image(2), "1.txt": b"ant"}
+        write_tar(tmp_path / f"{split}.tar", members | {"2.png": image(3), "2.txt": b"bee\n"})
+    splits = splits_of(tmp_path)
+    assert (splits.class_names, splits.train.labels.tolist()) == (("ant", "bee"), [0, 0, 1])
 
 
 @pytest.mark.usefixtures("library_cache")

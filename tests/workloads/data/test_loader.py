@@ -19,7 +19,7 @@ from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.order import global_batch
 from offload_sparse.workloads.data.source import Splits, load_splits
 from tests.support.constants import configured
-from tests.workloads.data.images import parquet_folder
+from tests.workloads.data.images import assert_equal, parquet_folder
 
 STEPS = 7  # more than two epochs of 26 images in batches of 8
 
@@ -39,12 +39,6 @@ def train_batches(
 ) -> list[Batch]:
     loader = TrainLoader(splits.train, config, rank, world_size, seed)
     return list(islice(loader.batches(start), STEPS - start))
-
-
-def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
-    for one, other in zip(got, expected, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
@@ -130,29 +124,17 @@ def test_the_global_generator_is_not_advanced(folder: Path) -> None:
 def test_evaluation_reads_every_image_once_over_all_ranks(
     folder: Path, world_size: int, workers: int
 ) -> None:
+    """Rank r the images r, r + R, r + 2R, …"""
     config = config_of(folder, num_workers=workers)
     split = load_splits(config).test
-    expected = EvalLoader(split, config).images.gather(torch.arange(11))
-    read = torch.zeros_like(expected)
-    count = 0
+    images = EvalLoader(split, config).images.gather(torch.arange(11))
     for rank in range(world_size):
-        loader = EvalLoader(split, config, rank, world_size)
-        assert loader.size == 11
-        batches = list(loader)
-        assert len(batches) == len(loader)
-        for batch in batches:
-            start = rank + count_of(batches, batch) * world_size
-            positions = start + world_size * torch.arange(len(batch.labels))
-            read[positions] = batch.images
-            assert torch.equal(batch.labels, split.labels[positions])
-            count += len(batch.labels)
-    assert count == 11
-    assert torch.equal(read, expected)
-
-
-def count_of(batches: list[Batch], batch: Batch) -> int:
-    """Images in the batches before ``batch``."""
-    return sum(len(other.labels) for other in batches[: [id(b) for b in batches].index(id(batch))])
+        read: list[int] = []
+        for batch in EvalLoader(split, config, rank, world_size):
+            assert torch.equal(batch.images, images[batch.indices])
+            assert torch.equal(batch.labels, split.labels[batch.indices])
+            read += batch.indices.tolist()
+        assert read == list(range(rank, 11, world_size))
 
 
 def test_large_splits_are_evaluated_in_batches_of_512_over_all_ranks() -> None:

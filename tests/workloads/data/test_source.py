@@ -14,6 +14,7 @@ from PIL import Image
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import parquet, source
+from offload_sparse.workloads.data.loader import declared_data
 from offload_sparse.workloads.data.source import Split, load_split, load_splits
 from tests.support.constants import configured
 from tests.workloads.data.images import parquet_folder, pixels, png, table, write_parquet
@@ -403,6 +404,14 @@ def test_validation_size_holds_out_a_share_that_training_never_sees(tmp_path: Pa
     held = {image.tobytes() for image in arrays(splits.validation)}
     assert (len(train), len(held)) == (30, 10)
     assert train | held == whole
+
+
+@pytest.mark.parametrize("validation", [0.001, 0.25, 0.999])
+def test_a_plan_counts_the_images_that_training_is_left_with(validation: float, tmp_path: Path) -> None:
+    declared = {"num_classes": 3, "channels": 1, "train_images": 12}
+    folder = parquet_folder(tmp_path)
+    config = DataConfig(name=str(folder), validation=validation, image_size=8, declared=declared)
+    assert declared_data(config).train_images == len(load_splits(config).train)
 
 
 def test_what_is_held_out_depends_neither_on_the_run_nor_on_the_limits(tmp_path: Path) -> None:

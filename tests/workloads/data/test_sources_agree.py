@@ -19,6 +19,7 @@ from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.parquet import ParquetStream
 from offload_sparse.workloads.data.source import Splits, load_splits
 from tests.support.constants import configured
+from tests.workloads.data.images import assert_equal
 from tests.workloads.data.jpegs import (
     CLASSES,
     MODES,
@@ -72,12 +73,6 @@ def train_batches(
 ) -> list[Batch]:
     loader = TrainLoader(splits.train, config, rank, world_size, seed)
     return list(islice(loader.batches(start), STEPS - start))
-
-
-def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
-    for one, other in zip(got, expected, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
 
 
 def changed(config: DataConfig, **settings: Any) -> DataConfig:
@@ -155,7 +150,7 @@ def test_held_out_images_and_limits_are_those_of_every_source(config: DataConfig
 
 def stream(folder: Path, window: int = 6, **sizes: int) -> ParquetStream:
     write_shards(folder, **sizes)
-    return ParquetStream([str(file) for file in sorted(folder.glob("train-*"))], window)
+    return ParquetStream([str(file) for file in sorted(folder.glob("train-*"))], window, "image")
 
 
 def test_the_order_of_a_stream_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
