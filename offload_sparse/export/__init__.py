@@ -1,1 +1,2 @@
-"""The final network in files that others read: torch.export, ONNX, folders for the Hugging Face Hub."""
+"""The narrow network on disk, in our format and those of others (torch.export, ONNX, folders for the Hugging
+Face Hub), and reading it back."""

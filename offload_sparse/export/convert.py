@@ -58,8 +58,7 @@ def export_network(path: Path, format: Format, output: Path | None = None) -> di
         raise ValueError(f"{target} is the folder that is read; give another one with --output")
     earlier, is_new = _earlier_export(target), not target.exists()
     for name in (DESCRIPTION_FILE, *_WRITTEN[format]):
-        ours = name in earlier or (name == CARD_FILE and is_card(target / name))
-        if os.path.lexists(target / name) and not ours:
+        if os.path.lexists(target / name) and name not in earlier:
             raise ValueError(
                 f"{target / name} is of no export that can be replaced; move it, or give another folder with "
                 "--output"
@@ -93,7 +92,7 @@ def export_network(path: Path, format: Format, output: Path | None = None) -> di
 
 def _earlier_export(folder: Path) -> set[str]:
     """The files that an export has left in a folder, as what describes them says."""
-    names: set[str] = set()
+    names = {CARD_FILE} if is_card(folder / CARD_FILE) else set()
     with suppress(OSError, ValueError):
         names |= {DESCRIPTION_FILE, *json_values.read(folder / DESCRIPTION_FILE, Description).files}
     with suppress(OSError, ValueError):

@@ -68,12 +68,11 @@ class Description:
 
 def describe(
     folder: Path, kind: Kind, model: dict[str, Any], preprocessing: Preprocessing, dtype: Any
-) -> Description:
+) -> None:
     """Write ``network.json`` for the files of ``kind`` that ``folder`` holds."""
     files = {name: file_digest(folder / name) for name in FILES[kind] if (folder / name).is_file()}
     description = Description(Count(_FORMAT), kind, files, model, preprocessing, dtype)
     write_file(folder / DESCRIPTION_FILE, json.dumps(asdict(description), indent=1) + "\n")
-    return description
 
 
 def read_description(folder: Path) -> Description:

@@ -51,9 +51,9 @@ def model_card(structure: Structure, summary: dict[str, Any]) -> str:
         f"`{name}`, narrowed while it was trained: the channels that are left out below are no part of the "
         "network, and its tensors are small and dense. Trained by Offload-Sparse.",
     ]
-    figures = {key: summary[key] for key, _, form in _FIGURES if _is_figure(summary.get(key), form)}
-    if figures:
-        rows = [(label, form.format(figures[key])) for key, label, form in _FIGURES if key in figures]
+    figures = [(label, form, summary.get(key)) for key, label, form in _FIGURES]
+    rows = [(label, form.format(value)) for label, form, value in figures if _is_figure(value, form)]
+    if rows:
         lines += ["## Figures", _table(("", ""), rows)]
     usage = (
         "```python\nfrom huggingface_hub import snapshot_download\nfrom offload_sparse import load_pruned\n\n"
@@ -61,13 +61,14 @@ def model_card(structure: Structure, summary: dict[str, Any]) -> str:
     )
     lines += ["## Use", usage]
     if facts.shape:
+        lines.append(f"Images: {' x '.join(map(str, facts.shape))} (channels, height, width).")
+    if facts.mean:
+        mean, std = ([round(value, 4) for value in values] for values in (facts.mean, facts.std))
         lines.append(
-            f"Images: {' x '.join(map(str, facts.shape))} (channels, height, width), pixels scaled to "
-            f"[0, 1], then normalised with mean {[round(value, 4) for value in facts.mean]} and standard "
-            f"deviation {[round(value, 4) for value in facts.std]}."
+            f"Pixels are scaled to [0, 1], then normalised with mean {mean} and standard deviation {std}."
         )
-        if facts.class_names:
-            lines.append("Classes: " + ", ".join(facts.class_names) + ".")
+    if facts.class_names:
+        lines.append("Classes: " + ", ".join(facts.class_names) + ".")
     widths = [(name, f"{len(group.kept)} of {group.size}") for name, group in structure.groups.items()]
     if widths:
         lines += ["## Widths", _table(("group", "channels kept"), widths)]

@@ -99,14 +99,17 @@ def sealed(body: dict[str, Any]) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """``value`` as strict JSON can hold it: tensors of one element as numbers, NaN and infinities as None."""
+    """``value`` as strict JSON can hold it: tensors of one element as numbers, NaN and infinities as None.
+    Raises ValueError: JSON has nothing for it."""
     if isinstance(value, Mapping):
         return {str(key): json_value(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(entry) for entry in value]
     if isinstance(value, Path):
         return str(value)
-    if not isinstance(value, bool | int | float | str | None) and hasattr(value, "item"):
+    if not isinstance(value, bool | int | float | str | None):
+        if not hasattr(value, "item"):
+            raise ValueError(f"a value of type {type(value).__name__} cannot be written as JSON")
         value = value.item()
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None

@@ -159,11 +159,10 @@ class FinalNetwork:
         own = tensors_of(self.module)
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in own.items()}
         folder = Path(path)
-        images = json_values.convert(json_values.json_value(preprocessing or {}), Preprocessing)
         structure = Structure(
             Count(FORMAT),
             json_values.json_value(model or {}),
-            images,
+            json_values.convert(json_values.json_value(preprocessing or {}), Preprocessing),
             self.kept_channels(),
             {name: _counts(tensor.shape) for name, tensor in tensors.items()},
             {name: _held(add) for name, add in additions(self.module) if add.width},
@@ -171,12 +170,12 @@ class FinalNetwork:
         )
         with lock_folder(folder, wait=True):
             _write(folder, structure, tensors)
-            return self._read_back(folder, images, by_name=bool(model and "name" in model))
+            return self._read_back(folder, structure.preprocessing.shape, "name" in structure.model)
 
-    def _read_back(self, folder: Path, images: Preprocessing, by_name: bool) -> float:
+    def _read_back(self, folder: Path, shape: tuple[int, ...], by_name: bool) -> float:
         dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
-        batch = (torch.empty(3, *images.shape, dtype=dtype, device="meta"),)
-        inputs: Inputs = self.example_inputs or (batch if images.shape else ())
+        batch = (torch.empty(3, *shape, dtype=dtype, device="meta"),)
+        inputs: Inputs = self.example_inputs or (batch if shape else ())
         inputs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
         read = functools.partial(load_pruned, folder, None if by_name else self.factory)
         try:

@@ -12,13 +12,12 @@ and has seen nothing of this process. A network whose constructor no other proce
 
 from __future__ import annotations
 
-import atexit
 import copy
-import io
 import json
 import os
 import pickle
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,8 +43,8 @@ Reader = Callable[[], Callable[..., Any]]
 _IDLE_SECONDS = 60.0
 _QUESTION, _ANSWER = "question", "answer"
 _READY = b"ready\n"
-_LONGEST_FOLDER = 90
-"""Bytes of the folder of a socket; the address of one has room for about a hundred."""
+_LONGEST_FOLDER = 80
+"""Bytes of the folder for temporary files; the address of a socket in one of these has room for about 100."""
 
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
@@ -76,7 +75,7 @@ def outputs(network: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
 
 def serve(address: str, idle: float) -> None:
     """The reader: answer every question in a child that has seen no other, until nobody is left to ask, or
-    nobody has for ``idle`` seconds."""
+    nobody has for ``idle`` seconds. The folder of the socket at ``address`` goes with it."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children end unattended
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -91,6 +90,7 @@ def serve(address: str, idle: float) -> None:
                 _answer(Path(folder))
                 os._exit(0)
             connection.close()
+    shutil.rmtree(os.path.dirname(address), ignore_errors=True)
 
 
 def _answer(folder: Path) -> None:
@@ -134,11 +134,8 @@ def _connection() -> socket.socket:
 
 def _start() -> str:
     global _server
-    folder = tempfile.TemporaryDirectory()
-    if len(os.fsencode(folder.name)) > _LONGEST_FOLDER:  # of a batch job, say
-        folder.cleanup()
-        folder = tempfile.TemporaryDirectory(dir="/tmp")
-    address = f"{folder.name}/socket"
+    long = len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOLDER  # that of a batch job, say
+    address = f"{tempfile.mkdtemp(dir='/tmp' if long else None)}/socket"
     code = "import sys, offload_sparse.export.open as _; from offload_sparse.export.read_back import serve"
     paths = os.pathsep.join(filter(None, sys.path))
     environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
@@ -152,27 +149,16 @@ def _start() -> str:
     assert process.stdout is not None
     if process.stdout.readline() != _READY:
         raise ValueError(f"no process could be started to read it back (exit code {process.wait()})")
-    _server = process, address
-    atexit.register(_end, process, os.getpid(), folder)
+    _server = process, address  # the end of this process closes its standard input, which ends it
     return address
-
-
-def _end(process: subprocess.Popen[bytes], owner: int, folder: Any) -> None:
-    if os.getpid() == owner:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
-        folder.cleanup()
 
 
 def _pickled(question: Any) -> bytes | None:
     """None where another process could not import what the question names."""
-    buffer = io.BytesIO()
     try:
-        pickle.Pickler(buffer).dump(question)
+        data = pickle.dumps(question)
     except Exception:  # pickle raises errors of many kinds
         return None
-    data = buffer.getvalue()
     return None if b"__main__" in data or b"__mp_main__" in data else data
 
 
@@ -185,13 +171,12 @@ def _on_cpu(module: nn.Module) -> nn.Module:
 
 def _with_values(example: Tensor) -> Tensor:
     """A tensor like an example: its values, unless it has none, or floating ones that are all the same."""
-    example = example.detach()
-    if not example.is_floating_point():
-        return torch.zeros_like(example, device="cpu") if example.is_meta else example.cpu()
-    if example.is_meta or not example.numel() or bool(example.min() == example.max()):
+    if example.is_floating_point() and (
+        example.is_meta or not example.numel() or bool(example.min() == example.max())
+    ):
         generator = torch.Generator().manual_seed(0)
         return torch.randn(example.shape, generator=generator).to(example.dtype)
-    return example.cpu()
+    return torch.zeros_like(example, device="cpu") if example.is_meta else example.detach().cpu()
 
 
 def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:

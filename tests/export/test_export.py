@@ -166,6 +166,15 @@ def test_the_model_card_carries_the_figures_of_the_run_and_the_widths(
         assert f"| {group} | {len(widths.kept)} of {widths.size} |" in text
 
 
+def test_the_model_card_says_of_images_what_is_known() -> None:
+    def card(**known: Any) -> str:
+        return model_card(Structure(Count(1), {}, Preprocessing(**known), {}, {}), {})
+
+    assert "normalised" not in card(shape=(Count(1), Count(28), Count(28)))
+    assert "mean [0.25] and standard deviation [0.5]" in card(mean=(0.25,), std=(0.5,))
+    assert "Classes: ant, bee." in card(class_names=("ant", "bee"))
+
+
 @pytest.mark.parametrize("dataset", ["/home/someone/secret/images", "../images", "images.parquet", "~/x"])
 def test_the_model_card_names_no_folder_of_the_machine(dataset: str) -> None:
     structure = Structure(Count(1), {"name": "offload_sparse/vgg_small"}, Preprocessing(), {}, {})
@@ -201,7 +210,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(
     for name in ("onnx", "hub", "safetensors", "onnx"):
         export_network(exports, name, tmp_path)
         written = {path.name for path in (exports / "export" / name).iterdir()}
-        assert {path.name for path in tmp_path.iterdir()} | {"README.md"} == {*written, *own, "README.md"}
+        assert {path.name for path in tmp_path.iterdir()} == {*written, *own}
         assert {name: (tmp_path / name).read_bytes() for name in own} == own
         images = torch.randn(2, *SHAPE)
         torch.testing.assert_close(logits(tmp_path, images), network.module(images), rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from offload_sparse import load_pruned
 from offload_sparse.channels.discovery import discover
@@ -51,6 +52,14 @@ def test_the_structure_names_the_kept_channels_of_every_group(network: FinalNetw
     for group in network.channel_map.groups:
         kept = network.mask[group.start : group.stop].nonzero().flatten().tolist()
         assert groups[group.name] == {"size": group.size, "kept": kept}
+
+
+def test_arguments_that_json_cannot_hold_cost_no_earlier_network(network: FinalNetwork, folder: Path) -> None:
+    model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"act_layer": nn.ReLU}}
+    with pytest.raises(ValueError, match="a value of type type cannot be written as JSON"):
+        network.save(folder, model)
+    images = torch.randn(3, 1, 16, 16)
+    assert torch.equal(load_pruned(folder)(images), network.module(images))
 
 
 def test_a_users_own_model_is_loaded_through_its_constructor(tmp_path: Path) -> None:

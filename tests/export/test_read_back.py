@@ -271,7 +271,9 @@ def test_the_name_of_the_temporary_folder_does_not_matter(
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(read_back, "_server", None)
     assert read_back.compare(nn.Identity, nn.Identity(), IMAGES, tmp_path) == 0
-    process, _ = read_back._server or (None, "")
+    process, address = read_back._server or (None, "")
     assert process is not None
+    assert Path(address).exists()
     process.stdin.close()
     assert process.wait() == 0
+    assert not Path(address).parent.exists(), "nothing is left behind"
