@@ -42,13 +42,17 @@ _X_AXES = {"step": ("steps", ""), "train_flops": ("training", "FLOP"), "time": (
 @dataclass(frozen=True)
 class Chart:
     """A figure of the page: the name of its files, what is drawn, for a reader who has not read the code
-    (``caption``), and what it shows, for one who does not see it (``text``)."""
+    (``caption``), what it shows, for one who does not see it (``text``), and its kind, with all that is to be
+    drawn but the title."""
 
     name: str
     title: str
     caption: str
     text: str
-    draw: Callable[[Theme], Figure]
+    kind: Callable[..., Figure]
+
+    def draw(self, theme: Theme) -> Figure:
+        return self.kind(theme=theme, title=self.title)
 
 
 def sections(runs: Sequence[RunData]) -> dict[str, list[Chart]]:
@@ -85,15 +89,12 @@ def _families(runs: Sequence[RunData]) -> Chart | None:
             found[run.name] = (points[:, 0], points[:, 1])
     if not found:
         return None
-    title = "Accuracy of the members"
     return Chart(
         "members",
-        title,
+        "Accuracy of the members",
         "Networks that one run has trained as parts of one another.",
         _told({name: _pairs(*points) for name, points in found.items()}),
-        lambda theme: figures.curves(
-            theme, title, found, "FLOPs (% of dense)", "accuracy (%)", places=_places(runs)
-        ),
+        partial(figures.curves, found, "FLOPs (% of dense)", "accuracy (%)", places=_places(runs)),
     )
 
 
@@ -106,14 +107,13 @@ def _structure(runs: Sequence[RunData]) -> Iterator[Chart | None]:
             continue
         if not names or np.nanmax(values) - np.nanmin(values) < _EQUAL:
             continue
-        title = _titled("Keep ratio per group", run, runs)
         low, high = np.nanmin(values[:, -1]), np.nanmax(values[:, -1])
         yield Chart(
             f"group_keep_{i}",
-            title,
+            _titled("Keep ratio per group", run, runs),
             "Mean keep probability of the channels of each group, per epoch.",
             f"{len(names)} groups over {len(epochs)} epochs, at the end from {low:.2f} to {high:.2f}.",
-            _heat_map(title, names, epochs, values, "epoch", "keep probability"),
+            partial(figures.heat_map, names, epochs, values, "epoch", "keep probability"),
         )
     yield _widths(runs)
     for name, title, label, caption in _STRUCTURE:
@@ -133,15 +133,14 @@ def _memory(runs: Sequence[RunData]) -> Iterator[Chart | None]:
             several = f"dense for {names[0]}{' …' if len(names) > 1 else ''}"
             values["dense, planned" if len(dense) == 1 else several] = list(row)
         places = _places(runs) | {name: len(runs) + i for i, name in enumerate(list(values)[len(plans) :])}
-        title = "Memory of a rank, as planned"
         yield Chart(
             "memory",
-            title,
+            "Memory of a rank, as planned",
             "What the network takes, without the libraries: weights and optimizer slots in host memory, "
             "subnets with their gradients and slots, activations of a step"
             + ("; beside them what training the dense network on the device would take." if dense else "."),
             _told({name: ", ".join(map(figures.in_bytes, row)) for name, row in values.items()}),
-            lambda theme: figures.bars(theme, title, ROWS, values, "bytes", places),
+            partial(figures.bars, ROWS, values, "bytes", places),
         )
     caption = "Anonymous memory of rank 0 at the end of each epoch, with the libraries."
     unit = partial(_curves, unit="bytes", from_zero=True)
@@ -155,28 +154,26 @@ def _rounds(runs: Sequence[RunData]) -> Iterator[Chart | None]:
         spans = run.timeline()
         if not spans:
             continue
-        title = _titled("Timeline of rounds", run, runs)
         yield Chart(
             f"timeline_{i}",
-            title,
+            _titled("Timeline of rounds", run, runs),
             "Three successive rounds. Gather fetches from the store, carry copies what stays on the device, "
             "compute is the steps with the reading of their batches, scatter returns what is evicted. Gather "
             "and scatter beside compute are hidden behind it.",
             f"{len(spans)} pieces of work in {max(end for _, _, end in spans):.3f} s.",
-            partial(figures.spans, title=title, lanes=LANES, found=spans),
+            partial(figures.spans, LANES, spans),
         )
     means = {run.name: [_mean(run.series(f"{kind}_seconds")[1]) for kind in KINDS] for run in runs}
     means = {name: row for name, row in means.items() if np.isfinite(row).any()}
     if means:
-        title = "Time of a round"
         texts = {name: ", ".join(f"{value:.3g} s" for value in row) for name, row in means.items()}
         yield Chart(
             "round_seconds",
-            title,
+            "Time of a round",
             "Means over the run. Exchange is the time between two rounds in which no step ran: what gather, "
             "carry and scatter take beyond it was hidden behind the steps.",
             _told(texts),
-            lambda theme: figures.bars(theme, title, list(KINDS), means, "seconds", _places(runs)),
+            partial(figures.bars, KINDS, means, "seconds", _places(runs)),
         )
 
 
@@ -212,13 +209,10 @@ def _curves(
         return None  # outcomes alone say something of several runs, beside what they took
     last = {name: ends[name][1] if name in ends else y[-1] for name, (_, y) in found.items()}
 
-    def draw(theme: Theme) -> Figure:
-        x_label, x_unit = _X_AXES[axis]
-        draw_in = partial(figures.curves, x_unit=x_unit, y_unit=unit, from_zero=from_zero)
-        return draw_in(theme, title, found, x_label, label, ends=ends, places=_places(runs))
-
+    x_label, x_unit = _X_AXES[axis]
     told = _told({name: f"{value:.4g} at the end" for name, value in last.items()})
-    return Chart(file, title, caption, told, draw)
+    kind = partial(figures.curves, x_unit=x_unit, y_unit=unit, from_zero=from_zero, places=_places(runs))
+    return Chart(file, title, caption, told, partial(kind, found, x_label, label, ends=ends))
 
 
 def _widths(runs: Sequence[RunData]) -> Chart | None:
@@ -232,13 +226,12 @@ def _widths(runs: Sequence[RunData]) -> Chart | None:
     rows = groups
     if len(finished) == 1:
         rows = [f"{group}  {kept_}/{size}" for group, (kept_, size) in finished[0].widths.items()]
-    title = "Widths of the final network" if len(finished) == 1 else "Widths of the final networks"
     return Chart(
         "widths",
-        title,
+        "Widths of the final network" if len(finished) == 1 else "Widths of the final networks",
         "Share of the channels of each group that the exported network keeps.",
         _told({n: f"{np.nanmin(row):.2f} to {np.nanmax(row):.2f} of a group" for n, row in kept.items()}),
-        lambda theme: figures.dots(theme, title, rows, kept, "share kept", _places(runs)),
+        partial(figures.dots, rows, kept, "share kept", _places(runs)),
     )
 
 
@@ -247,34 +240,26 @@ def _search(run: RunData, runs: Sequence[RunData], number: int, names: list[str]
     widths = np.array([run.probes[0]["widths"], *(probe["moved_to"] for probe in run.probes)])
     moved = [f"{name}  {a:.0f} → {b:.0f}" for name, a, b in zip(names, widths[0], widths[-1], strict=True)]
     cycles = np.arange(1.0, 1 + len(widths))
-    title = _titled("Widths over the cycles", run, runs)
     yield Chart(
         f"search_widths_{number}",
-        title,
+        _titled("Widths over the cycles", run, runs),
         "Channels of each group relative to the start. A group that shrinks loses its least important "
         "channels; one that grows gets back those that were trained before, then new ones.",
         ", ".join(moved) + ".",
-        _heat_map(title, moved, cycles, (widths / widths[0]).T, "cycle", "width / first width"),
+        partial(figures.heat_map, moved, cycles, (widths / widths[0]).T, "cycle", "width / first width"),
     )
     found = {
         f"probe {cycle + 1}": (np.array(probe["loss_per_cost"]), np.array(probe["error"]))
         for cycle, probe in enumerate(run.probes)
     }
-    title = _titled("What channels are worth", run, runs)
     yield Chart(
         f"search_probes_{number}",
-        title,
+        _titled("What channels are worth", run, runs),
         "Loss per share of the budget that a group's dropped channels save, and its standard error: groups "
         "above the mean grow at the expense of those below.",
         _told({probe: f"{worth.min():.3g} to {worth.max():.3g}" for probe, (worth, _) in found.items()}),
-        lambda theme: figures.estimates(theme, title, names, found, "loss per share of the budget"),
+        partial(figures.estimates, names, found, "loss per share of the budget"),
     )
-
-
-def _heat_map(
-    title: str, names: list[str], x: np.ndarray, values: np.ndarray, x_label: str, label: str
-) -> Callable[[Theme], Figure]:
-    return lambda theme: figures.heat_map(theme, title, names, x, values, x_label, label)
 
 
 def _titled(title: str, run: RunData, runs: Sequence[RunData]) -> str:

@@ -1,4 +1,5 @@
-"""The kinds of figures: curves, heat map, dots, bars, spans. Each draws a new figure in the present theme."""
+"""The kinds of figures: curves, heat map, dots, estimates, bars, spans. Each draws a new figure, in the
+settings of ``style.themed``."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from offload_sparse.inspect.report.run_data import Series
-from offload_sparse.inspect.report.style import HATCHES, Theme, look, scale_of
+from offload_sparse.inspect.report.style import HATCHES, STYLES, Theme, look, scale_of
 
 SIZE = (4.8, 3.3)
 """Inches; drawn 360 pixels wide on a telephone, 10 points of text are 10 pixels there."""
@@ -25,12 +26,12 @@ _LONGEST_TITLE = 44
 
 
 def curves(
-    theme: Theme,
-    title: str,
     series: Mapping[str, Series],
     x_label: str,
     y_label: str,
     *,
+    theme: Theme,
+    title: str,
     x_unit: str = "",
     y_unit: str = "",
     ends: Mapping[str, tuple[float, float]] | None = None,
@@ -54,13 +55,12 @@ def curves(
     for i, (name, (x, y)) in enumerate(series.items()):
         x, y = _thinned(x, y)
         style = look(theme, (places or {}).get(name, i))
-        if len(x) > 40:
-            style["marker"] = ""
-        [drawn[name]] = axes.plot(x / x_scale, y / y_scale, **style)
+        line = style | {"marker": ""} if len(x) > 40 else style
+        [drawn[name]] = axes.plot(x / x_scale, y / y_scale, **line)
         if ends and name in ends:
             at, value = ends[name]
-            mark = style | {"marker": look(theme, (places or {}).get(name, i))["marker"], "linestyle": ""}
-            mark |= {"markersize": 9, "markeredgecolor": theme.text, "markeredgewidth": 0.9, "zorder": 5}
+            mark = style | {"linestyle": "", "markersize": 9, "zorder": 5}
+            mark |= {"markeredgecolor": theme.text, "markeredgewidth": 0.9}
             axes.plot([at / x_scale], [value / y_scale], **mark)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=not x_unit))
@@ -73,13 +73,14 @@ def curves(
 
 
 def heat_map(
-    theme: Theme,
-    title: str,
     rows: Sequence[str],
     x: NDArray[np.float64],
     values: NDArray[np.float64],
     x_label: str,
     value_label: str,
+    *,
+    theme: Theme,
+    title: str,
 ) -> Figure:
     """Values [rows, x] as colours, the first row on top; the colours span at least 0.1."""
     figure, axes = _panel(title, (SIZE[0], _height(len(rows))))
@@ -94,7 +95,6 @@ def heat_map(
         vmax=high + margin,
         rasterized=True,
     )
-    axes.invert_yaxis()
     _name_rows(axes, rows, 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set(xlabel=x_label)
@@ -104,12 +104,13 @@ def heat_map(
 
 
 def dots(
-    theme: Theme,
-    title: str,
     rows: Sequence[str],
     series: Mapping[str, Sequence[float]],
     x_label: str,
     places: Mapping[str, int] | None = None,
+    *,
+    theme: Theme,
+    title: str,
 ) -> Figure:
     """A share in [0, 1] per row; NaN draws nothing. One entry gets lines from zero, several a row of dots."""
     figure, axes = _panel(title, (SIZE[0], _height(len(rows))))
@@ -120,8 +121,7 @@ def dots(
             axes.hlines(heights, 0, shares, color=style["color"], linewidth=2)
         mark = {"linestyle": "", "color": style["color"], "marker": style["marker"]}
         [drawn[name]] = axes.plot(shares, heights, **mark)
-    axes.invert_yaxis()
-    _name_rows(axes, rows, 0)
+    _name_rows(axes, rows)
     axes.set(xlabel=x_label, xlim=(0, 1.02))
     axes.grid(axis="y", visible=len(series) > 1)
     _legend(figure, drawn)
@@ -129,7 +129,7 @@ def dots(
 
 
 def estimates(
-    theme: Theme, title: str, rows: Sequence[str], series: Mapping[str, Series], x_label: str
+    rows: Sequence[str], series: Mapping[str, Series], x_label: str, *, theme: Theme, title: str
 ) -> Figure:
     """A value per row with its standard error, for each entry (values and errors, both [rows])."""
     apart = 0.8 / len(series)
@@ -140,20 +140,20 @@ def estimates(
         heights = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * apart
         style = look(theme, i) | {"linestyle": "", "markersize": 3}
         drawn[name] = axes.errorbar(values, heights, xerr=errors, elinewidth=1, **style)
-    axes.invert_yaxis()
-    _name_rows(axes, rows, 0)
+    _name_rows(axes, rows)
     axes.set(xlabel=x_label)
     _legend(figure, drawn)
     return figure
 
 
 def bars(
-    theme: Theme,
-    title: str,
     rows: Sequence[str],
     series: Mapping[str, Sequence[float]],
     unit: str,
     places: Mapping[str, int] | None = None,
+    *,
+    theme: Theme,
+    title: str,
 ) -> Figure:
     """Horizontal bars with their values written out, one colour per entry."""
     thickness = 0.8 / len(series)
@@ -163,17 +163,12 @@ def bars(
     drawn = {}
     for i, (name, row) in enumerate(zip(series, values / scale, strict=True)):
         heights = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * thickness
-        drawn[name] = axes.barh(
-            *(heights, np.nan_to_num(row), thickness * 0.9),
-            color=theme.colours[(places or {}).get(name, i) % len(theme.colours)],
-            hatch=HATCHES[(places or {}).get(name, i) % len(HATCHES)],
-            linewidth=0,
-        )
+        place = (places or {}).get(name, i) % STYLES
+        fill: dict[str, Any] = {"color": theme.colours[place], "hatch": HATCHES[place], "linewidth": 0}
+        drawn[name] = axes.barh(heights, np.nan_to_num(row), thickness * 0.9, **fill)
         texts = [f"{value:.3g}" if np.isfinite(value) else "" for value in row]
         axes.bar_label(drawn[name], texts, padding=4, fontsize=9, color=theme.text)
-    axes.set_yticks(np.arange(len(rows)), rows)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    _name_rows(axes, rows)
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=label)
     axes.margins(x=0.18)
@@ -182,7 +177,7 @@ def bars(
 
 
 def spans(
-    theme: Theme, title: str, lanes: Sequence[str], found: Sequence[tuple[str, float, float]]
+    lanes: Sequence[str], found: Sequence[tuple[str, float, float]], *, theme: Theme, title: str
 ) -> Figure:
     """Work over time: one lane per kind, a bar from start to end (in seconds) of each piece."""
     figure, axes = _panel(title, (SIZE[0], 2.6))
@@ -194,8 +189,7 @@ def spans(
         # A piece that is thinner than a pixel still shows its edge; neighbours are kept apart.
         edges = [colour if length < 0.01 * whole else theme.panel for _, length in pieces]
         axes.broken_barh(pieces, (i - 0.36, 0.72), facecolors=colour, edgecolors=edges, linewidth=0.8)
-    axes.set_yticks(range(len(lanes)), lanes)
-    axes.tick_params(axis="y", length=0)
+    _name_rows(axes, lanes)
     axes.set_ylim(len(lanes) - 0.45, -0.55)
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=label)
@@ -252,14 +246,13 @@ def _height(rows: int) -> float:
     return min(max(SIZE[1], 1.0 + 0.19 * rows), 9.0)
 
 
-def _name_rows(axes: Axes, rows: Sequence[str], offset: float) -> None:
-    """Names of the rows; of many, every second, third, … so that none overlap."""
+def _name_rows(axes: Axes, rows: Sequence[str], offset: float = 0.0) -> None:
+    """Names of the rows, the first on top; of many, every second, third, … so that none overlap."""
     every = -(-len(rows) // _MOST_LABELS)
-    size = 9 if len(rows) <= 20 else 7
-    axes.set_yticks(
-        np.arange(0, len(rows), every) + offset, [_short(r) for r in rows[::every]], fontsize=size
-    )
+    names, places = list(map(_short, rows[::every])), np.arange(0, len(rows), every) + offset
+    axes.set_yticks(places, names, fontsize=9 if len(rows) <= 20 else 7)
     axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
 
 
 def _short(name: str) -> str:

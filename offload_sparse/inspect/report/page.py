@@ -50,11 +50,14 @@ thead th{color:var(--muted);font-weight:600;border-top:0}
 
 def write_report(runs: Sequence[RunData], folder: Path) -> Path:
     """Write ``report.html`` and its pictures as PNG files into ``folder``, which is made if it is not there.
-    Returns the path of the page. Raises OSError: a file cannot be written."""
+    They take the places of an earlier report's; other files stay. Returns the path of the page. Raises
+    OSError: a file cannot be written."""
     pictures = folder / PICTURES_FOLDER
     pictures.mkdir(parents=True, exist_ok=True)
-    for old in pictures.glob("*.png"):
-        old.unlink()
+    if (folder / PAGE_FILE).is_file():
+        for name in THEMES:
+            for old in pictures.glob(f"*_{name}.png"):
+                old.unlink()
     parts = sections(runs)
     html = "\n".join(_page(runs, parts, pictures))
     (folder / PAGE_FILE).write_text(html, encoding="utf-8")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from offload_sparse.config import yaml_text
 from offload_sparse.export import json_values
-from offload_sparse.export.network_file import STRUCTURE_FILE, read_structure
+from offload_sparse.export.network_file import STRUCTURE_FILE, Structure, read_structure
 from offload_sparse.run.log import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -41,21 +41,20 @@ class RunData:
         name: short and unlike the names of the other runs on the page.
         config: resolved configuration, by dotted name.
         summary: contents of summary.json; empty for a run that is not finished.
-        widths: per group the channels kept and those there were; empty without an exported network.
-        image_shape: channels, height and width of its images; empty without an exported network."""
+        structure: of its exported network, if there is one."""
 
     name: str
     folder: Path
     config: dict[str, Any]
     lines: tuple[dict[str, Any], ...]
     summary: dict[str, Any]
-    widths: dict[str, tuple[int, int]]
-    image_shape: tuple[int, ...] = ()
-    classes: int = 0
+    structure: Structure | None
 
     @property
-    def config_file(self) -> Path:
-        return self.folder / CONFIG_FILE
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Per group the channels kept and those there were; empty without an exported network."""
+        groups = self.structure.groups if self.structure else {}
+        return {name: (len(channels.kept), channels.size) for name, channels in groups.items()}
 
     def series(self, names: str | Iterable[str], axis: str = "step") -> Series:
         """The curve of the first of ``names`` that the run has recorded, against ``axis``; lines without it
@@ -135,13 +134,9 @@ def _read(folder: Path, name: str) -> RunData:
     lines = tuple(filter(None, map(parsed_line, text.splitlines())))
     if not lines:
         raise ValueError(f"{folder / METRICS_FILE} holds no lines yet; wait until the run has logged some")
-    summary = _summary(folder / SUMMARY_FILE)
-    if not (folder / MODEL_FOLDER / STRUCTURE_FILE).is_file():
-        return RunData(name, folder, config, lines, summary, {})
-    model = read_structure(folder / MODEL_FOLDER)
-    widths = {group: (len(channels.kept), int(channels.size)) for group, channels in model.groups.items()}
-    seen = model.preprocessing
-    return RunData(name, folder, config, lines, summary, widths, tuple(seen.shape), len(seen.class_names))
+    network = folder / MODEL_FOLDER
+    structure = read_structure(network) if (network / STRUCTURE_FILE).is_file() else None
+    return RunData(name, folder, config, lines, _summary(folder / SUMMARY_FILE), structure)
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +28,10 @@ from offload_sparse.export.network_file import FORMAT
 from offload_sparse.inspect.report.charts import sections
 from offload_sparse.inspect.report.figures import bars, curves, dots, estimates, heat_map
 from offload_sparse.inspect.report.memory import ROWS, planned_memory
+from offload_sparse.inspect.report.page import write_report
 from offload_sparse.inspect.report.page_tables import difference_table, paper_tables, summary_table
 from offload_sparse.inspect.report.run_data import read_runs
-from offload_sparse.inspect.report.style import STYLES, THEMES, Theme, look, scale_of, themed
+from offload_sparse.inspect.report.style import STYLES, THEMES, look, scale_of, themed
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import Planner
 from offload_sparse.workloads.data.loader import declared_data
@@ -49,6 +51,7 @@ SUMMARY = {
     "peak_host_bytes": 1 << 30,
     "peak_device_bytes": 0,
 }
+LIGHT: dict[str, Any] = {"theme": THEMES["light"], "title": "Title"}
 TIMELINE = [["gather", 0.0, 0.1], ["compute", 0.1, 1.0], ["scatter", 1.0, 1.05], ["compute", 1.05, 2.0]]
 
 
@@ -217,7 +220,8 @@ def test_outcomes_alone_are_drawn_once_and_only_beside_others(tmp_path: Path) ->
 def test_a_long_title_takes_several_lines() -> None:
     x = np.array([1.0, 2.0])
     name = "Keep ratio per group: a-run-whose-name-is-longer-than-any"
-    title = curves(THEMES["light"], name, {"a": (x, x)}, "steps", "loss").axes[0].get_title()
+    figure = curves({"a": (x, x)}, "steps", "loss", theme=THEMES["light"], title=name)
+    title = figure.axes[0].get_title()
     assert len(title.splitlines()) == 2
     assert max(map(len, title.splitlines())) <= 44
 
@@ -387,6 +391,23 @@ def test_a_report_of_all_folders_can_be_made_again(tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in tmp_path.glob("*")) == ["a", "b", "report"]
 
 
+def test_a_report_replaces_its_own_pictures_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_sparse.inspect.report.page.sections", lambda runs: {})
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "holiday.png").write_bytes(b"mine")
+    (pictures / "sea_light.png").write_bytes(b"mine")
+    runs = read_runs([write_run(tmp_path / "run", everything=False)])
+    write_report(runs, tmp_path)
+    assert sorted(file.name for file in pictures.iterdir()) == ["holiday.png", "sea_light.png"]
+    (pictures / "deaths_dark.png").touch()  # of which an earlier report had something to show
+    write_report(runs, tmp_path)
+    assert "deaths_dark.png" not in {file.name for file in pictures.iterdir()}
+    assert (pictures / "holiday.png").read_bytes() == b"mine"
+
+
 def test_the_first_column_of_a_table_stays_on_a_telephone(report: Path) -> None:
     style = (report / "report.html").read_text(encoding="utf-8")
     assert re.search(r"th:first-child\{[^}]*position:sticky;left:0", style)
@@ -396,7 +417,7 @@ def test_a_final_point_has_the_mark_of_its_run() -> None:
     ends = {"a": (3.0, 0.9), "b": (3.0, 0.8)}
     series = {name: (np.arange(3.0), np.arange(3.0)) for name in ends}
     with themed(THEMES["light"]):
-        figure = curves(THEMES["light"], "Title", series, "steps", "accuracy", ends=ends)
+        figure = curves(series, "steps", "accuracy", ends=ends, **LIGHT)
     marks = [line.get_marker() for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
     assert marks == [look(THEMES["light"], i)["marker"] for i in range(2)]
 
@@ -476,9 +497,7 @@ def test_there_are_as_many_styles_as_methods() -> None:
 def test_the_names_of_many_rows_do_not_overlap(rows: int) -> None:
     names = [f"layer{i}.some.long.name.of.a.module.conv{i}" for i in range(rows)]
     with themed(THEMES["light"]):
-        figure = heat_map(
-            THEMES["light"], "Title", names, np.arange(1.0, 5), np.full((rows, 4), 0.5), "epoch", "kept"
-        )
+        figure = heat_map(names, np.arange(1.0, 5), np.full((rows, 4), 0.5), "epoch", "kept", **LIGHT)
         figure.savefig(io.BytesIO(), dpi=80)
         labels = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
         boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
@@ -487,26 +506,18 @@ def test_the_names_of_many_rows_do_not_overlap(rows: int) -> None:
 
 ANY_NAMES = ("_a", "_b", r"x$\fooo$1")
 ROW_OF = np.array([0.25, 0.5, 0.75])
-WITH_A_LEGEND: dict[str, Callable[[Theme, str], Figure]] = {
-    "curves": lambda theme, title: curves(
-        theme, title, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "steps", "loss"
-    ),
-    "dots": lambda theme, title: dots(
-        theme, title, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "share kept"
-    ),
-    "estimates": lambda theme, title: estimates(
-        theme, title, ANY_NAMES, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "loss"
-    ),
-    "bars": lambda theme, title: bars(
-        theme, title, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "bytes"
-    ),
+WITH_A_LEGEND: dict[str, Callable[..., Figure]] = {
+    "curves": partial(curves, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "steps", "loss"),
+    "dots": partial(dots, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "share kept"),
+    "estimates": partial(estimates, ANY_NAMES, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "loss"),
+    "bars": partial(bars, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "bytes"),
 }
 
 
 @pytest.mark.parametrize("kind", WITH_A_LEGEND)
 def test_whatever_runs_are_called_their_names_are_in_the_legend(kind: str) -> None:
     with themed(THEMES["light"]):
-        figure = WITH_A_LEGEND[kind](THEMES["light"], f"Title: {ANY_NAMES[-1]}")
+        figure = WITH_A_LEGEND[kind](theme=THEMES["light"], title=f"Title: {ANY_NAMES[-1]}")
         figure.savefig(io.BytesIO(), dpi=80)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(ANY_NAMES)
@@ -515,7 +526,7 @@ def test_whatever_runs_are_called_their_names_are_in_the_legend(kind: str) -> No
 def test_a_long_curve_is_drawn_with_few_points() -> None:
     x = np.arange(100_000.0)
     with themed(THEMES["light"]):
-        figure = curves(THEMES["light"], "Title", {"run": (x, x)}, "steps", "loss")
+        figure = curves({"run": (x, x)}, "steps", "loss", **LIGHT)
     (line,) = figure.axes[0].lines
     assert len(line.get_xdata()) <= 300
     assert np.mean(line.get_ydata()) == pytest.approx(x.mean(), rel=1e-3)
