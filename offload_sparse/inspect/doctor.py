@@ -6,7 +6,9 @@ here is what a run of this package needs beyond them.
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.metadata
+import importlib.util
 import logging
 import math
 import os
@@ -174,7 +176,7 @@ def _rate(copy: Callable[[], object], device: torch.device) -> float:
 
 
 def check_system(run_dir: Path, has_gpu: bool) -> Iterator[Finding]:
-    """Memory, memory limits, shared memory, NUMA, folders that are written to."""
+    """Memory, memory limits, shared memory, NUMA, libaio, folders that are written to."""
     from offload_sparse.run.plan.machine import available_memory
 
     free = available_memory()
@@ -183,6 +185,7 @@ def check_system(run_dir: Path, has_gpu: bool) -> Iterator[Finding]:
     yield _locked_memory(has_gpu)
     yield _shared_memory(shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0)
     yield _numa(Path("/sys/devices/system/node"))
+    yield _libaio()
     yield _writable("run folder", run_dir)
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     yield _writable("cache of data sets", Path(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")))
@@ -205,6 +208,14 @@ def _numa(path: Path) -> Finding:
     nodes = max(1, sum(node.name[4:].isdigit() for node in path.glob("node*")))
     fix = "transfers between nodes are slower: numactl --cpunodebind=0 --membind=0 … for each rank"
     return _judged("NUMA nodes", str(nodes), fix if nodes > 1 else "")
+
+
+def _libaio() -> Finding:
+    """What DeepNVMe is built with, which is a matter of DeepSpeed."""
+    found = ctypes.util.find_library("aio")
+    wanted = found is None and importlib.util.find_spec("deepspeed") is not None
+    fix = "install the package libaio-dev" if wanted else ""
+    return _judged("libaio", found or "none; store.tier nvme works as file", fix)
 
 
 def _writable(name: str, folder: Path) -> Finding:

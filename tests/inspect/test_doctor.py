@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.metadata
+import importlib.util
 import json
 import resource
 import shutil
@@ -119,6 +121,18 @@ def test_several_numa_nodes_are_told(nodes: int, state: str, tmp_path: Path) -> 
         (tmp_path / f"node{number}").mkdir()
     (tmp_path / "nodes_online").mkdir()
     assert doctor._numa(tmp_path).state == state
+
+
+@pytest.mark.parametrize(
+    ("library", "deepspeed", "state"),
+    [("libaio.so.1", True, "ok"), (None, False, "ok"), (None, True, "warning")],
+)
+def test_libaio_matters_with_deepspeed(
+    library: str | None, deepspeed: bool, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: library)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: deepspeed or None)
+    assert doctor._libaio().state == state
 
 
 def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
