@@ -2,8 +2,8 @@
 
     this process                        reader (started once, ends with this process or after a minute idle)
     outputs of the network
-    request/question ── socket ──▶      fork ──▶ unpickles the question, reads the files, computes
-    compares       ◀── request/answer                          └─ ends
+    question     ── socket ──▶          fork ──▶ unpickles the question, reads the files, computes
+    compares     ◀── answer                                    └─ ends
 
 A fresh interpreter takes seconds to import torch; the reader has done so, and a fork of it takes milliseconds
 and has seen nothing of this process. A network whose constructor no other process can import (from a script's
@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ Reader = Callable[[], Callable[..., Any]]
 """Reads a network; called in another process, if it can be pickled."""
 
 _IDLE_SECONDS = 60.0
-_QUESTION, _ANSWER = "question", "answer"
 _READY = b"ready\n"
 _LONGEST_FOLDER = 80
 """Bytes of the folder for temporary files; the address of a socket in one of these has room for about 100."""
@@ -83,40 +82,35 @@ def serve(address: str, idle: float) -> None:
         os.write(1, _READY)
         while listener.fileno() in select.select([listener.fileno(), 0], [], [], idle)[0]:
             connection, _ = listener.accept()
-            folder, *modules = json.loads(connection.makefile().readline())
-            for name in modules:
-                __import__(name)  # which children then need not do
-            if os.fork() == 0:
-                _answer(Path(folder))
-                os._exit(0)
-            connection.close()
+            with connection, connection.makefile("rb") as question:
+                for name in json.loads(question.readline()):
+                    __import__(name)  # which children then need not do
+                if os.fork() == 0:
+                    connection.sendall(pickle.dumps(_answer(question)))
+                    os._exit(0)
     shutil.rmtree(os.path.dirname(address), ignore_errors=True)
 
 
-def _answer(folder: Path) -> None:
+def _answer(question: IO[bytes]) -> list[Tensor] | str:
+    """What the network gives, or why there is nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        working_folder, sys.path[:], threads, question = pickle.loads((folder / _QUESTION).read_bytes())
+        working_folder, sys.path[:], threads, asked = pickle.load(question)
         os.chdir(working_folder)  # paths may be relative, and networks lie beside the script that asks
         torch.set_num_threads(threads)
-        read, inputs = pickle.loads(question)
-        answer: list[Tensor] | str = outputs(read(), inputs)
+        read, inputs = pickle.loads(asked)
+        return outputs(read(), inputs)
     except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    (folder / _ANSWER).write_bytes(pickle.dumps(answer))
+        return f"{type(error).__name__}: {error}"
 
 
 def _ask(question: bytes) -> list[Tensor]:
     conditions = os.getcwd(), sys.path, torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / _QUESTION).write_bytes(pickle.dumps((*conditions, question)))
-        heavy = [name for name in ("torchvision", "timm", "onnxruntime") if name in sys.modules]
-        with _connection() as connection:
-            connection.sendall(f"{json.dumps([folder, *heavy])}\n".encode())
-            while connection.recv(1):  # ends when the child does
-                pass
-        path = Path(folder) / _ANSWER
-        answer = pickle.loads(path.read_bytes()) if path.exists() else "the reading process died"
+    heavy = [name for name in ("torchvision", "timm", "onnxruntime") if name in sys.modules]
+    with _connection() as connection, connection.makefile("rb") as reply:
+        connection.sendall(json.dumps(heavy).encode() + b"\n" + pickle.dumps((*conditions, question)))
+        found = reply.read()  # which ends when the child does
+    answer: list[Tensor] | str = pickle.loads(found) if found else "the reading process died"
     if isinstance(answer, str):
         raise ValueError(answer)
     return answer
