@@ -7,7 +7,6 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +123,7 @@ def lines_bound(plan: BlockPlan) -> float:
     lines = 0
     for block in plan.blocks:
         grid = block.source
-        units = np.arange(block.n_units) if grid.units is None else grid.units
+        units = plan.numbers(grid.units, block.n_units)
         first, last = units * block.unit * 4 // LINE, ((units + 1) * block.unit - 1) * 4 // LINE
         shared = int((first[1:] == last[:-1]).sum())
         per_row = int((last - first + 1).sum()) - shared

@@ -92,7 +92,7 @@ def _required(requirement: Requirement) -> Finding:
 
 def check_kernels() -> Finding:
     """Move a small slice by the native kernel and compare it with torch's indexing."""
-    from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+    from offload_sparse.store.copy.blocks import part_of_matrix
     from offload_sparse.store.copy.copy import copy_blocks
     from offload_sparse.store.copy.host_copy import load
 
@@ -102,8 +102,7 @@ def check_kernels() -> Finding:
     rows, columns = np.arange(0, 64, 2), np.arange(0, 64, 3)
     source = torch.randn(64 * 64)
     out = torch.empty(len(rows) * len(columns))
-    block = Block(len(rows), len(columns), 1, Grid(0, 64, rows, columns), Grid(0, len(columns)))
-    copy_blocks(BlockPlan([block]), [(source, out)])
+    copy_blocks(part_of_matrix((64, 64, 1), rows, columns), [(source, out)])
     if torch.equal(out.view(len(rows), -1), source.view(64, 64)[rows][:, columns]):
         return Finding("native kernels", "ok", "compiled, and a slice arrives whole")
     return Finding("native kernels", "error", "a slice arrives changed", "set NUMBA_CPU_NAME=generic")

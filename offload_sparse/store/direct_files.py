@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.blocks import N_ROWS, ROWS, SOURCE, TARGET, BlockPlan, Numbers
 from offload_sparse.store.copy.copy import copy_blocks
 
 THREADS = 4
@@ -157,47 +156,25 @@ def windows(plan: BlockPlan, size: int, align: int) -> list[Window]:
     """The blocks of ``plan``, cut at rows, by the part of the source, of ``size`` entries, in which their
     rows begin; a row that is longer makes its window longer. Every window's ends are multiples of ``align``.
     """
-    pieces: dict[int, list[Block]] = {}
-    for block in plan.blocks:
-        starts = block.source.start + _rows(block) * block.source.row_length
-        numbers = starts // size
+    pieces: dict[int, list[Numbers]] = {}
+    for columns, block in zip(plan.columns, plan.blocks, strict=True):
+        grid = block.source
+        rows = plan.numbers(grid.rows, block.n_rows)
+        numbers = (grid.start + rows * grid.row_length) // size
         cuts = np.flatnonzero(np.diff(numbers)) + 1
         for first, last in pairwise([0, *cuts.tolist(), block.n_rows]):
-            pieces.setdefault(int(numbers[first]), []).append(_cut(block, first, last))
-    return [_window(pieces[number], plan.target_size, align) for number in sorted(pieces)]
+            piece = columns.copy()
+            piece[[SOURCE + ROWS, TARGET + ROWS]] += first
+            piece[N_ROWS] = last - first
+            pieces.setdefault(int(numbers[first]), []).append(piece)
+    return [_window(plan, np.stack(pieces[number]), align) for number in sorted(pieces)]
 
 
-def _window(blocks: Sequence[Block], target_size: int, align: int) -> Window:
-    first = min(block.begin(block.source) for block in blocks) // align * align
-    last = -(-max(block.end(block.source) for block in blocks) // align) * align
-    moved = [block._replace(source=_moved(block, first)) for block in blocks]
-    return Window(first, last, BlockPlan(moved, (last - first, target_size)))
-
-
-def _moved(block: Block, first: int) -> Grid:
-    """The same places in an array that begins at entry ``first``, counted from the first row and unit on."""
-    grid, start = block.source, block.begin(block.source) - first
-    rows = None if grid.rows is None else grid.rows - grid.rows[0]
-    units = None if grid.units is None else grid.units - grid.units[0]
-    return Grid(start, grid.row_length, rows, units)
-
-
-def _rows(block: Block) -> npt.NDArray[np.int64]:
-    rows = block.source.rows
-    return np.arange(block.n_rows) if rows is None else rows
-
-
-def _cut(block: Block, first: int, last: int) -> Block:
-    """Rows ``first`` to ``last`` of a block."""
-    if last - first == block.n_rows:
-        return block
-    sides = []
-    for grid in (block.source, block.target):
-        if grid.rows is None:
-            sides.append(grid._replace(start=grid.start + first * grid.row_length))
-        else:
-            sides.append(grid._replace(rows=grid.rows[first:last]))
-    return block._replace(n_rows=last - first, source=sides[0], target=sides[1])
+def _window(plan: BlockPlan, columns: Numbers, align: int) -> Window:
+    firsts, ends = BlockPlan(columns, plan.indices, (plan.source_size, plan.target_size)).ends(SOURCE)
+    first, last = int(firsts.min()) // align * align, -(-int(ends.max()) // align) * align
+    columns[:, SOURCE] -= first
+    return Window(first, last, BlockPlan(columns, plan.indices, (last - first, plan.target_size)))
 
 
 # --- DeepNVMe ---

@@ -10,7 +10,8 @@ from offload_sparse.bench.transfer import RATIOS, lines_bound, measure
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.check import random_mask
 from offload_sparse.channels.selection import Layout
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid, Numbers
+from offload_sparse.store.copy.blocks import Numbers
+from tests.support.blocks import Block, Grid, plan_of
 
 
 def small_map() -> ChannelMap:
@@ -35,5 +36,5 @@ def test_all_sides_move_the_same_entries() -> None:
 )
 def test_the_bound_is_the_share_of_whole_lines(units: Numbers | None, bound: float) -> None:
     count = 64 if units is None else len(units)
-    plan = BlockPlan([Block(5, count, 1, Grid(0, 64, None, units), Grid(0, count))])
+    plan = plan_of([Block(5, count, 1, Grid(0, 64, None, units), Grid(0, count))])
     assert lines_bound(plan) == pytest.approx(bound)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Selection
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid, Numbers
+from offload_sparse.store.copy.blocks import BlockPlan, Numbers
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, open_handle, windows
 from offload_sparse.store.tiers import FileTier, Identity, MemoryTier
 from offload_sparse.store.weight_store import WeightStore
+from tests.support.blocks import Block, Grid, plan_of
 
 
 @dataclass
@@ -80,7 +81,7 @@ def plans(draw: st.DrawFn) -> tuple[BlockPlan, int, int]:
         blocks.append(Block(*size, Grid(source, n_columns * unit, rows, columns), there))
         source += n_rows * n_columns * unit
         target += len(rows) * len(columns) * unit
-    return BlockPlan(blocks, (source, target)), source, target
+    return plan_of(blocks, (source, target)), source, target
 
 
 def file_of(folder: Path, kind: str, values: Tensor) -> Path:
@@ -141,7 +142,7 @@ def test_a_file_is_read_once_for_all_blocks_in_it(tmp_path: Path) -> None:
         Block(32, 1024, 1, Grid(0, 1024, odd), Grid(32 * 1024, 1024)),
     ]
     handle, narrow = Plain(), torch.empty(64 * 1024)
-    DirectFiles(handle, {"weights": path}, torch.float32).copy(BlockPlan(blocks), [("weights", narrow)])
+    DirectFiles(handle, {"weights": path}, torch.float32).copy(plan_of(blocks), [("weights", narrow)])
     assert torch.equal(narrow.view(64, 1024), values[np.concatenate([even, odd])])
     assert handle.bytes_read[str(path)] == path.stat().st_size
 
@@ -149,7 +150,7 @@ def test_a_file_is_read_once_for_all_blocks_in_it(tmp_path: Path) -> None:
 def test_a_read_that_fails_is_told(tmp_path: Path) -> None:
     path = file_of(tmp_path, "weights", torch.randn(10))
     os.truncate(path, 100)
-    plan = BlockPlan([Block(1, 10, 1, Grid(0, 10), Grid(0, 10))])
+    plan = plan_of([Block(1, 10, 1, Grid(0, 10), Grid(0, 10))])
     with pytest.raises(OSError, match="weights"):
         DirectFiles(Plain(), {"weights": path}, torch.float32).copy(plan, [("weights", torch.empty(10))])
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,16 +17,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.store.copy import host_copy, tables, torch_copy
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid
+from offload_sparse.store.copy.blocks import SOURCE, TARGET, BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.tables import DeviceTables, Tables
-from tests.support.blocks import DTYPES, Case, bits, cases, random_bits, wide_case
+from tests.support.blocks import DTYPES, Block, Case, Grid, bits, cases, plan_of, random_bits, wide_case
 
 Way = Callable[[BlockPlan, Sequence[tuple[Tensor, Tensor]], bool], None]
 
 
 def by_torch(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
-    for source, target in pairs:
+    for source, target in pairs if plan.entries else ():
         torch_copy.copy_by_torch(plan, source, target, reverse)
 
 
@@ -47,15 +48,10 @@ def past_the_caches(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], rev
         natively(plan, pairs, reverse)
 
 
-def from_the_table(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
-    """By blocks that are made of the plan's table again."""
-    natively(BlockPlan(plan.table, (plan.source_size, plan.target_size)), pairs, reverse)
-
-
 def by_programs(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
     """What the kernel of a device makes of its tables, one program after the other."""
     plans = [plan, plan] if plan.entries else []
-    for found in DeviceTables.of([p.table for p in plans], torch.device("cpu"), 7) if plans else []:
+    for found in DeviceTables.of(plans, torch.device("cpu"), 7) if plans else []:
         programs, blocks, indices = (table.numpy() for table in found)
         for number, first, last in programs:
             unit, n_units, *grids = blocks[number]
@@ -72,7 +68,7 @@ def by_programs(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse
                     target[there] = source[here]
 
 
-WAYS: list[Way] = [by_torch, by_torch_in_chunks, natively, past_the_caches, from_the_table, by_programs]
+WAYS: list[Way] = [by_torch, by_torch_in_chunks, natively, past_the_caches, by_programs]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -115,13 +111,12 @@ def test_copying_back_undoes_a_copy(case: Case) -> None:
 def test_a_plan_knows_its_entries_its_extent_and_whether_it_fills_a_run(case: Case) -> None:
     plan = case.plan
     assert plan.entries == case.entries[0].numel() == case.entries[1].numel()
-    for size, run, entries in (
-        (plan.source_size, plan.source_run, case.entries[0]),
-        (plan.target_size, plan.target_run, case.entries[1]),
-    ):
-        assert size == (int(entries.max()) + 1 if entries.numel() else 0)
-        if run is not None and entries.numel():
-            assert torch.equal(entries, torch.arange(*run))
+    for side, entries in ((SOURCE, case.entries[0]), (TARGET, case.entries[1])) if plan.entries else ():
+        first, end = plan.ends(side)
+        assert (first.min(), end.max()) == (entries.min(), entries.max() + 1)
+        run = plan.run(side)
+        assert (run is not None) == torch.equal(entries, torch.arange(first.min(), end.max()))
+        assert run is None or (run.start, run.stop) == (first.min(), end.max())
 
 
 def test_threads_share_the_work_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +166,10 @@ def test_items_are_small_enough_to_be_shared_out_and_cover_everything() -> None:
 
 def test_neighbouring_units_become_longer_ones() -> None:
     eights = np.concatenate([np.arange(8), np.arange(24, 40)])
-    packed = BlockPlan([Block(5, 24, 1, Grid(0, 48, None, eights), Grid(0, 24))]).derived(Tables)
+    packed = Tables(plan_of([Block(5, 24, 1, Grid(0, 48, None, eights), Grid(0, 24))]))
     unit, lengths_at = packed.blocks[0][:2]
     assert (unit, lengths_at) == (8, -1)
-    whole = BlockPlan([Block(5, 48, 2, Grid(0, 96), Grid(0, 96))]).derived(Tables)
+    whole = Tables(plan_of([Block(5, 48, 2, Grid(0, 96), Grid(0, 96))]))
     assert len(whole.items) == 1
     lengths = whole.indices[whole.blocks[0][1] :][:1]
     assert lengths.tolist() == [480]
@@ -191,16 +186,9 @@ def test_neighbouring_units_become_longer_ones() -> None:
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(source: Tensor, target: Tensor, message: str) -> None:
-    plan = BlockPlan([Block(2, 1, 2, Grid(5, 2), Grid(0, 2))])
+    plan = plan_of([Block(2, 1, 2, Grid(5, 2), Grid(0, 2))])
     with pytest.raises(ValueError, match=message):
         copy_blocks(plan, [(source, target)])
-
-
-def test_blocks_with_wrong_counts_or_negative_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="names 3 of them"):
-        BlockPlan([Block(2, 1, 1, Grid(0, 1, np.arange(3)), Grid(0, 1))])
-    with pytest.raises(ValueError, match="0 or more"):
-        BlockPlan([Block(1, 1, 1, Grid(-1, 1), Grid(0, 1))])
 
 
 def test_without_a_kernel_torch_copies_and_the_log_says_so_once(
@@ -212,7 +200,7 @@ def test_without_a_kernel_torch_copies_and_the_log_says_so_once(
     from offload_sparse.store.copy import native
 
     monkeypatch.setattr(native, "compiled", fail)
-    monkeypatch.setattr(host_copy, "_found", [])
+    monkeypatch.setattr(host_copy, "load", cache(host_copy.load.__wrapped__))
     plan, source, target = wide_case()
     with caplog.at_level(logging.WARNING):
         copy_blocks(plan, [(source, target)])
@@ -224,10 +212,11 @@ def test_without_a_kernel_torch_copies_and_the_log_says_so_once(
 
 def test_small_transfers_do_not_load_the_kernel() -> None:
     script = """
-import sys, torch
-from offload_sparse.store.copy.blocks import *
+import sys, numpy, torch
+from offload_sparse.store.copy.blocks import part_of_matrix
 from offload_sparse.store.copy.copy import copy_blocks
-copy_blocks(BlockPlan([Block(2, 1, 2, Grid(5, 2), Grid(0, 2))]), [(torch.zeros(9), torch.zeros(9))])
+plan = part_of_matrix((3, 3, 1), numpy.arange(2), numpy.arange(1, 3))
+copy_blocks(plan, [(torch.zeros(9), torch.zeros(9))])
 assert "numba" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
@@ -238,12 +227,12 @@ def test_the_kernel_looks_ahead_in_the_array_with_the_longer_rows(reverse: bool)
     units = np.arange(0, 24, 2)
     sides = Grid(0, 24, None, units), Grid(0, 12, None, np.arange(12))
     source, target = reversed(sides) if reverse else sides
-    packed = BlockPlan([Block(5, 12, 1, source, target)]).derived(Tables)
+    packed = Tables(plan_of([Block(5, 12, 1, source, target)]))
     columns = [tables.SOURCE + tables.GRID_AHEAD, tables.TARGET + tables.GRID_AHEAD]
     assert packed.blocks[0, columns].tolist() == ([0, 1] if reverse else [1, 0])
 
 
 def test_sizes_that_the_planner_knows_are_checked_like_those_found_out() -> None:
-    plan = BlockPlan([Block(2, 1, 2, Grid(0, 2), Grid(0, 2))], (9, 4))
+    plan = plan_of([Block(2, 1, 2, Grid(0, 2), Grid(0, 2))], (9, 4))
     with pytest.raises(ValueError, match="the source array has 8 entries, the blocks need 9"):
         copy_blocks(plan, [(torch.zeros(8), torch.zeros(4))])

@@ -158,7 +158,7 @@ def test_plans_of_the_same_regions_look_up_the_same_numbers(
         partition = Partition(Layout.of({name: channel_map.shapes[name] for name in some}), 1)
         plan = fetch_plan(partition, 0, target, [holder], regions)
         plans += [p for p in (plan.fetched, *plan.carried.values()) if p is not None and p.entries]
-    tables = DeviceTables.of([plan.table for plan in plans], torch.device("cpu"), 64) if plans else []
+    tables = DeviceTables.of(plans, torch.device("cpu"), 64) if plans else []
     assert len({found.indices.data_ptr() for found in tables}) == (1 if plans else 0)
     assert sum(len(found.blocks) for found in tables) == sum(len(plan.blocks) for plan in plans)
 

@@ -1,18 +1,62 @@
-"""Blocks of any shape, the entries that they name by definition, and arrays of any bits."""
+"""Blocks of any shape by the numbers of their rows and units, plans of them, the entries that they name by
+definition, and arrays of any bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import Block, BlockPlan, Grid, Numbers
+from offload_sparse.store.copy.blocks import COUNTED, WIDTH, BlockPlan, Numbers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+
+class Grid(NamedTuple):
+    """Where the entries of a block lie in a flat array; ``rows`` and ``units`` None: 0, 1, 2, …"""
+
+    start: int
+    row_length: int
+    rows: Numbers | None = None
+    units: Numbers | None = None
+
+
+class Block(NamedTuple):
+    """``n_rows`` x ``n_units`` x ``unit`` entries."""
+
+    n_rows: int
+    n_units: int
+    unit: int
+    source: Grid
+    target: Grid
+
+
+def plan_of(blocks: Sequence[Block], sizes: tuple[int, int] | None = None) -> BlockPlan:
+    """For arrays of these sizes, or that end with the last entry of the blocks."""
+    most = max([0, *chain.from_iterable(block[:2] for block in blocks)])
+    columns, indices = [], [np.arange(most)]
+
+    def place(numbers: Numbers | None) -> int:
+        if numbers is None:
+            return COUNTED
+        indices.append(numbers)
+        return sum(map(len, indices[:-1]))
+
+    for n_rows, n_units, unit, *sides in blocks:
+        grids = [(g.start, g.row_length, place(g.rows), place(g.units)) for g in sides]
+        columns.append([unit, n_units, *grids[0], *grids[1], n_rows])
+    table = np.array(columns, np.int64).reshape(-1, WIDTH)
+    source, target = (
+        max((int(entries_of(block, block[side]).max()) + 1 for block in blocks), default=0) for side in (3, 4)
+    )
+    return BlockPlan(table, np.concatenate(indices), sizes or (source, target))
 
 
 @dataclass
@@ -64,7 +108,7 @@ def cases(draw: Callable[..., object]) -> Case:
     empty = torch.zeros(0, dtype=torch.int64)
     ends = [end + data.draw(st.integers(0, 3)) for end in ends]
     flat = (torch.cat([empty, *entries[0]]), torch.cat([empty, *entries[1]]))
-    return Case(BlockPlan(blocks), (ends[0], ends[1]), flat)
+    return Case(plan_of(blocks), (ends[0], ends[1]), flat)
 
 
 def random_bits(size: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -87,4 +131,4 @@ def wide_case() -> tuple[BlockPlan, Tensor, Tensor]:
         Block(600, 900, 3, Grid(0, 2700), Grid(1_080_000, 2700)),
     ]
     source = torch.randn(600 * 2700)
-    return BlockPlan(blocks), source, torch.empty(2_700_000)
+    return plan_of(blocks), source, torch.empty(2_700_000)

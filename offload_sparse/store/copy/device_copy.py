@@ -20,7 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import N_ROWS, N_UNITS, SOURCE, TARGET, Block, BlockPlan, Grid
+from offload_sparse.store.config import Switch
+from offload_sparse.store.copy.blocks import (
+    COUNTED,
+    N_UNITS,
+    SOURCE,
+    TARGET,
+    UNIT,
+    BlockPlan,
+    batches,
+    part_of_matrix,
+)
 from offload_sparse.store.copy.host_copy import copy_in_host_memory
 from offload_sparse.store.copy.tables import DeviceTables, used_now
 from offload_sparse.store.copy.torch_copy import copy_by_torch, numbers_of
@@ -90,14 +100,14 @@ def copy_staged(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) 
 
 def _send(first: BlockPlan, second: BlockPlan, giver: Tensor, taker: Tensor, reverse: bool) -> None:
     """Pack at the giver, cross, unpack at the taker; runs need neither packing nor unpacking."""
-    packed = _run_of(first, giver, reverse)
-    if packed is None:
-        packed = _empty_near(giver, first.entries)
+    near, far = (TARGET, SOURCE) if reverse else (SOURCE, TARGET)
+    left, right = first.run(near), second.run(far)
+    packed = _empty_near(giver, first.entries) if left is None else giver[left]
+    if left is None:
         _copy(first, giver, packed, reverse)
-    run = _run_of(second, taker, not reverse)
-    arrived = _empty_near(taker, second.entries) if run is None else run
+    arrived = _empty_near(taker, second.entries) if right is None else taker[right]
     arrived.copy_(packed, non_blocking=taker.device.type == "cuda")
-    if run is None:
+    if right is None:
         _copy(second, arrived, taker, reverse)
     if taker.device.type == "cuda":
         _HOST.leaves(taker.device)
@@ -136,11 +146,6 @@ def _empty_near(array: Tensor, entries: int) -> Tensor:
     return torch.empty(entries, dtype=array.dtype, device=array.device)
 
 
-def _run_of(plan: BlockPlan, array: Tensor, target_side: bool) -> Tensor | None:
-    run = plan.target_run if target_side else plan.source_run
-    return None if run is None else array[run[0] : run[1]]
-
-
 def _copy(plan: BlockPlan, giver: Tensor, taker: Tensor, reverse: bool) -> None:
     source, target = (taker, giver) if reverse else (giver, taker)
     if source.device.type == "cpu":
@@ -156,24 +161,18 @@ def _copy_on_device(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bo
         copy_by_torch(plan, source, target, reverse)
 
 
-def _stages(blocks: Sequence[Block], size: int) -> list[tuple[BlockPlan, BlockPlan]]:
+def _stages(plan: BlockPlan, size: int) -> list[tuple[BlockPlan, BlockPlan]]:
     """Groups of at most ``size`` entries (or one block): source array -> packed, packed -> target array."""
-    groups: list[list[Block]] = [[]]
-    for block in blocks:
-        if groups[-1] and sum(b.entries for b in groups[-1]) + block.entries > size:
-            groups.append([])
-        groups[-1].append(block)
-    return [(BlockPlan(into), BlockPlan(out_of)) for into, out_of in map(_halves, groups)]
-
-
-def _halves(blocks: Sequence[Block]) -> tuple[list[Block], list[Block]]:
-    into, out_of, at = [], [], 0
-    for block in blocks:
-        packed = Grid(at, block.n_units * block.unit)
-        into.append(block._replace(target=packed))
-        out_of.append(block._replace(source=packed))
-        at += block.entries
-    return into, out_of
+    stages = []
+    for part in batches(plan.counts, size):
+        into, out_of, counts = plan.columns[part].copy(), plan.columns[part].copy(), plan.counts[part]
+        packed = np.full((len(counts), 4), COUNTED)
+        packed[:, 0], packed[:, 1] = counts.cumsum() - counts, into[:, UNIT] * into[:, N_UNITS]
+        into[:, TARGET : TARGET + 4] = out_of[:, SOURCE : SOURCE + 4] = packed
+        room = int(counts.sum())
+        from_source = BlockPlan(into, plan.indices, (plan.source_size, room))
+        stages.append((from_source, BlockPlan(out_of, plan.indices, (room, plan.target_size))))
+    return stages
 
 
 def send_tables(plans: Sequence[BlockPlan], device: torch.device) -> None:
@@ -189,7 +188,7 @@ def send_to_kernel(plans: Sequence[BlockPlan], device: torch.device) -> None:
     """``send_tables`` for the kernel."""
     lacking = [plan for plan in plans if device not in plan.sent]
     if lacking:
-        made = DeviceTables.of([plan.table for plan in lacking], device, PROGRAM)
+        made = DeviceTables.of(lacking, device, PROGRAM)
         for plan, tables in zip(lacking, made, strict=True):
             plan.sent[device] = tables
 
@@ -273,7 +272,7 @@ def triton_works(device: torch.device) -> bool:
     """Whether the kernel copies right on a device; False, with one warning, where Triton is missing or
     fails.
     """
-    plan, host, out = _probe(NARROW, device, 4, pin=False)
+    plan, host, out = _probe(NARROW, device, 4, "off")
     source = host.to(device)
     try:
         launch(plan, source, out, False, device)
@@ -289,9 +288,9 @@ def compared_ways(device: torch.device, to_host: bool, unit: int) -> tuple[float
     """Seconds of a copy by a kernel that reads or writes page-locked memory directly, and of a staged one, of
     (PROBED / 2)² units of float32; for the arguments see ``zero_copy_is_faster``. Raises RuntimeError: a way
     fails."""
-    plan, host, out = _probe(unit, device, PROBED, pin=True)
-    direct = _seconds(lambda: launch(plan, host, out, to_host, device))
-    return direct, _seconds(lambda: copy_staged(plan, host, out, to_host))
+    plan, host, out = _probe(unit, device, PROBED, "on")
+    direct = _seconds(lambda: launch(plan, host, out, to_host, device), device)
+    return direct, _seconds(lambda: copy_staged(plan, host, out, to_host), device)
 
 
 @functools.cache
@@ -317,29 +316,27 @@ def zero_copy_is_faster(device: torch.device, to_host: bool, unit: int) -> bool:
     return direct < staged
 
 
-def _probe(unit: int, device: torch.device, size: int, pin: bool) -> tuple[BlockPlan, Tensor, Tensor]:
+def _probe(unit: int, device: torch.device, size: int, pin: Switch) -> tuple[BlockPlan, Tensor, Tensor]:
     """Every other row and unit of a host array [size, size, unit]; the array; room on the device."""
     kept = np.arange(0, size, 2)
-    block = Block(len(kept), len(kept), unit, Grid(0, size * unit, kept, kept), Grid(0, len(kept) * unit))
-    plan = BlockPlan([block])
-    host = host_zeros(size * size * unit, torch.float32, "on" if pin else "off")
+    plan = part_of_matrix((size, size, unit), kept, kept)
+    host = host_zeros(plan.source_size, torch.float32, pin)
     torch.arange(len(host), out=host)
     return plan, host, torch.empty(plan.entries, device=device)
 
 
 def _unit(plan: BlockPlan) -> int:
     """``NARROW`` or ``WIDE``, whichever is nearer to the blocks' units."""
-    columns = plan.table.columns
-    return WIDE if plan.entries > 3 * columns[:, (N_ROWS, N_UNITS)].prod(1).sum() else NARROW
+    return WIDE if plan.entries > 3 * (plan.counts // plan.columns[:, UNIT]).sum() else NARROW
 
 
-def _seconds(transfer: Callable[[], None]) -> float:
+def _seconds(transfer: Callable[[], None], device: torch.device) -> float:
     """Median after a run that is not counted."""
     seconds = []
     for _ in range(_REPETITIONS + 1):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         start = time.perf_counter()
         transfer()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return median(seconds[1:])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,41 +37,31 @@ interpreter lock meanwhile; several threads may take the same call, and share it
 
 logger = logging.getLogger(__name__)
 
-_lock = threading.Lock()
-_found: list[Kernel | None] = []
 
-
+@cache
 def load() -> Kernel | None:
-    """The compiled kernel, from numba's cache or compiled now (seconds, once per machine); None, with one
+    """The compiled kernel, from numba's cache or compiled now (seconds, once per machine); None, with a
     warning in the log, where that is impossible."""
-    with _lock:
-        if not _found:
-            start = time.perf_counter()
-            try:
-                from offload_sparse.store.copy.native import compiled
+    start = time.perf_counter()
+    try:
+        from offload_sparse.store.copy.native import compiled
 
-                _found.append(compiled())
-                logger.info("native transfer kernel ready in %.2f s", time.perf_counter() - start)
-            except Exception as error:  # whatever numba raises
-                _found.append(None)
-                logger.warning(
-                    "transfers go through torch, which is slower: no native kernel (%s: %s); install numba, "
-                    "or set NUMBA_CACHE_DIR to a folder that can be written",
-                    type(error).__name__,
-                    " ".join(str(error).split())[:200],
-                )
-        return _found[0]
-
-
-def prepare(entries: int) -> None:
-    """Load the kernel now if transfers of so many entries will want it, rather than in the first round."""
-    if entries >= NATIVE_FROM:
-        load()
+        kernel = compiled()
+    except Exception as error:  # whatever numba raises
+        logger.warning(
+            "transfers go through torch, which is slower: no native kernel (%s: %s); install numba, "
+            "or set NUMBA_CACHE_DIR to a folder that can be written",
+            type(error).__name__,
+            " ".join(str(error).split())[:200],
+        )
+        return None
+    logger.info("native transfer kernel ready in %.2f s", time.perf_counter() - start)
+    return kernel
 
 
 def copy_in_host_memory(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
     """``copy_blocks`` for arrays in host memory."""
-    wanted = any(_found) or plan.entries * len(pairs) >= NATIVE_FROM
+    wanted = load.cache_info().currsize or plan.entries * len(pairs) >= NATIVE_FROM
     kernel = load() if wanted else None
     if kernel is None:
         for source, target in pairs:

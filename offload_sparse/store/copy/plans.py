@@ -12,15 +12,13 @@ in batches, which bounds the wire buffer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 
 from offload_sparse.channels.selection import Layout, Selection
-from offload_sparse.store.copy.blocks import COUNTED, SOURCE, TARGET, UNIT, WIDTH, BlockPlan, Numbers, Table
+from offload_sparse.store.copy.blocks import COUNTED, WIDTH, BlockPlan, Numbers, batches
 from offload_sparse.store.copy.regions import Pieces, Regions, places_of
 from offload_sparse.store.partition import Partition
 
@@ -66,19 +64,8 @@ class TransferPlan:
         return sum(plan.entries for plan in (*packs, self.fetched) if plan is not None)
 
 
-Columns = tuple[Numbers, Numbers, Numbers | int, Numbers | int]
-"""Where an array has pieces: first entries, entries per row, and where the numbers of its rows and units
-begin in the indices of a table.
-"""
-
-
-class _Array(Protocol):
-    """A flat array that holds pieces of tensors."""
-
-    @property
-    def size(self) -> int: ...
-
-    def columns(self, pieces: Pieces) -> Columns: ...
+_Columns = tuple[Numbers, Numbers, Numbers | int, Numbers | int]
+"""Where an array has pieces: the columns of ``Grid``."""
 
 
 class Narrow:
@@ -99,7 +86,7 @@ class Narrow:
         self._starts = self.layout.starts
         self._row_lengths = places.counts[self.full.units] * self.full.unit
 
-    def among(self, regions: Regions, holder: int | None) -> _Array:
+    def among(self, regions: Regions, holder: int | None) -> _Stretch:
         """The buffer, as ``regions`` have it: as the target (None), or as this holder."""
         return _Stretch(self._starts, self._row_lengths, regions.stretch(holder), self.layout.size)
 
@@ -113,7 +100,7 @@ class _Stretch:
     stretch: int
     size: int
 
-    def columns(self, pieces: Pieces) -> Columns:
+    def columns(self, pieces: Pieces) -> _Columns:
         rows, units = pieces.rows + self.stretch, pieces.units + self.stretch
         return self.starts[pieces.tensors], self.row_lengths[pieces.tensors], rows, units
 
@@ -141,7 +128,7 @@ class _Shard:
         own = pieces._replace(n_rows=end - begin, rows=pieces.rows + begin)
         return Pieces(*(column[end > begin] for column in own))
 
-    def columns(self, pieces: Pieces) -> Columns:
+    def columns(self, pieces: Pieces) -> _Columns:
         return self._starts[pieces.tensors], self._row_lengths[pieces.tensors], pieces.rows, pieces.units
 
 
@@ -156,51 +143,28 @@ class _Wire:
         self._unit = target.full.unit
         self.size = 0
 
-    def columns(self, pieces: Pieces) -> Columns:
+    def columns(self, pieces: Pieces) -> _Columns:
         row_lengths = pieces.n_units * self._unit[pieces.tensors]
         ends = self.size + np.cumsum(pieces.n_rows * row_lengths)
         self.size = int(ends[-1]) if len(ends) else self.size
         return ends - pieces.n_rows * row_lengths, row_lengths, COUNTED, COUNTED
 
 
+_Array = _Stretch | _Shard | _Wire
+"""A flat array that holds pieces of tensors."""
+
+
 def _plan(regions: Regions, target: Narrow, moves: Iterable[tuple[Pieces, _Array, _Array]]) -> BlockPlan:
     """Pieces of ``target`` from arrays that hold them to others, of equal sizes."""
     parts, sizes = [], (0, 0)
     for pieces, source, there in moves:
-        parts.append(_table(target, pieces, there))
-        _write(parts[-1], SOURCE, source.columns(pieces))
+        grids = *source.columns(pieces), *there.columns(pieces)
+        parts.append(np.empty((len(pieces.tensors), WIDTH), np.int64))
+        block = target.full.unit[pieces.tensors], pieces.n_units, *grids, pieces.n_rows
+        for number, column in enumerate(block):
+            parts[-1][:, number] = column
         sizes = source.size, there.size
-    return BlockPlan(Table(parts[0] if len(parts) == 1 else np.concatenate(parts), regions.indices), sizes)
-
-
-def _transfer(regions: Regions, target: Narrow, sources: Mapping[int | None, _Array]) -> TransferPlan:
-    """From the array of every holder (None: the rows of the store) to the buffer of ``target``: all it
-    has."""
-    pieces, whose = regions.pieces(target.names)
-    there, plan = target.among(regions, None), TransferPlan({})
-    columns = _table(target, pieces, there)
-    for holder, source in sources.items():
-        part = columns[whose[holder]]
-        _write(part, SOURCE, source.columns(regions.of(target.names, holder)))
-        blocks = BlockPlan(Table(part, regions.indices), (source.size, there.size))
-        if holder is None:
-            plan.fetched = blocks
-        elif blocks.entries:
-            plan.carried[holder] = blocks
-    return plan
-
-
-def _table(target: Narrow, pieces: Pieces, there: _Array) -> Numbers:
-    """The columns of ``pieces``, but for those of where they come from."""
-    columns = np.empty((len(pieces.tensors), WIDTH), np.int64)
-    _write(columns, UNIT, (target.full.unit[pieces.tensors], pieces.n_units))
-    _write(columns, TARGET, (*there.columns(pieces), pieces.n_rows))
-    return columns
-
-
-def _write(columns: Numbers, first: int, values: Iterable[Numbers | int]) -> None:
-    for number, value in enumerate(values, first):
-        columns[:, number] = value
+    return BlockPlan(np.concatenate(parts), regions.indices, sizes)
 
 
 def shared_plan(target: Narrow, holder: Narrow, owner: tuple[Partition, int] | None = None) -> BlockPlan:
@@ -233,12 +197,8 @@ def fetch_plan(
         late: numbers of holders that hold nothing valid: what they have will be in the store, but is not yet.
     """
     regions = regions or Regions(target.selection, [holder.selection for holder in holders])
-    sources = _buffers(regions, holders, late)
-    if partition.world_size == 1:
-        sources[None] = _Shard(partition, rank, target)
-    plan = _transfer(regions, target, sources)
-    if partition.world_size > 1:
-        plan.exchanges = _from_rows(partition, rank, target, regions, [None]).exchanges
+    plan = _from_rows(partition, rank, target, regions, [None])
+    plan.carried = _carried(regions, target, holders, late)
     if late:
         plan.late = _from_rows(partition, rank, target, regions, late)
     return plan
@@ -274,8 +234,7 @@ def fetch_plan_per_rank(
         ]
         return Exchange(packs, *_unpacked(regions, partition, target, pieces[rank]))
 
-    plan = _transfer(regions, target, _buffers(regions, holders, late))
-    plan.exchanges = [exchange(None)]
+    plan = TransferPlan(_carried(regions, target, holders, late), exchanges=[exchange(None)])
     if late:
         plan.late = TransferPlan({}, exchanges=[exchange(holder) for holder in late])
     return plan
@@ -294,9 +253,16 @@ def return_plan(partition: Partition, rank: int, subnet: Narrow, regions: Region
     return _from_shard(partition, rank, subnet, regions, [None])
 
 
-def _buffers(regions: Regions, holders: Sequence[Narrow], late: Collection[int]) -> dict[int | None, _Array]:
-    """Those of the holders that are not ``late``."""
-    return {n: holder.among(regions, n) for n, holder in enumerate(holders) if n not in late}
+def _carried(
+    regions: Regions, target: Narrow, holders: Sequence[Narrow], late: Collection[int]
+) -> dict[int, BlockPlan]:
+    """From the holders that are not ``late``, those that have any."""
+    there, plans = target.among(regions, None), {}
+    for number, holder in enumerate(holders):
+        if number not in late:
+            pieces = regions.of(target.names, number)
+            plans[number] = _plan(regions, target, [(pieces, holder.among(regions, number), there)])
+    return {number: plan for number, plan in plans.items() if plan.entries}
 
 
 def _from_rows(
@@ -307,7 +273,9 @@ def _from_rows(
         return TransferPlan({}, _from_shard(partition, rank, target, regions, holders))
     shard, plan = _Shard(partition, rank, target), TransferPlan({})
     for holder in holders:
-        for batch in _batches(target, regions.of(target.names, holder)):
+        pieces = regions.of(target.names, holder)
+        for part in batches(_entries(target, pieces), WIRE):
+            batch = Pieces(*(column[part] for column in pieces))
             pack = _packed(regions, shard, target, batch)
             plan.exchanges.append(Exchange([pack], *_unpacked(regions, partition, target, batch)))
     return plan
@@ -340,15 +308,3 @@ def _unpacked(
 
 def _entries(target: Narrow, pieces: Pieces) -> Numbers:
     return pieces.n_rows * pieces.n_units * target.full.unit[pieces.tensors]
-
-
-def _batches(target: Narrow, pieces: Pieces) -> Iterator[Pieces]:
-    """Pieces in runs of at most ``WIRE`` entries (or one piece)."""
-    cuts, held = [0], 0
-    for number, entries in enumerate(_entries(target, pieces).tolist()):
-        if held and held + entries > WIRE:
-            cuts.append(number)
-            held = 0
-        held += entries
-    for first, end in pairwise([*cuts, len(pieces.tensors)] if len(pieces.tensors) else []):
-        yield Pieces(*(column[first:end] for column in pieces))

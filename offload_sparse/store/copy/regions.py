@@ -152,7 +152,7 @@ class Pieces(NamedTuple):
     Attributes:
         tensors: number of the tensor of each, in ascending order.
         n_rows, n_units: how many of these it has.
-        rows, units: where the numbers of these begin in a stretch of ``Regions.indices``."""
+        rows, units: where the numbers of these, in the full tensors, begin in ``Regions.indices``."""
 
     tensors: Numbers
     n_rows: Numbers
@@ -200,7 +200,8 @@ class Regions:
         together = self._together(np.nonzero(several), codes, held)
         firsts[several] = len(kept) + np.cumsum(counts[several]) - counts[several]
         self._kept = np.concatenate([kept[order], kept[together]])
-        self._counts, self._firsts = counts.ravel(), firsts.ravel()
+        self._counted = np.arange(self._places[0].counts.max())
+        self._counts, self._firsts = counts.ravel(), firsts.ravel() + len(self._counted)
         self._known: dict[tuple[str, ...], tuple[Pieces, dict[int | None, slice]]] = {}
 
     def _together(self, sets: tuple[Numbers, ...], codes: NDArray[np.bool_], held: Numbers) -> Numbers:
@@ -214,16 +215,13 @@ class Regions:
 
     def of(self, names: tuple[str, ...], holder: int | None) -> Pieces:
         """What ``holder``, one that is asked for, has of these tensors; none of them empty."""
-        pieces, whose = self.pieces(names)
-        return Pieces(*(column[whose[holder]] for column in pieces))
-
-    def pieces(self, names: tuple[str, ...]) -> tuple[Pieces, dict[int | None, slice]]:
-        """What all holders that are asked for have of these tensors, and which of it is whose."""
         if names not in self._known:
             self._known[names] = self._divided(self._geometry.tensors(names))
-        return self._known[names]
+        pieces, whose = self._known[names]
+        return Pieces(*(column[whose[holder]] for column in pieces))
 
     def _divided(self, full: Tensors) -> tuple[Pieces, dict[int | None, slice]]:
+        """What all holders that are asked for have of the tensors, and which of it is whose."""
         size, cases = len(self._geometry.starts), len(self._holder_of)
         case = np.arange(cases)[:, None] * size
         rows = case + (full.rows + full.turned * (cases * size))
@@ -239,15 +237,14 @@ class Regions:
 
     @cached_property
     def indices(self) -> Numbers:
-        """Numbers of rows and units in stretches of equal length: those in the full tensors, in the target,
-        and in the holders that are asked for."""
+        """Those of plans: 0, 1, 2, …, then the numbers of rows and units in stretches of equal length: those
+        in the full tensors, in the target, and in the holders that are asked for."""
         narrow = [self._places[0], *(self._places[1 + h] for h in self._holders if h is not None)]
-        return np.concatenate(
-            [from_first[self._kept] for from_first in (self._geometry.within, *(p.before for p in narrow))]
-        )
+        numbers = self._geometry.within, *(places.before for places in narrow)
+        return np.concatenate([self._counted, *(from_first[self._kept] for from_first in numbers)])
 
     def stretch(self, holder: int | None) -> int:
-        """Where that of a holder begins; of None that of the target."""
+        """How far that of a holder is from the first one; of None that of the target."""
         held = [h for h in self._holders if h is not None]
         return (1 if holder is None else 2 + held.index(holder)) * len(self._kept)
 

@@ -12,7 +12,7 @@ A device's, in its own memory, so that a copy sends nothing there:
 
     programs  block and its range of entries
     blocks    unit, units per row, and for each array: start, row length, positions of rows and of units in
-    indices   one int64 array of row and unit numbers
+    indices   those of the plan: row and unit numbers
 """
 
 from __future__ import annotations
@@ -24,17 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload_sparse.store.copy.blocks import (
-    COUNTED,
-    N_ROWS,
-    N_UNITS,
-    PLACES,
-    UNIT,
-    Block,
-    Grid,
-    Numbers,
-    Table,
-)
+from offload_sparse.store.copy.blocks import COUNTED, N_ROWS, Block, BlockPlan, Grid, Numbers
 
 # Columns of the native kernel's tables, all int64. numba keeps what it compiled until native.py changes:
 # whoever moves a column changes a line there too.
@@ -61,17 +51,19 @@ class Tables:
     """Blocks for the native kernel: int64[items, ITEM_WIDTH], int64[blocks, BLOCK_WIDTH], int64[*] indices,
     and where each begins in memory."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, plan: BlockPlan) -> None:
+        self._plan = plan
         self._chunks: list[Numbers] = []
         self._size = 0
-        self._known: dict[tuple[int, ...], tuple[tuple[int, ...], object]] = {}
+        self._known_rows: dict[tuple[int, int], int] = {}
+        self._known_units: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._items: list[tuple[int, ...]] = []
-        rows = [self._block(number, _without_full_rows(block)) for number, block in enumerate(blocks)]
+        rows = [self._block(number, _without_full_rows(block)) for number, block in enumerate(plan.blocks)]
         self.blocks = np.array(rows, np.int64).reshape(-1, BLOCK_WIDTH)
         self.items = np.array(self._items, np.int64).reshape(-1, ITEM_WIDTH)
         self.indices = np.concatenate([np.zeros(0, np.int64), *self._chunks])
-        self.addresses = (_address(self.items), _address(self.blocks), _address(self.indices))
-        del self._chunks, self._known, self._items
+        self.addresses = tuple(int(table.ctypes.data) for table in (self.items, self.blocks, self.indices))
+        del self._plan, self._chunks, self._known_rows, self._known_units, self._items
 
     def call(self, source: Tensor, target: Tensor, reverse: bool, stream: bool) -> Numbers:
         """What the kernel takes to copy all items once between two flat arrays of one dtype (back if
@@ -88,22 +80,22 @@ class Tables:
         self._add_items(number, block.n_rows, count, mean)
         # The narrow array of the two lies in the caches sooner: what is worth looking ahead in is the other.
         wider = block.source.row_length >= block.target.row_length
-        source = self._grid(block.source, source_at, wider)
-        target = self._grid(block.target, target_at, not wider)
+        source = self._grid(block, block.source, source_at, wider)
+        target = self._grid(block, block.target, target_at, not wider)
         return unit, lengths_at, *source, *target
 
     def _units_of(self, block: Block) -> tuple[int, ...]:
         """Unit, position of run lengths (-1: none), units or runs per row, mean entries of one, and positions
         of their offsets in source and target; tensors that keep the same units share them."""
-        source, target = block.source.units, block.target.units
-        key = (block.n_units, block.unit, id(source), id(target))
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._add_units(block), (source, target)
-        return known[0]
+        key = block.n_units, block.unit, block.source.units, block.target.units
+        if key not in self._known_units:
+            self._known_units[key] = self._add_units(block)
+        return self._known_units[key]
 
     def _add_units(self, block: Block) -> tuple[int, ...]:
-        source, target = _units(block.source, block.n_units), _units(block.target, block.n_units)
+        source, target = (
+            self._plan.numbers(grid.units, block.n_units) for grid in (block.source, block.target)
+        )
         unit, breaks = block.unit, _breaks(source, target)
         runs = len(breaks) + 1
         if len(source) * unit < RUN_FROM * runs and _some_unit_alone(breaks):
@@ -120,9 +112,10 @@ class Tables:
         lengths_at, mean = self._add(lengths), int(lengths.mean())
         return unit, lengths_at, len(lengths), mean, self._add(source), self._add(target)
 
-    def _grid(self, grid: Grid, units_at: int, ahead: bool) -> tuple[int, ...]:
-        rows_at = -1 if grid.rows is None else self._shared(grid.rows)
-        dense = not ahead and _consecutive(grid)  # of the wider array nobody asks
+    def _grid(self, block: Block, grid: Grid, units_at: int, ahead: bool) -> tuple[int, ...]:
+        rows_at = -1 if grid.rows == COUNTED else self._rows(grid.rows, block.n_rows)
+        first, last = self._plan.indices[[grid.units, grid.units + block.n_units - 1]]
+        dense = not ahead and last - first == block.n_units - 1  # of the wider array nobody asks
         return grid.start, grid.row_length, rows_at, units_at, int(ahead), int(dense)
 
     def _add_items(self, number: int, n_rows: int, n_units: int, mean: int) -> None:
@@ -138,13 +131,11 @@ class Tables:
                 last = min(n_units, first + units)
                 self._items.append((number, row, row_end, first, last))
 
-    def _shared(self, numbers: Numbers) -> int:
-        """Position of numbers that several blocks may share; they are kept alive, so that ids stay theirs."""
-        key = (id(numbers),)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = (self._add(numbers),), numbers
-        return known[0][0]
+    def _rows(self, place: int, count: int) -> int:
+        """Position of row numbers, which several blocks may share."""
+        if (place, count) not in self._known_rows:
+            self._known_rows[place, count] = self._add(self._plan.numbers(place, count))
+        return self._known_rows[place, count]
 
     def _add(self, numbers: Numbers) -> int:
         self._chunks.append(numbers)
@@ -160,20 +151,18 @@ class DeviceTables(NamedTuple):
     indices: Tensor
 
     @staticmethod
-    def of(tables: Sequence[Table], device: torch.device, program: int) -> list[DeviceTables]:
+    def of(plans: Sequence[BlockPlan], device: torch.device, program: int) -> list[DeviceTables]:
         """Those of several plans of at least one block each, sent in one piece; plans with the same indices
         share them.
 
         Args:
-            tables: the blocks of each.
+            plans: the blocks.
             device: where the tables shall be.
             program: entries per program."""
-        if any((table.columns[:, PLACES] == COUNTED).any() for table in tables):
-            tables = [_spelled_out(table) for table in tables]
-        indices = {id(table.indices): table.indices for table in tables}
-        columns = np.concatenate([table.columns for table in tables])
-        blocks = np.array([len(table.columns) for table in tables])
-        entries = columns[:, UNIT] * columns[:, N_UNITS] * columns[:, N_ROWS]
+        indices = {id(plan.indices): plan.indices for plan in plans}
+        columns = np.concatenate([plan.columns for plan in plans])
+        blocks = np.array([len(plan.columns) for plan in plans])
+        entries = np.concatenate([plan.counts for plan in plans])
         counts = -(-entries // program)
         ends = counts.cumsum()
         number = np.arange(len(columns)).repeat(counts)
@@ -186,21 +175,9 @@ class DeviceTables(NamedTuple):
         sent = to_device(torch.from_numpy(np.concatenate(parts)), device).split(sizes)
         there, sent = dict(zip(indices, sent, strict=False)), sent[len(indices) :]
         return [
-            DeviceTables(programs.view(-1, 3), blocks.view(-1, N_ROWS), there[id(table.indices)])
-            for table, programs, blocks in zip(tables, sent, sent[len(tables) :], strict=False)
+            DeviceTables(programs.view(-1, 3), blocks.view(-1, N_ROWS), there[id(plan.indices)])
+            for plan, programs, blocks in zip(plans, sent, sent[len(plans) :], strict=False)
         ]
-
-
-def _spelled_out(table: Table) -> Table:
-    """With a place for rows and units that are 0, 1, 2, …, too."""
-    columns, indices = table
-    places = columns[:, PLACES]
-    if not (counted := places == COUNTED).any():
-        return table
-    columns = columns.copy()
-    columns[:, PLACES] = np.where(counted, len(indices), places)
-    count = columns[:, (N_ROWS, N_UNITS)].max()
-    return Table(columns, np.append(indices, np.arange(count)))
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
@@ -217,27 +194,14 @@ def used_now(numbers: Tensor) -> None:
         numbers.record_stream(torch.cuda.current_stream(numbers.device))
 
 
-def _address(table: Numbers) -> int:
-    return int(table.ctypes.data)
-
-
 def _without_full_rows(block: Block) -> Block:
     """Where both arrays hold whole rows, every row is a unit and the block a single row."""
     length, source, target = block.n_units * block.unit, block.source, block.target
     if source.row_length != length or target.row_length != length:  # so many sorted units are all there are
         return block
     whole = length * block.n_rows
-    sides = Grid(source.start, whole, None, source.rows), Grid(target.start, whole, None, target.rows)
-    return Block(1, block.n_rows, length, *sides)
-
-
-def _consecutive(grid: Grid) -> bool:
-    """Whether units follow each other without gaps."""
-    return grid.units is None or int(grid.units[-1] - grid.units[0]) == len(grid.units) - 1
-
-
-def _units(grid: Grid, n_units: int) -> Numbers:
-    return np.arange(n_units, dtype=np.int64) if grid.units is None else grid.units
+    sides = Grid(source.start, whole, COUNTED, source.rows), Grid(target.start, whole, COUNTED, target.rows)
+    return Block(length, block.n_rows, *sides, 1)
 
 
 def _breaks(source: Numbers, target: Numbers) -> Numbers:

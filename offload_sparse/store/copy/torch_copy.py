@@ -6,9 +6,8 @@ larger one are worked out chunk by chunk on the device, from row and unit number
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from offload_sparse.store.copy.tables import to_device, used_now
 CHUNK = 1 << 20
 """Entries copied per call, or one row: 16 MiB of numbers."""
 
-_Numbers = tuple[Tensor, Tensor]
+_Pair = tuple[Tensor, Tensor]
 """int64: the numbers of some entries in the source and in the target."""
 
 
@@ -26,55 +25,41 @@ _Numbers = tuple[Tensor, Tensor]
 def copy_by_torch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:
     """Copy every block from ``source`` to ``target``, flat arrays on one device; ``reverse`` copies back."""
     giver, taker = (target, source) if reverse else (source, target)
-    for numbers in _chunks(plan, source.device):
-        here, there = reversed(numbers) if reverse else numbers
+    numbers = numbers_of(plan, source.device)
+    used_now(numbers)
+    small = plan.entries <= CHUNK
+    for here, there in [(numbers[0], numbers[1])] if small else _chunks(plan, numbers):
+        if reverse:
+            here, there = there, here
         taker.index_copy_(0, there, giver.index_select(0, here))
 
 
-def numbers_of(plan: BlockPlan, device: torch.device) -> _Numbers | dict[int, Tensor]:
-    """What is kept with a plan: all numbers, or those of rows and units, by the identity of the blocks'."""
-    return plan.derived(_whole, device) if plan.entries <= CHUNK else plan.derived(_sent, device)
+def numbers_of(plan: BlockPlan, device: torch.device) -> Tensor:
+    """What is kept with a plan: all numbers, int64[2, entries], or its indices."""
+    return plan.derived(_whole if plan.entries <= CHUNK else _indices, device)
 
 
-def _chunks(plan: BlockPlan, device: torch.device) -> Iterator[_Numbers]:
-    if not plan.entries:
-        return
-    there = numbers_of(plan, device)
-    for numbers in there.values() if isinstance(there, dict) else there[:1]:
-        used_now(numbers)
-    if isinstance(there, tuple):
-        yield there
-        return
+def _whole(plan: BlockPlan, device: torch.device) -> Tensor:
+    """Worked out on the host and sent in one piece."""
+    pairs = _chunks(plan, torch.from_numpy(plan.indices))
+    return to_device(torch.stack([torch.cat(side) for side in zip(*pairs, strict=True)]), device)
+
+
+def _indices(plan: BlockPlan, device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(plan.indices), device)
+
+
+def _chunks(plan: BlockPlan, indices: Tensor) -> Iterator[_Pair]:
     for block in plan.blocks:
         step = max(1, CHUNK // (block.n_units * block.unit))
         for first in range(0, block.n_rows, step):
-            rows = torch.arange(first, min(block.n_rows, first + step), device=device)
-            yield _numbers(block, block.source, rows, there), _numbers(block, block.target, rows, there)
+            rows = slice(first, min(block.n_rows, first + step))
+            yield _numbers(block, block.source, rows, indices), _numbers(block, block.target, rows, indices)
 
 
-def _whole(blocks: Sequence[Block], device: torch.device) -> _Numbers:
-    """All at once, worked out on the host and sent in one piece."""
-    there = _sent(blocks, torch.device("cpu"))
-    source = [_numbers(block, block.source, torch.arange(block.n_rows), there) for block in blocks]
-    target = [_numbers(block, block.target, torch.arange(block.n_rows), there) for block in blocks]
-    pair = torch.stack([torch.cat(source), torch.cat(target)])
-    here, to = to_device(pair, device)
-    return here, to
-
-
-def _sent(blocks: Sequence[Block], device: torch.device) -> dict[int, Tensor]:
-    """Row and unit numbers on the device, by the identity of those of the blocks."""
-    numbers = [n for b in blocks for g in (b.source, b.target) for n in (g.rows, g.units) if n is not None]
-    distinct = {id(n): n for n in numbers}
-    together = np.concatenate([np.zeros(0, np.int64), *distinct.values()])
-    sent = to_device(torch.from_numpy(together), device)
-    return dict(zip(distinct, sent.split([len(n) for n in distinct.values()]), strict=True))
-
-
-def _numbers(block: Block, grid: Grid, rows: Tensor, there: dict[int, Tensor]) -> Tensor:
-    """int64: the numbers of the entries of some rows of a block, which are numbered 0 … n_rows - 1."""
-    if grid.rows is not None:
-        rows = there[id(grid.rows)][rows]
-    units = torch.arange(block.n_units, device=rows.device) if grid.units is None else there[id(grid.units)]
-    within = units[:, None] * block.unit + torch.arange(block.unit, device=rows.device)
+def _numbers(block: Block, grid: Grid, part: slice, indices: Tensor) -> Tensor:
+    """int64: the numbers of the entries of part of the rows of a block."""
+    rows = indices[grid.rows :][part]
+    units = indices[grid.units :][: block.n_units]
+    within = units[:, None] * block.unit + torch.arange(block.unit, device=indices.device)
     return (grid.start + rows[:, None] * grid.row_length + within.flatten()).flatten()
