@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ LOCK_FILE = ".lock"
 
 
 @dataclass(eq=False)
-class FolderLock:
+class FolderLock(AbstractContextManager["FolderLock"]):
     """A lock that this process holds. A context manager: leaving it releases the lock."""
 
     path: Path
@@ -42,12 +42,12 @@ class FolderLock:
 
     def release(self) -> None:
         """Let go; the file goes too unless another rank still holds it, and with it a folder that has nothing
-        else and was made for it.
+        else and was made for it. Of a parent's lock, a forked child lets nothing go.
         """
         self.holders -= 1
-        if self.holders:
+        if self.holders or _held.get(self.path) is not self:
             return
-        _held.pop(self.path, None)
+        del _held[self.path]
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.path.unlink(missing_ok=True)
@@ -56,9 +56,6 @@ class FolderLock:
         except OSError:
             logger.debug("%s stays: another rank holds it, or the folder has files", self.path)
         os.close(self.descriptor)
-
-    def __enter__(self) -> FolderLock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()

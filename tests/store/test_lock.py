@@ -68,6 +68,23 @@ def test_a_forked_child_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
     child.join()
 
 
+def test_a_forked_child_that_lets_go_leaves_its_parents_lock(tmp_path: Path) -> None:
+    """As one does that ends by an exception inside the parent's block."""
+    lock = lock_folder(tmp_path)
+    child = os.fork()
+    if child == 0:
+        own = os.open(tmp_path / "own", os.O_RDWR | os.O_CREAT)  # by the number that the lock had
+        try:
+            lock.release()
+            os.fstat(own)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / LOCK_FILE).exists(), "another job would lock a new file, and both would run"
+    lock.release()
+
+
 def test_within_a_process_a_folder_can_be_locked_twice(tmp_path: Path) -> None:
     with lock_folder(tmp_path), lock_folder(tmp_path):
         assert (tmp_path / LOCK_FILE).exists()
