@@ -137,13 +137,15 @@ def default_timeout() -> timedelta | None:
 
 
 def _ranks_per_node(world_size: int) -> int:
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if world_size % size:
+    own = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    sizes = [own] * world_size
+    dist.all_gather_object(sizes, own)
+    if len(set(sizes)) > 1 or world_size % own:
         raise ValueError(
-            f"store.shard node needs as many ranks on every node, but {world_size} ranks are not a multiple "
-            f"of {size}; set store.shard to world"
+            f"store.shard node needs as many ranks on every node, but the nodes have "
+            f"{' or '.join(map(str, sorted(set(sizes))))} of {world_size} ranks; set store.shard to world"
         )
-    return size
+    return own
 
 
 class WeightStore:

@@ -219,6 +219,20 @@ def test_a_rank_is_ready_to_receive_before_it_sends(monkeypatch: pytest.MonkeyPa
     assert posted == [(dist.irecv, 4), (dist.irecv, 6), (dist.isend, 4), (dist.isend, 7)]
 
 
+def test_a_store_per_node_is_refused_where_nodes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every rank, whatever its own node has: groups that ranks see differently never come about."""
+    per_node = [4, 4, 4, 4, 2, 2, 2, 2]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(per_node))
+    everyones = slice(None), per_node
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(*everyones))
+    for rank, size in enumerate(per_node):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))
+        with pytest.raises(ValueError, match=r"the nodes have 2 or 4 of 8 ranks; set store\.shard to world"):
+            Ranks.current(per_node=True)
+
+
 def test_integer_buffers_are_kept_whole_and_unsliced() -> None:
     channel_map = ChannelMap((), {"w": (2,)}, {"w": (None,)})
     store = WeightStore(channel_map, ("w",), ())
