@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.require import Explained
 from offload_sparse.store.config import Switch, TierName
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, Handle, open_handle
 from offload_sparse.store.files import TEMPORARY, make_folder, remove, sync, write_file
@@ -153,7 +154,9 @@ class FileTier(MemoryTier):
         self._write(initialised=True)
 
     def integers(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "integers.safetensors")
+        path = self.folder / "integers.safetensors"
+        with Explained(f"{path} is missing or damaged (", "); give store.path another folder"):
+            return load_file(path)
 
     def sync(self) -> None:
         for mapped in self._maps:
@@ -315,4 +318,4 @@ def _reserve(path: Path, total: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, total)
         except OSError as error:
-            raise ValueError(message) from error
+            raise ValueError(f"{message} ({error.strerror})") from error

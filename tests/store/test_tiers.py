@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,17 @@ def test_a_missing_or_damaged_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rank0" / "store.json").write_text("{}")
     with pytest.raises(ValueError, match="does not describe a store"):
         FileTier(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{}")])
+def test_buffers_that_are_missing_or_damaged_are_one_line(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    store_on(FileTier(tmp_path, IDENTITY))
+    damage(tmp_path / "rank0" / "integers.safetensors")
+    with pytest.raises(ValueError, match=r"integers\.safetensors is missing .*; give store\.path") as told:
+        FileTier(tmp_path, IDENTITY, mode="resume").integers()
+    assert "\n" not in str(told.value)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
