@@ -14,9 +14,8 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,21 +44,20 @@ def pin_mode(pin: Switch, device: torch.device) -> Switch:
     return "off"
 
 
-def host_zeros(numel: int, dtype: torch.dtype, pin: Switch | bool) -> Tensor:
-    """A zeroed host tensor [numel], registered with CUDA unless ``pin`` is ``off`` or False (``auto`` goes on
-    with ordinary memory and a warning when the driver refuses); unregistered when it is freed, at the latest
-    when the process ends. Raises RuntimeError: CUDA refuses to register the memory, or the machine does not
-    have it."""
+def host_zeros(numel: int, dtype: torch.dtype, pin: Switch) -> Tensor:
+    """A zeroed host tensor [numel], registered with CUDA unless ``pin`` is ``off`` (``auto`` goes on with
+    ordinary memory and a warning when the driver refuses); unregistered when it is freed, at the latest when
+    the process ends. Raises RuntimeError: CUDA refuses to register the memory, or the machine does not have
+    it."""
     start = time.perf_counter()
-    # Written at once: memory that the machine does not have is missed now, not hours into a run.
-    wanted = bool(numel) and pin not in ("off", False)
-    if numel * dtype.itemsize < HUGE_FROM and not wanted:
+    wanted, size = numel > 0 and pin != "off", numel * dtype.itemsize
+    if size < HUGE_FROM and not wanted:
         return torch.zeros(numel, dtype=dtype)
-    memory = _map(numel * dtype.itemsize)
+    memory = _map(size)
     tensor = torch.frombuffer(memory, dtype=dtype)  # holds the mapping, which goes with the storage
+    # Written at once: memory that the machine does not have is missed now, not hours into a run.
     _touch(tensor)
-    pinned = wanted and _register(tensor, memory, pin != "auto")
-    size = tensor.numel() * tensor.element_size()
+    pinned = wanted and _page_lock(tensor, memory, required=pin == "on")
     kind = "page-locked host memory" if pinned else "host memory"
     logger.info("%.3f GiB of %s in %.2f s", size / 2**30, kind, time.perf_counter() - start)
     return tensor
@@ -89,53 +87,19 @@ def _map(size: int) -> mmap.mmap:
 
 def _touch(tensor: Tensor) -> None:
     """Write every page, several threads side by side: each page lands near the thread that wrote it."""
-    address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    address, size = tensor.data_ptr(), tensor.nbytes
     with ThreadPoolExecutor(threads()) as pool:
         for start in range(0, size, TOUCH_CHUNK):
             pool.submit(ctypes.memset, address + start, 0, min(TOUCH_CHUNK, size - start))
 
 
-@dataclass(eq=False)
-class Registration:
-    """Ranges of host memory that are page-locked, undone at most once.
-
-    Attributes:
-        register: (address, bytes) -> 0 or CUDA's error.
-        unregister: address -> anything."""
-
-    register: Callable[[int, int], int]
-    unregister: Callable[[int], object]
-    addresses: list[int] = field(default_factory=list)
-
-    def add(self, start: int, size: int, chunk: int = REGISTER_CHUNK) -> int:
-        """Register [start, start + size) in chunks; on an error, undo what was done and return the error."""
-        for offset in range(0, size, chunk):
-            error = int(self.register(start + offset, min(chunk, size - offset)))
-            if error:
-                self.undo()
-                return error
-            self.addresses.append(start + offset)
-        return 0
-
-    def undo(self) -> None:
-        """Unregister what is registered."""
-        while self.addresses:
-            self.unregister(self.addresses.pop())
-
-
-def _register(tensor: Tensor, memory: mmap.mmap, required: bool) -> bool:
-    """Page-lock ``tensor``; not yet run on a GPU in this form."""
-    cudart = torch.cuda.cudart()
-    registration = Registration(
-        lambda address, size: cudart.cudaHostRegister(address, size, 0), cudart.cudaHostUnregister
-    )
-    size = tensor.numel() * tensor.element_size()
-    error = registration.add(tensor.data_ptr(), size)
+def _page_lock(tensor: Tensor, memory: mmap.mmap, required: bool) -> bool:
+    """Whether CUDA has registered ``tensor``; not yet run on a GPU in this form."""
+    error = register(tensor, memory, torch.cuda.cudart())
     if error == 0:
-        keep_registered(tensor, registration, memory)
         return True
     message = (
-        f"CUDA could not page-lock {size / 2**30:.1f} GiB of host memory (error {error}); "
+        f"CUDA could not page-lock {tensor.nbytes / 2**30:.1f} GiB of host memory (error {error}); "
         "raise the limit `ulimit -l`, free memory, or set store.pin to off"
     )
     forget_cuda_error()
@@ -145,6 +109,28 @@ def _register(tensor: Tensor, memory: mmap.mmap, required: bool) -> bool:
     return False
 
 
+def register(tensor: Tensor, memory: object, cudart: Any, chunk: int = REGISTER_CHUNK) -> int:
+    """Register the bytes of ``tensor``, which lie in ``memory``, in chunks, until they are freed or the
+    process ends. Returns 0, or CUDA's error, which leaves nothing registered."""
+    addresses: list[int] = []
+    # The memory is among the arguments, so that it cannot be unmapped before it is unregistered;
+    # weakref.finalize runs at the end of the process if it has not run before.
+    undo = weakref.finalize(tensor.untyped_storage(), _unregister, addresses, cudart, memory)
+    for offset in range(0, tensor.nbytes, chunk):
+        address = tensor.data_ptr() + offset
+        if error := int(cudart.cudaHostRegister(address, min(chunk, tensor.nbytes - offset), 0)):
+            undo()
+            return error
+        addresses.append(address)
+    return 0
+
+
+def _unregister(addresses: list[int], cudart: Any, memory: object) -> None:
+    del memory
+    for address in addresses:
+        cudart.cudaHostUnregister(address)
+
+
 def forget_cuda_error() -> None:
     """Take the error that a refusal has left with the CUDA runtime, which would fail the next kernel."""
     try:
@@ -152,15 +138,3 @@ def forget_cuda_error() -> None:
         torch.cuda.synchronize()
     except RuntimeError:
         logger.debug("the refused registration has been taken off CUDA's error state")
-
-
-def keep_registered(tensor: Tensor, registration: Registration, memory: object) -> None:
-    """Undo ``registration`` when the memory of ``tensor`` is freed, or when the process ends before."""
-    # The memory itself is among the arguments, so that it cannot be unmapped before it is unregistered;
-    # weakref.finalize runs at the end of the process if it has not run before.
-    weakref.finalize(tensor.untyped_storage(), _release, registration, memory)
-
-
-def _release(registration: Registration, memory: object) -> None:
-    del memory
-    registration.undo()

@@ -75,7 +75,7 @@ class MemoryTier:
     filled = False
     direct: DirectFiles | None = None
 
-    def __init__(self, dtype: torch.dtype, pin: Switch | bool) -> None:
+    def __init__(self, dtype: torch.dtype, pin: Switch) -> None:
         self._dtype, self._pin = dtype, pin
 
     def allocate(self, kind: str, size: int) -> Tensor:
@@ -116,7 +116,7 @@ class FileTier(MemoryTier):
     ) -> None:
         self.folder = folder / f"rank{identity.rank}"
         unlock = weakref.finalize(self, lock_folder(folder, name=f"rank{identity.rank}.lock").release)
-        super().__init__(dtype, pin=False)
+        super().__init__(dtype, pin="off")
         self._identity = identity
         try:
             found = self._read()
@@ -127,7 +127,6 @@ class FileTier(MemoryTier):
         self.filled = mode in ("resume", "look")
         self.looks = mode == "look"
         self._sizes: dict[str, int] = dict(found["sizes"]) if self.filled and found else {}
-        self._maps: list[np.memmap[Any, Any]] = []
         self._paths: dict[str, Path] = {}
         if not self.filled:
             self._begin(mode)
@@ -144,7 +143,6 @@ class FileTier(MemoryTier):
         if not self.filled:
             _reserve(path, self._file_bytes(size))
         mapped = np.memmap(path, np.uint8, "c" if self.looks else "r+", shape=(size * self._dtype.itemsize,))
-        self._maps.append(mapped)
         return torch.from_numpy(mapped).view(self._dtype)
 
     def complete(self, integers: dict[str, Tensor]) -> None:
@@ -159,11 +157,9 @@ class FileTier(MemoryTier):
             return load_file(path)
 
     def sync(self) -> None:
-        for mapped in self._maps:
-            mapped.flush()
         for path in self._paths.values():
             if path.exists():  # of no entries there is no file
-                sync(path)
+                sync(path)  # with what was written through the mapping
 
     # --- store.json ---
 
@@ -277,7 +273,7 @@ def open_tier(
     folder: Path,
     identity: Identity,
     dtype: torch.dtype,
-    pin: Switch | bool,
+    pin: Switch,
     mode: Mode = "new",
 ) -> MemoryTier:
     """The tier that a configuration names.

@@ -177,7 +177,7 @@ class WeightStore:
         buffers = Partition(Layout.of({n: tuple(shapes[n]) for n in buffer_names}), world_size)
         self.partitions = {WEIGHTS: weights, BUFFERS: buffers, **dict.fromkeys(slots, weights)}
         self._shards = {kind: p.shard(self.ranks.rank) for kind, p in self.partitions.items()}
-        place = self.tier = tier or MemoryTier(dtype, pin=False)
+        place = self.tier = tier or MemoryTier(dtype, pin="off")
         self.arrays = {kind: place.allocate(kind, shard.size) for kind, shard in self._shards.items()}
         self._direct = place.direct
         self.integer_buffers: dict[str, Tensor] = {}

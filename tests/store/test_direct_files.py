@@ -173,7 +173,7 @@ def test_deepnvme_moves_the_bits_that_memory_does(tmp_path: Path) -> None:
     tier = FileTier(tmp_path / "store", identity, open_direct=lambda _: handle)
     stores = [
         WeightStore(MAP, ("w", "v"), ("b",), ("slot",), tier=t)
-        for t in (tier, MemoryTier(torch.float32, False))
+        for t in (tier, MemoryTier(torch.float32, "off"))
     ]
     for store in stores:
         generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from offload_sparse.store import host_memory
-from offload_sparse.store.host_memory import HUGE_FROM, Registration, host_zeros, keep_registered, pin_mode
+from offload_sparse.store.host_memory import HUGE_FROM, host_zeros, pin_mode, register
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
@@ -41,40 +41,37 @@ class Driver:
         self.calls = 0
         self.limit = limit
 
-    def register(self, address: int, size: int) -> int:
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.calls += 1
         if self.calls > self.limit:
             return 2
         self.held[address] = size
         return 0
 
-    def unregister(self, address: int) -> None:
+    def cudaHostUnregister(self, address: int) -> None:
         del self.held[address]
 
 
 def test_memory_is_registered_in_chunks_without_gaps() -> None:
-    driver = Driver()
-    registration = Registration(driver.register, driver.unregister)
-    assert registration.add(100, 25, chunk=10) == 0
-    assert driver.held == {100: 10, 110: 10, 120: 5}
-    registration.undo()
-    registration.undo()
+    driver, tensor = Driver(), torch.zeros(25, dtype=torch.uint8)
+    assert register(tensor, None, driver, chunk=10) == 0
+    start = tensor.data_ptr()
+    assert driver.held == {start: 10, start + 10: 10, start + 20: 5}
+    del tensor
+    gc.collect()
     assert driver.held == {}
 
 
 def test_a_refusal_leaves_nothing_registered() -> None:
-    driver = Driver(limit=2)
-    registration = Registration(driver.register, driver.unregister)
-    assert registration.add(0, 100, chunk=10) == 2
+    driver, tensor = Driver(limit=2), torch.zeros(100, dtype=torch.uint8)
+    assert register(tensor, None, driver, chunk=10) == 2
     assert driver.held == {}
 
 
 def test_memory_is_unregistered_when_its_last_view_goes() -> None:
     driver = Driver()
     tensor = host_zeros(1000, torch.float32, "off")
-    registration = Registration(driver.register, driver.unregister)
-    registration.add(tensor.data_ptr(), 4000)
-    keep_registered(tensor, registration, None)
+    register(tensor, None, driver)
     view = tensor[10:20]
     del tensor
     gc.collect()
@@ -88,13 +85,15 @@ def test_memory_is_unregistered_when_the_process_ends() -> None:
     """With an error or without one: a process that has imported torch and its child."""
     script = """
 import os, torch
-from offload_sparse.store.host_memory import Registration, host_zeros, keep_registered
+from types import SimpleNamespace
+from offload_sparse.store.host_memory import host_zeros, register
 child = os.fork()
 tensor = host_zeros(1000, torch.float32, "off")
 said = "with an error" if child == 0 else "without one"
-registration = Registration(lambda address, size: 0, lambda address: print(said, flush=True))
-registration.add(tensor.data_ptr(), 4000)
-keep_registered(tensor, registration, None)
+register(tensor, None, SimpleNamespace(
+    cudaHostRegister=lambda address, size, flags: 0,
+    cudaHostUnregister=lambda address: print(said, flush=True),
+))
 if child == 0:
     raise RuntimeError("a step failed")
 os.waitpid(child, 0)

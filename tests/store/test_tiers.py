@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_store_in_files_moves_the_same_bits_as_one_in_memory(tmp_path: Path) -> None:
-    stores = store_on(FileTier(tmp_path, IDENTITY)), store_on(MemoryTier(torch.float32, False))
+    stores = store_on(FileTier(tmp_path, IDENTITY)), store_on(MemoryTier(torch.float32, "off"))
     selection = Selection(MAP, torch.tensor([True, False, True, True, False, False]))
     for kind in ("weights", "momentum_buffer", "buffers"):
         size = selection.layout(stores[0].partitions[kind].layout.shapes).size
@@ -213,7 +213,7 @@ def test_the_digest_tells_channels_shapes_and_names_apart() -> None:
 
 def test_memory_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set store\.tier file"):
-        open_tier("ram", tmp_path, IDENTITY, torch.float32, False, "resume")
+        open_tier("ram", tmp_path, IDENTITY, torch.float32, "off", "resume")
 
 
 def test_without_deepspeed_nvme_is_the_file_tier(
@@ -221,7 +221,7 @@ def test_without_deepspeed_nvme_is_the_file_tier(
 ) -> None:
     """And one warning says so."""
     monkeypatch.setattr(direct_files, "_missing", lambda: "libaio is missing")
-    tier = open_tier("nvme", tmp_path, IDENTITY, torch.float32, False)
+    tier = open_tier("nvme", tmp_path, IDENTITY, torch.float32, "off")
     assert isinstance(tier, FileTier)
     assert tier.direct is None
     store_on(tier)
