@@ -47,9 +47,8 @@ def initial_tensors(
     """Every parameter and buffer by name, one at a time when the recording can be replayed, else of a network
     built whole."""
     if recording.replayable:
-        yield from recording.replay(seed)
-        return
-    yield from named_tensors(build_seeded(factory, seed)).items()
+        return recording.replay(seed)
+    return iter(named_tensors(build_seeded(factory, seed)).items())
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -98,10 +97,21 @@ class Recording:
 
         At any time the replay holds one tensor of the model and a scratch tensor, beside the one that the
         caller got last (``nn.init.trunc_normal_`` adds its own temporaries; tensors computed from one another
-        are held together). Raises ValueError: the recording is not replayable."""
-        if not self.replayable:
-            raise ValueError(f"this initialisation cannot be replayed ({self.reason}); build the model once")
-        return self._values(seed)
+        are held together)."""
+        assert self.replayable, f"this initialisation cannot be replayed ({self.reason})"
+        generator = torch.Generator().manual_seed(seed)
+        held: dict[int, Tensor] = {}
+        for name, constant in self._constants.items():
+            yield name, constant.clone()
+        for step in self._steps:
+            with torch.no_grad():
+                _run(step.operation, {} if step.scratch else held, generator)
+            for storage in step.last_of:
+                yield from self._final(storage, held)
+        touched = {storage for step in self._steps for storage in step.last_of}
+        for storage in self._named:
+            if storage not in touched:
+                yield from self._final(storage, held)
 
     def draws(self) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
         """By name of a tensor the operations that give it its values, and the numbers that they take; of
@@ -117,21 +127,6 @@ class Recording:
             drawn = tuple(str(operation.call) for operation in operations), numbers
             found |= {name: drawn for name, _ in self._named.get(storage, [])}
         return found
-
-    def _values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        held: dict[int, Tensor] = {}
-        for name, constant in self._constants.items():
-            yield name, constant.clone()
-        for step in self._steps:
-            with torch.no_grad():
-                _run(step.operation, {} if step.scratch else held, generator)
-            for storage in step.last_of:
-                yield from self._final(storage, held)
-        touched = {storage for step in self._steps for storage in step.last_of}
-        for storage in self._named:
-            if storage not in touched:
-                yield from self._final(storage, held)
 
     def _final(self, storage: int, held: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """What has its place in a storage, which is let go: copies, and at last the storage itself."""
@@ -167,14 +162,15 @@ def record(factory: Callable[[], nn.Module]) -> Recording:
 def _recording(model: nn.Module, recorder: Recorder) -> Recording:
     """Check that the values of all parameters and buffers are known, and plan their replay."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        if on_meta(tensor) and (trouble := recorder.trouble(tensor)):
-            recorder.reject(f"{name}: {trouble}")
-    constants = {name: tensor.detach().clone() for name, tensor in named if not on_meta(tensor)}
+    constants: dict[str, Tensor] = {}
     places: dict[int, list[tuple[str, View]]] = defaultdict(list)
     for name, tensor in named:
-        if on_meta(tensor):
-            places[view_of(tensor).storage].append((name, view_of(tensor)))
+        if not on_meta(tensor):
+            constants[name] = tensor.detach().clone()
+            continue
+        if trouble := recorder.trouble(tensor):
+            recorder.reject(f"{name}: {trouble}")
+        places[view_of(tensor).storage].append((name, view_of(tensor)))
     if constants:
         model = meta_copy(model)
     if recorder.reason:
@@ -346,15 +342,9 @@ class Recorder(TorchDispatchMode):
         It rejects samples until all lie between the bounds, so the number of draws depends on their values,
         and on the meta device it does nothing at all. The function that does the work is replaced for the
         time of the recording."""
-        original = nn.init._no_grad_trunc_normal_
-        nn.init._no_grad_trunc_normal_ = self._opaque(original)
-        try:
-            yield
-        finally:
-            nn.init._no_grad_trunc_normal_ = original
+        original: Any = nn.init._no_grad_trunc_normal_
 
-    def _opaque(self, original: Callable[..., Any]) -> Callable[..., Tensor]:
-        def noted(tensor: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
+        def noted(tensor: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
             if not on_meta(tensor):
                 return original(tensor, *args, generator=generator, **kwargs)
             if generator is not None or self.trouble(tensor) == _UNSEEN:
@@ -364,7 +354,11 @@ class Recorder(TorchDispatchMode):
             self._append(Operation(original, (view, *args), kwargs, view, False, whole, random=True))
             return tensor
 
-        return noted
+        nn.init._no_grad_trunc_normal_ = noted
+        try:
+            yield
+        finally:
+            nn.init._no_grad_trunc_normal_ = original
 
     def _register(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()

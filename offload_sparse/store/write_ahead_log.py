@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,10 @@ Piece = tuple[Selection, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Entry:
-    """What came with the newest log: its number, and the JSON and the tensors that the caller gave."""
+    """What came with the newest log: the JSON and the tensors that the caller gave."""
 
-    round: int
     state: dict[str, Any]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor]
 
 
 class WriteAheadLog:
@@ -96,7 +95,7 @@ class WriteAheadLog:
         with self._open(rounds[-1]) as log:
             names = [name for name in log.keys() if name.startswith("state.")]  # noqa: SIM118 - no mapping
             tensors = {name.removeprefix("state."): log.get_tensor(name).clone() for name in names}
-            return Entry(rounds[-1], self._state(log.metadata() or {}), tensors)
+            return Entry(self._state(log.metadata() or {}), tensors)
 
     def _state(self, metadata: Mapping[str, str]) -> dict[str, Any]:
         try:
