@@ -84,13 +84,10 @@ class Window:
 
 
 class DirectFiles:
-    """The arrays of a store, in a file of one type per kind, read and written by ``handle`` in windows of so
-    many bytes."""
+    """The arrays of a store, in a file of one type per kind, read and written by ``handle`` in windows."""
 
-    def __init__(
-        self, handle: Handle, paths: Mapping[str, Path], dtype: torch.dtype, window: int = WINDOW
-    ) -> None:
-        self._handle, self._paths, self._dtype, self._window = handle, paths, dtype, window
+    def __init__(self, handle: Handle, paths: Mapping[str, Path], dtype: torch.dtype) -> None:
+        self._handle, self._paths, self._dtype = handle, paths, dtype
         self._buffers: list[Tensor] = []
         self._lock = threading.Lock()  # a round's entries may come while those of another go back
 
@@ -98,7 +95,7 @@ class DirectFiles:
         """``copy_blocks`` of (kind, flat array) pairs with files as the sources. Raises OSError: a file
         cannot be read or written."""
         item = self._dtype.itemsize
-        found = windows(plan, self._window // item, ALIGN // item)
+        found = windows(plan, WINDOW // item, ALIGN // item)
         if not found or not pairs:
             return
         with self._lock:

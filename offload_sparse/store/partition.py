@@ -4,9 +4,8 @@
     ranks              |<---- rank 0 ---->|<---- rank 1 ---->|<-- rank 2 --> …
 
 The full flat buffer is cut into world_size runs of nearly equal length, each cut moved to the nearest row
-(dimension 0).
-Because a narrow buffer keeps the order of the full one, the kept entries of a rank are one run of the narrow
-buffer too: assembling a subnet needs one collective on contiguous memory and no reordering.
+(dimension 0). Because a narrow buffer keeps the order of the full one, the kept entries of a rank are one run
+of the narrow buffer too: assembling a subnet needs no reordering.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from offload_sparse.channels.selection import Kept, Layout, Selection
+from offload_sparse.channels.selection import Layout, Selection
 
 Places = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -29,18 +28,14 @@ class Partition:
     layout: Layout
     world_size: int
     # Every round asks for them again.
-    _shards: dict[int, Layout] = field(default_factory=dict, repr=False, compare=False)
-    _places: dict[tuple[tuple[str, ...], int], Places] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _shards: dict[int, Layout] = field(default_factory=dict)
+    _places: dict[tuple[tuple[str, ...], int], Places] = field(default_factory=dict)
 
     def first_row(self, name: str, rank: int) -> int:
         """The first row of tensor ``name`` that belongs to ``rank`` or a later one, in [0, rows]."""
-        if rank <= 0:
-            return 0
         rows, length = row_shape(self.layout.shapes[name])
-        if rank >= self.world_size or not length:
-            return rows
+        if not length:
+            return rows if rank else 0
         cut = self.layout.size * rank // self.world_size - self.layout.offsets[name]
         return min(rows, max(0, (2 * cut + length) // (2 * length)))
 
@@ -51,15 +46,12 @@ class Partition:
     def shard(self, rank: int) -> Layout:
         """Layout of the rows that ``rank`` owns; tensors of which it owns nothing have zero rows."""
         if rank not in self._shards:
-            self._shards[rank] = self._shard(rank)
+            shapes = {}
+            for name, shape in self.layout.shapes.items():
+                low, high = self.rows(name, rank)
+                shapes[name] = (high - low, *shape[1:])
+            self._shards[rank] = Layout.of(shapes)
         return self._shards[rank]
-
-    def _shard(self, rank: int) -> Layout:
-        shapes = {}
-        for name, shape in self.layout.shapes.items():
-            low, high = self.rows(name, rank)
-            shapes[name] = (high - low, *shape[1:])
-        return Layout.of(shapes)
 
     def places(self, names: tuple[str, ...], rank: int) -> Places:
         """int64 of these tensors: where each begins in the shard of ``rank``, and [tensors, 2], the rows that
@@ -75,21 +67,15 @@ class Partition:
         return self._cut(selection, narrow, rank), self._cut(selection, narrow, rank + 1)
 
     def _cut(self, selection: Selection, narrow: Layout, rank: int) -> int:
-        if rank >= self.world_size:
-            return narrow.size
         for name in self.layout.shapes:
             first, (rows, _) = self.first_row(name, rank), row_shape(self.layout.shapes[name])
             if first < rows:
                 kept = selection.kept[name][0] if selection.kept[name] else None
-                return narrow.offsets[name] + kept_before(kept, first) * row_shape(narrow.shapes[name])[1]
+                before = first if kept is None else int((kept < first).sum())
+                return narrow.offsets[name] + before * row_shape(narrow.shapes[name])[1]
         return narrow.size
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, entries per row) of a tensor; a scalar is one row of one entry."""
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
-
-
-def kept_before(kept: Kept, row: int) -> int:
-    """How many kept positions are smaller than ``row``."""
-    return row if kept is None else int((kept < row).sum())

@@ -193,12 +193,12 @@ class WeightStore:
 
     def own_rows(self, name: str, kind: str | None = None) -> Tensor:
         """This rank's rows of tensor ``name`` (of the slot ``kind``), a view of the store."""
-        kind = kind or (WEIGHTS if name in self.partitions[WEIGHTS].layout else BUFFERS)
+        kind = kind or self._kind_of(name)
         return self._shards[kind].view(self.arrays[kind], name)
 
     def own_range(self, name: str) -> tuple[int, int]:
         """The first row of tensor ``name`` that is this rank's, and the first behind."""
-        return self._partition_of(name).rows(name, self.ranks.rank)
+        return self.partitions[self._kind_of(name)].rows(name, self.ranks.rank)
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take this rank's rows out of whole tensors that every rank iterates over, one at a time."""
@@ -206,9 +206,8 @@ class WeightStore:
             if not self.has_rows(name):
                 self.integer_buffers[name] = tensor.clone()
                 continue
-            low, high = self.own_range(name)
             own = self.own_rows(name)
-            own.copy_(tensor[low:high] if tensor.dim() else tensor.expand(own.shape))
+            own.copy_(self._rows_of(name, self.ranks.rank, tensor).reshape(own.shape))
 
     def fill_from_first_rank(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Stream whole tensors (every parameter and buffer), which rank 0 of those that share the store holds
@@ -236,7 +235,7 @@ class WeightStore:
         for rank in range(1, self.ranks.world_size):
             rows = self._rows_of(name, rank, tensor)
             if rows.numel():
-                dist.send(rows.contiguous(), dst=first + rank, group=group)
+                dist.send(rows.to(self.dtype).contiguous(), dst=first + rank, group=group)
 
     def to_first_rank(self, name: str, kind: str) -> Tensor | None:
         """A copy of the whole tensor ``name`` (of the slot ``kind``) on rank 0, None elsewhere."""
@@ -330,9 +329,9 @@ class WeightStore:
 
         return finish
 
-    def _partition_of(self, name: str) -> Partition:
-        return self.partitions[WEIGHTS if name in self.partitions[WEIGHTS].layout else BUFFERS]
+    def _kind_of(self, name: str) -> str:
+        return WEIGHTS if name in self.partitions[WEIGHTS].layout else BUFFERS
 
     def _rows_of(self, name: str, rank: int, tensor: Tensor) -> Tensor:
-        low, high = self._partition_of(name).rows(name, rank)
-        return (tensor[low:high] if tensor.dim() else tensor.expand(high - low)).to(self.dtype)
+        low, high = self.partitions[self._kind_of(name)].rows(name, rank)
+        return tensor[low:high] if tensor.dim() else tensor.expand(high - low)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.selection import Selection
+from offload_sparse.store import direct_files
 from offload_sparse.store.copy.blocks import BlockPlan, Numbers
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.direct_files import ALIGN, DirectFiles, open_handle, windows
@@ -101,15 +102,19 @@ def test_files_give_and_take_the_bits_that_memory_does(
     kinds = ("weights", "slot")
     arrays = {kind: torch.randn(source) for kind in kinds}
     files = {kind: file_of(folder, kind, array) for kind, array in arrays.items()}
-    direct = DirectFiles(Plain(), files, torch.float32, window)
+    direct = DirectFiles(Plain(), files, torch.float32)
 
     found, expected = ({kind: torch.zeros(target) for kind in kinds} for _ in range(2))
-    direct.copy(plan, list(found.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct_files, "WINDOW", window)
+        direct.copy(plan, list(found.items()))
     copy_blocks(plan, [(arrays[kind], expected[kind]) for kind in kinds])
     assert all(torch.equal(found[kind], expected[kind]) for kind in kinds)
 
     trained = {kind: torch.randn(target) for kind in kinds}
-    direct.copy(plan, list(trained.items()), reverse=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct_files, "WINDOW", window)
+        direct.copy(plan, list(trained.items()), reverse=True)
     copy_blocks(plan, [(arrays[kind], trained[kind]) for kind in kinds], reverse=True)
     for kind in kinds:
         assert files[kind].read_bytes()[: 4 * source] == arrays[kind].numpy().tobytes()

@@ -178,16 +178,16 @@ def test_neighbouring_units_become_longer_ones() -> None:
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        (torch.zeros(9), torch.zeros(9, dtype=torch.float64), "one dtype"),
-        (torch.zeros(3, 3), torch.zeros(9), "flat"),
-        (torch.zeros(18)[::2], torch.zeros(9), "contiguous"),
-        (torch.zeros(8), torch.zeros(9), "the source array has 8 entries"),
-        (torch.zeros(9), torch.zeros(3), "the target array has 3 entries"),
+        (torch.zeros(9), torch.zeros(9, dtype=torch.float64), r"arrays of torch\.float32 and torch\.float64"),
+        (torch.zeros(3, 3), torch.zeros(9), "not flat"),
+        (torch.zeros(18)[::2], torch.zeros(9), "has gaps"),
+        (torch.zeros(8), torch.zeros(9), "8 entries, the blocks need 9"),
+        (torch.zeros(9), torch.zeros(3), "3 entries, the blocks need 4"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(source: Tensor, target: Tensor, message: str) -> None:
     plan = plan_of([Block(2, 1, 2, Grid(5, 2), Grid(0, 2))])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AssertionError, match=message):
         copy_blocks(plan, [(source, target)])
 
 
@@ -232,7 +232,7 @@ def test_the_kernel_looks_ahead_in_the_array_with_the_longer_rows(reverse: bool)
     assert packed.blocks[0, columns].tolist() == ([0, 1] if reverse else [1, 0])
 
 
-def test_sizes_that_the_planner_knows_are_checked_like_those_found_out() -> None:
+def test_arrays_are_as_large_as_the_planner_says_wherever_the_blocks_end() -> None:
     plan = plan_of([Block(2, 1, 2, Grid(0, 2), Grid(0, 2))], (9, 4))
-    with pytest.raises(ValueError, match="the source array has 8 entries, the blocks need 9"):
+    with pytest.raises(AssertionError, match="8 entries, the blocks need 9"):
         copy_blocks(plan, [(torch.zeros(8), torch.zeros(4))])

@@ -117,7 +117,8 @@ def test_an_entry_is_fetched_only_if_no_subnet_holds_it(
     assert sum(plan.own_entries for plan in plans) == len(kept_t - kept_a - kept_b)
     carried = plans[0].carried
     assert sum(plan.entries for plan in carried.values()) == len(kept_t & (kept_a | kept_b))
-    assert shared_plan(target, a).entries == len(kept_t & kept_a)
+    shared = [shared_plan(target, a, (partition, rank)).entries for rank in range(world)]
+    assert sum(shared) == len(kept_t & kept_a)
     regions = Regions(target.selection, [a.selection], wanted=[None])
     leaving = [return_plan(partition, rank, target, regions).entries for rank in range(world)]
     assert sum(leaving) == len(kept_t - kept_a)

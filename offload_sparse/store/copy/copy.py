@@ -26,18 +26,21 @@ from offload_sparse.store.copy.host_copy import copy_in_host_memory
 
 @torch.no_grad()
 def copy_blocks(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool = False) -> None:
-    """Copy all blocks from the first to the second array of every pair. Raises ValueError: an array is too
-    small for the blocks, not flat, or of another dtype than its partner.
+    """Copy all blocks from the first to the second array of every pair.
 
     Args:
         plan: the blocks.
-        pairs: flat contiguous arrays (source, target) of one dtype, in host memory or on a CUDA device: the
-            weights, then each optimizer slot. Entries outside the blocks are not written. Copies that
-            involve a CUDA device are in order with its current stream; those that write host memory have
-            ended on return.
+        pairs: flat contiguous arrays (source, target) of one dtype, of the sizes of the plan or larger, in
+            host memory or on a CUDA device: the weights, then each optimizer slot. Entries outside the blocks
+            are not written. Copies that involve a CUDA device are in order with its current stream; those
+            that write host memory have ended on return.
         reverse: copy from the second to the first array."""
     for source, target in pairs:
-        _check(plan, source, target)
+        assert source.dtype == target.dtype, f"arrays of {source.dtype} and {target.dtype}"
+        for array, size in ((source, plan.source_size), (target, plan.target_size)):
+            assert array.dim() == 1, f"an array {list(array.shape)} is not flat"
+            assert array.is_contiguous(), "an array has gaps"
+            assert array.numel() >= size, f"an array has {array.numel()} entries, the blocks need {size}"
     if not plan.entries:
         return
     if all(array.device.type == "cpu" for pair in pairs for array in pair):
@@ -65,13 +68,3 @@ def send_tables(
         if host is not None:
             plans = [plan for plan in plans if device_copy.is_direct(plan, host, device, to_host)]
         device_copy.send_tables(plans, device)
-
-
-def _check(plan: BlockPlan, source: Tensor, target: Tensor) -> None:
-    if source.dtype != target.dtype:
-        raise ValueError(f"arrays of {source.dtype} and {target.dtype} cannot be copied; give one dtype")
-    for name, array, size in (("source", source, plan.source_size), ("target", target, plan.target_size)):
-        if array.dim() != 1 or not array.is_contiguous():
-            raise ValueError(f"the {name} array must be flat and contiguous, not {list(array.shape)}")
-        if array.numel() < size:
-            raise ValueError(f"the {name} array has {array.numel()} entries, the blocks need {size}")

@@ -99,9 +99,10 @@ def copy_staged(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) 
 
 
 def _send(first: BlockPlan, second: BlockPlan, giver: Tensor, taker: Tensor, reverse: bool) -> None:
-    """Pack at the giver, cross, unpack at the taker; runs need neither packing nor unpacking."""
+    """Pack at the giver, cross, unpack at the taker; runs need neither, but what leaves host memory does so
+    from staging, where nothing is written while it is on its way."""
     near, far = (TARGET, SOURCE) if reverse else (SOURCE, TARGET)
-    left, right = first.run(near), second.run(far)
+    left, right = first.run(near) if giver.device.type == "cuda" else None, second.run(far)
     packed = _empty_near(giver, first.entries) if left is None else giver[left]
     if left is None:
         _copy(first, giver, packed, reverse)
@@ -210,14 +211,8 @@ def _locate(blocks, indices, base, row, unit_number, rest, unit, used):  # type:
 
 @jit
 def copy_programs(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    programs,  # noqa: ANN001
-    blocks,  # noqa: ANN001
-    indices,  # noqa: ANN001
-    source,  # noqa: ANN001
-    target,  # noqa: ANN001
-    from_grid: tl.constexpr,
-    to_grid: tl.constexpr,
-    step: tl.constexpr,
+    programs, blocks, indices, source, target,  # noqa: ANN001
+    from_grid: tl.constexpr, to_grid: tl.constexpr, step: tl.constexpr,
 ):
     program = tl.program_id(0)
     base = tl.load(programs + program * 3) * 10

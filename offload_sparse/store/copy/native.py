@@ -117,9 +117,7 @@ stream_word, stream_long = _streaming(32), _streaming(64)
 @njit(nogil=True, inline="always")
 def row_address(blocks: int, indices: int, block: int, grid: int, row: int, array: int, size: int) -> int:
     base = block * t.BLOCK_WIDTH + grid
-    rows = load(blocks, base + t.GRID_ROWS)
-    if rows >= 0:
-        row = load(indices, rows + row)
+    row = load(indices, load(blocks, base + t.GRID_ROWS) + row)
     return array + (load(blocks, base + t.GRID_START) + row * load(blocks, base + t.GRID_ROW_LENGTH)) * size
 
 

@@ -167,14 +167,12 @@ def _plan(regions: Regions, target: Narrow, moves: Iterable[tuple[Pieces, _Array
     return BlockPlan(np.concatenate(parts), regions.indices, sizes)
 
 
-def shared_plan(target: Narrow, holder: Narrow, owner: tuple[Partition, int] | None = None) -> BlockPlan:
-    """From ``holder`` to ``target``: the entries that both keep, with ``owner`` only those of the rows that
-    this rank of a partition owns.
+def shared_plan(target: Narrow, holder: Narrow, owner: tuple[Partition, int]) -> BlockPlan:
+    """From ``holder`` to ``target``: the entries that both keep, of the rows that this rank of a partition
+    owns.
     """
     regions = Regions(target.selection, [holder.selection], wanted=[0])
-    pieces = regions.of(target.names, 0)
-    if owner is not None:
-        pieces = _Shard(*owner, target).own(pieces, regions.indices)
+    pieces = _Shard(*owner, target).own(regions.of(target.names, 0), regions.indices)
     return _plan(regions, target, [(pieces, holder.among(regions, 0), target.among(regions, None))])
 
 

@@ -36,12 +36,11 @@ MOST_HOLDERS = 7
 
 
 class Tensors(NamedTuple):
-    """Full tensors as rows of units, int64 each: the numbers of these rows and of these units, whether all
-    units are kept always, entries per unit and per row."""
+    """Full tensors as rows of units, int64 each: the numbers of these rows and of these units, entries per
+    unit and per row."""
 
     rows: Numbers
     units: Numbers
-    turned: Numbers
     unit: Numbers
     row_length: Numbers
 
@@ -53,8 +52,7 @@ class Geometry:
     atoms there.
 
     Attributes:
-        meet: bool[numbers, numbers], the pairs of rows and units of all tensors, those first whose code
-            matters.
+        meet: bool[numbers, numbers], the pairs of rows and units of all tensors.
         number_of: int64[positions] of all rows and units, one behind the other: their number.
         within: int64[positions], counted from the first of the same rows or units.
         starts: int64, the first position of each."""
@@ -68,11 +66,10 @@ class Geometry:
             last = max((dim for dim, axis in enumerate(axes) if dim and axis is not None), default=0)
             rows = self._number(axes[:1] or (None,), shape[:1] or (1,))
             units = self._number(axes[1 : last + 1], shape[1 : last + 1])
-            fixed = all(axis is None for axis in axes[1:])
-            self._shapes[name] = rows, units, fixed, prod(shape[last + 1 :]), prod(shape[1:])
+            self._shapes[name] = rows, units, prod(shape[last + 1 :]), prod(shape[1:])
         self.meet = np.zeros((len(self._atoms), len(self._atoms)), bool)
-        for rows, units, fixed, *_ in self._shapes.values():
-            self.meet[(units, rows) if fixed else (rows, units)] = True
+        for rows, units, *_ in self._shapes.values():
+            self.meet[rows, units] = True
         self._known: dict[tuple[str, ...], Tensors] = {}
         sizes = [len(atoms[0]) for atoms in self._atoms]
         self.starts = np.cumsum([0, *sizes])[:-1]
@@ -89,7 +86,7 @@ class Geometry:
     def tensors(self, names: tuple[str, ...]) -> Tensors:
         """Those of ``names``, in order."""
         if names not in self._known:
-            found = np.array([self._shapes[name] for name in names], np.int64).reshape(-1, 5)
+            found = np.array([self._shapes[name] for name in names], np.int64).reshape(-1, 4)
             self._known[names] = Tensors(*found.T.copy())
         return self._known[names]
 
@@ -224,8 +221,7 @@ class Regions:
         """What all holders that are asked for have of the tensors, and which of it is whose."""
         size, cases = len(self._geometry.starts), len(self._holder_of)
         case = np.arange(cases)[:, None] * size
-        rows = case + (full.rows + full.turned * (cases * size))
-        units = case + (full.units + (1 - full.turned) * (cases * size))
+        rows, units = case + full.rows, case + full.units + cases * size
         n_rows, n_units = self._counts[rows], self._counts[units]
         case, tensors = np.nonzero(n_rows * n_units)
         holder = self._holder_of[case]

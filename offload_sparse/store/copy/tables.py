@@ -6,7 +6,8 @@ The native kernel's, adjacent units merged, work cut into items:
     blocks    unit, position of run lengths, and for each array: start, row length, positions of rows and of
               units, whether to look ahead in this array, and whether it is the other one and its units
               leave no gaps; positions are those in
-    indices   one int64 array: row numbers, offsets of units within a row (in entries), run lengths
+    indices   those of the plan, of which row numbers are read; behind them offsets of units within a row (in
+              entries), and run lengths
 
 A device's, in its own memory, so that a copy sends nothing there:
 
@@ -53,17 +54,15 @@ class Tables:
 
     def __init__(self, plan: BlockPlan) -> None:
         self._plan = plan
-        self._chunks: list[Numbers] = []
-        self._size = 0
-        self._known_rows: dict[tuple[int, int], int] = {}
-        self._known_units: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._chunks, self._size = [plan.indices], len(plan.indices)
+        self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._items: list[tuple[int, ...]] = []
         rows = [self._block(number, _without_full_rows(block)) for number, block in enumerate(plan.blocks)]
         self.blocks = np.array(rows, np.int64).reshape(-1, BLOCK_WIDTH)
         self.items = np.array(self._items, np.int64).reshape(-1, ITEM_WIDTH)
-        self.indices = np.concatenate([np.zeros(0, np.int64), *self._chunks])
+        self.indices = np.concatenate(self._chunks)
         self.addresses = tuple(int(table.ctypes.data) for table in (self.items, self.blocks, self.indices))
-        del self._plan, self._chunks, self._known_rows, self._known_units, self._items
+        del self._plan, self._chunks, self._known, self._items
 
     def call(self, source: Tensor, target: Tensor, reverse: bool, stream: bool) -> Numbers:
         """What the kernel takes to copy all items once between two flat arrays of one dtype (back if
@@ -88,24 +87,19 @@ class Tables:
         """Unit, position of run lengths (-1: none), units or runs per row, mean entries of one, and positions
         of their offsets in source and target; tensors that keep the same units share them."""
         key = block.n_units, block.unit, block.source.units, block.target.units
-        if key not in self._known_units:
-            self._known_units[key] = self._add_units(block)
-        return self._known_units[key]
+        if key not in self._known:
+            self._known[key] = self._add_units(block)
+        return self._known[key]
 
     def _add_units(self, block: Block) -> tuple[int, ...]:
         source, target = (
             self._plan.numbers(grid.units, block.n_units) for grid in (block.source, block.target)
         )
-        unit, breaks = block.unit, _breaks(source, target)
-        runs = len(breaks) + 1
-        if len(source) * unit < RUN_FROM * runs and _some_unit_alone(breaks):
-            at = self._add(source * unit if unit > 1 else source), self._add(target * unit)
-            return unit, -1, len(source), unit, *at
-        lengths = np.diff(breaks, prepend=0, append=len(source))
+        lengths = np.diff(_breaks(source, target), prepend=0, append=len(source))
         step = int(np.gcd.reduce(lengths))  # runs that are all multiples of some units make longer units
-        source, target = (side[::step] * unit for side in (source, target))
-        unit, lengths = unit * step, lengths // step
-        if len(source) * unit < RUN_FROM * runs:
+        source, target = (side[::step] * block.unit for side in (source, target))
+        unit, lengths = block.unit * step, lengths // step
+        if len(source) * unit < RUN_FROM * len(lengths):
             return unit, -1, len(source), unit, self._add(source), self._add(target)
         first = np.cumsum(lengths) - lengths
         source, target, lengths = _cut(source[first], target[first], lengths * unit)
@@ -113,10 +107,9 @@ class Tables:
         return unit, lengths_at, len(lengths), mean, self._add(source), self._add(target)
 
     def _grid(self, block: Block, grid: Grid, units_at: int, ahead: bool) -> tuple[int, ...]:
-        rows_at = -1 if grid.rows == COUNTED else self._rows(grid.rows, block.n_rows)
         first, last = self._plan.indices[[grid.units, grid.units + block.n_units - 1]]
         dense = not ahead and last - first == block.n_units - 1  # of the wider array nobody asks
-        return grid.start, grid.row_length, rows_at, units_at, int(ahead), int(dense)
+        return grid.start, grid.row_length, grid.rows, units_at, int(ahead), int(dense)
 
     def _add_items(self, number: int, n_rows: int, n_units: int, mean: int) -> None:
         entries = n_rows * n_units * mean
@@ -130,12 +123,6 @@ class Tables:
             for first in range(0, n_units, units):
                 last = min(n_units, first + units)
                 self._items.append((number, row, row_end, first, last))
-
-    def _rows(self, place: int, count: int) -> int:
-        """Position of row numbers, which several blocks may share."""
-        if (place, count) not in self._known_rows:
-            self._known_rows[place, count] = self._add(self._plan.numbers(place, count))
-        return self._known_rows[place, count]
 
     def _add(self, numbers: Numbers) -> int:
         self._chunks.append(numbers)
@@ -160,24 +147,24 @@ class DeviceTables(NamedTuple):
             device: where the tables shall be.
             program: entries per program."""
         indices = {id(plan.indices): plan.indices for plan in plans}
-        columns = np.concatenate([plan.columns for plan in plans])
-        blocks = np.array([len(plan.columns) for plan in plans])
-        entries = np.concatenate([plan.counts for plan in plans])
-        counts = -(-entries // program)
-        ends = counts.cumsum()
-        number = np.arange(len(columns)).repeat(counts)
-        first = (np.arange(len(number)) - (ends - counts)[number]) * program
-        own = np.arange(len(columns)) - np.repeat(blocks.cumsum() - blocks, blocks)
-        programs = np.stack([own[number], first, np.minimum(first + program, entries[number])], 1)
-        parts = [*indices.values(), programs.ravel(), columns[:, :N_ROWS].ravel()]
-        sizes = [len(part) for part in indices.values()]
-        sizes += (3 * np.diff(ends[blocks.cumsum() - 1], prepend=0)).tolist() + (N_ROWS * blocks).tolist()
-        sent = to_device(torch.from_numpy(np.concatenate(parts)), device).split(sizes)
+        programs = [_programs(plan, program) for plan in plans]
+        parts = [*indices.values(), *programs, *(plan.columns[:, :N_ROWS] for plan in plans)]
+        together = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+        sent = to_device(together, device).split([part.size for part in parts])
         there, sent = dict(zip(indices, sent, strict=False)), sent[len(indices) :]
         return [
             DeviceTables(programs.view(-1, 3), blocks.view(-1, N_ROWS), there[id(plan.indices)])
             for plan, programs, blocks in zip(plans, sent, sent[len(plans) :], strict=False)
         ]
+
+
+def _programs(plan: BlockPlan, size: int) -> Numbers:
+    """int64[programs, 3]: the blocks of a plan in ranges of at most ``size`` entries."""
+    entries = plan.counts
+    counts = -(-entries // size)
+    block = np.arange(len(counts)).repeat(counts)
+    first = (np.arange(len(block)) - (counts.cumsum() - counts)[block]) * size
+    return np.stack([block, first, np.minimum(first + size, entries[block])], 1)
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
@@ -208,11 +195,6 @@ def _breaks(source: Numbers, target: Numbers) -> Numbers:
     """Where runs of units that are adjacent in both arrays begin anew."""
     new = ((source[1:] - source[:-1]) != 1) | ((target[1:] - target[:-1]) != 1)
     return np.flatnonzero(new) + 1
-
-
-def _some_unit_alone(breaks: Numbers) -> bool:
-    """Whether a run of one unit is easily seen: then units cannot be made longer."""
-    return len(breaks) > 0 and (breaks[0] == 1 or bool((breaks[1:] - breaks[:-1] == 1).any()))
 
 
 def _cut(source: Numbers, target: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers, Numbers]:

@@ -17,9 +17,6 @@ from offload_sparse.store.copy.tables import to_device, used_now
 CHUNK = 1 << 20
 """Entries copied per call, or one row: 16 MiB of numbers."""
 
-_Pair = tuple[Tensor, Tensor]
-"""int64: the numbers of some entries in the source and in the target."""
-
 
 @torch.no_grad()
 def copy_by_torch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool) -> None:
@@ -49,7 +46,8 @@ def _indices(plan: BlockPlan, device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(plan.indices), device)
 
 
-def _chunks(plan: BlockPlan, indices: Tensor) -> Iterator[_Pair]:
+def _chunks(plan: BlockPlan, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """int64: the numbers of some entries in the source and in the target, until all have been."""
     for block in plan.blocks:
         step = max(1, CHUNK // (block.n_units * block.unit))
         for first in range(0, block.n_rows, step):
