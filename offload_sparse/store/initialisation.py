@@ -238,6 +238,7 @@ _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 """Functions that make a tensor from Python values, which the meta device would lose."""
 
 _UNDEFINED = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+# Of their tensors only shapes and types are read.
 _LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 _FROM_TENSORS = {"copy_", "fill_", "_to_copy", "clone", "cat", "stack"}
 _OVERWRITING = {"copy_", "fill_", "zero_", "eye"}
@@ -422,7 +423,7 @@ class Recorder(TorchDispatchMode):
         overwrites = bool(fresh) or ((is_random or name in _OVERWRITING) and self._whole(target))
         return Operation(
             call,
-            tree_map_only(Tensor, _like if name in _LIKE else _literal, args),
+            tree_map_only(Tensor, Tensor.detach if name in _LIKE else _literal, args),
             {key: tree_map_only(Tensor, _literal, value) for key, value in kwargs.items()}
             | ({"device": torch.device("cpu")} if "device" in kwargs or name in _LIKE else {}),
             view_of(target),
@@ -492,8 +493,3 @@ def view_of(tensor: Tensor) -> View:
 def _literal(tensor: Tensor) -> View | Tensor:
     """A meta tensor by its place in its storage; a real one by its value."""
     return view_of(tensor) if on_meta(tensor) else tensor.detach().clone()
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """A meta tensor that only lends its shape and dtype."""
-    return tensor.detach()

@@ -33,9 +33,6 @@ from offload_sparse.store.weight_store import WeightStore
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 _ALONE = "alone"
 
-Piece = tuple[Selection, Mapping[str, Tensor]]
-"""A selection and, by kind, the whole narrow flat buffers that are about to be scattered; on any device."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -58,15 +55,16 @@ class WriteAheadLog:
         self,
         round: int,
         store: WeightStore,
-        pieces: Sequence[Piece],
+        pieces: Sequence[tuple[Selection, Mapping[str, Tensor]]],
         state: Mapping[str, Any],
         tensors: Mapping[str, Tensor] | None = None,
         alone: bool = False,
     ) -> None:
-        """Log what is about to be scattered into ``store`` (of which only the layout is read), with small
-        JSON and tensors that are handed back with it, under a number larger than any before. ``alone``: the
-        store on the disk holds all else, and earlier logs no longer count. When this returns, the log
-        outlives the process and the machine. Raises OSError: it cannot be written."""
+        """Log what is about to be scattered into ``store`` (of which only the layout is read): by selection
+        and kind whole narrow flat buffers, on any device; with small JSON and tensors that are handed back
+        with it, under a number larger than any before. ``alone``: the store on the disk holds all else, and
+        earlier logs no longer count. When this returns, the log outlives the process and the machine. Raises
+        OSError: it cannot be written."""
         assert round >= self.next, "a log never replaces another, which may hold what the store does not"
         content: dict[str, Tensor] = {f"state.{name}": t for name, t in (tensors or {}).items()}
         for index, (selection, arrays) in enumerate(pieces):
