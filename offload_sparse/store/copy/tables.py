@@ -95,19 +95,20 @@ class Tables:
         source, target = (
             self._plan.numbers(grid.units, block.n_units) for grid in (block.source, block.target)
         )
-        lengths = np.diff(_breaks(source, target), prepend=0, append=len(source))
+        bounds = _bounds(source, target)
+        lengths = bounds[1:] - bounds[:-1]
         step = int(np.gcd.reduce(lengths))  # runs that are all multiples of some units make longer units
         source, target = (side[::step] * block.unit for side in (source, target))
         unit, lengths = block.unit * step, lengths // step
         if len(source) * unit < RUN_FROM * len(lengths):
             return unit, -1, len(source), unit, self._add(source), self._add(target)
-        first = np.cumsum(lengths) - lengths
+        first = bounds[:-1] // step
         source, target, lengths = _cut(source[first], target[first], lengths * unit)
         lengths_at, mean = self._add(lengths), int(lengths.mean())
         return unit, lengths_at, len(lengths), mean, self._add(source), self._add(target)
 
     def _grid(self, block: Block, grid: Grid, units_at: int, ahead: bool) -> tuple[int, ...]:
-        first, last = self._plan.indices[[grid.units, grid.units + block.n_units - 1]]
+        first, last = self._plan.indices[grid.units], self._plan.indices[grid.units + block.n_units - 1]
         dense = not ahead and last - first == block.n_units - 1  # of the wider array nobody asks
         return grid.start, grid.row_length, grid.rows, units_at, int(ahead), int(dense)
 
@@ -191,10 +192,11 @@ def _without_full_rows(block: Block) -> Block:
     return Block(length, block.n_rows, *sides, 1)
 
 
-def _breaks(source: Numbers, target: Numbers) -> Numbers:
-    """Where runs of units that are adjacent in both arrays begin anew."""
-    new = ((source[1:] - source[:-1]) != 1) | ((target[1:] - target[:-1]) != 1)
-    return np.flatnonzero(new) + 1
+def _bounds(source: Numbers, target: Numbers) -> Numbers:
+    """Where runs of units that are adjacent in both arrays begin, and the end of the last."""
+    new = np.ones(len(source) + 1, bool)
+    new[1:-1] = ((source[1:] - source[:-1]) != 1) | ((target[1:] - target[:-1]) != 1)
+    return np.flatnonzero(new)
 
 
 def _cut(source: Numbers, target: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers, Numbers]:
