@@ -64,7 +64,7 @@ def measure(name: str, pairs: int, repetitions: int) -> dict[str, list[float]]:
             closure(module)
 
     def probe() -> None:
-        run_probe(search, module, selection, channel_map, [closure], Forward(), Ranks(0, 1))
+        run_probe(search, module, selection, [closure], Forward(), Ranks(0, 1))
 
     seconds = take_turns({"plain": plain, "probe": probe}, repetitions)
     return {side: [value / (2 * pairs) for value in values] for side, values in seconds.items()}

@@ -23,7 +23,7 @@ from offload_sparse.bench.measure import default_device, session_of
 from offload_sparse.bench.options import VarianceConfig
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import OptimConfig, RoundConfig
-from offload_sparse.engine.mask_losses import losses_of
+from offload_sparse.engine.probing import losses_of
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import CONTROLLED, ESTIMATORS, Comparison, precondition, regressed
@@ -107,8 +107,8 @@ def draw_pairs(session: SparseOffload, batch: Batch, estimator: str, count: int)
     sampler.load_state_dict(state)
     masks = [sampler.sample(round) for round in range(count)]
     flat = [mask for pair in masks for mask in pair]
-    closures, channel_map = [partial(classification_loss, batch=batch)], session.channel_map
-    losses = losses_of(flat, closures, channel_map, session.transfers, session.forward, session.ranks)
+    closures = [partial(classification_loss, batch=batch)]
+    losses = losses_of(flat, closures, session.transfers, session.forward, session.ranks)
     losses = losses.view(count, 2)
     m, m_ref = (torch.stack(side) for side in zip(*masks, strict=True))
     return m, m_ref, losses[:, :1], losses[:, 1:]

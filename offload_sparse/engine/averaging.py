@@ -11,14 +11,13 @@ that no rank held stands still. Everything passes through host memory, where the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from offload_sparse.channels.selection import Selection
 from offload_sparse.engine.config import RoundConfig
-from offload_sparse.engine.subnet_pair import Side
+from offload_sparse.engine.subnet_pair import Piece, Side
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.plans import Narrow, TransferPlan, return_plan, shared_plan
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
@@ -27,28 +26,8 @@ EMA, OUTER = "ema", "outer"
 """Kinds of arrays of the store: the moving average of the weights, and the momentum of the outer step."""
 
 
-Part = tuple["Agreed", dict[str, Tensor], float]
+Part = tuple[Piece, dict[str, Tensor], float]
 """What a rank has sent: where its entries lie, by kind those of this rank's rows, and how much they count."""
-
-
-@dataclass(eq=False)
-class Agreed:
-    """What the rows of this rank become in one subnet.
-
-    Attributes:
-        selection: of the subnet.
-        weights, buffers: the places of its entries in the two kinds of flat buffers.
-        arrays: narrow flat buffers by kind, in host memory; only entries of this rank's rows are defined.
-    """
-
-    selection: Selection
-    weights: Narrow
-    buffers: Narrow
-    arrays: dict[str, Tensor]
-
-    def narrow(self, kind: str) -> Narrow:
-        """Where the entries of arrays of ``kind`` lie."""
-        return self.buffers if kind == BUFFERS else self.weights
 
 
 class Averaging:
@@ -63,8 +42,9 @@ class Averaging:
         self.bytes_sent = 0
 
     @torch.no_grad()
-    def agreed(self, sides: Sequence[Side], per_rank: Sequence[Selection], steps: int) -> list[Agreed]:
-        """The entries of this rank's rows, as all ranks have trained them. Every rank calls it.
+    def agreed(self, sides: Sequence[Side], per_rank: Sequence[Selection], steps: int) -> list[Piece]:
+        """What this rank's rows become, as all ranks have trained them: arrays in host memory, of which only
+        entries of these rows are defined. Every rank calls it.
 
         Args:
             sides: what this rank has trained.
@@ -73,9 +53,8 @@ class Averaging:
         """
         found = []
         for side in sides:
-            own = Agreed(side.selection, side.weights, side.buffers, {})
-            places = [self._places(own, selection) for selection in per_rank]
-            parts = self._exchanged(side, places or [own] * self._ranks.world_size, steps)
+            places = [self._places(side, selection) for selection in per_rank]
+            parts = self._exchanged(side, places or [side] * self._ranks.world_size, steps)
             most = max(count for _, _, count in parts)
             held = [(place, part, count / most) for place, part, count in parts if count]
             found += [self._mean(place, held) for place in dict.fromkeys(place for place, _, _ in held)]
@@ -83,23 +62,24 @@ class Averaging:
             self._step(piece)
         return found
 
-    def _places(self, like: Agreed, selection: Selection) -> Agreed:
+    def _places(self, like: Piece, selection: Selection) -> Piece:
         weights, buffers = (Narrow(selection, at.names, at.step) for at in (like.weights, like.buffers))
-        return Agreed(selection, weights, buffers, {})
+        return Piece(weights, buffers, {})
 
-    def _own(self, place: Agreed, kind: str, owner: int | None = None) -> slice:
+    def _own(self, place: Piece, kind: str, owner: int | None = None) -> slice:
         """The run of a narrow buffer that lies in the rows of ``owner``, by default this rank's."""
         owner = self._store.ranks.rank if owner is None else owner
         partition = self._store.partitions[kind]
         return slice(*partition.segment(place.selection, place.narrow(kind).layout, owner))
 
-    def _exchanged(self, side: Side, places: Sequence[Agreed], steps: int) -> list[Part]:
+    def _exchanged(self, side: Side, places: Sequence[Piece], steps: int) -> list[Part]:
         """From every rank, by kind, its entries of this rank's rows, and behind them its steps. With a store
         per node, each node has an owner that receives them.
         """
         rank, owners = self._ranks.rank, self._store.ranks.world_size
         host = {kind: array.to("cpu") for kind, array in side.arrays.items()}
-        lengths = [[*(_length(self._own(place, kind)) for kind in host), 1] for place in places]
+        owned = [[self._own(place, kind) for kind in host] for place in places]
+        lengths = [[*(run.stop - run.start for run in runs), 1] for runs in owned]
         count = torch.tensor([float(steps)], dtype=self._store.dtype)
         leaving = []
         for other in range(len(places)):
@@ -116,7 +96,7 @@ class Averaging:
             found.append((place, dict(zip(host, runs, strict=True)), float(count)))
         return found
 
-    def _mean(self, place: Agreed, parts: Sequence[Part]) -> Agreed:
+    def _mean(self, place: Piece, parts: Sequence[Part]) -> Piece:
         """Over the ranks that held an entry of ``place``; ranks are added in order, so that every subnet that
         has an entry gives it the same bits.
         """
@@ -135,10 +115,10 @@ class Averaging:
             for kind, total in sums.items():
                 arrays[kind] = torch.empty(place.narrow(kind).layout.size, dtype=self._store.dtype)
                 arrays[kind][self._own(place, kind)] = total / held
-        return Agreed(place.selection, place.weights, place.buffers, arrays)
+        return Piece(place.weights, place.buffers, arrays)
 
     def _shared(
-        self, place: Agreed, other: Agreed, part: dict[str, Tensor]
+        self, place: Piece, other: Piece, part: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The entries that ``other`` has, too, zero elsewhere; and where these are (1, else 0)."""
         like = next(iter(part))
@@ -154,7 +134,7 @@ class Averaging:
         *found, there = (target[own] for _, target in pairs)
         return dict(zip(part, found, strict=True)), there
 
-    def _step(self, piece: Agreed) -> None:
+    def _step(self, piece: Piece) -> None:
         """Go on from the weights of the round's begin, which the rows still hold."""
         lr, momentum = self._rounds.outer_lr, self._rounds.outer_momentum
         own, partition = self._own(piece, WEIGHTS), self._store.partitions[WEIGHTS]
@@ -168,12 +148,3 @@ class Averaging:
             rows[OUTER][own] = moved + momentum * rows[OUTER][own]
             moved = moved + momentum * rows[OUTER][own]
         piece.arrays[WEIGHTS][own] = rows[WEIGHTS][own] + lr * moved
-
-
-def packed(piece: Side | Agreed) -> dict[str, Tensor]:
-    """Its arrays without gaps, as they are saved."""
-    return {kind: piece.narrow(kind).layout.packed(array) for kind, array in piece.arrays.items()}
-
-
-def _length(run: slice) -> int:
-    return int(run.stop) - int(run.start)

@@ -65,23 +65,21 @@ def describe_fault(step: int, ranks: list[int], loss: float) -> str:
     )
 
 
-def fingerprint(tensors: list[Tensor]) -> int:
-    """A 63-bit digest of the exact bytes of ``tensors``."""
+def fingerprint(tensors: list[Tensor]) -> str:
+    """A digest of the exact bytes of ``tensors``."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return int.from_bytes(digest.digest(), "little") >> 1
+    return digest.hexdigest()
 
 
-def assert_equal_on_ranks(named: dict[str, list[Tensor]], world_size: int, device: torch.device) -> None:
+def assert_equal_on_ranks(
+    named: dict[str, list[Tensor]], world_size: int, group: dist.ProcessGroup | None
+) -> None:
     """Compare digests over all ranks. Raises RuntimeError: the ranks hold different values; names what
     differs."""
-    if world_size == 1:
-        return
-    own = torch.tensor([fingerprint(tensors) for tensors in named.values()], dtype=torch.int64, device=device)
-    digests = gathered(own, world_size).T.tolist()
-    differing = [name for name, of_ranks in zip(named, digests, strict=True) if len(set(of_ranks)) > 1]
-    if differing:
+    every = everyones({name: fingerprint(tensors) for name, tensors in named.items()}, world_size, group)
+    if differing := [name for name in named if len({own[name] for own in every}) > 1]:
         raise RuntimeError(
             f"ranks disagree about {', '.join(differing)}: they no longer train the same network"
         )

@@ -19,13 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.engine.averaging import Agreed, packed
 from offload_sparse.engine.distributed import on_every_rank
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import MethodState, restore_small, small_state
-from offload_sparse.engine.subnet_pair import Side
+from offload_sparse.engine.subnet_pair import Piece
 from offload_sparse.store.tiers import FileTier
-from offload_sparse.store.weight_store import WeightStore
 from offload_sparse.store.write_ahead_log import WriteAheadLog
 
 _LOCAL, _RANDOM, _BESIDE, _REPLACED = "local/", "random/", "beside", "replaced"
@@ -49,27 +47,22 @@ class DurableRounds:
         found: those that came with the round that ``restore`` has taken up."""
 
     def __init__(self, session: SparseOffload, settle_every: int = 4) -> None:
-        if not isinstance(session.tier, FileTier):
+        tier = session.store.tier
+        if not isinstance(tier, FileTier):
             raise ValueError("only a store in files outlives its process; set store.tier file")
         if settle_every < 1:
             raise ValueError(f"settle_every is {settle_every}; give at least 1 round")
-        self._session = session
-        self._tier = session.tier
-        self._settle_every = settle_every
-        folder = session.tier.folder / "log"
+        self._session, self._tier, self._settle_every = session, tier, settle_every
+        folder = tier.folder / "log"
         self.log = on_every_rank(lambda: WriteAheadLog(folder))
         self._random: dict[str, Tensor] = {}
         self.beside: Callable[[], dict[str, Any]] = dict
         self.found: dict[str, Any] = {}
         self._logged = 0  # steps of the newest log
-        if not session.tier.looks:  # else nothing reaches the files
+        if not tier.looks:  # else nothing reaches the files
             session.after_round = self._log
             session.transfers.before_settling = self._before_settling
             session.transfers.replacing = self._replacing
-
-    @property
-    def store(self) -> WeightStore:
-        return self._session.store
 
     def restore(self) -> int:
         """Make the store whole and the session what it was after the last round that was logged. Returns
@@ -119,8 +112,8 @@ class DurableRounds:
         yield
         self._log(())
 
-    def _log(self, sides: Sequence[Side | Agreed]) -> None:
-        """Before any of what ``sides`` have learned goes back to the store.
+    def _log(self, learned: Sequence[Piece]) -> None:
+        """Before any of what has been ``learned`` goes back to the store.
 
         The logs that ``settle`` deletes are older than the newest: what they hold has been returned, or has
         gone on to the next round and is in the newest."""
@@ -129,18 +122,18 @@ class DurableRounds:
         meta = small.meta | {_BESIDE: self.beside()}
         tensors = small.replicated | {_LOCAL + name: t for name, t in small.local.items()}
         tensors |= {_RANDOM + name: t for name, t in random_state().items()}
-        self._append(sides, meta, tensors)
+        self._append(learned, meta, tensors)
         self._logged = session.steps_done
 
     def _append(
-        self, sides: Sequence[Side | Agreed], meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        self, learned: Sequence[Piece], meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> None:
         """One more log on every rank. After the session went back, earlier ones may be of what came then."""
         session = self._session
-        pieces = [(side.selection, packed(side)) for side in sides]
+        pieces = [(piece.selection, piece.packed()) for piece in learned]
         alone = session.transfers.went_back
         if alone or len(self.log.rounds()) >= self._settle_every:
-            session.transfers.finish_returns()
+            session.transfers.join()
             self.log.settle(self._tier.sync)
         if alone:
             self._tier.sync()

@@ -59,7 +59,7 @@ class Forward:
     def trained(self, module: nn.Module, closure: Closure) -> tuple[Tensor, Metrics]:
         """Loss with its graph."""
         self.train_mode(module)
-        return _called(self.run, closure, module)
+        return self._called(module, closure)
 
     def evaluated(self, module: nn.Module, closure: Closure) -> Tensor:
         """Loss under the same conditions as a trained pass, without a graph."""
@@ -72,12 +72,12 @@ class Forward:
         if not self._differentiates:
             try:
                 with torch.no_grad():
-                    return _called(self.run, closure, module)[0]
+                    return self._called(module, closure)[0]
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
         with torch.enable_grad(), _no_backward(module):
-            loss = _called(self.run, closure, module)[0].detach()
+            loss = self._called(module, closure)[0].detach()
         self._differentiates = True
         return loss
 
@@ -87,6 +87,21 @@ class Forward:
         torch.clear_autocast_cache()
         with self.autocast():
             return closure(module)
+
+    def _called(self, module: nn.Module, closure: Closure) -> tuple[Tensor, Metrics]:
+        """The loss and the metrics of ``closure``. Raises ValueError: it returns something else, or the batch
+        is on another device than the network."""
+        try:
+            return _checked(self.run(module, closure))
+        except RuntimeError as error:
+            own = next(module.parameters()).device
+            other = other_device(str(error), own)
+            if other is None:
+                raise
+            raise ValueError(
+                f"the session is on {own}, and the closure uses a tensor on {other}; move the batch, such as "
+                "by x.to(session.device), y.to(session.device)"
+            ) from error
 
 
 @contextmanager
@@ -111,24 +126,6 @@ def train_mode(module: nn.Module) -> None:
     module.train()
     for layer in fixed:
         layer.training = False
-
-
-def _called(
-    run: Callable[[nn.Module, Closure], Any], closure: Closure, module: nn.Module
-) -> tuple[Tensor, Metrics]:
-    """What ``closure`` says of ``module``. Raises ValueError: it is no loss, or the batch is on another
-    device than the network."""
-    try:
-        return _checked(run(module, closure))
-    except RuntimeError as error:
-        own = next(module.parameters()).device
-        other = other_device(str(error), own)
-        if other is None:
-            raise
-        raise ValueError(
-            f"the session is on {own}, and the closure uses a tensor on {other}; move the batch, such as by "
-            "x.to(session.device), y.to(session.device)"
-        ) from error
 
 
 def other_device(message: str, own: torch.device) -> str | None:

@@ -209,14 +209,11 @@ class Reducer:
         self._present: FlatGradients
         self._sends, self._local = False, False
 
-    def new_round(self, local: bool) -> None:
-        """``local``: in this round every rank goes on with its own gradients; only scalars are averaged."""
-        self._local = local
-
-    def begin(self, gradients: FlatGradients, passes: int) -> None:
-        """The backward passes of a step, so many, are about to make ``gradients``."""
-        self._present = gradients
-        self._sends = not self._local and goes_in_buckets(gradients.flat, self._world_size)
+    def begin(self, gradients: FlatGradients, passes: int, local: bool) -> None:
+        """The backward passes of a step, so many, are about to make ``gradients``. ``local``: every rank goes
+        on with its own; only scalars are averaged."""
+        self._present, self._local = gradients, local
+        self._sends = not local and goes_in_buckets(gradients.flat, self._world_size)
         gradients.begin(passes, self._sends)
 
     def finish(self, measured: Mapping[int, Tensor], live: bool) -> tuple[Tensor, Tensor]:

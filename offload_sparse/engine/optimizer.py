@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from offload_sparse.channels.selection import Layout
 from offload_sparse.engine.config import OptimConfig
 from offload_sparse.engine.distributed import everyones
-from offload_sparse.store.weight_store import Ranks
+from offload_sparse.store.weight_store import WEIGHTS, Ranks
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """Parameters or parameter groups -> optimizer: ``functools.partial(torch.optim.SGD, lr=0.1,
@@ -52,7 +52,7 @@ def optimizer_factory(config: OptimConfig) -> OptimizerFactory:
 
 def slot_names(config: OptimConfig) -> tuple[str, ...]:
     """State tensors that the optimizer of ``config`` keeps per weight, under torch's names."""
-    return probe(optimizer_factory(config)).slots
+    return tuple(probe(optimizer_factory(config)).slots)
 
 
 # --- what an optimizer keeps ---
@@ -63,15 +63,14 @@ class OptimizerState:
     """What an optimizer keeps.
 
     Attributes:
-        slots: state tensors with a value per weight, under the optimizer's own names.
-        initial: the value that each begins with.
+        slots: state tensors with a value per weight, under the optimizer's own names, and the value that
+            each begins with.
         scalars: all other state of a parameter, before the first step.
         group_scalars: settings of its groups that it changes by itself.
         fused: whether it leaves out a step by itself where it is told to, without a wait."""
 
     name: str
-    slots: tuple[str, ...]
-    initial: Mapping[str, float]
+    slots: Mapping[str, float]
     scalars: Mapping[str, Any]
     group_scalars: tuple[str, ...]
     fused: bool
@@ -122,7 +121,6 @@ def probe(
     changed = tuple(k for k, v in group.items() if k != "params" and (k not in before or v != before[k]))
     found = OptimizerState(
         name,
-        tuple(slots),
         {key: float(value[0]) for key, value in slots.items()},
         scalars,
         changed,
@@ -175,14 +173,15 @@ def _check_entries(
     whole = nn.Parameter(draws[0].clone())
     optimizer = build_optimizer(factory, [own.of([whole])])
     halves = [half.clone() for half in draws[0].split(_ENTRIES // 3 * 2)]
-    keeps = [{name: torch.full_like(half, found.initial[name]) for name in found.slots} for half in halves]
+    keeps = [{name: torch.full_like(half, value) for name, value in found.slots.items()} for half in halves]
     given = [SubnetOptimizer(factory, [own], [found], whole.device) for _ in halves]
     for gradient in draws[1:]:
         _step(optimizer, [whole], [gradient])
         for half, keep, part, session in zip(
             halves, keeps, gradient.split(_ENTRIES // 3 * 2), given, strict=True
         ):
-            FlatOptimizer(session, [half], [part.clone()], [keep]).step(torch.zeros((), device=device))
+            step = FlatOptimizer(session, {WEIGHTS: half, **keep}, part.clone(), [slice(None)]).step
+            step(torch.zeros((), device=device))
     # A rate so large that weights overflow is not this check's concern: training stops with advice.
     if not torch.allclose(whole.detach(), torch.cat(halves), rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ValueError(
@@ -284,7 +283,7 @@ class SubnetOptimizer:
     def initial(self) -> Iterator[tuple[str, str, float]]:
         """Name of a parameter, slot, and the value that its entries begin with, if that is not 0."""
         for group, state in zip(self.groups, self.kept, strict=True):
-            for slot, value in state.initial.items():
+            for slot, value in state.slots.items():
                 yield from ((name, slot, value) for name in group.names if value)
 
     def settings(self) -> dict[str, Any]:
@@ -330,8 +329,8 @@ class SubnetOptimizer:
 
 
 class FlatOptimizer:
-    """Steps of the flat weights of one subnet, one part per group, until its buffers are those of another;
-    weights and slots are updated in place.
+    """Steps of the flat ``arrays`` of one subnet, by kind, a part (of ``slices``) per group, until they are
+    those of another; weights and slots are updated in place.
 
     A slot that has its initial value makes the first step equal to the optimizer's own first step, so absent
     channels that come back simply go on where they stopped. The bias correction of Adam counts the steps of
@@ -340,17 +339,16 @@ class FlatOptimizer:
     def __init__(
         self,
         session: SubnetOptimizer,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        slots: Sequence[Mapping[str, Tensor]],
+        arrays: Mapping[str, Tensor],
+        gradients: Tensor,
+        slices: Sequence[slice],
     ) -> None:
         self._session = session
-        self._flat = [nn.Parameter(part) for part in weights]
-        for parameter, gradient in zip(self._flat, gradients, strict=True):
-            parameter.grad = gradient
+        self._flat = [nn.Parameter(arrays[WEIGHTS][part]) for part in slices]
         self._optimizer = build_optimizer(session.factory, [{"params": [p]} for p in self._flat])
-        for parameter, state in zip(self._flat, slots, strict=True):
-            self._optimizer.state[parameter] = dict(state)
+        for parameter, part in zip(self._flat, slices, strict=True):
+            parameter.grad = gradients[part]
+            self._optimizer.state[parameter] = {name: arrays[name][part] for name in session.slots}
 
     def step(self, not_finite: Tensor, steps_done: int | None = None) -> None:
         """Clip (if configured) and apply the gradients.

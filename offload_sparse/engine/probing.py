@@ -1,7 +1,8 @@
-"""A probe of the present widths: forward passes of the subnet in training, a few of its channels left out.
+"""Forward passes between two rounds: losses of several masks, and a probe of the present widths.
 
-Nothing is gathered for a pair: the entries of dropped atoms are zero (which equals leaving them out), and the
-columns that read the survivors of a group are scaled by what makes up for the dropped ones.
+A probe compares the subnet in training with itself, a few of its channels left out. Nothing is gathered for
+that: the entries of dropped atoms are zero (which equals leaving them out), and the columns that read the
+survivors of a group are scaled by what makes up for the dropped ones.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Selection
 from offload_sparse.engine.batch_norm import flags_restored
+from offload_sparse.engine.distributed import average
 from offload_sparse.engine.forward import Closure, Forward
 from offload_sparse.engine.transfers import Transfers
 from offload_sparse.policy.probe import Comparisons, survivor_scales
@@ -23,20 +24,37 @@ from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
 
+def losses_of(
+    masks: Sequence[Tensor],
+    closures: Sequence[Closure],
+    transfers: Transfers,
+    forward: Forward,
+    ranks: Ranks,
+) -> Tensor:
+    """float64[masks]: the loss of the subnet of every mask, averaged over ``closures`` and ranks; zeros when
+    there are no closures. Every rank calls it."""
+    side = transfers.scratch()
+    losses = torch.zeros(len(masks), dtype=torch.float64, device=transfers.device)
+    for i, mask in enumerate(masks if closures else ()):
+        side.load(transfers.selection(mask), (WEIGHTS, BUFFERS))
+        for closure in closures:
+            with side.buffers_untouched():
+                losses[i] += forward.evaluated(side.module, closure) / len(closures)
+    return average(losses, ranks.world_size).cpu()
+
+
 def probed(
     search: WidthSearch,
     closures: Sequence[Closure],
-    channel_map: ChannelMap,
     transfers: Transfers,
     forward: Forward,
     ranks: Ranks,
 ) -> tuple[Comparisons, Tensor]:
     """``run_probe`` of the weights that are in the store, between two rounds."""
-    side, selection = transfers.scratch(), Selection(channel_map, search.mask)
-    side.load(selection, (WEIGHTS, BUFFERS))
-    side.bind()
+    side = transfers.scratch()
+    side.load(transfers.selection(search.mask), (WEIGHTS, BUFFERS))
     with side.put_back():
-        return run_probe(search, side.module, selection, channel_map, closures, forward, ranks)
+        return run_probe(search, side.module, side.selection, closures, forward, ranks)
 
 
 @torch.no_grad()
@@ -44,17 +62,16 @@ def run_probe(
     search: WidthSearch,
     module: nn.Module,
     selection: Selection,
-    channel_map: ChannelMap,
     closures: Sequence[Closure],
     forward: Forward,
     ranks: Ranks,
 ) -> tuple[Comparisons, Tensor]:
     """Compare ``search.pairs`` pairs on this rank, others on every other rank; every rank calls it.
-    ``module`` is the subnet of ``search.mask``, whose weights are put back at the end; ``closures`` are
-    losses of this rank's batches, in turns. Returns the comparisons of all ranks, and the importance of every
-    present atom, float64[C]."""
+    ``module`` is the subnet of ``selection``, which is that of ``search.mask``; its weights are put back at
+    the end. ``closures`` are losses of this rank's batches, in turns. Returns the comparisons of all ranks,
+    and the importance of every present atom, float64[C]."""
     rates = search.rates()
-    thinned = _Thinned(module, selection, channel_map, survivor_scales(search.groups, rates))
+    thinned = _Thinned(module, selection, survivor_scales(search.groups, rates))
     found, pairs, differences = Comparisons(search.groups), [], []
     with flags_restored(module):
         module.eval()  # also BatchNorm: a batch's statistics would make up for what is dropped
@@ -78,13 +95,11 @@ def run_probe(
 class _Thinned:
     """A subnet of which atoms can be left out."""
 
-    def __init__(
-        self, module: nn.Module, selection: Selection, channel_map: ChannelMap, scales: Tensor
-    ) -> None:
-        self._module, self._map = module, channel_map
+    def __init__(self, module: nn.Module, selection: Selection, scales: Tensor) -> None:
+        self._module, self._map = module, selection.channel_map
         self._weights = {name: p.detach().clone() for name, p in module.named_parameters()}
         device = next(module.parameters()).device
-        always = torch.ones(channel_map.num_ids + 2 - channel_map.num_atoms, dtype=torch.float64)
+        always = torch.ones(self._map.num_ids + 2 - self._map.num_atoms, dtype=torch.float64)
         self._scales = torch.cat([scales, always])
         # By parameter: (dimension, what lies at each of its positions, whether it reads what others give).
         self._axes: dict[str, list[tuple[int, Tensor, bool]]] = {}
@@ -92,7 +107,7 @@ class _Thinned:
             owner = module.get_submodule(name.rpartition(".")[0])
             reads = 0 if isinstance(owner, _ConvTransposeNd) else 1
             self._axes[name] = []
-            for dim, axis in enumerate(channel_map.axes.get(name, ())):
+            for dim, axis in enumerate(self._map.axes.get(name, ())):
                 if axis is not None:
                     kept = selection.kept[name][dim]
                     ids = axis if kept is None else axis[kept]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offload_sparse.engine.config import Reference, RoundConfig
-from offload_sparse.engine.transfers import Transfer, Transfers
+from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.subnet_pair import Wanted
+from offload_sparse.engine.transfers import Transfers
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import WidthSearch
 
@@ -48,30 +49,29 @@ class Roles:
             return policy.sample_for_ranks(number, self._world_size)
         return policy.sample(number)
 
-    def transfer(self, transfers: Transfers, masks: Masks, length: int, own: bool) -> Transfer:
-        """The way to this rank's subnets of a round of the search of ``length`` steps; with ``own``, every
-        rank has one of its own."""
+    def at(self, step: int, same: bool) -> tuple[int, int | None]:
+        """Which side is trained, and which is evaluated beside it, at a step of a round (0 is a, 1 is b)."""
+        if same:
+            return 0, None
+        if self._rounds.reference == "turns":
+            return step % 2, 1 - step % 2
+        return 0, 1 if self._rounds.reference == "every_step" or step == 0 else None
+
+    def wanted(self, transfers: Transfers, masks: Masks, length: int, own: bool) -> Wanted:
+        """This rank's subnets of a round of the search of ``length`` steps; with ``own``, every rank has one
+        of its own."""
         ranks, selection = transfers.store.ranks, transfers.selection
         everyone = range(ranks.first, ranks.first + ranks.world_size)
         if own:
             subnets = tuple(selection(subnet_of(masks, rank)) for rank in everyone)
-            return Transfer(subnets[ranks.rank], per_rank=subnets)
+            return Wanted(subnets[ranks.rank], per_rank=subnets)
         first = selection(masks[0])
         if all(torch.equal(masks[0], mask) for mask in masks[1:]):  # on all ranks, which have to agree
-            return Transfer(first)
+            return Wanted(first)
         if self._rounds.subnets != "references":
-            return Transfer(first, selection(masks[1]), self._rounds.reference == "turns" and length > 1)
+            return Wanted(first, selection(masks[1]), self._rounds.reference == "turns" and length > 1)
         selections = tuple(selection(reference_of(masks, rank)) for rank in everyone)
-        return Transfer(first, selections[ranks.rank], per_rank=selections)
-
-
-def roles(reference: Reference, step: int, same: bool) -> tuple[int, int | None]:
-    """Which side is trained, and which is evaluated beside it, at a step of a round (0 is a, 1 is b)."""
-    if same:
-        return 0, None
-    if reference == "turns":
-        return step % 2, 1 - step % 2
-    return 0, 1 if reference == "every_step" or step == 0 else None
+        return Wanted(first, selections[ranks.rank], per_rank=selections)
 
 
 def subnet_of(masks: Masks, rank: int) -> Tensor:

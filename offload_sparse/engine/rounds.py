@@ -25,23 +25,20 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.selection import Selection
-from offload_sparse.engine.averaging import EMA, Agreed, Averaging
+from offload_sparse.engine.averaging import EMA, Averaging
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig
 from offload_sparse.engine.distributed import assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound
 from offload_sparse.engine.gradients import FlatGradients, Reducer
 from offload_sparse.engine.losses import LOSS_A, Losses, Measured, StepRecord, share
-from offload_sparse.engine.mask_losses import losses_of
 from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import LossScale
-from offload_sparse.engine.probing import probed
+from offload_sparse.engine.probing import losses_of, probed
 from offload_sparse.engine.request import Ask, Request, Requests
-from offload_sparse.engine.roles import Masks, Roles, reference_of, roles, subnet_of
-from offload_sparse.engine.subnet_pair import Side, SubnetPair
-from offload_sparse.engine.transfers import Transfer, Transfers
+from offload_sparse.engine.roles import Masks, Roles, reference_of, subnet_of
+from offload_sparse.engine.subnet_pair import Piece, Side, SubnetPair, Wanted
+from offload_sparse.engine.transfers import Transfers
 from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import WidthSearch
@@ -59,7 +56,6 @@ class Rounds(Requests):
     """The training of a network in rounds: the algorithm, and what it needs to know between two steps.
 
     Args:
-        channel_map: the channels of the full network.
         policy: the keep probabilities.
         transfers: the way of the weights.
         cost: what masks cost.
@@ -89,7 +85,6 @@ class Rounds(Requests):
 
     def __init__(
         self,
-        channel_map: ChannelMap,
         policy: MaskPolicy | WidthSearch,
         transfers: Transfers,
         cost: CostModel,
@@ -97,14 +92,15 @@ class Rounds(Requests):
         forward: Forward,
         rounds: RoundConfig,
         final: FinalConfig,
-        on_nonfinite: OnNonFinite = "stop",
-        freeze_step: int = sys.maxsize,
-        ema: float = 0.0,
-        compare_until: int = 0,
-        local_from: int = 0,
+        on_nonfinite: OnNonFinite,
+        freeze_step: int,
+        ema: float,
+        compare_until: int,
+        local_from: int,
     ) -> None:
         super().__init__(ranks)
-        self.channel_map, self._policy, self.transfers, self.cost = channel_map, policy, transfers, cost
+        self.channel_map = transfers.store.channel_map
+        self._policy, self.transfers, self.cost = policy, transfers, cost
         self.forward, self.rounds, self.final = forward, rounds, final
         self.on_nonfinite, self._planned_freeze, self.asked_freeze = on_nonfinite, freeze_step, sys.maxsize
         measures = torch.promote_types(transfers.store.dtype, torch.float32)
@@ -119,9 +115,9 @@ class Rounds(Requests):
         self.averaging = Averaging(transfers.store, ranks, rounds)
         self.restored: list[Mapping[str, Tensor]] = []
         self._next_masks: Callable[[], Masks] | None = None
-        self.final_mask: Tensor | None = channel_map.full_mask() if policy.trivial else None
+        self.final_mask: Tensor | None = self.channel_map.full_mask() if policy.trivial else None
         self._mask_flops = 0, 0  # of subnets a and b of the open round
-        self.after_round: Callable[[Sequence[Side | Agreed]], None] | None = None
+        self.after_round: Callable[[Sequence[Piece]], None] | None = None
         self.check_ranks = os.environ.get(CHECK_RANKS) == "1"
         self.ema, self.ema_steps, self.compare_until = ema, 0, compare_until
         scaler = forward.scaler if forward.scaler is not None and forward.scaler.is_enabled() else None
@@ -157,11 +153,11 @@ class Rounds(Requests):
                 closures = request if not isinstance(request, Ask) else ()
                 fault_point("step", self.steps_done)
                 with transfers.timeline.stepping():
-                    trained, reference = roles(self.rounds.reference, self.round_step, pair.same)
+                    trained, reference = self.roles.at(self.round_step, pair.same)
                     side, gradients = pair.sides[trained], pair.gradients[trained]
                     measured, statistics = Measured(len(closures), self._like), side.arrays[BUFFERS]
                     before = statistics.clone()
-                    self.reducer.begin(gradients, len(closures))
+                    self.reducer.begin(gradients, len(closures), self.local)
                     for closure in closures:
                         # The reference: a second forward pass, and no backward.
                         if reference is not None:
@@ -256,7 +252,7 @@ class Rounds(Requests):
         if self.own_subnets:  # the mean, so that every rank counts the same
             self._mask_flops = sum(map(self.cost.flops, self.masks)) // len(self.masks), 0
         with self.transfers.timeline.exchanging():
-            pair = self.transfers.open(self._transfer(self.masks, self.round_length))
+            pair = self.transfers.open(self._wanted(self.masks, self.round_length))
         for side, arrays in zip(pair.trained, self.restored, strict=False):
             for kind, values in arrays.items():
                 side.narrow(kind).layout.unpack(values, side.arrays[kind])
@@ -270,7 +266,6 @@ class Rounds(Requests):
         self._look_ahead(self.steps_done - self.round_step + self.round_length)
         if self.check_ranks:
             self._check_ranks(pair)
-        self.reducer.new_round(self.local)
         self.pair = pair
         return pair
 
@@ -289,13 +284,13 @@ class Rounds(Requests):
         masks = self._next_masks
         if self.rounds.delta or self.local:
             self.transfers.prefetch(
-                lambda: self.roles.transfer(self.transfers, masks(), length, self.own_subnets), self.local
+                lambda: self.roles.wanted(self.transfers, masks(), length, self.own_subnets), self.local
             )
 
-    def _transfer(self, masks: Masks, length: int) -> Transfer:
-        """The way to the subnets of ``masks`` on this rank."""
+    def _wanted(self, masks: Masks, length: int) -> Wanted:
+        """The subnets of ``masks`` on this rank."""
         if not self.frozen:
-            return self.roles.transfer(self.transfers, masks, length, self.own_subnets)
+            return self.roles.wanted(self.transfers, masks, length, self.own_subnets)
         return self.transfers.stay(masks[0], *([EMA] if self.ema else []))
 
     # --- between the steps of a round ---
@@ -340,19 +335,15 @@ class Rounds(Requests):
 
     def _move(self, pair: SubnetPair, trained: int, not_finite: Tensor, batches: int) -> None:
         """Step one side, if this rank has had a batch; else it takes over later what others have made."""
-        self._unscale(pair.gradients[trained].flat, not_finite)
+        if self.loss_scale is not None:
+            pair.gradients[trained].flat.div_(self.loss_scale.scale)
+            self.loss_scale.update(not_finite)
         if batches and not self.only_compares:
             pair.optimizer_step(trained, not_finite, self.trained_steps)
         self.live_steps += bool(batches)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
-
-    def _unscale(self, gradients: Tensor, not_finite: Tensor) -> None:
-        """Undo the scale of the losses, and find that of the next step."""
-        if self.loss_scale is not None:
-            gradients.div_(self.loss_scale.scale)
-            self.loss_scale.update(not_finite)
 
     def _count(self, side: Side, trained: int, reference: int | None) -> None:
         """One more step of the run is done."""
@@ -423,7 +414,7 @@ class Rounds(Requests):
 
     # --- the end of a round, and of the search ---
 
-    def _agreed(self, pair: SubnetPair) -> Sequence[Side | Agreed]:
+    def _agreed(self, pair: SubnetPair) -> Sequence[Piece]:
         """What all ranks know of the round that ends: their mean."""
         self._take_over()
         if not self.local:
@@ -432,11 +423,11 @@ class Rounds(Requests):
             return pair.trained
         assert self.masks is not None
         own, ranks = self.own_subnets, range(self.ranks.world_size)
-        subnets = [Selection(self.channel_map, subnet_of(self.masks, rank)) for rank in ranks if own]
+        subnets = [self.transfers.selection(subnet_of(self.masks, rank)) for rank in ranks if own]
         with self.transfers.timeline.exchanging(), self.transfers.timeline.span("scatter"):
             return self.averaging.agreed(pair.trained, subnets, self.live_steps)
 
-    def _end_round(self, pair: SubnetPair, agreed: Sequence[Side | Agreed]) -> None:
+    def _end_round(self, pair: SubnetPair, agreed: Sequence[Piece]) -> None:
         if self.check_ranks:
             self._check_ranks(pair)
         self.pair, self.masks = None, None
@@ -481,7 +472,7 @@ class Rounds(Requests):
         compared = candidates if len(candidates) > 1 else []
         self.forward_flops += len(self._recent) * sum(map(self.cost.flops, compared))
         recent = list(chain.from_iterable(self._recent))
-        among = recent, self.channel_map, self.transfers, self.forward, self.ranks
+        among = recent, self.transfers, self.forward, self.ranks
         losses = losses_of(compared, *among) if compared else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.asked_freeze = min(self.freeze_step, self.steps_done)  # whatever length the run is given later
@@ -502,7 +493,7 @@ class Rounds(Requests):
         search = self.policy
         assert isinstance(search, WidthSearch)
         recent = list(chain.from_iterable(self._recent))
-        found, importance = probed(search, recent, self.channel_map, self.transfers, self.forward, self.ranks)
+        found, importance = probed(search, recent, self.transfers, self.forward, self.ranks)
         self.forward_flops += 2 * found.count / self.ranks.world_size * self.cost.flops(search.mask)
         search.move(found, importance)
         self.next_masks = None
@@ -513,7 +504,7 @@ class Rounds(Requests):
         named = {"keep probabilities": [self.policy.s], "masks": list(self.masks)}
         if not self.local or (self.round_step == 0 and not self.own_subnets):
             named["subnet weights"] = [side.arrays[WEIGHTS] for side in sides]
-        assert_equal_on_ranks(named, self.ranks.world_size, sides[0].subnet.device)
+        assert_equal_on_ranks(named, self.ranks.world_size, self.ranks.host_group)
 
     # --- going on with a state ---
 

@@ -29,7 +29,6 @@ from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual, chosen_block
 from offload_sparse.channels.model_call import move_inputs
-from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import set_additions
 from offload_sparse.channels.subnet import fit_attributes, meta_copy, tensor_setter
 from offload_sparse.engine.averaging import EMA, OUTER
@@ -170,6 +169,8 @@ class SparseOffload(Rounds):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         bare = isinstance(example_inputs, Tensor)
         self._example_inputs = (example_inputs,) if bare else tuple(example_inputs)
+        chosen = _policy(policy, rho, setup, rounds, weights is not None)
+        freeze_step = None if total_steps is None else rounds.freeze_step(chosen.search, total_steps)
         ranks = Ranks.current()
         shard = Ranks.current(per_node=True) if setup.store.shard == "node" else ranks
         kept = probe(optimizer, self.device)
@@ -189,25 +190,13 @@ class SparseOffload(Rounds):
         slots = (*weights_optimizer.slots, *averages)
         order = list(chain.from_iterable(group.names for group in parameter_groups))
         self.store = _store(with_members, order, slots, setup, ranks, shard, self.device)
-        self.tier = self.store.tier
-        if not self.tier.filled:
+        if not self.store.tier.filled:
             if isinstance(weights, str | os.PathLike):
                 weights = WeightSource(weights).fitted(prepared.meta_model)
             prepared.fill(self.store, seed, weights)
             for name, slot, value in weights_optimizer.initial():
                 self.store.own_rows(name, slot).fill_(value)
-            self.tier.complete(self.store.integer_buffers)
-        probabilities = policy or PolicyConfig()
-        if rho is not None:
-            probabilities = dataclasses.replace(probabilities, rho=rho)
-        chosen = probabilities.resolved(setup.compile, weights is not None)
-        if len(chosen.budgets) > 1 and setup.members != len(chosen.budgets) - 1:
-            raise ValueError(
-                "policy.budgets makes a family, which a run of the trainer trains; leave it empty in a loop "
-                "of your own, or train its members there and set Setup.members to their number less one"
-            )
-        check_combination(chosen, rounds)
-        freeze_step = None if total_steps is None else rounds.freeze_step(chosen.search, total_steps)
+            self.store.tier.complete(self.store.integer_buffers)
         known = None
         if chosen.start != "uniform":
             known = Importance.of_store(chosen.start, self.store, self.meta_model, seed)
@@ -224,7 +213,6 @@ class SparseOffload(Rounds):
         if setup.compile:
             transfers.compile()
         super().__init__(
-            channel_map,
             masks,
             transfers,
             cost,
@@ -371,11 +359,9 @@ class SparseOffload(Rounds):
             self._choose_final_mask()
         assert self.final_mask is not None
         side = self.transfers.scratch()
-        selection = Selection(self.channel_map, self.final_mask)
-        side.load(selection, (WEIGHTS, BUFFERS))
+        side.load(self.transfers.selection(self.final_mask), (WEIGHTS, BUFFERS))
         if self.ema_steps:
             self.store.gather(side.weights, EMA, side.arrays[WEIGHTS])
-        side.bind()
         module = self._extract(side)
         self.transfers.close()
         self.reestimate(module, batches)
@@ -480,6 +466,24 @@ class SparseOffload(Rounds):
         parts = batch if isinstance(batch, tuple | list) else (batch,)
         inputs = move_inputs(tuple(parts[: len(self._example_inputs)]), self.device)
         return self.forward.run(network, lambda module: module(*inputs))
+
+
+def _policy(
+    policy: PolicyConfig | None, rho: float | None, setup: Setup, rounds: RoundConfig, pretrained: bool
+) -> PolicyConfig:
+    """``policy`` without ``auto``, of remaining ratio ``rho`` if given. Raises ValueError: it does not
+    go with ``setup`` or ``rounds``."""
+    policy = policy or PolicyConfig()
+    if rho is not None:
+        policy = dataclasses.replace(policy, rho=rho)
+    chosen = policy.resolved(setup.compile, pretrained)
+    if len(chosen.budgets) > 1 and setup.members != len(chosen.budgets) - 1:
+        raise ValueError(
+            "policy.budgets makes a family, which a run of the trainer trains; leave it empty in a loop of "
+            "your own, or train its members there and set Setup.members to their number less one"
+        )
+    check_combination(chosen, rounds)
+    return chosen
 
 
 def _store(

@@ -9,7 +9,7 @@ BatchNorm statistics that each rank has gathered by itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.engine.averaging import packed
 from offload_sparse.engine.distributed import everyones, first_word
-from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.roles import Masks
 from offload_sparse.engine.rounds import Rounds
 from offload_sparse.export.json_values import digest
-from offload_sparse.store.weight_store import BUFFERS
+from offload_sparse.store.weight_store import BUFFERS, WeightStore
 
 _LIVE = "live_steps"
 
@@ -106,7 +104,10 @@ def small_state(session: Rounds) -> MethodState:
     """Everything but the store."""
     integers = session.transfers.integer_buffers
     tensors = {f"integer_buffers/{name}": value.cpu().clone() for name, value in integers.items()}
-    tensors |= {name: torch.as_tensor(value).cpu().clone() for name, value in _scalars(session).items()}
+    scalars = {name: group[key] for name, group, key in _scalars(session)}
+    tensors |= {name: torch.as_tensor(value).cpu().clone() for name, value in scalars.items()}
+    if session.loss_scale is not None:
+        tensors["loss_scale"] = session.loss_scale.state.cpu().clone()
     tensors |= {f"policy/{name}": value for name, value in session.policy.state_dict().items()}
     if session.final_mask is not None:
         tensors["final_mask"] = session.final_mask.clone()
@@ -131,7 +132,7 @@ def small_state(session: Rounds) -> MethodState:
         meta |= {"round_steps": session.round_step, "round_length": session.round_length}
         held: Sequence[Mapping[str, Tensor]] = session.restored
         if session.pair is not None:
-            held = [packed(side) for side in session.pair.trained]
+            held = [side.packed() for side in session.pair.trained]
         kinds = (BUFFERS,) if not session.local else dict.fromkeys(chain.from_iterable(held))
         # On the CPU, where any rank, on any device or none, can read them.
         local = {f"{kind}/{i}": v[kind].to("cpu", copy=True) for i, v in enumerate(held) for kind in kinds}
@@ -147,8 +148,11 @@ def restore_small(session: Rounds, state: MethodState) -> None:
         session.policy.load_state_dict(learned)
         for name, own in session.transfers.integer_buffers.items():
             own.copy_(tensors[f"integer_buffers/{name}"])
-        for name, scalar in _scalars(session).items():
-            _set_scalar(session, name, scalar, tensors[name])
+        for name, group, key in _scalars(session):
+            old, new = group[key], tensors[name]
+            group[key] = old.copy_(new) if isinstance(old, Tensor) else type(old)(new.item())
+        if session.loss_scale is not None:
+            session.loss_scale.state.copy_(tensors["loss_scale"])
         session.steps_done, session.rounds_done = state.count("steps_done"), state.count("rounds_done")
         if type(meta["forward_flops"]) not in (int, float):
             raise TypeError("forward_flops")
@@ -163,11 +167,9 @@ def restore_small(session: Rounds, state: MethodState) -> None:
         transfers.bytes_peak = max(transfers.bytes_peak, state.count("subnet_bytes_peak"))
         transfers.bytes_fetched = state.count("bytes_fetched")
         transfers.bytes_returned = state.count("bytes_returned")
-        final = _masks(session, tensors, ["final_mask"])
+        final, drawn, opened = (_masks(session, tensors, name) for name in ("final_mask", "next", "open"))
         if final is None and session.policy.trivial:
             final = (session.channel_map.full_mask(),)
-        drawn = _masks(session, tensors, _numbered(tensors, "next"))
-        opened = _masks(session, tensors, _numbered(tensors, "open"))
         step, length = state.count("round_steps", 0), state.count("round_length", 0)
     except (KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"the state does not fit this session ({error}); is it of another model?") from None
@@ -188,12 +190,6 @@ def restore_small(session: Rounds, state: MethodState) -> None:
         session.asked_freeze = min(session.freeze_step, session.steps_done)
 
 
-def recall(session: Rounds, closures: Iterable[Closure]) -> None:
-    """Give a restored session the last closures before its position: the final mask is chosen on them."""
-    if session.final_mask is None:
-        session.remember(closures)
-
-
 def whole_state(session: Rounds) -> dict[str, Any]:
     """The state of ``session`` as a user saves it. Every rank calls it. Returns ``rows``: every tensor of the
     store, whole, on the first of the ranks that share one, else empty; ``small``: all else, the same bytes on
@@ -205,11 +201,7 @@ def whole_state(session: Rounds) -> dict[str, Any]:
     small = {"replicated": state.replicated, "meta": state.meta, "local": every, "groups": groups}
     file = BytesIO()
     torch.save(small, file)
-    rows = {
-        f"{kind}/{name}": store.to_first_rank(name, kind)
-        for kind, partition in store.partitions.items()
-        for name in partition.layout.shapes
-    }
+    rows = {key: store.to_first_rank(name, kind) for key, kind, name, _ in _tensors(store)}
     return {"rows": {n: t for n, t in rows.items() if t is not None}, "small": file.getvalue()}
 
 
@@ -227,9 +219,8 @@ def load_state(session: Rounds, state: Mapping[str, Any]) -> None:
     every = small["local"]
     local = every[ranks.rank] if len(every) == ranks.world_size else _mean(every)
     with session.transfers.replacing():
-        for kind, partition in store.partitions.items():
-            for name in partition.layout.shapes:
-                store.from_first_rank(name, kind, state["rows"].get(f"{kind}/{name}"))
+        for key, kind, name, _ in _tensors(store):
+            store.from_first_rank(name, kind, state["rows"].get(key))
         restore_small(session, MethodState({}, small["replicated"], local, small["meta"]))
     for group, settings in zip(session.transfers.optimizer.shown.param_groups, small["groups"], strict=True):
         group.update(settings)
@@ -249,11 +240,8 @@ def _problem(session: Rounds, state: Mapping[str, Any]) -> tuple[str, dict[str, 
     between = not small["meta"].get("round_steps") or "final_mask" in small["replicated"]
     if session.rounds.own_subnets and not between and len(small["local"]) != session.ranks.world_size:
         return "the state is of the middle of a round of a subnet per rank; resume it on as many ranks", {}
-    rows = state.get("rows", {})
-    wanted: dict[str, tuple[int, ...]] = {}
-    for kind, partition in store.partitions.items():
-        wanted |= {f"{kind}/{name}": tuple(shape) for name, shape in partition.layout.shapes.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in rows.items()}
+    wanted = {key: shape for key, *_, shape in _tensors(store)}
+    found = {name: tuple(tensor.shape) for name, tensor in state.get("rows", {}).items()}
     if store.ranks.rank == 0 and found != wanted:
         odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         return f"the state and this session differ in {odd[0]!r}; is it of another model or optimizer?", {}
@@ -272,43 +260,32 @@ def _mean(every: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _shards(session: Rounds) -> dict[str, Shard]:
     store = session.transfers.store
+    parts, rank = store.partitions, store.ranks.rank
     return {
-        f"{kind}/{name}": Shard(
-            store.own_rows(name, kind), tuple(shape), partition.first_row(name, store.ranks.rank)
-        )
-        for kind, partition in store.partitions.items()
-        for name, shape in partition.layout.shapes.items()
+        key: Shard(store.own_rows(name, kind), shape, parts[kind].first_row(name, rank))
+        for key, kind, name, shape in _tensors(store)
     }
 
 
-def _masks(session: Rounds, tensors: Mapping[str, Tensor], names: list[str]) -> Masks | None:
-    if not names or names[0] not in tensors:
-        return None
+def _tensors(store: WeightStore) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """Of every tensor of the store its name in a state, its kind, name and shape."""
+    for kind, partition in store.partitions.items():
+        for name, shape in partition.layout.shapes.items():
+            yield f"{kind}/{name}", kind, name, tuple(shape)
+
+
+def _masks(session: Rounds, tensors: Mapping[str, Tensor], name: str) -> Masks | None:
+    """Those saved as ``name``, or as ``name/0``, ``name/1``, …; None if there are none."""
+    count = sum(key.startswith(name + "/") for key in tensors)
+    names = [f"{name}/{i}" for i in range(count)] or [name] * (name in tensors)
     found = tuple(tensors[name] for name in names)
     if any(mask.shape != (session.channel_map.num_atoms,) for mask in found):
         raise ValueError("a saved mask is of another model; start a run of this one")
-    return found
+    return found or None
 
 
-def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[str]:
-    """The names ``name/0``, ``name/1``, … that there are."""
-    return [f"{name}/{i}" for i in range(sum(key.startswith(name + "/") for key in tensors))]
-
-
-def _scalars(session: Rounds) -> dict[str, Any]:
-    """The state of the optimizer that is no value per weight, without the number of steps; the loss scale."""
-    scalars = {
-        f"optimizer/{i}/{name}": value
-        for i, group in enumerate(session.transfers.optimizer.scalars)
-        for name, value in group.items()
-        if name != "step"
-    }
-    return scalars if session.loss_scale is None else scalars | {"loss_scale": session.loss_scale.state}
-
-
-def _set_scalar(session: Rounds, name: str, present: Any, value: Tensor) -> None:
-    if isinstance(present, Tensor):
-        present.copy_(value)
-    else:
-        _, group, key = name.split("/", 2)
-        session.transfers.optimizer.scalars[int(group)][key] = type(present)(value.item())
+def _scalars(session: Rounds) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The state of the optimizer that is no value per weight, without the number of steps: name in a state,
+    and where it is."""
+    for i, group in enumerate(session.transfers.optimizer.scalars):
+        yield from ((f"optimizer/{i}/{key}", group, key) for key in group if key != "step")

@@ -10,8 +10,9 @@ new value, so the pair behaves as if both were views of the full weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,35 @@ from offload_sparse.store.copy.plans import Narrow
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 
 
-class Side:
-    """One subnet: its module, its selection, and its flat buffers.
+@dataclass(eq=False)
+class Piece:
+    """Entries of a subnet.
 
     Attributes:
-        arrays: flat narrow buffers by kind (weights, slots, buffers), views of memory that is reused by later
-            rounds.
-        weights, buffers: the places of its entries in the two kinds of flat buffers.
+        weights, buffers: their places in the two kinds of flat buffers.
+        arrays: narrow flat buffers by kind (weights, slots, buffers).
+    """
+
+    weights: Narrow
+    buffers: Narrow
+    arrays: dict[str, Tensor]
+
+    @property
+    def selection(self) -> Selection:
+        return self.weights.selection
+
+    def narrow(self, kind: str) -> Narrow:
+        """Where the entries of arrays of ``kind`` lie."""
+        return self.buffers if kind == BUFFERS else self.weights
+
+    def packed(self) -> dict[str, Tensor]:
+        """The arrays without gaps, as they are saved."""
+        return {kind: self.narrow(kind).layout.packed(array) for kind, array in self.arrays.items()}
+
+
+class Side(Piece):
+    """One subnet on the device: its module and its flat buffers, views of memory that is reused by later
+    rounds.
     """
 
     def __init__(
@@ -52,29 +75,15 @@ class Side:
         self._norms = [layer for layer in self._layers if isinstance(layer, _BatchNorm)]
         self._slots = sum(len(layer._buffers) for layer in self._layers)
         buffers = [(layer, *entry) for layer in self._layers for entry in layer._buffers.items()]
-        self._places = [(layer, leaf, layer._buffers) for layer, leaf, value in buffers if value is not None]
-        self._plain = [place[1:] for place in self._places if not isinstance(place[0], _BatchNorm)]
+        self._places = [(layer, leaf) for layer, leaf, value in buffers if value is not None]
         self._held: list[tuple[nn.Module, str, Tensor]] = []  # every buffer, as it was bound
-        self._others: list[Tensor] = []  # those that are not of a BatchNorm
-        self.arrays: dict[str, Tensor] = {}
-        self.weights: Narrow
-        self.buffers: Narrow
-        self._store = store
-        self._device = device
-        self._capacity = capacity
+        self.arrays = {}
+        self._store, self._device, self._capacity = store, device, capacity
         self._memory: dict[str, Tensor] = {}
 
     @property
     def module(self) -> nn.Module:
         return self.subnet.module
-
-    @property
-    def selection(self) -> Selection:
-        return self.weights.selection
-
-    def narrow(self, kind: str) -> Narrow:
-        """Where the entries of arrays of ``kind`` lie."""
-        return self.buffers if kind == BUFFERS else self.weights
 
     def select(self, selection: Selection, kinds: tuple[str, ...]) -> None:
         """Make room for ``kinds`` of ``selection``; what the arrays hold is not defined."""
@@ -89,21 +98,17 @@ class Side:
                 array.zero_()  # what no tensor has is 0, as its gradient is, and stays 0
 
     def load(self, selection: Selection, kinds: tuple[str, ...]) -> None:
-        """Gather ``kinds`` of ``selection`` from the store."""
+        """Gather ``kinds`` of ``selection`` from the store, for the module."""
         self.select(selection, kinds)
-        self.gather()
-
-    def gather(self) -> None:
-        """Fill the arrays from the store."""
         for kind, array in self.arrays.items():
             self._store.gather(self.narrow(kind), kind, array)
+        self.bind()
 
     def bind(self) -> None:
         """Point the module at the arrays."""
         self.subnet.bind(self.selection, self.arrays[WEIGHTS], self.arrays[BUFFERS], self.weights.step)
-        held = ((layer, leaf, of_layer[leaf]) for layer, leaf, of_layer in self._places)
+        held = ((layer, leaf, layer._buffers[leaf]) for layer, leaf in self._places)
         self._held = [(layer, leaf, own) for layer, leaf, own in held if own is not None]
-        self._others = [own for leaf, of_layer in self._plain if (own := of_layer[leaf]) is not None]
 
     def take_buffers(self) -> None:
         """After a forward pass: what it has assigned to buffers goes to the places of these. Raises
@@ -150,7 +155,8 @@ class Side:
         """Inside, forward passes leave no trace in the buffers: only the subnet that is trained moves them.
         Training-mode BatchNorm uses batch statistics and leaves the running ones alone.
         """
-        kept = [(own, own.clone()) for own in self._others]
+        others = [own for layer, _, own in self._held if not isinstance(layer, _BatchNorm)]
+        kept = [own.clone() for own in others]
         norms = [norm for norm in self._norms if norm.track_running_stats]
         for norm in norms:
             norm.track_running_stats = False
@@ -162,7 +168,7 @@ class Side:
             for layer, leaf, own in self._held:
                 layer._buffers[leaf] = own
             if kept:
-                torch._foreach_copy_([own for own, _ in kept], [value for _, value in kept])
+                torch._foreach_copy_(others, kept)
 
     def _refuse(self, layer: nn.Module, leaf: str, before: str, after: str) -> None:
         name = next(name for name, module in self.module.named_modules() if module is layer)
@@ -198,6 +204,30 @@ def _described(buffer: Tensor | None) -> str:
     return "nothing" if buffer is None else f"{buffer.dtype}{list(buffer.shape)}"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The subnets of a round on this rank.
+
+    Attributes:
+        first: selection of subnet a, which is trained.
+        second: selection of subnet b; None when no rank has anything to compare.
+        train_second: b takes turns in training, so it needs its optimizer slots too.
+        per_rank: the selections of b (of a, without a b) on every rank that shares the store, where they
+            differ.
+    """
+
+    first: Selection
+    second: Selection | None = None
+    train_second: bool = False
+    per_rank: tuple[Selection, ...] = ()
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Of the subnets of all ranks that share the store: these exchange them, or none does."""
+        second = () if self.second is None else (self.second,)
+        return [selection.mask for selection in (self.first, *(self.per_rank or second))]
+
+
 class SubnetPair:
     """The trained subnet and its reference.
 
@@ -206,6 +236,7 @@ class SubnetPair:
         integer_buffers: buffers that are not sliced, on the device; all subnets share them.
 
     Attributes:
+        wanted: the subnets that it has room for; None when what its arrays hold is not defined.
         gradients: of the sides that are trained, by number; one buffer, since only one is trained at a time.
         shared: from a to b, the entries that both keep, of arrays such as the weights and of statistics.
     """
@@ -219,39 +250,30 @@ class SubnetPair:
         capacity: int,
         integer_buffers: Mapping[str, Tensor],
     ) -> None:
-        self._store = store
         self._optimizer = optimizer
         a, b = (Side(store, model, device, capacity, integer_buffers) for _ in range(2))
         self.sides = a, b
         self._zeros = torch.zeros(aligned(store.dtype), dtype=store.dtype, device=device)
         self.gradients: dict[int, FlatGradients] = {}
-        self._optimizers: list[FlatOptimizer | None] = [None, None]
+        self._optimizers: dict[int, FlatOptimizer] = {}
         self.shared: dict[str, BlockPlan] = {}
         self.trained_kinds = (WEIGHTS, *optimizer.slots, BUFFERS)
-        self.loaded = False
-        self.same, self.masks = True, tuple[Tensor, ...]()
-        self.train_second = False
+        self.wanted: Wanted | None = None
 
-    def select(
-        self, first: Selection, second: Selection | None, train_second: bool, masks: Sequence[Tensor]
-    ) -> None:
-        """Make room for a round; what the arrays hold is not defined.
-
-        Args:
-            first: selection of subnet a, which is trained.
-            second: selection of subnet b; None when no rank has anything to compare.
-            train_second: b takes turns in training, so it needs its optimizer slots too.
-            masks: those of the subnets of all ranks, which ``holds`` compares.
-        """
-        self.same, self.masks = second is None, tuple(masks)
-        self.train_second = train_second
-        self._optimizers, self.gradients = [None, None], {}  # they hold the views of the last round
+    def select(self, wanted: Wanted) -> None:
+        """Make room for the subnets of a round; what the arrays hold is not defined."""
+        self.wanted = wanted
+        self._optimizers, self.gradients = {}, {}  # they hold the views of the last round
         self.shared.clear()
         a, b = self.sides
-        a.select(first, self.trained_kinds)
-        if second is not None:
-            b.select(second, self.trained_kinds if train_second else (WEIGHTS, BUFFERS))
-        self.loaded = True
+        a.select(wanted.first, self.trained_kinds)
+        if wanted.second is not None:
+            b.select(wanted.second, self.trained_kinds if wanted.train_second else (WEIGHTS, BUFFERS))
+
+    @property
+    def same(self) -> bool:
+        """There is no reference."""
+        return self.wanted is None or self.wanted.second is None
 
     @property
     def active(self) -> tuple[Side, ...]:
@@ -260,14 +282,16 @@ class SubnetPair:
     @property
     def trained(self) -> tuple[Side, ...]:
         """The sides whose weights move."""
-        return self.sides if self.train_second else self.sides[:1]
+        both = self.wanted is not None and self.wanted.train_second
+        return self.sides if both else self.sides[:1]
 
-    def holds(self, masks: Sequence[Tensor], train_second: bool) -> bool:
-        """Whether the pair is made of these masks already, on every rank."""
-        if not self.loaded or self.trained_kinds != tuple(self.sides[0].arrays):
+    def holds(self, wanted: Wanted) -> bool:
+        """Whether the pair is made of these subnets already, on every rank."""
+        held = self.wanted
+        if held is None or self.trained_kinds != tuple(self.sides[0].arrays):
             return False
-        same = len(masks) == len(self.masks) and all(map(torch.equal, masks, self.masks))
-        return same and self.train_second == train_second
+        same = len(wanted.masks) == len(held.masks) and all(map(torch.equal, wanted.masks, held.masks))
+        return same and wanted.train_second == held.train_second
 
     def bind(self, reduce_memory: Tensor) -> None:
         """Make the modules and the optimizers those of the arrays, which are full now; ``reduce_memory`` is
@@ -278,13 +302,14 @@ class SubnetPair:
             size = side.arrays[WEIGHTS].numel() + TAIL
             parameters, layout = side.subnet.parameters, side.weights.layout
             self.gradients[index] = FlatGradients(parameters, reduce_memory[:size], layout, self._zeros)
-            self._optimizers[index] = self._optimizer_of(index)
+            slices = self._optimizer.slices(layout)
+            self._optimizers[index] = FlatOptimizer(
+                self._optimizer, side.arrays, self.gradients[index].flat, slices
+            )
 
     def optimizer_step(self, side: int, not_finite: Tensor, steps_done: int) -> None:
         """Step one side; nothing moves where ``not_finite`` (a scalar on the device) is not 0."""
-        optimizer = self._optimizers[side]
-        assert optimizer is not None, "this side was loaded without its optimizer slots"
-        optimizer.step(not_finite, steps_done)
+        self._optimizers[side].step(not_finite, steps_done)
 
     def copy_shared(self, side: int) -> None:
         """Copy the entries that ``side`` has just trained to the other side, where that keeps them too."""
@@ -300,7 +325,7 @@ class SubnetPair:
             for kind, array in side.arrays.items():
                 if kind != BUFFERS:
                     dist.broadcast(array, rank)
-        if not self.train_second:
+        if len(self.trained) == 1:
             self.copy_shared(0)
         self._optimizer.take_over(rank, ranks)
 
@@ -308,13 +333,3 @@ class SubnetPair:
     def nbytes(self) -> int:
         """Bytes of both subnets: weights, slots, statistics."""
         return sum(side.nbytes for side in self.active)
-
-    def _optimizer_of(self, side: int) -> FlatOptimizer:
-        arrays, gradients = self.sides[side].arrays, self.gradients[side].flat
-        groups = self._optimizer.slices(self.sides[side].weights.layout)
-        return FlatOptimizer(
-            self._optimizer,
-            [arrays[WEIGHTS][group] for group in groups],
-            [gradients[group] for group in groups],
-            [{name: arrays[name][group] for name in self._optimizer.slots} for group in groups],
-        )

@@ -21,17 +21,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from offload_sparse.channels.selection import Selection
-from offload_sparse.engine.averaging import Agreed
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.losses import TAIL
 from offload_sparse.engine.optimizer import SubnetOptimizer
-from offload_sparse.engine.subnet_pair import Side, SubnetPair, padding
+from offload_sparse.engine.subnet_pair import Piece, Side, SubnetPair, Wanted, padding
 from offload_sparse.engine.timeline import Timeline
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks, send_tables
@@ -49,39 +49,22 @@ Load = tuple[Side, list[str], tuple[Side, ...], TransferPlan]
 
 @dataclass
 class Transfer:
-    """The transfer plan from one round's subnets to the next.
+    """The way to the subnets of the next round.
 
     Attributes:
-        first: selection of subnet a, which is trained.
-        second: selection of subnet b; None when no rank has anything to compare.
-        train_second: b takes turns in training.
-        per_rank: the selections of b (of a, without a b) on every rank that shares the store, where they
-            differ.
-        local: it begins in a round that ranks train by themselves: what that trains comes late, from the
-            store.
+        wanted: these subnets.
         source: the pair of the round before; None when nothing on the device can be used.
         target: the pair to fill.
+        local: it begins in a round that ranks train by themselves: what that trains comes late, from the
+            store.
         loads: how the arrays of the target come about, side a first.
     """
 
-    first: Selection
-    second: Selection | None = None
-    train_second: bool = False
-    per_rank: tuple[Selection, ...] = ()
+    wanted: Wanted
+    source: SubnetPair | None
+    target: SubnetPair
     local: bool = False
-    source: SubnetPair | None = None
-    target: SubnetPair | None = None
     loads: list[Load] = field(default_factory=list)
-
-    def leads_to(self, pair: SubnetPair) -> bool:
-        """Whether ``pair`` consists of these subnets."""
-        return pair.holds(self.masks, self.train_second)
-
-    @property
-    def masks(self) -> list[Tensor]:
-        """Of the subnets of all ranks that share the store: these exchange them, or none does."""
-        second = () if self.second is None else (self.second,)
-        return [selection.mask for selection in (self.first, *(self.per_rank or second))]
 
 
 class Transfers:
@@ -97,6 +80,7 @@ class Transfers:
         overlap: move entries while a round computes; needs two pairs.
 
     Attributes:
+        ahead: the pair in training knows more than the store.
         integer_buffers: buffers that are not sliced, on the device, by name.
         bytes_fetched, bytes_returned: bytes that have left, and come back to, this rank's rows.
         bytes_peak: largest bytes of subnets and gradients so far.
@@ -116,8 +100,8 @@ class Transfers:
         optimizer: SubnetOptimizer,
         device: torch.device,
         capacity: int,
-        pairs: int = 2,
-        overlap: bool = False,
+        pairs: int,
+        overlap: bool,
     ) -> None:
         self.store = store
         self.optimizer, self.device = optimizer, device
@@ -125,20 +109,16 @@ class Transfers:
         capacity += padding(store, WEIGHTS)
         parts = (store, model, optimizer, device, capacity, self.integer_buffers)
         self._pairs = [SubnetPair(*parts) for _ in range(pairs)]
-        self._current = 0
         self._reduce_memory = torch.empty(capacity + TAIL, dtype=store.dtype, device=device)
         self._side_stream = SideStream(device) if overlap else None
         self._compiled = ""
-        self._ahead = False  # the pair in training knows more than the store
+        self.ahead = False
         self._bound_ahead = False  # the pair that is taken next has its modules at its arrays already
         self._prefetched: Future[Transfer] | None = None
         self._returning: Future[None] | None = None
         self._selections: list[Selection] = []  # those asked for last
         self.finish_asides: Callable[[], object] = lambda: None
-        self.bytes_fetched = 0
-        self.bytes_returned = 0
-        self.bytes_peak = 0
-        self.steps_done = 0
+        self.bytes_fetched = self.bytes_returned = self.bytes_peak = self.steps_done = 0
         self.timeline = Timeline(device)
         self.before_return: Callable[[], object] = lambda: None
         self.before_settling: Callable[[], object] = lambda: None
@@ -147,8 +127,8 @@ class Transfers:
 
     @property
     def pair(self) -> SubnetPair:
-        """The pair in training."""
-        return self._pairs[self._current]
+        """The pair in training; the last one, which may be the same, is filled next."""
+        return self._pairs[0]
 
     def compile(self, mode: str | None = None) -> None:
         """Compile the passes of all subnets in a mode of ``torch.compile``; a new width is compiled anew."""
@@ -160,31 +140,28 @@ class Transfers:
     def nbytes(self) -> int:
         """Bytes of the subnets in use and of their gradients."""
         gradients = max((s.arrays[WEIGHTS].numel() for s in self.pair.trained if s.arrays), default=0) + TAIL
-        in_use = sum(pair.nbytes for pair in self._pairs if pair.loaded)
+        in_use = sum(pair.nbytes for pair in self._pairs if pair.wanted is not None)
         return in_use + gradients * self._reduce_memory.element_size()
 
-    def open(self, transfer: Transfer) -> SubnetPair:
-        """The pair that ``transfer`` leads to, filled and bound, ready to be trained."""
-        if not transfer.leads_to(self.pair):
-            if len(self._pairs) == 1:
-                self._reload(transfer)
-            else:
-                self._exchange(transfer)
+    def open(self, wanted: Wanted) -> SubnetPair:
+        """The pair of ``wanted``, filled and bound, ready to be trained."""
+        if not self.pair.holds(wanted):
+            self._exchange(wanted)
         if not self._bound_ahead:
             self.pair.bind(self._gradient_memory(self.pair))
         self._bound_ahead = False
         self.bytes_peak = max(self.bytes_peak, self.nbytes)
         return self.pair
 
-    def stay(self, mask: Tensor, *kinds: str) -> Transfer:
-        """The way to the subnet that is trained from now on, with arrays of ``kinds``, too. Its addresses
-        stay, so that on a GPU compiled passes are replayed as CUDA graphs."""
+    def stay(self, mask: Tensor, *kinds: str) -> Wanted:
+        """The subnet that is trained from now on, with arrays of ``kinds``, too. Its addresses stay, so that
+        on a GPU compiled passes are replayed as CUDA graphs."""
         for pair in self._pairs:
             added = (kind for kind in kinds if kind not in pair.trained_kinds)
             pair.trained_kinds = (*pair.trained_kinds[:-1], *added, BUFFERS)
         if self._compiled == "default" and self.device.type == "cuda":
             self.compile("reduce-overhead")
-        return Transfer(self.selection(mask))
+        return Wanted(self.selection(mask))
 
     def selection(self, mask: Tensor) -> Selection:
         """``mask`` resolved; that of a round that was fetched ahead has been already."""
@@ -211,44 +188,36 @@ class Transfers:
         self.finish_asides = lambda: None if asked.cancelled() else asked.result()
         return asked.result
 
-    def prefetch(self, plan: Callable[[], Transfer], local: bool) -> None:
-        """Begin to fetch what the next round, that of ``plan``, needs and the present one does not train.
+    def prefetch(self, wanted: Callable[[], Wanted], local: bool) -> None:
+        """Begin to fetch what the next round needs and the present one does not train.
 
         Args:
-            plan: asked for on the thread of the transfers.
+            wanted: the subnets of the next round; asked for on the thread of the transfers.
             local: ranks train the present round by themselves.
         """
         if self._side_stream is not None:
-            source, target = self._source, self._pairs[1 - self._current]
+            source, target = self._source, self._pairs[-1]
 
             def fetch() -> Transfer:
-                transfer = plan()
-                transfer.source, transfer.target, transfer.local = source, target, local
+                transfer = Transfer(wanted(), source, target, local)
                 self._fetch(transfer)
                 target.bind(self._gradient_memory(target))
                 return transfer
 
             self._prefetched = self._side_stream.submit(fetch)
 
-    @property
-    def ahead(self) -> bool:
-        """The pair in training knows more than the store."""
-        return self._ahead
-
     def stepped(self, steps_done: int, ahead: bool = True) -> None:
         """Note that the pair has been trained since the store last saw it; not ``ahead``: what it has learned
         is this rank's alone, and never returned as it is.
         """
-        self._ahead = ahead
+        self.ahead = ahead
         self.steps_done = steps_done
 
-    def put_back(self, pieces: Sequence[Side | Agreed]) -> None:
+    def put_back(self, pieces: Sequence[Piece]) -> None:
         """Write this rank's entries of ``pieces``; the next pair is filled from the store."""
         self.join()
-        self.before_return()
-        with self.timeline.span("scatter"):
-            self._put_back(pieces, ())
-        self.pair.loaded = self._ahead = False
+        self._put_back(pieces, ())
+        self.pair.wanted, self.ahead = None, False
         if self._prefetched is not None:
             self._prefetched.result().source = None  # the rest of it is in the store now
 
@@ -257,33 +226,33 @@ class Transfers:
         rank may read and write it. The pair stays as it is.
         """
         self.join()
-        if self._ahead:
+        if self.ahead:
             self.before_settling()
-        if self._ahead:  # it has not led back
-            self._return(self.pair, ())
-            self._ahead = False
+        if self.ahead:  # it has not led back
+            self._put_back(self.pair.trained, ())
+            self.ahead = False
 
     def join(self) -> None:
-        """Wait for the transfers under way; what has been prefetched stays so."""
-        self.finish_returns()
-        if self._prefetched is not None:
-            assert self._side_stream is not None
-            self._side_stream.wait(self._prefetched)
+        """Wait for the transfers under way: what the round before has evicted is back; what has been
+        prefetched stays so.
+        """
+        for pending in (self._returning, self._prefetched):
+            if pending is not None:
+                assert self._side_stream is not None
+                self._side_stream.wait(pending)
+        self._returning = None
 
     def scratch(self) -> Side:
         """A side for other uses than training; the next round starts afresh from the store."""
         self.settle()
-        self._prefetched = None
-        self.pair.loaded = False
+        self._prefetched = self.pair.wanted = None
         return self.pair.sides[0]
 
     def forget(self) -> None:
         """Drop what the pair in training has learned since the store was last settled."""
         self.join()
-        self._prefetched = None
-        self._ahead = False
-        self.pair.loaded = False
-        self.went_back = True
+        self._prefetched = self.pair.wanted = None
+        self.ahead, self.went_back = False, True
 
     def close(self, abandon: bool = False) -> None:
         """Wait for the transfer under way and stop the thread; the next one starts another.
@@ -297,55 +266,38 @@ class Transfers:
 
     @property
     def _source(self) -> SubnetPair | None:
-        return self.pair if self.pair.loaded else None
+        return None if self.pair.wanted is None else self.pair
 
-    def _reload(self, transfer: Transfer) -> None:
-        """With one pair: everything back, then everything anew."""
-        self.settle()
-        transfer.target = self.pair
-        self._fetch(transfer)
-        self._carry(transfer)
-
-    def _exchange(self, transfer: Transfer) -> None:
-        prefetched = self._take_prefetched()
-        if prefetched is not None and prefetched.target is not None and transfer.leads_to(prefetched.target):
-            transfer, self._bound_ahead = prefetched, True
-        else:
-            transfer.source, transfer.target = self._source, self._pairs[1 - self._current]
-            self._fetch(transfer)
-        self._carry(transfer)
-        left, self._current = self.pair, 1 - self._current
-        current, self._ahead, was_ahead = self.pair, False, self._ahead
-        if not was_ahead:
-            return
-        # Until they are back, only the pair that has been left knows the last values of what is evicted.
-        if self._side_stream is None:
-            self._return(left, current.trained)
-        else:
-            self._returning = self._side_stream.submit(lambda: self._return(left, current.trained))
-        self._ahead = True  # what has been carried over is still newer than the store
-
-    def _take_prefetched(self) -> Transfer | None:
-        """The transfer that was begun ahead, its fetch done; what the last round has evicted is back, too."""
+    def _exchange(self, wanted: Wanted) -> None:
+        if len(self._pairs) == 1:  # everything back, then everything anew
+            self.settle()
+            self.pair.wanted = None
         self.join()
-        prefetched, self._prefetched = self._prefetched, None
-        if prefetched is None or prefetched.result().source is not self._source:
-            return None
-        return prefetched.result()
-
-    def finish_returns(self) -> None:
-        """Wait until what the last round has evicted is back."""
-        if self._returning is not None:
-            assert self._side_stream is not None
-            self._side_stream.wait(self._returning)
-            self._returning = None
+        begun, self._prefetched = self._prefetched, None
+        transfer = None if begun is None else begun.result()
+        if transfer is None or transfer.source is not self._source or not transfer.target.holds(wanted):
+            transfer = Transfer(wanted, self._source, self._pairs[-1])
+            self._fetch(transfer)
+        else:
+            self._bound_ahead = True
+        self._carry(transfer)
+        left = self.pair
+        self._pairs.reverse()
+        if not self.ahead:
+            return
+        # Until they are back, only the pair that has been left knows the last values of what is evicted; what
+        # has been carried over is newer than the store still.
+        evict = partial(self._put_back, left.trained, self.pair.trained)
+        if self._side_stream is None:
+            evict()
+        else:
+            self._returning = self._side_stream.submit(evict)
 
     def _fetch(self, transfer: Transfer) -> None:
         """Select the sides of the target, and fetch what only the store has."""
-        target, device = transfer.target, self._reduce_memory.device
-        assert target is not None
-        target.select(transfer.first, transfer.second, transfer.train_second, transfer.masks)
-        transfer.loads = list(self._loads(transfer, target))
+        device = self._reduce_memory.device
+        transfer.target.select(transfer.wanted)
+        transfer.loads = list(self._loads(transfer))
         plans = [plan for *_, plan in transfer.loads]
         self.store.send_tables([plan.fetched for plan in plans if plan.fetched is not None], device)
         send_tables([blocks for plan in plans for blocks in plan.carried.values()], device)
@@ -371,14 +323,14 @@ class Transfers:
                     source = holders[holder]
                     copy_blocks(blocks, [(source.arrays[kind], side.arrays[kind]) for kind in kinds])
 
-    def _loads(self, transfer: Transfer, target: SubnetPair) -> Iterator[Load]:
+    def _loads(self, transfer: Transfer) -> Iterator[Load]:
         """How every array of the target comes about.
 
         Valid entries are held by the sides of the target that come first, by the trained sides of the source,
         and for kinds that the reference has by the reference, whose own entries equal the store's. From a
         local round only the first ones are taken.
         """
-        source = transfer.source
+        wanted, source, target = transfer.wanted, transfer.source, transfer.target
         stale = source.trained if source is not None and transfer.local else ()
         before = [] if source is None else [*source.trained, *(() if transfer.local else source.active)]
         for side in target.active:
@@ -388,9 +340,9 @@ class Transfers:
                 groups.setdefault((kind == BUFFERS, holders), []).append(kind)
             known: dict[tuple[Side, ...], Regions] = {}
             for (_, holders), kinds in groups.items():
-                if transfer.per_rank:  # every rank must know what the others lack
+                if wanted.per_rank:  # every rank must know what the others lack
                     holders = tuple(h for h in holders if h in [pair.sides[0] for pair in self._pairs])
-                own = transfer.per_rank if side is target.sides[transfer.second is not None] else ()
+                own = wanted.per_rank if side is target.active[-1] else ()
                 if not own and holders not in known:
                     known[holders] = Regions(side.selection, [holder.selection for holder in holders])
                 late = [number for number, holder in enumerate(holders) if holder in stale]
@@ -417,14 +369,14 @@ class Transfers:
         targets = [Narrow(selection, target.names, target.step) for selection in per_rank]
         return fetch_plan_per_rank(partition, rank, targets, places, late)
 
-    def _return(self, left: SubnetPair, keepers: tuple[Side, ...]) -> None:
-        """Write this rank's entries of what ``left`` has trained and no side of ``keepers`` still trains."""
+    def _put_back(self, left: Sequence[Piece], keepers: Sequence[Side]) -> None:
+        """Write this rank's entries of ``left`` that no side of ``keepers`` trains from now on."""
         self.before_return()
         with self.timeline.span("scatter"):
-            self._put_back(left.trained, keepers)
+            self._return(left, keepers)
 
-    def _put_back(self, left: Sequence[Side | Agreed], keepers: tuple[Side, ...]) -> None:
-        known: list[Side | Agreed] = list(keepers)
+    def _return(self, left: Sequence[Piece], keepers: Sequence[Side]) -> None:
+        known: list[Piece] = list(keepers)
         moves: list[tuple[BlockPlan, list[tuple[str, Tensor]]]] = []
         for side in left:
             regions = Regions(side.selection, [keeper.selection for keeper in known], wanted=[None])

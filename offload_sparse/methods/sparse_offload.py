@@ -20,7 +20,7 @@ from offload_sparse.engine.family import Family, without_own_norms
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import optimizer_factory
 from offload_sparse.engine.session import Setup, SparseOffload
-from offload_sparse.engine.state import IN_PLACE, MethodState, recall, restore_session, session_state
+from offload_sparse.engine.state import IN_PLACE, MethodState, restore_session, session_state
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.policy.width_search import WidthSearch
@@ -149,7 +149,8 @@ class SparseOffloadMethod(Method):
             self.durable.restore_random_state()
 
     def recall(self, batches: Iterable[Any]) -> None:
-        recall(self.session, (partial(self._loss_fn, batch=batch) for batch in batches))
+        if not self.session.frozen:
+            self.session.remember(partial(self._loss_fn, batch=batch) for batch in batches)
 
     def close(self, abandon: bool) -> None:
         self.session.close(abandon)

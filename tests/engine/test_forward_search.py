@@ -24,8 +24,13 @@ from tests.support.channel_maps import SmallNet, small_map
 CONFIG = PolicyConfig(rho=0.5, search="forward", start="l2", lr=0.1)
 STEPS, COMPARED, SEARCHED = 20, 8, 16
 
-
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def network() -> SmallNet:
+    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
+    assert isinstance(net, SmallNet)
+    return net
 
 
 def make(
@@ -57,8 +62,7 @@ def loss_of(network: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[st
 @pytest.mark.parametrize("settings", [{"transfer": "full"}, {"reference": "every_step", "prefetch": False}])
 def test_pairs_of_forward_passes_move_s_and_no_weight(settings: dict[str, Any]) -> None:
     """Compared with the losses of networks that are cut out by hand, and s learned from these."""
-    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
-    assert isinstance(net, SmallNet)
+    net = network()
     session, twin = make(net, **settings), make(net, **settings)
     before = {kind: session.store.arrays[kind].clone() for kind in (WEIGHTS, BUFFERS)}
     policy = twin.policy
@@ -90,8 +94,7 @@ def test_pairs_of_forward_passes_move_s_and_no_weight(settings: dict[str, Any]) 
 
 @pytest.mark.parametrize("why", ["nothing to search", "frozen on the way"])
 def test_a_network_whose_mask_is_final_is_trained(why: str) -> None:
-    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
-    assert isinstance(net, SmallNet)
+    net = network()
     session = make(net, rho=1.0 if why == "nothing to search" else 0.5)
     before = session.store.arrays[WEIGHTS].clone()
     if why == "frozen on the way":
@@ -103,16 +106,14 @@ def test_a_network_whose_mask_is_final_is_trained(why: str) -> None:
 
 
 def test_ranks_talk_at_every_step_of_a_warm_up_behind_comparisons() -> None:
-    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
-    assert isinstance(net, SmallNet)
+    net = network()
     roles = make(net, warmup=3, sync="round", reference="round_start").roles
     assert [roles.local(step) for step in (0, COMPARED, COMPARED + 2, COMPARED + 3)] == [False] * 3 + [True]
 
 
 def test_an_optimizer_counts_the_steps_that_it_has_made() -> None:
     """Adam's first step is the learning rate, however many pairs were compared before."""
-    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
-    assert isinstance(net, SmallNet)
+    net = network()
     session = make(net, optimizer=partial(torch.optim.Adam, lr=1e-3, eps=0))
     before = session.store.arrays[WEIGHTS].clone()
     for batch in batches(COMPARED + 1):
@@ -123,8 +124,7 @@ def test_an_optimizer_counts_the_steps_that_it_has_made() -> None:
 
 
 def test_training_follows_and_newcomers_have_their_first_values() -> None:
-    net = build_seeded(partial(SmallNet, (12, 16)), 0).double()
-    assert isinstance(net, SmallNet)
+    net = network()
     session = make(net)
     trained = torch.zeros(session.channel_map.num_atoms, dtype=torch.bool)
     for number, batch in enumerate(batches(STEPS)):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from offload_sparse.engine.averaging import EMA
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
-from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import WEIGHTS
@@ -25,6 +24,7 @@ from tests.support.sessions import (
     OPTIM,
     POLICIES,
     arrays,
+    assert_same,
     batches,
     loss_fn,
     loss_of,
@@ -139,22 +139,6 @@ def test_rho_one_is_plain_training(clip_norm: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_adamw_at_rho_one_is_plain_adamw() -> None:
-    optim = OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1)
-    net = small_net()
-    plain = copy.deepcopy(net).train()
-    session = make_session(net, PolicyConfig.paper(rho=1.0), RoundConfig(k=2), optimizer=optim)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
-    for batch in batches(5):
-        session.step(loss_of(batch))
-        optimizer.zero_grad()
-        loss_fn(plain, batch).backward()
-        optimizer.step()
-    network = session.finalize([batches(1)[0][0]])
-    for (name, a), (_, b) in zip(network.module.named_parameters(), plain.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
-
-
 def test_absent_channels_stand_still() -> None:
     net = small_net()
     session = make_session(net, PolicyConfig.paper(rho=0.5), RoundConfig(k=4, reference="every_step"))
@@ -188,8 +172,7 @@ def test_a_step_that_is_not_finite_is_named_and_moves_nothing(reference: str) ->
         session.step(loss_of(batch))
     good = arrays(session)
     session.step(loss_of(data[4]))
-    for kind, array in arrays(session).items():
-        assert torch.equal(array, good[kind]), kind
+    assert_same(arrays(session), good)
     with pytest.raises(FloatingPointError, match="step 4 is not finite on rank 0"):
         session.step(loss_of(data[5]))
 
@@ -214,8 +197,7 @@ def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
     good, s = arrays(session), session.policy.s.clone()
     for batch in data[3:6]:
         session.step(loss_of(batch))
-    for kind, array in arrays(session).items():
-        assert torch.equal(array, good[kind]), kind
+    assert_same(arrays(session), good)
     assert torch.equal(session.policy.s, s)
     for batch in data[6:]:
         session.step(loss_of(batch))
@@ -260,9 +242,7 @@ def test_however_the_weights_are_moved_the_bits_are_the_same(reference: str, k: 
     optim = {"sgd": OPTIM, "adamw": OptimConfig(name="adamw", lr=1e-2)}[name]
     plain = run_transfers(reference, k, 14, "full", optim)
     for transfer in ("delta", "overlap"):
-        found = run_transfers(reference, k, 14, transfer, optim)
-        for kind in plain:
-            assert torch.equal(found[kind], plain[kind]), f"{kind}, {transfer}"
+        assert_same(run_transfers(reference, k, 14, transfer, optim), plain)
 
 
 def test_only_newcomers_and_leavers_cross_the_bus() -> None:
@@ -316,10 +296,7 @@ def test_the_final_mask_is_the_candidate_with_the_lowest_training_loss() -> None
     losses = []
     for mask in candidates:
         side = session.transfers.scratch()
-        from offload_sparse.channels.selection import Selection
-
-        side.load(Selection(session.channel_map, mask), (WEIGHTS, "buffers"))
-        side.bind()
+        side.load(session.transfers.selection(mask), (WEIGHTS, "buffers"))
         with side.buffers_untouched():
             found = [float(session.forward.evaluated(side.module, loss_of(b))) for b in data[-2:]]
         losses.append(sum(found))
@@ -360,18 +337,7 @@ def test_evaluation_leaves_no_trace() -> None:
                     module.eval()(batch[0])
             session.step(loss_of(batch))
         runs.append(arrays(session))
-    for kind in runs[0]:
-        assert torch.equal(runs[0][kind], runs[1][kind]), kind
-
-
-def test_frozen_batch_norm_keeps_the_statistics() -> None:
-    session = make_session(
-        small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2), forward=Forward(frozen_batch_norm=True)
-    )
-    before = session.store.arrays["buffers"].clone()
-    for batch in batches(4):
-        session.step(loss_of(batch))
-    assert torch.equal(arrays(session)["buffers"], before)
+    assert_same(*runs)
 
 
 def test_the_expected_cost_is_the_mean_over_masks() -> None:

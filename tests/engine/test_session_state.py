@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.state import MethodState, Shard, recall, restore_session, session_state
+from offload_sparse.engine.state import MethodState, restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
 from tests.support.constants import configured
 from tests.support.ranks import run_ranks
@@ -42,9 +43,7 @@ def session_of(
 
 def through_a_file(state: MethodState) -> MethodState:
     """What is left of a state after it has been written and read: copies, and JSON."""
-    sharded = {n: Shard(s.own.clone(), s.global_shape, s.first_row) for n, s in state.sharded.items()}
-    replicated, local = ({n: t.clone() for n, t in part.items()} for part in (state.replicated, state.local))
-    return MethodState(sharded, replicated, local, json.loads(json.dumps(state.meta)))
+    return replace(copy.deepcopy(state), meta=json.loads(json.dumps(state.meta)))
 
 
 def result(session: SparseOffload) -> dict[str, Tensor]:
@@ -82,7 +81,7 @@ def interrupted(
     for cut, state in states.items():
         second = session_of(reference, transfer, prefetch, policy)
         restore_session(second, state)
-        recall(second, map(loss_of, data[max(0, cut - 2) : cut]))
+        second.remember(map(loss_of, data[max(0, cut - 2) : cut]))
         for batch in data[cut:]:
             second.step(loss_of(batch))
         yield cut, result(second)
@@ -134,7 +133,7 @@ def test_a_round_that_an_evaluation_has_begun_is_carried_on(prefetch: bool) -> N
         state = through_a_file(session_state(first))
         second = session_of("turns", "delta", prefetch)
         restore_session(second, state)
-        recall(second, map(loss_of, data[max(0, cut - 2) : cut]))
+        second.remember(map(loss_of, data[max(0, cut - 2) : cut]))
         for batch in data[cut:]:
             first.step(loss_of(batch))
             second.step(loss_of(batch))

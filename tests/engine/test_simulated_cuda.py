@@ -21,7 +21,7 @@ from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig
 from tests.support.ranks import run_ranks
 from tests.support.residual_nets import ResidualNet
-from tests.support.sessions import arrays, batches, loss_of, make_session, own_part, small_net
+from tests.support.sessions import arrays, assert_same, batches, loss_of, make_session, own_part, small_net
 from tests.support.simulated_cuda import DEVICE, Simulation, simulated_cuda
 
 POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
@@ -80,11 +80,6 @@ def trained(make: Any, device: torch.device, steps: int = STEPS) -> tuple[Sparse
     found = arrays(session) | {"s": session.policy.s.clone()}
     session.transfers.close()
     return session, found
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def watched(

@@ -19,7 +19,16 @@ from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from tests.support.ranks import run_ranks
-from tests.support.sessions import arrays, batches, loss_of, make_session, own_part, small_net, whole
+from tests.support.sessions import (
+    arrays,
+    assert_same,
+    batches,
+    loss_of,
+    make_session,
+    own_part,
+    small_net,
+    whole,
+)
 
 STEPS = 14
 NADAM = partial(torch.optim.NAdam, lr=1e-2)
@@ -78,9 +87,7 @@ def test_a_state_dict_resumes_bit_for_bit(cut: int, tmp_path: Path) -> None:
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     second.remember(map(loss_of, batches(STEPS)[max(0, cut - 4) : cut]))
     train(second, cut, STEPS)
-    expected = straight()
-    for name, value in result(second).items():
-        assert torch.equal(value, expected[name]), name
+    assert_same(result(second), straight())
     assert second.ema_steps == first.ema_steps > 0
 
 
@@ -123,9 +130,7 @@ def test_accelerate_saves_a_registered_session(tmp_path: Path) -> None:
     train(session, 6, 9)
     accelerator.load_state(str(tmp_path))
     train(session, 6, STEPS)
-    expected = straight()
-    for name, value in result(session).items():
-        assert torch.equal(value, expected[name]), name
+    assert_same(result(session), straight())
 
 
 def test_distributed_checkpoint_saves_and_loads_a_session(tmp_path: Path) -> None:
@@ -134,9 +139,7 @@ def test_distributed_checkpoint_saves_and_loads_a_session(tmp_path: Path) -> Non
     dcp.save({"session": first}, checkpoint_id=tmp_path, no_dist=True)
     dcp.load({"session": second}, checkpoint_id=tmp_path, no_dist=True)
     train(second, 6, STEPS)
-    expected = straight()
-    for name, value in result(second).items():
-        assert torch.equal(value, expected[name]), name
+    assert_same(result(second), straight())
 
 
 # --- several ranks ---
@@ -190,11 +193,9 @@ def test_saved_by_two_ranks_in_a_round_and_resumed_by_one_two_and_three(way: str
     at_cut, end = ranks[0]
     for world_size, last in ((1, STEPS), (2, STEPS), (3, cut + 1)):
         for loaded, finished in run_ranks(world_size, resumed, str(tmp_path), cut, way, last):
-            for name, value in at_cut.items():
-                assert torch.equal(loaded[name], value), (world_size, name)
+            assert_same(loaded, at_cut)
             if world_size == 2:
-                for name, value in end.items():
-                    assert torch.equal(finished[name], value), name
+                assert_same(finished, end)
 
 
 # --- what is refused ---
@@ -230,5 +231,4 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(change: str, m
     before = arrays(session)
     with pytest.raises(ValueError, match=message):
         session.load_state_dict(other_state(change))
-    for kind, array in arrays(session).items():
-        assert torch.equal(array, before[kind]), kind
+    assert_same(arrays(session), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from offload_sparse.engine.config import RoundConfig, check_combination
 from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.probing import _Thinned, run_probe
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.state import MethodState, recall, restore_session, session_state
+from offload_sparse.engine.state import restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.probe import present_widths
 from offload_sparse.policy.width_search import WidthSearch
@@ -29,7 +30,7 @@ from offload_sparse.store.weight_store import WEIGHTS, Ranks
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 from tests.support.ranks import run_ranks
-from tests.support.sessions import arrays, batches, loss_of, make_session, own_part, stored
+from tests.support.sessions import arrays, assert_same, batches, loss_of, make_session, own_part, stored
 
 STEPS = 150
 
@@ -130,17 +131,17 @@ def test_entries_at_zero_equal_channels_left_out() -> None:
     ones = torch.ones(channel_map.num_atoms, dtype=torch.float64)
     with torch.no_grad():
         expected = closure(narrow_module(module, channel_map, m).eval())
-        thinned = _Thinned(present, selection, channel_map, ones)
+        thinned = _Thinned(present, selection, ones)
         torch.testing.assert_close(thinned.loss(m, closure, Forward()), expected, rtol=1e-12, atol=1e-12)
         # Scaling what all consumers read equals scaling what the (scaled) layers give.
-        scaled = _Thinned(present, selection, channel_map, 1.25 * ones)
+        scaled = _Thinned(present, selection, 1.25 * ones)
         scaled.restore()
         wide = copy.deepcopy(narrow_module(module, channel_map, m)).eval()
         readers = [n for n, p in wide.named_parameters() if p.dim() > 1][1:]
         for name, p in wide.named_parameters():
             if name in readers:
                 p.mul_(1.25)
-        thinned = _Thinned(present, selection, channel_map, 1.25 * ones)
+        thinned = _Thinned(present, selection, 1.25 * ones)
         torch.testing.assert_close(thinned.loss(m, closure, Forward()), closure(wide), rtol=1e-12, atol=1e-12)
 
 
@@ -172,7 +173,7 @@ def test_atoms_left_out_of_any_network_are_absent(name: str, residual: Residual,
         expected = closure(narrow_module(module, channel_map, m).eval())
         present = narrow_module(module, channel_map, mask).eval()
         ones = torch.ones(channel_map.num_atoms, dtype=torch.float64)
-        found = _Thinned(present, Selection(channel_map, mask), channel_map, ones).loss(m, closure, Forward())
+        found = _Thinned(present, Selection(channel_map, mask), ones).loss(m, closure, Forward())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -189,15 +190,13 @@ def test_a_probe_leaves_the_subnet_as_it_was_and_finds_what_matters() -> None:
         search,
         present,
         Selection(channel_map, mask),
-        channel_map,
         [lambda network: F.cross_entropy(network(images), labels)],
         Forward(),
         Ranks(0, 1),
     )
     assert present.training
     assert found.count == search.pairs
-    for name, tensor in present.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_same(present.state_dict(), before)
     assert bool((importance[mask] > 0).all())
     assert not bool(importance[~mask].any())
 
@@ -223,13 +222,11 @@ def interrupted(cut: int, prefetch: bool = True) -> dict[str, Tensor]:
         first.step(loss_of(batch))
     first.records()
     state = session_state(first)
-    sharded = {n: copy.deepcopy(s) for n, s in state.sharded.items()}
-    replicated, local = ({n: t.clone() for n, t in part.items()} for part in (state.replicated, state.local))
-    saved = MethodState(sharded, replicated, local, json.loads(json.dumps(state.meta)))
+    saved = replace(copy.deepcopy(state), meta=json.loads(json.dumps(state.meta)))
     first.transfers.close()
     second = session_of(prefetch=prefetch)
     restore_session(second, saved)
-    recall(second, map(loss_of, data[max(0, cut - first.final.selection_batches) : cut]))
+    second.remember(map(loss_of, data[max(0, cut - first.final.selection_batches) : cut]))
     for batch in data[cut:]:
         second.step(loss_of(batch))
     return result(second)

@@ -92,6 +92,11 @@ def arrays(session: SparseOffload) -> dict[str, Tensor]:
     return {kind: array.clone() for kind, array in session.store.arrays.items()}
 
 
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """All of ``expected`` is in ``found``, bit for bit."""
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
 def own_part(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """This rank's contiguous part of a global batch."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

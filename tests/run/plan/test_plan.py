@@ -59,17 +59,18 @@ def test_the_arrays_of_the_subnets_are_those_that_are_planned(name: str) -> None
     config = CASES[name]
     session = build_session(config)
     first = planner_of(config).first_rounds(2)
+    pairs = tuple(session.transfers._pairs)
     written: dict[tuple[int, int, str], int] = {}
 
     def note() -> None:
-        for number, pair in enumerate(session.transfers._pairs):
-            for index, side in enumerate(pair.active if pair.loaded else ()):
+        for number, pair in enumerate(pairs):
+            for index, side in enumerate(pair.active if pair.wanted else ()):
                 for kind, array in side.arrays.items():
                     key = (number, index, kind)
                     written[key] = max(written.get(key, 0), array.numel())
 
     train(session, config, note)
-    memory = [m for pair in session.transfers._pairs for side in pair.sides for m in side._memory.values()]
+    memory = [m for pair in pairs for side in pair.sides for m in side._memory.values()]
     gradients = max(
         size for (_, side, kind), size in written.items() if kind == WEIGHTS and side in (0, turns(config))
     )
