@@ -11,6 +11,7 @@ end.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ Grouping = Callable[[str], Mapping[str, Any] | None]
 """Name of a parameter -> settings of its group (``{"lr": 0.01}``), or None for those of the factory."""
 
 _ADVICE = "give one whose step of a weight depends on that weight alone, such as SGD, Adam, AdamW or RMSprop"
-_ENTRIES = 6
+_SHAPE = (8, 8)  # of the matrix that an optimizer is tried on; some (timm's Muon) leave smaller ones alone
 _COUNTS_AHEAD = 64
 
 
@@ -100,7 +101,7 @@ def probe(
     """Find out what the optimizer of ``factory`` keeps of a group with ``settings``, by stepping it on a tiny
     parameter. Raises ValueError: it is no factory, or its optimizer cannot be used; names it."""
     own = Group((), settings or {})
-    parameter = nn.Parameter(torch.zeros(_ENTRIES, device=device))
+    parameter = nn.Parameter(torch.zeros(prod(_SHAPE), device=device))
     optimizer = build_optimizer(factory, [own.of([parameter])])
     name, group = type(optimizer).__name__, optimizer.param_groups[0]
     before = dict(group)
@@ -167,26 +168,31 @@ def _step(
 def _check_entries(
     factory: OptimizerFactory, own: Group, found: OptimizerState, device: torch.device | None
 ) -> None:
-    """Three steps on a parameter equal those on its two halves, by optimizers that are given their state."""
+    """Three steps on a matrix equal those on parts of its entries, by optimizers that are given their
+    state."""
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(4, _ENTRIES, generator=generator).to(device)
-    whole = nn.Parameter(draws[0].clone())
+    start, *gradients = torch.randn(4, *_SHAPE, generator=generator).to(device).unbind()
+    whole, size = nn.Parameter(start.clone()), prod(_SHAPE) // 3
     optimizer = build_optimizer(factory, [own.of([whole])])
-    halves = [half.clone() for half in draws[0].split(_ENTRIES // 3 * 2)]
-    keeps = [{name: torch.full_like(half, value) for name, value in found.slots.items()} for half in halves]
-    given = [SubnetOptimizer(factory, [own], [found], whole.device) for _ in halves]
-    for gradient in draws[1:]:
+    parts = [part.clone() for part in start.flatten().split(size)]
+    keeps = [{name: torch.full_like(part, value) for name, value in found.slots.items()} for part in parts]
+    given = [SubnetOptimizer(factory, [own], [found], whole.device) for _ in parts]
+    for drawn in gradients:
+        # At right angles to the rows, as in front of a norm: some optimizers (AdamP) then do something else.
+        rows = whole.detach()
+        gradient = drawn - (drawn * rows).sum(1, True) / rows.square().sum(1, True) * rows
         _step(optimizer, [whole], [gradient])
-        for half, keep, part, session in zip(
-            halves, keeps, gradient.split(_ENTRIES // 3 * 2), given, strict=True
-        ):
-            step = FlatOptimizer(session, {WEIGHTS: half, **keep}, part.clone(), [slice(None)]).step
+        pieces = gradient.flatten().split(size)
+        for part, keep, piece, session in zip(parts, keeps, pieces, given, strict=True):
+            step = FlatOptimizer(session, {WEIGHTS: part, **keep}, piece.clone(), [slice(None)]).step
             step(torch.zeros((), device=device))
-    # A rate so large that weights overflow is not this check's concern: training stops with advice.
-    if not torch.allclose(whole.detach(), torch.cat(halves), rtol=1e-4, atol=1e-6, equal_nan=True):
+    # How far they have come: with a small rate the weights are alike whatever the steps are. A rate
+    # so large that weights overflow is not this check's concern: training stops with advice.
+    moved, expected = torch.cat(parts) - start.flatten(), (whole.detach() - start).flatten()
+    if not torch.allclose(moved, expected, rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ValueError(
             f"the step that {found.name} makes of a weight depends on other weights, or on which step is its "
-            f"first (norms, dampening); {_ADVICE}"
+            f"first (norms, matrices, dampening); {_ADVICE}"
         )
 
 
@@ -280,6 +286,20 @@ class SubnetOptimizer:
         self._counts: deque[Tensor] = deque()
         self._counted = -1
 
+    def count_step(self) -> None:
+        """Let schedulers see a step of ``shown``; it moves nothing, and what its groups count stays."""
+        before = copy.deepcopy(self._counted_by_groups())
+        self.shown.step()
+        for state, group, values in zip(self.kept, self.shown.param_groups, before, strict=True):
+            for name in state.group_scalars:
+                group.pop(name, None)
+            group.update(values)
+
+    def _counted_by_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer has changed in its groups so far."""
+        groups = zip(self.kept, self.shown.param_groups, strict=True)
+        return [{n: group[n] for n in state.group_scalars if n in group} for state, group in groups]
+
     def initial(self) -> Iterator[tuple[str, str, float]]:
         """Name of a parameter, slot, and the value that its entries begin with, if that is not 0."""
         for group, state in zip(self.groups, self.kept, strict=True):
@@ -297,10 +317,9 @@ class SubnetOptimizer:
 
     def take_over(self, rank: int, ranks: Ranks) -> None:
         """Go on with what the optimizer of ``rank`` keeps beside its slots; every rank calls it."""
-        kept = zip(self.kept, self.shown.param_groups, strict=True)
-        own = [{name: group[name] for name in state.group_scalars} for state, group in kept]
-        scalars = [{name: float(value) for name, value in each.items()} for each in self.scalars]
-        scalars, changed = everyones((scalars, own), ranks.world_size, ranks.host_group)[rank]
+        own = [{name: float(value) for name, value in each.items()} for each in self.scalars]
+        every = everyones((own, self._counted_by_groups()), ranks.world_size, ranks.host_group)
+        scalars, changed = every[rank]
         for present, values in zip(self.scalars, scalars, strict=True):
             for name, old in present.items():
                 new = values[name]
@@ -438,4 +457,6 @@ class LossScale:
         good = torch.where(not_finite > 0, 0.0, good + 1)
         full = good >= self._interval
         factor = torch.where(not_finite > 0, self._backoff, torch.where(full, self._growth, 1.0))
-        self.state.copy_(torch.stack([scale * factor, torch.where(full, 0.0, good)]))
+        changed = scale * factor
+        changed = torch.where(changed.isfinite(), changed, scale)  # no step would ever count again
+        self.state.copy_(torch.stack([changed, torch.where(full, 0.0, good)]))

@@ -276,7 +276,7 @@ class SparseOffload(Rounds):
         assert loss is not None
         if not first:
             self._recent.append(batch)
-        self.optimizer.step()  # moves nothing; a scheduler wants to have seen it
+        self.transfers.optimizer.count_step()
         return loss
 
     def freeze(self) -> None:
@@ -407,6 +407,7 @@ class SparseOffload(Rounds):
         Raises:
             ValueError: the state belongs to another model, policy or optimizer.
         """
+        self._check_not_evaluating()
         load_state(self, state)
         self._ended = False
 

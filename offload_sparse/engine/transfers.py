@@ -275,12 +275,16 @@ class Transfers:
         self.join()
         begun, self._prefetched = self._prefetched, None
         transfer = None if begun is None else begun.result()
-        if transfer is None or transfer.source is not self._source or not transfer.target.holds(wanted):
-            transfer = Transfer(wanted, self._source, self._pairs[-1])
-            self._fetch(transfer)
-        else:
-            self._bound_ahead = True
-        self._carry(transfer)
+        try:
+            if transfer is None or transfer.source is not self._source or not transfer.target.holds(wanted):
+                transfer = Transfer(wanted, self._source, self._pairs[-1])
+                self._fetch(transfer)
+            else:
+                self._bound_ahead = True
+            self._carry(transfer)
+        except BaseException:
+            self._pairs[-1].wanted, self._bound_ahead = None, False  # half filled; whoever asks again has all
+            raise
         left = self.pair
         self._pairs.reverse()
         if not self.ahead:

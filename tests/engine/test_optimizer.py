@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn, optim
 
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.engine.forward import Forward
-from offload_sparse.engine.optimizer import group_parameters, probe
+from offload_sparse.engine.optimizer import LossScale, group_parameters, probe
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from tests.support.sessions import arrays, assert_same, batches, loss_fn, loss_of, make_session, small_net
@@ -48,6 +49,27 @@ class Normalised(Lion):
                 p.sub_(p.grad / p.grad.norm(), alpha=group["lr"])
 
 
+class ByShape(Lion):
+    """Treats matrices in a way of its own, as Muon and MARS do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.sub_(p.grad.sign() if p.dim() > 1 else p.grad, alpha=group["lr"])
+
+
+class Counting(Lion):
+    """Counts steps in its group, whether or not a parameter has a gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.sub_(p.grad, alpha=group["lr"] / group["step"])
+
+
 class Factored(Lion):
     """Keeps a statistic of another shape than the parameter."""
 
@@ -74,6 +96,7 @@ USABLE = {
     "adamax": optim.Adamax,
     "rprop": partial(optim.Rprop, lr=1e-3),
     "lion": partial(Lion, lr=1e-3, weight_decay=0.1),
+    "counting": partial(Counting, lr=0.05),
 }
 
 
@@ -122,6 +145,10 @@ REFUSED = {
     "SparseAdam": (optim.SparseAdam, "SparseAdam cannot step a flat parameter"),
     "Adafactor": (optim.Adafactor, "the step that Adafactor makes of a weight depends on other weights"),
     "Normalised": (Normalised, "the step that Normalised makes of a weight depends on other weights"),
+    "norms at a small rate": (partial(Normalised, lr=1e-5), "depends on other weights"),
+    "ByShape": (ByShape, r"norms, matrices, dampening"),
+    "AdamP": (partial(timm.optim.AdamP, lr=1e-4), "depends on other weights"),
+    "Muon of timm": (timm.optim.Muon, "depends on other weights"),
     "Factored": (Factored, "Factored keeps 'rows', neither a value per weight nor a scalar"),
     "Muon": (optim.Muon, "the optimizer Muon cannot be made"),
     "dampening": (partial(optim.SGD, lr=0.1, momentum=0.9, dampening=0.5), "on which step is its first"),
@@ -319,6 +346,15 @@ def test_a_scaled_loss_trains_the_same_bits() -> None:
     assert_same(arrays(scaled), good)
     assert float(scaled.loss_scale.scale) == 2.0**10
     assert not any(record.fault for record in scaled.records()), "an overflow of the scale is no fault"
+
+
+def test_a_scale_does_not_grow_beyond_what_float32_holds() -> None:
+    """In bf16 nothing overflows before it; all steps from then on would be left out."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1)
+    scale = LossScale(scaler, torch.device("cpu"))
+    for _ in range(3):
+        scale.update(torch.zeros(()))
+    assert float(scale.scale) == 2.0**127
 
 
 def test_the_moving_average_is_what_is_evaluated() -> None:

@@ -245,6 +245,27 @@ def test_however_the_weights_are_moved_the_bits_are_the_same(reference: str, k: 
         assert_same(run_transfers(reference, k, 14, transfer, optim), plain)
 
 
+@pytest.mark.parametrize("transfer", ["full", "delta"])
+def test_a_round_that_could_not_be_fetched_is_fetched_again(
+    transfer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = RoundConfig(k=3, transfer=transfer)  # type: ignore[arg-type]
+    disturbed, other = (make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds) for _ in range(2))
+
+    def fails(*moves: object) -> int:
+        raise MemoryError("no room")
+
+    for step, batch in enumerate(batches(8)):
+        if step in (0, 3):
+            monkeypatch.setattr(disturbed.store, "fetch", fails)
+            with pytest.raises(MemoryError, match="no room"):
+                disturbed.step(loss_of(batch))
+            monkeypatch.undo()
+        for session in (disturbed, other):
+            session.step(loss_of(batch))
+    assert_same(arrays(disturbed), arrays(other))
+
+
 def test_only_newcomers_and_leavers_cross_the_bus() -> None:
     """Bytes counted in the store = entries of which exactly one of two successive subnets knows."""
     rounds = RoundConfig(k=1, reference="round_start", freeze_at=1.0, prefetch=False)

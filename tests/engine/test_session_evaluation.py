@@ -103,9 +103,10 @@ def test_the_final_mask_is_the_same_with_and_without_it(at: int) -> None:
 def test_nothing_that_reads_the_training_works_inside() -> None:
     session = new_session(ema=0.5)
     session.step(closure(0))
+    load = partial(session.load_state_dict, session.state_dict())
     with session.evaluation():
         step, evaluation = partial(session.step, closure(1)), session.evaluation().__enter__
-        for ask in (step, evaluation, session.state_dict, session.settle, session.finalize):
+        for ask in (step, evaluation, load, session.state_dict, session.settle, session.finalize):
             with pytest.raises(ValueError, match="leave its with block first"):
                 ask()
     session.state_dict()
