@@ -25,7 +25,7 @@ def learning_rate(
     if cycle:
         warmup = min(warmup, WARMUP_SHARE * total_steps)
     if step < warmup:
-        return config.lr * (step + 1) / max(1.0, warmup)
+        return config.lr * min(1.0, (step + 1) / warmup)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "step":

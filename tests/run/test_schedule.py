@@ -23,6 +23,11 @@ def test_warm_up_rises_linearly_to_the_peak_and_the_cosine_falls_to_zero() -> No
     assert all(a > b for a, b in itertools.pairwise(found[20:]))
 
 
+@pytest.mark.parametrize("epochs", [0.05, 0.15, 1.99])
+def test_a_warm_up_of_part_of_a_step_does_not_pass_the_peak(epochs: float) -> None:
+    assert max(rates(OptimConfig(lr=0.2, warmup_epochs=epochs))) == 0.2
+
+
 def test_a_cycle_of_a_search_is_not_all_warm_up() -> None:
     """A probe compares networks whose rate has come down, however long the warm-up of the run is."""
     for warmup, takes in ((0.5, 5), (2.0, 20), (50.0, 25)):
