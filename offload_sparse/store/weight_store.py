@@ -31,6 +31,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks, send_tables
+from offload_sparse.store.copy.host_copy import prepare
 from offload_sparse.store.copy.plans import Exchange, Narrow, TransferPlan, fetch_plan, return_plan
 from offload_sparse.store.partition import Partition
 from offload_sparse.store.tiers import MemoryTier
@@ -180,6 +181,7 @@ class WeightStore:
         place = self.tier = tier or MemoryTier(dtype, pin="off")
         self.arrays = {kind: place.allocate(kind, shard.size) for kind, shard in self._shards.items()}
         self._direct = place.direct
+        prepare(self.arrays[WEIGHTS].numel())
         self.integer_buffers: dict[str, Tensor] = {}
 
     @property

@@ -171,7 +171,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_files(tmp_path: Path) 
 def test_a_summary_that_cannot_be_written_as_json_leaves_none_behind(tmp_path: Path) -> None:
     with Recorder(run_config(tmp_path)) as recorder:
         recorder.begin(1, 1)
-        with pytest.raises(TypeError):
+        with pytest.raises(ValueError, match="object"):
             recorder.finish({"bad": object()})
     assert not (tmp_path / "summary.json").exists()
 

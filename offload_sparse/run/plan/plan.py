@@ -210,12 +210,12 @@ class Planner:
         share = self._item / (1 if first.own_subnets else machine.ranks)
         return to_device * share, back * share
 
-    def sent(self, machine: Machine) -> float:
+    def sent(self, machine: Machine, rounds: int = ROUNDS) -> float:
         """Bytes that a rank sends to other ranks per step of the search, a mean over rounds: the gradients of
         every step in a ring, or what ranks agree on at the end of a round; and what subnets are made from.
         """
         ranks, k = machine.ranks, self.config.round.k
-        first = self.first_rounds(ROUNDS, ranks)
+        first = self.first_rounds(rounds, ranks)
         learned = [[s for s in sides if s.trained] for sides in first.rounds]
         if self.config.round.sync == "round":
             agreed = [sum(first.entries(s, kind) for s in sides for kind in s.kinds) for sides in learned]

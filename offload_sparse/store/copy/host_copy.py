@@ -59,6 +59,13 @@ def load() -> Kernel | None:
     return kernel
 
 
+def prepare(entries: int) -> None:
+    """Load the kernel now if a store of so many entries will want it, rather than in the first round: torch
+    takes 16 bytes of numbers for each entry of a plan, and keeps them with it."""
+    if entries >= NATIVE_FROM:
+        load()
+
+
 def copy_in_host_memory(plan: BlockPlan, pairs: Sequence[tuple[Tensor, Tensor]], reverse: bool) -> None:
     """``copy_blocks`` for arrays in host memory."""
     wanted = load.cache_info().currsize or plan.entries * len(pairs) >= NATIVE_FROM
