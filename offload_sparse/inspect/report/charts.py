@@ -105,8 +105,8 @@ def _structure(runs: Sequence[RunData]) -> Iterator[Chart | None]:
         if run.probes:
             yield from _search(run, runs, i, names)
             continue
-        if not names or np.nanmax(values) - np.nanmin(values) < _EQUAL:
-            continue
+        if not names or np.max(np.nanmax(values, 1) - np.nanmin(values, 1)) < _EQUAL:
+            continue  # a picture of what never moved
         low, high = np.nanmin(values[:, -1]), np.nanmax(values[:, -1])
         yield Chart(
             f"group_keep_{i}",

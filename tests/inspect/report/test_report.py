@@ -191,6 +191,16 @@ def test_a_curve_that_says_one_number_throughout_is_not_drawn(tmp_path: Path) ->
     assert "revivals" in drawn
 
 
+def test_nor_are_keep_ratios_that_never_move(tmp_path: Path) -> None:
+    """As those of a run that searches for nothing; the widths that it ends with are drawn."""
+    folder = write_run(tmp_path / "run")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"conv1": [0-9.]+', '"conv1": 0.25', text))
+    drawn = [chart.name for charts in sections(read_runs([folder])).values() for chart in charts]
+    assert "group_keep_0" not in drawn
+    assert "widths" in drawn
+
+
 def test_nor_are_curves_of_which_each_says_a_number_of_its_own(tmp_path: Path) -> None:
     folders = []
     for name, value in (("a", 0.8), ("b", 0.4)):
