@@ -182,23 +182,20 @@ def test_what_no_run_has_recorded_is_not_drawn(tmp_path: Path) -> None:
     assert drawn == {"Loss and accuracy": ["loss_step", "loss_time", "accuracy_step", "accuracy_time"]}
 
 
-def test_a_curve_that_says_one_number_throughout_is_not_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "number", "gone", "left"),
+    [("deaths", 0, "deaths", "revivals"), ("conv1", 0.25, "group_keep_0", "widths")],
+)
+def test_what_says_one_number_throughout_is_not_drawn(
+    name: str, number: float, gone: str, left: str, tmp_path: Path
+) -> None:
+    """A curve, or keep ratios that never move, as those of a run that searches for nothing."""
     folder = write_run(tmp_path / "run")
     text = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(re.sub(r'"deaths": \d+', '"deaths": 0', text))
+    (folder / "metrics.jsonl").write_text(re.sub(rf'"{name}": [0-9.]+', f'"{name}": {number}', text))
     drawn = [chart.name for charts in sections(read_runs([folder])).values() for chart in charts]
-    assert "deaths" not in drawn
-    assert "revivals" in drawn
-
-
-def test_nor_are_keep_ratios_that_never_move(tmp_path: Path) -> None:
-    """As those of a run that searches for nothing; the widths that it ends with are drawn."""
-    folder = write_run(tmp_path / "run")
-    text = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(re.sub(r'"conv1": [0-9.]+', '"conv1": 0.25', text))
-    drawn = [chart.name for charts in sections(read_runs([folder])).values() for chart in charts]
-    assert "group_keep_0" not in drawn
-    assert "widths" in drawn
+    assert gone not in drawn
+    assert left in drawn
 
 
 def test_nor_are_curves_of_which_each_says_a_number_of_its_own(tmp_path: Path) -> None:
