@@ -68,10 +68,10 @@ def test_the_controls_pay_for_one_forward_and_one_backward() -> None:
 
 
 def test_rigl_keeps_its_density_of_the_layers_that_it_masks() -> None:
-    figures = dry_run(resolve(RunConfig(method="rigl", policy=PolicyConfig(rho=0.1)), "cpu"))
+    figures = dry_run(resolve(RunConfig(method="rigl", policy=PolicyConfig(rho=0.1, budget="flops")), "cpu"))
     assert 0.1 < figures["params_ratio"] < 0.12, "biases and norms are not masked"
     assert 0.1 < figures["flops_ratio"] < 0.6, "early layers are denser, and spend more"
-    assert figures["knob"] == "rho 0.1"
+    assert figures["knob"] == "rho 0.1", "of the weights, whatever a search would count"
 
 
 def test_the_passes_count_one_backward_per_step() -> None:

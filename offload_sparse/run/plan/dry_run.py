@@ -79,12 +79,13 @@ def dry_run(
 
 def knob(config: RunConfig) -> str:
     """The setting that decides how much a method keeps, as its users know it."""
+    policy = config.policy
     knobs = {
         "dense": "all weights",
         "dst": f"alpha {config.dst.alpha:g}",
         "dfbst": f"alpha {config.dst.alpha:g}, beta {config.dfbst.beta:g}",
+        **dict.fromkeys(("rigl", "grow_efficient"), f"rho {policy.rho:g}"),  # of weights, of channels
     }
-    policy = config.policy
     budget = "" if policy.budget == "count" else f" of the {policy.budget}"
     shares = ", ".join(f"{share:g}" for share in sorted(policy.budgets) or [policy.rho])
     return knobs.get(config.method, f"rho {shares}{budget}")
