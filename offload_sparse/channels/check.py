@@ -232,12 +232,10 @@ def zero_dropped(model: nn.Module, channel_map: ChannelMap, mask: Tensor) -> Non
 
 
 def _produced(module: nn.Module) -> list[tuple[str, int]]:
-    if isinstance(module, (_ConvNd, nn.Linear)) or type(module).__name__ == "Conv1D":
+    if isinstance(module, (_ConvNd, nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D":
         return [("weight", output_dimension(module)), ("bias", 0)]
     if is_norm(module):
         return [("weight", 0), ("bias", 0)] if module.weight is not None else [("running_mean", 0)]
-    if isinstance(module, nn.Embedding):
-        return [("weight", 1)]
     if isinstance(module, nn.MultiheadAttention):
         return [("in_proj_weight", 0), ("in_proj_bias", 0)]
     own = module.named_parameters(recurse=False)

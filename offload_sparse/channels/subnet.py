@@ -289,9 +289,11 @@ def _fits(module: nn.Module) -> list[Callable[[], None]]:
 
 
 def output_dimension(layer: nn.Module | None) -> int:
-    """The dimension of a layer's weight that its outputs lie along."""
+    """The dimension of a layer's weight that its outputs lie along; along the other of the first two lie its
+    inputs."""
     transposed = isinstance(layer, _ConvTransposeNd) and layer.groups == 1
-    return int(transposed or type(layer).__name__ == "Conv1D")  # that of transformers is a linear layer
+    table = isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+    return int(transposed or table or type(layer).__name__ == "Conv1D")  # a linear layer of transformers
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.channels.subnet import output_dimension
 from offload_sparse.engine.batch_norm import is_norm
 from offload_sparse.policy.config import StartName
 from offload_sparse.policy.samplers import mask_generator, uniforms
@@ -42,7 +42,7 @@ class Importance:
         self._roles: dict[tuple[str, int], int] = {}
         for name, parameter in network.named_parameters():
             owner = network.get_submodule(name.rpartition(".")[0])
-            gives = 1 if isinstance(owner, _ConvTransposeNd) else 0
+            gives = output_dimension(owner)
             for dim, axis in enumerate(channel_map.axes.get(name, ())):
                 if axis is not None and parameter.dim() > 1 and dim < 2:
                     self._roles[name, dim] = _GIVES if dim == gives else _READS

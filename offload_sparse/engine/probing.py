@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import output_dimension
 from offload_sparse.engine.batch_norm import flags_restored
 from offload_sparse.engine.distributed import average
 from offload_sparse.engine.forward import Closure, Forward
@@ -105,7 +105,7 @@ class _Thinned:
         self._axes: dict[str, list[tuple[int, Tensor, bool]]] = {}
         for name in self._weights:
             owner = module.get_submodule(name.rpartition(".")[0])
-            reads = 0 if isinstance(owner, _ConvTransposeNd) else 1
+            reads = 1 - output_dimension(owner)
             self._axes[name] = []
             for dim, axis in enumerate(self._map.axes.get(name, ())):
                 if axis is not None:

@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.selection import Selection
+from offload_sparse.channels.subnet import output_dimension
+from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.importance import Importance
 from offload_sparse.engine.preparation import prepare
+from offload_sparse.engine.probing import _Thinned
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
@@ -50,6 +56,49 @@ def test_filters_and_scales_are_those_of_the_papers(kind: Any) -> None:
     net = network()
     found = Importance.of_tensors(kind, small_map(net), net, named_tensors(net).items(), 0)
     torch.testing.assert_close(found, by_hand(net, kind), rtol=1e-10, atol=0)
+
+
+def computed(first: nn.Module, second: nn.Module, weights: tuple[Tensor, Tensor]) -> nn.Sequential:
+    """tanh(x Aᵀ) Bᵀ by any two layers that have such a product; ``weights`` are A and B."""
+    net = nn.Sequential(first, nn.Tanh(), second)
+    with torch.no_grad():
+        for layer, weight in zip((first, second), weights, strict=True):
+            stored = weight if output_dimension(layer) == 0 else weight.T
+            layer.get_parameter("weight").copy_(stored.view_as(layer.get_parameter("weight")))
+            for name, bias in layer.named_parameters():
+                bias.mul_(float(name != "bias"))
+    return net.double()
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ((nn.Conv2d(6, 8, 1), nn.Conv2d(8, 5, 1)), (6, 1, 1)),
+        ((nn.ConvTranspose2d(6, 8, 1), nn.ConvTranspose2d(8, 5, 1)), (6, 1, 1)),
+        ((Conv1D(8, 6), Conv1D(5, 8)), (6,)),
+        ((nn.Embedding(6, 8), nn.Linear(8, 5)), ()),
+    ],
+    ids=["conv", "transposed", "conv1d", "embedding"],
+)
+def test_a_layer_matters_by_what_it_computes_and_not_by_how_its_weight_lies(
+    layers: tuple[nn.Module, nn.Module], shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(8, 6, generator=generator), torch.randn(5, 8, generator=generator)
+    one_hot, labels, some = torch.eye(6).double(), torch.arange(6) % 5, torch.arange(8) % 4 > 0
+    found = []
+    for pair, inputs in (
+        ((nn.Linear(6, 8), nn.Linear(8, 5)), one_hot),
+        (layers, one_hot.view(6, *shape) if shape else torch.arange(6)),
+    ):
+        net = computed(*pair, weights)
+        channel_map = prepare(net, (inputs,), "coupled", verify=False).channel_map
+        importance = Importance.of_tensors("l2", channel_map, net, named_tensors(net).items(), 0)
+        thinned = _Thinned(net, Selection(channel_map, some | True), torch.full((8,), 1.25))
+        with torch.no_grad():
+            loss = thinned.loss(some, lambda n, x=inputs: cross_entropy(n(x).flatten(1), labels), Forward())
+        found.append((importance, loss))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_where_no_norm_scales_a_width_both_sides_count() -> None:
