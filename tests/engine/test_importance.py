@@ -80,7 +80,7 @@ def computed(first: nn.Module, second: nn.Module, weights: tuple[Tensor, Tensor]
     ],
     ids=["conv", "transposed", "conv1d", "embedding"],
 )
-def test_a_layer_matters_by_what_it_computes_and_not_by_how_its_weight_lies(
+def test_a_layer_matters_by_what_it_computes_not_by_how_it_lies(
     layers: tuple[nn.Module, nn.Module], shape: tuple[int, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(3)
