@@ -71,7 +71,7 @@ def run_probe(
     the end. ``closures`` are losses of this rank's batches, in turns. Returns the comparisons of all ranks,
     and the importance of every present atom, float64[C]."""
     rates = search.rates()
-    thinned = _Thinned(module, selection, survivor_scales(search.groups, rates))
+    thinned = _Thinned(module, selection, survivor_scales(search.mask, search.groups, rates))
     found, pairs, differences = Comparisons(search.groups), [], []
     with flags_restored(module):
         module.eval()  # also BatchNorm: a batch's statistics would make up for what is dropped

@@ -5,8 +5,9 @@
                                                          dropped shares   shrunk             same budget
 
 Each pair is VR-PGE's (Zhou et al. 2021, equation 5) with s_g = 1 - δ_g around the present widths: two forward
-passes, no backward pass. A dropped channel is absent, survivors are scaled by 1/(1 - δ_g). It takes a network
-whose learning rate has come down: at a high one the loss says what trains soonest, not what ends best.
+passes, no backward pass. A dropped channel is absent, survivors are scaled by 1/(1 - δ_g), or less in groups
+of few. It takes a network whose learning rate has come down: at a high one the loss says what trains soonest,
+not what ends best.
 
 Everything is float64 on the CPU, and a function of its arguments: ranks that sum the same comparisons move
 alike.
@@ -75,9 +76,12 @@ def probe_pair(
     return draws[0], draws[1]
 
 
-def survivor_scales(groups: Sequence[Group], rates: Tensor) -> Tensor:
-    """float64[C]: 1/(1 − δ_g), what surviving channels are multiplied by."""
-    return torch.repeat_interleave(1 / (1 - rates), torch.tensor([g.size for g in groups]))
+def survivor_scales(mask: Tensor, groups: Sequence[Group], rates: Tensor) -> Tensor:
+    """float64[C]: what surviving channels of ``mask`` are multiplied by: 1 over the share that is left of a
+    group in the mean, 1 − δ_g and, since one channel of n stays whatever is drawn, δ_g^n / n."""
+    width = present_widths(mask, groups)
+    left = 1 - rates + rates**width / width
+    return torch.repeat_interleave(1 / left, torch.tensor([g.size for g in groups]))
 
 
 class Comparisons:
