@@ -25,7 +25,7 @@ from torch import Tensor
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.policy.config import BudgetName, PolicyConfig
-from offload_sparse.policy.widths import of_expected_widths
+from offload_sparse.policy.widths import of_expected_widths, of_least_margin
 
 _STEPS, _PRECISION = 40, 1e-9
 _MOST_PIECES = 200
@@ -108,14 +108,26 @@ class Budget:
         """The budget of another share."""
         return replace(self, rho=rho)
 
-    def to_move_in(self) -> Budget:
-        """The same, but where it counts atoms the FLOPs of the one probability that spends it: atoms of one
-        layer are dearer than those of another, and widths that move would make for these."""
+    def to_move_in(self, margin: Tensor) -> Budget:
+        """The same, but where it counts atoms the FLOPs of even widths: atoms of one layer are dearer than
+        those of another, and widths that move would make for these. A group has an atom of them at least; and
+        where filters share a stream, which holds less the more they keep the same channels of it, they are no
+        more than those of the atoms of the smallest ``margin`` (float64[C])."""
         if self.kind != "count":
             return self
         assert self.costs is not None
-        share = float(self.costs.expected_flops(self.start())) / self.costs.dense_flops
-        return replace(self, kind="flops", rho=share)
+        sizes = torch.tensor([group.size for group in self.groups])
+        even = self._all_at(self.rho).maximum((1 / sizes.double()).repeat_interleave(sizes))
+        mask = of_least_margin(self.rounded_up(self.rho), margin, self.groups)
+        flops = min(float(self.costs.expected_flops(even)), self.costs.flops(mask))
+        return replace(self, kind="flops", rho=flops / self.costs.dense_flops)
+
+    def rounded_up(self, share: float) -> Tensor:
+        """The mask bool[C] of the first atoms of each group, this share of them or one more."""
+        mask = torch.zeros(self.groups[-1].stop, dtype=torch.bool)
+        for group in self.groups:
+            mask[group.start : group.start + min(group.size, math.ceil(share * group.size - 1e-9))] = True
+        return mask
 
     def spent(self, s: Tensor) -> float:
         """Expected cost of a draw from ``s`` (float64[C]), in the unit of the limit."""

@@ -94,7 +94,7 @@ class MaskPolicy:
         start = torch.ones(self.num_atoms, dtype=torch.float64) if self.trivial else self._budget.start()
         self._uniform = self._budget.mask(start, 1 - start)
         self._widths = [int(self._uniform[g.start : g.stop].sum()) for g in self.groups]
-        self.cap, self.size_cap, self._flops_cap = self._caps(float(start.mean()))
+        self.cap, self.size_cap, self._flops_cap = self._caps(start)
         self._sampler = self._build_sampler()
         if importance is not None and not self.trivial:
             start = torch.from_numpy(self._nearest(tilted(start, importance, self.groups).numpy()))
@@ -277,20 +277,20 @@ class MaskPolicy:
             parts.append(project(z[group.start : group.stop], width, least, 1 - floor))
         return np.concatenate(parts)
 
-    def _caps(self, ratio: float) -> tuple[int, int, int]:
-        """Most atoms, parameters (0 if these are not known) and FLOPs (0 if another budget) of a mask; those
-        of a network whose groups all keep ``ratio`` of their atoms, rounded up, are given ``hard_cap``."""
+    def _caps(self, start: Tensor) -> tuple[int, int, int]:
+        """Most atoms, parameters (0 if these are not known) and FLOPs (0 if another budget) of a mask. Those
+        of a network whose groups all keep so many of their atoms, rounded up, are given ``hard_cap``; where
+        filters share a stream, of which masks of their own leave more, those of masks in the mean."""
         config, costs, atoms = self.config, self._costs, self.num_atoms
         if config.budget == "count":
             atoms = math.ceil(min(atoms, config.hard_cap * self._budget.limit - 1e-9))
         if costs is None:
             return atoms, 0, 0
-        even = torch.zeros(self.num_atoms, dtype=torch.bool)
-        for group in self.groups:
-            even[group.start : group.start + min(group.size, math.ceil(ratio * group.size - 1e-9))] = True
-        room = config.hard_cap**2
-        parameters = math.ceil(min(costs.dense_parameters, room * costs.parameters(even)))
-        flops = math.ceil(min(costs.dense_flops, room * costs.flops(even)))
+        even, room = self._budget.rounded_up(float(start.mean())), config.hard_cap**2
+        parameters = max(costs.parameters(even), round(float(costs.expected_parameters(start))))
+        flops = max(costs.flops(even), round(float(costs.expected_flops(start))))
+        parameters = math.ceil(min(costs.dense_parameters, room * parameters))
+        flops = math.ceil(min(costs.dense_flops, room * flops))
         return atoms, parameters, flops if config.budget == "flops" else 0
 
     def _build_sampler(self) -> Sampler:

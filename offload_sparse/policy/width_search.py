@@ -107,7 +107,7 @@ class WidthSearch:
         cycles, self.pairs = cycles_and_pairs(len(self.groups), searched, total_steps, config.cycle_steps)
         self.boundaries = [freeze_step * number // cycles for number in range(1, cycles + 1)]
         self.stays = not cycles
-        self._moves_in = self._budget.to_move_in() if cycles else self._budget
+        self._moves_in = self._budget.to_move_in(self._margin) if cycles else self._budget
         self._worth = Worth(stages(self.groups, self._moves_in.slopes(torch.ones_like(start))))
         self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
         self._costs, self._most_outputs = costs, MEMORY_ROOM * costs.outputs(self.mask)
@@ -145,7 +145,7 @@ class WidthSearch:
         masks: list[Tensor] = []
         for share in sorted(self.config.budgets):
             budget = self._budget.at(share)
-            budget = budget.to_move_in() if len(self.history) else budget
+            budget = budget.to_move_in(self._margin) if len(self.history) else budget
             mask = budget.mask(self._rates_of(self._affordable(log_widths, budget)), self._margin)
             masks.append(mask | masks[-1] if masks else mask)
         size = self._costs.parameters

@@ -1,6 +1,7 @@
 """MaskPolicy keeps its budget and cap, is deterministic, and takes the steps of a hand-written loop."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,16 +12,19 @@ from torch import Tensor
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.engine.config import RoundConfig, check_combination
+from offload_sparse.engine.preparation import prepare
 from offload_sparse.policy.budget import project
 from offload_sparse.policy.config import PolicyConfig, SearchName
 from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import build_policy
+from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 from tests.support.constants import configured
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
 C = 27
+IMAGES = (torch.empty(1, 2, 6, 6, device="meta"),)
 
 
 def policy(seed: int = 0, **config: object) -> MaskPolicy:
@@ -182,11 +186,23 @@ def test_the_cap_is_the_rounded_up_share() -> None:
 def test_a_cap_without_bound_caps_nothing() -> None:
     """Neither atoms nor parameters nor FLOPs."""
     net = SmallNet()
-    costs = CostModel(net, small_map(net), (torch.empty(1, 2, 6, 6, device="meta"),))
+    costs = CostModel(net, small_map(net), IMAGES)
     for budget in ("count", "flops"):
         config = PolicyConfig(hard_cap=math.inf, budget=budget)  # type: ignore[arg-type]
         learner = MaskPolicy(config, small_map(net).groups, 0, costs)
         assert (learner.cap, learner.size_cap) == (learner.num_atoms, costs.dense_parameters)
+
+
+def test_caps_know_that_filters_of_one_stream_keep_different_channels() -> None:
+    """Their masks leave more of a stream than even ones do; few are cut, and the final ones not at all."""
+    images = (torch.empty(1, 3, 8, 8, device="meta"),)
+    resnet = partial(build_model, "offload_sparse/resnet20_cifar", 10, 3, 8)
+    net = prepare(resnet, images, "filter", verify=False)
+    costs = CostModel(net.meta_model, net.channel_map, images)
+    learner = MaskPolicy(PolicyConfig.paper(rho=0.125), net.channel_map.groups, 0, costs)
+    drawn = sum(float(learner.sample(round)[0].sum()) for round in range(50)) / 50
+    assert drawn == pytest.approx(98, rel=0.04)
+    assert {int(mask.sum()) for mask in learner.candidates(8)} == {98}
 
 
 def test_a_rate_without_bound_is_refused() -> None:
@@ -204,7 +220,7 @@ def test_a_loss_difference_that_is_not_finite_is_an_error(difference: float) -> 
 @pytest.mark.parametrize("search", ["sampled", "none"])
 def test_a_model_without_groups_is_an_error(search: SearchName) -> None:
     net = SmallNet()
-    costs = CostModel(net, small_map(net), (torch.empty(1, 2, 6, 6, device="meta"),))
+    costs = CostModel(net, small_map(net), IMAGES)
     with pytest.raises(ValueError, match="no groups"):
         build_policy(PolicyConfig(search=search), [], 0, costs, 10, 10)
 

@@ -8,21 +8,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import build_on_meta
+from offload_sparse.engine.preparation import prepare
 from offload_sparse.policy import width_search
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.probe import Comparisons, present_widths
 from offload_sparse.policy.width_search import CYCLES, PROBE_SHARE, WidthSearch, cycles_and_pairs
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
+from tests.support.residual_nets import ResidualNet
 
 NET = SmallNet(widths=(96, 128))  # type: ignore[arg-type]
 MAP = small_map(NET)
-COSTS = CostModel(NET, MAP, (torch.empty(1, 2, 6, 6, device="meta"),))
+IMAGES = (torch.empty(1, 2, 6, 6, device="meta"),)
+COSTS = CostModel(NET, MAP, IMAGES)
 GROUPS = MAP.groups
 STEPS = 2000
 
@@ -193,18 +196,43 @@ def test_a_state_of_another_search_is_an_error() -> None:
         search().load_state_dict({"s": torch.zeros(3)})
 
 
+def untold(found: WidthSearch) -> None:
+    """A cycle whose probe tells nothing."""
+    comparisons, rates = Comparisons(found.groups), found.rates()
+    for number in range(found.pairs):
+        m, m_ref = found.pair(number, rates)
+        comparisons.add(0.0, found.mask, m, m_ref)
+    found.move(comparisons, torch.rand(len(found.mask), dtype=torch.float64))
+
+
 def test_a_search_moves_on_from_the_widths_that_there_are() -> None:
     """Of few wide atoms a mask can be far from the even widths that it was rounded from."""
     found = search("count")
     found.mask[GROUPS[0].start : GROUPS[0].start + 60] = True  # as rounding might have left it
-    comparisons, rates = Comparisons(GROUPS), found.rates()
-    for number in range(found.pairs):
-        m, m_ref = found.pair(number, rates)
-        comparisons.add(0.0, found.mask, m, m_ref)
-    found.move(comparisons, torch.rand(MAP.num_atoms, dtype=torch.float64))
+    untold(found)
     widths = present_widths(found.mask, GROUPS)
     assert spent(found, "count") <= 0.2 * (1 + 1e-9)
     assert float(widths[0] / widths[1]) == pytest.approx(60 / round(0.2 * 128), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("net", "rho"),
+    [
+        (SmallNet(widths=(2, 128)), 0.1),  # type: ignore[arg-type]
+        (ResidualNet(width=16, hidden=16), 0.25),
+        (NET, 1.0),
+    ],
+    ids=["a group of few atoms", "filters that share a stream", "all of it"],
+)
+def test_a_budget_of_atoms_keeps_its_network_where_a_probe_tells_nothing(net: nn.Module, rho: float) -> None:
+    """Members of a family that is budgeted by the same numbers, too."""
+    prepared = prepare(net, IMAGES, "filter", verify=False)
+    costs = CostModel(prepared.meta_model, prepared.channel_map, IMAGES)
+    policy = ShortCycles(rho=rho, search="probe", budgets=[rho])
+    found = WidthSearch(policy, prepared.channel_map.groups, 5, costs, 800, STEPS)
+    before = found.mask
+    untold(found)
+    assert all(map(partial(torch.equal, before), (found.mask, *found.family())))
 
 
 @pytest.mark.parametrize(
