@@ -39,8 +39,6 @@ SLACK = 1e-12
 def evenly_narrowed(config: PolicyConfig, channel_map: ChannelMap, costs: CostModel) -> Tensor:
     """The mask bool[C] of the network whose groups all keep the same share, as large as ``config`` allows."""
     budget = Budget.of(config, channel_map.groups, costs)
-    if config.budget == "count":
-        return channel_map.uniform_mask(config.rho)
     start = budget.start()
     return budget.mask(start, 1 - start)
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.policy.budget import Budget, project
+from offload_sparse.channels.atoms import block_atoms
+from offload_sparse.policy.budget import Budget, evenly_narrowed, project
 from offload_sparse.policy.config import BudgetName, PolicyConfig
+from offload_sparse.policy.width_search import WidthSearch
 from tests.support.channel_maps import SmallNet, small_map
 
 INPUTS = (torch.empty(1, 2, 6, 6, device="meta"),)
@@ -148,6 +150,19 @@ def test_a_budget_below_the_minimum_widths_is_refused_at_the_start(kind: BudgetN
         with pytest.raises(ValueError, match=rf"of the {kind} is below .* lower atoms\.block") as error:
             Budget.of(few, GROUPS, WIDE)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["count", *NONLINEAR])
+@pytest.mark.parametrize("rho", [0.29, 0.32, 1.0])
+def test_the_even_control_is_the_mask_that_a_search_begins_with(kind: BudgetName, rho: float) -> None:
+    """Of blocks of 8, whose widths can only be rounded; it keeps the budget."""
+    blocks = block_atoms(small_map(WIDE_NET), 8)
+    costs = CostModel(WIDE_NET, blocks, INPUTS)
+    config = PolicyConfig(rho=rho, budget=kind)
+    mask = evenly_narrowed(config, blocks, costs)
+    assert torch.equal(mask, WidthSearch(config, blocks.groups, 0, costs).mask)
+    budget = Budget.of(config, blocks.groups, costs)
+    assert budget.of_mask(mask) <= budget.limit * (1 + 1e-9)
 
 
 def test_a_budget_that_the_floor_alone_exceeds_is_an_error() -> None:
