@@ -124,8 +124,8 @@ class PolicyConfig:
 
     @classmethod
     def paper(cls, **fields: Any) -> PolicyConfig:
-        """Masks drawn anew in every round, a probability per atom, learned by Adam (Zhou et al. 2021), and
-        these fields.
+        """Masks drawn anew in every round, a probability per atom, learned by Adam (Zhou et al. 2021), from
+        ``rloo``, which varies less than their ``vr_pge``; and these fields.
         """
         paper: dict[str, Any] = {
             "sampler": "bernoulli",
