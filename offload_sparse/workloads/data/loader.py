@@ -53,11 +53,22 @@ class _Item(NamedTuple):
     draws: Draws | None = None
 
 
-class _Loader(Dataset[_Item]):
+class _Loader(Dataset[_Item | Exception]):
     """Batches by number, and in an order; ``images`` is the decoded split."""
 
     def __init__(self, images: ImageSet, num_workers: int) -> None:
         self.images, self._num_workers = images, num_workers
+
+    def __getitem__(self, number: int) -> _Item | Exception:
+        """An item, or what has befallen it: torch would tell of it with the traceback of the worker."""
+        try:
+            return self.item(number)
+        except (ValueError, OSError) as error:
+            return error
+
+    def item(self, number: int) -> _Item:
+        """The batch of this number."""
+        raise NotImplementedError
 
     def finished(self, item: _Item) -> _Item:
         """The item with what is left to do done, in the process that trains."""
@@ -65,7 +76,7 @@ class _Loader(Dataset[_Item]):
 
     def _in_order(self, order: Iterable[int]) -> Iterator[Batch]:
         """The batches in ``order``, after counting what was corrupt in each."""
-        loader: DataLoader[_Item] = DataLoader(
+        loader: DataLoader[_Item | Exception] = DataLoader(
             self,
             batch_size=None,  # an item is a whole batch already
             sampler=order,
@@ -80,6 +91,8 @@ class _Loader(Dataset[_Item]):
             items = iter(loader)
         try:
             for item in items:
+                if isinstance(item, Exception):
+                    raise item
                 self.images.corrupt.add(item.corrupt)
                 yield self.finished(item).batch
         finally:
@@ -164,7 +177,7 @@ class TrainLoader(_Loader):
     def at(self, steps: Sequence[int]) -> Iterator[Batch]:
         return self._in_order(steps)
 
-    def __getitem__(self, step: int) -> _Item:
+    def item(self, step: int) -> _Item:
         config, images = self._config, self.images
         epoch, step = divmod(step, self.steps_per_epoch)
         indices = rank_part(self._global_batch(epoch, step), self._rank, self._world_size)
@@ -222,7 +235,7 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[Batch]:
         return self._in_order(range(len(self._parts)))
 
-    def __getitem__(self, number: int) -> _Item:
+    def item(self, number: int) -> _Item:
         """Corrupt images are left out."""
         indices = self._parts[number]
         found = self.images.decode(indices)

@@ -19,7 +19,7 @@ from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.order import global_batch
 from offload_sparse.workloads.data.source import Splits, load_splits
 from tests.support.constants import configured
-from tests.workloads.data.images import assert_equal, parquet_folder
+from tests.workloads.data.images import assert_equal, parquet_folder, pixels, table, write_parquet
 
 STEPS = 7  # more than two epochs of 26 images in batches of 8
 
@@ -76,6 +76,16 @@ def test_worker_processes_change_nothing(folder: Path, cache_bytes: int) -> None
     splits = load_splits(config_of(folder))
     config = config_of(folder, num_workers=2, cache_bytes=cache_bytes)
     assert_equal(train_batches(splits, config), train_batches(splits, config_of(folder)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_befalls_a_worker_is_said_in_the_same_line(folder: Path, workers: int) -> None:
+    images = [*pixels(8, channels=3), *pixels(8, 6, 6, channels=3)]
+    write_parquet(folder / "train.parquet", table(images, [0, 1] * 8, ("a", "b", "c")))
+    config = config_of(folder, num_workers=workers, cache_bytes=0)
+    line = r"^the images of split 'train' differ in size \(8×8 and 6×6 pixels\); set data\.image_size$"
+    with pytest.raises(ValueError, match=line):
+        train_batches(load_splits(config), config)
 
 
 def test_any_step_can_be_the_first(folder: Path) -> None:
