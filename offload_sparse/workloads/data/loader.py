@@ -26,6 +26,10 @@ from offload_sparse.workloads.data.parquet import ParquetStream
 from offload_sparse.workloads.data.source import EMBEDDED, Split
 
 _EVALUATION_BATCH = 512
+_SMALL = 4 << 20
+"""Bytes of images that are evaluated at once in any case; of larger ones no more than a step trains on, which
+is what is planned."""
+
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _EMBEDDED = {"num_classes": 10, "channels": 1, "image_size": 28, "train_images": 12_000}
 
@@ -230,7 +234,9 @@ class EvalLoader(_Loader):
         images = ImageSet(split, config, channels, progress and rank == 0, corrupt, write=write)
         super().__init__(images, config.num_workers)
         mine = torch.arange(len(split))[rank::world_size]
-        self._parts = mine.split(max(1, _EVALUATION_BATCH // world_size)) if len(mine) else ()
+        small = _SMALL // (images.channels * images.height * images.width)
+        size = min(_EVALUATION_BATCH, max(config.batch_size, small))
+        self._parts = mine.split(max(1, size // world_size)) if len(mine) else ()
 
     def __iter__(self) -> Iterator[Batch]:
         return self._in_order(range(len(self._parts)))

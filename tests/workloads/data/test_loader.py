@@ -154,6 +154,14 @@ def test_large_splits_are_evaluated_in_batches_of_512_over_all_ranks() -> None:
     assert [len(batch.labels) for batch in EvalLoader(split, config, 1, 2)] == [256, 256, 88]
 
 
+def test_large_images_are_evaluated_in_batches_of_a_step() -> None:
+    """Whose memory is planned; 4 MiB of them in any case."""
+    for batch_size, sizes in ((32, [32, 32, 6]), (8, [16, 16, 16, 16, 6])):
+        config = DataConfig(limit=70, image_size=512, batch_size=batch_size)
+        loader = EvalLoader(load_splits(config).test, config)
+        assert [len(batch.labels) for batch in loader] == sizes
+
+
 def test_grey_images_reach_a_network_of_three_channels(tmp_path: Path) -> None:
     folder = parquet_folder(tmp_path, train=8)
     config = config_of(folder)
