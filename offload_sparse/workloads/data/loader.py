@@ -239,7 +239,8 @@ class EvalLoader(_Loader):
         self._parts = mine.split(max(1, size // world_size)) if len(mine) else ()
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._in_order(range(len(self._parts)))
+        batches = self._in_order(range(len(self._parts)))
+        return (batch for batch in batches if len(batch.labels))  # networks may want at least one image
 
     def item(self, number: int) -> _Item:
         """Corrupt images are left out."""

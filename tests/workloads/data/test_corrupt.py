@@ -88,12 +88,14 @@ def test_every_number_of_ranks_takes_the_same_replacement(config: DataConfig, wo
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_leaves_corrupt_images_out(config: DataConfig, workers: int) -> None:
     config = replace(config, num_workers=workers)
-    corrupt = CorruptImages(100)
-    (batch,) = EvalLoader(load_splits(config).train, config, corrupt=corrupt)
+    corrupt, split = CorruptImages(100), load_splits(config).train
+    (batch,) = EvalLoader(split, config, corrupt=corrupt)
     intact = [row for row in range(24) if row not in BROKEN.values()]
     assert batch.labels.tolist() == [row * 3 // 24 for row in intact]
     assert len(batch.images) == 22
     assert len(corrupt) == 2
+    for row in BROKEN.values():
+        assert not list(EvalLoader(split, config, row, 24, corrupt=corrupt)), "not even a batch of none"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
