@@ -60,7 +60,7 @@ _STORED_TYPES = ("binary", "large_binary", "string", "large_string")
 
 _ALSO_CALLED = {
     "train": ("training",),
-    "test": ("testing", "val", "valid"),
+    "test": ("testing", "val", "valid", "validation"),
     "validation": ("val", "valid"),
     "valid": ("val", "validation"),
     "val": ("valid", "validation"),
@@ -263,10 +263,11 @@ def _load_tables(config: DataConfig, names: list[str]) -> dict[str, Table]:
 
 
 def _called(name: str, present: Sequence[str], wanted: Sequence[str] = ()) -> str | None:
-    """The split that is meant by ``name``, and is not meant by another name."""
+    """The split that is meant by ``name``, whatever its capitals, and is not meant by another name."""
     others = [other for other in wanted if other != name]
     usual = [also for also in _ALSO_CALLED.get(name, ()) if also not in others]
-    return next((called for called in (name, *usual) if called in present), None)
+    known = {called.lower(): called for called in present} | {called: called for called in present}
+    return next((known[called] for called in (name, *usual) if called in known), None)
 
 
 def _resolve(config: DataConfig, first: str) -> _Source:
@@ -303,7 +304,7 @@ def _resolve_folder(path: Path, config: DataConfig, first: str) -> _Source:
     present = folders
     usual = {*config.splits, *_ALSO_CALLED, *sum(_ALSO_CALLED.values(), ())}
     if len(set(present) - usual) > 1 and not any(
-        class_folders(path / name) for name in present if name in usual
+        class_folders(path / name) for name in present if {name, name.lower()} & usual
     ):
         return _in_parts(read_image_folder(path), config)
     return present, lambda split: _named(read_image_folder(path / split), config)

@@ -60,12 +60,22 @@ def test_the_split_of_a_flat_folder_is_the_same_each_time(flat: Path) -> None:
     assert shades(splits_of(flat))[1] != [0, 1, 100], "chosen at random"
 
 
-@pytest.mark.parametrize("held_out", ["val", "valid"])
+@pytest.mark.parametrize("held_out", ["val", "valid", "validation"])
 def test_val_and_valid_are_the_test_images_where_nothing_is_called_test(
     held_out: str, tmp_path: Path
 ) -> None:
     (write_folder(tmp_path) / "test").rename(tmp_path / held_out)
     assert len(splits_of(tmp_path).test) == 9
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("Training", "Testing"), ("TRAIN", "Val")])
+def test_names_of_splits_may_have_capitals(train: str, test: str, tmp_path: Path) -> None:
+    """Their folders are no classes."""
+    for name, called in (("train", train), ("test", test)):
+        (write_folder(tmp_path) / name).rename(tmp_path / called)
+    splits = splits_of(tmp_path)
+    assert splits.class_names == CLASSES
+    assert (len(splits.train), len(splits.test)) == (24, 9)
 
 
 @pytest.mark.parametrize("called", ["val", "valid", "validation"])
