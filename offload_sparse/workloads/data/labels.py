@@ -96,7 +96,7 @@ def read_class_map(path: str) -> dict[str, str]:
     with Explained(f"data.class_map {path} cannot be read (", advice):
         if not file.is_file() or file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"no regular file of at most {_MOST_BYTES >> 20} MiB")
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
         if text.lstrip().startswith("{"):
             return {str(label): str(name) for label, name in json.loads(text).items()}
         pairs = [line.split(None, 1) for line in text.splitlines() if line.strip()]

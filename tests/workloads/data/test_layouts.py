@@ -297,11 +297,15 @@ def test_a_tar_without_images_is_one_line(tmp_path: Path) -> None:
 # The names of the classes
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("form", ["json", "lines"])
-def test_a_class_map_names_classes_and_joins_those_of_one_name(form: str, flat: Path) -> None:
+def test_a_class_map_names_classes_and_joins_those_of_one_name(
+    form: str, encoding: str, flat: Path
+) -> None:
     names = {"elk": "mammal", "cow": "mammal", "ant": "small insect", "bee": "small insect", "eel": "fish"}
     file = flat / "names.txt"
-    file.write_text(json.dumps(names) if form == "json" else "".join(f"{k} {v}\n" for k, v in names.items()))
+    lines = "".join(f"{label} {name}\n" for label, name in names.items())
+    file.write_text(json.dumps(names) if form == "json" else lines, encoding=encoding)
     splits = splits_of(flat, class_map=str(file))
     assert splits.class_names == ("mammal", "small insect"), "those that occur, in the order of the file"
     assert splits.train.labels.bincount().tolist() == [1, 11]
