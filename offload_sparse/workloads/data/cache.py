@@ -86,10 +86,11 @@ class PixelCache:
         parts = torch.arange(len(split)).split(self._rows_per_file)
         files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
         with Explained(f"data.cache {folder} cannot be used (", "); remove it, or give another"):
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait, and find the files
-                _build(dict(zip(files, parts, strict=True)), split.name, decode, write, progress)
+            if not all(file.is_file() for file in files):  # else nothing need be written
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / "lock", "w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait, and find the files
+                    _build(dict(zip(files, parts, strict=True)), split.name, decode, write, progress)
             read = [_read(file) for file in files]
         self._pixels = [rows.pixels for rows in read]
         self.shown = torch.cat([rows.indices for rows in read])

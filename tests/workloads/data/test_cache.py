@@ -61,7 +61,11 @@ def test_evaluation_reads_the_cache_too(config: DataConfig) -> None:
 
 
 def test_a_cache_is_built_once(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it serves from a folder that cannot be written, too, as somebody else's."""
     expected = batches(config)
+    (lock,) = Path(config.cache).glob("*/lock")
+    lock.unlink()
+    lock.mkdir()
 
     def refuse(*_: Any) -> None:
         raise AssertionError("decoded again")
