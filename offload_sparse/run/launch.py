@@ -93,6 +93,12 @@ def as_launched(config: RunConfig, env: Mapping[str, str], launcher: Sequence[st
                 f"accelerate launch was told --gradient_accumulation_steps {value}, but a step of a run is "
                 "one batch; leave it out and set data.batch_size"
             )
+    for name in ("deepspeed", "fsdp", "megatron_lm", "parallelism_config"):
+        if env.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            raise ValueError(
+                f"accelerate launch was told --use_{name}, or its file of defaults says so, but a run "
+                "spreads its weights over the ranks by itself; take a --config_file of launch/"
+            )
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no" and precision != config.train.precision:
         if config.train.precision != "no" or precision not in ("bf16", "fp16"):

@@ -75,6 +75,8 @@ def test_the_launchers_defaults_leave_the_configuration_as_it_is() -> None:
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "train.precision is bf16; leave one of them out"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, [], "--mixed_precision fp8"),
         ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, [], "--dynamo_backend eager"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "--use_deepspeed, .* a run spreads its weights"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "take a --config_file of launch/"),
         ({}, ["accelerate", "launch", "--gradient_accumulation_steps", "4"], "steps 4, but a step of a run"),
         ({}, ["accelerate", "launch", "--gradient-accumulation-steps=4"], "set data.batch_size"),
     ],
