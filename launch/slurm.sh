@@ -14,7 +14,9 @@
 set -uo pipefail
 
 gpus=${SLURM_GPUS_ON_NODE:-1}
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-gpus} / gpus))}"
+cpus=${SLURM_CPUS_PER_TASK:-$gpus}
+export SRUN_CPUS_PER_TASK=$cpus # since Slurm 22.05 srun does not take it from sbatch
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cpus / gpus))}"
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 

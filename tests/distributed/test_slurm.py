@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # srun runs the task in a session of its own, whose processes scancel signals as slurmstepd would.
 PROGRAMS = {
-    "srun": 'shift; echo $$ > "$STUBS/step"; exec setsid "$@"',
+    "srun": 'shift; echo "$SRUN_CPUS_PER_TASK" > "$STUBS/cpus"; echo $$ > "$STUBS/step"; exec setsid "$@"',
     "scontrol": '[ "$1" != show ] && echo "$*" >> "$STUBS/requeued" || printf "10.0.0.7\\n10.0.0.8\\n"',
     "scancel": 'pkill "-${1#--signal=}" -s "$(cat "$STUBS/step")"',
     "accelerate": 'echo "$*" > "$STUBS/launched"; exec "$PYTHON" "$STUBS/training.py"',
@@ -53,6 +53,7 @@ def start(stubs: Path, ends: str, code: int = 0) -> subprocess.Popen[bytes]:
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "16",
         "SLURM_NODEID": "1",
     }
     process = subprocess.Popen(["bash", "launch/slurm.sh", "--policy.rho", "0.1"], cwd=ROOT, env=environment)
@@ -61,7 +62,7 @@ def start(stubs: Path, ends: str, code: int = 0) -> subprocess.Popen[bytes]:
 
 
 def test_every_node_starts_one_launcher(tmp_path: Path) -> None:
-    """The launchers meet on the first node."""
+    """The launchers meet on the first node, and have the cores that the job has."""
     assert start(tmp_path / "stubs", "itself").wait(60) == 0
     launched = (tmp_path / "stubs" / "launched").read_text().split()
     assert launched[:3] == ["launch", "--config_file", "launch/multi_node.yaml"]
@@ -73,6 +74,7 @@ def test_every_node_starts_one_launcher(tmp_path: Path) -> None:
         "--main_process_ip": "10.0.0.7",
         "--main_process_port": "20041",
     }
+    assert (tmp_path / "stubs" / "cpus").read_text() == "16\n"
     assert launched[13:] == ["launch/train.py", "--policy.rho", "0.1"]
     assert not (tmp_path / "stubs" / "requeued").exists(), "a run that is complete"
 
