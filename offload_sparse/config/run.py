@@ -205,6 +205,12 @@ class RunConfig:
                 f"paper.{name} is {value}; give a {'factor' if most > 100 else 'percentage'}",
             )
 
+    @property
+    def budgets(self) -> list[float]:
+        """Shares of the members of the family that the run trains, the smallest first; empty where it trains
+        none."""
+        return sorted(self.policy.budgets) if self.method == "sparse_offload" else []
+
     def _search(self) -> SearchName:
         """What ``policy.search auto`` is: widths are probed unless something else is asked for. It does not
         depend on whether the method searches at all, so that another one may take its place."""

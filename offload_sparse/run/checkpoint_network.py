@@ -33,7 +33,7 @@ def _member_of(run: Path | None, share: float, path: Path) -> Path:
     """The folder of a member of the family that a run has trained; ``run`` itself for the largest. Raises
     ValueError: ``path``, which led to the run, leads to no such member; says which there are."""
     config = run / CONFIG_FILE if run is not None else None
-    budgets = sorted(arguments.parse(["--config", str(config)]).policy.budgets) if config else []
+    budgets = arguments.parse(["--config", str(config)]).budgets if config else []
     if run is None or share not in budgets:
         known = ", ".join(f"{budget:g}" for budget in budgets) or "none (no policy.budgets)"
         raise ValueError(f"{path} has no member {share:g}; those of the run: {known}")

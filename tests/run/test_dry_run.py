@@ -12,7 +12,7 @@ from offload_sparse.config import parse as arguments
 from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.run.plan.dry_run import dry_run, passes
+from offload_sparse.run.plan.dry_run import dry_run, knob, passes
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from offload_sparse.workloads.data.source import load_splits
@@ -91,6 +91,12 @@ def test_a_step_of_a_family_trains_three_members_once_the_search_is_over(search:
     searched = 0.4 if search == "probe" else 0.0
     per_step = searched * 0.1 + (1 - searched) * (0.1 + 0.25 + 0.4)
     assert 1 / saving == pytest.approx(per_step, rel=0.05)
+
+
+def test_only_a_method_that_trains_a_family_is_known_by_its_shares() -> None:
+    policy = PolicyConfig(rho=0.1, budgets=[0.4, 0.2], search="none")
+    knobs = [knob(RunConfig(method=method, policy=policy)) for method in ("sparse_offload", "static")]  # type: ignore[arg-type]
+    assert knobs == ["rho 0.2, 0.4", "rho 0.1"]
 
 
 # Data that is declared, not read

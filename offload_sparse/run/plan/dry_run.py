@@ -87,7 +87,7 @@ def knob(config: RunConfig) -> str:
         **dict.fromkeys(("rigl", "grow_efficient"), f"rho {policy.rho:g}"),  # of weights, of channels
     }
     budget = "" if policy.budget == "count" else f" of the {policy.budget}"
-    shares = ", ".join(f"{share:g}" for share in sorted(policy.budgets) or [policy.rho])
+    shares = ", ".join(f"{share:g}" for share in config.budgets or [policy.rho])
     return knobs.get(config.method, f"rho {shares}{budget}")
 
 
@@ -195,9 +195,9 @@ def _family_flops(config: RunConfig, structure: Structure) -> list[float]:
     """Forward FLOPs of the network of rho, and of the members of a family, the smallest first; empty without
     one."""
     policy = config.policy
-    if config.method != "sparse_offload" or len(policy.budgets) < 2:
+    if len(config.budgets) < 2:
         return []
-    shares = (replace(policy, rho=share) for share in (policy.rho, *sorted(policy.budgets)))
+    shares = (replace(policy, rho=share) for share in (policy.rho, *config.budgets))
     masks = (evenly_narrowed(share, structure.channel_map, structure.cost) for share in shares)
     return [structure.cost.flops(mask) for mask in masks]
 
