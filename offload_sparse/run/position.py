@@ -140,7 +140,8 @@ class Progress:
             self._blank = MethodState(state.sharded, meta=state.meta)
             in_place = int(state.meta.get(IN_PLACE, 0))
         if reads:
-            loaded = None if start.goes_back else self._checkpointer.load(self._blank)
+            if start.status == "started" and not start.goes_back:
+                loaded = self._checkpointer.load(self._blank)
             if loaded is None and start.source is not None and not in_place:
                 loaded = self._checkpointer.load(self._blank, start.source)
         if loaded is not None:

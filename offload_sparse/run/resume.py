@@ -106,12 +106,13 @@ def finished_summary(config: RunConfig) -> dict[str, Any]:
 def _start_of(config: RunConfig) -> Start:
     folder = config.run_dir
     named = _place(config.resume)
+    inside = named is not None and any(same_place(above, folder) for above in (named, *named.parents))
     if not (folder / CONFIG_FILE).is_file():
-        if named is not None and not named.exists():
-            raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
-        return Start("new", named)
+        return Start("new", _existing(named))
+    if config.overwrite and inside:
+        raise ValueError(f"overwrite true would remove what resume {named} names; leave out one of the two")
     if (config.resume == "never" or config.overwrite) and not restarted():
-        return Start("new")
+        return Start("new", _existing(named))
     saved = _saved(folder / CONFIG_FILE)
     source = _place(saved.resume)
     before, now = run_values(saved), run_values(config)
@@ -121,11 +122,10 @@ def _start_of(config: RunConfig) -> Start:
         differing = moved  # finished: nothing shows which images it was trained on
     is_older = config.overwrite and (differing or moved or (folder / SUMMARY_FILE).is_file())
     if is_older or (config.resume == "never" != saved.resume):
-        return Start("new")  # the attempt that was restarted had not begun
+        return Start("new", _existing(named))  # the attempt that was restarted had not begun
     begun_from_it = named is None or (source is not None and same_place(named, source))
-    if not begun_from_it and not named.exists():  # type: ignore[union-attr]
-        raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
-    inside = named is not None and any(same_place(above, folder) for above in (named, *named.parents))
+    if not begun_from_it:
+        _existing(named)
     if differing or (not begun_from_it and not inside):
         what = f", with {differing}" if differing else f" that was not begun from {named}"
         raise ValueError(
@@ -142,6 +142,13 @@ def _start_of(config: RunConfig) -> Start:
 def _place(resume: str) -> Path | None:
     """The run or checkpoint that the setting names, the same from every working directory; or None."""
     return None if resume in ("auto", "never") else Path(os.path.expanduser(resume)).absolute()
+
+
+def _existing(named: Path | None) -> Path | None:
+    """What the setting names. Raises ValueError: it is not there."""
+    if named is not None and not named.exists():
+        raise ValueError(f"resume {named} does not exist; give a run folder, a checkpoint, auto or never")
+    return named
 
 
 def same_place(a: Path, b: Path) -> bool:

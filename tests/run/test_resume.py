@@ -193,6 +193,20 @@ def test_the_run_that_another_was_begun_from_is_known_in_every_folder(
     assert train(images, Path("../second"), "--method", "dense", "--resume", f"../{stopped.name}") == 0
 
 
+def test_a_run_that_replaces_another_starts_from_the_checkpoint_named(
+    images: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And from none of the run that it replaces, nor from one that it would remove."""
+    shutil.copytree(stopped, tmp_path / "other")
+    more = ["--method", "dense", "--overwrite", "true"]
+    assert train(images, tmp_path / "other", *more, "--resume", str(stopped / "checkpoints")) == 0
+    assert f"resuming at step 3 from {stopped}" in " ".join(capsys.readouterr().err.split())
+    before = contents(stopped)
+    assert train(images, stopped, *more, "--resume", str(stopped / "checkpoints")) == 2
+    assert "overwrite true would remove what resume" in capsys.readouterr().err
+    assert contents(stopped) == before
+
+
 def test_a_store_in_files_knows_its_checkpoint_by_every_path(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +223,7 @@ def test_a_store_in_files_knows_its_checkpoint_by_every_path(
         (["--model.arguments.width", "0.5"], "model.arguments"),
         (["--resume", "never"], "holds a run already"),
         (["--resume", "no/such/folder"], "does not exist"),
+        (["--resume", "no/such/folder", "--overwrite", "true"], "does not exist"),
     ],
 )
 def test_a_run_that_cannot_be_carried_on_is_refused_and_left_alone(
