@@ -26,7 +26,7 @@ _FREE_SECTIONS = ("checkpoint", "paper")
 _FREE = (
     *("run_dir", "overwrite", "resume", "dry_run", "quiet", "trackers"),
     *("train.log_every", "train.eval_every", "train.check", "train.timeout", "train.on_nonfinite"),
-    *("round.transfer", "store.pin", "data.num_workers"),
+    *("round.transfer", "store.pin", "data.num_workers", "data.declared"),
 )
 """Settings that may change between the parts of a run, because its weights do not depend on them."""
 
@@ -68,7 +68,8 @@ def run_values(config: RunConfig) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], free: Collection[str] = ()) -> str:
     """How the settings of a run differ from those that it was begun with, in words; empty if it can go on. A
     ``free`` one may name another place, but not none."""
-    keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    names = (saved.keys() | wanted.keys()).difference(_FREE)  # of which earlier versions wrote some down
+    keys = sorted(name for name in names if saved.get(name) != wanted.get(name))
     keys = [key for key in keys if key not in free or not (saved.get(key) and wanted.get(key))]
     (unit, before), (same_unit, now) = _length(saved), _length(wanted)
     if unit == same_unit and now >= before:

@@ -14,9 +14,12 @@ import torch
 
 from offload_sparse import load_pruned
 from offload_sparse.cli.main import main
+from offload_sparse.config.run import RunConfig
 from offload_sparse.export.json_values import sealed
 from offload_sparse.run.checkpoint_files import CheckpointFolder
+from offload_sparse.run.resume import differences, run_values
 from offload_sparse.run.trainer import Run
+from offload_sparse.workloads.config import DataConfig
 from tests.support.image_runs import contents, interrupted, poison, train, with_classes
 
 METHODS = ["sparse_offload", "dense", "static", "dfbst", "rigl", "grow_efficient"]
@@ -90,6 +93,13 @@ def test_many_parts_and_background_checkpoints_make_the_same_run(
     assert len(CheckpointFolder(tmp_path / "parts" / "checkpoints").checkpoints()) in (1, 2), (
         "newest and best"
     )
+
+
+def test_what_a_plan_is_told_of_the_images_may_change() -> None:
+    """Checkpoints of earlier versions have it among the settings that may not."""
+    told = {"data.declared": {"num_classes": 2}}
+    assert not differences(run_values(RunConfig()), run_values(RunConfig()) | told)
+    assert run_values(RunConfig(data=DataConfig(declared={"num_classes": 2}))) == run_values(RunConfig())
 
 
 def test_a_run_that_died_resumes_from_its_last_checkpoint(
