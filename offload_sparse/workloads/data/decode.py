@@ -176,7 +176,7 @@ def _is_plain_jpeg(content: bytes) -> bool:
         if marker == _METADATA:
             with warnings.catch_warnings(action="ignore"):
                 image = open_image(content)
-                upright = image.getexif().get(ExifTags.Base.Orientation) is None
+                upright = image.getexif().get(ExifTags.Base.Orientation) in (None, 1)
             return upright and (image.format, image.mode) == ("JPEG", "RGB")
         place += 2 + length
     return False

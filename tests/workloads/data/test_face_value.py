@@ -193,6 +193,7 @@ JPEGS: dict[str, dict[str, Any]] = {
     "whole colours": {"subsampling": 0},
     "as RGB": {"keep_rgb": True},
     "with EXIF data": {"exif": _exif(None)},
+    "upright": {"exif": _exif(1)},
     "turned": {"exif": _exif(6)},
     "with XMP": {"xmp": b"<x/>"},
     "turned by XMP": {"xmp": b'<x tiff:Orientation="8"/>'},
@@ -233,10 +234,11 @@ def test_what_pillow_refuses_of_a_broken_jpeg_is_refused(mode: str) -> None:
     assert any(pillow)
 
 
-def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["plain", "with EXIF data", "upright"])
+def test_a_plain_jpeg_is_decoded_without_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("simplejpeg", reason="Pillow decodes all where it is not")
-    content = _jpeg()
-    monkeypatch.setattr(decode_module, "open_image", None)
+    content = _jpeg(**JPEGS[kind])
+    monkeypatch.setattr(decode_module, "_decode" if "exif" in JPEGS[kind] else "open_image", None)
     assert decode_pixels({"bytes": content}, 3).shape == (3, 23, 37)
 
 
