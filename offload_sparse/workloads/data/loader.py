@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,9 +71,9 @@ class _Loader(Dataset[_Item | Exception]):
         except (ValueError, OSError) as error:
             return error
 
+    @abstractmethod
     def item(self, number: int) -> _Item:
         """The batch of this number."""
-        raise NotImplementedError
 
     def finished(self, item: _Item) -> _Item:
         """The item with what is left to do done, in the process that trains."""
