@@ -24,7 +24,6 @@ from offload_sparse.engine.preparation import PreparedModel, prepare
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.network_method import FixedNetwork
 from offload_sparse.policy.published_widths import static_mask
-from offload_sparse.policy.widths import of_least_margin
 from offload_sparse.store.initialisation import initial_tensors, named_tensors
 
 
@@ -43,7 +42,6 @@ def build_static(task: Task) -> Method:
     config, prepared = task.config, prepared_model(task)
     channel_map, meta_model = prepared.channel_map, prepared.meta_model
     cost = CostModel(meta_model, channel_map, task.example_inputs)
-    mask = static_mask(str(config.static.widths), config.policy, channel_map, cost)
     recording, seed = prepared.recording, config.train.seed
     assert recording is not None, "a task has a function that builds its network"
     start = config.policy.resolved(config.compile, task.weights is not None).start
@@ -52,9 +50,10 @@ def build_static(task: Task) -> Method:
         own = initial_tensors(recording, task.factory, seed)
         return own if task.weights is None else task.weights.overlaid(own)
 
+    margin = None
     if start != "uniform":
-        importance = Importance.of_tensors(start, channel_map, meta_model, tensors(), seed)
-        mask = of_least_margin(mask, -importance, channel_map.groups)
+        margin = -Importance.of_tensors(start, channel_map, meta_model, tensors(), seed)
+    mask = static_mask(str(config.static.widths), config.policy, channel_map, cost, margin)
     laws = scale_laws(recording.draws(), channel_map.shapes) if task.weights is None else None
     module = narrow_initialised(meta_model, tensors(), Selection(channel_map, mask), laws)
     return FixedNetwork(task, module, channel_map, mask, cost)

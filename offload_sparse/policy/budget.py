@@ -25,7 +25,7 @@ from torch import Tensor
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.policy.config import BudgetName, PolicyConfig
-from offload_sparse.policy.widths import of_expected_widths, of_least_margin
+from offload_sparse.policy.widths import of_expected_widths, of_least_margin, respect_size
 
 _STEPS, _PRECISION = 40, 1e-9
 _MOST_PIECES = 200
@@ -36,11 +36,15 @@ SLACK = 1e-12
 """Overspending, relative to the budget's scale, that is rounding and not a violation."""
 
 
-def evenly_narrowed(config: PolicyConfig, channel_map: ChannelMap, costs: CostModel) -> Tensor:
-    """The mask bool[C] of the network whose groups all keep the same share, as large as ``config`` allows."""
+def evenly_narrowed(
+    config: PolicyConfig, channel_map: ChannelMap, costs: CostModel, margin: Tensor | None = None
+) -> Tensor:
+    """The mask bool[C] of the network whose groups all keep the same share, as large as ``config`` allows:
+    their atoms of the smallest ``margin`` (float64[C]), or the first ones. With masks of single filters what
+    a stream holds, and so the cost of the same widths, depends on which they are."""
     budget = Budget.of(config, channel_map.groups, costs)
-    start = budget.start()
-    return budget.mask(start, 1 - start)
+    margin = torch.zeros(channel_map.num_atoms).double() if margin is None else margin
+    return budget.mask(budget.start(), margin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +193,10 @@ class Budget:
         """The mask bool[C] with the expected widths of ``s`` that spends the budget, as far as atoms allow;
         atoms of the largest ``margin`` go first (both float64[C]), and ``least`` of every group stay."""
         return of_expected_widths(s, margin, self.groups, least, lambda m: self.of_mask(m) <= self._most)
+
+    def fitted(self, mask: Tensor, margin: Tensor) -> Tensor:
+        """The mask without the fewest atoms, those of the largest ``margin``, that it has no room for."""
+        return respect_size(mask, margin, self.groups, self.of_mask, int(self._most))
 
     def _all_at(self, probability: float) -> Tensor:
         return torch.full((self.groups[-1].stop,), probability, dtype=torch.float64)

@@ -255,7 +255,7 @@ class MaskPolicy:
     def _final(self, margin: Tensor) -> Tensor:
         """The mask of the smallest margins that has the widths to end with."""
         if self.config.sampler == "fixed_width":
-            return of_least_margin(self._uniform, margin, self.groups)
+            return self._budget.fitted(of_least_margin(self._uniform, margin, self.groups), margin)
         return self._fitting(self._budget.mask(self.s, margin), margin)
 
     def _move(self, gradient: Tensor, redrawn: Tensor) -> None:

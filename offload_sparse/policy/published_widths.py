@@ -14,6 +14,7 @@ from offload_sparse.channels.atoms import fewest_channels
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.policy.budget import Budget, evenly_narrowed
 from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.widths import of_least_margin
 
 _VGG16 = (64, 64, 128, 128, *(256,) * 3, *(512,) * 6)
 _VGG19 = (64, 64, 128, 128, *(256,) * 4, *(512,) * 8)
@@ -75,16 +76,23 @@ _LEAST = 4
 """Channels that every group keeps, however small the budget: fewer are a bottleneck that nobody published."""
 
 
-def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, costs: CostModel) -> Tensor:
+def static_mask(
+    widths: str,
+    config: PolicyConfig,
+    channel_map: ChannelMap,
+    costs: CostModel,
+    margin: Tensor | None = None,
+) -> Tensor:
     """The mask bool[C] of a network that is fixed from the start, by one width for each group or the name of
-    published ones; without either all groups are narrowed evenly to the budget of ``config``. Raises
-    ValueError: the widths do not fit the groups."""
+    published ones; without either all groups are narrowed evenly to the budget of ``config``. Each keeps its
+    atoms of the smallest ``margin`` (float64[C]), or the first ones. Raises ValueError: the widths do not fit
+    the groups."""
     parts = widths.replace(",", " ").split()
     if not parts:
-        return evenly_narrowed(config, channel_map, costs)
+        return evenly_narrowed(config, channel_map, costs, margin)
     groups = channel_map.groups
     if not all(part.isdigit() for part in parts):
-        return mask_of_shape(widths, channel_map, Budget.of(config, groups, costs))
+        return mask_of_shape(widths, channel_map, Budget.of(config, groups, costs), margin)
     numbers = [int(part) for part in parts]
     if len(numbers) != len(groups) or any(not 1 <= n <= g.size for n, g in zip(numbers, groups, strict=True)):
         raise ValueError(
@@ -94,13 +102,15 @@ def static_mask(widths: str, config: PolicyConfig, channel_map: ChannelMap, cost
     mask = torch.zeros(channel_map.num_atoms, dtype=torch.bool)
     for group, width in zip(groups, numbers, strict=True):
         mask[group.start : group.start + width] = True
-    return mask
+    return mask if margin is None else of_least_margin(mask, margin, groups)
 
 
-def mask_of_shape(name: str, channel_map: ChannelMap, budget: Budget) -> Tensor:
+def mask_of_shape(
+    name: str, channel_map: ChannelMap, budget: Budget, margin: Tensor | None = None
+) -> Tensor:
     """The mask bool[C] of the published widths ``name`` of ``SHAPES``, all times the factor that spends the
-    budget; the first atoms. Raises ValueError: there is no such shape, it is of another network, or the
-    budget has no room for ``_LEAST`` channels everywhere."""
+    budget; the atoms of the smallest ``margin``, or the first ones. Raises ValueError: there is no such
+    shape, it is of another network, or the budget has no room for ``_LEAST`` channels everywhere."""
     if name not in SHAPES:
         raise ValueError(f"there are no published widths {name!r}; give one of {', '.join(SHAPES)}")
     whole, widths = SHAPES[name]
@@ -117,4 +127,4 @@ def mask_of_shape(name: str, channel_map: ChannelMap, budget: Budget) -> Tensor:
     least = max(-(-_LEAST * count // size) for count, size in zip(atoms, sizes, strict=True))
     budget.require_widths(least)
     s = torch.repeat_interleave(torch.tensor(shares, dtype=torch.float64), torch.tensor(atoms))
-    return budget.mask(s, torch.arange(len(s), dtype=torch.float64), least)
+    return budget.mask(s, torch.zeros_like(s) if margin is None else margin, least)

@@ -30,7 +30,7 @@ from offload_sparse.policy.probe import (
     probe_rates,
     stages,
 )
-from offload_sparse.policy.widths import of_least_margin, respect_size
+from offload_sparse.policy.widths import respect_size
 
 CYCLES = 4
 _HISTORY = ("widths", "loss_per_cost", "error", "advantage", "moved_to")
@@ -99,8 +99,7 @@ class WidthSearch:
         start = self._budget.start()
         start = torch.ones_like(start) if self.trivial else start
         self._margin = 1 - start if importance is None else -importance
-        self.mask = self._budget.mask(start, 1 - start)
-        self.mask = of_least_margin(self.mask, self._margin, self.groups)
+        self.mask = self._budget.mask(start, self._margin)
         self.trained = self.mask.clone()
         self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
         searched = 0 if self.trivial else freeze_step

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from offload_sparse.channels.accounting import CostModel
+from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.subnet import output_dimension
 from offload_sparse.engine.forward import Forward
@@ -23,12 +24,14 @@ from offload_sparse.engine.probing import _Thinned
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
+from offload_sparse.policy.published_widths import static_mask
 from offload_sparse.policy.width_search import WidthSearch
 from offload_sparse.policy.widths import of_least_margin
 from offload_sparse.store.initialisation import build_seeded, named_tensors
 from offload_sparse.store.weight_store import Ranks, WeightStore
 from tests.support.channel_maps import SmallNet, small_map
 from tests.support.ranks import run_ranks
+from tests.support.residual_nets import ResidualNet
 
 KINDS = ("l1", "l2", "norm_scale")
 
@@ -163,6 +166,30 @@ def test_the_most_probable_mask_of_a_start_is_the_one_shot_cut(config: PolicyCon
     found, even = (policy.candidates(0)[0] for policy in policies)
     assert torch.equal(found, of_least_margin(even, -importance, channel_map.groups))
     assert float(policies[0].s.sum()) == pytest.approx(float(policies[1].s.sum()), rel=0.02)
+
+
+@pytest.mark.parametrize("budget", ["params", "flops"])
+def test_a_cut_of_single_filters_keeps_to_its_budget(budget: Any) -> None:
+    """A stream holds what any branch keeps: more, the less alike the best filters of branches are."""
+    net = ResidualNet(width=16, hidden=8)
+    images = (torch.empty(1, 2, 6, 6),)
+    channel_map = discover(net, images, "filter")
+    cost = CostModel(net, channel_map, images)
+    config = PolicyConfig(rho=0.3, budget=budget, search="none")
+    importance = torch.rand(channel_map.num_atoms, generator=torch.Generator().manual_seed(0)).double()
+    of_mask, whole = (
+        (cost.flops, cost.dense_flops) if budget == "flops" else (cost.parameters, cost.dense_parameters)
+    )
+    for mask in (
+        static_mask("", config, channel_map, cost, -importance),
+        WidthSearch(config, channel_map.groups, 0, cost, importance=importance).mask,
+    ):
+        assert 0.85 * 0.3 * whole < of_mask(mask) <= 0.3 * whole
+        assert torch.equal(mask, of_least_margin(mask, -importance, channel_map.groups))
+    config = PolicyConfig(rho=0.3, budget=budget, sampler="fixed_width")
+    for start in (importance, None):
+        policy = MaskPolicy(config, channel_map.groups, 0, cost, start)
+        assert all(of_mask(mask) <= 0.3 * whole for mask in policy.candidates(4))
 
 
 def session_of(
