@@ -111,6 +111,7 @@ class WeightSource:
         # Where there are checksums, the first rank alone reads all, once, to be sure that it is whole.
         on_first_rank(check)
         self.tensors = on_every_rank(lambda: tensors_in(weights if exported != self.path else self.path))
+        self._whole = bool(digest)  # with the buffers that no state_dict has
         files = {stored.path for stored in self.tensors.values()}
         on_first_rank(lambda: check_whole(files))
 
@@ -142,12 +143,12 @@ class WeightSource:
         prefixes = _prefixes(self.tensors)
         prefix = max(prefixes, key=lambda p: sum(p + name in self.tensors for name in own_name))
         found: dict[str, Stored] = {}
-        unexpected = []
+        unexpected, state = [], network.state_dict()
         for key, stored in self.tensors.items():
             name = own_name.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
             if name is None:
                 unexpected.append(key)
-            else:
+            elif self._whole or key.removeprefix(prefix) in state:
                 found.setdefault(name, stored)
         odd = [name for name, stored in found.items() if not _alike(stored, own[name])]
         head = self._head(odd, found, own) if odd else [own_name[alias] for alias in _last_layer(aliases)]
@@ -155,16 +156,18 @@ class WeightSource:
             found = {name: stored for name, stored in found.items() if name not in head}
             odd = [name for name in odd if name not in head]
         # What no state_dict has keeps the values that the constructor gives it, and so do counters.
-        wanted = [n for n in network.state_dict() if n in own and own[n].is_floating_point()]
+        wanted = [n for n in state if n in own and own[n].is_floating_point()]
         missing = [n for n in wanted if n not in found and not (self.new_head and n in head)]
         faults = []
         if missing:
             faults.append(f"lacks {_listed(missing)} of {len(wanted)} tensors")
         if odd:
-            first = odd[0]
-            shapes = f"{list(found[first].shape)} instead of {list(own[first].shape)}"
+            pair = found[odd[0]], own[odd[0]]
+            what = "types" if pair[0].shape == pair[1].shape else "shapes"
+            theirs, ours = (each.dtype if what == "types" else list(each.shape) for each in pair)
             advice = f"; other classes? {NEW_HEAD} behind the path starts the last layer afresh"
-            faults.append(f"has {_listed(odd)} of other shapes ({first}: {shapes}){advice if head else ''}")
+            differ = f"{odd[0]}: {theirs} instead of {ours}"
+            faults.append(f"has {_listed(odd)} of other {what} ({differ}){advice if head else ''}")
         if faults:
             strange = f", and has {_listed(unexpected)} that the network lacks" if unexpected else ""
             raise ValueError(f"{self.path} does not fit the network: it {' and '.join(faults)}{strange}")
@@ -203,8 +206,9 @@ def _last_layer(parameters: Mapping[str, Tensor]) -> list[str]:
 
 
 def _alike(stored: Stored, tensor: Tensor, first: int = 0) -> bool:
-    """Whether both are numbers of one kind and have the same shape from dimension ``first`` on."""
-    kinds = stored.dtype.is_floating_point == tensor.is_floating_point()
+    """Whether ``tensor`` can have these values, which are not integers where it has real numbers, and the
+    shape of both is the same from dimension ``first`` on. Counters may have been cast with the weights."""
+    kinds = stored.dtype.is_floating_point or not tensor.is_floating_point()
     return kinds and stored.shape[first:] == tuple(tensor.shape[first:]) and len(stored.shape) == tensor.dim()
 
 

@@ -85,7 +85,12 @@ def test_a_session_starts_from_a_path(tmp_path: Path) -> None:
     assert torch.equal(session.store.own_rows("norm1.running_mean"), net.norm1.running_mean)
 
 
-def test_what_a_file_lacks_keeps_the_values_of_the_constructor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [None, torch.full((3,), 9.0), torch.full((5,), 9.0)])
+def test_what_no_state_dict_has_keeps_the_values_of_the_constructor(
+    table: Tensor | None, tmp_path: Path
+) -> None:
+    """Whatever a file has of it, as those of earlier versions of a network do."""
+
     class WithTable(SmallNet):
         def __init__(self) -> None:
             super().__init__()
@@ -93,13 +98,23 @@ def test_what_a_file_lacks_keeps_the_values_of_the_constructor(tmp_path: Path) -
 
     net = trained()
     kept = {name: t for name, t in net.state_dict().items() if "num_batches" not in name}
-    save_file(kept, tmp_path / "w.safetensors")
+    save_file(kept | ({} if table is None else {"table": table}), tmp_path / "w.safetensors")
     prepared = prepare(WithTable, INPUTS, "coupled", verify=False)
     store = WeightStore(prepared.channel_map, *prepared.tensor_names())
     prepared.fill(store, 0, WeightSource(tmp_path).fitted(prepared.meta_model))
     assert store.own_rows("table").tolist() == [0, 1, 2]
     assert int(store.integer_buffers["norm1.num_batches_tracked"]) == 0
     assert torch.equal(store.own_rows("conv1.weight"), net.conv1.weight)
+
+
+def test_counters_may_have_been_cast_with_the_weights(tmp_path: Path) -> None:
+    net = trained()
+    torch.save({name: t.half() for name, t in net.state_dict().items()}, tmp_path / "w.pt")
+    prepared = prepare(SmallNet, INPUTS, "coupled", verify=False)
+    store = WeightStore(prepared.channel_map, *prepared.tensor_names())
+    prepared.fill(store, 0, WeightSource(tmp_path).fitted(prepared.meta_model))
+    assert torch.equal(store.own_rows("conv1.weight"), net.conv1.weight.half().float())
+    assert torch.equal(store.integer_buffers["norm1.num_batches_tracked"], torch.tensor(17))
 
 
 def test_a_buffer_of_two_modules_is_known_by_both_names(tmp_path: Path) -> None:
@@ -161,7 +176,10 @@ FAULTS = {
         changed(conv1__weight=torch.ones(6, 2, 5, 5)),
         r"has 1 \(conv1.weight\) of other shapes \(conv1.weight: \[6, 2, 5, 5\] instead of \[6, 2, 3, 3\]\)$",
     ),
-    "integers": (changed(conv1__bias=torch.ones(6, dtype=torch.int64)), r"has 1 \(conv1\.bias\) of other"),
+    "integers": (
+        changed(conv1__bias=torch.ones(6, dtype=torch.int64)),
+        r"has 1 \(conv1\.bias\) of other types \(conv1.bias: torch.int64 instead of torch.float32\)$",
+    ),
     "other classes": (
         changed(head__weight=torch.ones(9, 32), head__bias=torch.ones(9)),
         r"has 2 \(head\.bias, head\.weight\).*other classes\? \+new_head behind the path",
