@@ -131,12 +131,12 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _in_folder(folder: Path) -> dict[str, Stored]:
+    found = [sorted(folder.glob(pattern)) for pattern in _SINGLE]
+    if usual := [file for files in found for file in files if file.stem in _USUAL]:
+        return tensors_in(usual[0])  # an index beside it may be of files that have not been fetched
     for pattern in _INDICES:
         if indices := sorted(folder.glob(pattern)):
             return _of_shards(indices[0])
-    found = [sorted(folder.glob(pattern)) for pattern in _SINGLE]
-    if usual := [file for files in found for file in files if file.stem in _USUAL]:
-        return tensors_in(usual[0])
     for files in found:
         if len(files) > 1:
             raise ValueError(f"{folder} holds {len(files)} files of weights and no index; give one of them")

@@ -66,6 +66,8 @@ def test_the_weights_of_a_folder_are_told_from_what_lies_beside_them(tmp_path: P
         save_file(tensors, tmp_path / name)
     else:
         torch.save(tensors, tmp_path / name)
+    where = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")  # which nobody has fetched
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert {stored.path.name for stored in tensors_in(tmp_path).values()} == {name}
     assert tensors_in(tmp_path).keys() == tensors.keys()
 
