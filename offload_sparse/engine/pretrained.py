@@ -26,6 +26,9 @@ NEW_HEAD = "+new_head"
 _WRAPPER = re.compile(r"(module|model|backbone|_orig_mod)\.")
 """What wrappers put before the names of a network's own tensors, any number of them."""
 
+_DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
+"""Names of modules in the published weights of DenseNets, from before names could hold no dots."""
+
 
 @dataclass(frozen=True)
 class FittedWeights:
@@ -110,7 +113,8 @@ class WeightSource:
 
         # Where there are checksums, the first rank alone reads all, once, to be sure that it is whole.
         on_first_rank(check)
-        self.tensors = on_every_rank(lambda: tensors_in(weights if exported != self.path else self.path))
+        found = on_every_rank(lambda: tensors_in(weights if exported != self.path else self.path))
+        self.tensors = {_DOTTED.sub(r"\1", name): stored for name, stored in found.items()}
         self._whole = bool(digest)  # with the buffers that no state_dict has
         files = {stored.path for stored in self.tensors.values()}
         on_first_rank(lambda: check_whole(files))

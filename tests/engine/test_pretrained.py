@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -147,6 +149,15 @@ def test_prefixes_of_wrappers_are_taken_off_and_told(prefix: str, tmp_path: Path
     weights = WeightSource(tmp_path).fitted(SmallNet())
     assert "conv1.weight" in weights.stored
     assert any(repr(prefix) in line for line in weights.lines)
+
+
+def test_the_published_weights_of_densenets_have_other_names(tmp_path: Path) -> None:
+    net = torchvision.models.DenseNet(4, (2, 1, 1, 1), 8, 1, num_classes=3)
+    old = r"(.*denselayer\d+\.(?:norm|conv))([12]\..*)"
+    state = {re.sub(old, r"\1.\2", name): t for name, t in net.state_dict().items()}
+    assert "features.denseblock1.denselayer2.norm.1.weight" in state
+    torch.save(state, tmp_path / "w.pth")
+    assert WeightSource(tmp_path).fitted(net).stored.keys() == named_tensors(net).keys()
 
 
 def test_tied_weights_are_found_under_either_name(tmp_path: Path) -> None:

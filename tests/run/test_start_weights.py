@@ -165,6 +165,23 @@ def test_a_tag_of_torchvision_is_found_in_the_cache_of_torch(
         cached_weights("torchvision/resnet18", "V9")
 
 
+def test_images_are_prepared_as_networks_do_that_are_built_with_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They turn the usual preparation into that of their training."""
+    monkeypatch.setattr(weight_cache, "_in_cache_of_torch", lambda name, url: tmp_path)
+    pixels = torch.rand(1, 3, 2, 2)
+    usual, found = (cached_weights(f"torchvision/{name}") for name in ("resnet18", "googlenet"))
+    theirs, ours = (
+        (pixels - torch.tensor(each.mean).view(3, 1, 1)) / torch.tensor(each.std).view(3, 1, 1)
+        for each in (usual, found)
+    )
+    with torch.device("meta"):
+        network = torchvision.models.GoogLeNet(transform_input=True, aux_logits=False, init_weights=False)
+    torch.testing.assert_close(ours, network._transform_input(theirs))
+    assert cached_weights("torchvision/inception_v3").mean == found.mean
+
+
 def test_a_tag_of_timm_is_found_in_the_cache_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,10 @@ from offload_sparse.workloads.models.registry import published_by_timm
 PRETRAINED = "pretrained"
 """What stands in place of a path; a tag may follow behind a colon."""
 
+_TO_HALVES = ("googlenet", "inception_v3")
+"""Networks of torchvision that, built with their weights, take images of its usual mean and deviation and
+turn them into ones of 0.5, by which they were trained."""
+
 
 @dataclass(frozen=True)
 class CachedWeights:
@@ -54,7 +58,8 @@ def _torchvision(name: str, short: str, tag: str) -> CachedWeights:
     images = weights.transforms()
     path, way = _in_cache_of_torch(name, weights.url), images.interpolation.value
     sides = images.crop_size[0], images.resize_size[0]
-    return CachedWeights(path, tuple(images.mean), tuple(images.std), *sides, way)
+    means = ((0.5,) * 3,) * 2 if short in _TO_HALVES else (tuple(images.mean), tuple(images.std))
+    return CachedWeights(path, *means, *sides, way)
 
 
 def _timm(name: str, short: str, tag: str) -> CachedWeights:
