@@ -97,9 +97,13 @@ def _texts(label: str, values: Sequence[Any], unit: str) -> tuple[str, list[str]
 
 
 def paper_tables(runs: Sequence[RunData]) -> list[Table]:
-    """One table for each published row that some run aims at: that row, and the runs beside it."""
-    sources = dict.fromkeys(_source(run) for run in runs if _source(run))
-    return [_paper_table(source, [run for run in runs if _source(run) == source]) for source in sources]
+    """One table for each published row that some run aims at: that row, and the runs beside it. Rows of one
+    source differ in their figures."""
+    names = ("source", *(key for key, *_ in _PAPER))
+    aims: dict[tuple[Any, ...], list[RunData]] = {}
+    for run in (run for run in runs if run.config.get("paper.source")):
+        aims.setdefault(tuple(run.config.get(f"paper.{name}") for name in names), []).append(run)
+    return [_paper_table(source, goals, of) for (source, *goals), of in aims.items()]
 
 
 def difference_table(runs: Sequence[RunData]) -> Table | None:
@@ -113,20 +117,15 @@ def difference_table(runs: Sequence[RunData]) -> Table | None:
     return Table("What differs", ("setting", *(run.name for run in runs)), tuple(rows)) if rows else None
 
 
-def _paper_table(source: str, runs: Sequence[RunData]) -> Table:
+def _paper_table(source: str, goals: Sequence[Any], runs: Sequence[RunData]) -> Table:
     rows = []
-    for key, label, ours, factor, form in _PAPER:
-        goals = [run.config.get(f"paper.{key}") or 0 for run in runs]
-        if not any(goals):
+    for (_, label, ours, factor, form), goal in zip(_PAPER, goals, strict=True):
+        if not goal:
             continue
-        goal = form.format(max(goals))
         found = [run.summary.get(ours) for run in runs]
-        rows.append((label, goal, *(NONE if v is None else form.format(factor * v) for v in found)))
+        texts = (NONE if v is None else form.format(factor * v) for v in found)
+        rows.append((label, form.format(goal), *texts))
     return Table(f"Against {source}", ("", "paper", *(run.name for run in runs)), tuple(rows))
-
-
-def _source(run: RunData) -> str:
-    return str(run.config.get("paper.source") or "")
 
 
 def _text(value: Any) -> str:

@@ -347,6 +347,17 @@ def test_the_papers_row_stands_beside_the_runs_that_aim_at_it(tmp_path: Path) ->
     assert table.rows == (("accuracy", "92.50 %", "87.50 %"), ("FLOPs kept", "8.70 %", "5.00 %"))
 
 
+def test_every_row_of_a_published_table_has_a_table_of_its_own(tmp_path: Path) -> None:
+    aims = {"a": 95.6, "b": 90.93, "c": 95.6}
+    runs = read_runs(
+        write_run(tmp_path / name, **{"paper.source": "P, Table 2", "paper.accuracy": accuracy})
+        for name, accuracy in aims.items()
+    )
+    tables = paper_tables(runs)
+    assert [table.header[2:] for table in tables] == [("a", "c"), ("b",)]
+    assert [table.rows[0][1] for table in tables] == ["95.60 %", "90.93 %"]
+
+
 def test_the_table_of_differences_names_what_differs(tmp_path: Path) -> None:
     """The settings that differ between the runs, and no others."""
     folders = [
