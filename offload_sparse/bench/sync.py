@@ -7,7 +7,8 @@ Two ranks on CPUs train a small VGG on equally many images of 16×16 pixels.
     outer50          the same with outer momentum 0.5
     per_rank         a subnet of its own on every rank, K = 50
     partition        the same, disjoint
-    alone            one rank with its part of the images, K = 50: what the others are worth
+    alone            one rank with half of the images, of those for testing, too, where there are as many:
+                     what the others are worth
 """
 
 from __future__ import annotations
