@@ -147,7 +147,8 @@ class WeightSource:
         prefixes = _prefixes(self.tensors)
         prefix = max(prefixes, key=lambda p: sum(p + name in self.tensors for name in own_name))
         found: dict[str, Stored] = {}
-        unexpected, state = [], network.state_dict()
+        unexpected = []
+        state = network.state_dict()
         for key, stored in self.tensors.items():
             name = own_name.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
             if name is None:
@@ -166,12 +167,12 @@ class WeightSource:
         if missing:
             faults.append(f"lacks {_listed(missing)} of {len(wanted)} tensors")
         if odd:
-            pair = found[odd[0]], own[odd[0]]
-            what = "types" if pair[0].shape == pair[1].shape else "shapes"
-            theirs, ours = (each.dtype if what == "types" else list(each.shape) for each in pair)
+            theirs, ours = found[odd[0]], own[odd[0]]
+            what, differ = "shapes", f"{list(theirs.shape)} instead of {list(ours.shape)}"
+            if theirs.shape == tuple(ours.shape):
+                what, differ = "types", f"{theirs.dtype} instead of {ours.dtype}"
             advice = f"; other classes? {NEW_HEAD} behind the path starts the last layer afresh"
-            differ = f"{odd[0]}: {theirs} instead of {ours}"
-            faults.append(f"has {_listed(odd)} of other {what} ({differ}){advice if head else ''}")
+            faults.append(f"has {_listed(odd)} of other {what} ({odd[0]}: {differ}){advice if head else ''}")
         if faults:
             strange = f", and has {_listed(unexpected)} that the network lacks" if unexpected else ""
             raise ValueError(f"{self.path} does not fit the network: it {' and '.join(faults)}{strange}")

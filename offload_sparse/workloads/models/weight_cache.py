@@ -58,8 +58,10 @@ def _torchvision(name: str, short: str, tag: str) -> CachedWeights:
     images = weights.transforms()
     path, way = _in_cache_of_torch(name, weights.url), images.interpolation.value
     sides = images.crop_size[0], images.resize_size[0]
-    means = ((0.5,) * 3,) * 2 if short in _TO_HALVES else (tuple(images.mean), tuple(images.std))
-    return CachedWeights(path, *means, *sides, way)
+    mean, std = tuple(images.mean), tuple(images.std)
+    if short in _TO_HALVES:
+        mean = std = (0.5,) * 3
+    return CachedWeights(path, mean, std, *sides, way)
 
 
 def _timm(name: str, short: str, tag: str) -> CachedWeights:
