@@ -15,8 +15,8 @@ from torch.nn import functional
 class HeadAttention(nn.MultiheadAttention):
     """Attention over ``num_heads`` heads of ``head_dim`` channels each, whatever ``embed_dim`` is.
 
-    Tensors: in_proj_weight [3 · num_heads · head_dim, embed_dim], out_proj.weight [embed_dim, num_heads ·
-    head_dim]. Made by ``drop_heads`` only."""
+    Tensors: in_proj_weight [3 · num_heads · head_dim, embed_dim], or three of them where keys or values have
+    another width; out_proj.weight [embed_dim, num_heads · head_dim]. Made by ``drop_heads`` only."""
 
     def forward(
         self,
@@ -34,7 +34,8 @@ class HeadAttention(nn.MultiheadAttention):
         any. With ``batch_first=False``, length comes before batch."""
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        parts = self.in_proj_weight.chunk(3)
+        parts = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        parts = parts if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -68,14 +69,9 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def drop_heads(layer: nn.Module) -> None:
-    """Make torch's attention a ``HeadAttention`` where it has one matrix for queries, keys and values, and
-    nothing is added to these; other modules stay."""
-    if (
-        isinstance(layer, nn.MultiheadAttention)
-        and layer.in_proj_weight is not None
-        and layer.bias_k is None
-        and not layer.add_zero_attn
-    ):
+    """Make torch's attention a ``HeadAttention`` where nothing is added to keys and values; other modules
+    stay."""
+    if isinstance(layer, nn.MultiheadAttention) and layer.bias_k is None and not layer.add_zero_attn:
         layer.__class__ = HeadAttention
         # Keeps nn.TransformerEncoderLayer off its fused kernel, which knows nothing of this.
         layer._qkv_same_embed_dim = False
@@ -83,9 +79,10 @@ def drop_heads(layer: nn.Module) -> None:
 
 def fit_attention(layer: nn.Module) -> None:
     """Make the number of heads of an attention module agree with its tensors; other modules stay."""
-    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
-        rows = layer.in_proj_weight.shape[0]
-        if rows != 3 * layer.embed_dim:
+    if isinstance(layer, nn.MultiheadAttention):
+        whole = layer.in_proj_weight
+        rows = layer.q_proj_weight.shape[0] if whole is None else whole.shape[0] // 3
+        if rows != layer.embed_dim:
             drop_heads(layer)
         if isinstance(layer, HeadAttention):
-            layer.num_heads = rows // (3 * layer.head_dim)
+            layer.num_heads = rows // layer.head_dim

@@ -237,7 +237,7 @@ def _produced(module: nn.Module) -> list[tuple[str, int]]:
     if is_norm(module):
         return [("weight", 0), ("bias", 0)] if module.weight is not None else [("running_mean", 0)]
     if isinstance(module, nn.MultiheadAttention):
-        return [("in_proj_weight", 0), ("in_proj_bias", 0)]
+        return [("in_proj_bias", 0), *((f"{part}_proj_weight", 0) for part in ("in", "q", "k", "v"))]
     own = module.named_parameters(recurse=False)
     return [(leaf, dim) for leaf, p in own for dim in range(p.dim())]
 

@@ -93,23 +93,29 @@ def test_grouped_queries_with_rotary_positions_are_the_map_by_hand() -> None:
 
 
 class WithWeights(nn.Module):
-    """Calls torch's attention as it is mostly called: for its outputs, but with its weights."""
+    """Calls torch's attention as it is mostly called: for its outputs, but with its weights. Keys and values
+    may be narrower than queries."""
 
-    def __init__(self, average: bool) -> None:
+    def __init__(self, average: bool, keys: int) -> None:
         super().__init__()
-        self.attention, self.norm = nn.MultiheadAttention(16, 4, batch_first=True), nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 4, kdim=keys, vdim=keys, batch_first=True)
+        self.norm, self.keys = nn.LayerNorm(16), keys
         self.up, self.down, self.average = nn.Linear(16, 24), nn.Linear(24, 16), average
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        x = x + self.attention(y, y, y, average_attn_weights=self.average)[0]
+        z = y[..., : self.keys]
+        x = x + self.attention(y, z, z, average_attn_weights=self.average)[0]
         return x + self.down(self.up(x).relu())
 
 
+@pytest.mark.parametrize("keys", [16, 12])
 @pytest.mark.parametrize(("average", "sizes"), [(True, [24]), (False, [4, 24])])
-def test_attention_that_also_gives_its_weights_is_narrowed(average: bool, sizes: list[int]) -> None:
+def test_attention_that_also_gives_its_weights_is_narrowed(
+    average: bool, sizes: list[int], keys: int
+) -> None:
     """But for its heads where the weights are averaged over these."""
-    model, inputs = WithWeights(average), (torch.zeros(2, 5, 16),)
+    model, inputs = WithWeights(average, keys), (torch.zeros(2, 5, 16),)
     found = discover(model, inputs)
     assert [group.size for group in found.groups] == sizes
     assert self_test(model, inputs, found).error < 1e-10
