@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def dimensions(x: Tensor, dims: Any = None) -> set[int]:
+    """The dimensions that an operation on ``x`` is given; all if it is given none."""
+    if not isinstance(dims, (int, list, tuple)) or dims == []:
+        return set(range(x.dim()))
+    return {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 def compact(labels: Tensor) -> Tensor:
@@ -54,6 +62,15 @@ def viewed(labels: Tensor, shape: torch.Size) -> Tensor:
         lead += 1
     inner = labels[(0,) * lead] if lead else labels
     return inner.reshape(shape[lead:]).expand(shape)
+
+
+def padded(labels: Tensor, pad: list[int], shape: torch.Size) -> Tensor:
+    """Labels of a tensor of ``shape`` with positions before and behind those that are labelled: two numbers
+    per dimension, from the last on. Where labels differ the others have none."""
+    along = varying(labels)
+    one = labels[tuple(slice(None if d in along else 1) for d in range(labels.dim()))]
+    within = [n if labels.dim() - 1 - i // 2 in along else 0 for i, n in enumerate(pad)]
+    return torch.constant_pad_nd(one, within, -1).expand(shape)
 
 
 def connected_components(size: int, u: Tensor, v: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from offload_sparse.channels.channel_labels import (
     compact,
     connected_components,
+    dimensions,
     first,
     lowest,
+    padded,
     spread,
     varying,
     viewed,
 )
+from offload_sparse.channels.remainders import Remainders
 
 Labels = tuple[Tensor, ...]
 """int64, each of the shape of the labelled tensor: an element lives if all of its labels do; -1: none."""
@@ -52,13 +55,6 @@ _SPATIAL = re.compile(
     r"_?((adaptive_)?(avg|max)_pool[123]d(_with_indices)?|upsample_\w+|(reflection|replication)_pad[123]d)"
 )
 _POINTWISE = re.compile(r"(masked_fill|copy|add|mul|hardswish|_prelu_kernel|rsub|log_sigmoid_forward)_?")
-
-
-def _dimensions(x: Tensor, dims: Any = None) -> set[int]:
-    """The dimensions that an operation on ``x`` is given; all if it is given none."""
-    if not isinstance(dims, (int, list, tuple)) or dims == []:
-        return set(range(x.dim()))
-    return {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 class Propagation(TorchDispatchMode):
@@ -107,6 +103,7 @@ class Propagation(TorchDispatchMode):
         self.operations: set[str] = set()
         self._labels: dict[int, Labels] = {}
         self._activations: set[int] = set()
+        self._remainders = Remainders(self._varies)
         self._alive: list[Tensor] = []  # an id is that of one tensor as long as this lives
         for name, tensor in parameters.items():
             self._alive.append(tensor)
@@ -135,6 +132,9 @@ class Propagation(TorchDispatchMode):
             labels = tuple(self._root[compact(x)].expand(x.shape) for x in labels)
             self._labels[id(tensor)], self._seen[id(tensor)] = labels, self._merged
         return labels
+
+    def _varies(self, tensor: Tensor) -> bool:
+        return any(varying(labels) for labels in self.of(tensor))
 
     def roots(self) -> Tensor:
         """int64[size + 1], the smallest label that each label is tied to; the last serves -1."""
@@ -174,6 +174,7 @@ class Propagation(TorchDispatchMode):
             self._labels[id(out)] = (spread(self.sums[name][2], 1, out.shape),)
         self._alive.append(out)
         self._activations.add(id(out))
+        self._remainders.note([out], self._remainders.of(left) + self._remainders.of(right))
         return out
 
     def _channels(self, x: Tensor) -> Tensor | None:
@@ -200,10 +201,14 @@ class Propagation(TorchDispatchMode):
             self._activations |= {id(x) for x in results}
         if any(self.of(x) for x in given):
             with torch.utils._python_dispatch._disable_current_modes():
+                left = self._remainders.behind(func, args, kwargs)
                 found = self._follow(func, args, kwargs, out, given)
             for result, labels in zip(results, found, strict=False):
                 self._labels[id(result)] = labels
                 self._seen.pop(id(result), None)
+            self._remainders.note(filter(self._varies, results), left)
+        elif "zeros" in func.name():
+            self._remainders.note(results, 0.0)
         return out
 
     def _follow(self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor]) -> list[Labels]:
@@ -213,6 +218,8 @@ class Propagation(TorchDispatchMode):
         rule: Callable[..., Labels] | None = getattr(self, f"_{name.strip('_')}_rule", None)
         if rule is not None:
             return [rule(out, *args, **kwargs)]
+        if name.startswith("new_"):
+            return []
         if _SAME.fullmatch(name):
             return [self.of(given[0])]
         if _MOVED.fullmatch(name):
@@ -274,10 +281,11 @@ class Propagation(TorchDispatchMode):
     def _pointwise(self, shape: torch.Size, given: list[Tensor], residual: bool = False) -> Labels:
         """Elements that meet are tied; what meets a constant, or several labels, is not free."""
         found: list[tuple[Tensor, set[int]]] = []  # labels, and the dimensions that their tensors really have
+        residual &= len(given) == 2 and all(id(x) in self._activations for x in given)
         own = [{len(shape) - x.dim() + d for d in range(x.dim()) if x.shape[d] > 1} for x in given]
         for x, dims in zip(given, own, strict=True):
             for labels in self.of(x):
-                self._join(found, labels.expand(shape), dims, residual and self._both_computed(given))
+                self._join(found, labels.expand(shape), dims, residual)
         for x, dims in zip(given, own, strict=True):
             has = {d for labels in self.of(x) for d in varying(labels.expand(shape))}
             for i, (labels, known) in enumerate(found):
@@ -315,9 +323,6 @@ class Propagation(TorchDispatchMode):
         elif bool((compact(labels) >= 0).any()):
             self._keep(labels, "a single channel")
 
-    def _both_computed(self, given: list[Tensor]) -> bool:
-        return len(given) == 2 and all(id(x) in self._activations for x in given)
-
     def _owners(self, labels: Tensor) -> set[int]:
         starts = torch.tensor([start for start, _, _ in self.starts])
         small = self.roots()[compact(labels).flatten()]
@@ -329,7 +334,7 @@ class Propagation(TorchDispatchMode):
         name = func.overloadpacket.__name__
         view = name in ("view", "_unsafe_view")
         if name in _PLACED:
-            dims = _dimensions(args[0], *args[_PLACED[name] :][:1])
+            dims = dimensions(args[0], *args[_PLACED[name] :][:1])
             for labels in self.of(args[0]):
                 if varying(labels) and varying(labels) <= dims:  # another channel is there when some are gone
                     self._keep(labels, name)
@@ -344,7 +349,7 @@ class Propagation(TorchDispatchMode):
     def _reduced(self, name: str, out: Any, x: Tensor, dims: Any = None, *rest: Any, **named: Any) -> Labels:
         del rest, named
         result = out[0] if isinstance(out, (tuple, list)) else out
-        over = _dimensions(x, dims)
+        over = dimensions(x, dims)
         kept = []
         for labels in self._mix(self.of(x), over, name):
             if varying(labels) - over and not varying(labels) & over:
@@ -385,8 +390,11 @@ class Propagation(TorchDispatchMode):
             comps += [self._new(f"copies in {self._place()}", out, d) for d in wider]
         return tuple(comps)
 
-    def _constant_pad_nd_rule(self, _: Any, x: Tensor, pad: list[int], *__: Any) -> Labels:
-        return tuple(torch.constant_pad_nd(labels, pad, -1) for labels in self.of(x))
+    def _constant_pad_nd_rule(self, out: Tensor, x: Tensor, pad: list[int], *_: Any) -> Labels:
+        return tuple(padded(labels, pad, out.shape) for labels in self.of(x))
+
+    def _glu_rule(self, _: Any, x: Tensor, dim: int = -1) -> Labels:
+        return tuple(self._tie(*labels.chunk(2, dim)) for labels in self.of(x))
 
     def _embedding_rule(self, out: Tensor, weight: Tensor, indices: Tensor, *_: Any) -> Labels:
         return self._rows(self.of(weight), indices, out)
@@ -454,7 +462,7 @@ class Propagation(TorchDispatchMode):
                 self._keep(labels, "a convolution")
         if groups == 1:
             rows, columns = (inner, outer) if transposed else (outer, inner)
-            self._contract(incoming, [columns])
+            self._contract(incoming, [columns], x)
         else:  # its weight has no entry between two groups: each is dropped whole
             sides = (outer, *(incoming or [torch.full_like(outer, -1)]))
             group = self._tie_all([*torch.cat([side.view(groups, -1) for side in sides], 1).T])
@@ -514,7 +522,7 @@ class Propagation(TorchDispatchMode):
             [lowest(c, {0, 3 - k})[0].select(2 - k, 0) for c in s if k in varying(c)]
             for s, k in ((left, 2), (right, 1))
         ]
-        self._contract(*inner)
+        self._contract(*inner, a, b)
         if activations:  # the width of a single head, which its scale depends on
             for labels in (*inner[0], *inner[1]):
                 self._keep(labels, "a product of activations")
@@ -525,8 +533,11 @@ class Propagation(TorchDispatchMode):
                 self._keep(c, "a single channel")
         return tuple(found)
 
-    def _contract(self, left: list[Tensor], right: list[Tensor]) -> None:
-        """Labels (int64[k] each) that a product sums over."""
+    def _contract(self, left: list[Tensor], right: list[Tensor], *given: Tensor) -> None:
+        """Labels (int64[k] each) that a product of the tensors ``given`` sums over."""
+        for x, ends in zip(given, (left, right), strict=False):
+            for labels in ends if id(x) in self._activations and self._remainders.of(x) else ():
+                self._keep(labels, "a function with f(0) != 0")
         for labels in (*left, *right):
             self.consumed.append(labels[labels >= 0])
         if left and right:

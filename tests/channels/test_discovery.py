@@ -280,7 +280,9 @@ TRAPS: dict[str, nn.Module] = {
     "pixel unshuffle": Net(
         lambda n, x: n.b(functional.pixel_unshuffle(n.a(x), 2)), a=Conv(3, 4, 3, padding=1), b=Conv(16, 5, 3)
     ),
-    "functional glu": Net(lambda n, x: n.b(functional.glu(n.a(x), 1)), a=Conv(3, 16, 3), b=Conv(8, 5, 3)),
+    "ones around": Net(
+        lambda n, x: n.b(functional.pad(n.a(x), (1, 1), value=1)), a=Conv(3, 8, 3), b=Conv(8, 5, 3)
+    ),
     "channel shuffle": Net(shuffled, a=Conv(3, 16, 3), b=Conv(16, 5, 3)),
     "channel shuffle of four": Net(shuffled, a=Conv(3, 4, 3), b=Conv(4, 5, 3)),
     "every second channel": Net(lambda n, x: n.b(n.a(x)[:, ::2]), a=Conv(3, 8, 3), b=Conv(4, 5, 3)),
@@ -297,6 +299,29 @@ TRAPS: dict[str, nn.Module] = {
 def test_a_trap_never_passes_both_discovery_and_self_test(trap: str) -> None:
     with pytest.raises(ValueError):
         check(TRAPS[trap], IMAGES, discover(TRAPS[trap], IMAGES))
+
+
+LEAVING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "sigmoid": lambda n, h: h.sigmoid(),
+    "a constant": lambda n, h: h + torch.arange(6.0, dtype=h.dtype, device=h.device).view(6, 1, 1),
+    "a channel for all": lambda n, h: h + n.one(h),
+    "generalised mean": lambda n, h: h.clamp(min=1e-3).pow(3).mean((2, 3), keepdim=True).pow(1 / 3),
+    "noise": lambda n, h: h + (h / 2).exp() * torch.randn_like(h),
+}
+
+
+@pytest.mark.parametrize("case", LEAVING)
+def test_only_a_width_of_which_something_would_be_left_stays_dense(case: str) -> None:
+    net = Net(
+        lambda n, x: n.c(LEAVING[case](n, n.b(n.a(x).relu()))),
+        a=Conv(3, 8, 1),
+        b=Conv(8, 6, 1),
+        one=Conv(6, 1, 1),
+        c=Conv(6, 5, 1),
+    )
+    found = discover(net, IMAGES)
+    assert group_sizes(found) == {"a": 8}
+    check(net, IMAGES, found)
 
 
 OWN_WEIGHTS: list[tuple[Any, ...]] = [
@@ -427,6 +452,28 @@ def right_maps() -> dict[str, nn.Module]:
             a=Conv(3, 8, 1),
             b=Conv(8, 16, 1),
             o=Conv(16, 5, 1),
+        ),
+        "gated by a function": Net(
+            lambda n, x: n.b(functional.glu(n.a(x), 1)), a=Conv(3, 16, 3), b=Conv(8, 5, 3)
+        ),
+        "beside new zeros": Net(
+            lambda n, x: n.b(torch.cat([n.a(x), n.a(x).new_zeros(len(x), 2, 16, 16)], 1)),
+            a=Conv(3, 8, 1),
+            b=Conv(10, 5, 1),
+        ),
+        "gated by what is left": Net(
+            lambda n, x: n.b(n.a(x) * n.a(x).exp() + n.a(x).cos() - 1), a=Conv(3, 8, 1), b=Conv(8, 5, 1)
+        ),
+        "norm of what is left": Net(
+            lambda n, x: n.b(n.norm(n.a(x).sigmoid())), a=Conv(3, 8, 1), norm=nn.BatchNorm2d(8), b=Conv(8, 5, 1)
+        ),
+        "zeros around": Net(
+            lambda n, x: n.b(functional.pad(n.a(x), (1, 2, 0, 1))), a=Conv(3, 8, 1), b=Conv(8, 5, 3)
+        ),
+        "maximum of what is around": Net(
+            lambda n, x: n.b(functional.max_pool2d(functional.pad(n.a(x), (0, 1, 0, 1), value=-torch.inf), 2)),
+            a=Conv(3, 8, 1),
+            b=Conv(8, 5, 1),
         ),
         **{
             f"upsampled by {mode}": Net(

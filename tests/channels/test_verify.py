@@ -14,6 +14,7 @@ from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.channels.check import TOLERANCE, check, random_mask, verify, zero_dropped
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
+from offload_sparse.channels.specs import MapBuilder
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, channel_maps
 
@@ -123,8 +124,10 @@ def test_a_map_of_another_network_fails() -> None:
 
 def test_an_activation_that_revives_dropped_channels_fails() -> None:
     net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 3, 1))
+    builder = MapBuilder(net)
+    builder.width(("0",), "2")
     with pytest.raises(ValueError, match="does not vanish"):
-        check(net, IMAGES, discover(net, IMAGES))
+        check(net, IMAGES, builder.build())
 
 
 def test_dropout_is_switched_off_for_the_test() -> None:
