@@ -192,6 +192,9 @@ def hollow_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
         memo[id(buffer)] = known
+    for tensor in other_tensors(model):
+        if not tensor.is_leaf:  # as in ``meta_copy``
+            memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,13 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.stream_add import expose_additions
-from offload_sparse.channels.subnet import build_on_meta, meta_copy, other_tensors, require_places
+from offload_sparse.channels.subnet import (
+    build_on_meta,
+    hollow_copy,
+    meta_copy,
+    other_tensors,
+    require_places,
+)
 from offload_sparse.engine.distributed import on_first_rank
 from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.store.initialisation import Recording, build_seeded, named_tensors, record
@@ -127,7 +132,7 @@ def prepare(
         def test() -> None:
             model = meta_model
             if lacks_values(model):
-                model = copy.deepcopy(source) if isinstance(source, nn.Module) else build_seeded(source, 0)
+                model = hollow_copy(source) if isinstance(source, nn.Module) else build_seeded(source, 0)
                 expose_additions(model, checked.additions)
             self_test(model, example_inputs, checked)
 

@@ -48,6 +48,14 @@ def test_a_model_with_values_of_its_own_starts_from_them() -> None:
     assert torch.equal(store.own_rows("conv1.weight"), net.conv1.weight)
 
 
+def test_a_model_with_computed_weights_is_prepared_after_it_has_run() -> None:
+    """Such a weight is part of a graph then, which cannot be copied."""
+    first, images = nn.utils.spectral_norm(nn.Conv2d(2, 4, 1)), torch.randn(2, 2, 8, 8)
+    net = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    net(images)
+    assert prepare(net, (images,), "coupled").channel_map.num_atoms == 6
+
+
 def test_a_model_that_cannot_be_narrowed_is_refused_by_name() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.PixelShuffle(2), nn.Conv2d(1, 4, 3))
     with pytest.raises(ValueError, match="0 meets pixel_shuffle in 1"):
