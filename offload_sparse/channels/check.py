@@ -82,14 +82,25 @@ def verify(
     Args:
         model: left untouched. Networks on the meta device are given random values.
         example_inputs: inputs that the network accepts, nested as it likes. Floating ones are replaced by
-            random ones; all others keep their values. A batch of fewer than 4 samples is repeated.
+            random ones or, where these give NaN, as behind a logarithm, by their own values times random
+            factors; all others keep their values. A batch of fewer than 4 samples is repeated.
         rho: keep probability of an atom; see ``random_mask``.
         seed: of the masks, parameters and inputs."""
+    found = _verified(model, example_inputs, channel_map, rho, seed, False)
+    if found.error != found.error:
+        found = _verified(model, example_inputs, channel_map, rho, seed, True)
+    return found
+
+
+def _verified(
+    model: nn.Module, example_inputs: Inputs, channel_map: ChannelMap, rho: float, seed: int, own: bool
+) -> Verification:
+    """The same; ``own``: of values near those of the example."""
     generator = torch.Generator().manual_seed(seed)
     full = _double_copy(model, generator)
-    inputs = _random_inputs(example_inputs, generator)
+    inputs = _random_inputs(example_inputs, generator, _MIN_BATCH, own)
     mask = random_mask(channel_map, rho, generator)
-    few = _random_inputs(example_inputs, generator, 2)
+    few = _random_inputs(example_inputs, generator, 2, own)
     found: dict[_Key, float] = {}
     for other in _telling(channel_map, generator):
         masked = copy.deepcopy(full)
@@ -287,13 +298,14 @@ def _randomise(tensor: Tensor, leaf: str, generator: torch.Generator) -> None:
         tensor.normal_(0, 0.2, generator=generator)
 
 
-def _random_inputs(
-    example_inputs: Inputs, generator: torch.Generator, least: int = _MIN_BATCH
-) -> Inputs:
-    """Random values where inputs are floating; tokens, masks and lengths keep those of the example. Of at
-    least ``least`` samples."""
+def _random_inputs(example_inputs: Inputs, generator: torch.Generator, least: int, own: bool) -> Inputs:
+    """Random values, or random parts of its ``own``, where an input is floating; tokens, masks and lengths
+    keep those of the example. Of at least ``least`` samples."""
 
     def value(x: Tensor) -> Tensor:
+        if x.is_floating_point() and own and not x.is_meta:
+            factors = 0.5 + torch.rand(x.shape, generator=generator, dtype=torch.float64)
+            return (x.detach().cpu() * factors).requires_grad_()
         if x.is_floating_point():
             return torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_()
         return torch.zeros_like(x, device="cpu") if x.is_meta else x.cpu()

@@ -465,14 +465,15 @@ def right_maps() -> dict[str, nn.Module]:
             lambda n, x: n.b(n.a(x) * n.a(x).exp() + n.a(x).cos() - 1), a=Conv(3, 8, 1), b=Conv(8, 5, 1)
         ),
         "norm of what is left": Net(
-            lambda n, x: n.b(n.norm(n.a(x).sigmoid())), a=Conv(3, 8, 1), norm=nn.BatchNorm2d(8), b=Conv(8, 5, 1)
+            lambda n, x: n.b(n.m(n.a(x).sigmoid())), a=Conv(3, 8, 1), m=nn.BatchNorm2d(8), b=Conv(8, 5, 1)
         ),
         "zeros around": Net(
             lambda n, x: n.b(functional.pad(n.a(x), (1, 2, 0, 1))), a=Conv(3, 8, 1), b=Conv(8, 5, 3)
         ),
         "maximum of what is around": Net(
-            lambda n, x: n.b(functional.max_pool2d(functional.pad(n.a(x), (0, 1, 0, 1), value=-torch.inf), 2)),
+            lambda n, x: n.b(n.pool(functional.pad(n.a(x), (0, 1, 0, 1), value=-torch.inf))),
             a=Conv(3, 8, 1),
+            pool=nn.MaxPool2d(2, 1),
             b=Conv(8, 5, 1),
         ),
         **{

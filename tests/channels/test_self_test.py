@@ -18,7 +18,7 @@ from offload_sparse.channels.check import MAX_PARAMETERS, check, reduced, self_t
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.workloads.models import build_model
-from tests.support.channel_maps import SmallNet, small_map
+from tests.support.channel_maps import Net, SmallNet, small_map
 
 SIZES = {
     "offload_sparse/vgg16_cifar": 32,
@@ -167,6 +167,12 @@ class Beginning(Between):
 def test_a_network_that_says_where_gradients_begin_is_tested_from_there() -> None:
     model, inputs = Beginning(torch.tanh, 8), (torch.zeros(2, 3, 4, 4),)
     assert self_test(model, inputs, discover(model, inputs)).error < 1e-10
+
+
+def test_a_network_that_random_inputs_do_not_suit_is_tested_near_its_example() -> None:
+    net = Net(lambda n, x: n.b(n.a(x.log()).relu()), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 5, 1))
+    inputs = (torch.rand(1, 3, 4, 4) + 0.1,)
+    assert self_test(net, inputs, discover(net, inputs)).error < 1e-10
 
 
 class SplitStream(nn.Module):
