@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
@@ -378,9 +379,34 @@ def _shapes(values: Any) -> list[list[int]]:
     return [list(x.shape) for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
 
 
+class _InDouble(TorchFunctionMode):
+    """What the code of a network makes float32, as its own weights are, is float64 inside, too."""
+
+    def __enter__(self) -> Any:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self._default)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        given = args, kwargs or {}
+        if func is not Tensor.view:  # of bits
+            given = pytree.tree_map_only(torch.dtype, _doubled, given)
+        return func(*given[0], **given[1])
+
+
+def _doubled(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
 def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Any]:
     """What a network returns, without dropout; what it draws by itself are the numbers of ``seed``."""
-    with NoDropout(network), torch.random.fork_rng(devices=[]):
+    with NoDropout(network), _InDouble(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return pytree.tree_leaves(network(*arguments))
 

@@ -11,6 +11,7 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnet import ResNet
 from timm.models.sknet import SelectiveKernelBasic
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import ChannelMap
@@ -173,6 +174,38 @@ def test_a_network_that_random_inputs_do_not_suit_is_tested_near_its_example() -
     net = Net(lambda n, x: n.b(n.a(x.log()).relu()), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 5, 1))
     inputs = (torch.rand(1, 3, 4, 4) + 0.1,)
     assert self_test(net, inputs, discover(net, inputs)).error < 1e-10
+
+
+class FromZeros(nn.Module):
+    """Makes the state that its recurrent layer begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.recurrent, self.head = nn.Linear(16, 8), nn.GRU(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(self.inner(x).relu(), torch.zeros(1, x.shape[1], 6))[0])
+
+
+def casting(cast: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Net(lambda n, x: n.b(n.a(cast(x)).relu()), a=nn.Linear(16, 8), b=nn.Linear(8, 5))
+
+
+SINGLE: dict[str, tuple[nn.Module, Tensor]] = {
+    "bytes": (casting(lambda x: x.float() / 255), torch.zeros(2, 5, 16, dtype=torch.uint8)),
+    "classes": (casting(lambda x: one_hot(x, 16).to(torch.float32)), torch.zeros(2, 5, dtype=torch.int64)),
+    "a norm": (casting(lambda x: x.to(dtype=torch.float).softmax(-1)), torch.zeros(2, 5, 16)),
+    "a state": (FromZeros(), torch.zeros(2, 5, 16)),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_a_network_whose_code_says_float32_is_tested_in_float64(case: str) -> None:
+    model, example = SINGLE[case]
+    found = discover(model, (example,))
+    assert self_test(model, (example,), found).error < 1e-10
+    assert found.num_atoms == 8
+    assert torch.get_default_dtype() == torch.float32
 
 
 class SplitStream(nn.Module):
