@@ -131,22 +131,28 @@ def probe(
     return found
 
 
-def build_optimizer(factory: OptimizerFactory, parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of ``factory``, in its fused form where it has one and no other was asked for. Raises
-    ValueError: the factory is none."""
+def build_optimizer(factory: OptimizerFactory, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer of ``factory`` with these groups, in its fused form where it has one and no other was
+    asked for. Raises ValueError: the factory is none."""
     example = "give a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1)"
     if isinstance(factory, torch.optim.Optimizer):
         name = type(factory).__name__
         raise ValueError(f"the optimizer is an instance of {name}, over other parameters; {example}")
     if isinstance(factory, OptimConfig):
         raise ValueError(f"the optimizer is the settings of a run, which have a schedule; {example}")
+    plain = len(groups) == 1 and len(groups[0]) == 1  # as most functions expect them
     try:
-        optimizer = factory(parameters)
-    except (TypeError, ValueError) as error:
+        optimizer = factory(groups[0]["params"] if plain else groups)
+    except Exception as error:  # of whoever has written the function
         name = getattr(getattr(factory, "func", factory), "__name__", repr(factory))
         raise ValueError(f"the optimizer {name} cannot be made ({error}); {example}") from None
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"the optimizer function returns {type(optimizer).__name__}; {example}")
+    if (found := len(optimizer.param_groups)) != len(groups):
+        raise ValueError(
+            f"the optimizer function makes {found} parameter groups of {len(groups)}; leave that to the "
+            "arguments groups and no_decay"
+        )
     for group in optimizer.param_groups:
         if "fused" in group and group["fused"] is None and not group.get("foreach"):
             group["fused"] = not group.get("differentiable")

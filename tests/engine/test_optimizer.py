@@ -39,6 +39,21 @@ class Lion(optim.Optimizer):
                 state["exp_avg"].mul_(0.99).add_(p.grad, alpha=0.01)
 
 
+class Corrected(Lion):
+    """An average without bias, by a weight that is a number and not a tensor."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["average"], state["weight"] = torch.zeros_like(p), 0.0
+                state["weight"] = 1 + 0.9 * state["weight"]
+                state["average"].lerp_(p.grad, 1 / state["weight"])
+                p.sub_(state["average"], alpha=group["lr"])
+
+
 class Normalised(Lion):
     """Divides by the norm of the whole parameter, as LARS and LAMB do."""
 
@@ -97,6 +112,8 @@ USABLE = {
     "rprop": partial(optim.Rprop, lr=1e-3),
     "lion": partial(Lion, lr=1e-3, weight_decay=0.1),
     "counting": partial(Counting, lr=0.05),
+    "corrected": partial(Corrected, lr=0.05),
+    "a list of the parameters": lambda ps: optim.SGD([p for p in ps if p.requires_grad], lr=0.05),
 }
 
 
@@ -156,6 +173,11 @@ REFUSED = {
     "settings": (OptimConfig(), "the settings of a run, which have a schedule"),
     "text": ("sgd", "the optimizer 'sgd' cannot be made"),
     "module": (lambda parameters: nn.Linear(1, 1), "returns Linear"),
+    "any error": (lambda parameters: parameters["all"], "cannot be made"),
+    "groups": (
+        lambda ps: optim.SGD([{"params": [p for p in ps if p.dim() == n]} for n in (1, 2)], lr=0.1),
+        "makes 2 parameter groups of 1; leave that to the arguments groups",
+    ),
 }
 
 
