@@ -294,17 +294,22 @@ class SubnetOptimizer:
 
     def count_step(self) -> None:
         """Let schedulers see a step of ``shown``; it moves nothing, and what its groups count stays."""
-        before = copy.deepcopy(self._counted_by_groups())
+        before = copy.deepcopy(self.counted)
         self.shown.step()
-        for state, group, values in zip(self.kept, self.shown.param_groups, before, strict=True):
-            for name in state.group_scalars:
-                group.pop(name, None)
-            group.update(values)
+        self.count_from(before)
 
-    def _counted_by_groups(self) -> list[dict[str, Any]]:
+    @property
+    def counted(self) -> list[dict[str, Any]]:
         """What the optimizer has changed in its groups so far."""
         groups = zip(self.kept, self.shown.param_groups, strict=True)
         return [{n: group[n] for n in state.group_scalars if n in group} for state, group in groups]
+
+    def count_from(self, counted: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what there was in ``counted``."""
+        for state, group, values in zip(self.kept, self.shown.param_groups, counted, strict=False):
+            for name in state.group_scalars:
+                group.pop(name, None)
+                group.update({name: values[name]} if name in values else {})
 
     def initial(self) -> Iterator[tuple[str, str, float]]:
         """Name of a parameter, slot, and the value that its entries begin with, if that is not 0."""
@@ -324,14 +329,13 @@ class SubnetOptimizer:
     def take_over(self, rank: int, ranks: Ranks) -> None:
         """Go on with what the optimizer of ``rank`` keeps beside its slots; every rank calls it."""
         own = [{name: float(value) for name, value in each.items()} for each in self.scalars]
-        every = everyones((own, self._counted_by_groups()), ranks.world_size, ranks.host_group)
+        every = everyones((own, self.counted), ranks.world_size, ranks.host_group)
         scalars, changed = every[rank]
         for present, values in zip(self.scalars, scalars, strict=True):
             for name, old in present.items():
                 new = values[name]
                 present[name] = torch.full_like(old, new) if isinstance(old, Tensor) else type(old)(new)
-        for group, found in zip(self.shown.param_groups, changed, strict=True):
-            group.update(found)
+        self.count_from(changed)
 
     def counts(self, steps_done: int, like: Tensor) -> Tensor:
         """[groups], each ``steps_done``, to be used once; made for many steps at once, since each would be an

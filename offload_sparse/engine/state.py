@@ -104,8 +104,9 @@ def small_state(session: Rounds) -> MethodState:
     """Everything but the store."""
     integers = session.transfers.integer_buffers
     tensors = {f"integer_buffers/{name}": value.cpu().clone() for name, value in integers.items()}
-    scalars = {name: group[key] for name, group, key in _scalars(session)}
-    tensors |= {name: torch.as_tensor(value).cpu().clone() for name, value in scalars.items()}
+    for name, group, key in _scalars(session):
+        exact = torch.float64 if isinstance(group[key], float) else None
+        tensors[name] = torch.as_tensor(group[key], dtype=exact).cpu().clone()
     if session.loss_scale is not None:
         tensors["loss_scale"] = session.loss_scale.state.cpu().clone()
     tensors |= {f"policy/{name}": value for name, value in session.policy.state_dict().items()}
@@ -125,6 +126,10 @@ def small_state(session: Rounds) -> MethodState:
         "trained_steps": session.trained_steps,
         "skipped_steps": session.nonfinite.skipped,
         "asked_freeze": session.asked_freeze,
+        "counted": [
+            {name: value for name, value in group.items() if isinstance(value, int | float)}
+            for group in session.transfers.optimizer.counted
+        ],
     }
     local = {}
     if session.masks is not None:
@@ -151,6 +156,8 @@ def restore_small(session: Rounds, state: MethodState) -> None:
         for name, group, key in _scalars(session):
             old, new = group[key], tensors[name]
             group[key] = old.copy_(new) if isinstance(old, Tensor) else type(old)(new.item())
+        if "counted" in meta:  # an earlier version kept it with the settings of a state_dict alone
+            session.transfers.optimizer.count_from(meta["counted"])
         if session.loss_scale is not None:
             session.loss_scale.state.copy_(tensors["loss_scale"])
         session.steps_done, session.rounds_done = state.count("steps_done"), state.count("rounds_done")

@@ -15,9 +15,19 @@ from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import MethodState, restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
+from tests.engine.test_optimizer import USABLE
 from tests.support.constants import configured
 from tests.support.ranks import run_ranks
-from tests.support.sessions import POLICIES, arrays, batches, loss_of, make_session, own_part, small_net
+from tests.support.sessions import (
+    POLICIES,
+    arrays,
+    assert_same,
+    batches,
+    loss_of,
+    make_session,
+    own_part,
+    small_net,
+)
 
 STEPS = 14
 ADAMW = OptimConfig(name="adamw", lr=1e-2)
@@ -117,6 +127,26 @@ def test_every_policy_is_restored_bit_for_bit(name: str) -> None:
     for cut, found in interrupted("turns", "delta", (2, 6), policy=policy):
         for key, value in expected.items():
             assert torch.equal(found[key], value), f"{key}, cut after step {cut}"
+
+
+@pytest.mark.parametrize("name", ["counting", "corrected"])
+def test_what_an_optimizer_keeps_beside_its_slots_is_restored(name: str) -> None:
+    """A count in its groups, a number of 64 bits; in a session that has gone on since, too."""
+    rounds, data = RoundConfig(k=3), batches(7)
+    one, other = (make_session(small_net(), PLAIN, rounds, optimizer=USABLE[name]) for _ in range(2))
+    for batch in data[:4]:
+        one.step(loss_of(batch))
+    one.records()
+    state = through_a_file(session_state(one))
+    ends = []
+    for session in (one, other, one):
+        if ends:
+            restore_session(session, state)
+        for batch in data[4:]:
+            session.step(loss_of(batch))
+        ends.append(arrays(session))
+    for end in ends:
+        assert_same(end, ends[0])
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
