@@ -29,15 +29,20 @@ Request = Sequence[Closure] | Ask
 
 
 class Requests(ABC):
-    """A training that runs as far as it is asked to."""
+    """A training that runs as far as it is asked to.
+
+    Attributes:
+        live: a number for each step of the open round that this rank had a batch for; where ranks share their
+            steps, it tells the settings of the optimizer apart."""
 
     transfers: Transfers
     pair: SubnetPair | None
     local: bool
-    live_steps: int
+    asked_freeze: int
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.live: list[int] = []
         self._training: Generator[Tensor | None, Request, None] | None = None
         self._joined = False
         self._compared = False  # settings, since ranks last waited for each other
@@ -72,13 +77,21 @@ class Requests(ABC):
     def _take_over(self) -> None:
         """Bring the subnets of a rank that had fewer batches to where the others have trained them: it does
         not make these steps itself, since it has neither their learning rates nor other settings. Every rank
-        calls it."""
+        calls it. Raises ValueError (on every rank): steps were made with different settings."""
         if self.pair is None or self.local or self.ranks.world_size == 1:
             return
-        live = everyones(self.live_steps, self.ranks.world_size, self.ranks.host_group)
-        if min(live) < max(live):
-            self.pair.take_over(live.index(max(live)), self.ranks)
-        self.live_steps = max(live)
+        every = everyones(self.live, self.ranks.world_size, self.ranks.host_group)
+        longest = max(every, key=len)
+        ahead = every.index(longest)
+        if odd := [rank for rank, live in enumerate(every) if live != longest[: len(live)]]:
+            raise ValueError(
+                f"ranks {ahead} and {odd[0]} have made a step with different settings of the optimizer: one "
+                "that has fewer batches begins its next epoch earlier; change settings where all have met, "
+                "behind session.evaluation or session.state_dict, or by session.steps_done"
+            )
+        if min(map(len, every)) < len(longest):
+            self.pair.take_over(ahead, self.ranks)
+        self.live = longest
 
     def _all_joined(self, request: Request, losses: Tensor | None = None) -> bool:
         """Whether every rank waits for the others.
@@ -93,14 +106,16 @@ class Requests(ABC):
         return self._joined and request is Ask.JOIN
 
     def _meet(self, request: Request) -> None:
-        """Learn whether every rank waits for the others. Raises ValueError (on every rank): those that make
-        a step would make it with different settings."""
+        """Learn whether every rank waits for the others, and whether one has asked to end the search. Raises
+        ValueError (on every rank): those that make a step would make it with different settings."""
         if self.ranks.world_size == 1:
             return
         own = None if isinstance(request, Ask) else self.transfers.optimizer.settings()
-        every = everyones((request is Ask.JOIN, own), self.ranks.world_size, self.ranks.host_group)
-        self._joined = all(waits for waits, _ in every)
-        live = [(rank, settings) for rank, (_, settings) in enumerate(every) if settings is not None]
+        word = request is Ask.JOIN, self.asked_freeze, own
+        every = everyones(word, self.ranks.world_size, self.ranks.host_group)
+        self._joined = all(waits for waits, *_ in every)
+        self.asked_freeze = min(asked for _, asked, _ in every)
+        live = [(rank, settings) for rank, (*_, settings) in enumerate(every) if settings is not None]
         self._compared = bool(live)
         for rank, settings in live[1:]:
             first, expected = live[0]

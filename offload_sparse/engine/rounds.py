@@ -73,7 +73,6 @@ class Rounds(Requests):
         masks: the masks of that round, or of one that was restored in the middle.
         round_step, round_length: steps of that round: made, and in all.
         local: every rank trains the open round by itself.
-        live_steps: steps of that round that this rank had a batch for.
         restored: by kind, arrays of the subnets of a round that was restored in the middle, those that ranks
             have of their own: BatchNorm statistics, and of a local round all.
         final_mask: bool[C], the mask that training ends with, once it is chosen.
@@ -110,7 +109,7 @@ class Rounds(Requests):
         self.steps_done, self.trained_steps, self.rounds_done, self.forward_flops = 0, 0, 0, 0.0
         self.pair: SubnetPair | None = None
         self.masks: Masks | None = None
-        self.round_step = self.round_length = self.round_bytes = self._bytes_before = self.live_steps = 0
+        self.round_step = self.round_length = self.round_bytes = self._bytes_before = 0
         self.roles, self.local = Roles(rounds, ranks.world_size, compare_until + local_from), False
         self.averaging = Averaging(transfers.store, ranks, rounds)
         self.restored: list[Mapping[str, Tensor]] = []
@@ -213,7 +212,7 @@ class Rounds(Requests):
             self._choose_final_mask()
         fault_point("sample", self.steps_done)
         if not restored:
-            self.masks, self.round_step, self.live_steps = self._draw(), 0, 0
+            self.masks, self.round_step, self.live = self._draw(), 0, []
             self.round_length = self._length(self.steps_done)
 
     def _draw(self) -> Masks:
@@ -340,7 +339,9 @@ class Rounds(Requests):
             self.loss_scale.update(not_finite)
         if batches and not self.only_compares:
             pair.optimizer_step(trained, not_finite, self.trained_steps)
-        self.live_steps += bool(batches)
+        if batches:
+            alone = self.local or self.ranks.world_size == 1
+            self.live.append(0 if alone else hash(tuple(self.transfers.optimizer.settings().values())))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
@@ -425,7 +426,7 @@ class Rounds(Requests):
         own, ranks = self.own_subnets, range(self.ranks.world_size)
         subnets = [self.transfers.selection(subnet_of(self.masks, rank)) for rank in ranks if own]
         with self.transfers.timeline.exchanging(), self.transfers.timeline.span("scatter"):
-            return self.averaging.agreed(pair.trained, subnets, self.live_steps)
+            return self.averaging.agreed(pair.trained, subnets, len(self.live))
 
     def _end_round(self, pair: SubnetPair, agreed: Sequence[Piece]) -> None:
         if self.check_ranks:
@@ -529,7 +530,7 @@ class Rounds(Requests):
         self.transfers.steps_done = self.steps_done
         self._drop_round()
         self.masks, self.round_step, self.round_length = masks, step, length
-        self.live_steps, self.restored = live_steps, list(restored)
+        self.live, self.restored = [0] * live_steps, list(restored)
         self.local = masks is not None and self.roles.local(self.steps_done - step)
         self.losses.clear()
         self._pending.clear()

@@ -280,7 +280,8 @@ class SparseOffload(Rounds):
         return loss
 
     def freeze(self) -> None:
-        """Choose the final mask when the present round ends, and train it from then on."""
+        """Choose the final mask when the present round ends, and train it from then on; what one rank asks
+        counts for all."""
         self.asked_freeze = min(self.freeze_step, self.steps_done)
 
     def records(self) -> list[StepRecord]:

@@ -141,7 +141,7 @@ def small_state(session: Rounds) -> MethodState:
         kinds = (BUFFERS,) if not session.local else dict.fromkeys(chain.from_iterable(held))
         # On the CPU, where any rank, on any device or none, can read them.
         local = {f"{kind}/{i}": v[kind].to("cpu", copy=True) for i, v in enumerate(held) for kind in kinds}
-        local[_LIVE] = torch.tensor(float(session.live_steps))
+        local[_LIVE] = torch.tensor(float(len(session.live)))
     return MethodState({}, tensors, local, meta)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.rounds import CHECK_RANKS
@@ -18,7 +18,7 @@ from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.weight_store import Ranks
 from tests.support.ranks import run_ranks
-from tests.support.sessions import batches, loss_of, make_session, small_net, whole
+from tests.support.sessions import batches, loss_of, make_session, own_part, small_net, whole
 
 POLICY = PolicyConfig.paper(rho=0.5, lr=0.05)
 NADAM, NADAM_SLOTS = partial(torch.optim.NAdam, lr=0.01), ("exp_avg", "exp_avg_sq")
@@ -109,6 +109,44 @@ def test_ranks_whose_rates_differ_do_not_train_on() -> None:
     assert first == second
     assert first.startswith("lr of parameter group 0 is 0.0")
     assert "while scheduler.last_epoch < session.steps_done: scheduler.step()" in first
+
+
+def rates_of_epochs() -> str:
+    """A rate for every epoch, of which rank 1 begins the second one earlier, within a round."""
+    session = make_session(small_net(False), POLICY, RoundConfig(k=4))
+    schedule = ExponentialLR(session.optimizer, 0.5)
+    try:
+        for length in (6 - dist.get_rank(), 4 + dist.get_rank()):
+            for batch in batches(length):
+                session.step(loss_of(batch))
+            schedule.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_step_that_ranks_have_made_with_different_rates_is_an_error() -> None:
+    first, second = run_ranks(2, rates_of_epochs)
+    assert first == second
+    assert first.startswith("ranks 0 and 1 have made a step with different settings of the optimizer")
+
+
+def search_ended_by_one() -> dict[str, Any]:
+    """The first rank asks for it, in the middle of a round."""
+    session = make_session(small_net(False), POLICY, RoundConfig(k=4))
+    for step, batch in enumerate(batches(11)):
+        session.step(loss_of(own_part(batch)))
+        if step == 5 and not (dist.is_initialized() and dist.get_rank()):
+            session.freeze()
+    assert session.final_mask is not None
+    return state_of(session) | {"mask": session.final_mask.double()}
+
+
+def test_what_one_rank_asks_of_the_search_counts_for_all() -> None:
+    expected = search_ended_by_one()
+    for found in run_ranks(2, search_ended_by_one):
+        for name in ("mask", "weights", "momentum_buffer", "s"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("end", ["finalize", "evaluation"])
