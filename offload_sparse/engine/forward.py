@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -163,6 +163,21 @@ def _scalar(name: str, value: Any, like: Tensor) -> Tensor:
         found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"metric {name!r} is {found}; return a number, or a tensor of one element")
     return torch.as_tensor(value, device=like.device).detach().reshape(())
+
+
+def in_parts(closure: Closure | Iterable[Closure]) -> list[Closure]:
+    """The closures of a step, one or several. Raises ValueError: they are something else."""
+    closures: list[Closure] = []
+    if callable(closure):
+        closures = [closure]
+    elif isinstance(closure, Iterable) and not isinstance(closure, Tensor):
+        closures = list(closure)
+    if not closures or not all(map(callable, closures)):
+        raise ValueError(
+            "step takes a function of the network, or a list of them, such as session.step(lambda "
+            "network: F.cross_entropy(network(x), y))"
+        )
+    return closures
 
 
 def bound(closure: Closure) -> Closure:

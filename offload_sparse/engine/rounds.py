@@ -18,7 +18,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from offload_sparse.engine.averaging import EMA, Averaging
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig
 from offload_sparse.engine.distributed import assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
-from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound
+from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound, in_parts
 from offload_sparse.engine.gradients import FlatGradients, Reducer
 from offload_sparse.engine.losses import LOSS_A, Losses, Measured, StepRecord, share
 from offload_sparse.engine.nonfinite import NonFinite
@@ -125,7 +124,9 @@ class Rounds(Requests):
         self.nonfinite = NonFinite(on_nonfinite, ranks.rank)
         self._before: tuple[dict[str, Any], int] = {}, 0  # the policy and ema_steps
         self._pending: list[StepRecord] = []
-        self._recent: deque[Sequence[Closure]] = deque(maxlen=final.selection_batches)
+        # The last batches in parts, by their steps, and which of these steps were left out.
+        self._recent: deque[tuple[int, Sequence[Closure]]] = deque(maxlen=final.selection_batches)
+        self._left_out: deque[int] = deque(maxlen=final.selection_batches)
 
     def training(self) -> Generator[Tensor | None, Request, None]:
         """Train round by round: each request is the closures of a step, each answer its loss, averaged over
@@ -367,8 +368,10 @@ class Rounds(Requests):
         compared = []
         own = self.own_subnets
         per_rank = own or (self.rounds.subnets == "references" and not self.frozen)
-        for entry in self.losses.read(self.steps_done, per_rank, self.loss_scale is not None, own):
+        entries = self.losses.read(self.steps_done, per_rank, self.loss_scale is not None, own)
+        for step, entry in enumerate(entries, self.steps_done - len(entries)):
             self.nonfinite.seen(entry.fault)
+            self._left_out += [step] if entry.fault else []
             if entry.compared is not None and not self.frozen:
                 compared.append(entry)
             self._pending.append(entry if entry.losses is None else dataclasses.replace(entry, losses=None))
@@ -472,8 +475,7 @@ class Rounds(Requests):
         candidates = self.policy.candidates(self.final.candidates, self.rounds_done)
         compared = candidates if len(candidates) > 1 else []
         self.forward_flops += len(self._recent) * sum(map(self.cost.flops, compared))
-        recent = list(chain.from_iterable(self._recent))
-        among = recent, self.transfers, self.forward, self.ranks
+        among = self.recent, self.transfers, self.forward, self.ranks
         losses = losses_of(compared, *among) if compared else torch.zeros(1)
         self.final_mask = candidates[int(losses.nan_to_num(nan=torch.inf).argmin())]
         self.asked_freeze = min(self.freeze_step, self.steps_done)  # whatever length the run is given later
@@ -493,8 +495,7 @@ class Rounds(Requests):
         """Compare the present widths with thinner ones in pairs of forward passes, and move them."""
         search = self.policy
         assert isinstance(search, WidthSearch)
-        recent = list(chain.from_iterable(self._recent))
-        found, importance = probed(search, recent, self.transfers, self.forward, self.ranks)
+        found, importance = probed(search, self.recent, self.transfers, self.forward, self.ranks)
         self.forward_flops += 2 * found.count / self.ranks.world_size * self.cost.flops(search.mask)
         search.move(found, importance)
         self.next_masks = None
@@ -535,7 +536,14 @@ class Rounds(Requests):
         self.losses.clear()
         self._pending.clear()
         self._recent.clear()
+        self._left_out.clear()
 
-    def remember(self, closures: Iterable[Closure]) -> None:
-        """Take ``closures`` for the last ones that were trained on: the final mask is chosen on them."""
-        self._recent.extend([bound(closure)] for closure in closures)
+    @property
+    def recent(self) -> list[Closure]:
+        """The last ones that were trained on: of all steps but those that were not finite."""
+        return [closure for step, parts in self._recent if step not in self._left_out for closure in parts]
+
+    def remember(self, closures: Iterable[Closure | Sequence[Closure]]) -> None:
+        """Take ``closures``, each as ``step`` takes it, for the last ones that were trained on: the final
+        mask is chosen on them."""
+        self._recent.extend((-1, [bound(part) for part in in_parts(closure)]) for closure in closures)

@@ -36,7 +36,7 @@ from offload_sparse.engine.batch_norm import Run, flags_restored, reestimate_bat
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
 from offload_sparse.engine.distributed import average, on_every_rank
 from offload_sparse.engine.family import own_entries, start_own_norms, with_own_norms
-from offload_sparse.engine.forward import Closure, Forward, bound
+from offload_sparse.engine.forward import Closure, Forward, bound, in_parts
 from offload_sparse.engine.importance import Importance
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.optimizer import (
@@ -257,14 +257,9 @@ class SparseOffload(Rounds):
                 were. It is noticed when records are read or the round ends; the step itself has moved
                 nothing.
         """
-        closures = [closure] if callable(closure) else list(closure)
-        if not closures or not all(map(callable, closures)):
-            raise ValueError(
-                "step takes a function of the network, or a list of them, such as session.step(lambda "
-                "network: F.cross_entropy(network(x), y))"
-            )
+        closures = in_parts(closure)
         self._check_open()
-        batch, first = [bound(each) for each in closures], not self._recent
+        batch, first = (self.steps_done, [bound(each) for each in closures]), not self._recent
         if first:  # which may begin with the choice of the final mask
             self._recent.append(batch)
         try:
@@ -325,6 +320,8 @@ class SparseOffload(Rounds):
         """
         self._check_open()
         self._join()
+        if batches is None:
+            self.catch_up()  # which tells the batches that were left out
         side = self._open().sides[0]
         ema = side.arrays.get(EMA) if self.ema_steps else None
         kinds = () if ema is None and not self.local else (WEIGHTS,)
@@ -458,7 +455,7 @@ class SparseOffload(Rounds):
             return
         run: Run = self._run
         if batches is None:
-            batches, run = chain.from_iterable(self._recent), self.forward.loss
+            batches, run = self.recent, self.forward.loss
         alone = self.own_subnets or self.ranks.world_size == 1
         mean = None if alone else partial(average, world_size=self.ranks.world_size)
         reestimate_batch_norm(module, islice(batches, self.final.bn_batches), mean, run)

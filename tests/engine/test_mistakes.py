@@ -114,6 +114,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "backward in the closure": (lambda: trained(own_backward), "a list of closures for a batch in parts"),
     "backward at rho 1": (lambda: trained(own_backward, rho=1.0), "a list of closures for a batch in parts"),
     "batch and function": (lambda: new_session().step(batch()), "step takes a function of the network"),
+    "loss": (lambda: new_session().step(torch.ones(())), "step takes a function of the network"),
     "no closures": (lambda: new_session().step([]), "step takes a function of the network"),
     "rho": (lambda: new_session(rho=1.5), "give a remaining ratio"),
     "ema": (lambda: new_session(ema=1.0), r"ema is 1.0"),

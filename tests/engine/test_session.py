@@ -187,6 +187,27 @@ def test_skipping_goes_on_without_the_batch() -> None:
     assert all(bool(array.isfinite().all()) for array in arrays(session).values())
 
 
+def test_batches_that_were_left_out_are_not_met_again() -> None:
+    """By the final mask and by statistics: as in a session that is told of the others alone; in parts."""
+    data = batches(8)
+    for step in (2, 6):
+        data[step][0].fill_(torch.nan)
+    parts = [[loss_of((x[:4], y[:4])), loss_of((x[4:], y[4:]))] for x, y in data]
+    policy, rounds = PolicyConfig.paper(rho=0.5), RoundConfig(k=2, freeze_at=0.5)
+    session, other = (make_session(small_net(), policy, rounds, 8, on_nonfinite="skip") for _ in range(2))
+    for closures in parts[:4]:
+        session.step(closures)
+    other.load_state_dict(session.state_dict())
+    other.remember(parts[step] for step in (0, 1, 3))
+    for closures in parts[4:]:
+        session.step(closures)
+        other.step(closures)
+    network = session.finalize()
+    expected = other.finalize([part for step in (4, 5, 7) for part in data[step][0].split(4)])
+    assert torch.equal(network.mask, expected.mask)
+    assert_same(network.module.state_dict(), expected.module.state_dict())
+
+
 def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
     session = make_session(
         small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=3), on_nonfinite="rollback"
