@@ -18,6 +18,9 @@ LOSS, LOSS_A, GRADIENT_SUM, LIVE, METRICS = 0, 1, 3, 4, 5
 TAIL = METRICS + MOST_METRICS
 """Scalars behind the gradients."""
 
+MOST_RECORDS = 100_000
+"""Steps whose records wait for a loop that may never ask for them."""
+
 
 class Measured:
     """The scalars of one step of one rank, before they ride: means over so many micro-batches (``passes``),

@@ -30,7 +30,7 @@ from offload_sparse.engine.distributed import assert_equal_on_ranks, average
 from offload_sparse.engine.faults import fault_point
 from offload_sparse.engine.forward import OWN_BACKWARD, Closure, Forward, Metrics, bound, in_parts
 from offload_sparse.engine.gradients import FlatGradients, Reducer
-from offload_sparse.engine.losses import LOSS_A, Losses, Measured, StepRecord, share
+from offload_sparse.engine.losses import LOSS_A, MOST_RECORDS, Losses, Measured, StepRecord, share
 from offload_sparse.engine.nonfinite import NonFinite
 from offload_sparse.engine.optimizer import LossScale
 from offload_sparse.engine.probing import losses_of, probed
@@ -123,7 +123,7 @@ class Rounds(Requests):
         self._unproven = True  # that a closure leaves backward to the session
         self.nonfinite = NonFinite(on_nonfinite, ranks.rank)
         self._before: tuple[dict[str, Any], int] = {}, 0  # the policy and ema_steps
-        self._pending: list[StepRecord] = []
+        self._pending: deque[StepRecord] = deque(maxlen=MOST_RECORDS)
         # The last batches in parts, by their steps, and which of these steps were left out.
         self._recent: deque[tuple[int, Sequence[Closure]]] = deque(maxlen=final.selection_batches)
         self._left_out: deque[int] = deque(maxlen=final.selection_batches)

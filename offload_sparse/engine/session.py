@@ -280,9 +280,11 @@ class SparseOffload(Rounds):
         self.asked_freeze = min(self.freeze_step, self.steps_done)
 
     def records(self) -> list[StepRecord]:
-        """What the steps since the last call measured. Waits for the device."""
+        """What the steps since the last call measured, the last 100,000 of them. Waits for the device; every
+        rank calls it at the same step."""
         self.catch_up()
-        records, self._pending = self._pending, []
+        records = self.unread_records
+        self._pending.clear()
         return records
 
     @property

@@ -125,7 +125,7 @@ def rates_of_epochs() -> str:
     return ""
 
 
-def test_a_step_that_ranks_have_made_with_different_rates_is_an_error() -> None:
+def test_a_step_that_ranks_make_with_different_rates_is_an_error() -> None:
     first, second = run_ranks(2, rates_of_epochs)
     assert first == second
     assert first.startswith("ranks 0 and 1 have made a step with different settings of the optimizer")

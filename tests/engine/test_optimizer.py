@@ -17,41 +17,8 @@ from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.optimizer import LossScale, group_parameters, probe
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
+from tests.support.optimizers import Corrected, Counting, Lion
 from tests.support.sessions import arrays, assert_same, batches, loss_fn, loss_of, make_session, small_net
-
-
-class Lion(optim.Optimizer):
-    """As third parties write it: its own class, lazy state, no fused form."""
-
-    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"], state["calls"] = torch.zeros_like(p), 0
-                state["calls"] += 1
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_((0.9 * state["exp_avg"] + 0.1 * p.grad).sign(), alpha=group["lr"])
-                state["exp_avg"].mul_(0.99).add_(p.grad, alpha=0.01)
-
-
-class Corrected(Lion):
-    """An average without bias, by a weight that is a number and not a tensor."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["average"], state["weight"] = torch.zeros_like(p), 0.0
-                state["weight"] = 1 + 0.9 * state["weight"]
-                state["average"].lerp_(p.grad, 1 / state["weight"])
-                p.sub_(state["average"], alpha=group["lr"])
 
 
 class Normalised(Lion):
@@ -72,17 +39,6 @@ class ByShape(Lion):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 p.sub_(p.grad.sign() if p.dim() > 1 else p.grad, alpha=group["lr"])
-
-
-class Counting(Lion):
-    """Counts steps in its group, whether or not a parameter has a gradient."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            for p in (p for p in group["params"] if p.grad is not None):
-                p.sub_(p.grad, alpha=group["lr"] / group["step"])
 
 
 class Factored(Lion):

@@ -287,6 +287,14 @@ def test_a_round_that_could_not_be_fetched_is_fetched_again(
     assert_same(arrays(disturbed), arrays(other))
 
 
+def test_records_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_sparse.engine.rounds.MOST_RECORDS", 3)
+    session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=2))
+    losses = [float(session.step(loss_of(batch))) for batch in batches(5)]
+    assert [record.loss for record in session.records()] == losses[-3:]
+    assert session.records() == []
+
+
 def test_only_newcomers_and_leavers_cross_the_bus() -> None:
     """Bytes counted in the store = entries of which exactly one of two successive subnets knows."""
     rounds = RoundConfig(k=1, reference="round_start", freeze_at=1.0, prefetch=False)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from offload_sparse.engine.config import FinalConfig, OptimConfig, RoundConfig
+from offload_sparse.engine.optimizer import OptimizerFactory
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import MethodState, restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
-from tests.engine.test_optimizer import USABLE
 from tests.support.constants import configured
+from tests.support.optimizers import Corrected, Counting
 from tests.support.ranks import run_ranks
 from tests.support.sessions import (
     POLICIES,
@@ -129,11 +130,11 @@ def test_every_policy_is_restored_bit_for_bit(name: str) -> None:
             assert torch.equal(found[key], value), f"{key}, cut after step {cut}"
 
 
-@pytest.mark.parametrize("name", ["counting", "corrected"])
-def test_what_an_optimizer_keeps_beside_its_slots_is_restored(name: str) -> None:
+@pytest.mark.parametrize("optimizer", [Counting, Corrected])
+def test_what_an_optimizer_keeps_beside_its_slots_is_restored(optimizer: OptimizerFactory) -> None:
     """A count in its groups, a number of 64 bits; in a session that has gone on since, too."""
     rounds, data = RoundConfig(k=3), batches(7)
-    one, other = (make_session(small_net(), PLAIN, rounds, optimizer=USABLE[name]) for _ in range(2))
+    one, other = (make_session(small_net(), PLAIN, rounds, optimizer=optimizer) for _ in range(2))
     for batch in data[:4]:
         one.step(loss_of(batch))
     one.records()
