@@ -122,7 +122,7 @@ class Rounds(Requests):
         self.loss_scale = None if scaler is None else LossScale(scaler, transfers.device)
         self._unproven = True  # that a closure leaves backward to the session
         self.nonfinite = NonFinite(on_nonfinite, ranks.rank)
-        self._before: tuple[dict[str, Any], int] = {}, 0  # the policy and ema_steps
+        self.before: tuple[dict[str, Any], int] = {}, 0  # the policy and ema_steps
         self._pending: deque[StepRecord] = deque(maxlen=MOST_RECORDS)
         # The last batches in parts, by their steps, and which of these steps were left out.
         self._recent: deque[tuple[int, Sequence[Closure]]] = deque(maxlen=final.selection_batches)
@@ -262,7 +262,7 @@ class Rounds(Requests):
         moved = self.transfers.bytes_fetched + self.transfers.bytes_returned
         self.round_bytes, self._bytes_before = moved - self._bytes_before, moved
         if self.on_nonfinite == "rollback":
-            self._before = self.policy.state_dict(), self.ema_steps
+            self.before = self.policy.state_dict(), self.ema_steps
         self._look_ahead(self.steps_done - self.round_step + self.round_length)
         if self.check_ranks:
             self._check_ranks(pair)
@@ -379,7 +379,7 @@ class Rounds(Requests):
             self._learn(compared)
         if self.nonfinite.rolls_back(self.steps_done):
             self.transfers.forget()
-            state, self.ema_steps = self._before
+            state, self.ema_steps = self.before
             self.policy.load_state_dict(state)
             self._drop_round()
             self.next_masks = None

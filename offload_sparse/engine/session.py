@@ -77,7 +77,7 @@ class Setup:
         final: how the final mask is chosen.
         on_nonfinite: what a step whose loss or gradient is not finite leads to, beside moving nothing itself:
             ``stop`` raises, ``skip`` goes on with the next batch, ``rollback`` goes on from the end of the
-            round before (which costs the bus a full subnet per round).
+            round before, or a ``state_dict`` since (which costs the bus a full subnet per round).
         dtype: type of weights, slots, gradients and buffers; a buffer of more bits than all weights stays.
         store: where the weights are.
         run_id: what a store in files is known by.

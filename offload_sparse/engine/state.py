@@ -202,6 +202,7 @@ def whole_state(session: Rounds) -> dict[str, Any]:
     store, whole, on the first of the ranks that share one, else empty; ``small``: all else, the same bytes on
     every rank."""
     session.transfers.settle()
+    session.before = session.policy.state_dict(), session.ema_steps  # a rollback comes back to here now
     state, store = small_state(session), session.transfers.store
     every = everyones(state.local, session.ranks.world_size, session.ranks.host_group)
     groups = [_settings(group) for group in session.transfers.optimizer.shown.param_groups]

@@ -112,6 +112,21 @@ def test_a_search_that_was_asked_to_end_ends_in_a_session_that_resumes() -> None
     assert other.nonfinite.skipped == 0
 
 
+def test_a_rollback_behind_a_saved_state_comes_back_to_it_when_resumed() -> None:
+    """Within the round that was saved: both come back to where the store is since then."""
+    policy, rounds = PolicyConfig.paper(rho=0.5, lr=0.05), RoundConfig(k=4)
+    one, two = (make_session(small_net(), policy, rounds, on_nonfinite="rollback") for _ in range(2))
+    data = batches(10)
+    data[7][0].fill_(torch.nan)
+    for batch in data[:6]:
+        one.step(loss_of(batch))
+    two.load_state_dict(one.state_dict())
+    for batch in data[6:]:
+        one.step(loss_of(batch))
+        two.step(loss_of(batch))
+    assert_same(arrays(two) | {"s": two.policy.s}, arrays(one) | {"s": one.policy.s})
+
+
 def test_rates_that_a_scheduler_has_set_are_resumed() -> None:
     first = new_session()
     train(first, 0, 7)
