@@ -145,7 +145,7 @@ def build_optimizer(factory: OptimizerFactory, groups: Sequence[Mapping[str, Any
         optimizer = factory(groups[0]["params"] if plain else groups)
     except Exception as error:  # of whoever has written the function
         name = getattr(getattr(factory, "func", factory), "__name__", repr(factory))
-        raise ValueError(f"the optimizer {name} cannot be made ({error}); {example}") from None
+        raise ValueError(f"the optimizer {name} cannot be made ({error}); {example}") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"the optimizer function returns {type(optimizer).__name__}; {example}")
     if (found := len(optimizer.param_groups)) != len(groups):
