@@ -34,8 +34,8 @@ class HeadAttention(nn.MultiheadAttention):
         any. With ``batch_first=False``, length comes before batch."""
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        parts = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        parts = parts if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
+        three = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        parts = three if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

@@ -518,13 +518,13 @@ class Propagation(TorchDispatchMode):
             if any(varying(c) == {1} for c in left) or any(varying(c) == {2} for c in right):
                 self.shared.append(one)
             return tuple(found)
-        inner = [
+        rows, columns = (
             [lowest(c, {0, 3 - k})[0].select(2 - k, 0) for c in s if k in varying(c)]
             for s, k in ((left, 2), (right, 1))
-        ]
-        self._contract(*inner, a, b)
+        )
+        self._contract(rows, columns, a, b)
         if activations:  # the width of a single head, which its scale depends on
-            for labels in (*inner[0], *inner[1]):
+            for labels in (*rows, *columns):
                 self._keep(labels, "a product of activations")
         found += [c[:, :, :1].expand(shape) for c in left if varying(c) == {1}]
         found += [c[:, :1, :].expand(shape) for c in right if varying(c) == {2}]
