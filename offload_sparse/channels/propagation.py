@@ -172,9 +172,9 @@ class Propagation(TorchDispatchMode):
                 self._tie(before, side)
                 self.consumed.append(side[side >= 0])
             self._labels[id(out)] = (spread(self.sums[name][2], 1, out.shape),)
+            self._remainders.note([out], self._remainders.of(left) + self._remainders.of(right))
         self._alive.append(out)
         self._activations.add(id(out))
-        self._remainders.note([out], self._remainders.of(left) + self._remainders.of(right))
         return out
 
     def _channels(self, x: Tensor) -> Tensor | None:

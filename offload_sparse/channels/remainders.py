@@ -55,4 +55,5 @@ class Remainders:
         return (min if _PRODUCT.fullmatch(name) else max)(left, key=abs, default=0.0)
 
     def _scalar(self, x: Tensor) -> Tensor:
-        return torch.tensor(self.of(x), dtype=x.dtype, device="cpu")
+        left = torch.tensor(self.of(x), device="cpu")
+        return left.to(x.dtype) if x.is_floating_point() or x.is_complex() else left.ceil().to(x.dtype)

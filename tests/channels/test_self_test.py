@@ -170,7 +170,7 @@ def test_a_network_that_says_where_gradients_begin_is_tested_from_there() -> Non
     assert self_test(model, inputs, discover(model, inputs)).error < 1e-10
 
 
-def test_a_network_that_random_inputs_do_not_suit_is_tested_near_its_example() -> None:
+def test_where_random_inputs_give_nan_those_near_the_example_do() -> None:
     net = Net(lambda n, x: n.b(n.a(x.log()).relu()), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 5, 1))
     inputs = (torch.rand(1, 3, 4, 4) + 0.1,)
     assert self_test(net, inputs, discover(net, inputs)).error < 1e-10

@@ -165,7 +165,7 @@ def test_a_tag_of_torchvision_is_found_in_the_cache_of_torch(
         cached_weights("torchvision/resnet18", "V9")
 
 
-def test_images_are_prepared_as_networks_do_that_are_built_with_their_weights(
+def test_images_are_prepared_as_networks_do_that_load_their_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They turn the usual preparation into that of their training."""

@@ -330,9 +330,9 @@ def test_a_single_file_has_no_test_split(tmp_path: Path) -> None:
 
 def test_a_missing_split_is_answered_with_those_that_exist(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", table(pixels(2), [0, 1]))
-    write_parquet(tmp_path / "validation-00000-of-00001.parquet", table(pixels(2), [0, 1]))
+    write_parquet(tmp_path / "others-00000-of-00001.parquet", table(pixels(2), [0, 1]))
     message = message_of(name=str(tmp_path))
-    assert "has no split 'test', only train, validation" in message
+    assert "has no split 'test', only others, train" in message
     assert "data.splits" in message
 
 
