@@ -37,7 +37,7 @@ def run(quick: bool) -> BenchResult:
     raw: dict[str, Any] = {}
     ratios, rows = {}, []
     for name in ("vgg19",) if quick else _CASES:
-        figures = raw[name] = measure(name, pairs=4 if quick else 20, repetitions=3 if quick else 7)
+        figures = raw[name] = measure(name, pairs=12 if quick else 20, repetitions=3 if quick else 7)
         ratio = ratios[f"probe.{name}.vs_forward"] = median_ratio(figures["plain"], figures["probe"])
         rows.append([name, *(f"{1000 * median(figures[k]):.1f}" for k in ("plain", "probe")), f"{ratio:.3f}"])
     return BenchResult(ratios, raw, ("network", "forward ms", "of a probe ms", "ratio"), rows)

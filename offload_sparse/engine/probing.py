@@ -8,6 +8,7 @@ survivors of a group are scaled by what makes up for the dropped ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -98,32 +99,40 @@ class _Thinned:
     def __init__(self, module: nn.Module, selection: Selection, scales: Tensor) -> None:
         self._module, self._map = module, selection.channel_map
         self._weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-        device = next(module.parameters()).device
         always = torch.ones(self._map.num_ids + 2 - self._map.num_atoms, dtype=torch.float64)
         self._scales = torch.cat([scales, always])
-        # By parameter: (dimension, what lies at each of its positions, whether it reads what others give).
-        self._axes: dict[str, list[tuple[int, Tensor, bool]]] = {}
-        for name in self._weights:
-            owner = module.get_submodule(name.rpartition(".")[0])
-            reads = 1 - output_dimension(owner)
-            self._axes[name] = []
+        # By parameter: (dimension, what lies at each of its positions).
+        self._axes: dict[str, list[tuple[int, Tensor]]] = {}
+        # The factors of all axes are gathered at once, from those of what stays and, behind them, those of
+        # what reads it; ``_parts`` are the stretches of a parameter's axes, with the shapes that multiply it.
+        self._parts: list[tuple[nn.Parameter, Tensor, list[tuple[slice, list[int]]]]] = []
+        places, end = [torch.zeros(0, dtype=torch.int64)], 0
+        for name, parameter in module.named_parameters():
+            weight, size = self._weights[name], len(self._scales)
+            reads = 1 - output_dimension(module.get_submodule(name.rpartition(".")[0]))
+            axes, parts = self._axes.setdefault(name, []), list[tuple[slice, list[int]]]()
             for dim, axis in enumerate(self._map.axes.get(name, ())):
                 if axis is not None:
                     kept = selection.kept[name][dim]
                     ids = axis if kept is None else axis[kept]
-                    several = self._weights[name].dim() > 1
-                    self._axes[name].append((dim, ids.to(device), several and dim == reads))
+                    axes.append((dim, ids))
+                    places.append(ids % size + (size if weight.dim() > 1 and dim == reads else 0))
+                    shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+                    parts.append((slice(end, end + len(ids)), shape))
+                    end += len(ids)
+            self._parts.append((parameter, weight, parts))
+        self._places = torch.cat(places)
+        self._device = next(module.parameters()).device
 
     def loss(self, mask: Tensor, closure: Closure, forward: Forward) -> Tensor:
         """Of the subnet without the atoms that ``mask`` drops: a scalar on the device."""
         alive = self._map.alive(mask).to(torch.float64)
-        for name, parameter in self._module.named_parameters():
-            weight = self._weights[name]
-            for dim, ids, reads in self._axes[name]:
-                table = (alive * self._scales if reads else alive).to(weight)
-                shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-                weight = weight * table[ids].view(shape)
-            parameter.copy_(weight)
+        factors = torch.cat([alive, alive * self._scales])[self._places].to(self._device)
+        of_dtype = {weight.dtype: factors.to(weight.dtype) for _, weight, _ in self._parts}
+        for parameter, weight, parts in self._parts:
+            of_axes = [of_dtype[weight.dtype][stretch].view(shape) for stretch, shape in parts]
+            if of_axes:  # all but one of which are zeros and ones, so that the order does not matter
+                torch.mul(weight, reduce(torch.mul, of_axes), out=parameter)
         return forward.loss(self._module, closure).double()
 
     def restore(self) -> None:
@@ -136,11 +145,11 @@ class _Thinned:
         total = torch.zeros(self._map.num_ids + 2, dtype=torch.float64)
         count = torch.zeros_like(total)
         for name, axes in self._axes.items():
-            for dim, ids, _ in axes:
+            for dim, ids in axes:
                 weight = self._weights[name].double().cpu()
                 others = [d for d in range(weight.dim()) if d != dim]
                 square = weight.square().mean(others) if others else weight.square()
-                where = ids.cpu() % len(total)
+                where = ids % len(total)
                 total.index_add_(0, where, square / square.mean().clamp_min(1e-30))
                 count.index_add_(0, where, torch.ones_like(square))
         return (total / count.clamp_min(1))[: self._map.num_atoms]
