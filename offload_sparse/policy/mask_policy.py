@@ -313,9 +313,10 @@ def tilted(s: Tensor, importance: Tensor, groups: Sequence[Group]) -> Tensor:
     for group in groups:
         inside = slice(group.start, group.stop)
         mean = float(s[inside].mean())
-        place = torch.empty(group.size, dtype=torch.float64)
+        rank = torch.empty(group.size, dtype=torch.float64)
         order = importance[inside].argsort(descending=True, stable=True)
-        place[order] = (torch.arange(group.size, dtype=torch.float64) + 0.5) / group.size
-        slope = 0.9 * min(mean, 1 - mean) * (1 - 2 * place)
-        tilted[inside] = (1 - _OPEN) * (place < mean) + _OPEN * (mean + slope)
+        rank[order] = torch.arange(group.size, dtype=torch.float64)
+        cut = (mean * group.size - rank).clamp(0, 1)  # of the last atom a part
+        slope = 0.9 * min(mean, 1 - mean) * (1 - 2 * (rank + 0.5) / group.size)
+        tilted[inside] = (1 - _OPEN) * cut + _OPEN * (mean + slope)
     return tilted

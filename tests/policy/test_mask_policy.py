@@ -21,6 +21,7 @@ from offload_sparse.policy.width_search import build_policy
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 from tests.support.constants import configured
+from tests.support.masks import groups_of
 
 GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
 C = 27
@@ -73,6 +74,18 @@ def test_s_starts_at_rho_and_spends_the_whole_budget(rho: float) -> None:
     assert learner.s.dtype == torch.float64
     assert torch.equal(learner.s, torch.full((C,), rho, dtype=torch.float64))
     assert float(learner.s.sum()) == pytest.approx(rho * C)
+
+
+@pytest.mark.parametrize("rho", [0.25, 0.3, 0.7])
+def test_a_start_at_a_cut_keeps_the_share_of_every_group(rho: float) -> None:
+    """Of those, too, that are not cut to a whole number of atoms; the order is that of importance."""
+    groups, generator = groups_of(1, 2, 8, 30), torch.Generator().manual_seed(0)
+    importance = torch.rand(41, dtype=torch.float64, generator=generator)
+    learner = MaskPolicy(PolicyConfig.paper(rho=rho), groups, 0, importance=importance)
+    for group in groups:
+        s, worth = (values[group.start : group.stop] for values in (learner.s, importance))
+        assert float(s.mean()) == pytest.approx(rho, abs=1e-12)
+        assert torch.equal(s.argsort(), worth.argsort())
 
 
 def test_masks_are_a_function_of_seed_and_round_whatever_was_drawn_before() -> None:
