@@ -12,7 +12,7 @@ FLOPs, probes included:
     found       fixed from the start, with the widths that ``probe`` ended with
     persistent  masks that persist and a keep rate per group, frozen after a twentieth of the steps
     sampled     the paper's masks, K = 50, frozen after four fifths of the steps
-    algorithm1  the paper to the letter: K = 1, VR-PGE, frozen after four fifths of the steps
+    algorithm1  as ``sampled``, but with the paper's K = 1 and VR-PGE
     dense       the full network (for as many steps as ``even``)
 """
 

@@ -45,8 +45,8 @@ class RoundConfig:
             round is a gradient, along which the weights take a step of SGD with Nesterov momentum (DiLoCo,
             Douillard et al. 2023, whose values are [0.7, 0.9]). [1, 0] is the plain average. Momentum takes
             one more slot per weight in the store.
-        freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the end
-            (the short fine-tune of the paper). 1 chooses it after the last step. ``auto`` is .2 for
+        freeze_at: share of all steps after which s is frozen, the final mask is chosen and trained to the
+            end. 1 chooses it after the last step, as Algorithm 1 of the paper does. ``auto`` is .2 for
             ``policy.search`` ``forward``, .05 for ``sampled``, and .25 for ``probe``, but at most 6,400
             steps, or .1 where that is more, and 0 in a run of fewer than 6,400 steps: so short a search has
             gained nothing.

@@ -1,8 +1,8 @@
 """Residual networks for small images: ResNet-20/32 (He et al. 2016, section 4.2) and Wide ResNet.
 
 Both have three stages of residual blocks at full, half and quarter resolution. Where a stage changes the
-number of channels the shortcut is a 1×1 convolution, since the channel masks of Zhou et al. 2021 cover "1×1
-downsample convs".
+number of channels the shortcut is a 1×1 convolution: Zhou et al. 2021 give every filter a mask, and one that
+pads with zeros has none.
 """
 
 from __future__ import annotations
