@@ -140,22 +140,16 @@ class FixedWidth(Sampler):
 
     def __init__(self, groups: Sequence[Group], widths: Sequence[int], seed: int) -> None:
         super().__init__(groups[-1].stop, seed)
-        self._groups, self._widths = groups, widths
+        self._parts = [(slice(g.start, g.stop), width) for g, width in zip(groups, widths, strict=True)]
 
     def draw(self, s: Tensor, round: int, stream: int) -> Drawn:
         u = uniforms(len(s), mask_generator(self._seed, round, stream))
-        given = zip(self._groups, self._given(s), strict=True)
-        mask = torch.cat([of_group.draw(u[g.start : g.stop]) for g, of_group in given])
+        # One group after the other: the tables of wide ones are large.
+        mask = torch.cat([ConditionalBernoulli(s[part], n).draw(u[part]) for part, n in self._parts])
         return Drawn(mask, torch.where(mask, 1 - s, 2 - s))
 
     def mean(self, s: Tensor) -> Tensor:
-        return torch.cat([given.inclusion() for given in self._given(s)])
-
-    def _given(self, s: Tensor) -> list[ConditionalBernoulli]:
-        return [
-            ConditionalBernoulli(s[g.start : g.stop], width)
-            for g, width in zip(self._groups, self._widths, strict=True)
-        ]
+        return torch.cat([ConditionalBernoulli(s[part], n).inclusion() for part, n in self._parts])
 
 
 class ConditionalBernoulli:

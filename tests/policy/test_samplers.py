@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -174,6 +175,15 @@ def test_wide_groups_stay_finite() -> None:
     given = ConditionalBernoulli(s, 512)
     assert float(given.inclusion().sum()) == pytest.approx(512, rel=1e-9)
     assert int(given.draw(torch.rand(2048, dtype=torch.float64)).sum()) == 512
+
+
+def test_the_table_of_one_group_at_a_time_is_in_memory() -> None:
+    sampler = FixedWidth(groups_of(*[400] * 6), [100] * 6, 0)
+    tracemalloc.start()
+    sampler.draw(torch.full((2400,), 0.25, dtype=torch.float64), 0, FIRST)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * 401 * 101 * 8
 
 
 @pytest.mark.parametrize("name", ["pge", "vr_pge", "rloo"])
