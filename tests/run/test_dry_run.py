@@ -78,6 +78,8 @@ def test_the_passes_count_one_backward_per_step() -> None:
     sampled = PolicyConfig(search="sampled")
     config = RunConfig(policy=sampled, round=RoundConfig(k=50, reference="turns", freeze_at=0.8))
     assert list(passes(config, 7.0, 1000, 10)) == [(7.0, 1000, 1000), (7.0, 800, 0)]
+    config = RunConfig(policy=sampled, round=RoundConfig(sync="round", subnets="per_rank"))
+    assert list(passes(config, 7.0, 1000, 10)) == [(7.0, 1000, 1000)], "which are compared with each other"
     config = RunConfig(policy=PolicyConfig(search="probe"), round=RoundConfig(freeze_at=0.4))
     _, (_, probes, backwards) = passes(config, 7.0, 10_000, 10)
     assert (probes, backwards) == (2 * 4 * 180, 0)

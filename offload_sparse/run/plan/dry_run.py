@@ -210,8 +210,9 @@ def passes(
 
     Every step trains one subnet: a forward and a backward pass. While s is learned, the reference loss takes
     a further forward pass: at each step (``every_step``, ``turns``) or at the first of each round
-    (``round_start``). A probe of a search for widths is two forward passes per pair. Behind the search a step
-    of a ``family`` (see ``_family_flops``) trains the largest, the smallest and one between."""
+    (``round_start``); none where every rank trains a subnet of its own. A probe of a search for widths is two
+    forward passes per pair. Behind the search a step of a ``family`` (see ``_family_flops``) trains the
+    largest, the smallest and one between."""
     total, search = steps, config.policy.search
     if family:
         flops, *members = family
@@ -226,7 +227,7 @@ def passes(
     if search == "probe":
         cycles, pairs = cycles_and_pairs(groups, config.round.freeze_step(search, total), total)
         yield flops, 2 * cycles * pairs, 0
-    elif search in ("sampled", "forward"):
+    elif search in ("sampled", "forward") and not config.round.own_subnets:
         learned = config.round.freeze_step(search, steps)
         once_per_round = config.round.reference == "round_start"
         yield flops, -(-learned // config.round.k) if once_per_round else learned, 0
