@@ -93,7 +93,12 @@ class DurableRounds:
             set_random_state(self._random)
 
     def save(self) -> None:
-        """Make the present step durable, in the middle of a round too."""
+        """Make the present step durable, in the middle of a round too. Every rank calls it; one that has had
+        fewer batches waits here for the others."""
+        self._session.join("save")
+        self._save()
+
+    def _save(self) -> None:
         session = self._session
         session.catch_up()  # what the steps have measured is in no log
         if session.transfers.ahead:
@@ -103,7 +108,7 @@ class DurableRounds:
 
     def _before_settling(self) -> None:
         if self._session.steps_done != self._logged:  # else a log holds all that will be written
-            self.save()
+            self._save()
 
     @contextmanager
     def _replacing(self) -> Iterator[None]:

@@ -65,12 +65,20 @@ class Requests(ABC):
             self._training = None
             raise
 
-    def _join(self) -> None:
+    def join(self, caller: str) -> None:
         """Wait until every rank is here, and take part in the steps that others make before; every rank calls
-        it, after any number of steps."""
+        it, after any number of steps. Raises ValueError (on every rank): they have come by different
+        ``caller``s, in which they would wait for each other in vain."""
         self._joined = self.ranks.world_size == 1
         while not self._joined:
             self._ask(Ask.JOIN)
+        callers = everyones(caller, self.ranks.world_size, self.ranks.host_group)
+        for rank, other in enumerate(callers):
+            if other != callers[0]:
+                raise ValueError(
+                    f"rank 0 is in {callers[0]} and rank {rank} in {other}; call them on every rank in the "
+                    "same order, on one that has no batch any more, too"
+                )
         self._take_over()
         self._compared = False
 

@@ -237,8 +237,9 @@ class SparseOffload(Rounds):
     def step(self, closure: Closure | Sequence[Closure]) -> Tensor:
         """One optimizer step; begins and ends rounds as needed.
 
-        A rank with fewer batches waits for the others in ``evaluation``, ``finalize`` or ``state_dict`` and
-        goes on with what they have trained; a scheduler that is called with every batch then has to catch up:
+        A rank with fewer batches waits for the others in ``evaluation``, ``finalize``, ``settle`` or
+        ``state_dict``, the same one on all of them, and goes on with what they have trained; a scheduler that
+        is called with every batch then has to catch up:
         ``while scheduler.last_epoch < session.steps_done: scheduler.step()``. A parameter that no loss of a
         step reaches has a gradient of zero: decay and momentum go on moving it, as torch does not.
 
@@ -296,6 +297,7 @@ class SparseOffload(Rounds):
         """Bring the store up to date; until then the subnets in training may hold newer weights. No transfer
         is under way then, so that the store can be read and written. Every rank calls it."""
         self._check_not_evaluating()
+        self.join("settle")
         self.transfers.settle()
 
     def expected_cost(self, rounds: int = 8) -> tuple[float, float]:
@@ -321,7 +323,7 @@ class SparseOffload(Rounds):
                 None.
         """
         self._check_open()
-        self._join()
+        self.join("evaluation")
         if batches is None:
             self.catch_up()  # which tells the batches that were left out
         side = self._open().sides[0]
@@ -352,7 +354,7 @@ class SparseOffload(Rounds):
         Returns:
             the narrow network, an ordinary ``nn.Module`` with its own memory, and its mask."""
         self._check_open()
-        self._join()
+        self.join("finalize")
         self._ask(Ask.FINISH)
         if self.final_mask is None:
             self._warn_of_untrained_mask()
@@ -392,7 +394,7 @@ class SparseOffload(Rounds):
         ``accelerator.register_for_checkpointing``, or give it to ``torch.distributed.checkpoint``.
         """
         self._check_open()
-        self._join()
+        self.join("state_dict")
         self.catch_up()
         return whole_state(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -45,7 +46,7 @@ def uneven(missing: int, reference: str, end: str) -> dict[str, Any]:
         with session.evaluation() as network:
             found["network"] = [p.detach().clone() for p in network.parameters()]
         session.step(loss_of(batches(1, seed=5)[0]))
-    else:
+    elif end == "state_dict":
         session.state_dict()
     return found | state_of(session)
 
@@ -62,11 +63,11 @@ def by_one_process(missing: int, reference: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("missing", [1, 3])
-@pytest.mark.parametrize("reference", ["turns", "every_step"])
-def test_a_rank_with_fewer_batches_takes_part_in_the_others_steps(missing: int, reference: str) -> None:
+@pytest.mark.parametrize(("reference", "end"), [("turns", "state_dict"), ("every_step", "settle")])
+def test_a_rank_with_fewer_batches_takes_part_in_others_steps(missing: int, reference: str, end: str) -> None:
     """In the middle of a round and over its end; as one process that steps on whatever batches there are."""
     expected = by_one_process(missing, reference)
-    for found in run_ranks(2, uneven, missing, reference, "state_dict"):
+    for found in run_ranks(2, uneven, missing, reference, end):
         assert found["steps"] == 10
         for name in ("weights", "momentum_buffer", "s"):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-10, msg=name)
@@ -156,6 +157,27 @@ def test_ranks_meet_in_evaluation_and_at_the_end(end: str) -> None:
     for a, b in zip(first["network"], second["network"], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(first["weights"], second["weights"])
+
+
+def apart() -> tuple[str, int]:
+    """Rank 0 saves within its epoch, when rank 1 has ended its own."""
+    session, rank = make_session(small_net(False), POLICY, RoundConfig(k=4)), dist.get_rank()
+    for batch in batches(5 - 2 * rank):
+        session.step(loss_of(batch))
+    said = ""
+    try:
+        with session.evaluation() if rank else nullcontext(session.state_dict()):
+            pass
+    except ValueError as error:
+        said = str(error)
+    return said, len(session.state_dict())
+
+
+def test_ranks_that_wait_for_each_other_in_different_calls_say_so() -> None:
+    """And go on."""
+    first, second = run_ranks(2, apart)
+    assert first == second
+    assert first[0].startswith("rank 0 is in state_dict and rank 1 in evaluation; call them on every rank")
 
 
 def waits_no_longer_than_asked() -> bool:

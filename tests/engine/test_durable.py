@@ -152,9 +152,11 @@ def test_killed_after_the_store_was_written_within_a_round_it_goes_on(tmp_path: 
 
 
 def left_by_two_ranks(folder: Path) -> str:
-    """One of two ranks: what is said of a log that the second one finds damaged."""
-    settle: Then = lambda session, _: session.settle()  # noqa: E731
-    begin(folder / "run", settle, K + 1)
+    """One of two ranks: what is said of a log that the second one, which has had fewer batches, finds
+    damaged."""
+    save: Then = lambda session, durable: (durable.save(), session.settle())  # noqa: E731
+    steps = K + 1 - dist.get_rank()
+    begin(folder / "run", save, steps)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.copytree(folder / "run", folder / "left")
@@ -162,7 +164,7 @@ def left_by_two_ranks(folder: Path) -> str:
         log = max((folder / "damaged" / "rank1" / "log").iterdir())
         log.write_bytes(log.read_bytes()[:-1])
     dist.barrier()
-    whole, _ = begin(folder / "whole", settle, K + 1)
+    whole, _ = begin(folder / "whole", save, steps)
     assert_goes_on(folder / "left", whole, K + 1)
     with pytest.raises(ValueError, match="is damaged") as caught:
         DurableRounds(session_of(folder / "damaged", "resume")).restore()
