@@ -36,11 +36,12 @@ def reestimate_batch_norm(
     """Replace the running statistics of every BatchNorm by their plain average over ``batches``, in place.
 
     Each batch weighs the same: running mean = (1/n) Σ_i mean_i and running variance = (1/n) Σ_i var_i, with
-    the unbiased variance of each batch. The module runs with its BatchNorms normalising by batch, and
+    the unbiased variance of each batch; one that makes a statistic NaN or infinite is left out, as a step of
+    the training leaves it out. The module runs with its BatchNorms normalising by batch, and
     everything else (dropout) in evaluation mode. Momenta and training flags are put back. A BatchNorm that
     the module's own training mode holds fixed, or that no batch reaches, is left alone. ``run`` puts a batch
     through the network; ``reduce`` is the mean over ranks of a flat tensor, and every rank calls this, with
-    any number of batches. Raises ValueError: no rank has a batch."""
+    any number of batches. Raises ValueError: no rank has a batch that counts."""
     with flags_restored(module):
         train_mode(module)
         norms = [
@@ -50,14 +51,19 @@ def reestimate_batch_norm(
         ]
     if not norms:
         return
-    given = 0
+    given, buffers = 0, [buffer for norm in norms for buffer in norm.buffers()]
     with flags_restored(module), _cumulative(norms) as passes, torch.no_grad():
         module.eval()
         for norm in norms:
             norm.training = True
         for images in batches:
+            before = [buffer.clone() for buffer in buffers], dict(passes)
             run(module, images)
-            given += 1
+            if all(torch.stack([buffer.isfinite().all() for buffer in buffers]).tolist()):
+                given += 1
+            else:
+                torch._foreach_copy_(buffers, before[0])
+                passes.update(before[1])
     if reduce is not None:
         device = next(buffer.device for buffer in norms[0].buffers())
         counts = torch.tensor([given, *passes.values()], dtype=torch.float32, device=device)
@@ -65,7 +71,8 @@ def reestimate_batch_norm(
         given = int(mean[0].ceil())
     if not given:
         raise ValueError(
-            "BatchNorm statistics need at least one batch; give some to evaluation() or finalize()"
+            "BatchNorm statistics need at least one batch of finite values; give some to evaluation() or "
+            "finalize()"
         )
     if reduce is not None:
         # 1 where every rank has as many; what no batch has reached stays the mean of what it was.

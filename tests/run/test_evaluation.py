@@ -147,13 +147,14 @@ def statistics(model: nn.Sequential) -> list[Tensor]:
 
 
 def test_running_statistics_become_those_of_the_batches() -> None:
-    """The average over the batches, all with equal weights."""
+    """The average over the batches, all with equal weights, but those that are not finite."""
     model, data = network(), [images for images, _ in batches([9, 3, 6])]
+    bad = torch.full_like(data[0], torch.nan)
     with torch.no_grad():
         model[1].running_mean.fill_(99)
         model[1].weight.uniform_(0.5, 2)
         model[1].bias.normal_()
-    reestimate_batch_norm(model, iter(data))
+    reestimate_batch_norm(model, iter([bad, data[0], bad, *data[1:]]))
     for got, expected in zip(statistics(model), expected_statistics(model, data), strict=True):
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-13)
 
@@ -188,8 +189,8 @@ def test_averages_over_ranks_are_those_over_all_their_batches(cuts: tuple[int, i
             assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_no_batch_on_any_rank_is_an_error_on_all() -> None:
-    errors = on_ranks([network(), network()], [[], []])
+def test_no_finite_batch_on_any_rank_is_an_error_on_all() -> None:
+    errors = on_ranks([network(), network()], [[], [batches([4])[0][0] * torch.inf]])
     assert ["need at least one batch" in str(error) for error in errors] == [True, True]
 
 
