@@ -250,7 +250,7 @@ class SubnetPair:
         capacity: int,
         integer_buffers: Mapping[str, Tensor],
     ) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._integer_buffers = optimizer, integer_buffers
         a, b = (Side(store, model, device, capacity, integer_buffers) for _ in range(2))
         self.sides = a, b
         self._zeros = torch.zeros(aligned(store.dtype), dtype=store.dtype, device=device)
@@ -319,14 +319,18 @@ class SubnetPair:
             copy_blocks(plan, [(a.arrays[kind], b.arrays[kind]) for kind in kinds], reverse=side == 1)
 
     def take_over(self, rank: int, ranks: Ranks) -> None:
-        """Go on with weights, slots and scalars of the optimizer as ``rank`` has them. Every rank calls
-        it."""
+        """Go on with weights, slots, scalars of the optimizer and counters as ``rank`` has them. Every rank
+        calls it."""
         for side in self.trained:
             for kind, array in side.arrays.items():
                 if kind != BUFFERS:
                     dist.broadcast(array, rank)
         if len(self.trained) == 1:
             self.copy_shared(0)
+        for value in self._integer_buffers.values():
+            sent = value.reshape(-1).view(torch.uint8)  # of a type that every backend knows
+            dist.broadcast(sent, rank)
+            value.copy_(sent.view(value.dtype).view_as(value))
         self._optimizer.take_over(rank, ranks)
 
     @property

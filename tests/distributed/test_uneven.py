@@ -34,7 +34,7 @@ def state_of(session: SparseOffload) -> dict[str, Any]:
 def uneven(missing: int, reference: str, end: str) -> dict[str, Any]:
     """Rank 1 has fewer batches; both end the same way, and rank 0 alone makes the last steps."""
     rounds = RoundConfig(k=4, reference=reference)  # type: ignore[arg-type]
-    session = make_session(small_net(False), POLICY, rounds, total=100)
+    session = make_session(small_net(end in ("evaluation", "finalize")), POLICY, rounds, total=100)
     steps = 10 - dist.get_rank() * missing
     for x, y in batches(steps, seed=dist.get_rank()):
         session.step(loss_of((x, y)))
@@ -48,6 +48,7 @@ def uneven(missing: int, reference: str, end: str) -> dict[str, Any]:
         session.step(loss_of(batches(1, seed=5)[0]))
     elif end == "state_dict":
         session.state_dict()
+    found["counted"] = {int(value) for value in session.transfers.integer_buffers.values()}
     return found | state_of(session)
 
 
@@ -153,7 +154,7 @@ def test_what_one_rank_asks_of_the_search_counts_for_all() -> None:
 @pytest.mark.parametrize("end", ["finalize", "evaluation"])
 def test_ranks_meet_in_evaluation_and_at_the_end(end: str) -> None:
     first, second = run_ranks(2, uneven, 1, "turns", end)
-    assert first["steps"] == second["steps"]
+    assert first["counted"] == second["counted"] == {first["steps"]} == {second["steps"]}
     for a, b in zip(first["network"], second["network"], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(first["weights"], second["weights"])
