@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import narrow_module
@@ -21,6 +22,12 @@ from tests.methods.tasks import batches, make_method, train
 from tests.support.constants import configured
 
 
+def upsampled() -> nn.Module:
+    """With a transposed convolution, which reads along the first dimension of its weight."""
+    narrow, wide = nn.Conv2d(3, 8, 2, 2), nn.ConvTranspose2d(8, 12, 2, 2)
+    return nn.Sequential(narrow, nn.ReLU(), wide, nn.ReLU(), nn.Conv2d(12, 4, 8), nn.Flatten())
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "size"),
     [
@@ -28,15 +35,19 @@ from tests.support.constants import configured
         ("resnet20_cifar", 3, 8),
         ("wrn28_10_cifar", 3, 8),
         ("lenet5_caffe", 1, 28),
+        ("upsampled", 3, 8),
     ],
 )
 def test_shut_gates_leave_the_network_of_the_open_channels(name: str, channels: int, size: int) -> None:
     torch.manual_seed(0)
-    model = build_model(f"offload_sparse/{name}", 4, channels, size, width=0.1).double()
+    if name == "upsampled":
+        model = upsampled().double()
+    else:
+        model = build_model(f"offload_sparse/{name}", 4, channels, size, width=0.1).double()
     for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(layer.weight, 0.5, 2)
-            torch.nn.init.normal_(layer.bias)
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            nn.init.normal_(layer.bias)
     channel_map = discover(model, (torch.empty(1, channels, size, size, dtype=torch.float64),))
     gates = ChannelGates(model, channel_map, RunConfig(), 10)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.subnet import narrow_module
+from offload_sparse.channels.subnet import narrow_module, output_dimension
 from offload_sparse.config.run import RunConfig
 from offload_sparse.methods.controls import prepared_model
 from offload_sparse.methods.method import Method, Task
@@ -50,12 +50,12 @@ class ChannelGates(Sparsity):
             torch.full((channel_map.num_atoms,), start, dtype=some.dtype, device=device)
         )
         axes = channel_map.axes
-        # Every weight with columns that belong to atoms, and the atom of each (-1: always read).
-        self._gated = {
-            name: (parameter, axis.to(device))
-            for name, parameter in network.named_parameters()
-            if len(axes.get(name, ())) > 1 and (axis := axes[name][1]) is not None
-        }
+        # Every weight with columns that belong to atoms, the atom of each (-1: always read), their dimension.
+        self._gated: dict[str, tuple[nn.Parameter, Tensor, int]] = {}
+        for name, parameter in network.named_parameters():
+            reads = 1 - output_dimension(network.get_submodule(name.rpartition(".")[0]))
+            if len(axes.get(name, ())) > 1 and (axis := axes[name][reads]) is not None:
+                self._gated[name] = parameter, axis.to(device), reads
         self._axes = [[a.to(device) for a in axes[name] if a is not None] for name in self.weights]
         self._steps_done = torch.zeros((), dtype=torch.int64)
 
@@ -89,8 +89,8 @@ class ChannelGates(Sparsity):
             self._note(gates)
         open_or_always = torch.cat([gates, gates.new_ones(1)])  # -1 means always
         return {
-            name: parameter * along(open_or_always[axis], parameter, 1)
-            for name, (parameter, axis) in self._gated.items()
+            name: parameter * along(open_or_always[axis], parameter, reads)
+            for name, (parameter, axis, reads) in self._gated.items()
         }
 
     def penalty(self) -> Tensor | None:
