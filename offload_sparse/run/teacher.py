@@ -21,7 +21,10 @@ TEACHER_FOLDER = "teacher"
 TEMPERATURE = 4.0
 """Of both networks' logits (Hinton et al. 2015)."""
 
-_IMAGES_PER_FILE, _BATCH = 4096, 128
+BATCH = 128
+"""Images that it looks at at a time."""
+
+_IMAGES_PER_FILE = 4096
 
 
 class Teacher:
@@ -57,7 +60,7 @@ class Teacher:
         make_folder(self._folder)
         parts = list(enumerate(torch.arange(len(self._images)).split(_IMAGES_PER_FILE)))
         batches = self._batches(parts[rank::world_size], quiet or rank > 0)
-        for _ in range(-(-len(parts) // world_size) * -(-_IMAGES_PER_FILE // _BATCH)):
+        for _ in range(-(-len(parts) // world_size) * -(-_IMAGES_PER_FILE // BATCH)):
             next(batches, None)
             if stop():
                 return False
@@ -74,7 +77,7 @@ class Teacher:
         with tqdm(total=total, desc="teacher", unit="image", disable=quiet) as bar:
             for number, part in missing:
                 found = torch.empty(len(part), self._classes, dtype=torch.float16)
-                for place in torch.arange(len(part)).split(_BATCH):
+                for place in torch.arange(len(part)).split(BATCH):
                     found[place] = network(self._normalise(self._images.decode(part[place]).pixels)).half()
                     bar.update(len(place))
                     if place[-1] + 1 == len(part):

@@ -50,7 +50,7 @@ def network() -> nn.Module:
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(teacher_module, "_IMAGES_PER_FILE", 8)
-    monkeypatch.setattr(teacher_module, "_BATCH", 3)
+    monkeypatch.setattr(teacher_module, "BATCH", 3)
     built: list[nn.Module] = []
 
     def make() -> Teacher:

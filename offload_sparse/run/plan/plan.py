@@ -4,7 +4,8 @@
     whole run        rows of the store (tier ram)    two pairs of subnets (one with transfer full),
                      or in files (tier file)         gradients, batches kept for the final mask
     for a moment     one tensor of the model         activations of a forward and backward pass,
-                     being made; staging (CUDA)      entries that arrive from other ranks or are staged
+                     being made, or a teacher        entries that arrive from other ranks or are staged
+                     at work; staging (CUDA)
 
 A network that does not change (``dense``, ``static``) takes its weights, gradients, slots and statistics on
 the device, as DistributedDataParallel holds them: on several ranks the gradients once more, in buckets.
@@ -36,6 +37,7 @@ from offload_sparse.run.plan.dry_run import Structure, structure_of, trained_mas
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
 from offload_sparse.run.plan.live_bytes import Loss, labels_shape, step_peak
 from offload_sparse.run.plan.machine import Machine
+from offload_sparse.run.teacher import BATCH
 from offload_sparse.store.copy.device_copy import STAGE
 from offload_sparse.store.copy.plans import WIRE
 from offload_sparse.store.direct_files import WINDOW
@@ -57,7 +59,8 @@ class Memory:
 
     Attributes:
         store, files: this rank's rows, in host memory or in files.
-        initialising: host memory beside the store while the first values are made.
+        initialising: host memory beside the store before the first step, while values are made, or a teacher
+            looks at the images.
         staging: page-locked memory between store and device, or files.
         subnets: weights, optimizer slots, statistics and gradients of the subnets: what is allocated on a
             CUDA device, what is ever written on a CPU.
@@ -156,7 +159,7 @@ class Planner:
         images = self._images(machine)
         passes = step_peak(self._model, selection, images, self._loss, self.config.train, kept_gradients=True)
         whole = sum(prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS])
-        built = 4 * whole if self.config.method == "dense" else self.initialising_bytes()
+        built = max(4 * whole if self.config.method == "dense" else 0, self.initialising_bytes())
         activations = passes + self._batch_bytes(images)
         return Memory(0, 0, built, 0, held, held, activations, on_host=machine.device is None)
 
@@ -179,8 +182,18 @@ class Planner:
         return max(held) * self._item
 
     def initialising_bytes(self) -> int:
-        """Bytes beside the store while tensors are replayed: the largest one, in the model's float32."""
-        return 4 * max((prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS]), default=0)
+        """Bytes beside the store while tensors are replayed, the largest one, in the model's float32; or, if
+        they are more, of the whole network while it is a teacher, with the images that it looks at."""
+        largest = 4 * max((prod(self.channel_map.shapes[name]) for name in self._names[WEIGHTS]), default=0)
+        train, model, channel_map = self.config.train, self.structure.model, self.structure.channel_map
+        if not train.distill:
+            return largest
+        images = self.structure.inputs[0].expand(BATCH, -1, -1, -1)
+        train = replace(train, precision="no" if train.dtype == "float32" else "float64")
+        whole = Selection(channel_map, channel_map.full_mask())
+        passes = step_peak(model, whole, images, self._loss, train, trained=False)
+        held = sum(map(prod, channel_map.shapes.values())) * self._item
+        return max(largest, held + self._batch_bytes(images) + passes)
 
     def step_bytes(self, first: FirstRounds, machine: Machine) -> int:
         """Bytes that come and go on the device, and of the batches that are kept.

@@ -6,6 +6,10 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +23,17 @@ from offload_sparse.engine.losses import TAIL
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.width_search import MEMORY_ROOM
 from offload_sparse.run.plan import fit, plan
-from offload_sparse.run.plan.dry_run import Structure, structure_of
+from offload_sparse.run.plan.dry_run import Structure, model_arguments, structure_of
 from offload_sparse.run.plan.fit import check, largest_rho, shortage
+from offload_sparse.run.plan.live_bytes import LiveBytes
 from offload_sparse.run.plan.machine import Machine
 from offload_sparse.run.plan.plan import PLANNED, Planner
+from offload_sparse.run.teacher import Teacher
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.weight_store import WEIGHTS, Ranks, WeightStore
 from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
+from offload_sparse.workloads.models import build_model
 from tests.support.planned_runs import CASES, SMALL, train
 
 LARGE = Machine(1, 1, 1 << 50, None)
@@ -240,6 +247,29 @@ def test_dense_training_takes_what_its_arrays_take() -> None:
     assert one.subnets == 3 * weights + buffers
     assert two.subnets == 4 * weights + buffers
     assert two.activations == pytest.approx(one.activations / 2, rel=0.1)
+
+
+class Grey:
+    """Images for a teacher."""
+
+    def __len__(self) -> int:
+        return 300
+
+    def decode(self, indices: torch.Tensor) -> Any:
+        return SimpleNamespace(pixels=torch.full((len(indices), 3, 16, 16), 99, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("method", ["static", "sparse_offload"])
+def test_a_teacher_is_planned_on_the_host(method: MethodName, tmp_path: Path) -> None:
+    """Before the first step, with all that its pass over the images makes."""
+    taught = replace(SMALL.train, precision="bf16", distill=True)
+    config = replace(SMALL, train=taught, model=replace(SMALL.model, weights="dense"), method=method)
+    planner = planner_of(config)
+    factory = partial(build_model, config.model.name, **model_arguments(config, planner.data))
+    with LiveBytes() as made:
+        Teacher(factory, Grey(), lambda x: x / 255, tmp_path, 10).compute(quiet=True)  # type: ignore[arg-type]
+    machine = Machine(1, 1, 1 << 50, 1 << 50)
+    assert planner.memory(machine).initialising == pytest.approx(made.peak, rel=0.05)
 
 
 def test_dense_static_and_sampled_training_are_planned_side_by_side() -> None:
