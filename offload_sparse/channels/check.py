@@ -339,8 +339,8 @@ def _compare(
     mode = "train" if train else "eval"
     with Explained(
         f"the network does not run in float64 on inputs of {_shapes(inputs)} (",
-        "); give example inputs that it accepts or, if it is the narrow twin of a large network, write a "
-        "channel map by hand",
+        "); give example inputs that it accepts, write a channel map by hand if it is the narrow twin of a "
+        "large network, or leave this check out (Setup(verify=False), --train.check false)",
         _FAILURES,
     ):
         expected, by_input = _run(full.train(train), inputs, seed)

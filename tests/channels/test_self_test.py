@@ -155,6 +155,18 @@ def test_a_network_that_wants_so_many_channels_is_refused_in_a_line() -> None:
         self_test(model, inputs, discover(model, inputs))
 
 
+def test_a_network_that_cannot_be_checked_may_go_unchecked() -> None:
+    """Kernels of experts know no float64."""
+
+    def single(h: Tensor) -> Tensor:
+        assert h.dtype == torch.float32, "float32 alone"
+        return h
+
+    model, inputs = Between(single, 8), (torch.zeros(2, 3, 4, 4),)
+    with pytest.raises(ValueError, match=r"in float64 .*\(float32 alone.*\); .*Setup\(verify=False\)"):
+        self_test(model, inputs, discover(model, inputs))
+
+
 class Beginning(Between):
     """Says itself where gradients begin, as Wav2Vec2 does, whose first layers are frozen."""
 
