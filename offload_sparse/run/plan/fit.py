@@ -59,6 +59,9 @@ def advice(planner: Planner, machine: Machine) -> str:
         rho = largest_rho(planner, machine)
         if rho is not None:
             return f"set store.tier file and policy.rho {rho:g}"
+    untaught = planner.having(train=replace(config.train, distill=False))
+    if config.train.distill and not shortage(untaught.memory(machine), machine):
+        return "set train.distill false"
     return "lower data.batch_size or take a smaller model (or set train.check false to try all the same)"
 
 

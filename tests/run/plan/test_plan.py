@@ -261,7 +261,7 @@ class Grey:
 
 @pytest.mark.parametrize("method", ["static", "sparse_offload"])
 def test_a_teacher_is_planned_on_the_host(method: MethodName, tmp_path: Path) -> None:
-    """Before the first step, with all that its pass over the images makes."""
+    """Before the first step, with all that its pass over the images makes; no rho makes that less."""
     taught = replace(SMALL.train, precision="bf16", distill=True)
     config = replace(SMALL, train=taught, model=replace(SMALL.model, weights="dense"), method=method)
     planner = planner_of(config)
@@ -270,6 +270,9 @@ def test_a_teacher_is_planned_on_the_host(method: MethodName, tmp_path: Path) ->
         Teacher(factory, Grey(), lambda x: x / 255, tmp_path, 10).compute(quiet=True)  # type: ignore[arg-type]
     machine = Machine(1, 1, 1 << 50, 1 << 50)
     assert planner.memory(machine).initialising == pytest.approx(made.peak, rel=0.05)
+    narrow = replace(machine, host=made.peak)
+    assert shortage(planner.memory(narrow), narrow)
+    assert fit.advice(planner, narrow) == "set train.distill false"
 
 
 def test_dense_static_and_sampled_training_are_planned_side_by_side() -> None:
