@@ -11,7 +11,9 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnet import ResNet
 from timm.models.sknet import SelectiveKernelBasic
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import one_hot
+from torch.utils.checkpoint import checkpoint
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import ChannelMap
@@ -179,6 +181,17 @@ class Beginning(Between):
 
 def test_a_network_that_says_where_gradients_begin_is_tested_from_there() -> None:
     model, inputs = Beginning(torch.tanh, 8), (torch.zeros(2, 3, 4, 4),)
+    assert self_test(model, inputs, discover(model, inputs)).error < 1e-10
+
+
+def test_passes_that_are_computed_again_for_gradients_are_tested_alike() -> None:
+    """With what they make float32, as the networks of transformers do."""
+
+    def scaled(h: Tensor) -> Tensor:
+        return functional.dropout(h.float().square() * torch.full((1,), 2.0))
+
+    model = Between(lambda h: checkpoint(scaled, h, use_reentrant=False), 8)
+    inputs = (torch.zeros(2, 3, 4, 4),)
     assert self_test(model, inputs, discover(model, inputs)).error < 1e-10
 
 
