@@ -188,7 +188,8 @@ class Planner:
         train, model, channel_map = self.config.train, self.structure.model, self.structure.channel_map
         if not train.distill:
             return largest
-        images = self.structure.inputs[0].expand(BATCH, -1, -1, -1)
+        (example,) = self.structure.inputs
+        images = example.expand(BATCH, *example.shape[1:])
         train = replace(train, precision="no" if train.dtype == "float32" else "float64")
         whole = Selection(channel_map, channel_map.full_mask())
         passes = step_peak(model, whole, images, self._loss, train, trained=False)
