@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -431,9 +430,9 @@ def _run(network: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], d
         return outputs, {}
     generator = torch.Generator().manual_seed(seed + 1)
     functional = [(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs]
-    total = (torch.stack(functional).sum(),)
-    with NoDropout(network), _InDouble():  # for what checkpoints compute again; backward() would leave both
-        _engine_run_backward(total, (torch.ones(()),), False, False, (), True, True)
+    total = torch.autograd.graph.get_gradient_edge(torch.stack(functional).sum())
+    with NoDropout(network), _InDouble():  # for what checkpoints compute again; of a tensor it would leave both
+        torch.autograd.backward(total, torch.ones(()))
     tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
     return [t.detach() for t in outputs], {i: x.grad for i, x in enumerate(tensors) if x.grad is not None}
 
