@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from offload_sparse.bench import gpu
+from offload_sparse.channels.config import chosen_block
 from offload_sparse.config.run import MethodName
+from tests.support.simulated_cuda import DEVICE, simulated_cuda
 
 CPU = torch.device("cpu")
 
@@ -48,8 +50,26 @@ def test_rows_of_a_card_are_empty_without_one(part: object) -> None:
     assert all(figure is None for _, figure, _ in rows)
 
 
-def test_the_engine_on_a_cpu_has_the_bits_of_the_cpu() -> None:
-    assert [figure for _, figure, _ in gpu.engine(CPU, True)] == [0.0, 0.0]
+@pytest.mark.parametrize("device", [CPU, DEVICE])
+def test_the_engine_trains_the_same_network_on_every_device(device: torch.device) -> None:
+    """With the bits of the CPU, where the device has them."""
+    with simulated_cuda():
+        assert [figure for _, figure, _ in gpu.engine(device, True)] == [0.0, 0.0]
+
+
+def test_rounds_of_single_channels_are_so_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[object] = []
+
+    def measure(*arguments: Any) -> tuple[list[float], list[float]]:
+        *_, device, setup = arguments
+        blocks.append(chosen_block(setup.block, device.type))
+        return [1.0], [1.0]
+
+    monkeypatch.setattr(gpu.round, "measure", measure)
+    with simulated_cuda():
+        rows = list(gpu.rounds(DEVICE, True))
+    assert len(rows) == 2 * len(blocks)
+    assert blocks == [1, 8, 16]
 
 
 def test_every_method_takes_steps() -> None:
