@@ -89,6 +89,21 @@ class FlatGradients:
         """Whether no backward pass has left anything since the step began."""
         return self._whole == 0 and all(parameter.grad is None for parameter in self._parameters)
 
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Before the next of several passes: what those before have left goes to its place, where that pass
+        adds to it. A CUDA graph would write its own gradients over it."""
+        places, gradients = list[Tensor](), list[Tensor]()
+        for number in (number for bucket in self._buckets[self._whole :] for number in bucket.numbers):
+            parameter, place = self._parameters[number], self._places[number]
+            gradient = parameter.grad
+            if gradient is not None and gradient is not place and gradient.layout == torch.strided:
+                places.append(place)
+                gradients.append(gradient)
+                parameter.grad = place
+        if places:
+            torch._foreach_copy_(places, gradients)
+
     def end(self, scalars: Sequence[Tensor]) -> None:
         """All passes are done: what is left of the gradients is copied, with ``scalars`` to the tail. What no
         pass has reached is zero. Raises ValueError: a pass has added to a gradient that was sent already."""
@@ -128,12 +143,12 @@ class FlatGradients:
         absent: list[Tensor] = []
         for number in numbers:
             gradient, place = self._parameters[number].grad, self._places[number]
+            self._parameters[number].grad = None
             if gradient is None:
                 absent.append(place)
-            else:
+            elif gradient is not place:
                 targets.append(place)
                 sources.append(gradient if gradient.layout == torch.strided else gradient.to_dense())
-                self._parameters[number].grad = None
             if number in self._gaps:
                 targets.append(self._gaps[number][0])
                 sources.append(self._gaps[number][1])

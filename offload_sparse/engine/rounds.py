@@ -321,6 +321,7 @@ class Rounds(Requests):
         if self.only_compares:
             with torch.no_grad(), side.buffers_untouched():
                 return self.forward.trained(side.module, closure)
+        gradients.hold()
         loss, metrics = self.forward.trained(side.module, closure)
         if not loss.requires_grad:
             raise ValueError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -206,6 +207,27 @@ def test_batches_that_were_left_out_are_not_met_again() -> None:
     expected = other.finalize([part for step in (4, 5, 7) for part in data[step][0].split(4)])
     assert torch.equal(network.mask, expected.mask)
     assert_same(network.module.state_dict(), expected.module.state_dict())
+
+
+def test_a_pass_may_write_over_the_gradients_of_the_part_before() -> None:
+    """As a CUDA graph does, whose memory is the same in all passes."""
+    made: list[Tensor] = []
+
+    def replayed(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        for gradient in made:
+            gradient.fill_(torch.nan)
+        made.clear()
+        for parameter in network.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: made.append(p.grad))
+        return loss_fn(network, batch)
+
+    found = []
+    for closure in (loss_fn, replayed):
+        session = make_session(small_net(), PolicyConfig(rho=1.0), RoundConfig(k=2))
+        for x, y in batches(3):
+            session.step([partial(closure, batch=part) for part in ((x[:4], y[:4]), (x[4:], y[4:]))])
+        found.append(arrays(session))
+    assert_same(*found)
 
 
 def test_rolling_back_goes_on_from_the_end_of_the_round_before() -> None:
