@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from offload_sparse.store.copy.tables import to_device
+
 Metrics = dict[str, Tensor]
 Closure = Callable[[nn.Module], Any]
 """network -> mean loss of a batch, a scalar tensor; or (mean loss, {name: scalar}), averaged over ranks. All
@@ -162,7 +164,8 @@ def _scalar(name: str, value: Any, like: Tensor) -> Tensor:
     if size != 1:
         found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"metric {name!r} is {found}; return a number, or a tensor of one element")
-    return torch.as_tensor(value, device=like.device).detach().reshape(())
+    found = torch.as_tensor(value).detach().reshape(())
+    return to_device(found, like.device) if found.device.type == "cpu" else found.to(like.device)
 
 
 def in_parts(closure: Closure | Iterable[Closure]) -> list[Closure]:

@@ -59,6 +59,6 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     """float64[5]: summed cross entropy, correct predictions, images, predicted classes and their squares."""
     loss = F.cross_entropy(logits.double(), labels, reduction="sum")
     predicted = logits.argmax(dim=1)
-    images, correct = predicted.new_tensor(len(labels)), (predicted == labels).sum()
+    images, correct = predicted.new_full((), len(labels)), (predicted == labels).sum()
     counts = [correct, images, predicted.sum(), predicted.square().sum()]
     return torch.stack([loss, *(count.double() for count in counts)])

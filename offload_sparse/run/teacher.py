@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from offload_sparse.store.copy.tables import to_device
 from offload_sparse.store.files import make_folder, write_file
 from offload_sparse.workloads.data.images import ImageSet
 
@@ -112,6 +113,7 @@ class Teacher:
 def distilled(loss: Tensor, logits: Tensor, teacher: Tensor) -> Tensor:
     """½ loss + ½ T² KL(teacher ‖ network) at temperature T (Hinton et al. 2015): of the loss of the labels, a
     scalar, and the logits of the network and of the full one, float[b, classes] each."""
-    ours, theirs = ((x / TEMPERATURE).log_softmax(1) for x in (logits, teacher.to(logits)))
+    there = to_device(teacher, logits.device).to(logits)
+    ours, theirs = ((x / TEMPERATURE).log_softmax(1) for x in (logits, there))
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return (loss + TEMPERATURE**2 * divergence) / 2

@@ -270,6 +270,17 @@ def test_a_batch_on_another_device_is_one_error_that_names_both(reference: Any, 
         session.transfers.close()
 
 
+def test_metrics_of_the_host_do_not_make_a_step_wait() -> None:
+    with simulated_cuda() as sim:
+        session = make_session(small_net(), POLICY, RoundConfig(k=K), device=DEVICE)
+        for number, batch in enumerate(on_device(batches(K - 1), DEVICE)):
+            before = len(sim.waits)
+            session.step(lambda net, batch=batch: (loss_of(batch)(net), {"a": 2, "b": torch.tensor(0.5)}))
+            assert number == 0 or "MainThread" not in [thread for *_, thread in sim.waits[before:]]
+        assert [record.metrics for record in session.records()] == [{"a": 2.0, "b": 0.5}] * (K - 1)
+        session.transfers.close()
+
+
 def test_evaluation_final_network_and_resuming_equal_the_cpu() -> None:
     def run(device: torch.device) -> dict[str, Tensor]:
         make = partial(
@@ -384,12 +395,15 @@ def test_the_simulation_refuses_mixed_devices() -> None:
             here + torch.ones(6)
         sim.waits.clear()
         here += 1
-        here[0] = 5.0
+        here[:1] = 5.0
         assert sim.waits == []
         assert here.sum().item() == 25.0
         assert torch.equal(here.to("cpu")[1:], torch.arange(2.0, 7.0))
         here[torch.tensor([1, 2])]
-        assert [what for what, *_ in sim.waits] == ["_local_scalar_dense", "download", "an index on the CPU"]
+        here[torch.zeros(1, dtype=torch.int64, device=DEVICE)] = 6.0
+        here[0] = 5.0
+        waits = ["_local_scalar_dense", "download", "an index on the CPU", "a number", "a number"]
+        assert [what for what, *_ in sim.waits] == waits
         with pytest.raises(TypeError, match="numpy"):
             here.numpy()
 

@@ -27,6 +27,7 @@ from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.normalise import normalise_for
 from offload_sparse.workloads.data.source import load_splits
 from tests.support import image_runs
+from tests.support.simulated_cuda import DEVICE, simulated_cuda
 
 
 class Images:
@@ -141,6 +142,10 @@ def test_the_loss_is_half_that_of_the_labels_and_half_the_divergence() -> None:
     expected = 0.5 * loss + 0.5 * TEMPERATURE**2 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(distilled(loss, logits, theirs), expected)
     torch.testing.assert_close(distilled(loss, logits, logits), loss / 2)
+    with simulated_cuda() as simulation:
+        there = distilled(loss.to(DEVICE), logits.to(DEVICE), theirs)
+        assert [what for what, *_ in simulation.waits] == ["upload"] * 2, "for the network's own logits"
+        assert torch.equal(there.to("cpu"), distilled(loss, logits, theirs))
 
 
 def train(images: Path, run_dir: Path, *more: str) -> int:

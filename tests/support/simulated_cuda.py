@@ -218,7 +218,12 @@ class Simulated(Tensor):
         return self.inner.data_ptr()
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if isinstance(value, (bool, int, float)):  # CUDA fills: nothing is sent
+        if isinstance(value, (bool, int, float)):
+            keys = index if isinstance(index, tuple) else (index,)
+            chosen = any(isinstance(key, Tensor) and key.dtype != torch.bool for key in keys)
+            if chosen or self.inner[of_inner(index)].dim() == 0:
+                present().upload()
+                present().wait("a number")  # in the place of slices CUDA fills: nothing is sent
             value = torch.full((), value, dtype=self.dtype, device=DEVICE)
         super().__setitem__(index, value)
 

@@ -120,7 +120,8 @@ class ChannelGates(Sparsity):
         """1 where p > limit, and for the most probable atom of every group."""
         gates = (p.detach() > limit).to(p.dtype)
         for group in self.channel_map.groups:
-            gates[group.start + p.detach()[group.start : group.stop].topk(1).indices] = 1.0
+            atom = group.start + p.detach()[group.start : group.stop].topk(1).indices
+            gates.index_fill_(0, atom, 1.0)  # an assignment would make a device wait
         return gates
 
     def _note(self, gates: Tensor) -> None:

@@ -112,8 +112,8 @@ def _replace(mask: Tensor, weight: Tensor, gradient: Tensor, count: int) -> None
     all but those that stay; ``mask`` and ``weight`` are changed in place."""
     size = weight.abs().masked_fill(~mask, torch.inf).flatten()
     flat = mask.view(-1)
-    flat[size.topk(count, largest=False).indices] = False
-    flat[gradient.abs().flatten().masked_fill(flat, -1.0).topk(count).indices] = True
+    flat.index_fill_(0, size.topk(count, largest=False).indices, False)
+    flat.index_fill_(0, gradient.abs().flatten().masked_fill(flat, -1.0).topk(count).indices, True)
     weight.mul_(mask)  # what was masked before is zero already
 
 
