@@ -100,10 +100,10 @@ class Timeline:
             if isinstance(end, torch.cuda.Event) and not end.query():
                 self._pending.append((lane, number, start, end))
                 continue
-            begun, ended = self._seconds(start), self._seconds(end)
-            self._spans.append((lane, number, begun, ended))
+            begun, taken = _between(self._origin, start), _between(start, end)
+            self._spans.append((lane, number, begun, begun + taken))
             if lane != "compute":
-                self._sums[lane] += ended - begun
+                self._sums[lane] += taken
 
     def _now(self) -> _Mark:
         if self._device.type != "cuda":
@@ -112,9 +112,11 @@ class Timeline:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _seconds(self, mark: _Mark) -> float:
-        if isinstance(mark, float):
-            assert isinstance(self._origin, float)
-            return mark - self._origin
-        assert isinstance(self._origin, torch.cuda.Event)
-        return self._origin.elapsed_time(mark) / 1000
+
+def _between(first: _Mark, second: _Mark) -> float:
+    """Seconds; of events in float32, so that hours after another one its milliseconds are rounded."""
+    if isinstance(first, float):
+        assert isinstance(second, float)
+        return second - first
+    assert isinstance(second, torch.cuda.Event)
+    return first.elapsed_time(second) / 1000

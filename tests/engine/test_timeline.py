@@ -66,6 +66,36 @@ def test_without_a_round_there_is_nothing_to_tell(timeline: Timeline) -> None:
     assert timeline.last_rounds() == []
 
 
+class Event:
+    """As CUDA's: what lies between two is float32, in milliseconds."""
+
+    seconds = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, _stream: object) -> None:
+        self.at = Event.seconds
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Event) -> float:
+        return float(torch.tensor(1000 * (other.at - self.at), dtype=torch.float32))
+
+
+def test_transfers_are_as_long_after_days_as_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    timeline = Timeline(torch.device("cuda"))
+    for days in range(3):
+        Event.seconds = 86_400.0 * days
+        with timeline.span("gather"):
+            Event.seconds += 0.003
+        timeline.end_round()
+        assert timeline.means()["gather_seconds"] == pytest.approx(0.003)
+
+
 class Nested(Timeline):
     """Knows which lanes had work within an exchange, and which had some outside."""
 
