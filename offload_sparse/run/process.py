@@ -22,7 +22,7 @@ MAPPED_FROM = 16 << 20
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 PLANS = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"
-SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF"
+SEGMENTS, SEGMENTS_BEFORE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
 _KERNELS_PER_LAYER = 8
 """Two subnets, each with a forward pass for training, one for evaluation, and two products of the backward
@@ -55,7 +55,8 @@ def bound_memory(factory: Callable[[], nn.Module]) -> None:
 def grow_segments() -> None:
     """Have the memory of a CUDA device serve the widths of the next round, whatever sizes those of this one
     had: its segments grow and shrink. Set before the device is used; what the user has set stays."""
-    os.environ.setdefault(SEGMENTS, "expandable_segments:True")
+    if SEGMENTS_BEFORE not in os.environ:  # by its older name, which torch still reads: one of them counts
+        os.environ.setdefault(SEGMENTS, "expandable_segments:True")
 
 
 def return_freed_memory() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from offload_sparse.config.run import RunConfig, TrainConfig, resolve
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.run.launch import _in_one_line, _leave_word, as_launched, check_environment, launched
-from offload_sparse.run.process import SEGMENTS, grow_segments
+from offload_sparse.run.process import SEGMENTS, SEGMENTS_BEFORE, grow_segments
 from tests.support.ranks import run_ranks
 
 RENDEZVOUS = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -40,15 +40,19 @@ def test_ranks_that_cannot_find_each_other_are_told_what_to_run(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", [None, SEGMENTS, SEGMENTS_BEFORE])
 def test_device_memory_grows_in_segments_unless_the_user_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
+    name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for before, after in ((None, "expandable_segments:True"), ("backend:native", "backend:native")):
-        monkeypatch.delenv(SEGMENTS, raising=False)
-        if before is not None:
-            monkeypatch.setenv(SEGMENTS, before)
-        grow_segments()
-        assert os.environ[SEGMENTS] == after
+    """By one of two names: torch reads one variable and passes over the other."""
+    monkeypatch.delenv(SEGMENTS, raising=False)
+    monkeypatch.delenv(SEGMENTS_BEFORE, raising=False)
+    expected = {SEGMENTS: "expandable_segments:True"}
+    if name is not None:
+        expected = {name: "backend:native"}
+        monkeypatch.setenv(name, "backend:native")
+    grow_segments()
+    assert {n: os.environ[n] for n in (SEGMENTS, SEGMENTS_BEFORE) if n in os.environ} == expected
 
 
 # --- what accelerate launch was told -----------------------------------------------------------------
