@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from offload_sparse.bench.contract import BenchResult
@@ -149,7 +150,8 @@ def measure_allocated(config: RunConfig) -> dict[str, int]:
 def _peak(profiler: profile) -> int:
     """Of torch's CPU allocator inside ``profiler``, in bytes."""
     results: Any = profiler.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    memory = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in memory if e.device_type() == DeviceType.CPU]  # a device's are among them
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from offload_sparse.bench import plan
 from offload_sparse.bench.plan import measure_allocated, predict
@@ -44,6 +45,17 @@ def test_predicted_device_bytes_are_those_allocated(name: str) -> None:
     """Exact: every tensor that torch allocates in two rounds, on a CPU, whose allocator rounds nothing."""
     config = without_threads(CASES[name])
     assert measure_allocated(config)["device"] == pytest.approx(predict(config)["device"], rel=0.05)
+
+
+def test_memory_of_a_device_is_none_of_the_hosts() -> None:
+    def event(at: int, size: int, device: DeviceType) -> Any:
+        values = {"name": "[memory]", "start_ns": at, "nbytes": size, "device_type": device}
+        return SimpleNamespace(**{name: lambda value=value: value for name, value in values.items()})
+
+    sizes = [(5, DeviceType.CPU), (100, DeviceType.CUDA), (-5, DeviceType.CPU), (3, DeviceType.CPU)]
+    events = [event(at, *of_event) for at, of_event in enumerate(sizes)]
+    results = SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
+    assert plan._peak(cast(Any, SimpleNamespace(profiler=results))) == 5
 
 
 @pytest.mark.usefixtures("_quiet")
