@@ -180,6 +180,21 @@ def test_every_residual_policy_ends_with_the_bits_of_the_cpu(residual: Any) -> N
         assert_same(trained(make, DEVICE)[1], expected)
 
 
+def test_weights_of_16_bits_end_with_the_bits_of_the_cpu() -> None:
+    def run(device: torch.device) -> dict[str, Tensor]:
+        rounds = RoundConfig(k=K, transfer="overlap")
+        session = make_session(small_net(), POLICY, rounds, device=device, dtype=torch.bfloat16)
+        for x, y in batches(STEPS):
+            session.step(loss_of((x.bfloat16().to(device), y.to(device))))
+        found = arrays(session) | {"s": session.policy.s.clone()}
+        session.transfers.close()
+        return found
+
+    expected = run(torch.device("cpu"))
+    with simulated_cuda():
+        assert_same(run(DEVICE), expected)
+
+
 @pytest.mark.parametrize("tier", ["file", "nvme"])
 def test_a_store_in_files_ends_with_the_bits_of_the_cpu(tmp_path: Path, tier: Any) -> None:
     """Files are never page-locked: rows are staged."""

@@ -61,7 +61,7 @@ def make_session(
     device: torch.device | str = "cpu",
     **setup: object,
 ) -> SparseOffload:
-    """A session in float64; ``setup`` as in ``Setup``."""
+    """A session, in float64 unless ``setup``, as in ``Setup``, has another ``dtype``."""
     ours = isinstance(optimizer, OptimConfig)
     found = small_map(net) if channel_map is None and isinstance(net, SmallNet) else channel_map
     return SparseOffload(
@@ -75,7 +75,7 @@ def make_session(
         forward=forward,
         policy=policy,
         rounds=rounds,
-        setup=Setup(channel_map=found, dtype=torch.float64, **setup),  # type: ignore[arg-type]
+        setup=Setup(channel_map=found, **({"dtype": torch.float64} | setup)),  # type: ignore[arg-type]
         seed=3,
         device=device,
     )

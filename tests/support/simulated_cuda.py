@@ -322,6 +322,7 @@ def _note_access(name: str, func: Any, args: Any, kwargs: dict[str, Any], result
     written = [t for t in tree_leaves(_written(func, args, kwargs)) if isinstance(t, Simulated)]
     own = {id(t) for t in written}
     read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Simulated) and id(t) not in own]
+    read = [] if name.startswith("new_") or name.endswith("_like") else read  # only shapes and types of it
     known = addresses([t.inner for t in (*read, *written)])
     results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     fresh = [t for t in results if not addresses([t]) & known]
