@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
-from offload_sparse.channels.model_call import Inputs, NoDropout, enlarge_inputs
+from offload_sparse.channels.model_call import Inputs, NoDropout, enlarge_inputs, seeded
 from offload_sparse.channels.require import Explained, require
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.stream_add import set_additions
@@ -406,8 +406,7 @@ def _doubled(dtype: torch.dtype) -> torch.dtype:
 
 def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Any]:
     """What a network returns, without dropout; what it draws by itself are the numbers of ``seed``."""
-    with NoDropout(network), _InDouble(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with NoDropout(network), _InDouble(), seeded(seed):
         return pytree.tree_leaves(network(*arguments))
 
 

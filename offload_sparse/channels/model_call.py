@@ -69,6 +69,16 @@ def restore_random_states(states: bytes) -> None:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's own generators begin with ``seed``, those of CUDA devices too; outside they are as they
+    were. Where CUDA is not in use it stays so, and its generators what their first use makes them."""
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with torch.random.fork_rng(devices):
+        (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
+        yield
+
+
+@contextmanager
 def attention_in_products() -> Iterator[None]:
     """Attention is computed by products of matrices that can be followed, not by one fused operation."""
     fastpath = torch.backends.mha.get_fastpath_enabled()

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offload_sparse.channels.attention import fit_attention
 from offload_sparse.channels.channel_map import ChannelMap
-from offload_sparse.channels.model_call import Inputs, move_inputs
+from offload_sparse.channels.model_call import Inputs, move_inputs, seeded
 from offload_sparse.channels.selection import Selection
 from offload_sparse.channels.stream_add import expose_additions, set_additions
 
@@ -107,17 +107,16 @@ def build_on_meta(build: Callable[[], nn.Module], whole: bool = True) -> nn.Modu
         all for real         where the value of a parameter is read; not where ``whole`` is False
     """
     ways = (_all_on_meta, _parameters_on_meta, lambda build: build())[: 3 if whole else 2]
-    with torch.random.fork_rng(devices=[]):
-        for number, way in enumerate(ways):
-            torch.manual_seed(0)
-            try:
+    for number, way in enumerate(ways):
+        try:
+            with seeded(0):
                 model = way(build)
-            except Exception:  # a tensor without values may fail anywhere; a real fault fails again for real
-                if number + 1 == len(ways):
-                    raise
-                continue
-            if not any(value.is_meta for value in other_tensors(model)):
-                break
+        except Exception:  # a tensor without values may fail anywhere; a real fault fails again for real
+            if number + 1 == len(ways):
+                raise
+            continue
+        if not any(value.is_meta for value in other_tensors(model)):
+            break
     return meta_copy(model)
 
 

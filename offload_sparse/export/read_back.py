@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from offload_sparse.channels.model_call import Inputs
+from offload_sparse.channels.model_call import Inputs, seeded
 from offload_sparse.channels.require import Explained
 
 TOLERANCE = 1e-4
@@ -67,8 +67,7 @@ def compare(read: Reader, module: nn.Module, inputs: Inputs, place: Path) -> flo
 @torch.no_grad()
 def outputs(network: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """Every tensor that a network in evaluation mode gives, whatever holds them."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for a network that draws numbers
+    with seeded(0):  # for a network that draws numbers
         return [leaf.detach() for leaf in tree_leaves(network(*inputs)) if isinstance(leaf, Tensor)]
 
 

@@ -29,15 +29,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from offload_sparse.channels.model_call import random_states
+from offload_sparse.channels.model_call import random_states, seeded
 from offload_sparse.channels.subnet import meta_copy
 
 
 def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     """The network as ``torch.manual_seed(seed); factory()`` gives it; the caller's random state stays as it
     is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return factory()
 
 

@@ -58,7 +58,7 @@ def test_the_engine_trains_the_same_network_on_every_device(device: torch.device
         assert [figure for _, figure, _ in gpu.engine(device, True)] == [0.0, 0.0]
 
 
-def test_rounds_are_of_networks_that_can_be_narrowed_and_first_of_single_channels(
+def test_rounds_begin_with_single_channels_and_fit_their_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a card, too, where channels are taken in blocks unless something else is said."""

@@ -14,8 +14,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.check import self_test
 from offload_sparse.channels.discovery import discover
-from offload_sparse.channels.model_call import modes_differ
-from offload_sparse.channels.subnet import meta_copy
+from offload_sparse.channels.model_call import modes_differ, seeded
+from offload_sparse.channels.subnet import build_on_meta, meta_copy
+from offload_sparse.store.initialisation import build_seeded
 from tests.support.channel_maps import Net
 
 TOKENS = torch.randint(0, 10, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -173,3 +174,31 @@ def test_a_norm_with_frozen_statistics_is_narrowed_with_its_channels() -> None:
     assert axis is not None
     assert axis.tolist() == list(range(8))
     assert self_test(net, IMAGES, channel_map).error < 1e-10
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_the_generators_of_a_device_are_put_back(in_use: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or not touched, as torch would seed them when they are used first: what a loop draws is its own."""
+    generator = torch.tensor(7)
+    for name, function in {
+        "is_initialized": lambda: in_use,
+        "device_count": lambda: 1,
+        "manual_seed_all": generator.fill_,
+        "get_rng_state": lambda device: generator.clone(),
+        "set_rng_state": lambda state, device: generator.copy_(state),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    inside: list[int] = []
+
+    def build() -> nn.Module:
+        inside.append(int(generator))
+        return nn.Linear(2, 2)
+
+    before = torch.get_rng_state()
+    build_on_meta(build)
+    build_seeded(build, 5)
+    with seeded(6):
+        build()
+    assert inside == ([0, 5, 6] if in_use else [7, 7, 7])
+    assert int(generator) == 7
+    assert torch.equal(torch.get_rng_state(), before)
