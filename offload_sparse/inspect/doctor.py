@@ -133,7 +133,7 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
     """A check whose failure is a finding."""
     try:
         return check()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         fix = "look at nvidia-smi and dmesg; CUDA_LAUNCH_BLOCKING=1 names the call that fails"
         return Finding(name, "error", " ".join(str(error).split())[:200], fix)
 

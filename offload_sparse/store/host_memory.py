@@ -47,7 +47,7 @@ def pin_mode(pin: Switch, device: torch.device) -> Switch:
 def host_zeros(numel: int, dtype: torch.dtype, pin: Switch) -> Tensor:
     """A zeroed host tensor [numel], registered with CUDA unless ``pin`` is ``off`` (``auto`` goes on with
     ordinary memory and a warning when the driver refuses); unregistered when it is freed, at the latest when
-    the process ends. Raises RuntimeError: CUDA refuses to register the memory, or the machine does not have
+    the process ends. Raises ValueError: CUDA refuses to register the memory, or the machine does not have
     it."""
     start = time.perf_counter()
     wanted, size = numel > 0 and pin != "off", numel * dtype.itemsize
@@ -76,7 +76,10 @@ def _map(size: int) -> mmap.mmap:
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise RuntimeError(f"{size / 2**30:.1f} GiB of host memory cannot be had: {error}") from error
+        raise ValueError(
+            f"{size / 2**30:.1f} GiB of host memory cannot be had ({error.strerror}); free memory, or set "
+            "store.tier to file"
+        ) from error
     for name in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         try:
             memory.madvise(getattr(mmap, name))
@@ -104,7 +107,7 @@ def _page_lock(tensor: Tensor, memory: mmap.mmap, required: bool) -> bool:
     )
     forget_cuda_error()
     if required:
-        raise RuntimeError(message)
+        raise ValueError(message)
     logger.warning("%s. Transfers go on through ordinary memory, which is slower.", message)
     return False
 

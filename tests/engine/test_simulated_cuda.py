@@ -398,6 +398,23 @@ def test_two_ranks_give_their_groups_what_nccl_takes(subnets: str, transfer: str
         assert_same(mine, other)
 
 
+def refused() -> str:
+    """What a rank says where the second one's memory cannot be page-locked."""
+    with simulated_cuda(pinned=dist.get_rank() == 0):
+        try:
+            store = StoreConfig(pin="on")
+            make_session(small_net(), POLICY, RoundConfig(k=K), device=DEVICE, store=store)
+        except ValueError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_memory_that_one_rank_cannot_page_lock_is_an_error_on_both() -> None:
+    for said in run_ranks(2, refused):
+        assert said.startswith("rank 1: CUDA could not page-lock")
+        assert said.endswith("set store.pin to off")
+
+
 # --- the simulation itself ---
 
 

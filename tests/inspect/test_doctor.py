@@ -164,9 +164,10 @@ def test_a_driver_without_a_device_is_an_error(
     assert advice in finding.fix
 
 
-def test_a_probe_that_fails_is_a_finding() -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_probe_that_fails_is_a_finding(kind: type[Exception]) -> None:
     def fail() -> Finding:
-        raise RuntimeError("CUDA error:\n an illegal memory access")
+        raise kind("CUDA error:\n an illegal memory access")
 
     finding = doctor._guarded("GPU 0", fail)
     assert (finding.state, finding.found) == ("error", "CUDA error: an illegal memory access")

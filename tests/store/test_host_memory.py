@@ -110,6 +110,11 @@ def test_only_cuda_devices_pin_and_a_wish_that_cannot_be_met_is_an_error() -> No
         pin_mode("on", cpu)
 
 
+def test_memory_that_the_machine_does_not_have_is_one_line_with_advice() -> None:
+    with pytest.raises(ValueError, match=r"^1048576\.0 GiB of host memory .*set store\.tier to file$"):
+        host_zeros(1 << 50, torch.uint8, "off")
+
+
 def test_auto_goes_on_without_page_locks_and_on_does_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,7 +127,7 @@ def test_auto_goes_on_without_page_locks_and_on_does_not(
     monkeypatch.setattr(host_memory, "forget_cuda_error", lambda: taken.append("error"))
     assert host_zeros(10, torch.float32, "auto").shape == (10,)
     assert "ulimit" in caplog.text
-    with pytest.raises(RuntimeError, match=r"store\.pin"):
+    with pytest.raises(ValueError, match=r"set store\.pin to off"):
         host_zeros(10, torch.float32, "on")
     assert taken == ["error"] * 2, "a refusal leaves CUDA's error state set: the next kernel would raise it"
 

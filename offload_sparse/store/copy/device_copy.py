@@ -281,7 +281,7 @@ def triton_works(device: torch.device) -> bool:
 
 def compared_ways(device: torch.device, to_host: bool, unit: int) -> tuple[float, float]:
     """Seconds of a copy by a kernel that reads or writes page-locked memory directly, and of a staged one, of
-    (PROBED / 2)² units of float32; for the arguments see ``zero_copy_is_faster``. Raises RuntimeError: a way
+    (PROBED / 2)² units of float32; for the arguments see ``zero_copy_is_faster``. Raises an error: a way
     fails."""
     plan, host, out = _probe(unit, device, PROBED, "on")
     direct = _seconds(lambda: launch(plan, host, out, to_host, device), device)
