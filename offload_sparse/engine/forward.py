@@ -164,8 +164,8 @@ def _scalar(name: str, value: Any, like: Tensor) -> Tensor:
     if size != 1:
         found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"metric {name!r} is {found}; return a number, or a tensor of one element")
-    found = torch.as_tensor(value).detach().reshape(())
-    return to_device(found, like.device) if found.device.type == "cpu" else found.to(like.device)
+    scalar = torch.as_tensor(value).detach().reshape(())
+    return to_device(scalar, like.device) if scalar.device.type == "cpu" else scalar.to(like.device)
 
 
 def in_parts(closure: Closure | Iterable[Closure]) -> list[Closure]:
