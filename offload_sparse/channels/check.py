@@ -430,7 +430,7 @@ def _run(network: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], d
     generator = torch.Generator().manual_seed(seed + 1)
     functional = [(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs]
     total = torch.autograd.graph.get_gradient_edge(torch.stack(functional).sum())
-    with NoDropout(network), _InDouble():  # for what checkpoints compute again; of a tensor it would leave both
+    with NoDropout(network), _InDouble():  # for what is computed again; of a tensor it would leave both
         torch.autograd.backward(total, torch.ones(()))
     tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
     return [t.detach() for t in outputs], {i: x.grad for i, x in enumerate(tensors) if x.grad is not None}
