@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +54,17 @@ def ranks_where(condition: bool, world_size: int) -> list[int]:
 def first_word(own: str, world_size: int, group: dist.ProcessGroup | None = None) -> str:
     """What the first rank says that has something to say; every rank has to ask."""
     return next(filter(None, everyones(own, world_size, group)), "")
+
+
+def require_equal(of_ranks: Mapping[int, Mapping[str, Any]], advice: str) -> None:
+    """Compare what ranks have under the same names. Raises ValueError: something differs; names it."""
+    (first, expected), *others = of_ranks.items()
+    for rank, own in others:
+        for name, value in own.items():
+            if value != expected.get(name):
+                raise ValueError(
+                    f"{name} is {expected.get(name)} on rank {first} and {value} on rank {rank}; {advice}"
+                )
 
 
 def describe_fault(step: int, ranks: list[int], loss: float) -> str:

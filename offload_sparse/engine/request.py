@@ -9,7 +9,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from offload_sparse.engine.distributed import everyones
+from offload_sparse.engine.distributed import everyones, require_equal
 from offload_sparse.engine.forward import Closure
 from offload_sparse.engine.losses import LIVE
 from offload_sparse.engine.subnet_pair import SubnetPair
@@ -123,14 +123,11 @@ class Requests(ABC):
         every = everyones(word, self.ranks.world_size, self.ranks.host_group)
         self._joined = all(waits for waits, *_ in every)
         self.asked_freeze = min(asked for _, asked, _ in every)
-        live = [(rank, settings) for rank, (*_, settings) in enumerate(every) if settings is not None]
+        live = {rank: settings for rank, (*_, settings) in enumerate(every) if settings is not None}
         self._compared = bool(live)
-        for rank, settings in live[1:]:
-            first, expected = live[0]
-            for name, value in settings.items():
-                if value != expected.get(name):
-                    raise ValueError(
-                        f"{name} is {expected.get(name)} on rank {first} and {value} on rank {rank}; one "
-                        "that had fewer batches has stepped its scheduler less often: before session.step, "
-                        "let it catch up (while scheduler.last_epoch < session.steps_done: scheduler.step())"
-                    )
+        if live:
+            require_equal(
+                live,
+                "one that had fewer batches has stepped its scheduler less often: before session.step, "
+                "let it catch up (while scheduler.last_epoch < session.steps_done: scheduler.step())",
+            )

@@ -34,7 +34,7 @@ from offload_sparse.channels.subnet import fit_attributes, meta_copy, tensor_set
 from offload_sparse.engine.averaging import EMA, OUTER
 from offload_sparse.engine.batch_norm import Run, flags_restored, reestimate_batch_norm
 from offload_sparse.engine.config import FinalConfig, OnNonFinite, RoundConfig, check_combination
-from offload_sparse.engine.distributed import average, on_every_rank
+from offload_sparse.engine.distributed import average, everyones, on_every_rank, require_equal
 from offload_sparse.engine.family import own_entries, start_own_norms, with_own_norms
 from offload_sparse.engine.forward import Closure, Forward, bound, in_parts
 from offload_sparse.engine.importance import Importance
@@ -114,8 +114,8 @@ class SparseOffload(Rounds):
         optimizer: parameters -> optimizer, such as ``partial(torch.optim.AdamW, lr=1e-3)``; any one whose
             step of a weight depends on that weight alone.
         rho: remaining ratio; shorthand for the one of ``policy``.
-        total_steps: optimizer steps of the run; ``rounds.freeze_at`` is a share of it. Without it the final
-            mask is chosen by ``freeze`` or, untrained, by ``finalize``.
+        total_steps: optimizer steps of the run, of the rank that makes most; ``rounds.freeze_at`` is a share
+            of it. Without it the final mask is chosen by ``freeze`` or, untrained, by ``finalize``.
         groups: name of a parameter -> settings of its group, such as ``{"lr": 0.01}``; None for the
             optimizer's.
         no_decay: no weight decay of vectors (biases, scales and shifts of norms).
@@ -170,15 +170,17 @@ class SparseOffload(Rounds):
         bare = isinstance(example_inputs, Tensor)
         self._example_inputs = (example_inputs,) if bare else tuple(example_inputs)
         chosen = _policy(policy, rho, setup, rounds, weights is not None)
-        freeze_step = None if total_steps is None else rounds.freeze_step(chosen.search, total_steps)
         ranks = Ranks.current()
+        call = {"seed": seed, "no_decay": no_decay, "clip_norm": clip_norm, "ema": ema}
+        total_steps, counted = _agreed(ranks, total_steps, self._example_inputs, call, chosen, rounds, setup)
+        freeze_step = None if total_steps is None else rounds.freeze_step(chosen.search, total_steps)
         shard = Ranks.current(per_node=True) if setup.store.shard == "node" else ranks
         kept = probe(optimizer, self.device)
         by_hand = setup.channel_map is not None and setup.block == "auto"
         block = 1 if by_hand else chosen_block(setup.block, self.device.type)
         inputs, given = self._example_inputs, setup.channel_map
         prepared = prepare(model, inputs, setup.residual, given, setup.verify, block)
-        cost = CostModel(prepared.meta_model, prepared.channel_map, inputs)
+        cost = CostModel(prepared.meta_model, prepared.channel_map, counted)
         self._factory = partial(copy.deepcopy, prepared.meta_model) if isinstance(model, nn.Module) else model
         model_of_all, channel_map = with_own_norms(prepared.meta_model, prepared.channel_map, setup.members)
         with_members = dataclasses.replace(prepared, meta_model=model_of_all, channel_map=channel_map)
@@ -469,6 +471,30 @@ class SparseOffload(Rounds):
         parts = batch if isinstance(batch, tuple | list) else (batch,)
         inputs = move_inputs(tuple(parts[: len(self._example_inputs)]), self.device)
         return self.forward.run(network, lambda module: module(*inputs))
+
+
+def _agreed(
+    ranks: Ranks,
+    total_steps: int | None,
+    inputs: tuple[Any, ...],
+    call: Mapping[str, Any],
+    policy: PolicyConfig,
+    rounds: RoundConfig,
+    setup: Setup,
+) -> tuple[int | None, tuple[Any, ...]]:
+    """The steps of the run, and inputs to count FLOPs by, the same for all ranks: these may have different
+    numbers of batches, of other lengths. Raises ValueError (on every rank): their settings differ."""
+    if ranks.world_size == 1:
+        return total_steps, inputs
+    parts = {"policy": policy, "rounds": rounds, "setup": setup, "final": setup.final}
+    named = {f"{part}.{name}": value for part, of in parts.items() for name, value in vars(of).items()}
+    plain = {n: v for n, v in (call | named).items() if isinstance(v, int | float | str | list | torch.dtype)}
+    plain.pop("setup.run_id")  # of a rank's own files
+    shapes = move_inputs(inputs, "meta")
+    every = everyones((total_steps, shapes, plain), ranks.world_size, ranks.host_group)
+    require_equal({rank: own for rank, (*_, own) in enumerate(every)}, "give every rank the same")
+    steps = [steps for steps, *_ in every if steps is not None]
+    return max(steps, default=None), inputs if str(shapes) == str(every[0][1]) else every[0][1]
 
 
 def _policy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ from offload_sparse.channels.selection import Selection
 from offload_sparse.engine import gradients
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.forward import Forward
+from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.estimators import paired_losses
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.store.config import StoreConfig
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks, WeightStore
 from tests.engine.reference import entry_masks
-from tests.support.channel_maps import small_map
+from tests.support.channel_maps import SmallNet, small_map
 from tests.support.ranks import run_ranks
 from tests.support.sessions import batches, loss_fn, loss_of, make_session, own_part, small_net, whole
 
@@ -384,3 +386,44 @@ def hang() -> None:
         dist.barrier()
     else:
         dist.recv(torch.empty(1), src=0)
+
+
+def with_settings_of_their_own() -> list[str]:
+    """What a rank is told whose arguments are not those of the other."""
+    rank = dist.get_rank()
+    policy, rounds = PolicyConfig.paper(rho=0.5), RoundConfig()
+    found = []
+    for call in (
+        partial(make_session, small_net(), PolicyConfig.paper(rho=0.5 - 0.1 * rank), rounds),
+        partial(make_session, small_net(), policy, RoundConfig(k=2 + rank)),
+        partial(make_session, small_net(), policy, rounds, verify=rank == 0),
+        partial(SparseOffload, SmallNet, torch.empty(2, 2, 6, 6), torch.optim.SGD, rho=0.5, seed=rank),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_with_different_settings_are_refused_by_name() -> None:
+    first, second = run_ranks(2, with_settings_of_their_own)
+    assert first == second
+    assert first == [
+        "policy.rho is 0.5 on rank 0 and 0.4 on rank 1; give every rank the same",
+        "rounds.k is 2 on rank 0 and 3 on rank 1; give every rank the same",
+        "setup.verify is True on rank 0 and False on rank 1; give every rank the same",
+        "seed is 0 on rank 0 and 1 on rank 1; give every rank the same",
+    ]
+
+
+def flops_by_own_example() -> int:
+    """Of a network that takes images of any size."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    example = torch.empty(2, 2, 6 + rank, 6 + rank)
+    return SparseOffload(SmallNet, example, torch.optim.SGD, rho=0.5, device="cpu").cost.dense_flops
+
+
+def test_ranks_count_flops_by_the_example_of_the_first() -> None:
+    """Else they would draw other masks, such as behind a loader that pads each batch by itself."""
+    assert run_ranks(2, flops_by_own_example) == [flops_by_own_example()] * 2

@@ -32,9 +32,10 @@ def state_of(session: SparseOffload) -> dict[str, Any]:
 
 
 def uneven(missing: int, reference: str, end: str) -> dict[str, Any]:
-    """Rank 1 has fewer batches; both end the same way, and rank 0 alone makes the last steps."""
+    """Rank 1 has fewer batches, and says so; both end the same way, and rank 0 alone makes the last steps."""
     rounds = RoundConfig(k=4, reference=reference)  # type: ignore[arg-type]
-    session = make_session(small_net(end in ("evaluation", "finalize")), POLICY, rounds, total=100)
+    network = small_net(end in ("evaluation", "finalize"))
+    session = make_session(network, POLICY, rounds, total=100 - 40 * dist.get_rank())
     steps = 10 - dist.get_rank() * missing
     for x, y in batches(steps, seed=dist.get_rank()):
         session.step(loss_of((x, y)))
