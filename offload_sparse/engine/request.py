@@ -65,20 +65,15 @@ class Requests(ABC):
             self._training = None
             raise
 
-    def join(self, caller: str) -> None:
+    def join(self, call: str) -> None:
         """Wait until every rank is here, and take part in the steps that others make before; every rank calls
-        it, after any number of steps. Raises ValueError (on every rank): they have come by different
-        ``caller``s, in which they would wait for each other in vain."""
+        it, after any number of steps. Raises ValueError (on every rank): for different things."""
         self._joined = self.ranks.world_size == 1
         while not self._joined:
             self._ask(Ask.JOIN)
-        callers = everyones(caller, self.ranks.world_size, self.ranks.host_group)
-        for rank, other in enumerate(callers):
-            if other != callers[0]:
-                raise ValueError(
-                    f"rank 0 is in {callers[0]} and rank {rank} in {other}; call them on every rank in the "
-                    "same order, on one that has no batch any more, too"
-                )
+        calls = everyones({"the call of the session": call}, self.ranks.world_size, self.ranks.host_group)
+        advice = "every rank makes the same ones in the same order, one that has no batch any more, too"
+        require_equal(dict(enumerate(calls)), advice)
         self._take_over()
         self._compared = False
 

@@ -175,11 +175,32 @@ def apart() -> tuple[str, int]:
     return said, len(session.state_dict())
 
 
+def saved_by_the_first_alone() -> str:
+    """As a script does that saves on its main process only."""
+    session = make_session(small_net(False), POLICY, RoundConfig(k=4))
+    try:
+        for _ in range(2):
+            for batch in batches(3):
+                session.step(loss_of(batch))
+            if dist.get_rank() == 0:
+                session.state_dict()
+        session.finalize()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def different_calls() -> tuple[str, tuple[str, int]]:
+    return saved_by_the_first_alone(), apart()
+
+
 def test_ranks_that_wait_for_each_other_in_different_calls_say_so() -> None:
     """And go on."""
-    first, second = run_ranks(2, apart)
+    first, second = run_ranks(2, different_calls)
     assert first == second
-    assert first[0].startswith("rank 0 is in state_dict and rank 1 in evaluation; call them on every rank")
+    alone, (said, _) = first
+    assert alone.startswith("the call of the session is state_dict on rank 0 and finalize on rank 1; every rank")
+    assert said.startswith("the call of the session is state_dict on rank 0 and evaluation on rank 1; every rank")
 
 
 def waits_no_longer_than_asked() -> bool:
