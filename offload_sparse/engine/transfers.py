@@ -282,20 +282,18 @@ class Transfers:
             else:
                 self._bound_ahead = True
             self._carry(transfer)
+            if self.ahead:
+                # Until they are back, only the pair that is left knows the last values of what is evicted;
+                # what has been carried over is newer than the store still.
+                evict = partial(self._put_back, self.pair.trained, self._pairs[-1].trained)
+                if self._side_stream is None:
+                    evict()
+                else:
+                    self._returning = self._side_stream.submit(evict)
         except BaseException:
             self._pairs[-1].wanted, self._bound_ahead = None, False  # half filled; whoever asks again has all
             raise
-        left = self.pair
         self._pairs.reverse()
-        if not self.ahead:
-            return
-        # Until they are back, only the pair that has been left knows the last values of what is evicted; what
-        # has been carried over is newer than the store still.
-        evict = partial(self._put_back, left.trained, self.pair.trained)
-        if self._side_stream is None:
-            evict()
-        else:
-            self._returning = self._side_stream.submit(evict)
 
     def _fetch(self, transfer: Transfer) -> None:
         """Select the sides of the target, and fetch what only the store has."""

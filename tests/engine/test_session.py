@@ -288,9 +288,12 @@ def test_however_the_weights_are_moved_the_bits_are_the_same(reference: str, k: 
         assert_same(run_transfers(reference, k, 14, transfer, optim), plain)
 
 
-@pytest.mark.parametrize("transfer", ["full", "delta"])
-def test_a_round_that_could_not_be_fetched_is_fetched_again(
-    transfer: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("transfer", "work", "at"),
+    [("full", "fetch", [0, 3]), ("delta", "fetch", [0, 3]), ("full", "put_back", [3]), ("delta", "put_back", [3])],
+)
+def test_a_transfer_that_has_failed_is_made_again(
+    transfer: str, work: str, at: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = RoundConfig(k=3, transfer=transfer)  # type: ignore[arg-type]
     disturbed, other = (make_session(small_net(), PolicyConfig.paper(rho=0.5), rounds) for _ in range(2))
@@ -299,8 +302,8 @@ def test_a_round_that_could_not_be_fetched_is_fetched_again(
         raise MemoryError("no room")
 
     for step, batch in enumerate(batches(8)):
-        if step in (0, 3):
-            monkeypatch.setattr(disturbed.store, "fetch", fails)
+        if step in at:
+            monkeypatch.setattr(disturbed.store, work, fails)
             with pytest.raises(MemoryError, match="no room"):
                 disturbed.step(loss_of(batch))
             monkeypatch.undo()
