@@ -324,11 +324,12 @@ class SparseOffload(Rounds):
                 than the network has inputs, the first ones are its inputs. The last ones of the training if
                 None.
         """
-        self._check_open()
-        self.join("evaluation")
-        if batches is None:
-            self.catch_up()  # which tells the batches that were left out
-        side = self._open().sides[0]
+        with torch.inference_mode(False):  # what begins here is trained on
+            self._check_open()
+            self.join("evaluation")
+            if batches is None:
+                self.catch_up()  # which tells the batches that were left out
+            side = self._open().sides[0]
         ema = side.arrays.get(EMA) if self.ema_steps else None
         kinds = () if ema is None and not self.local else (WEIGHTS,)
         self.forward.train_mode(side.module)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import pytest
@@ -401,14 +403,15 @@ def test_after_the_freeze_only_the_final_mask_is_trained() -> None:
     assert torch.equal(network.mask, mask)
 
 
-def test_evaluation_leaves_no_trace() -> None:
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_evaluation_leaves_no_trace(mode: Callable[[], AbstractContextManager[None]]) -> None:
     """A run with evaluations in the middle of rounds equals one without."""
     runs = []
     for evaluate in (False, True):
         session = make_session(small_net(), PolicyConfig.paper(rho=0.5), RoundConfig(k=3))
         for i, batch in enumerate(batches(6)):
             if evaluate and i in (0, 2, 3):
-                with session.evaluation([batches(1, seed=9)[0][0]]) as module:
+                with mode(), session.evaluation([batches(1, seed=9)[0][0]]) as module:
                     module.eval()(batch[0])
             session.step(loss_of(batch))
         runs.append(arrays(session))
