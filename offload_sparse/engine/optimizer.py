@@ -101,7 +101,7 @@ def probe(
     """Find out what the optimizer of ``factory`` keeps of a group with ``settings``, by stepping it on a tiny
     parameter. Raises ValueError: it is no factory, or its optimizer cannot be used; names it."""
     own = Group((), settings or {})
-    parameter = nn.Parameter(torch.zeros(prod(_SHAPE), device=device))
+    parameter = nn.Parameter(torch.zeros(prod(_SHAPE), dtype=torch.float32, device=device))
     optimizer = build_optimizer(factory, [own.of([parameter])])
     name, group = type(optimizer).__name__, optimizer.param_groups[0]
     before = dict(group)
@@ -177,7 +177,7 @@ def _check_entries(
     """Three steps on a matrix equal those on parts of its entries, by optimizers that are given their
     state."""
     generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(4, *_SHAPE, generator=generator).to(device).unbind()
+    start, *gradients = torch.randn(4, *_SHAPE, generator=generator, dtype=torch.float32).to(device).unbind()
     whole, size = nn.Parameter(start.clone()), prod(_SHAPE) // 3
     optimizer = build_optimizer(factory, [own.of([whole])])
     parts = [part.clone() for part in start.flatten().split(size)]
@@ -191,7 +191,7 @@ def _check_entries(
         pieces = gradient.flatten().split(size)
         for part, keep, piece, session in zip(parts, keeps, pieces, given, strict=True):
             step = FlatOptimizer(session, {WEIGHTS: part, **keep}, piece.clone(), [slice(None)]).step
-            step(torch.zeros((), device=device))
+            step(torch.zeros((), dtype=torch.float32, device=device))
     # How far they have come: with a small rate the weights are alike whatever the steps are. A rate
     # so large that weights overflow is not this check's concern: training stops with advice.
     moved, expected = torch.cat(parts) - start.flatten(), (whole.detach() - start).flatten()
@@ -454,7 +454,8 @@ class LossScale:
     def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         self._growth, self._backoff = scaler.get_growth_factor(), scaler.get_backoff_factor()
         self._interval = scaler.get_growth_interval()
-        self.state = torch.tensor([scaler.get_scale(), 0.0], device=device)  # scale, good steps in a row
+        first = scaler.get_scale(), 0.0  # good steps in a row
+        self.state = torch.tensor(first, dtype=torch.float32, device=device)
 
     @property
     def scale(self) -> Tensor:

@@ -100,6 +100,13 @@ def test_at_rho_one_an_optimizer_is_that_of_torch(name: str) -> None:
     assert_ends_as(session, plain)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_an_optimizer_is_tried_in_float32_whatever_the_default_is(default: torch.dtype) -> None:
+    expected = probe(USABLE["adamw"])
+    torch.set_default_dtype(default)
+    assert probe(USABLE["adamw"]) == expected
+
+
 @pytest.mark.parametrize("name", USABLE)
 def test_a_step_that_is_not_finite_moves_neither_weights_nor_slots(name: str) -> None:
     rounds, more = RoundConfig(k=3), {"optimizer": USABLE[name], "on_nonfinite": "skip"}
