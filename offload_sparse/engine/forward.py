@@ -47,6 +47,13 @@ class Forward:
     _switched: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
     _differentiates: bool = field(default=False, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.autocast, AbstractContextManager):
+            raise ValueError(
+                "autocast is entered in every pass; give a function that makes it, such as "
+                "accelerator.autocast, or partial(torch.autocast, 'cuda', torch.bfloat16)"
+            )
+
     def train_mode(self, module: nn.Module) -> None:
         """The module's own training mode; one that is in it already stays as it is."""
         if module.training and module in self._switched:

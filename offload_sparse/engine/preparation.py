@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from offload_sparse.channels.atoms import block_atoms
 from offload_sparse.channels.channel_map import ChannelMap
@@ -118,6 +119,7 @@ def prepare(
         meta_model = recording.model if recording.replayable else build_on_meta(source)
         if any(value.is_meta for value in other_tensors(meta_model)):
             meta_model = build_on_meta(source)
+    _refuse_wrapped(meta_model)
     _refuse_odd_parameters(meta_model)
     require_places(meta_model)
     if channel_map is None:
@@ -138,6 +140,17 @@ def prepare(
 
         on_first_rank(test)
     return PreparedModel(source, meta_model, channel_map, recording)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """What is written of such a network could not be read back."""
+    if isinstance(model, DataParallel | DistributedDataParallel) or (
+        "_orig_mod" in model._modules or "_original_forward" in vars(model)
+    ):
+        raise ValueError(
+            "the model has been through accelerator.prepare, torch.compile or a data-parallel wrapper; give "
+            "the network itself, with Forward(accelerator.autocast) or Setup(compile=True) for what they did"
+        )
 
 
 def _refuse_odd_parameters(model: nn.Module) -> None:

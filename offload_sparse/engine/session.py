@@ -166,13 +166,16 @@ class SparseOffload(Rounds):
         setup, rounds, forward = setup or Setup(), rounds or RoundConfig(), forward or Forward()
         if ema and torch.finfo(setup.dtype).bits < 32:
             raise ValueError(f"an average in {setup.dtype} stands still; set ema to 0 or dtype to float32")
+        if (default := torch.get_default_device()).type != "cpu":
+            raise ValueError(f"torch.set_default_device({str(default)!r}) is no place for a store; remove it")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         bare = isinstance(example_inputs, Tensor)
         self._example_inputs = (example_inputs,) if bare else tuple(example_inputs)
         chosen = _policy(policy, rho, setup, rounds, weights is not None)
         ranks = Ranks.current()
         call = {"seed": seed, "no_decay": no_decay, "clip_norm": clip_norm, "ema": ema}
-        total_steps, counted = _agreed(ranks, total_steps, self._example_inputs, call, chosen, rounds, setup)
+        parts = chosen, rounds, setup, setup.final
+        total_steps, counted = _agreed(ranks, total_steps, self._example_inputs, call, *parts)
         freeze_step = None if total_steps is None else rounds.freeze_step(chosen.search, total_steps)
         shard = Ranks.current(per_node=True) if setup.store.shard == "node" else ranks
         kept = probe(optimizer, self.device)
@@ -475,22 +478,21 @@ class SparseOffload(Rounds):
 
 
 def _agreed(
-    ranks: Ranks,
-    total_steps: int | None,
-    inputs: tuple[Any, ...],
-    call: Mapping[str, Any],
-    policy: PolicyConfig,
-    rounds: RoundConfig,
-    setup: Setup,
+    ranks: Ranks, total_steps: int | None, inputs: tuple[Any, ...], call: Mapping[str, Any], *parts: object
 ) -> tuple[int | None, tuple[Any, ...]]:
     """The steps of the run, and inputs to count FLOPs by, the same for all ranks: these may have different
     numbers of batches, of other lengths. Raises ValueError (on every rank): their settings differ."""
     if ranks.world_size == 1:
+        if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            warnings.warn(
+                f"{started} processes were started, but there is no process group, and each trains alone; "
+                "make an Accelerator, or call torch.distributed.init_process_group(), before the session",
+                stacklevel=3,
+            )
         return total_steps, inputs
-    parts = {"policy": policy, "rounds": rounds, "setup": setup, "final": setup.final}
-    named = {f"{part}.{name}": value for part, of in parts.items() for name, value in vars(of).items()}
+    named = {f"{type(of).__name__}.{name}": value for of in parts for name, value in vars(of).items()}
     plain = {n: v for n, v in (call | named).items() if isinstance(v, int | float | str | list | torch.dtype)}
-    plain.pop("setup.run_id")  # of a rank's own files
+    plain.pop("Setup.run_id")  # of a rank's own files
     shapes = move_inputs(inputs, "meta")
     every = everyones((total_steps, shapes, plain), ranks.world_size, ranks.host_group)
     require_equal({rank: own for rank, (*_, own) in enumerate(every)}, "give every rank the same")

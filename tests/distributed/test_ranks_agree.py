@@ -410,9 +410,9 @@ def test_ranks_with_different_settings_are_refused_by_name() -> None:
     first, second = run_ranks(2, with_settings_of_their_own)
     assert first == second
     assert first == [
-        "policy.rho is 0.5 on rank 0 and 0.4 on rank 1; give every rank the same",
-        "rounds.k is 2 on rank 0 and 3 on rank 1; give every rank the same",
-        "setup.verify is True on rank 0 and False on rank 1; give every rank the same",
+        "PolicyConfig.rho is 0.5 on rank 0 and 0.4 on rank 1; give every rank the same",
+        "RoundConfig.k is 2 on rank 0 and 3 on rank 1; give every rank the same",
+        "Setup.verify is True on rank 0 and False on rank 1; give every rank the same",
         "seed is 0 on rank 0 and 1 on rank 1; give every rank the same",
     ]
 

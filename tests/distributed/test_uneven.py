@@ -199,8 +199,8 @@ def test_ranks_that_wait_for_each_other_in_different_calls_say_so() -> None:
     first, second = run_ranks(2, different_calls)
     assert first == second
     alone, (said, _) = first
-    assert alone.startswith("the call of the session is state_dict on rank 0 and finalize on rank 1; every rank")
-    assert said.startswith("the call of the session is state_dict on rank 0 and evaluation on rank 1; every rank")
+    assert alone.startswith("the call of the session is state_dict on rank 0 and finalize on rank 1; every")
+    assert said.startswith("the call of the session is state_dict on rank 0 and evaluation on rank 1; every")
 
 
 def waits_no_longer_than_asked() -> bool:

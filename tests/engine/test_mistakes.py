@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from offload_sparse import FinalNetwork, Setup, SparseOffload
+from offload_sparse import FinalNetwork, Forward, Setup, SparseOffload
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.forward import bound, other_device
 from offload_sparse.policy.config import PolicyConfig
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+BF16 = partial(Accelerator, cpu=True, mixed_precision="bf16")
 X = torch.zeros(2, 12)
 
 
@@ -86,6 +88,11 @@ def with_tuple() -> nn.Module:
     return net
 
 
+def on_another_device() -> SparseOffload:
+    with torch.device("meta"):
+        return new_session()
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dict loss": (lambda: trained(lambda net: {"loss": loss(net)}), "the closure returns dict"),
     "no loss": (lambda: trained(lambda net: None), "the closure returns NoneType"),
@@ -138,6 +145,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: SparseOffload(with_tuple, X, SGD, rho=0.5),
         r"keeps a tensor of shape \(16, 12\).*in a list",
     ),
+    "context": (lambda: Forward(torch.autocast("cpu", torch.bfloat16)), "autocast is entered in every pass"),
+    "prepared model": (
+        lambda: SparseOffload(BF16().prepare(network()), X, SGD, rho=0.5),
+        r"give the network itself, with Forward\(accelerator.autocast\)",
+    ),
+    "data-parallel model": (lambda: SparseOffload(nn.DataParallel(network()), X, SGD, rho=0.5), "itself"),
+    "compiled model": (lambda: SparseOffload(torch.compile(network()), X, SGD, rho=0.5), "itself"),
+    "default device": (on_another_device, r"set_default_device\('meta'\) is no place for a store"),
     "clip_norm": (lambda: new_session(clip_norm=-1.0), r"clip_norm -1.0"),
 }
 
@@ -223,6 +238,12 @@ def test_finalize_in_the_middle_of_the_search_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         trained()
+
+
+def test_processes_that_do_not_know_of_each_other_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="each trains alone; make an Accelerator"):
+        new_session()
 
 
 def test_a_step_that_fails_leaves_the_session_usable() -> None:
