@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -320,10 +321,11 @@ class SubnetOptimizer:
     def settings(self) -> dict[str, Any]:
         """The numbers that whoever has ``shown`` can set, by a name for messages."""
         return {
-            f"{name} of parameter group {i}": float(value) if isinstance(value, Tensor) else value
+            f"{name} of parameter group {i}": value if isinstance(value, tuple) else float(value)
             for i, group in enumerate(self.shown.param_groups)
             for name, value in group.items()
-            if name in self.shown.defaults and isinstance(value, bool | int | float | tuple | Tensor)
+            if name in self.shown.defaults
+            and isinstance(value, bool | int | float | tuple | Tensor | np.generic)
         }
 
     def take_over(self, rank: int, ranks: Ranks) -> None:

@@ -17,8 +17,10 @@ from itertools import chain
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.distributed import everyones, first_word
@@ -208,7 +210,8 @@ def whole_state(session: Rounds) -> dict[str, Any]:
     groups = [_settings(group) for group in session.transfers.optimizer.shown.param_groups]
     small = {"replicated": state.replicated, "meta": state.meta, "local": every, "groups": groups}
     file = BytesIO()
-    torch.save(small, file)
+    # A rate that NumPy has computed is a float, but not one that a file without code may hold.
+    torch.save(tree_map_only(np.generic, np.generic.item, small), file)
     rows = {key: store.to_first_rank(name, kind) for key, kind, name, _ in _tensors(store)}
     return {"rows": {n: t for n, t in rows.items() if t is not None}, "small": file.getvalue()}
 
@@ -259,7 +262,7 @@ def _problem(session: Rounds, state: Mapping[str, Any]) -> tuple[str, dict[str, 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint keeps of a parameter group: numbers, which schedulers change."""
     plain = {name: value for name, value in group.items() if name != "params"}
-    return {n: v for n, v in plain.items() if isinstance(v, bool | int | float | tuple | Tensor)}
+    return {n: v for n, v in plain.items() if isinstance(v, bool | int | float | tuple | Tensor | np.generic)}
 
 
 def _mean(every: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

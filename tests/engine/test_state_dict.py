@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -134,6 +135,16 @@ def test_rates_that_a_scheduler_has_set_are_resumed() -> None:
     second.load_state_dict(first.state_dict())
     rates = [group["lr"] for group in second.optimizer.param_groups]
     assert rates == [group["lr"] for group in first.optimizer.param_groups] == [0.01 / 4, 0.02 / 4]
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_a_rate_that_numpy_has_computed_is_resumed(kind: type[np.floating[Any]], tmp_path: Path) -> None:
+    first, second = new_session(), new_session()
+    first.optimizer.param_groups[0]["lr"] = kind(0.25)
+    train(first, 0, 2)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert second.optimizer.param_groups[0]["lr"] == 0.25
 
 
 def test_accelerate_saves_a_registered_session(tmp_path: Path) -> None:
