@@ -478,7 +478,7 @@ class SparseOffload(Rounds):
 
 
 def _agreed(
-    ranks: Ranks, total_steps: int | None, inputs: tuple[Any, ...], call: Mapping[str, Any], *parts: object
+    ranks: Ranks, total_steps: int | None, inputs: tuple[Any, ...], call: dict[str, Any], *parts: object
 ) -> tuple[int | None, tuple[Any, ...]]:
     """The steps of the run, and inputs to count FLOPs by, the same for all ranks: these may have different
     numbers of batches, of other lengths. Raises ValueError (on every rank): their settings differ."""
