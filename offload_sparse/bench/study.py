@@ -1,7 +1,7 @@
 """Searched widths against their controls: accuracy of every method at equal train FLOPs, over seeds.
 
 All cells of a row have the same share of the dense FLOPs, and as many steps as give the row the same train
-FLOPs, probes included:
+FLOPs, probes included; where a budget counts channels both hold of the first step:
 
     even        one width everywhere, fixed from the start (method static)
     published   widths from a paper, scaled (VGG-19 only)
@@ -12,7 +12,8 @@ FLOPs, probes included:
     found       fixed from the start, with the widths that ``probe`` ended with
     persistent  masks that persist and a keep rate per group, frozen after a twentieth of the steps
     sampled     the paper's masks, K = 50, frozen after four fifths of the steps
-    algorithm1  as ``sampled``, but with the paper's K = 1 and VR-PGE
+    counted     as ``sampled``, but with the paper's budget: of all channels the square root of that share
+    algorithm1  as ``counted``, but with the paper's K = 1 and VR-PGE
     dense       the full network (for as many steps as ``even``)
 """
 
@@ -42,6 +43,7 @@ _PAPER = {
     "policy.hard_cap": 2,
     "round.freeze_at": 0.8,
 }
+_CHANNELS = {"policy.budget": "count"}
 METHODS: dict[str, dict[str, Any]] = {
     "even": {"method": "static"},
     "published": {"method": "static", "static.widths": "vgg19_cifar_slimming"},
@@ -52,7 +54,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "found": {"method": "static"},
     "persistent": {"policy.search": "sampled", "policy.hard_cap": 2},
     "sampled": _PAPER | {"policy.estimator": "rloo"},
-    "algorithm1": _PAPER | {"policy.estimator": "vr_pge", "round.k": 1, "round.reference": "every_step"},
+    "counted": _PAPER | _CHANNELS | {"policy.estimator": "rloo"},
+    "algorithm1": _PAPER
+    | _CHANNELS
+    | {"policy.estimator": "vr_pge", "round.k": 1, "round.reference": "every_step"},
     "dense": {"method": "dense"},
 }
 """In the order in which they are run: ``found`` depends on ``probe``."""
@@ -124,6 +129,8 @@ def cell(config: StudyConfig, folder: Path, steps: int, name: str, share: float,
         options["static.widths"] = " ".join(map(str, figures(config, "probe", share, probe)["widths"]))
     if name == "family":
         options |= {"policy.rho": members[0], "policy.budgets": members}
+    if options["policy.budget"] == "count":
+        options["policy.rho"] = round(share**0.5, 6)
     if name == "probe":
         options["round.freeze_at"] = round(searched(steps) / steps, 3)
     flops = "_".join(f"{share:g}" for share in (members if name == "family" else [share]))
@@ -165,5 +172,5 @@ def equal_steps(name: str, steps: int, groups: int, members: Sequence[float] = (
     if name == "probe":
         cycles, pairs = cycles_and_pairs(groups, searched(steps), steps)
         return round(steps - 2 * cycles * pairs / 3)
-    learned = {"sampled": 0.8, "algorithm1": 0.8, "persistent": 0.05}.get(name, 0.0)
+    learned = {"sampled": 0.8, "counted": 0.8, "algorithm1": 0.8, "persistent": 0.05}.get(name, 0.0)
     return round(steps * 3 / (3 + learned))

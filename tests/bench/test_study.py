@@ -78,6 +78,16 @@ def test_steps_of_a_row_take_the_same_train_flops() -> None:
     assert equal_steps("probe", 100, groups) == 100, "no time for a cycle"
 
 
+def test_a_budget_of_channels_is_that_of_the_flops_of_even_widths(tmp_path: Path) -> None:
+    """FLOPs go with the product of two widths."""
+    config = StudyConfig(set="vgg19", data="cifar10")
+    expected = {"sampled": ("flops", 0.04), "counted": ("count", 0.2), "algorithm1": ("count", 0.2)}
+    for name, (budget, rho) in expected.items():
+        options = study.cell(config, tmp_path, 100, name, 0.04, 0).options
+        assert (options["policy.budget"], options["policy.rho"]) == (budget, rho)
+        assert options["train.max_steps"] == equal_steps("sampled", 100, 16)
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_groups_of_a_set_are_those_of_its_network(name: str) -> None:
     options, _ = cells.SETS[name]
