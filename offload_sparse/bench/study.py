@@ -90,15 +90,18 @@ def run(quick: bool, config: StudyConfig) -> BenchResult:
     ratios: dict[str, float] = {}
     rows = []
     for (share, name), runs in found.items():
-        prefix, even = f"study.{config.set}.flops{share:g}.{name}", found.get((share, "even"), runs)
+        prefix, even = f"study.{config.set}.flops{share:g}.{name}", found.get((share, "even"))
         keys = ("flops_ratio", "params_ratio", "train_flops", "seconds")
         means = {key: fmean(run[key] for run in runs) for key in keys}
-        cost = means["train_flops"] / fmean(run["train_flops"] for run in even)
         percents = accuracy(prefix, [run["accuracy"] for run in runs])
         ratios |= percents
-        ratios |= {f"{prefix}.params_ratio": means["params_ratio"], f"{prefix}.train_cost_vs_even": cost}
+        ratios[f"{prefix}.params_ratio"] = means["params_ratio"]
+        cost = "-"
+        if even is not None:
+            ratio = means["train_flops"] / fmean(run["train_flops"] for run in even)
+            ratios[f"{prefix}.train_cost_vs_even"], cost = ratio, f"{ratio:.3f}"
         numbers = (*percents.values(), 100 * means["flops_ratio"], 100 * means["params_ratio"])
-        costs = (f"{cost:.3f}", runs[0]["steps"], f"{means['seconds']:.0f}")
+        costs = (cost, runs[0]["steps"], f"{means['seconds']:.0f}")
         rows.append([config.set, f"{share:g}", name, *(f"{number:.2f}" for number in numbers), *costs])
     gains = [
         fmean(run["accuracy"] for run in runs) - fmean(run["accuracy"] for run in found[share, "even"])
