@@ -68,17 +68,18 @@ class Subnet:
         """Make the skeleton the network of ``selection``.
 
         Args:
-            weights: flat parameters in the order of ``parameter_names``; parameters become views of it.
-            buffers: flat floating-point buffers in the order of ``buffer_names``.
+            weights: flat parameters in the order of ``parameter_names``; parameters become views of it, each
+                with a version of its own: a forward may write into one that it has not read yet.
+            buffers: flat floating-point buffers in the order of ``buffer_names``, likewise.
             step: that of the layouts of both."""
         views = selection.layout(self.parameter_names, step).views(weights)
         self.parameters = []
         for name, view in zip(self.parameter_names, views, strict=True):
-            self.parameters.append(nn.Parameter(view, self._trainable[name]))
+            self.parameters.append(nn.Parameter(view.data, self._trainable[name]))
             _put(self.parameters[-1], self._places[name])
         views = selection.layout(self.buffer_names, step).views(buffers)
         for name, view in zip(self.buffer_names, views, strict=True):
-            _put(view, self._places[name])
+            _put(view.data, self._places[name])
         for fit in self._fits:
             fit()
         set_additions(self.module, selection, self.device)

@@ -233,6 +233,38 @@ def test_a_buffer_of_two_modules_stays_one(verify: bool) -> None:
         torch.testing.assert_close(final.get_parameter(name), parameter)
 
 
+class Late(Net):
+    """Writes into a buffer and a weight behind a norm, which still needs its own for the gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.b1(self.c1(x))).mean((2, 3))
+        if self.training:
+            with torch.no_grad():
+                self.fc.weight.mul_(0.9)
+                self.centre.mul_(0.9).add_(0.1 * self.fc(features).mean(0))
+        return self.fc(features) - self.centre
+
+
+def test_a_forward_may_write_into_what_it_has_not_read_yet() -> None:
+    """At rho = 1, in float64, against torch."""
+    net, setup = Late().double(), Setup(dtype=torch.float64)
+    plain = copy.deepcopy(net).train()
+    session = SparseOffload(net, IMAGES[0].double(), SGD, rho=1.0, total_steps=20, setup=setup, device="cpu")
+    optimizer = SGD(plain.parameters())
+    for x, y in batches(3):
+        optimizer.zero_grad()
+        loss(plain, (x.double(), y)).backward()
+        optimizer.step()
+        session.step(partial(loss, batch=(x.double(), y)))
+    session.settle()
+    for name, tensor in (*plain.named_parameters(), ("centre", plain.centre)):
+        torch.testing.assert_close(session.store.own_rows(name), tensor)
+
+
 class Counting(Net):
     """Counts in float64 what float32 cannot hold."""
 
