@@ -234,7 +234,7 @@ def _terms_of_weights(
     for name, row in axes_of.items():
         shape = channel_map.shapes[name]
         free = prod(size for size, axis in zip(shape, channel_map.axes[name], strict=True) if axis is None)
-        yield _Term(row, free, Fraction(free * spent.flops[name], prod(shape)))
+        yield _Term(row, free, Fraction(free * spent.flops[name], max(prod(shape), 1)))
 
 
 def _terms_of_others(

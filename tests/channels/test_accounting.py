@@ -160,6 +160,9 @@ BY_WEIGHT: dict[str, Callable[[], nn.Module]] = {
         a=nn.Parameter(torch.ones(6, 8, 3, 3)),
         b=nn.Parameter(torch.ones(8, 6, 1, 1)),
     ),
+    "beside a weight without entries": lambda: between(
+        lambda n, x: n.a(x), a=nn.Conv2d(8, 8, 1), b=nn.Parameter(torch.ones(0, 8))
+    ),
     "a sum of products": lambda: between(
         lambda n, x: torch.einsum("bchw,co->bohw", x, n.a), a=nn.Parameter(torch.ones(8, 8))
     ),
