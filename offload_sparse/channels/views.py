@@ -11,6 +11,8 @@ their sizes replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from inspect import Signature, signature
 from itertools import count, pairwise
 from math import prod
 from typing import Any
@@ -194,12 +196,20 @@ class _Refit(TorchFunctionMode):
 
 
 class FittedForward:
-    """Stands for the ``forward`` of a module whose code writes sizes; ``calls`` has how they are replaced, by
-    the number of the call."""
+    """Stands for the ``forward`` of a module whose code writes sizes, with its signature and code, which
+    exporters read; ``calls`` has how they are replaced, by the number of the call."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.calls: dict[int, tuple[Fit, ...]] = {}
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(partial(type(self.module).forward, self.module))
+
+    @property
+    def __code__(self) -> Any:
+        return type(self.module).forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Refit(type(self.module).__name__, self.calls):

@@ -101,11 +101,20 @@ def test_a_swin_transformer_of_timm_is_read_back_by_name(tmp_path: Path) -> None
     assert (int(index.min()), int(index.max()), int(index[0, 0])) == (0, 168, 84)
 
 
-def test_a_swin_transformer_of_torchvision_becomes_a_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Written(Plain):
+    """Counts channels in the code of the network itself."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.adaptive_avg_pool2d(self.c1(images).relu(), 1).view(-1, 16))
+
+
+@pytest.mark.parametrize(
+    "build", [partial(SwinTransformer, [4, 4], 24, [2, 1], [2, 4], [7, 7], num_classes=4), Written]
+)
+def test_a_network_whose_code_writes_sizes_becomes_a_program(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Case swin_torch_export."""
-    build = partial(SwinTransformer, [4, 4], 24, [2, 1], [2, 4], [7, 7], num_classes=4)
     images = (torch.empty(1, 3, 32, 32, device="meta"),)
     final = trained(build, images, 1, residual="internal", verify=False)
     final.save(tmp_path / "model", None, {"shape": [3, 32, 32], "mean": [0.0] * 3, "std": [1.0] * 3})
