@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from offload_sparse.channels.accounting import count_parameters
 from offload_sparse.channels.channel_map import Axis, ChannelMap
-from offload_sparse.channels.model_call import Inputs, NoDropout, enlarge_inputs, seeded
+from offload_sparse.channels.model_call import Inputs, NoDropout, enlarge_inputs, output_tensors, seeded
 from offload_sparse.channels.require import Explained, require
 from offload_sparse.channels.selection import Selection, restrict
 from offload_sparse.channels.stream_add import set_additions
@@ -404,10 +404,10 @@ def _doubled(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype.is_floating_point else dtype
 
 
-def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Any]:
+def _leaves(network: nn.Module, arguments: Inputs, seed: int) -> list[Tensor]:
     """What a network returns, without dropout; what it draws by itself are the numbers of ``seed``."""
     with NoDropout(network), _InDouble(), seeded(seed):
-        return pytree.tree_leaves(network(*arguments))
+        return output_tensors(network(*arguments))
 
 
 def _run(network: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], dict[int, Tensor]]:
@@ -422,7 +422,7 @@ def _run(network: nn.Module, inputs: Inputs, seed: int) -> tuple[list[Tensor], d
         # A network that says itself where gradients begin wants inputs without.
         arguments = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
         leaves = _leaves(network, arguments, seed)
-    outputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    outputs = [t for t in leaves if t.is_floating_point()]
     if not outputs:
         raise ValueError("the network returns no floating-point tensor; there is nothing to compare")
     if not torch.is_grad_enabled():

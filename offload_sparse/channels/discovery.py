@@ -23,7 +23,13 @@ from torch.utils import _pytree as pytree
 from offload_sparse.channels.attention import drop_heads
 from offload_sparse.channels.channel_map import ALWAYS, Axis, ChannelMap, Group
 from offload_sparse.channels.config import Residual
-from offload_sparse.channels.model_call import Inputs, NoDropout, attention_in_products, enlarge_inputs
+from offload_sparse.channels.model_call import (
+    Inputs,
+    NoDropout,
+    attention_in_products,
+    enlarge_inputs,
+    output_tensors,
+)
 from offload_sparse.channels.propagation import Propagation
 from offload_sparse.channels.stream_add import additions, expose_additions
 from offload_sparse.channels.subnet import is_norm, on_copy, output_dimension
@@ -116,7 +122,7 @@ def _run(network: nn.Module, inputs: Inputs, *, separate: bool) -> _Trace:
     with found, sizes, NoDropout(network):
         for training in (False, True):
             found.added.clear()
-            for x in pytree.tree_leaves(network.train(training)(*inputs)):
+            for x in output_tensors(network.train(training)(*inputs)):
                 found.keep(x, "the output")
     return _Trace(network, shapes, found, sizes)
 

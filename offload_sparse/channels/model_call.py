@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,18 @@ def enlarge_inputs(inputs: Inputs, least: int) -> Inputs:
         return x[rows.to(x.device)] if x.dim() else x
 
     return pytree.tree_map_only(Tensor, enlarged, inputs)
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Every tensor of what a network gives, in order, whatever holds it; data classes too, which are leaves
+    to torch."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(output):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            found += output_tensors([getattr(leaf, field.name) for field in fields(leaf)])
+        elif isinstance(leaf, Tensor):
+            found.append(leaf)
+    return found
 
 
 def random_states() -> bytes:

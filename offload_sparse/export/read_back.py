@@ -29,9 +29,9 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from offload_sparse.channels.model_call import Inputs, seeded
+from offload_sparse.channels.model_call import Inputs, output_tensors, seeded
 from offload_sparse.channels.require import Explained
 
 TOLERANCE = 1e-4
@@ -68,7 +68,7 @@ def compare(read: Reader, module: nn.Module, inputs: Inputs, place: Path) -> flo
 def outputs(network: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """Every tensor that a network in evaluation mode gives, whatever holds them."""
     with seeded(0):  # for a network that draws numbers
-        return [leaf.detach() for leaf in tree_leaves(network(*inputs)) if isinstance(leaf, Tensor)]
+        return [tensor.detach() for tensor in output_tensors(network(*inputs))]
 
 
 def serve(address: str, idle: float) -> None:

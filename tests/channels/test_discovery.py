@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -174,6 +175,22 @@ def test_coupled_streams_are_one_group_and_internal_ones_stay_dense() -> None:
     assert axis(internal, "stem.weight") is None
     assert axis(internal, "b.weight") is None
     assert axis(internal, "b.weight", 1) == [0, 1, 2, 3, 4, 5]
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    features: Tensor | None
+
+
+def test_what_a_data_class_gives_is_output_too() -> None:
+    layers = {"a": Conv(3, 8, 1), "b": Conv(8, 6, 1), "c": Conv(6, 5, 1)}
+    model = Net(lambda n, x: [Output(n.c(n.b(n.a(x))), n.a(x))], **layers)
+    found = discover(model, IMAGES)
+    assert group_sizes(found) == {"b": 6}
+    check(model, IMAGES, found)
+    with pytest.raises(ValueError, match="outputs have shapes"):
+        check(model, IMAGES, discover(Net(lambda n, x: n.c(n.b(n.a(x))), **layers), IMAGES))
 
 
 def test_a_squeeze_excite_gate_makes_no_stream() -> None:
