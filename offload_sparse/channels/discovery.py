@@ -159,7 +159,7 @@ def _map(trace: _Trace, residual: Residual) -> ChannelMap:
 
 def _divided(group: Group, splits: Sequence[Sequence[Axis]], members: Tensor) -> Iterator[Group]:
     """A group as the network splits it: each part is a width of its own, which is never empty. Parts that are
-    no runs of atoms, or smaller than ``_LEAST_PART`` of the group, stay together.
+    no runs of atoms, or smaller than ``_LEAST_PART`` of the channels, stay together.
 
     Args:
         splits: the atoms or unions in the parts of each width that is split.
@@ -167,15 +167,19 @@ def _divided(group: Group, splits: Sequence[Sequence[Axis]], members: Tensor) ->
     """
     cuts = {0, group.size}
     for parts in splits:
-        part_of = torch.full((group.size,), -1)
+        part_of, channels = torch.full((group.size,), -1), torch.zeros(group.size, dtype=torch.int64)
         for number, ids in enumerate(parts):
             assert ids is not None, "a part of a split has an axis"
             atoms = torch.cat([ids, members[1, torch.isin(members[0], ids)]]) - group.start
-            part_of[atoms[(atoms >= 0) & (atoms < group.size)]] = number
-        runs, sizes = part_of.unique_consecutive(return_counts=True)
-        more = cuts | set(sizes.cumsum(0).tolist())
-        smallest = min(stop - start for start, stop in pairwise(sorted(more)))
-        if len(runs) == len(part_of.unique()) and smallest >= max(2, _LEAST_PART * group.size):
+            atoms = atoms[(atoms >= 0) & (atoms < group.size)]
+            part_of[atoms] = number
+            channels += atoms.bincount(minlength=group.size)
+        runs, lengths = part_of.unique_consecutive(return_counts=True)
+        more = cuts | set(lengths.cumsum(0).tolist())
+        channels.clamp_(1)  # an atom that is elsewhere
+        sizes = [channels[start:stop] for start, stop in pairwise(sorted(more))]
+        large = all(len(n) > 1 and int(n.sum()) >= _LEAST_PART * int(channels.sum()) for n in sizes)
+        if len(runs) == len(part_of.unique()) and large:
             cuts = more
     for start, stop in pairwise(sorted(cuts)):
         name = group.name if len(cuts) == 2 else f"{group.name}[{start}:{stop}]"

@@ -72,6 +72,21 @@ class SlicedAttention(nn.Module):
         return self.o(y.transpose(1, 2).flatten(2))
 
 
+class ParallelAttention(nn.Module):
+    """All that reads the stream in one layer: heads, few, and a hidden width."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.inward, self.o = nn.Linear(width, 3 * width + hidden), nn.Linear(width, width)
+        self.outward, self.heads, self.sizes = nn.Linear(hidden, width), heads, [*(width,) * 3, hidden]
+
+    def forward(self, x: Tensor) -> Tensor:
+        *parts, y = self.inward(x).split(self.sizes, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)
+        heads = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(heads.transpose(1, 2).flatten(2)) + self.outward(functional.gelu(y))
+
+
 class EinsumAttention(SeparateAttention):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).view(*x.shape[:2], self.heads, -1) for p in (self.q, self.k, self.v))
