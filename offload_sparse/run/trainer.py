@@ -379,7 +379,7 @@ class Run:
 
     def _teacher(self) -> Teacher:
         """The full network with the weights of the start, to be learned from."""
-        folder, classes = self.config.run_dir / TEACHER_FOLDER, self.splits.num_classes
+        folder, classes = self.config.run_dir / TEACHER_FOLDER, self.model_arguments["num_classes"]
         images, normalise = self.train_loader.images, copy.deepcopy(self.normalise).cpu()
         return Teacher(lambda: self.task.network().to(self.dtype), images, normalise, folder, classes)
 
