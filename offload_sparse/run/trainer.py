@@ -48,7 +48,7 @@ from offload_sparse.workloads.data.corrupt import CORRUPT_LOG, CorruptImages
 from offload_sparse.workloads.data.loader import Batch, DeclaredData, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.normalise import normalise_for, takes_channels_last
 from offload_sparse.workloads.data.source import Splits, load_splits
-from offload_sparse.workloads.models import build_model, input_channels
+from offload_sparse.workloads.models import build_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -117,7 +117,10 @@ class Run:
             loaded = attempt(lambda: load_splits(config.data))
         self.splits: Splits = agreed(loaded)
         splits, data = self.splits, config.data
-        self.image_shape = (input_channels(config.model.name, splits.in_channels), *splits.image_shape)
+        shape, number = splits.image_shape, len(splits.train)
+        self.data = DeclaredData(splits.num_classes, splits.in_channels, shape, number)
+        self.model_arguments = model_arguments(config, self.data)
+        self.image_shape = (self.model_arguments["in_channels"], *shape)
         loading: dict[str, Any] = {
             "rank": accelerator.process_index,
             "world_size": accelerator.num_processes,
@@ -134,10 +137,7 @@ class Run:
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.total_steps = config.train.steps(self.steps_per_epoch)
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
-        shape, number = splits.image_shape, len(splits.train)
-        self.data = DeclaredData(splits.num_classes, splits.in_channels, shape, number)
         self.machine = this_machine(self.device, accelerator.num_processes)
-        self.model_arguments = model_arguments(config, self.data)
         model = self._model = model_on_meta(config, self.data)  # which says what does not fit together
         weights = fitted_weights(source, model, splits.class_names, begins=start.status == "new")
         images, self.lines = prepared_images(config, weights, self.image_shape)

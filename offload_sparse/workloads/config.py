@@ -145,7 +145,8 @@ class ModelConfig:
         residual: what is sampled on residual streams: ``coupled`` narrows each stream with one mask,
             ``internal`` keeps the streams dense and samples only the widths inside the blocks, ``filter``
             masks every filter by itself (Zhou et al. 2021): a stream holds what any of its branches keeps.
-        arguments: further keyword arguments of the model's constructor.
+        arguments: further keyword arguments of the model's constructor; ``in_channels: 3`` has grey images
+            repeated.
         weights: what training starts from, in place of fresh weights: a file (safetensors, or a state_dict of
             ``torch.save``), a folder of such files with an index, a finished run; or ``pretrained``, the
             published weights of a timm or torchvision name (``pretrained:IMAGENET1K_V1``) in the local cache.

@@ -123,6 +123,7 @@ def without_column(images: Path, folder: Path, column: str) -> Path:
         (["--model.name", "timm/dla34", "--data.image_size", "64", "--model.residual", "filter"], "trace"),
         (["--data.batch_size", "1000"], "batch_size"),
         (["--data.columns", "[image, class]"], "label"),
+        (["--model.arguments.in_channels", "2"], "set it to 3, to which grey images are repeated"),
     ],
 )
 def test_bad_input_is_one_line_of_advice_and_exit_code_2(
@@ -179,6 +180,19 @@ def test_images_need_not_be_square(
         (line,) = capsys.readouterr().err.splitlines()
         assert f"does not take 1 x {height} x {width} images" in line
         assert "set data.image_size, which makes squares" in line
+
+
+def test_grey_images_are_repeated_for_a_network_that_is_to_take_colours(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that begins with weights of such images does."""
+    colours = ("--model.arguments.in_channels", "3", "--train.max_steps", "2")
+    assert main([*options(images, tmp_path), *colours]) == 0
+    assert load_pruned(tmp_path / "model").state_dict()["features.0.weight"].shape[1] == 3
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    loss = json.loads((tmp_path / "summary.json").read_text())["test_loss"]
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_diverging_run_stops_with_advice(

@@ -93,7 +93,7 @@ def knob(config: RunConfig) -> str:
 
 def model_arguments(config: RunConfig, data: DeclaredData) -> dict[str, Any]:
     """Arguments of ``build_model`` that fit the data, with those of the configuration on top. Raises
-    ValueError: these leave no output for some class."""
+    ValueError: these leave no output for some class, or read other channels than images can be given."""
     own = {
         "num_classes": data.num_classes,
         "in_channels": input_channels(config.model.name, data.channels),
@@ -104,6 +104,11 @@ def model_arguments(config: RunConfig, data: DeclaredData) -> dict[str, Any]:
     if not isinstance(outputs, int) or outputs < data.num_classes:
         raise ValueError(
             f"model.arguments.num_classes is {outputs!r}, and there are {data.num_classes} classes; remove it"
+        )
+    if (channels := arguments["in_channels"]) not in (data.channels, 3):
+        raise ValueError(
+            f"model.arguments.in_channels is {channels!r}, and the images have {data.channels}; remove it, "
+            "or set it to 3, to which grey images are repeated"
         )
     return arguments
 
@@ -141,7 +146,8 @@ def example_inputs(config: RunConfig, data: DeclaredData, number: int) -> tuple[
         )
     if data.tokens:
         return (torch.zeros(number, data.tokens, dtype=torch.int64, device="meta"),)
-    return (torch.empty(number, input_channels(name, data.channels), *data.image_shape, device="meta"),)
+    channels = model_arguments(config, data)["in_channels"]
+    return (torch.empty(number, channels, *data.image_shape, device="meta"),)
 
 
 def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
