@@ -30,17 +30,18 @@ class CorruptImages:
     """Counts the images that this rank could not decode, each once, however often it is met, up to ``limit``.
     Workers send what they meet along with their batches, so the count is that of the whole rank.
 
-    ``log`` gets a line for each, appended, so that ranks can share it; ``None`` warns through ``logging``
-    alone. What it names already, in a run that resumes, is not named again."""
+    ``log`` gets a line for each, appended, so that ranks can share it, whose length then counts those of all
+    of them; ``None`` warns through ``logging`` alone. What it names already, in a run that resumes, is not
+    named again."""
 
     def __init__(self, limit: int, log: Path | None = None) -> None:
         self.limit = limit
         self.log = log
         self._seen: set[tuple[str, int]] = set()
-        self._logged = _read(log) if log is not None and log.exists() else set()
+        self._logged = _read(log)
 
     def __len__(self) -> int:
-        return len(self._seen | self._logged)
+        return len(self._seen | _read(self.log))
 
     def add(self, found: Iterable[Corrupt]) -> None:
         """Count and log what is new in ``found``. Raises ValueError: that makes more than ``limit``; names
@@ -69,8 +70,10 @@ class CorruptImages:
             file.write(line + "\n")
 
 
-def _read(log: Path) -> set[tuple[str, int]]:
+def _read(log: Path | None) -> set[tuple[str, int]]:
     """Splits, as the log writes them, and rows of the images that it names."""
+    if log is None or not log.exists():
+        return set()
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     found = (_LINE.match(line) for line in lines)
     return {(match[2], int(match[1])) for match in found if match}

@@ -54,6 +54,14 @@ def test_corrupt_images_are_counted_once_and_named_in_the_log(
         )
 
 
+def test_ranks_count_what_all_of_them_have_met(config: DataConfig, tmp_path: Path) -> None:
+    """In the log that they share; in an epoch each image is met by one of them, unless it is cached."""
+    ranks = [CorruptImages(config.corrupt_limit, tmp_path / "corrupt_images.log") for _ in range(2)]
+    for rank, corrupt in enumerate(ranks):
+        epoch(config, corrupt, rank, 2)
+    assert [len(corrupt) for corrupt in ranks] == [2, 2]
+
+
 def test_a_corrupt_image_and_its_label_are_replaced(config: DataConfig) -> None:
     """By another image of the same split, and its label."""
     images = TrainLoader(load_splits(config).train, config).images
