@@ -145,8 +145,8 @@ class RunConfig:
             written.
         compile: compile the forward passes of subnets with torch.compile. ``policy.sampler auto`` then keeps
             all widths fixed, so that nothing is compiled after the first round.
-        trackers: accelerate's trackers to log to, such as ``tensorboard,wandb``; ``[]`` for none. Those that
-            write files do so in ``trackers/`` in the run's folder.
+        trackers: accelerate's trackers to log to, such as ``tensorboard,wandb``; ``[]`` for none. Files of
+            TensorBoard and aim are in ``trackers/`` in the run's folder, others where those put them.
         paper: figures that the run aims at, shown beside its own: ``source``, and in % ``accuracy``,
             ``dense_accuracy``, ``params`` and ``flops`` (remaining); ``train_cost_saving`` is a factor.
     """
