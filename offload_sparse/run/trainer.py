@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from offload_sparse.channels.accounting import count_flops, count_parameters, train_cost_saving
 from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import FinalConfig
-from offload_sparse.engine.distributed import agreed, attempt, on_every_rank, on_first_rank
+from offload_sparse.engine.distributed import (
+    agreed,
+    attempt,
+    everyones,
+    on_every_rank,
+    on_first_rank,
+    require_equal,
+)
 from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.pretrained import FittedWeights
 from offload_sparse.export.network_file import FinalNetwork
@@ -117,6 +124,9 @@ class Run:
             loaded = attempt(lambda: load_splits(config.data))
         self.splits: Splits = agreed(loaded)
         splits, data = self.splits, config.data
+        identity = splits.identity()
+        every = everyones({"the data set": identity}, accelerator.num_processes)
+        require_equal(dict(enumerate(every)), "give every machine the same files")
         shape, number = splits.image_shape, len(splits.train)
         self.data = DeclaredData(splits.num_classes, splits.in_channels, shape, number)
         self.model_arguments = model_arguments(config, self.data)
@@ -151,8 +161,7 @@ class Run:
         bound_memory(self.task.factory)
         self.method: Method = build_method(self.task)
         return_freed_memory()
-        images_are = splits.identity()
-        self.progress = Progress(config, self.method, self.recorder, start, self._batches_at, images_are)
+        self.progress = Progress(config, self.method, self.recorder, start, self._batches_at, identity)
 
     # --- the loop ---
 

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from offload_sparse import load_pruned
 from offload_sparse.engine.rounds import CHECK_RANKS
@@ -95,6 +97,31 @@ def test_a_batch_that_does_not_divide_is_told_once_and_ends_both_ranks(tmp_path:
     lines = [line for line in result.stderr.splitlines() if line.startswith("offload-sparse: error:")]
     assert len(lines) == 1
     assert "33" in lines[0]
+
+
+def test_ranks_whose_copies_of_the_images_differ_are_told_so(tmp_path: Path) -> None:
+    """They would wait for each other, or train on with other images than those of one rank."""
+    for rank, split, number in product(range(2), ("train", "test"), range(8)):
+        image = tmp_path / f"home{rank}" / "data" / split / f"c{number % 2}" / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 30 * number).save(image)
+    (tmp_path / "home1/data/train/c1/7.png").unlink()
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "os.environ['HOME'] += os.environ['RANK']\n"
+        "sys.argv.insert(1, 'train')\n"
+        "runpy.run_module('offload_sparse.cli', run_name='__main__')\n"
+    )
+    options = [*SMALL, "--data.name", "~/data", "--data.limit", "0", "--data.batch_size", "2"]
+    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "29614"]
+    places = {"HOME": str(tmp_path / "home"), "ACCELERATE_USE_CPU": "true"}
+    result = launch([*options, "--run_dir", str(tmp_path / "run")], launcher, str(script), **places)
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("offload-sparse: error:")]
+    assert "the data set is 8 train, 8 test images of 2 classes" in line
+    assert "on rank 0 and 7 train, 8 test images of 2 classes" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
