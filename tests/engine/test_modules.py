@@ -212,20 +212,26 @@ class Shared(Net):
         return super().forward(x - self.reads.centre[:, None, None])
 
 
+def beside_torch(net: Net, number: int, verify: bool = True) -> tuple[SparseOffload, Any]:
+    """A network trained by a session, at rho = 1 in float64, and by torch alone, on as many batches."""
+    plain = copy.deepcopy(net).train()
+    setup = Setup(dtype=torch.float64, verify=verify)
+    session = SparseOffload(net, IMAGES[0].double(), SGD, rho=1.0, total_steps=20, setup=setup, device="cpu")
+    optimizer = SGD(plain.parameters())
+    for x, y in batches(number):
+        optimizer.zero_grad()
+        loss(plain, (x.double(), y)).backward()
+        optimizer.step()
+        session.step(partial(loss, batch=(x.double(), y)))
+    return session, plain
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_buffer_of_two_modules_stays_one(verify: bool) -> None:
     """At rho = 1, in float64, against torch."""
     net = Shared().double()
     net.reads.centre = net.writes.centre  # .double() makes two of them
-    plain = copy.deepcopy(net).train()
-    setup = Setup(dtype=torch.float64, verify=verify)
-    session = SparseOffload(net, IMAGES[0].double(), SGD, rho=1.0, total_steps=20, setup=setup, device="cpu")
-    optimizer = SGD(plain.parameters())
-    for x, y in batches(6):
-        optimizer.zero_grad()
-        loss(plain, (x.double(), y)).backward()
-        optimizer.step()
-        session.step(partial(loss, batch=(x.double(), y)))
+    session, plain = beside_torch(net, 6, verify)
     final = session.finalize([(x.double(), y) for x, y in batches(2)]).module
     torch.testing.assert_close(final.reads.centre, plain.reads.centre)
     assert final.reads.centre is final.writes.centre
@@ -251,15 +257,7 @@ class Late(Net):
 
 def test_a_forward_may_write_into_what_it_has_not_read_yet() -> None:
     """At rho = 1, in float64, against torch."""
-    net, setup = Late().double(), Setup(dtype=torch.float64)
-    plain = copy.deepcopy(net).train()
-    session = SparseOffload(net, IMAGES[0].double(), SGD, rho=1.0, total_steps=20, setup=setup, device="cpu")
-    optimizer = SGD(plain.parameters())
-    for x, y in batches(3):
-        optimizer.zero_grad()
-        loss(plain, (x.double(), y)).backward()
-        optimizer.step()
-        session.step(partial(loss, batch=(x.double(), y)))
+    session, plain = beside_torch(Late().double(), 3)
     session.settle()
     for name, tensor in (*plain.named_parameters(), ("centre", plain.centre)):
         torch.testing.assert_close(session.store.own_rows(name), tensor)
