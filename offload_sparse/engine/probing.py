@@ -22,6 +22,7 @@ from offload_sparse.engine.forward import Closure, Forward
 from offload_sparse.engine.transfers import Transfers
 from offload_sparse.policy.probe import Comparisons, survivor_scales
 from offload_sparse.policy.width_search import WidthSearch
+from offload_sparse.store.copy.tables import to_device
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS, Ranks
 
 
@@ -127,7 +128,7 @@ class _Thinned:
     def loss(self, mask: Tensor, closure: Closure, forward: Forward) -> Tensor:
         """Of the subnet without the atoms that ``mask`` drops: a scalar on the device."""
         alive = self._map.alive(mask).to(torch.float64)
-        factors = torch.cat([alive, alive * self._scales])[self._places].to(self._device)
+        factors = to_device(torch.cat([alive, alive * self._scales])[self._places], self._device)
         of_dtype = {weight.dtype: factors.to(weight.dtype) for _, weight, _ in self._parts}
         for parameter, weight, parts in self._parts:
             of_axes = [of_dtype[weight.dtype][stretch].view(shape) for stretch, shape in parts]
