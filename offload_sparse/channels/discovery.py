@@ -116,7 +116,9 @@ def _run(network: nn.Module, inputs: Inputs, *, separate: bool) -> _Trace:
     tensors = {n: t for n, t in [*network.named_parameters(), *norms.items()] if t.is_floating_point()}
     leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     sizes = Sizes(network)
-    found = Propagation(tensors, leaves, sizes.place, lambda: sizes.repeats)
+    groups = ((n, m) for n, m in network.named_modules() if isinstance(m, nn.GroupNorm))
+    group_norms = {name for name, norm in groups if norm.affine and norm.num_groups > 1}
+    found = Propagation(tensors, leaves, sizes.place, lambda: sizes.repeats, group_norms)
     for name, add in additions(network):
         add.forward = partial(found.add, name)  # type: ignore[method-assign]
     with found, sizes, NoDropout(network):

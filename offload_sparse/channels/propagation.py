@@ -15,7 +15,7 @@ not known makes the labels that reach it dense; slice = mask is tested all the s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Propagation(TorchDispatchMode):
         inputs: tensors of the network's inputs, which are not.
         place: says which module runs.
         repeats: says whether copies are made now whose number cannot be changed (see ``written_sizes``).
+        group_norms: names of the modules whose number of norm groups follows their channels.
 
     Attributes:
         edges: pairs of equally many labels that are tied.
@@ -85,9 +86,10 @@ class Propagation(TorchDispatchMode):
         inputs: Iterable[Tensor],
         place: Callable[[], str],
         repeats: Callable[[], bool] = lambda: False,
+        group_norms: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self._place, self._repeats = place, repeats
+        self._place, self._repeats, self._group_norms = place, repeats, group_norms
         self._merged, self._collapsed = 0, False
         self._seen: dict[int, int] = {}  # how many edges the labels of a tensor know
         self.starts: list[tuple[int, str, int]] = []
@@ -346,8 +348,7 @@ class Propagation(TorchDispatchMode):
                 per_comp.append([moved] if isinstance(moved, Tensor) else list(moved))
         return [tuple(comps) for comps in zip(*per_comp, strict=True)]
 
-    def _reduced(self, name: str, out: Any, x: Tensor, dims: Any = None, *rest: Any, **named: Any) -> Labels:
-        del rest, named
+    def _reduced(self, name: str, out: Any, x: Tensor, dims: Any = None, *_: Any, **__: Any) -> Labels:
         result = out[0] if isinstance(out, (tuple, list)) else out
         over = dimensions(x, dims)
         kept = []
@@ -358,8 +359,7 @@ class Propagation(TorchDispatchMode):
                 self._keep(labels, name)
         return tuple(kept)
 
-    def _norm_rule(self, out: Any, x: Tensor, order: Any = 2, dims: Any = None, *_: Any, **__: Any) -> Labels:
-        del order
+    def _norm_rule(self, out: Any, x: Tensor, _p: Any = 2, dims: Any = None, *_: Any, **__: Any) -> Labels:
         return self._reduced("norm", out, x, dims)
 
     _linalg_vector_norm_rule = _norm_rule
@@ -437,10 +437,13 @@ class Propagation(TorchDispatchMode):
 
     _fused_rms_norm_rule = _native_layer_norm_rule
 
-    def _native_group_norm_rule(self, _: Any, x: Tensor, *rest: Any) -> Labels:
-        for t in [x, *(t for t in rest if isinstance(t, Tensor))]:
-            self.keep(t, "a group norm")
-        return self.of(x)
+    def _native_group_norm_rule(self, out: Any, x: Tensor, *rest: Any) -> Labels:
+        """Each norm group is kept or dropped whole, so that the others keep their mean and variance."""
+        if self._place() not in self._group_norms:
+            for given in (x, *rest):
+                self.keep(given, "a group norm")
+        comps = [c.unflatten(1, (rest[-2], -1)) for c in self._native_batch_norm_rule(out, x, *rest)]
+        return tuple(self._collapse(labels, {2}).flatten(1, 2) for labels in comps)
 
     def _native_batch_norm_rule(self, _: Any, x: Tensor, *rest: Any) -> Labels:
         mixed = self._mix(self.of(x), set(range(x.dim())) - {1}, "a batch norm")
@@ -538,8 +541,7 @@ class Propagation(TorchDispatchMode):
         for x, ends in zip(given, (left, right), strict=False):
             for labels in ends if id(x) in self._activations and self._remainders.of(x) else ():
                 self._keep(labels, "a function with f(0) != 0")
-        for labels in (*left, *right):
-            self.consumed.append(labels[labels >= 0])
+        self.consumed += [labels[labels >= 0] for labels in (*left, *right)]
         if left and right:
             for labels in (*left[1:], *right):
                 self._tie(left[0], labels)

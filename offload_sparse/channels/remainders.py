@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_PRODUCT = re.compile(r"(convolution|\w*mm|\w*batch_norm\w*)")
+_PRODUCT = re.compile(r"(convolution|\w*mm|\w*(batch|group)_norm\w*)")
 _PASSED = re.compile(r"(clone|masked_fill_?|bernoulli\w*)")
 _OTHER = re.compile(r"(fill_|_\w*softmax|(ones|rand|randn|full)_like)")
 _CONSTANT = 0.7

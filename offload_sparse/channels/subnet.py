@@ -283,6 +283,7 @@ def _fits(module: nn.Module) -> list[Callable[[], None]]:
         (_ConvNd, _fit_convolution),
         (nn.Linear, _fit_linear),
         (_NormBase, _fit_norm),
+        (nn.GroupNorm, _fit_group_norm),
         (nn.PReLU, _fit_prelu),
         (nn.MultiheadAttention, fit_attention),
         (nn.RNNBase, _fit_recurrent),
@@ -328,6 +329,14 @@ def _fit_norm(layer: _NormBase) -> None:
         layer.__dict__["num_features"] = reference.shape[0]
 
 
+def _fit_group_norm(layer: nn.GroupNorm) -> None:
+    own = vars(layer)
+    channels = own.setdefault(_CHANNELS_PER_GROUP, layer.num_channels // layer.num_groups)
+    if layer.affine:
+        own["num_channels"] = len(layer.weight)
+        own["num_groups"] = len(layer.weight) // channels
+
+
 def _fit_prelu(layer: nn.PReLU) -> None:
     vars(layer)["num_parameters"] = layer.weight.numel()
 
@@ -349,5 +358,6 @@ def _fit_convolution(layer: _ConvNd) -> None:
     own["in_channels"], own["out_channels"] = (first, columns) if transposed else (columns, first)
 
 
-_ROWS_PER_GROUP = "rows_per_group"
-"""Noted on grouped convolutions, because one of which a single group is left looks like an ordinary one."""
+_ROWS_PER_GROUP, _CHANNELS_PER_GROUP = "rows_per_group", "channels_per_group"
+"""Noted on grouped convolutions, because one of which a single group is left looks like an ordinary one, and
+on group norms, likewise."""

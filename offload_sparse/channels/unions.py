@@ -69,14 +69,15 @@ def follow_additions(
         left, right = (ids[root[side]] for side in labels[:2])
         classes = root[labels[2]]
         free = ~done[classes]
-        if bool((ids[classes][free] >= 0).any()) or bool((done & ~dense)[classes].any()):
+        out = torch.tensor([unions.of(a, b) for a, b in zip(left.tolist(), right.tolist(), strict=True)])
+        out = torch.where(free, out, ALWAYS)
+        tied = bool((ids[classes][free] >= 0).any()) or bool((done & ~dense)[classes].any())
+        ids[classes] = out
+        if tied or not torch.equal(ids[classes], out):
             raise ValueError(
                 f"the sum in {name.rpartition('.')[0] or 'the network'} is tied to other channels than those "
                 "that it adds; use residual=coupled or residual=internal"
             )
-        out = torch.tensor([unions.of(a, b) for a, b in zip(left.tolist(), right.tolist(), strict=True)])
-        out = torch.where(free, out, ALWAYS)
-        ids[classes] = out
         done[classes] = True
         if bool((torch.stack([left, right, out]) != ALWAYS).any()):
             found[name] = Addition(left, right, out)

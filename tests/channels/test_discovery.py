@@ -158,6 +158,27 @@ def test_a_group_of_a_grouped_convolution_is_one_atom() -> None:
     assert axis(found, "b.weight", 1) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_a_group_of_a_group_norm_is_one_atom() -> None:
+    net = Net(
+        lambda n, x: n.b(n.norm(torch.cat([n.a(x), n.c(x)], 1)).relu()),
+        a=Conv(3, 12, 1),
+        c=Conv(3, 6, 1),
+        norm=nn.GroupNorm(6, 18),
+        b=Conv(18, 5, 1),
+    )
+    found = discover(net, IMAGES)
+    assert group_sizes(found) == {"a": 4, "c": 2}
+    assert axis(found, "norm.weight") == axis(found, "norm.bias") == [i // 3 for i in range(18)]
+    kept = torch.tensor([True, False, True, False, False, True])
+    narrow: Any = narrow_module(narrow_module(net, found, found.full_mask()), found, kept)
+    hidden = torch.cat([net.a(IMAGES[0] + 1), net.c(IMAGES[0] + 1)], 1)
+    normed = functional.group_norm(hidden, 6, net.norm.weight, net.norm.bias)
+    rows = kept.repeat_interleave(3)
+    expected = functional.conv2d(normed[:, rows].relu(), net.b.weight[:, rows], net.b.bias)
+    torch.testing.assert_close(narrow(IMAGES[0] + 1), expected)
+    assert (narrow.norm.num_groups, narrow.norm.num_channels) == (3, 9)
+
+
 def test_overlapping_groups_of_two_convolutions_are_one_atom() -> None:
     net = nn.Sequential(Conv(3, 12, 1), Conv(12, 12, 1, groups=4), Conv(12, 12, 1, groups=6), Conv(12, 2, 1))
     assert axis(discover(net, IMAGES), "3.weight", 1) == [0] * 6 + [1] * 6
@@ -243,9 +264,27 @@ def test_a_model_that_looks_at_values_is_traced_on_the_cpu() -> None:
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "group norm": (
-        Net(lambda n, x: n.b(n.norm(n.a(x))), a=Conv(3, 4, 1), b=Conv(4, 5, 1), norm=nn.GroupNorm(2, 4)),
+    "group norm of all channels": (
+        Net(lambda n, x: n.b(n.norm(n.a(x))), a=Conv(3, 4, 1), b=Conv(4, 5, 1), norm=nn.GroupNorm(1, 4)),
         "a meets a group norm in norm; .*MapBuilder",
+    ),
+    "group norm without scale": (
+        Net(
+            lambda n, x: n.b(n.norm(n.a(x))),
+            a=Conv(3, 4, 1),
+            b=Conv(4, 5, 1),
+            norm=nn.GroupNorm(2, 4, affine=False),
+        ),
+        "a meets a group norm in norm; .*MapBuilder",
+    ),
+    "group norm of a function": (
+        Net(
+            lambda n, x: n.b(functional.group_norm(n.a(x), 2, n.w)),
+            a=Conv(3, 4, 1),
+            b=Conv(4, 5, 1),
+            w=nn.Parameter(torch.ones(4)),
+        ),
+        "a meets a group norm in the network; .*MapBuilder",
     ),
     "layer norm": (
         Net(
@@ -407,6 +446,13 @@ def right_maps() -> dict[str, nn.Module]:
             a=Conv(3, 6, 1),
             g=Conv(6, 12, 3, groups=6),
             b=Conv(12, 5, 1),
+        ),
+        "group norms that do not fit each other": Net(
+            lambda n, x: n.b(n.q(n.p(n.a(x)))),
+            a=Conv(3, 24, 1),
+            p=nn.GroupNorm(12, 24),
+            q=nn.GroupNorm(8, 24),
+            b=Conv(24, 5, 1),
         ),
         "layer used twice": Net(
             lambda n, x: n.b(n.a(n.a(n.i(x)).relu())), i=Conv(3, 8, 1), a=Conv(8, 8, 1), b=Conv(8, 5, 1)

@@ -278,6 +278,19 @@ class Scaled(ResidualNet):
         return self.head(self.pool(a).flatten(1))
 
 
+class Behind(ResidualNet):
+    """Reads the sum by a layer that takes several of its channels as one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(width=6)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.stem(x)
+        a = self.layer(a + self.blocks[0].conv2(self.blocks[0].conv1(a)))
+        return self.head(self.pool(a).flatten(1))
+
+
 IN_PLACE = "addition in .* in place to what is read again"
 
 
@@ -291,6 +304,8 @@ IN_PLACE = "addition in .* in place to what is read again"
         (InPlace(operator.iadd), IN_PLACE),
         (InPlace(lambda y, x: y.flatten(1).add_(x.flatten(1))), IN_PLACE),
         (Scaled(), "sum in the network is tied to other channels"),
+        (Behind(nn.GroupNorm(2, 6)), "sum in the network is tied to other channels"),
+        (Behind(nn.Conv2d(6, 6, 1, groups=2)), "sum in the network is tied to other channels"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
