@@ -93,6 +93,7 @@ class Teacher:
             values = torch.from_file(str(self._file(number)), False, size, dtype=torch.float16)
             self._logits.append(values.view(len(part), self._classes))
 
+    @torch.autocast("cpu", enabled=False)  # that of the training, whose losses read this
     def __call__(self, indices: Tensor) -> Tensor:
         """float32[b, classes]: the logits of the images at ``indices``, int64[b]. Where no rank has opened
         them, as for a checkpoint that is looked at, this one computes what is missing."""

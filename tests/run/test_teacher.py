@@ -77,6 +77,15 @@ def test_every_image_has_the_logits_of_the_network(made: Any) -> None:
     assert len(built) == 2
 
 
+def test_the_precision_of_a_training_is_not_that_of_its_teacher(made: Any) -> None:
+    make, _, folder = made
+    indices = torch.tensor([19, 0, 8, 7, 7])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = make()(indices)
+    remove(folder)
+    assert torch.equal(found, make()(indices))
+
+
 def test_a_pass_that_was_killed_goes_on_where_it_was(made: Any) -> None:
     make, built, folder = made
     make().compute(quiet=True)
