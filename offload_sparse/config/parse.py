@@ -92,7 +92,6 @@ class Options(Generic[Tree]):
         examples: command lines that work, for ``--help``.
         reads_files: whether ``--config FILE.yaml`` is accepted.
         positional: a leaf with a default that may be given without its name; a list takes all of them.
-        aliases: short names of options to the names of their leaves.
         first: options that ``--help`` shows, where ``--help all`` shows the others, too; empty for all."""
 
     tree: type[Tree]
@@ -100,7 +99,6 @@ class Options(Generic[Tree]):
     examples: tuple[str, ...]
     reads_files: bool = False
     positional: str = ""
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     first: tuple[str, ...] = ()
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Tree:
@@ -177,7 +175,7 @@ class Options(Generic[Tree]):
         while tokens:
             token = tokens.pop(0)
             name, equals, text = token.removeprefix("--").partition("=")
-            name = self.aliases.get(name.replace("-", "_"), name.replace("-", "_"))
+            name = name.replace("-", "_")
             if not token.startswith("--"):
                 name, text = "", token
             elif not equals:
@@ -374,7 +372,6 @@ RUN_OPTIONS = Options(
         "accelerate launch launch/train.py --config configs/quickstart.yaml",
     ),
     reads_files=True,
-    aliases={"log_every": "train.log_every"},
     first=(
         *("method", "run_dir", "overwrite", "resume", "dry_run", "quiet", "compile", "trackers"),
         *("model.name", "model.arguments", "model.weights", "data.name", "data.validation"),

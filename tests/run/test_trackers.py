@@ -22,7 +22,7 @@ SMALL = [
 def test_a_run_is_in_tensorboard_with_every_number_of_its_log(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main([*SMALL, "--log_every", "2", "--run_dir", str(tmp_path)]) == 0
+    assert main([*SMALL, "--train.log_every", "2", "--run_dir", str(tmp_path)]) == 0
     (events,) = (tmp_path / "trackers" / "offload_sparse").glob("events.*")
     found = EventAccumulator(str(events))
     found.Reload()
@@ -45,10 +45,6 @@ def test_trackers_are_given_by_commas_or_as_a_list() -> None:
     assert RunConfig().trackers == ["tensorboard"]
     for text in ("tensorboard,wandb", "tensorboard, wandb", "[tensorboard, wandb]"):
         assert arguments.parse(["--trackers", text]).trackers == ["tensorboard", "wandb"]
-
-
-def test_the_lines_of_the_log_have_a_short_option() -> None:
-    assert arguments.parse(["--log_every", "3"]) == arguments.parse(["--train.log_every", "3"])
 
 
 @pytest.mark.parametrize("name", sorted(tracking.LOGGER_TYPE_TO_CLASS))
