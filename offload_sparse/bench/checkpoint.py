@@ -63,7 +63,7 @@ def _stretch(session: SparseOffload, checkpointer: Checkpointer, batch: Any, sav
     """Seconds of ``steps`` steps, with the checkpoint ``save`` (0 for none) written beside them."""
     begun = time.perf_counter()
     if save:
-        checkpointer.save(save, session_state(session), {}, wait=False)
+        checkpointer.save(save, session_state(session), {})
     for _ in range(steps):
         session.step(partial(loss_of, batch=batch))
     session.records()

@@ -64,10 +64,8 @@ class Checkpointer:
         if self._rank == 0:
             self.folder.clean()
 
-    def save(
-        self, step: int, state: MethodState, run: dict[str, Any], *, best: bool = False, wait: bool = True
-    ) -> None:
-        """Write a checkpoint, in the background unless ``wait``, and keep it if it is the ``best`` so far.
+    def save(self, step: int, state: MethodState, run: dict[str, Any], best: bool = False) -> None:
+        """Write a checkpoint in the background, and keep it if it is the ``best`` so far.
 
         ``state.sharded`` must stay as it is until ``release`` returns; ``step``, ``run`` (what the loop
         remembers, in JSON values) and ``best`` are equal on every rank. A checkpoint that cannot be written
@@ -78,8 +76,6 @@ class Checkpointer:
         arguments = (step, state, run, best)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
-        if wait:
-            self.join()
 
     def release(self) -> None:
         """Wait until what is being saved may change again; the disk may still be at work."""
@@ -106,6 +102,7 @@ class Checkpointer:
         """Read the newest checkpoint that is intact into the ``sharded`` tensors of ``fresh``, of this run or
         of ``source`` (a checkpoint, or the folder of a run); None when there is none at all. Raises
         ValueError: there are checkpoints, but none can be used (on every rank)."""
+        self.join()
         problems: list[tuple[Path, str]] = []
         own = _checkpoints_of(source) if source else self.folder.checkpoints()
         for folder in everyones(own, self._world_size, self._group)[0]:

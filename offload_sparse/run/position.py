@@ -242,7 +242,7 @@ class Progress:
         run = self._remembered()
         self._saved_step, self._saved_at, self._wanted = self.step, time.monotonic(), False
         best, self._improved = self._improved, False
-        self._checkpointer.save(self.step, state, run, best=best, wait=False)
+        self._checkpointer.save(self.step, state, run, best)
         if self._stopping:
             written = self._checkpointer.join()
             self._saved_step = self.step if written else -1
@@ -299,7 +299,6 @@ class Progress:
     def _roll_back(self, error: FloatingPointError, position: int) -> None:
         """Restore, and resume with the batch at ``position``."""
         rollbacks = self.rollbacks + 1
-        self._checkpointer.join()
         if rollbacks > MOST_ROLLBACKS:
             raise FloatingPointError(f"{error} (after {MOST_ROLLBACKS} rollbacks)") from error
         if self._method.durable is not None:

@@ -49,7 +49,7 @@ def straight(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     assert state is not None
     state.local["rank"] = torch.tensor(dist.get_rank() if dist.is_initialized() else 0)
     saved = everything(session)
-    saver.save(FIRST, state, {}, wait=False)
+    saver.save(FIRST, state, {})
     session.transfers.before_return = saver.join
     train(session, FIRST, FIRST + SECOND)
     assert saver.join()
@@ -109,6 +109,7 @@ def fails_on_rank_one(folder: str) -> tuple[bool, int]:
     state = session_state(session)
     assert state is not None
     saver.save(1, state, {})
+    assert saver.join()
     original = checkpoint_files.write_rows
 
     def write(path: Path, *more: Any) -> Any:
@@ -117,7 +118,7 @@ def fails_on_rank_one(folder: str) -> tuple[bool, int]:
         return original(path, *more)
 
     checkpoint_files.write_rows = write
-    saver.save(2, state, {}, wait=False)
+    saver.save(2, state, {})
     written = saver.join()
     checkpoint_files.write_rows = original
     loaded = saver.load(state)
@@ -132,6 +133,7 @@ def damaged_on_rank_one(folder: str) -> int:
     assert state is not None
     saver.save(1, state, {})
     saver.save(2, state, {})
+    assert saver.join()
     if dist.get_rank() == 0:
         with (Path(folder) / "step_00000002" / "rank_1.safetensors").open("r+b") as file:
             file.seek(-1, 2)
