@@ -18,9 +18,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import fsspec
@@ -66,15 +65,11 @@ def read_parquet(files: Sequence[Path]) -> datasets.Dataset:
     Small files are read into memory. Large ones go through the library, which converts them once to
     memory-mapped Arrow files in its cache (``HF_DATASETS_CACHE``). Raises ValueError: a file is no parquet
     file, the files differ in their columns, or the cache cannot be written."""
-
-    def read() -> datasets.Dataset:
+    with _reading(files[0]):
         if sum(path.stat().st_size for path in files) <= IN_MEMORY_BYTES:
             tables = [datasets.Dataset(InMemoryTable(pq.read_table(path))) for path in files]
             return datasets.concatenate_datasets(tables)
         return datasets.load_dataset("parquet", data_files=[str(path) for path in files], split="train")
-
-    table: datasets.Dataset = _readable(read, str(files[0]))
-    return table
 
 
 class ParquetStream:
@@ -85,7 +80,7 @@ class ParquetStream:
     def __init__(self, files: Sequence[str], window: int, column: str) -> None:
         self._files = tuple(files)
         self._window = window
-        self._metadata = _in_parallel(_footer, self._files)
+        self._metadata = _in_parallel(pq.read_metadata, self._files)
         schema = self._metadata[0].schema.to_arrow_schema()
         for file, metadata in zip(self._files, self._metadata, strict=True):
             if not metadata.schema.to_arrow_schema().equals(schema):
@@ -99,7 +94,6 @@ class ParquetStream:
         self._column = column
         self._kept_rows = window + 2 * max(sizes, default=0)
         self._cache: OrderedDict[int, pa.Array] = OrderedDict()
-        self._cache_owner = os.getpid()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -112,12 +106,7 @@ class ParquetStream:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column; for labels, not for images."""
-
-        def read(file: str) -> pa.ChunkedArray:
-            with fsspec.open(file, "rb") as handle:
-                return pq.read_table(handle, columns=[name]).column(name)
-
-        parts = _in_parallel(read, self._files)
+        parts = _in_parallel(lambda handle: pq.read_table(handle, columns=[name]).column(name), self._files)
         whole = pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
         return whole if len(whole) == len(self) else whole.take(pa.array(self._index))
 
@@ -153,22 +142,17 @@ class ParquetStream:
         return np.searchsorted(self._ends, rows, side="right")
 
     def _read_group(self, group: int) -> pa.Array:
-        if self._cache_owner != os.getpid():  # a worker process starts with a cache of its own
-            self._cache, self._cache_owner = OrderedDict(), os.getpid()
         if group not in self._cache:
             file, number = self._groups[group]
-            table = _readable(partial(self._table, file, number), self._files[file])
+            with _reading(self._files[file]), fsspec.open(self._files[file], "rb") as handle:
+                source = pq.ParquetFile(handle, metadata=self._metadata[file])
+                table = source.read_row_group(number, columns=[self._column])
             held = sum(len(rows) for rows in self._cache.values()) + len(table)
             while self._cache and held > self._kept_rows:
                 held -= len(self._cache.popitem(last=False)[1])
             self._cache[group] = table.column(self._column).combine_chunks()
         self._cache.move_to_end(group)
         return self._cache[group]
-
-    def _table(self, file: int, number: int) -> pa.Table:
-        with fsspec.open(self._files[file], "rb") as handle:
-            source = pq.ParquetFile(handle, metadata=self._metadata[file])
-            return source.read_row_group(number, columns=[self._column])
 
 
 def hub_files(name: str) -> dict[str, list[str]]:
@@ -181,14 +165,19 @@ def hub_files(name: str) -> dict[str, list[str]]:
     return files
 
 
-def _in_parallel(read: Callable[[str], Any], files: Sequence[str]) -> list[Any]:
+def _in_parallel(read: Callable[[BinaryIO], Any], files: Sequence[str]) -> list[Any]:
+    """What ``read`` finds in each of the files."""
+
+    def opened(file: str) -> Any:
+        with _reading(file), fsspec.open(file, "rb") as handle:
+            return read(handle)
+
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        return list(pool.map(lambda file: _readable(partial(read, file), file), files))
+        return list(pool.map(opened, files))
 
 
-def _readable(read: Callable[[], Any], file: str) -> Any:
-    with Explained(f"{file} cannot be read as a parquet file (", "); correct data.name"):
-        return read()
+def _reading(file: str | Path) -> Explained:
+    return Explained(f"{file} cannot be read as a parquet file (", "); correct data.name")
 
 
 def file_state(file: str | bytes) -> tuple[int, ...]:
@@ -199,7 +188,3 @@ def file_state(file: str | bytes) -> tuple[int, ...]:
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
-
-def _footer(file: str) -> pq.FileMetaData:
-    with fsspec.open(file, "rb") as handle:
-        return pq.read_metadata(handle)
