@@ -262,10 +262,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Begin to track a run, with its settings."""
-    if config.trackers:
-        settings = arguments.flat_tree(config)
-        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
-        accelerator.init_trackers(_PROJECT, config=plain)
+    settings = arguments.flat_tree(config)
+    plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+    accelerator.init_trackers(_PROJECT, config=plain)
 
 
 @contextmanager

@@ -253,6 +253,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             numbers |= {f"{key}/{name}": number for name, number in _flat(value).items()}
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif is_number(value):
             numbers[key] = value
     return numbers

@@ -114,7 +114,7 @@ class Run:
     def __init__(self, config: RunConfig, accelerator: Accelerator, start: Start) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         main, resumes = accelerator.is_main_process, start.status == "started"
-        self.recorder = on_every_rank(lambda: Recorder(config, main, self._track, resumes))
+        self.recorder = on_every_rank(lambda: Recorder(config, main, accelerator.log, resumes))
         source = weight_source(config)
         log = config.run_dir / CORRUPT_LOG
         if not resumes:  # an earlier run's
@@ -258,12 +258,10 @@ class Run:
         precision = config.train.dtype if config.train.autocast == "no" else config.train.autocast
         groups = len(method.channel_map.groups)
         channels = f", {method.channel_map.num_atoms:,} channels in {groups} groups" if groups else ""
-        counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-        images = ", ".join(f"{len(split):,} {name}" for name, split in counts.items() if split is not None)
         return (
             f"device: {self._device_name}{f', {ranks} ranks' if ranks > 1 else ''}, {precision}",
             f"model: {config.model.name}, {method.cost.dense_parameters:,} parameters{channels}",
-            f"data: {config.data.name}, {splits.num_classes} classes, {images}, "
+            f"data: {config.data.name}, {splits.num_classes} classes, {splits.counts}, "
             f"{'x'.join(map(str, self.image_shape))}",
             *(f"  {line}" for line in splits.describe()),
             *self.lines,
@@ -432,10 +430,6 @@ class Run:
 
     def _saving(self, steps: int) -> float:
         return train_cost_saving(self.method.cost.dense_flops, [(self.method.spent_flops, 1, 0)], steps)
-
-    def _track(self, values: dict[str, float], step: int) -> None:
-        if self.config.trackers:
-            self.accelerator.log(values, step=step)
 
 
 def classification_loss(

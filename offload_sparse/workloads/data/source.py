@@ -156,15 +156,19 @@ class Splits:
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: part for name, part in parts.items() if part is not None}
 
+    @property
+    def counts(self) -> str:
+        """How many images there are for each purpose, in words."""
+        return ", ".join(f"{len(part):,} {name}" for name, part in self.parts().items())
+
     def identity(self) -> str:
         """What is the same as long as these are the same images, wherever they lie: the classes, and how many
         images there are of each, in which order. A few words for people, with a digest."""
         digest = hashlib.blake2b(json.dumps(self.class_names).encode(), digest_size=8)
         for name, part in self.parts().items():
             digest.update(f"{name} {len(part)}".encode() + part.labels.numpy().tobytes())
-        images = ", ".join(f"{len(part):,} {name}" for name, part in self.parts().items())
         classes = f"{self.num_classes} classes: {listed(self.class_names)}"
-        return f"{images} images of {classes} ({digest.hexdigest()})"
+        return f"{self.counts} images of {classes} ({digest.hexdigest()})"
 
     def describe(self) -> list[str]:
         """What there is to train on, in lines of at most 98 columns."""
@@ -348,7 +352,7 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(endings) or name.count("/") > 1
 
 
-def _resolve_hub(config: DataConfig) -> tuple[list[str], Callable[[str], Table]]:
+def _resolve_hub(config: DataConfig) -> _Source:
     name = config.name
     unknown = f"unknown dataset {name!r}: there is no such file or folder, and"
     advice = f"correct data.name, or use the embedded {EMBEDDED}"
