@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 from offload_sparse.channels.require import require
 
@@ -55,33 +54,3 @@ class DFBSTConfig:
 
     def __post_init__(self) -> None:
         require(self.beta >= 0, f"dfbst.beta is {self.beta}; give 0 or more")
-
-
-@dataclass
-class RigLConfig:
-    """The method ``rigl`` (Evci et al. 2020): drop by magnitude, grow by gradient. ``policy.rho`` is the
-    share of the weights that is kept."""
-
-    interval: ClassVar[int] = 100
-    """Steps between replacements."""
-    fraction: ClassVar[float] = 0.3
-    """Share of a layer's weights that the first replacement would take."""
-    stop: ClassVar[float] = 0.75
-    """Share of the steps after which nothing is replaced any more."""
-
-
-@dataclass
-class GrowEfficientConfig:
-    """The method ``grow_efficient`` (Yuan et al. 2021): trained gates on channels, dense backward passes.
-
-    The goal is ``policy.rho``, the share of channels that is to remain; ``round.freeze_at`` is the share of
-    the steps after which the gates stand still."""
-
-    start: ClassVar[float] = 0.5
-    """Probability that a channel is open at the start, in (0, 1)."""
-    gate_lr: ClassVar[float] = 0.1
-    """Learning rate of the gates (SGD without momentum)."""
-    sharpness: ClassVar[float] = 200.0
-    """The gates' temperature rises geometrically from 1 to this factor."""
-    penalty: ClassVar[float] = 1.0
-    """Factor of the distance between the open share and ``policy.rho``."""

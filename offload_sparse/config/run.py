@@ -15,13 +15,7 @@ from typing import Any, Literal
 
 from offload_sparse.channels.config import AtomsConfig, chosen_block
 from offload_sparse.channels.require import require
-from offload_sparse.config.methods import (
-    DFBSTConfig,
-    DSTConfig,
-    GrowEfficientConfig,
-    RigLConfig,
-    StaticConfig,
-)
+from offload_sparse.config.methods import DFBSTConfig, DSTConfig, StaticConfig
 from offload_sparse.engine.config import SHORTEST_SEARCH, OptimConfig, RoundConfig, check_combination
 from offload_sparse.policy.config import PolicyConfig, SearchName
 from offload_sparse.store.config import StoreConfig
@@ -172,8 +166,6 @@ class RunConfig:
     static: StaticConfig = field(default_factory=StaticConfig)
     dst: DSTConfig = field(default_factory=DSTConfig)
     dfbst: DFBSTConfig = field(default_factory=DFBSTConfig)
-    rigl: RigLConfig = field(default_factory=RigLConfig)
-    grow_efficient: GrowEfficientConfig = field(default_factory=GrowEfficientConfig)
 
     def __post_init__(self) -> None:
         self.run_dir = Path(os.path.expanduser(self.run_dir))

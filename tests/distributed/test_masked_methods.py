@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.config.methods import DFBSTConfig, DSTConfig, RigLConfig
+from offload_sparse.config.methods import DFBSTConfig, DSTConfig
 from offload_sparse.config.run import RunConfig
+from offload_sparse.methods.weight_masks import rigl
 from tests.methods.tasks import batches, make_method
-from tests.support.constants import configured
 from tests.support.ranks import run_ranks
 
 METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
@@ -24,7 +24,6 @@ def trained(method: str) -> dict[str, Tensor]:
         method=cast(Any, method),
         dst=DSTConfig(alpha=5e-2),
         dfbst=DFBSTConfig(beta=50.0),
-        rigl=configured(RigLConfig, interval=3, fraction=0.5),
     )
     network = make_method(config, frozen_batch_norm=True)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -38,7 +37,10 @@ def trained(method: str) -> dict[str, Tensor]:
 
 
 def all_trained() -> list[dict[str, Tensor]]:
-    return [trained(method) for method in METHODS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rigl, "INTERVAL", 3)
+        patch.setattr(rigl, "FRACTION", 0.5)
+        return [trained(method) for method in METHODS]
 
 
 def test_two_ranks_train_what_one_process_trains() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,16 +11,15 @@ from torch import nn
 
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import narrow_module
-from offload_sparse.config.methods import GrowEfficientConfig
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.config import RoundConfig
+from offload_sparse.methods.weight_masks import grow_efficient
 from offload_sparse.methods.weight_masks.grow_efficient import ChannelGates, GrowEfficient
 from offload_sparse.methods.weight_masks.sparsity import MaskedNetwork
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.workloads.config import ModelConfig
 from offload_sparse.workloads.models import build_model
 from tests.methods.tasks import batches, make_method, train
-from tests.support.constants import configured
 
 
 def upsampled() -> nn.Module:
@@ -60,13 +60,9 @@ def test_shut_gates_leave_the_network_of_the_open_channels(name: str, channels: 
     assert 0 < int(mask.sum()) < len(mask)
 
 
-def config_of(**options: float) -> RunConfig:
-    return RunConfig(
-        method="grow_efficient",
-        policy=PolicyConfig(rho=0.3),
-        round=RoundConfig(freeze_at=0.8),
-        grow_efficient=configured(GrowEfficientConfig, **options),
-    )
+CONFIG = RunConfig(
+    method="grow_efficient", policy=PolicyConfig(rho=0.3), round=RoundConfig(freeze_at=0.8)
+)
 
 
 def gates_of(method: object) -> ChannelGates:
@@ -74,8 +70,9 @@ def gates_of(method: object) -> ChannelGates:
     return method.sparsity
 
 
-def test_shut_gates_get_a_gradient_too() -> None:
-    method = make_method(config_of(penalty=0.0))
+def test_shut_gates_get_a_gradient_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grow_efficient, "PENALTY", 0.0)
+    method = make_method(CONFIG)
     gates = gates_of(method)
     loss, _ = method._task.forward.trained(method.module, partial(method._task.loss_fn, batch=batches(1)[0]))
     loss.backward()
@@ -86,8 +83,12 @@ def test_shut_gates_get_a_gradient_too() -> None:
     assert gates.logits.grad[first.start : first.stop].all()
 
 
-def test_the_open_share_goes_to_rho_and_the_gates_then_stand_still() -> None:
-    method = make_method(config_of(gate_lr=0.5, sharpness=10.0, penalty=20.0), total_steps=100)
+def test_the_open_share_goes_to_rho_and_the_gates_then_stand_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("GATE_LR", 0.5), ("SHARPNESS", 10.0), ("PENALTY", 20.0)):
+        monkeypatch.setattr(grow_efficient, name, value)
+    method = make_method(CONFIG, total_steps=100)
     data = batches(20) * 5
     train(method, data[:80], lr=0.01)
     gates = gates_of(method)
@@ -99,7 +100,7 @@ def test_the_open_share_goes_to_rho_and_the_gates_then_stand_still() -> None:
 
 
 def test_every_group_keeps_an_atom() -> None:
-    method = make_method(config_of())
+    method = make_method(CONFIG)
     gates = gates_of(method)
     with torch.no_grad():
         gates.logits.fill_(-50.0)
@@ -109,7 +110,7 @@ def test_every_group_keeps_an_atom() -> None:
 
 
 def test_the_final_network_is_narrow() -> None:
-    method = make_method(config_of(start=0.3), frozen_batch_norm=True)
+    method = make_method(CONFIG, frozen_batch_norm=True)
     train(method, batches(3))
     final = method.finalize([])
     report = method.report()
@@ -122,7 +123,6 @@ def test_the_final_network_is_narrow() -> None:
 
 
 def test_a_mask_per_filter_is_refused() -> None:
-    config = config_of()
-    config.model = ModelConfig(residual="filter")
+    config = replace(CONFIG, model=ModelConfig(residual="filter"))
     with pytest.raises(ValueError, match=r"set model\.residual to coupled or internal"):
         make_method(config)

@@ -14,20 +14,26 @@ from torch import Tensor, nn
 
 from offload_sparse import load_pruned
 from offload_sparse.channels.accounting import train_cost_saving
-from offload_sparse.config.methods import DFBSTConfig, DSTConfig, RigLConfig
+from offload_sparse.config.methods import DFBSTConfig, DSTConfig
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.config import OptimConfig, RoundConfig
 from offload_sparse.methods.catalogue import build_method
+from offload_sparse.methods.weight_masks import rigl
 from offload_sparse.methods.weight_masks.dfbst import ForwardBackwardThresholds
 from offload_sparse.methods.weight_masks.dst import TrainableThresholds
 from offload_sparse.methods.weight_masks.grow_efficient import ChannelGates
 from offload_sparse.methods.weight_masks.masked import MaskedTraining, build_masked
 from offload_sparse.policy.config import PolicyConfig
 from tests.methods.tasks import batches, make_method, make_task, small_net, train
-from tests.support.constants import configured
 
 METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
 LAYERS = ("0", "4", "7", "9")
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rigl, "INTERVAL", 3)
+    monkeypatch.setattr(rigl, "FRACTION", 0.5)
 
 
 def config_of(method: str, **more: Any) -> RunConfig:
@@ -36,7 +42,6 @@ def config_of(method: str, **more: Any) -> RunConfig:
         method=cast(Any, method),
         dst=DSTConfig(alpha=5e-2),
         dfbst=DFBSTConfig(beta=50.0),
-        rigl=configured(RigLConfig, interval=3, fraction=0.5),
         round=RoundConfig(freeze_at=0.8),
         **({"policy": PolicyConfig(rho=0.4)} if method == "rigl" else {}) | more,
     )

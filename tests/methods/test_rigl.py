@@ -10,16 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_sparse.config.methods import RigLConfig
 from offload_sparse.config.run import RunConfig
-from offload_sparse.methods.weight_masks.rigl import (
-    DropAndGrow,
-    erk_densities,
-    update_fraction,
-)
+from offload_sparse.methods.weight_masks import rigl
+from offload_sparse.methods.weight_masks.rigl import DropAndGrow, erk_densities, update_fraction
 from offload_sparse.policy.config import PolicyConfig
 from tests.methods.tasks import batches, make_method, train
-from tests.support.constants import configured
 
 shape = st.one_of(
     st.tuples(st.integers(1, 64), st.integers(1, 64)),
@@ -51,11 +46,17 @@ def test_the_share_replaced_is_a_cosine_that_ends_at_zero() -> None:
     assert update_fraction(500, 0.3, 100) == pytest.approx(0)
 
 
+@pytest.fixture
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rigl, "INTERVAL", 1)
+    monkeypatch.setattr(rigl, "FRACTION", 0.6)
+
+
+@pytest.mark.usefixtures("_often")
 def test_a_replacement_drops_small_weights_and_grows_others() -> None:
     """It drops the smallest weights and grows where the gradient is largest."""
     weight = torch.nn.Parameter(torch.zeros(1, 8))
-    options = configured(RigLConfig, fraction=0.6, interval=1)
-    sparsity = DropAndGrow({"weight": weight}, 0.5, options, total_steps=1000, seed=0)
+    sparsity = DropAndGrow({"weight": weight}, 0.5, total_steps=1000, seed=0)
     alive = sparsity.masks()["weight"].flatten().nonzero().flatten()
     dead = (~sparsity.masks()["weight"]).flatten().nonzero().flatten()
     with torch.no_grad():
@@ -70,12 +71,12 @@ def test_a_replacement_drops_small_weights_and_grows_others() -> None:
     assert (weight != 0).flatten().nonzero().flatten().tolist() == alive[1:3].tolist()
 
 
+@pytest.mark.usefixtures("_often")
 def test_a_dropped_weight_with_a_large_gradient_returns_as_it_was() -> None:
     """Algorithm 1 grows from all weights but those that stay; in a dense layer from those just dropped."""
-    options = configured(RigLConfig, fraction=0.6, interval=1)
     for density in (0.5, 1.0):
         weight = torch.nn.Parameter(torch.zeros(1, 8))
-        sparsity = DropAndGrow({"weight": weight}, density, options, total_steps=1000, seed=0)
+        sparsity = DropAndGrow({"weight": weight}, density, total_steps=1000, seed=0)
         mask = sparsity.masks()["weight"]
         first = mask.flatten().nonzero().flatten()[0]
         with torch.no_grad():
@@ -89,9 +90,9 @@ def test_a_dropped_weight_with_a_large_gradient_returns_as_it_was() -> None:
         assert float(weight.detach()[0, first]) == pytest.approx(0.1)
 
 
-def test_counts_stay_and_nothing_lives_outside_the_masks() -> None:
-    rigl = configured(RigLConfig, interval=2, fraction=0.5)
-    config = RunConfig(method="rigl", rigl=rigl, policy=PolicyConfig(rho=0.3))
+def test_counts_stay_and_nothing_lives_outside_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rigl, "INTERVAL", 2)
+    config = RunConfig(method="rigl", policy=PolicyConfig(rho=0.3))
     method = make_method(config, total_steps=16)
     seen = [method.sparsity.masks()]
     for batch in batches(16):

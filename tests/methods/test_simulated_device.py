@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_sparse.config.methods import RigLConfig
 from offload_sparse.config.run import MethodName, RunConfig
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.methods.catalogue import build_method
+from offload_sparse.methods.weight_masks import rigl
 from offload_sparse.policy.config import PolicyConfig
 from tests.methods.tasks import Batch, batches, make_task
-from tests.support.constants import configured
 from tests.support.simulated_cuda import DEVICE, simulated_cuda
 
 K, STEPS = 4, 8
@@ -28,12 +27,16 @@ class ShortCycles(PolicyConfig):
 SAMPLED, PROBED = PolicyConfig(rho=0.5, search="sampled"), ShortCycles(rho=0.5, search="probe")
 
 
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rigl, "INTERVAL", 2)
+
+
 def trained(
     method: Any, device: torch.device, waits: list[Any], policy: PolicyConfig = SAMPLED, steps: int = STEPS
 ) -> dict[str, Tensor]:
     """After ``steps`` steps: losses, logits and the final network; within a round nothing is waited for."""
-    rounds, rigl = RoundConfig(k=K, freeze_at=0.5), configured(RigLConfig, interval=2)
-    config = RunConfig(method=method, policy=policy, round=rounds, rigl=rigl)
+    config = RunConfig(method=method, policy=policy, round=RoundConfig(k=K, freeze_at=0.5))
     network = build_method(replace(make_task(config, steps), device=device))
     data: list[Batch] = [(x.to(device), y.to(device)) for x, y in batches(steps)]
     for number, batch in enumerate(data):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offload_sparse.cli.main import main
-from offload_sparse.config.methods import RigLConfig
+from offload_sparse.methods.weight_masks import rigl
 
 METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
 
@@ -16,7 +16,7 @@ METHODS = ("dst", "dfbst", "rigl", "grow_efficient")
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a few steps RigL replaces weights, too."""
-    monkeypatch.setattr(RigLConfig, "interval", 3)
+    monkeypatch.setattr(rigl, "INTERVAL", 3)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,18 +6,16 @@ the gradient of its gate needs its output, so that the backward pass is that of 
 With f_S and f_D the FLOPs of both forward passes a step costs f_S + 2 f_D, and the saving is
 3 / (2 + f_S / f_D) (appendix C): never more than 1.5.
 
-    p = sigmoid(b z)     q ~ Bernoulli(p)     dq/dz ≈ dp/dz     loss + penalty · |mean p - rho|
+    p = sigmoid(b z)     q ~ Bernoulli(p)     dq/dz ≈ dp/dz     loss + PENALTY · |mean p - rho|
 
-What is open there, and what is done here: b rises geometrically from 1 to ``sharpness`` until the gates are
-frozen; from then on a gate is open where p > 1/2. Every group keeps its most probable atom. Draws are a
-function of (seed, step), the same on every rank. A gate multiplies the columns that read its channel: behind
-the activation, since a ReLU has no slope where a gate before it has shut. As a module computes here, shut
-channels are multiplied by zero, not left out: FLOPs are counted, seconds are not saved.
+What is open there, and what is done here: z starts at 0, and b rises geometrically from 1 to ``SHARPNESS``
+until the gates are frozen; from then on a gate is open where p > 1/2. Every group keeps its most probable
+atom. Draws are a function of (seed, step), the same on every rank. A gate multiplies the columns that read
+its channel: behind the activation, since a ReLU has no slope where a gate before it has shut. As a module
+computes here, shut channels are multiplied by zero, not left out: FLOPs are counted, seconds are not saved.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +30,8 @@ from offload_sparse.methods.weight_masks.masked import MaskedTraining
 from offload_sparse.methods.weight_masks.sparsity import Sparsity, along, maskable_weights
 from offload_sparse.policy.samplers import mask_generator
 
+GATE_LR, SHARPNESS, PENALTY = 0.1, 200.0, 1.0
+
 
 class ChannelGates(Sparsity):
     """One gate per atom of a channel map without unions."""
@@ -41,14 +41,11 @@ class ChannelGates(Sparsity):
     ) -> None:
         super().__init__(maskable_weights(network))
         self.channel_map = channel_map
-        self._options, self._policy, self._seed = config.grow_efficient, config.policy, config.train.seed
+        self._rho, self._seed = config.policy.rho, config.train.seed
         self._learned_steps = config.round.freeze_step("sampled", total_steps)
         device = self.forward_kept.device
-        start = math.log(self._options.start / (1 - self._options.start))
         some = next(iter(self.weights.values()))
-        self.logits = nn.Parameter(
-            torch.full((channel_map.num_atoms,), start, dtype=some.dtype, device=device)
-        )
+        self.logits = nn.Parameter(torch.zeros(channel_map.num_atoms, dtype=some.dtype, device=device))
         axes = channel_map.axes
         # Every weight with columns that belong to atoms, the atom of each (-1: always read), their dimension.
         self._gated: dict[str, tuple[nn.Parameter, Tensor, int]] = {}
@@ -67,7 +64,7 @@ class ChannelGates(Sparsity):
     def probabilities(self) -> Tensor:
         """Probability of every gate to be open: [C] with its graph."""
         progress = min(1.0, int(self._steps_done) / max(1, self._learned_steps))
-        return torch.sigmoid(self._options.sharpness**progress * self.logits)
+        return torch.sigmoid(SHARPNESS**progress * self.logits)
 
     def gates(self) -> Tensor:
         """The gates of this step, [C] of zeros and ones, with the gradient of their probabilities."""
@@ -96,14 +93,14 @@ class ChannelGates(Sparsity):
     def penalty(self) -> Tensor | None:
         if not self.learning:
             return None
-        return self._options.penalty * (self.probabilities().mean() - self._policy.rho).abs()
+        return PENALTY * (self.probabilities().mean() - self._rho).abs()
 
     @torch.no_grad()
     def amend_gradients(self, step: int, optimizer: torch.optim.Optimizer) -> bool:  # noqa: ARG002
         """The gates have their own learning rate, and no momentum."""
         assert self.logits.grad is not None
         if self.learning:
-            self.logits.sub_(self.logits.grad, alpha=self._options.gate_lr)
+            self.logits.sub_(self.logits.grad, alpha=GATE_LR)
         self.logits.grad.zero_()
         return True
 

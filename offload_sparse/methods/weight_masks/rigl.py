@@ -1,9 +1,9 @@
 """RigL: a fixed number of weights per layer; the smallest are dropped, those of largest gradient grown.
 
 Evci, Gale, Menick, Castro & Elsen, "Rigging the Lottery: Making All Tickets Winners" (ICML 2020). Every
-``interval`` steps, until ``stop`` of the run, each layer replaces f(step) of its weights, where
+``INTERVAL`` steps, until ``STOP`` of the run, each layer replaces f(step) of its weights, where
 
-    f(step) = fraction / 2 · (1 + cos(π step / (stop · total_steps)))
+    f(step) = FRACTION / 2 · (1 + cos(π step / (STOP · total_steps)))
 
 In such a step the gradient of all weights chooses, and no weight is trained (Algorithm 1). One that was just
 dropped may be grown at once, and stays as it was; other grown weights and their momentum start at 0.
@@ -19,11 +19,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.config.methods import RigLConfig
 from offload_sparse.methods.method import Method, Task
 from offload_sparse.methods.weight_masks.masked import build_masked
 from offload_sparse.methods.weight_masks.sparsity import Sparsity
 from offload_sparse.policy.samplers import mask_generator
+
+INTERVAL, FRACTION, STOP = 100, 0.3, 0.75
 
 
 def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
@@ -58,13 +59,11 @@ class DropAndGrow(Sparsity):
         self,
         weights: Mapping[str, nn.Parameter],
         density: float,
-        options: RigLConfig,
         total_steps: int,
         seed: int,
     ) -> None:
         super().__init__(weights)
-        self._options = options
-        self._end = options.stop * total_steps
+        self._end = STOP * total_steps
         shares = erk_densities([tuple(weight.shape) for weight in self.weights.values()], density)
         self._masks: list[Tensor] = []
         self._kept: list[int] = []
@@ -90,8 +89,8 @@ class DropAndGrow(Sparsity):
 
     @torch.no_grad()
     def amend_gradients(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
-        replaces = 0 < step < self._end and step % self._options.interval == 0
-        fraction = update_fraction(step, self._options.fraction, self._end)
+        replaces = 0 < step < self._end and step % INTERVAL == 0
+        fraction = update_fraction(step, FRACTION, self._end)
         for mask, weight, kept in zip(self._masks, self.weights.values(), self._kept, strict=True):
             assert weight.grad is not None, "a masked layer took no part in the loss"
             if replaces:
@@ -103,8 +102,7 @@ class DropAndGrow(Sparsity):
         return not replaces
 
     def weight_gradient_used(self) -> Tensor:
-        # One dense product every `interval` steps.
-        return self.forward_kept + (1 - self.forward_kept) / self._options.interval
+        return self.forward_kept + (1 - self.forward_kept) / INTERVAL  # one dense product in so many steps
 
 
 def _replace(mask: Tensor, weight: Tensor, gradient: Tensor, count: int) -> None:
@@ -118,5 +116,5 @@ def _replace(mask: Tensor, weight: Tensor, gradient: Tensor, count: int) -> None
 
 
 def build(task: Task) -> Method:
-    options, seed, density = task.config.rigl, task.config.train.seed, task.config.policy.rho
-    return build_masked(task, lambda weights: DropAndGrow(weights, density, options, task.total_steps, seed))
+    seed, density = task.config.train.seed, task.config.policy.rho
+    return build_masked(task, lambda weights: DropAndGrow(weights, density, task.total_steps, seed))
