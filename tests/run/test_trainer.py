@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 
@@ -103,15 +102,6 @@ def test_fp16_scales_the_loss_of_a_run_that_says_what_it_takes(
     assert all(p.dtype == torch.float32 for p in load_pruned(tmp_path / "run" / "model").parameters())
 
 
-def without_column(images: Path, folder: Path, column: str) -> Path:
-    for split in ("train", "test"):
-        table = datasets.Dataset.from_parquet(
-            str(images / f"{split}.parquet"), cache_dir=str(folder / "cache")
-        )
-        table.remove_columns(column).to_parquet(folder / f"{split}.parquet")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
@@ -139,18 +129,6 @@ def test_bad_input_is_one_line_of_advice_and_exit_code_2(
     assert errors[0].startswith("offload-sparse: error:")
     assert advice in errors[0]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("column", ["image", "label"])
-def test_a_parquet_without_the_column_is_told_which_columns_there_are(
-    column: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "data").mkdir()
-    folder = without_column(images, tmp_path / "data", column)
-    assert main(options(folder, tmp_path / "run")) == 2
-    message = capsys.readouterr().err
-    assert "set data.columns" in message
-    assert ("label" if column == "image" else "image") in message
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12)])
