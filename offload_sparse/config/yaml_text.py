@@ -84,8 +84,7 @@ def parse(text: str, source: str) -> Any:
 
 def number(text: str) -> float | str:
     """The number that ``text`` writes down; text that writes down none as it is, in quotes."""
-    found = parse(text, "a number") if _NUMBER.fullmatch(text) else None
-    return repr(text) if found is None else found
+    return parse(text, "a number") if _NUMBER.fullmatch(text) else repr(text)
 
 
 def read_keys(path: Path) -> dict[Any, Any]:
