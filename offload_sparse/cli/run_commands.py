@@ -44,7 +44,8 @@ PAPER_NOTE = (
 
 def _searches_as_the_paper(config: RunConfig) -> bool:
     is_of_it = str(config.paper.get("source", "")).startswith("Zhou et al. 2021")
-    return is_of_it and config.method == "sparse_offload" and config.policy.sampler == "bernoulli"
+    draws = config.policy.search == "sampled" and config.policy.sampler == "bernoulli"
+    return is_of_it and config.method == "sparse_offload" and draws
 
 
 def _dry_run(config: RunConfig) -> int:

@@ -166,7 +166,7 @@ def test_the_default_search_can_be_put_behind_a_file_of_the_paper(path: Path) ->
     assert config.optim == given.optim
 
 
-@pytest.mark.parametrize("method", ["sparse_offload", "static", "quickstart", "default_search"])
+@pytest.mark.parametrize("method", ["sparse_offload", "static", "quickstart", "default_search", "none"])
 def test_train_says_that_the_paper_s_search_measured_below_static(
     method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -179,6 +179,8 @@ def test_train_says_that_the_paper_s_search_measured_below_static(
         given = ["--config", str(CONFIGS / "quickstart.yaml")]
     elif method == "default_search":
         given += ["--config", str(CONFIGS / "default_search.yaml")]
+    elif method == "none":
+        given += ["--policy.search", "none"]
     else:
         given += ["--method", method]
     assert main(["train", *given, "--run_dir", str(tmp_path / "run")]) == 2
