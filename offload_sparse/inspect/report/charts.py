@@ -34,6 +34,9 @@ _EQUAL = 1e-3
 _SEEN = 0.05
 """Share of an axis from zero by which a curve has to move to be worth drawing."""
 
+_UNKNOWN = 1e4
+"""An error of so many times the smallest is that of a group whose channels no pair has dropped."""
+
 _MOST_DENSE = 3
 _SIGNED = "loss_difference_mean"
 _X_AXES = {"step": ("steps", ""), "train_flops": ("training", "FLOP"), "time": ("time", "seconds")}
@@ -152,8 +155,8 @@ def _memory(runs: Sequence[RunData]) -> Iterator[Chart | None]:
 def _rounds(runs: Sequence[RunData]) -> Iterator[Chart | None]:
     for i, run in enumerate(runs):
         spans = run.timeline()
-        if not spans:
-            continue
+        if all(lane == "compute" for lane, _, _ in spans):
+            continue  # nothing was moved, or nothing recorded
         yield Chart(
             f"timeline_{i}",
             _titled("Timeline of rounds", run, runs),
@@ -240,24 +243,26 @@ def _search(run: RunData, runs: Sequence[RunData], number: int, names: list[str]
     widths = np.array([run.probes[0]["widths"], *(probe["moved_to"] for probe in run.probes)])
     moved = [f"{name}  {a:.0f} → {b:.0f}" for name, a, b in zip(names, widths[0], widths[-1], strict=True)]
     cycles = np.arange(1.0, 1 + len(widths))
-    yield Chart(
-        f"search_widths_{number}",
-        _titled("Widths over the cycles", run, runs),
-        "Channels of each group relative to the start. A group that shrinks loses its least important "
-        "channels; one that grows gets back those that were trained before, then new ones.",
-        ", ".join(moved) + ".",
-        partial(figures.heat_map, moved, cycles, (widths / widths[0]).T, "cycle", "width / first width"),
-    )
-    found = {
-        f"probe {cycle + 1}": (np.array(probe["loss_per_cost"]), np.array(probe["error"]))
-        for cycle, probe in enumerate(run.probes)
-    }
+    if np.ptp(widths, 0).any():
+        yield Chart(
+            f"search_widths_{number}",
+            _titled("Widths over the cycles", run, runs),
+            "Channels of each group relative to the start. A group that shrinks loses its least important "
+            "channels; one that grows gets back those that were trained before, then new ones.",
+            ", ".join(moved) + ".",
+            partial(figures.heat_map, moved, cycles, (widths / widths[0]).T, "cycle", "width / first width"),
+        )
+    found = {}
+    for cycle, probe in enumerate(run.probes):
+        errors = np.array(probe["error"])
+        worth = np.where(errors < _UNKNOWN * errors.min(), probe["loss_per_cost"], np.nan)
+        found[f"probe {cycle + 1}"] = (worth, errors)
     yield Chart(
         f"search_probes_{number}",
         _titled("What channels are worth", run, runs),
         "Loss per share of the budget that a group's dropped channels save, and its standard error: groups "
-        "above the mean grow at the expense of those below.",
-        _told({probe: f"{worth.min():.3g} to {worth.max():.3g}" for probe, (worth, _) in found.items()}),
+        "above the mean grow at the expense of those below. One that has had nothing to drop has no value.",
+        _told({p: f"{np.nanmin(worth):.3g} to {np.nanmax(worth):.3g}" for p, (worth, _) in found.items()}),
         partial(figures.estimates, names, found, "loss per share of the budget"),
     )
 

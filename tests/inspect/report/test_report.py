@@ -198,6 +198,15 @@ def test_what_says_one_number_throughout_is_not_drawn(
     assert left in drawn
 
 
+def test_rounds_that_move_nothing_have_no_timeline(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"(gather|scatter)", ', '"compute", ', text))
+    drawn = [chart.name for charts in sections(read_runs([folder])).values() for chart in charts]
+    assert "timeline_0" not in drawn
+    assert "round_seconds" in drawn
+
+
 def test_nor_are_curves_of_which_each_says_a_number_of_its_own(tmp_path: Path) -> None:
     folders = []
     for name, value in (("a", 0.8), ("b", 0.4)):
@@ -316,6 +325,21 @@ def test_a_search_by_probes_shows_its_widths_and_what_channels_are_worth(tmp_pat
     assert spread == [[1.5, 2.5], [-1.25, -0.75]]
     shown = charts["search_widths_0"].draw(THEMES["light"]).axes[0].collections[0].get_array()
     np.testing.assert_allclose(shown.reshape(2, 3), [[1, 9 / 8, 11 / 8], [1, 3 / 4, 1 / 2]])
+
+
+def test_widths_that_never_moved_and_unknown_errors_are_not_drawn(tmp_path: Path) -> None:
+    """A group of one channel, of which none can be dropped, would squeeze all others into a line."""
+    run = write_run(tmp_path / "run")
+    worth = {"loss_per_cost": [2.0, 0.0], "error": [0.5, 1e6], "advantage": [0.0, 0.0]}
+    probes = [{"widths": [8.0, 1.0], "moved_to": [8.0, 1.0]} | worth]
+    line = {"step": 40, "epoch": 4, "group_keep": {"conv1": 0.5, "conv2": 0.25}, "probes": probes}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    charts = {chart.name: chart for chart in sections(read_runs([run]))["Structure"]}
+    assert "search_widths_0" not in charts
+    assert charts["search_probes_0"].text == "probe 1: 2 to 2."
+    axes = charts["search_probes_0"].draw(THEMES["light"]).axes[0]
+    assert axes.get_xlim()[1] < 3
 
 
 def test_the_members_of_a_family_are_a_curve(tmp_path: Path) -> None:
