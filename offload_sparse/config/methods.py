@@ -10,13 +10,14 @@ from offload_sparse.channels.require import require
 
 @dataclass
 class StaticConfig:
-    """The control ``static``: a narrow network, fixed from the start.
+    """The control ``static``: a narrow network, fixed from the start; and the start of a search by probes.
 
     Attributes:
         widths: atoms that each group keeps, such as ``[8, 8, 16, 16]`` or ``8 8 16 16``; or the name of
             published widths, which are scaled to ``policy.rho`` of ``policy.budget``
             (``policy.published_widths`` lists them with their sources). Empty keeps the same share of every
-            group."""
+            group. ``policy.search`` ``probe`` begins with these widths, too, scaled to the budget, and
+            ``none`` keeps them."""
 
     widths: list[int] | str = ""
 

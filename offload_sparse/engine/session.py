@@ -87,6 +87,7 @@ class Setup:
             before, at every step.
         members: networks smaller than the final one that its caller trains with it, each with norms of its
             own (``engine.family``).
+        widths: with ``policy.search`` ``probe`` or ``none``, those of the first mask, as ``static.widths``.
     """
 
     residual: Residual = "coupled"
@@ -102,6 +103,7 @@ class Setup:
     store_mode: Mode = "new"
     local_from: int = 0
     members: int = 0
+    widths: str = ""
 
 
 class SparseOffload(Rounds):
@@ -205,7 +207,8 @@ class SparseOffload(Rounds):
         known = None
         if chosen.start != "uniform":
             known = Importance.of_store(chosen.start, self.store, self.meta_model, seed)
-        masks = build_policy(chosen, channel_map.groups, seed, cost, freeze_step, total_steps, known)
+        steps = freeze_step, total_steps
+        masks = build_policy(chosen, channel_map, seed, cost, *steps, known, setup.widths)
         transfers = Transfers(
             self.store,
             self.meta_model,

@@ -185,6 +185,7 @@ def build(task: Task) -> Method:
         store_mode=mode,
         local_from=task.warmup_steps,
         members=max(0, len(config.policy.budgets) - 1),
+        widths=str(config.static.widths),
     )
     session = SparseOffload(
         task.factory,

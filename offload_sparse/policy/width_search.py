@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.channels.channel_map import Group
+from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.policy.budget import Budget, bisected
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.mask_policy import MaskPolicy
@@ -30,6 +30,7 @@ from offload_sparse.policy.probe import (
     probe_rates,
     stages,
 )
+from offload_sparse.policy.published_widths import static_mask
 from offload_sparse.policy.widths import respect_size
 
 CYCLES = 4
@@ -66,6 +67,8 @@ class WidthSearch:
         seed: of the probes' masks; equal on all ranks.
         freeze_step: step at which the last cycle begins.
         total_steps: of the run; 0 searches nothing.
+        first: bool[C], a mask of the widths of the first round, which a search scales to its budget; None for
+            even ones.
 
     Attributes:
         trivial: the mask of every round keeps everything.
@@ -90,27 +93,32 @@ class WidthSearch:
         freeze_step: int = 0,
         total_steps: int = 0,
         importance: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> None:
         self.config, self.groups, self.seed = config, tuple(groups), seed
-        self.trivial = config.rho == 1 and not config.budgets
+        self.trivial = config.rho == 1 and not config.budgets and first is None
         self._sizes = torch.tensor([g.size for g in self.groups], dtype=torch.float64)
         self._per_atom = torch.repeat_interleave(torch.arange(len(self.groups)), self._sizes.long())
         self._budget = Budget.of(config, self.groups, costs)
         start = self._budget.start()
         start = torch.ones_like(start) if self.trivial else start
         self._margin = 1 - start if importance is None else -importance
-        self.mask = self._budget.mask(start, self._margin)
-        self.trained = self.mask.clone()
-        self._log_widths = (start[[g.start for g in self.groups]] * self._sizes).log()
+        self.mask = self._budget.mask(start, self._margin) if first is None else first
+        widths = start[[g.start for g in self.groups]] * self._sizes
+        self._log_widths = (widths if first is None else present_widths(first, self.groups)).log()
         searched = 0 if self.trivial else freeze_step
         cycles, self.pairs = cycles_and_pairs(len(self.groups), searched, total_steps, config.cycle_steps)
         self.boundaries = [freeze_step * number // cycles for number in range(1, cycles + 1)]
         self.stays = not cycles
         self._moves_in = self._budget.to_move_in(self._margin) if cycles else self._budget
+        if cycles and first is not None:
+            self._log_widths = self._affordable(self._log_widths, self._moves_in)
+            self.mask = self._moves_in.mask(self._rates_of(self._log_widths), self._margin)
+        self.trained = self.mask.clone()
         self._worth = Worth(stages(self.groups, self._moves_in.slopes(torch.ones_like(start))))
         self._history = torch.full((cycles, len(_HISTORY), len(self.groups)), torch.nan).double()
         self._costs, self._most_outputs = costs, MEMORY_ROOM * costs.outputs(self.mask)
-        self._even, self._most_of_family, self.size_cap = self._log_widths, math.inf, costs.dense_parameters
+        self._first, self._most_of_family, self.size_cap = self._log_widths, math.inf, costs.dense_parameters
         if config.budgets:
             self._most_of_family = MEMORY_ROOM * costs.outputs(self.family()[-1])
         self.size_cap = self._largest()
@@ -131,11 +139,11 @@ class WidthSearch:
 
     def family(self) -> list[Tensor]:
         """bool[C] of every member of ``policy.budgets``, the smallest first: the present widths, scaled, of
-        which each has the channels of those before it; nearer to even ones where the largest has not room.
-        Without budgets the present mask."""
+        which each has the channels of those before it; nearer to the first ones where the largest has not
+        room. Without budgets the present mask."""
         masks = [self.mask]
         for share in (*_STEPS, 0.0) if self.config.budgets else ():
-            masks = self._members(self._even.lerp(self._log_widths, share))
+            masks = self._members(self._first.lerp(self._log_widths, share))
             if self._costs.outputs(masks[-1]) <= self._most_of_family:
                 break
         return masks
@@ -260,23 +268,34 @@ class WidthSearch:
 
 def build_policy(
     config: PolicyConfig,
-    groups: Sequence[Group],
+    channel_map: ChannelMap,
     seed: int,
     costs: CostModel,
     freeze_step: int | None,
     total_steps: int | None,
     importance: Tensor | None = None,
+    widths: str = "",
 ) -> MaskPolicy | WidthSearch:
     """The policy that ``config.search`` names. Raises ValueError: a search that ends at a share of a run must
-    know its length; an atom of every group exceeds the budget.
+    know its length; an atom of every group exceeds the budget; no search that ``config`` names begins with
+    ``widths``, or they do not fit.
 
     Args:
         freeze_step: step at which the final mask is chosen; None without an end of the run.
         total_steps: of the run, if it is known.
-        importance: float64[C], by which the atoms are ranked at the start; None tells none apart."""
+        importance: float64[C], by which the atoms are ranked at the start; None tells none apart.
+        widths: that the first mask has, see ``static_mask``; empty for even ones."""
     if config.search in ("forward", "probe") and (freeze_step is None or total_steps is None):
         raise ValueError(f"policy.search {config.search} ends at a share of a run; give total_steps")
+    groups = channel_map.groups
     if config.search in ("sampled", "forward"):
+        if widths:
+            raise ValueError(
+                f"policy.search is {config.search}, which begins with no widths; leave out static.widths, or "
+                "choose policy.search probe or none, or method static"
+            )
         return MaskPolicy(config, groups, seed, costs, importance)
     steps = (freeze_step or 0, total_steps or 0) if config.search == "probe" else (0, 0)
-    return WidthSearch(config, groups, seed, costs, *steps, importance)
+    margin = None if importance is None else -importance
+    first = static_mask(widths, config, channel_map, costs, margin) if widths.strip(", ") else None
+    return WidthSearch(config, groups, seed, costs, *steps, importance, first)

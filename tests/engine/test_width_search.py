@@ -80,6 +80,14 @@ def test_widths_move_at_the_ends_of_cycles_only_and_the_budget_is_kept() -> None
     assert probes < 0.12 * forwards
 
 
+def test_a_session_begins_with_the_widths_of_its_setup() -> None:
+    session = session_of(replace(POLICY, search="none"), widths="15 4")
+    assert present_widths(search_of(session).mask, session.channel_map.groups).tolist() == [15, 4]
+    session.step(loss_of(batches(1)[0]))
+    assert session.masks is not None
+    assert torch.equal(session.masks[0], search_of(session).mask)
+
+
 def test_atoms_that_leave_keep_their_weights_and_slots_in_the_store() -> None:
     session = session_of()
     search = search_of(session)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.channels.channel_map import Group
+from offload_sparse.channels.channel_map import ChannelMap, Group
 from offload_sparse.engine.config import RoundConfig, check_combination
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.policy.budget import project
@@ -235,7 +235,7 @@ def test_a_model_without_groups_is_an_error(search: SearchName) -> None:
     net = SmallNet()
     costs = CostModel(net, small_map(net), IMAGES)
     with pytest.raises(ValueError, match="no groups"):
-        build_policy(PolicyConfig(search=search), [], 0, costs, 10, 10)
+        build_policy(PolicyConfig(search=search), ChannelMap((), {}, {}), 0, costs, 10, 10)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,16 @@ from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.policy import width_search
-from offload_sparse.policy.config import PolicyConfig
+from offload_sparse.policy.config import PolicyConfig, SearchName
+from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.probe import Comparisons, present_widths
-from offload_sparse.policy.width_search import CYCLES, PROBE_SHARE, WidthSearch, cycles_and_pairs
+from offload_sparse.policy.width_search import (
+    CYCLES,
+    PROBE_SHARE,
+    WidthSearch,
+    build_policy,
+    cycles_and_pairs,
+)
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, small_map
 from tests.support.residual_nets import ResidualNet
@@ -203,6 +210,26 @@ def untold(found: WidthSearch) -> None:
         m, m_ref = found.pair(number, rates)
         comparisons.add(0.0, found.mask, m, m_ref)
     found.move(comparisons, torch.rand(len(found.mask), dtype=torch.float64))
+
+
+def test_a_search_begins_with_the_widths_that_it_is_given() -> None:
+    def build(search: SearchName) -> MaskPolicy | WidthSearch:
+        config = ShortCycles(rho=0.2, budget="flops", search=search)
+        return build_policy(config, MAP, 5, COSTS, 800, STEPS, widths="40, 10")
+
+    kept, found = build("none"), build("probe")
+    assert isinstance(kept, WidthSearch)
+    assert isinstance(found, WidthSearch)
+    assert kept.stays
+    assert present_widths(kept.mask, GROUPS).tolist() == [40, 10]
+    for _ in range(2):
+        widths = present_widths(found.mask, GROUPS)
+        assert spent(found, "flops") == pytest.approx(0.2, rel=0.05), "they are scaled to the budget"
+        assert float(widths[0] / widths[1]) == pytest.approx(4, rel=0.1)
+        untold(found)
+    for search in ("sampled", "forward"):
+        with pytest.raises(ValueError, match=r"leave out static\.widths"):
+            build(search)
 
 
 def test_a_search_moves_on_from_the_widths_that_there_are() -> None:

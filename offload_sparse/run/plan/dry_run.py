@@ -166,11 +166,9 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
 def trained_mask(config: RunConfig, structure: Structure) -> Tensor:
     """The channels of the network that is trained: of the full one unless its method narrows it."""
     channel_map = structure.channel_map
-    if config.method == "static":
-        return static_mask(str(config.static.widths), config.policy, channel_map, structure.cost)
-    if config.method == "sparse_offload":
-        largest = max(config.policy.budgets, default=config.policy.rho)
-        return evenly_narrowed(replace(config.policy, rho=largest), channel_map, structure.cost)
+    if config.method in ("static", "sparse_offload"):
+        policy = replace(config.policy, rho=max(config.budgets, default=config.policy.rho))
+        return static_mask(str(config.static.widths), policy, channel_map, structure.cost)
     return channel_map.full_mask()
 
 

@@ -60,9 +60,10 @@ class FirstRounds:
             kind: _entries(channel_map.shapes, tensors) + gaps[kind] for kind, tensors in names.items()
         }
         chosen = config.policy.resolved(config.compile)
-        # A search for widths begins with even ones, and with room for others where it has time to move them.
+        # A search for widths has room for others where it has time to move them.
         search = config.round.freeze_step(chosen.search, total_steps), total_steps
-        policy = build_policy(chosen, channel_map.groups, config.train.seed, cost, *search)
+        seed, widths = config.train.seed, str(config.static.widths)
+        policy = build_policy(chosen, channel_map, seed, cost, *search, widths=widths)
         self.capacity = policy.size_cap + own_entries(channel_map) + gaps[WEIGHTS]
         self.family = policy.family() if isinstance(policy, WidthSearch) else []
         self.stays = policy.stays
