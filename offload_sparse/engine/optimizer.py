@@ -184,7 +184,7 @@ def _check_entries(
     parts = [part.clone() for part in start.flatten().split(size)]
     keeps = [{name: torch.full_like(part, value) for name, value in found.slots.items()} for part in parts]
     given = [SubnetOptimizer(factory, [own], [found], whole.device) for _ in parts]
-    for drawn in gradients:
+    for steps_done, drawn in enumerate(gradients):
         # At right angles to the rows, as in front of a norm: some optimizers (AdamP) then do something else.
         rows = whole.detach()
         gradient = drawn - (drawn * rows).sum(1, True) / rows.square().sum(1, True) * rows
@@ -192,7 +192,7 @@ def _check_entries(
         pieces = gradient.flatten().split(size)
         for part, keep, piece, session in zip(parts, keeps, pieces, given, strict=True):
             step = FlatOptimizer(session, {WEIGHTS: part, **keep}, piece.clone(), [slice(None)]).step
-            step(torch.zeros((), dtype=torch.float32, device=device))
+            step(torch.zeros((), dtype=torch.float32, device=device), steps_done)
     # How far they have come: with a small rate the weights are alike whatever the steps are. A rate
     # so large that weights overflow is not this check's concern: training stops with advice.
     moved, expected = torch.cat(parts) - start.flatten(), (whole.detach() - start).flatten()
@@ -381,14 +381,13 @@ class FlatOptimizer:
             parameter.grad = gradients[part]
             self._optimizer.state[parameter] = {name: arrays[name][part] for name in session.slots}
 
-    def step(self, not_finite: Tensor, steps_done: int | None = None) -> None:
+    def step(self, not_finite: Tensor, steps_done: int) -> None:
         """Clip (if configured) and apply the gradients.
 
         Args:
             not_finite: float32 scalar on the device; weights and slots stay as they are unless it is 0.
                 Nothing on a device waits for its value.
-            steps_done: optimizer steps of the run before this one, on whichever subnet; None: as the scalars
-                say."""
+            steps_done: optimizer steps of the run before this one, on whichever subnet."""
         if self._session.clip_norm > 0:
             nn.utils.clip_grad_norm_(self._flat, self._session.clip_norm)
         self._take_settings(steps_done)
@@ -424,15 +423,15 @@ class FlatOptimizer:
                 "changes momentum); give that to the optimizer function or to groups from the start"
             ) from error
 
-    def _take_settings(self, steps_done: int | None) -> None:
+    def _take_settings(self, steps_done: int) -> None:
         for own, shown in zip(self._optimizer.param_groups, self._session.shown.param_groups, strict=True):
             own.update({name: value for name, value in shown.items() if name != "params"})
         known = self._session.scalars[0].get("step")
         counts: Any = itertools.repeat(steps_done)
-        if steps_done is not None and isinstance(known, Tensor):
+        if isinstance(known, Tensor):
             counts = self._session.counts(steps_done, known).unbind()
         for parameter, scalars, count in zip(self._flat, self._session.scalars, counts, strict=False):
-            if steps_done is not None and "step" in scalars:
+            if "step" in scalars:
                 scalars["step"] = count
             self._optimizer.state[parameter].update(scalars)
 
