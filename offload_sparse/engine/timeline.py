@@ -33,7 +33,7 @@ class Timeline:
         self._device = device
         self._origin = self._now()
         self._round = 0
-        self._open: dict[Lane, tuple[int, _Mark]] = {}
+        self._computing: tuple[int, _Mark] | None = None
         # Lane, the round in which the work began, its begin and end.
         self._pending: deque[tuple[Lane, int, _Mark, _Mark]] = deque(maxlen=_MOST_SPANS)
         # The same, begin and end in seconds since the session was made.
@@ -51,8 +51,8 @@ class Timeline:
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """A step, or the wait for the device behind the steps of a round."""
-        if "compute" not in self._open:
-            self._open["compute"] = (self._round, self._now())
+        if self._computing is None:
+            self._computing = self._round, self._now()
         start = time.perf_counter()
         yield
         self._sums["compute"] += time.perf_counter() - start
@@ -66,8 +66,9 @@ class Timeline:
 
     def end_round(self) -> None:
         """The last step of a round is done."""
-        if "compute" in self._open:
-            self._pending.append(("compute", *self._open.pop("compute"), self._now()))
+        if self._computing is not None:
+            self._pending.append(("compute", *self._computing, self._now()))
+        self._computing = None
         self._round += 1
 
     def means(self) -> dict[str, float]:
