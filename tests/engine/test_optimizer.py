@@ -17,7 +17,7 @@ from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.optimizer import LossScale, group_parameters, probe
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.policy.config import PolicyConfig
-from tests.support.optimizers import Corrected, Counting, Lion
+from tests.support.optimizers import Corrected, Counting, Lion, Numbered
 from tests.support.sessions import arrays, assert_same, batches, loss_fn, loss_of, make_session, small_net
 
 
@@ -69,6 +69,7 @@ USABLE = {
     "lion": partial(Lion, lr=1e-3, weight_decay=0.1),
     "counting": partial(Counting, lr=0.05),
     "corrected": partial(Corrected, lr=0.05),
+    "numbered": partial(Numbered, lr=0.05),
     "a list of the parameters": lambda ps: optim.SGD([p for p in ps if p.requires_grad], lr=0.05),
 }
 

@@ -51,3 +51,18 @@ class Corrected(Lion):
                 state["weight"] = 1 + 0.9 * state["weight"]
                 state["average"].lerp_(p.grad, 1 / state["weight"])
                 p.sub_(state["average"], alpha=group["lr"])
+
+
+class Numbered(Lion):
+    """An average without bias, by the number of the step, which is 1 when there is first a state."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(p)
+                state["step"] = state.get("step", 0) + 1
+                state["average"].lerp_(p.grad, 0.1)
+                p.sub_(state["average"], alpha=group["lr"] / (1 - 0.9 ** state["step"]))
