@@ -82,23 +82,6 @@ def test_the_result_equals_that_of_bisection(problem: tuple[Tensor, float, float
     torch.testing.assert_close(project(z, budget, lower, upper, cost), expected, rtol=0, atol=tolerance)
 
 
-@given(problems(), st.randoms(use_true_random=False))
-def test_no_feasible_point_is_nearer(
-    problem: tuple[Tensor, float, float, float, Tensor], random: object
-) -> None:
-    """<z - s, y - s> <= 0 for every feasible y, the variational form of optimality on a convex set."""
-    z, budget, lower, upper, cost = problem
-    s = project(z, budget, lower, upper, cost)
-    generator = torch.Generator().manual_seed(random.getrandbits(32))  # type: ignore[attr-defined]
-    for _ in range(5):
-        y = lower + (upper - lower) * torch.rand(len(z), dtype=torch.float64, generator=generator)
-        spent, cheapest = float((cost * y).sum()), lower * float(cost.sum())
-        if spent > budget:
-            y = lower + (y - lower) * (budget - cheapest) / (spent - cheapest)
-        scale = float((z - s).abs().sum()) + 1.0
-        assert float((z - s) @ (y - s)) <= 1e-9 * scale
-
-
 @settings(max_examples=30, deadline=None)
 @given(problems())
 def test_scipys_constrained_solver_finds_no_better_point(
