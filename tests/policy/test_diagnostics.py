@@ -5,13 +5,10 @@ import torch
 
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.diagnostics import Diagnostics
+from tests.support.masks import vector
 
 GROUPS = [Group("a", 0, 2), Group("b", 2, 2)]
 FLOOR = 0.01
-
-
-def vector(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def mask(*atoms: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from offload_sparse.channels.channel_map import Group
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.parametrisation import Parametrisation
+from tests.support.masks import vector
 
 GROUPS = [Group("a", 0, 2), Group("b", 2, 3)]
 START = torch.tensor([0.2, 0.4, 0.1, 0.3, 0.5], dtype=torch.float64)
@@ -23,10 +24,6 @@ def learner(start: Tensor = START, **config: object) -> Parametrisation:
 
 def moved(found: Parametrisation, gradient: Tensor) -> Tensor:
     return torch.from_numpy(found.move(gradient.numpy()))
-
-
-def vector(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_a_step_of_atoms_goes_down_the_gradient() -> None:
