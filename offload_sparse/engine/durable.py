@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -39,20 +39,20 @@ class DurableRounds:
 
     Args:
         session: a session whose store is in files, between two rounds.
-        settle_every: rounds between waits for the disk; as many logs are kept. 1 waits after each round.
 
     Attributes:
         beside: JSON values that are logged with each round, for a loop that must not lose what it has not
             written yet.
         found: those that came with the round that ``restore`` has taken up."""
 
-    def __init__(self, session: SparseOffload, settle_every: int = 4) -> None:
+    settle_every: ClassVar[int] = 4
+    """Rounds between waits for the disk; as many logs are kept."""
+
+    def __init__(self, session: SparseOffload) -> None:
         tier = session.store.tier
         if not isinstance(tier, FileTier):
             raise ValueError("only a store in files outlives its process; set store.tier file")
-        if settle_every < 1:
-            raise ValueError(f"settle_every is {settle_every}; give at least 1 round")
-        self._session, self._tier, self._settle_every = session, tier, settle_every
+        self._session, self._tier = session, tier
         folder = tier.folder / "log"
         self.log = on_every_rank(lambda: WriteAheadLog(folder))
         self._random: dict[str, Tensor] = {}
@@ -137,7 +137,7 @@ class DurableRounds:
         session = self._session
         pieces = [(piece.selection, piece.packed()) for piece in learned]
         alone = session.transfers.went_back
-        if alone or len(self.log.rounds()) >= self._settle_every:
+        if alone or len(self.log.rounds()) >= self.settle_every:
             session.transfers.join()
             self.log.settle(self._tier.sync)
         if alone:

@@ -268,13 +268,17 @@ def warmed_up() -> list[bool]:
     return found
 
 
+class EverySecond(DurableRounds):
+    settle_every = 2
+
+
 def durable(folder: Path, kind: str) -> list[str]:
     """What is not the same bits after a process has ended without a word, on a store in files."""
 
     def opened(name: str, mode: Mode = "new") -> tuple[SparseOffload, DurableRounds]:
         store = StoreConfig("file", str(folder / name))
         session = session_of(kind, store=store, run_id="test", store_mode=mode)
-        return session, DurableRounds(session, settle_every=2)
+        return session, EverySecond(session)
 
     closures, wrong = own_batches()[:8], []  # before the final mask, whose choice takes the last batches
     straight, _ = opened("straight")

@@ -26,6 +26,14 @@ from tests.support.ranks import run_ranks
 K, ROUNDS = 2, 4
 
 
+class EveryRound(DurableRounds):
+    settle_every = 1
+
+
+class EveryThird(DurableRounds):
+    settle_every = 3
+
+
 def network() -> nn.Module:
     return nn.Sequential(
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
@@ -85,10 +93,10 @@ def test_a_resumed_session_is_bit_equal_to_one_that_never_stopped(tmp_path: Path
     DurableRounds(whole)
     losses = train(whole, 0, K * ROUNDS)
     first = session_of(tmp_path / "parts")
-    DurableRounds(first, settle_every=1)
+    EveryRound(first)
     train(first, 0, stopped)
     second = session_of(tmp_path / "parts", "resume")
-    done = DurableRounds(second, settle_every=1).restore()
+    done = EveryRound(second).restore()
     assert done == stopped - stopped % K
     assert train(second, done, K * ROUNDS) == losses[done:]
     assert torch.equal(second.policy.s, whole.policy.s)
@@ -105,7 +113,7 @@ Then = Callable[[SparseOffload, DurableRounds], object]
 def begin(folder: Path, then: Then, first: int, **more: Any) -> tuple[SparseOffload, DurableRounds]:
     """A session that has made ``first`` steps, and then what ``then`` does."""
     session = session_of(folder, **more)
-    durable = DurableRounds(session, settle_every=3)
+    durable = EveryThird(session)
     train(session, 0, first)
     then(session, durable)
     return session, durable
@@ -115,7 +123,7 @@ def assert_goes_on(left: Path, whole: SparseOffload, done: int, **more: Any) -> 
     """What a process has left in ``left`` is resumed at step ``done``, and ends as ``whole``, which is there
     by now, does."""
     resumed = session_of(left, "resume", **more)
-    assert DurableRounds(resumed, settle_every=3).restore() == done
+    assert EveryThird(resumed).restore() == done
     assert train(resumed, done, K * ROUNDS) == train(whole, done, K * ROUNDS)
     for session in (whole, resumed):
         session.settle()
@@ -223,5 +231,3 @@ def test_files_and_memory_train_the_same(tmp_path: Path) -> None:
 def test_a_store_in_memory_cannot_be_durable(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set store\.tier file"):
         DurableRounds(session_of(tmp_path, tier="ram"))
-    with pytest.raises(ValueError, match="settle_every is 0"):
-        DurableRounds(session_of(tmp_path / "x"), settle_every=0)
