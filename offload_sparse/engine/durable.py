@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload_sparse.engine.distributed import on_every_rank
+from offload_sparse.engine.distributed import everyones, on_every_rank
 from offload_sparse.engine.session import SparseOffload
 from offload_sparse.engine.state import MethodState, restore_small, small_state
 from offload_sparse.engine.subnet_pair import Piece
@@ -68,8 +68,10 @@ class DurableRounds:
         """Make the store whole and the session what it was after the last round that was logged. Returns
         optimizer steps that are done; 0 when no round was logged. Raises ValueError: a log cannot be read, or
         the process ended while a state was loaded (on every rank)."""
-        if (common := self._common_round()) is not None:
-            self.log.drop_after(common)
+        ranks = self._session.ranks
+        if ranks.world_size > 1:  # only what all of them have counts
+            newest = everyones(max(self.log.rounds(), default=-1), ranks.world_size, ranks.host_group)
+            self.log.drop_after(min(newest))
         entry = on_every_rank(lambda: self.log.replay(self._session.store))
         if entry is None:
             return 0
@@ -147,15 +149,6 @@ class DurableRounds:
         if session.ranks.world_size > 1:
             # No rank scatters a round that another may not have logged.
             dist.barrier(group=session.ranks.host_group)
-
-    def _common_round(self) -> int | None:
-        """The newest log that every rank has; None on a single rank, whose word is enough."""
-        session = self._session
-        if session.ranks.world_size == 1:
-            return None
-        newest = torch.tensor([self.log.rounds()[-1] if self.log.rounds() else -1])
-        dist.all_reduce(newest, dist.ReduceOp.MIN, group=session.ranks.host_group)
-        return int(newest)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
