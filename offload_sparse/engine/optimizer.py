@@ -247,10 +247,16 @@ def group_parameters(model: nn.Module, grouping: Grouping | None, no_decay: bool
     return [Group(tuple(names), settings) for settings, names in groups]
 
 
+def numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group that schedulers change, and that are saved."""
+    return {n: v for n, v in group.items() if isinstance(v, int | float | tuple | Tensor | np.generic)}
+
+
 # --- steps ---
 
 
-def _first_scalars(state: OptimizerState, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def first_scalars(state: OptimizerState, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The scalars of a parameter of ``group`` on ``device`` before its first step."""
     place = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
     return {
         name: value.to(place, copy=True) if isinstance(value, Tensor) else value
@@ -323,9 +329,8 @@ class SubnetOptimizer:
         return {
             f"{name} of parameter group {i}": value if isinstance(value, tuple) else float(value)
             for i, group in enumerate(self.shown.param_groups)
-            for name, value in group.items()
+            for name, value in numbers_of(group).items()
             if name in self.shown.defaults
-            and isinstance(value, bool | int | float | tuple | Tensor | np.generic)
         }
 
     def take_over(self, rank: int, ranks: Ranks) -> None:

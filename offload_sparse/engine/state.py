@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.distributed import everyones, first_word
+from offload_sparse.engine.optimizer import numbers_of
 from offload_sparse.engine.roles import Masks
 from offload_sparse.engine.rounds import Rounds
 from offload_sparse.export.json_values import digest
@@ -207,7 +208,7 @@ def whole_state(session: Rounds) -> dict[str, Any]:
     session.before = session.policy.state_dict(), session.ema_steps  # a rollback comes back to here now
     state, store = small_state(session), session.transfers.store
     every = everyones(state.local, session.ranks.world_size, session.ranks.host_group)
-    groups = [_settings(group) for group in session.transfers.optimizer.shown.param_groups]
+    groups = [numbers_of(group) for group in session.transfers.optimizer.shown.param_groups]
     small = {"replicated": state.replicated, "meta": state.meta, "local": every, "groups": groups}
     file = BytesIO()
     # A rate that NumPy has computed is a float, but not one that a file without code may hold.
@@ -257,12 +258,6 @@ def _problem(session: Rounds, state: Mapping[str, Any]) -> tuple[str, dict[str, 
         odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         return f"the state and this session differ in {odd[0]!r}; is it of another model or optimizer?", {}
     return "", small
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of a parameter group: numbers, which schedulers change."""
-    plain = {name: value for name, value in group.items() if name != "params"}
-    return {n: v for n, v in plain.items() if isinstance(v, bool | int | float | tuple | Tensor | np.generic)}
 
 
 def _mean(every: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
