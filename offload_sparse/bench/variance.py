@@ -101,6 +101,7 @@ def draw_pairs(session: SparseOffload, batch: Batch, estimator: str, count: int)
         PolicyConfig.paper(rho=session.policy.config.rho, estimator=estimator),
         session.channel_map.groups,
         session.steps_done,
+        session.cost,
     )
     state = sampler.state_dict()
     state["s"] = session.policy.s

@@ -49,19 +49,17 @@ def evenly_narrowed(
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """What masks and probabilities may cost: rho times what the full network has of ``kind`` (``count`` needs
-    no costs); ``bounds`` are the smallest and largest keep probability. Raises ValueError: no probabilities
-    within the bounds meet the budget, or there are no costs to count."""
+    """What masks and probabilities may cost: rho times what the full network has of ``kind``; ``bounds`` are
+    the smallest and largest keep probability. Raises ValueError: no probabilities within the bounds meet the
+    budget."""
 
     kind: BudgetName
     rho: float
     groups: Sequence[Group]
-    costs: CostModel | None
+    costs: CostModel
     bounds: tuple[float, float]
 
     def __post_init__(self) -> None:
-        if self.kind != "count" and self.costs is None:
-            raise ValueError(f"policy.budget {self.kind} needs the costs of the network; set it to count")
         least = self.spent(self._all_at(self.bounds[0]))
         if least > self._most:
             raise ValueError(
@@ -70,7 +68,7 @@ class Budget:
             )
 
     @classmethod
-    def of(cls, config: PolicyConfig, groups: Sequence[Group], costs: CostModel | None) -> Budget:
+    def of(cls, config: PolicyConfig, groups: Sequence[Group], costs: CostModel) -> Budget:
         """What ``config`` allows. Raises ValueError: less than an atom of every group takes, in one of its
         networks; there is no group."""
         if not groups:
@@ -117,7 +115,6 @@ class Budget:
         more than those of the atoms of the smallest ``margin`` (float64[C])."""
         if self.kind != "count":
             return self
-        assert self.costs is not None
         sizes = torch.tensor([group.size for group in self.groups])
         even = self._all_at(self.rho).maximum((1 / sizes.double()).repeat_interleave(sizes))
         mask = of_least_margin(self.rounded_up(self.rho), margin, self.groups)
@@ -142,7 +139,7 @@ class Budget:
 
     def of_mask(self, mask: Tensor) -> int:
         """Cost of a mask bool[C]."""
-        if self.costs is None or self.kind == "count":
+        if self.kind == "count":
             return int(mask.sum())
         return self.costs.parameters(mask) if self.kind == "params" else self.costs.flops(mask)
 
@@ -210,7 +207,7 @@ class Budget:
         return expected.item(), slope
 
     def _expected(self, s: Tensor) -> Tensor:
-        if self.costs is None or self.kind == "count":
+        if self.kind == "count":
             return s.sum()
         return self.costs.expected_parameters(s) if self.kind == "params" else self.costs.expected_flops(s)
 

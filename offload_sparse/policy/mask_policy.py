@@ -64,7 +64,7 @@ class MaskPolicy:
         config: rho, estimator, sampler, optimizer and bounds.
         groups: the groups of the atoms, covering 0 … C - 1 in order.
         seed: seed of the masks; equal on all ranks.
-        costs: what masks cost, if their parameters or FLOPs are to be bounded, too.
+        costs: what masks cost.
         importance: float64[C], by which the atoms of a group are ranked at the start; None tells none apart.
 
     Attributes:
@@ -74,14 +74,14 @@ class MaskPolicy:
             else C.
         size_cap: most parameters that the subnet of any mask of the run has: hard_cap^2 times those of a
             network that is narrowed evenly to the budget, since a network narrowed by a factor shrinks by its
-            square. More only where an atom of every group demands it. 0 without ``costs``."""
+            square. More only where an atom of every group demands it."""
 
     def __init__(
         self,
         config: PolicyConfig,
         groups: Sequence[Group],
         seed: int,
-        costs: CostModel | None = None,
+        costs: CostModel,
         importance: Tensor | None = None,
     ) -> None:
         self.config = config.resolved(compiled=False)
@@ -245,7 +245,7 @@ class MaskPolicy:
         return self._fitting(mask, drawn.margin)
 
     def _fitting(self, mask: Tensor, margin: Tensor) -> Tensor:
-        if self._costs is None or self.trivial:
+        if self.trivial:
             return mask
         for size, cap in ((self._costs.parameters, self.size_cap), (self._costs.flops, self._flops_cap)):
             if cap:
@@ -278,14 +278,12 @@ class MaskPolicy:
         return np.concatenate(parts)
 
     def _caps(self, start: Tensor) -> tuple[int, int, int]:
-        """Most atoms, parameters (0 if these are not known) and FLOPs (0 if another budget) of a mask. Those
-        of a network whose groups all keep so many of their atoms, rounded up, are given ``hard_cap``; where
-        filters share a stream, of which masks of their own leave more, those of masks in the mean."""
+        """Most atoms, parameters and FLOPs (0 if another budget) of a mask. Those of a network whose groups
+        all keep so many of their atoms, rounded up, are given ``hard_cap``; where filters share a stream, of
+        which masks of their own leave more, those of masks in the mean."""
         config, costs, atoms = self.config, self._costs, self.num_atoms
         if config.budget == "count":
             atoms = math.ceil(min(atoms, config.hard_cap * self._budget.limit - 1e-9))
-        if costs is None:
-            return atoms, 0, 0
         even, room = self._budget.rounded_up(float(start.mean())), config.hard_cap**2
         parameters = max(costs.parameters(even), round(float(costs.expected_parameters(start))))
         flops = max(costs.flops(even), round(float(costs.expected_flops(start))))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.channels.accounting import CostModel
-from offload_sparse.channels.channel_map import ChannelMap, Group
+from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.engine.config import RoundConfig, check_combination
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.policy.budget import project
@@ -19,17 +19,17 @@ from offload_sparse.policy.estimators import Comparison, precondition, rloo
 from offload_sparse.policy.mask_policy import MaskPolicy
 from offload_sparse.policy.width_search import build_policy
 from offload_sparse.workloads.models import build_model
-from tests.support.channel_maps import SmallNet, small_map
+from tests.support.channel_maps import SmallNet, chain_of, small_map
 from tests.support.constants import configured
-from tests.support.masks import groups_of
 
-GROUPS = [Group("a", 0, 8), Group("b", 8, 16), Group("c", 24, 3)]
+GROUPS, COSTS = chain_of(8, 16, 3)
 C = 27
 IMAGES = (torch.empty(1, 2, 6, 6, device="meta"),)
 
 
 def policy(seed: int = 0, **config: object) -> MaskPolicy:
-    return MaskPolicy(configured(PolicyConfig, **(vars(PolicyConfig.paper()) | config)), GROUPS, seed)
+    settings = configured(PolicyConfig, **(vars(PolicyConfig.paper()) | config))
+    return MaskPolicy(settings, GROUPS, seed, COSTS)
 
 
 def train(learner: MaskPolicy, rounds: range) -> None:
@@ -79,9 +79,9 @@ def test_s_starts_at_rho_and_spends_the_whole_budget(rho: float) -> None:
 @pytest.mark.parametrize("rho", [0.25, 0.3, 0.7])
 def test_a_start_at_a_cut_keeps_the_share_of_every_group(rho: float) -> None:
     """Of those, too, that are not cut to a whole number of atoms; the order is that of importance."""
-    groups, generator = groups_of(1, 2, 8, 30), torch.Generator().manual_seed(0)
+    (groups, costs), generator = chain_of(1, 2, 8, 30), torch.Generator().manual_seed(0)
     importance = torch.rand(41, dtype=torch.float64, generator=generator)
-    learner = MaskPolicy(PolicyConfig.paper(rho=rho), groups, 0, importance=importance)
+    learner = MaskPolicy(PolicyConfig.paper(rho=rho), groups, 0, costs, importance)
     for group in groups:
         s, worth = (values[group.start : group.stop] for values in (learner.s, importance))
         assert float(s.mean()) == pytest.approx(rho, abs=1e-12)
@@ -267,7 +267,8 @@ def test_a_resumed_policy_continues_bit_for_bit(config: dict[str, object], saved
 
 def test_a_state_of_another_model_or_optimizer_is_an_error() -> None:
     learner = policy()
-    other = MaskPolicy(PolicyConfig(), GROUPS[:1], seed=0)
+    groups, costs = chain_of(8)
+    other = MaskPolicy(PolicyConfig(), groups, 0, costs)
     with pytest.raises(ValueError, match="27 atoms"):
         learner.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"policy\.optimizer"):
@@ -376,7 +377,7 @@ def test_a_report_has_the_fields_of_a_line_of_metrics() -> None:
         "loss_difference_mean",
         "loss_difference_std",
     }
-    assert report["group_keep"].keys() == {"a", "b", "c"}
+    assert report["group_keep"].keys() == {group.name for group in GROUPS}
     assert 0 < report["mask_overlap"] < 1
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise, starmap
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from offload_sparse.channels.accounting import CostModel
 from offload_sparse.channels.channel_map import Axis, ChannelMap, Group
+from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.specs import MapBuilder
 
 
@@ -49,6 +52,13 @@ def masks(draw: st.DrawFn, channel_map: ChannelMap) -> Tensor:
         kept = draw(st.sets(st.integers(group.start, group.stop - 1), min_size=1))
         mask[sorted(kept)] = True
     return mask
+
+
+def chain_of(*widths: int) -> tuple[tuple[Group, ...], CostModel]:
+    """Groups of these sizes, the layers of a plain network one behind the other, and what they cost."""
+    net, inputs = nn.Sequential(*starmap(nn.Linear, pairwise((1, *widths, 1)))), (torch.empty(1, 1),)
+    channel_map = discover(net, inputs)
+    return channel_map.groups, CostModel(net, channel_map, inputs)
 
 
 class Net(nn.Module):
