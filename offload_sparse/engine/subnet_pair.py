@@ -178,10 +178,6 @@ class Side(Piece):
             "buffers that the network is built with: register it in the constructor, in its final shape"
         )
 
-    @property
-    def nbytes(self) -> int:
-        return sum(a.numel() * a.element_size() for a in self.arrays.values())
-
     def _reserve(self, kind: str, size: int) -> Tensor:
         memory = self._memory.get(kind)
         if memory is None or memory.numel() < size:
@@ -336,4 +332,4 @@ class SubnetPair:
     @property
     def nbytes(self) -> int:
         """Bytes of both subnets: weights, slots, statistics."""
-        return sum(side.nbytes for side in self.active)
+        return sum(array.nbytes for side in self.active for array in side.arrays.values())

@@ -123,7 +123,7 @@ class FixedNetwork(Method):
         held = [*self._tensors().values(), *self.module.buffers()]
         for group in self._optimizer.param_groups:
             held += [p.grad for p in group["params"] if p.grad is not None]
-        return {"store_bytes": 0, "subnet_bytes_peak": sum(t.numel() * t.element_size() for t in held)}
+        return {"store_bytes": 0, "subnet_bytes_peak": sum(t.nbytes for t in held)}
 
     def state(self) -> MethodState | None:
         buffers = {f"buffers/{name}": b.detach().cpu().clone() for name, b in self.module.named_buffers()}
