@@ -293,7 +293,7 @@ class SubnetOptimizer:
                 known = ", ".join(sorted(self.shown.defaults))
                 raise ValueError(f"{self.name} has no setting {min(unknown)!r} of a group; it has {known}")
         self.scalars = [
-            _first_scalars(state, group, device)
+            first_scalars(state, group, device)
             for state, group in zip(kept, self.shown.param_groups, strict=True)
         ]
         self._counts: deque[Tensor] = deque()

@@ -17,7 +17,7 @@ from offload_sparse.engine.batch_norm import reestimate_batch_norm
 from offload_sparse.engine.distributed import average, describe_fault, rank_and_world_size, ranks_where
 from offload_sparse.engine.losses import StepRecord
 from offload_sparse.engine.nonfinite import NonFinite
-from offload_sparse.engine.optimizer import optimizer_factory, slot_names
+from offload_sparse.engine.optimizer import first_scalars, optimizer_factory, probe
 from offload_sparse.engine.state import MethodState, channels_digest
 from offload_sparse.export.network_file import FinalNetwork
 from offload_sparse.methods.method import Method, Task
@@ -186,12 +186,12 @@ class FixedNetwork(Method):
 
     def _fill_slots(self) -> None:
         """The slots of the first step, zeros, so that they are there to be restored into."""
-        optim = self._task.config.optim
-        for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
-            state = {name: torch.zeros_like(parameter) for name in slot_names(optim)}
-            if optim.name == "adamw":
-                state["step"] = torch.zeros((), device=parameter.device)
-            self._optimizer.state[parameter].update(state)
+        kept = probe(optimizer_factory(self._task.config.optim))
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                slots = {name: torch.zeros_like(parameter) for name in kept.slots}
+                scalars = first_scalars(kept, group, parameter.device)
+                self._optimizer.state[parameter].update(slots | scalars)
 
     def _bad_gradient(self) -> Tensor:
         """1 if this step must not move the weights, else 0: a scalar on the device, equal on every rank."""
