@@ -302,10 +302,9 @@ class Rounds(Requests):
 
     def _shared_entries_are_read(self, pair: SubnetPair) -> bool:
         """The other side is read again in this round, or was trained too and goes on after it."""
-        schedule = self.rounds.reference
-        if pair.same or schedule == "round_start" or self.round_length == 1:
+        if pair.same or self.rounds.reference == "round_start":
             return False
-        return schedule == "turns" or self.round_step + 1 < self.round_length
+        return len(pair.trained) == 2 or self.round_step + 1 < self.round_length
 
     def _evaluated(self, side: Side, closure: Closure) -> Tensor:
         """The loss of a subnet, without a graph and without a trace."""
