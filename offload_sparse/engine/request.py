@@ -104,7 +104,7 @@ class Requests(ABC):
             losses: what rode behind the gradients, in a step of which this rank has no batch."""
         if losses is not None:
             self._joined = math.isnan(float(losses[LIVE]))
-        elif self.ranks.world_size > 1:
+        else:
             self._meet(request)
         return self._joined and request is Ask.JOIN
 
