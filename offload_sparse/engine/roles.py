@@ -41,7 +41,7 @@ class Roles:
     def drawn(self, policy: MaskPolicy | WidthSearch, number: int, first_step: int) -> Masks:
         """The masks of round ``number``, which begins with this step."""
         subnets = self._rounds.subnets
-        if subnets == "shared" or self._world_size == 1 or isinstance(policy, WidthSearch):
+        if isinstance(policy, WidthSearch):
             return policy.sample(number)
         if self.own_subnets(first_step):
             return policy.sample_subnets(number, self._world_size, disjoint=subnets == "partition")
