@@ -148,26 +148,24 @@ class MaskPolicy:
 
     def update(
         self,
-        loss: float | Sequence[float],
-        reference_loss: float | Sequence[float],
+        losses: Sequence[float],
+        reference_losses: Sequence[float],
         m1: Tensor,
         m2: Tensor,
         round: int = 0,
     ) -> None:
-        """One step on s from L(m1) and L(m2), or one after the other from those of all steps of a round; a
-        trivial policy stays as it is. Raises ValueError: a loss is not a finite number.
+        """Steps on s from L(m1) and L(m2), one after the other; a trivial policy stays as it is. Raises
+        ValueError: a loss is not a finite number.
 
         Args:
-            loss: L(m1), of every comparison.
-            reference_loss: L(m2), likewise.
+            losses: L(m1), of every comparison of a round.
+            reference_losses: L(m2), likewise.
             m1: bool[C], the mask of ``round``.
             m2: bool[C], its reference.
             round: which atoms were drawn for the reference anew depends on it."""
         if self.trivial:
             return
-        losses = [loss] if isinstance(loss, int | float) else loss
-        references = [reference_loss] if isinstance(reference_loss, int | float) else reference_loss
-        differences = [a - b for a, b in zip(losses, references, strict=True)]
+        differences = [a - b for a, b in zip(losses, reference_losses, strict=True)]
         name = self.config.estimator
         redrawn, kept, other = self._sampler.redrawn(round), m1.double(), m2.double()
         self._diagnostics.compared(differences, m1, round)
@@ -177,7 +175,7 @@ class MaskPolicy:
             for difference in differences:
                 self._settle(preconditioned_rloo(difference, step, self._learned.values[where]), where)
             return
-        for first, second in zip(losses, references, strict=True):
+        for first, second in zip(losses, reference_losses, strict=True):
             mean = self._sampler.mean(self.s) if name in ("pge", "vr_pge") else None
             control = self._control.of_round(round) if name == CONTROLLED else None
             g = ESTIMATORS[name](Comparison(first, second, kept, other, self.s, mean, control))
@@ -191,17 +189,16 @@ class MaskPolicy:
         """Steps on s by leave-one-out over R masks, one after the other.
 
         Args:
-            losses: float64[R], or float64[steps, R].
+            losses: float64[steps, R].
             masks: bool[R, C].
             round: as in ``update``.
             disjoint: they have been drawn apart (see ``sample_subnets``)."""
         if self.trivial:
             return
-        rows = losses.view(-1, len(masks))
-        differences = (rows[:, 0] - rows[:, 1:].mean(1)).tolist()
+        differences = (losses[:, 0] - losses[:, 1:].mean(1)).tolist()
         self._diagnostics.compared(differences, masks[0], round)
         redrawn = self._sampler.redrawn(round)
-        for row in rows:
+        for row in losses:
             g = leave_one_out(row, masks, self.s)
             self._move(g / apart_factor(self.s, len(masks)) if disjoint else g, redrawn)
 

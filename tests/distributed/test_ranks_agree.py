@@ -198,7 +198,7 @@ def learned_from_ranks() -> tuple[Tensor, Tensor]:
     everyone = [torch.empty_like(measured) for _ in range(2)]
     dist.all_gather(everyone, measured)
     first, second = torch.stack(everyone).T
-    policy.update_from_ranks(paired_losses(first, second), torch.stack(masks))
+    policy.update_from_ranks(paired_losses(first, second)[None], torch.stack(masks))
     assert not torch.equal(policy.s, start)
     return session.policy.s, policy.s
 

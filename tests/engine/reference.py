@@ -80,8 +80,8 @@ class MaskedTrainer:
             for name, value in statistics.items():
                 self.buffers[name] = torch.where(kept[name].bool(), value, self.buffers[name])
             if in_round == self.rounds.k - 1:
-                for pair in self.updates:
-                    self.policy.update(*pair, *self.masks, step // self.rounds.k)
+                for first, second in self.updates:
+                    self.policy.update([first], [second], *self.masks, step // self.rounds.k)
 
     def _pass(
         self, x: Tensor, y: Tensor, mask: Tensor
@@ -167,15 +167,16 @@ class LocalTrainer(MaskedTrainer):
                 if own:
                     masks = torch.stack(drawn)
                     self.policy.update_from_ranks(
-                        losses[:, step, 0], masks, number, rounds.subnets == "partition"
+                        losses[None, :, step, 0], masks, number, rounds.subnets == "partition"
                     )
                 elif rounds.subnets == "references" and world_size > 1:
                     first, second = losses[:, step].T
                     mean = first.mean()  # what ranks' images add to both of their losses is taken out
                     of_all = torch.cat([mean[None], second - first + mean])
-                    self.policy.update_from_ranks(of_all, torch.stack(drawn), number)
+                    self.policy.update_from_ranks(of_all[None], torch.stack(drawn), number)
                 elif not torch.equal(*drawn):
-                    self.policy.update(*losses[:, step].mean(0).tolist(), *drawn, number)
+                    first, second = losses[:, step].mean(0).tolist()
+                    self.policy.update([first], [second], *drawn, number)
 
     def _drawn(self, number: int, world_size: int) -> tuple[Tensor, ...]:
         if self.rounds.subnets == "shared" or world_size == 1:

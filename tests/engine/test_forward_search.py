@@ -83,7 +83,8 @@ def test_pairs_of_forward_passes_move_s_and_no_weight(settings: dict[str, Any]) 
             assert record.compared is None, "there is nothing to compare"
         else:
             assert record.compared == pytest.approx(losses, rel=1e-9)
-            policy.update(*record.compared, *masks, number)
+            first, second = record.compared
+            policy.update([first], [second], *masks, number)
         torch.testing.assert_close(session.policy.s, policy.s, rtol=0, atol=0)
     session.settle()
     for kind, values in before.items():

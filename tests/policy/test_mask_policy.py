@@ -36,7 +36,7 @@ def train(learner: MaskPolicy, rounds: range) -> None:
     """Updates with losses that depend on the masks: the first group is worth keeping."""
     for round in rounds:
         m1, m2 = learner.sample(round)
-        learner.update(math.sin(round) - float(m1[:8].sum()), -float(m2[:8].sum()), m1, m2, round)
+        learner.update([math.sin(round) - float(m1[:8].sum())], [-float(m2[:8].sum())], m1, m2, round)
 
 
 configurations = st.fixed_dictionaries(
@@ -63,7 +63,7 @@ def test_budget_bounds_cap_and_widths_hold_after_every_update(
             assert int(mask.sum()) <= min(C, math.ceil(learner.config.hard_cap * rho * C - 1e-9))
             for group in GROUPS:
                 assert bool(mask[group.start : group.stop].any())
-        learner.update(difference, 0.0, m1, m2)
+        learner.update([difference], [0.0], m1, m2)
         assert float(learner.s.sum()) <= rho * C + 1e-9
         assert rho == 1 or floor <= float(learner.s.min()) <= float(learner.s.max()) <= 1 - floor
 
@@ -133,7 +133,7 @@ def test_updates_equal_a_hand_written_loop(optimizer: str, reference: object) ->
         g = precondition(rloo(Comparison(difference, 0.0, m1, m2, s)), s)
         z = reference(s, g, first, second, step, 0.02)  # type: ignore[operator]
         s = torch.from_numpy(project(z.numpy(), 0.25 * C, 0.005, 0.995))
-        learner.update(difference, 0.0, m1, m2)
+        learner.update([difference], [0.0], m1, m2)
         torch.testing.assert_close(learner.s, s, rtol=0, atol=1e-13)
 
 
@@ -143,7 +143,7 @@ def test_atoms_that_lower_the_loss_become_more_probable(estimator: str, optimize
     learner = policy(rho=0.4, estimator=estimator, optimizer=optimizer, lr=lr)
     for round in range(400):
         m1, m2 = learner.sample(round)
-        learner.update(-float(m1[:8].sum()), -float(m2[:8].sum()), m1, m2, round)
+        learner.update([-float(m1[:8].sum())], [-float(m2[:8].sum())], m1, m2, round)
     assert float(learner.s[:8].mean()) > 0.7
     assert float(learner.s[8:].mean()) < 0.4
 
@@ -154,7 +154,7 @@ def test_a_remaining_ratio_of_one_keeps_everything_and_learns_nothing() -> None:
     m1, m2 = learner.sample(0)
     assert bool(m1.all())
     assert bool(m2.all())
-    learner.update(3.0, 0.0, m1, m2)
+    learner.update([3.0], [0.0], m1, m2)
     assert torch.equal(learner.s, torch.ones(C, dtype=torch.float64))
     assert learner.entropy == 0
     assert learner.cap == C
@@ -227,7 +227,7 @@ def test_a_rate_without_bound_is_refused() -> None:
 def test_a_loss_difference_that_is_not_finite_is_an_error(difference: float) -> None:
     learner = policy()
     with pytest.raises(ValueError, match="finite"):
-        learner.update(difference, 0.0, *learner.sample(0))
+        learner.update([difference], [0.0], *learner.sample(0))
 
 
 @pytest.mark.parametrize("search", ["sampled", "none"])
@@ -310,7 +310,7 @@ def test_atoms_that_are_not_redrawn_are_not_moved() -> None:
     before = learner.s.clone()
     round = 3
     m1, m2 = learner.sample(round)
-    learner.update(-1.0, 0.0, m1, ~m2, round)  # masks that differ everywhere
+    learner.update([-1.0], [0.0], m1, ~m2, round)  # masks that differ everywhere
     redrawn = learner._sampler.redrawn(round)
     moved = (learner.s - before).abs() > 0.1
     assert bool(redrawn.any())
@@ -393,8 +393,8 @@ def test_the_steps_of_a_round_taken_at_once_are_those_taken_one_by_one(estimator
         generator = torch.Generator().manual_seed(round)
         losses = torch.randn(2, 7, generator=generator, dtype=torch.float64).tolist()
         at_once.update(*losses, m1, m2, round)
-        for pair in zip(*losses, strict=True):
-            one_by_one.update(*pair, m1, m2, round)
+        for loss, other in zip(*losses, strict=True):
+            one_by_one.update([loss], [other], m1, m2, round)
     found, expected = (learner.state_dict() for learner in (at_once, one_by_one))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not torch.equal(at_once.s, policy(sampler=sampler, parametrisation="auto").s)
