@@ -361,22 +361,6 @@ def test_a_rank_that_has_drifted_by_one_bit_is_noticed_and_named() -> None:
         assert "subnet weights" not in message
 
 
-def mean_of_buffers() -> list[Tensor]:
-    session = make_session(small_net(), POLICY, RoundConfig(k=2))
-    for batch in batches(2):
-        session.step(loss_of(own_part(batch)))
-    session.settle()
-    return [whole(session.store, BUFFERS), session.store.arrays[BUFFERS].clone()]
-
-
-def test_batch_norm_statistics_are_those_of_all_ranks() -> None:
-    """Each rank normalises by its own images; what the store keeps is the mean over ranks, the same
-    everywhere.
-    """
-    first, second = run_ranks(2, mean_of_buffers)
-    assert torch.equal(first[0], second[0])
-
-
 def test_a_rank_that_hangs_is_killed_and_shows_where() -> None:
     with pytest.raises(RuntimeError, match="Timeout"):
         run_ranks(2, hang, limit=8.0)
