@@ -125,10 +125,8 @@ def finish(runs: Iterable[Run], jobs: int = 1) -> None:
     waiting = [run for run in wanted if not run.finished]
     number = len(waiting)
     running: dict[subprocess.Popen[bytes], Run] = {}
-    bar = tqdm(
-        total=number, bar_format="{bar} {n_fmt}/{total_fmt} runs{postfix}", ncols=columns(), leave=False,
-        disable=None if waiting else True,  # None: where stderr is no terminal
-    )  # fmt: skip
+    form = "{bar} {n_fmt}/{total_fmt} runs{postfix}"
+    bar = tqdm(total=number, bar_format=form, ncols=columns(), leave=False, disable=None)  # on a terminal
     with bar, Interruption() as asked:
         try:
             while waiting or running:
@@ -156,9 +154,7 @@ def finish(runs: Iterable[Run], jobs: int = 1) -> None:
 
 
 def outcome(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary and the lines of metrics of ``run``, which is started, or resumed, if it has not finished.
-    Raises RunError: it has not."""
-    finish([run])
+    """The summary and the lines of metrics of a run that has finished."""
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     return json.loads((run.folder / "summary.json").read_text()), [json.loads(line) for line in lines]
 

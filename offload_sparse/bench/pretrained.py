@@ -72,6 +72,7 @@ def run(quick: bool, config: PretrainedConfig) -> BenchResult:
     ratios, images = loading(quick), SETS[config.set][1]
     with kept(config) as folder:
         dense = cell(config, folder, quick)
+        finish([dense])
         level = ratios[f"{prefix}.dense.accuracy"] = 100 * figures(dense, images)["accuracy"]
         settings = list(product([0.5] if quick else config.rho, [1] if quick else config.epochs))
         seeds = range(config.seeds or (1 if quick else 2))
@@ -131,8 +132,8 @@ def cell(
 
 
 def figures(run: Run, images: int, level: float = 1.0) -> dict[str, Any]:
-    """Of a run, which is started, or resumed, if it has not finished; ``steps_to`` counts to the accuracy
-    ``level``, in [0, 1]. A teacher looks at each of the ``images`` once."""
+    """Of a finished run; ``steps_to`` counts to the accuracy ``level``, in [0, 1]. A teacher looks at each of
+    the ``images`` once."""
     summary, lines = outcome(run)
     reached = [(line["step"], line["test_accuracy"]) for line in lines if "test_accuracy" in line]
     reached.append((summary["steps"], summary["test_accuracy"]))

@@ -142,7 +142,7 @@ def cell(config: StudyConfig, folder: Path, steps: int, name: str, share: float,
 
 
 def figures(config: StudyConfig, name: str, share: float, run: Run) -> dict[str, Any]:
-    """Of a run, which is started, or resumed, if it has not finished; of a family, those of one member."""
+    """Of a finished run; of a family, those of one member."""
     summary, lines = outcome(run)
     structure = json.loads((run.folder / "model" / "structure.json").read_text())
     member = summary.get("members", {}).get(f"{share:g}", summary)
