@@ -23,7 +23,7 @@ class VerifyConfig:
         rho: probability that a channel is kept, in (0, 1].
         residual: what is sampled on residual streams.
         image_size: side of the images in pixels; 0 takes 32 for networks of this package and 64 for others.
-        in_channels: channels of the images; 0 takes 3.
+        in_channels: channels of the images.
         num_classes: outputs of the network.
         seed: seed of the mask and of the network's random weights.
         json: print one JSON object instead of a table.
@@ -34,7 +34,7 @@ class VerifyConfig:
     rho: float = 0.5
     residual: Residual = "coupled"
     image_size: int = 0
-    in_channels: int = 0
+    in_channels: int = 3
     num_classes: int = 10
     seed: int = 0
     json: bool = False
@@ -45,7 +45,7 @@ class VerifyConfig:
             raise ValueError(both if self.all else "--model is missing; name one, or give --all")
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho is {self.rho}; give a ratio in (0, 1], such as 0.25")
-        for name, least in (("image_size", 0), ("in_channels", 0), ("num_classes", 1), ("seed", 0)):
+        for name, least in (("image_size", 0), ("in_channels", 1), ("num_classes", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {least} or more")
 
@@ -81,13 +81,12 @@ def _verify(config: VerifyConfig) -> dict[str, Any]:
     from offload_sparse.workloads.models import build_model, takes_tokens
 
     size = config.image_size or (32 if config.model.startswith("offload_sparse/") else 64)
-    channels = config.in_channels or 3
 
     def build() -> Any:
-        return build_model(config.model, config.num_classes, channels, size)
+        return build_model(config.model, config.num_classes, config.in_channels, size)
 
     start = time.perf_counter()
-    model, inputs = build_on_meta(build), (torch.empty(2, channels, size, size, device="meta"),)
+    model, inputs = build_on_meta(build), (torch.empty(2, config.in_channels, size, size, device="meta"),)
     if takes_tokens(config.model):
         inputs = (torch.arange(16).view(2, 8) % config.num_classes,)
     channel_map = discover(model, inputs, config.residual)
