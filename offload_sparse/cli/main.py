@@ -119,7 +119,3 @@ def _help() -> str:
     train_it = f"{PROGRAM} train --config configs/quickstart.yaml"
     lines += ["", "examples:", f"  {train_it}", f"  {train_it} --policy.rho 0.1 --run_dir runs/rho_0.1"]
     return "\n".join([*lines, f"  {PROGRAM} evaluate runs/rho_0.1"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
