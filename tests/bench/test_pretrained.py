@@ -58,8 +58,6 @@ def test_arms_start_from_the_dense_run_and_scratch_does_not(tmp_path: Path) -> N
         options = cell(config, tmp_path, arm).options
         assert options.get("model.weights") == (None if arm == "scratch" else dense.folder)
         assert options["policy.rho"] == 0.5
-    with pytest.raises(ValueError, match="--data"):
-        PretrainedConfig(set="vgg16")
 
 
 def test_a_rank_reads_its_rows_and_holds_little_else() -> None:

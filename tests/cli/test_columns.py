@@ -141,9 +141,3 @@ def test_a_line_is_broken_between_words_only() -> None:
     assert lines[0] == "  run folder:"
     assert lines[1] == f"    {path}"
     assert all(line.startswith("    ") and len(line) <= 100 for line in lines[2:])
-
-
-def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of any length, so that a program can read it."""
-    assert cli.main(["train", "--model.nam", "x" * 150]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -35,7 +35,6 @@ def test_this_machine_can_run_the_tests(tmp_path: Path, capsys: pytest.CaptureFi
     assert report["ok"]
     names = {finding["name"] for finding in report["findings"]}
     assert {"packages", "native kernels", "shared memory", "NUMA nodes", "launch", "threads"} <= names
-    assert all(bool(finding["fix"]) == (finding["state"] != "ok") for finding in report["findings"])
     assert main(["doctor", "--run_dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("0 errors")
