@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from offload_sparse.bench.contenders import BATCH, CLASSES, CONTENDERS, Contender, image_size
+from offload_sparse.bench.contenders import BATCH, CLASSES, CONTENDERS, Contender, build_network, image_size
 from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.device_memory import touched_peak
 from offload_sparse.bench.measure import on_ranks, peak_resident, random_batch, reset_peak, timed, warm_up
 from offload_sparse.bench.options import PeersConfig
+from offload_sparse.channels.subnet import build_on_meta
 
 Figures = dict[str, float]
 
@@ -37,8 +38,10 @@ _RATIOS = {"step": "step_seconds", "device": "device_bytes", "host": "host_bytes
 
 
 def run(quick: bool, config: PeersConfig) -> BenchResult:
-    """Every peer in turns; ``quick`` takes a narrower network and one repetition."""
+    """Every peer in turns; ``quick`` takes a narrower network and one repetition. Raises ValueError: there is
+    no such network, or not of this width."""
     config = resolve(config, quick)
+    build_on_meta(partial(build_network, config))  # refuses a mistake before a process is started
     found: dict[str, list[Figures]] = {name: [] for name in CONTENDERS}
     reasons: dict[str, str] = {}
     for _ in range(1 if quick else 3):

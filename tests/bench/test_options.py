@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from offload_sparse.bench import cells, pretrained
+from offload_sparse.bench import cells, peers, pretrained
 from offload_sparse.bench.options import BenchConfig, PretrainedConfig, options_of
 from offload_sparse.cli import main as cli
 
@@ -24,6 +24,7 @@ from offload_sparse.cli import main as cli
         ("sync", "modes", "steps", "modes gives 'steps'; give some of step, round10"),
         ("dfbst", "jobs", "0", "jobs is 0; give 1 or more"),
         ("peers", "k", "3", "k is 3; give 4 or more"),
+        ("peers", "model", "torchvision/alexnet", "takes no width; give --width 1"),
         ("variance", "pairs", "2", "pairs is 2; give 4 or more"),  # a variance needs two of each half
         *((bench, "set", "resnet20", "--set resnet20 needs images") for bench in ("study", "pretrained")),
     ],
@@ -36,7 +37,7 @@ def test_a_mistake_is_one_line_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for module, name in ((cells.subprocess, "Popen"), (pretrained, "loading")):
+    for module, name in ((cells.subprocess, "Popen"), (peers, "measure"), (pretrained, "loading")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("something starts"))
     assert cli.main(["bench", bench, f"--{option}", value]) == 2
     error = capsys.readouterr().err

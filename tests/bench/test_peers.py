@@ -88,8 +88,3 @@ def test_ratios_are_those_of_medians_over_repetitions() -> None:
 
     found = {"dense": [figures(6.0), figures(90.0), figures(5.0)], "ours": [figures(2.0)] * 3}
     assert summary(TINY, found, {}).ratios["peers.dense.device_vs_ours"] == 3.0
-
-
-def test_models_without_a_width_are_refused() -> None:
-    with pytest.raises(ValueError, match="takes no width; give --width 1"):
-        build_network(PeersConfig("peers", model="torchvision/alexnet", width=2.0))
