@@ -2,7 +2,7 @@
 
 A bench is a module ``offload_sparse.bench.<name>`` with a function ``run(quick: bool) -> BenchResult``. The
 first line of the module's docstring is what ``offload-sparse bench`` lists. A bench with options of its own
-(see ``bench.options``) is called as ``run(quick, config)``.
+(see ``bench.options``) is called with these, ``run(config)``.
 """
 
 from __future__ import annotations

@@ -45,16 +45,16 @@ _HEADER = (
 )
 
 
-def run(quick: bool, config: DFBSTBenchConfig) -> BenchResult:
+def run(config: DFBSTBenchConfig) -> BenchResult:
     """5 seeds and 20 epochs; ``quick`` takes LeNet-300-100 only, one seed and 150 steps."""
-    seeds = range(config.seeds or (1 if quick else 5))
-    models = ("lenet300",) if quick else tuple(MODELS)
+    seeds = range(config.seeds or (1 if config.quick else 5))
+    models = ("lenet300",) if config.quick else tuple(MODELS)
     raw: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     rows = []
     with kept(config) as folder:
         runs = {
-            f"{model}.{method}": [cell(config, folder, model, method, seed, quick) for seed in seeds]
+            f"{model}.{method}": [cell(config, folder, model, method, seed) for seed in seeds]
             for model, method in product(models, METHODS)
         }
         finish([run for of in runs.values() for run in of], config.jobs)
@@ -78,12 +78,12 @@ def run(quick: bool, config: DFBSTBenchConfig) -> BenchResult:
     return BenchResult(ratios, raw, _HEADER, rows)
 
 
-def cell(config: DFBSTBenchConfig, folder: Path, model: str, method: str, seed: int, quick: bool) -> Run:
+def cell(config: DFBSTBenchConfig, folder: Path, model: str, method: str, seed: int) -> Run:
     """One run, in a folder below ``folder``."""
     options = _OPTIONS | {"method": method, "model.name": MODELS[model], "train.seed": seed}
     options |= {"data.name": config.data} if config.data else {}
     options |= {"train.epochs": config.epochs or 20}
-    few = {"train.max_steps": 150} if quick and not config.epochs else {}
+    few = {"train.max_steps": 150} if config.quick and not config.epochs else {}
     name = f"{model}-{method}-epochs{config.epochs}-seed{seed}{'-quick' if few else ''}"
     return Run(folder / f"{name}-{config.images_name}", options | few)
 

@@ -150,12 +150,13 @@ class Swept:
             self.lost.append(f"{kind}: {', then '.join(point.call for point in points)}: {wrong}")
 
 
-def run(quick: bool, config: FaultsConfig) -> BenchResult:
+def run(config: FaultsConfig) -> BenchResult:
     """Every point of every way; ``quick`` a sample, and without the second kill."""
     found = []
+    sample, twice = (QUICK, 0) if config.quick else (None, SECOND_KILLS)
     with tempfile.TemporaryDirectory(prefix="faults") as folder, Sweep(Path(config.cache or folder)) as sweep:
         for way in WAYS:
-            found.append(sweep.way(way, QUICK if quick else None, twice=0 if quick else SECOND_KILLS))
+            found.append(sweep.way(way, sample, twice))
             print(found[-1], file=sys.stderr, flush=True)
     return _result(found)
 

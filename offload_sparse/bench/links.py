@@ -46,12 +46,13 @@ _RHO, _TURNS, _LIMIT = 0.25, 2, 3600
 _HEADER = ("network", "mode", "rate", "steps/s", "of its own without limit", "MiB on the wire per step")
 
 
-def run(quick: bool, config: LinksConfig) -> BenchResult:
+def run(config: LinksConfig) -> BenchResult:
     """Both networks at both rates, K = 50; ``quick`` takes VGG-19 at 100 Mbit/s, K = 10, few images, once."""
-    models = ["vgg19"] if quick else list(MODELS)
-    rates = [UNLIMITED, *(RATES[1:] if quick else RATES)]
-    images = config.images or (4 if quick else 0)
-    settings = {"rates": rates, "images": images, "k": 10 if quick else 50, "turns": 1 if quick else _TURNS}
+    models, rates = list(MODELS), [UNLIMITED, *RATES]
+    settings = {"rates": rates, "images": config.images, "k": 50, "turns": _TURNS}
+    if config.quick:
+        models, rates = ["vgg19"], [UNLIMITED, RATES[1]]
+        settings = {"rates": rates, "images": config.images or 4, "k": 10, "turns": 1}
     found: dict[str, dict[str, Any]] = {}
     try:
         with _linked() as names:

@@ -224,7 +224,7 @@ OPTIONS: Mapping[str, type[BenchConfig]] = {
     "sync": SyncBenchConfig,
     "variance": VarianceConfig,
 }
-"""Benches with options of their own; their ``run`` takes the configuration behind ``quick``."""
+"""Benches with options of their own, which their ``run`` takes in the place of ``quick``."""
 
 
 def chosen(option: str, given: list[str], known: Collection[str], usual: Collection[str]) -> list[str]:

@@ -37,14 +37,14 @@ _STEPS = 3
 _RATIOS = {"step": "step_seconds", "device": "device_bytes", "host": "host_bytes"}
 
 
-def run(quick: bool, config: PeersConfig) -> BenchResult:
+def run(config: PeersConfig) -> BenchResult:
     """Every peer in turns; ``quick`` takes a narrower network and one repetition. Raises ValueError: there is
     no such network, or not of this width."""
-    config = resolve(config, quick)
+    config = resolve(config)
     build_on_meta(partial(build_network, config))  # refuses a mistake before a process is started
     found: dict[str, list[Figures]] = {name: [] for name in CONTENDERS}
     reasons: dict[str, str] = {}
-    for _ in range(1 if quick else 3):
+    for _ in range(1 if config.quick else 3):
         for name in (name for name in CONTENDERS if name not in reasons):
             try:
                 ranks = measure(name, config)
@@ -54,14 +54,13 @@ def run(quick: bool, config: PeersConfig) -> BenchResult:
     return summary(config, found, reasons)
 
 
-def resolve(config: PeersConfig, quick: bool) -> PeersConfig:
+def resolve(config: PeersConfig) -> PeersConfig:
     """``config`` with the sizes that 0 stands for. Raises ValueError: more processes than CUDA devices."""
     devices = torch.cuda.device_count()
     if torch.cuda.is_available() and config.processes > devices:
         raise ValueError(f"processes is {config.processes}, but there are {devices} CUDA devices; give fewer")
-    return replace(
-        config, width=config.width or (0.5 if quick else 2.0), k=config.k or (10 if quick else 50)
-    )
+    width, k = (0.5, 10) if config.quick else (2.0, 50)
+    return replace(config, width=config.width or width, k=config.k or k)
 
 
 def measure(name: str, config: PeersConfig) -> list[Figures]:

@@ -63,21 +63,21 @@ _BELOW = 2.0
 _HEADER = ("rho", "epochs", "arm", "accuracy %", "±", f"steps to -{_BELOW:g}", "train GFLOPs", "teacher", "s")
 
 
-def run(quick: bool, config: PretrainedConfig) -> BenchResult:
+def run(config: PretrainedConfig) -> BenchResult:
     """Every cell that is not in the cache yet, and loading; ``quick`` takes three arms of 30 steps after a
     dense epoch, and a file of 0.13 GB. Raises ValueError: there is no arm of a name.
     """
-    arms = chosen("arms", config.arms, ARMS, ["scratch", "norm_scale", "forward"] if quick else ARMS)
+    arms = chosen("arms", config.arms, ARMS, ["scratch", "norm_scale", "forward"] if config.quick else ARMS)
     prefix, raw, rows = f"pretrained.{config.set}", dict[str, list[dict[str, Any]]](), []
-    ratios, images = loading(quick), SETS[config.set][1]
+    ratios, images = loading(config.quick), SETS[config.set][1]
     with kept(config) as folder:
-        dense = cell(config, folder, quick)
+        dense = cell(config, folder)
         finish([dense])
         level = ratios[f"{prefix}.dense.accuracy"] = 100 * figures(dense, images)["accuracy"]
-        settings = list(product([0.5] if quick else config.rho, [1] if quick else config.epochs))
-        seeds = range(config.seeds or (1 if quick else 2))
+        settings = [(0.5, 1)] if config.quick else list(product(config.rho, config.epochs))
+        seeds = range(config.seeds or (1 if config.quick else 2))
         cells = {
-            (*setting, arm): [cell(config, folder, quick, arm, *setting, seed) for seed in seeds]
+            (*setting, arm): [cell(config, folder, arm, *setting, seed) for seed in seeds]
             for setting, arm in product(settings, arms)
         }
         finish([run for of in cells.values() for run in of], config.jobs)
@@ -111,7 +111,6 @@ def _won(key: str, ratios: Mapping[str, float]) -> dict[str, float]:
 def cell(
     config: PretrainedConfig,
     folder: Path,
-    quick: bool,
     arm: str = "dense",
     rho: float = 1.0,
     epochs: int = 0,
@@ -119,15 +118,15 @@ def cell(
 ) -> Run:
     """The run of an arm, or of the dense network."""
     options = options_on(config) | {"train.eval_every": 1}
-    dense_epochs = config.dense_epochs or (1 if quick else _DENSE_EPOCHS)
+    dense_epochs = config.dense_epochs or (1 if config.quick else _DENSE_EPOCHS)
     name, images = f"{config.set}-dense{dense_epochs}", config.images_name
     dense = folder / f"{name}-{images}"
     if arm == "dense":
         return Run(dense, options | {"method": "dense", "optim.lr": 0.1, "train.epochs": dense_epochs})
     options |= {"optim.lr": 0.1} if arm == "scratch" else {"model.weights": dense, "optim.lr": 0.02}
     options |= {"policy.rho": rho, "train.seed": seed, "train.epochs": epochs}
-    options |= {"train.max_steps": 30} if quick else {}
-    name += f"-{arm}-rho{rho:g}-epochs{epochs}-seed{seed}{'-quick' if quick else ''}"
+    options |= {"train.max_steps": 30} if config.quick else {}
+    name += f"-{arm}-rho{rho:g}-epochs{epochs}-seed{seed}{'-quick' if config.quick else ''}"
     return Run(folder / f"{name}-{images}", options | ARMS[arm])
 
 

@@ -65,18 +65,19 @@ METHODS: dict[str, dict[str, Any]] = {
 _HEADER = ("set", "FLOPs", "method", "accuracy %", "±", "FLOPs %", "params %", "train cost", "steps", "s")
 
 
-def run(quick: bool, config: StudyConfig) -> BenchResult:
+def run(config: StudyConfig) -> BenchResult:
     """Every cell that is not in the cache yet; ``quick`` takes one seed and 40 steps of three methods. Raises
     ValueError: there is no method of a name, or not in this setting."""
     names = [name for name in METHODS if possible(config, name)]
-    names = chosen("methods", config.methods, names, ["even", "probe", "persistent"] if quick else names)
+    usual = ["even", "probe", "persistent"] if config.quick else names
+    names = chosen("methods", config.methods, names, usual)
     epochs = config.epochs or EPOCHS[config.set]
-    steps = 40 if quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
+    steps = 40 if config.quick and not config.epochs else epochs * (SETS[config.set][1] // BATCH)
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     with kept(config) as folder:
         cells = [
             (name, share, seed)
-            for seed in range(config.seeds or (1 if quick else 3))
+            for seed in range(config.seeds or (1 if config.quick else 3))
             for share in config.flops
             for name in names
         ]

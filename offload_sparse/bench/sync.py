@@ -53,19 +53,19 @@ MODES: Mapping[str, dict[str, Any]] = {
 _HEADER = ("mode", "runs", "test accuracy %", "spread", "difference from step", "its spread")
 
 
-def run(quick: bool, config: SyncBenchConfig) -> BenchResult:
+def run(config: SyncBenchConfig) -> BenchResult:
     """Every mode over the same seeds; ``quick`` makes few steps of one seed. Raises ValueError: there is no
     mode of a name."""
-    modes = chosen("modes", config.modes, MODES, ["step", "round10"] if quick else MODES)
-    seeds, epochs = config.seeds or (1 if quick else 2), config.epochs or 8
-    options = _COMMON | {"data.limit": 512 if quick else config.images, "train.epochs": epochs}
-    options |= {"train.max_steps": 40} if quick else {}
+    modes = chosen("modes", config.modes, MODES, ["step", "round10"] if config.quick else MODES)
+    seeds, epochs = config.seeds or (1 if config.quick else 2), config.epochs or 8
+    options = _COMMON | {"data.limit": 512 if config.quick else config.images, "train.epochs": epochs}
+    options |= {"train.max_steps": 40} if config.quick else {}
     options |= {"data.name": config.data, "data.splits": "[train, validation]"} if config.data else {}
     runs: dict[str, list[Run]] = {}
     with kept(config) as folder:
         for seed in range(seeds):
             for mode in modes:
-                size = f"{options['data.limit']}x{epochs}{'-quick' if quick else ''}"
+                size = f"{options['data.limit']}x{epochs}{'-quick' if config.quick else ''}"
                 name = f"sync-{mode}-{size}-seed{seed}"
                 given, ranks = options | MODES[mode] | {"train.seed": seed}, RANKS
                 if mode == "alone":

@@ -44,18 +44,18 @@ Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 """bool[n, C], bool[n, C], float64[n, 1], float64[n, 1]: masks, references, and their losses."""
 
 
-def run(quick: bool, config: VarianceConfig) -> BenchResult:
+def run(config: VarianceConfig) -> BenchResult:
     """Three checkpoints of a short run, 200 pairs each; ``quick`` takes one and 20 pairs."""
     data = DataConfig(
         name=config.data or DataConfig.name,
         splits=["train", "validation" if config.data else "test"],
         batch_size=_BATCH,
-        limit=2000 if quick else 20_000,
+        limit=2000 if config.quick else 20_000,
     )
     splits = load_splits(data)
     images = ImageSet(splits.train, data)
-    steps, pairs = config.steps or (20 if quick else 600), config.pairs or (20 if quick else 200)
-    count = 1 if quick else config.checkpoints
+    steps, pairs, count = (20, 20, 1) if config.quick else (600, 200, config.checkpoints)
+    steps, pairs = config.steps or steps, config.pairs or pairs
     drawn = _batches(images, normalise_for(images, data))
     shape = next(drawn).images.shape[1:]
     factory = partial(build_model, config.model, splits.num_classes, *shape[:2])

@@ -114,7 +114,7 @@ def bench(argv: Sequence[str]) -> int:
             print(fitted(f"{name:<16}{line}", f"{'':<16}"))
         return 0
     run = contract.load(config.name)
-    result = run(config.quick) if type(config) is BenchConfig else run(config.quick, config)
+    result = run(config.quick if type(config) is BenchConfig else config)
     contract.print_result(result, config.name)
     if config.json:
         contract.write(result, shlex.join([PROGRAM, "bench", *argv]), Path(config.json))

@@ -205,10 +205,10 @@ def test_a_quick_bench_and_a_full_one_share_only_equal_runs(
     name: str, like_quick: bool, asked: list[Run], tmp_path: Path
 ) -> None:
     given = LIKE_QUICK[name] if like_quick else {}
-    config = OPTIONS[name](cache=str(tmp_path), **given)
     found: list[dict[Path, Mapping[str, Any]]] = []
     for quick in (True, False):
-        importlib.import_module(f"offload_sparse.bench.{name}").run(quick, config)
+        config = OPTIONS[name](quick=quick, cache=str(tmp_path), **given)
+        importlib.import_module(f"offload_sparse.bench.{name}").run(config)
         found.append({run.folder: run.options for run in asked})
         asked.clear()
     assert all(found)

@@ -32,7 +32,7 @@ def test_every_method_has_its_figures_from_its_folder(
     started: list[str] = []
     monkeypatch.setattr(cells.Run, "start", train)
     config = DFBSTBenchConfig(seeds=2, cache=str(tmp_path))
-    result = dfbst.run(False, config)
+    result = dfbst.run(config)
     assert len(started) == len(set(started)) == 12
     for model in ("lenet300", "lenet5"):
         for method in ("dense", "dst", "dfbst"):
@@ -40,14 +40,14 @@ def test_every_method_has_its_figures_from_its_folder(
             assert result.ratios[f"{key}.accuracy"] == pytest.approx(90.5)
             assert result.ratios[f"{key}.remaining"] == pytest.approx(1.0 if method == "dense" else 0.15)
             assert result.ratios[f"{key}.step_vs_dense"] == (1.0 if method == "dense" else 2.0)
-    again = dfbst.run(False, config)
+    again = dfbst.run(config)
     assert again.ratios == result.ratios
     assert len(started) == 12
 
 
 @pytest.mark.slow
 def test_a_short_run_of_each_method_has_all_figures(tmp_path: Path) -> None:
-    result = dfbst.run(True, DFBSTBenchConfig(cache=str(tmp_path)))
+    result = dfbst.run(DFBSTBenchConfig(quick=True, cache=str(tmp_path)))
     for key, value in result.ratios.items():
         assert key.endswith((".spread", ".step_vs_dense")) or 0 < value <= 100, key
     assert result.ratios["dfbst.lenet300.dfbst.remaining"] < 1

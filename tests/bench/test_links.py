@@ -20,7 +20,7 @@ def test_without_namespaces_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
         raise PermissionError("network namespaces need root")
 
     monkeypatch.setattr(links, "_call", refused)
-    result = links.run(True, LinksConfig())
+    result = links.run(LinksConfig(quick=True))
     assert result.ratios == {}
     assert len(result.table) == 1
     assert "skipped: network namespaces need root" in result.table[0][0]
@@ -49,14 +49,14 @@ def test_speeds_are_relative_to_the_same_mode_without_a_limit(
     monkeypatch.setattr(links, "_linked", linked)
     monkeypatch.setattr(links, "_on_both", measured)
     cached = LinksConfig(cache=str(tmp_path / "cells"))
-    first = links.run(False, cached)
-    result = links.run(False, cached)
+    first = links.run(cached)
+    result = links.run(cached)
     assert result.ratios == first.ratios
     assert cells == [f"{model}.{mode}" for model in links.MODELS for mode in MODES]
     assert result.ratios["links.resnet50.100mbit.round"] == 0.5
     assert result.ratios["links.vgg19.1gbit.dense"] == 0.9
     assert result.ratios["links.vgg19.wire.round_vs_step"] == 0.04
-    assert set(links.run(True, LinksConfig()).ratios) == {
+    assert set(links.run(LinksConfig(quick=True)).ratios) == {
         *(f"links.vgg19.100mbit.{mode}" for mode in MODES),
         "links.vgg19.wire.round_vs_step",
     }
@@ -71,7 +71,7 @@ def test_a_difference_is_over_the_same_seeds(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(sync, "finish", lambda runs, jobs: None)
     monkeypatch.setattr(sync, "outcome", trained)
-    result = sync.run(False, SyncBenchConfig(modes=["step", "round50"]))
+    result = sync.run(SyncBenchConfig(modes=["step", "round50"]))
     assert result.ratios["sync.round50.vs_step"] == pytest.approx(-2)
     assert result.ratios["sync.round50.vs_step_spread"] == pytest.approx(0)
     assert result.ratios["sync.step.accuracy"] == pytest.approx(55)

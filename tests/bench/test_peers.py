@@ -11,7 +11,7 @@ from offload_sparse.bench.contenders import CONTENDERS, build_network
 from offload_sparse.bench.options import PeersConfig
 from offload_sparse.bench.peers import measure, resolve, summary
 
-TINY = resolve(PeersConfig("peers", model="offload_sparse/vgg_small", width=0.5, k=4), quick=True)
+TINY = resolve(PeersConfig("peers", quick=True, model="offload_sparse/vgg_small", width=0.5, k=4))
 FIGURES = {"step_seconds", "device_bytes", "host_bytes", "bus_bytes"}
 FULL = sum(4 * p.numel() for p in build_network(TINY).parameters())
 """Bytes of the weights of the tiny network."""
@@ -72,7 +72,7 @@ def test_a_peer_that_fails_has_its_reason_in_the_table_and_no_figures(
         return [known if name == "ours" else {key: 3 * value for key, value in known.items()}]
 
     monkeypatch.setattr(peers, "measure", measured)
-    result = peers.run(True, TINY)
+    result = peers.run(TINY)
     rows = {row[0]: row for row in result.table}
     assert list(rows) == list(CONTENDERS)
     assert rows["zero3"][1:] == ["-"] * 4 + ["ModuleNotFoundError: deepspeed is not installed"]

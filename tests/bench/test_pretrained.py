@@ -24,7 +24,7 @@ def finished(folder: Path, accuracy: float, steps: int = 10) -> None:
 
 
 def cell(config: PretrainedConfig, folder: Path, arm: str = "dense", seed: int = 0) -> Run:
-    return pretrained.cell(config, folder, False, arm, 0.5, 3, seed)
+    return pretrained.cell(config, folder, arm, 0.5, 3, seed)
 
 
 def test_finished_cells_are_compared_with_the_best_cut(
@@ -37,7 +37,7 @@ def test_finished_cells_are_compared_with_the_best_cut(
             finished(cell(config, tmp_path, arm, seed).folder, 0.8 + 0.01 * number + 0.02 * seed)
     monkeypatch.setattr(cells.subprocess, "Popen", lambda *_, **__: pytest.fail("run again"))
     monkeypatch.setattr(pretrained, "loading", lambda quick: {"pretrained.read": 1.0})
-    result = pretrained.run(False, config)
+    result = pretrained.run(config)
     key = "pretrained.resnet20.rho0.5.epochs3"
     assert result.ratios["pretrained.resnet20.dense.accuracy"] == pytest.approx(90)
     for number, arm in enumerate(ARMS):

@@ -38,7 +38,7 @@ def test_finished_cells_are_not_run_again_and_their_figures_are_the_keys(
         for seed in range(2):
             finished(study.cell(config, tmp_path, steps, name, 0.0169, seed).folder, 0.8 + 0.02 * seed)
     monkeypatch.setattr(cells.subprocess, "Popen", lambda *_, **__: pytest.fail("run again"))
-    result = study.run(False, config)
+    result = study.run(config)
     for name in alone:
         key = f"study.vgg19.flops0.0169.{name}"
         assert result.ratios[f"{key}.accuracy"] == pytest.approx(81)
@@ -116,13 +116,13 @@ def test_a_family_is_compared_in_the_mean_over_members(tmp_path: Path) -> None:
     summary = json.loads((cells[-1].folder / "summary.json").read_text())
     member = {"test_accuracy": 0.69, "params_ratio": 0.1, "flops_ratio": 0.1}
     (cells[-1].folder / "summary.json").write_text(json.dumps(summary | {"members": {"0.1": member}}))
-    assert study.run(False, config).ratios["study.vgg19.family.gain"] == pytest.approx((-1 + 3) / 2)
+    assert study.run(config).ratios["study.vgg19.family.gain"] == pytest.approx((-1 + 3) / 2)
 
 
 @pytest.mark.slow
 def test_small_cells_run_and_cost_the_same(tmp_path: Path) -> None:
     config = StudyConfig(methods=["even", "probe", "sampled", "none"], seeds=1, epochs=1, cache=str(tmp_path))
-    result = study.run(False, config)
+    result = study.run(config)
     for name in ("even", "probe", "sampled", "none"):
         key = f"study.fashion_mnist.flops0.064.{name}"
         assert result.ratios[f"{key}.accuracy"] > 20

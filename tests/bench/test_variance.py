@@ -11,8 +11,8 @@ from offload_sparse.policy.estimators import ESTIMATORS
 
 
 def test_every_estimator_has_its_variance_relative_to_both_of_the_paper() -> None:
-    config = VarianceConfig(model="offload_sparse/lenet_300_100", steps=10, pairs=16)
-    ratios = variance.run(True, config).ratios
+    config = VarianceConfig(quick=True, model="offload_sparse/lenet_300_100", steps=10, pairs=16)
+    ratios = variance.run(config).ratios
     for name in ESTIMATORS:
         assert ratios[f"variance.{name}.vs_pge"] > 0
         assert ratios[f"variance.{name}.vs_vr_pge"] > 0
