@@ -195,15 +195,14 @@ class SyncBenchConfig(CellsConfig):
 
 @dataclass
 class VarianceConfig(BenchConfig):
-    """Variance of every estimator of the keep probabilities' gradient, on the same checkpoints of one run.
+    """Variance of every estimator of the keep probabilities' gradient, on the same checkpoint of a run.
 
     Attributes:
         data: images: a folder of parquet files or any other ``data.name``; empty takes the embedded ones.
         model: ``torchvision/<name>``, ``timm/<name>`` or ``offload_sparse/<name>``.
         rho: remaining ratio of channels.
-        steps: optimizer steps before the last checkpoint; 0 takes 600, with ``quick`` 20.
+        steps: optimizer steps before the checkpoint; 0 takes 600, with ``quick`` 20.
         pairs: pairs of masks that a variance is measured on; 0 takes 200, with ``quick`` 20.
-        checkpoints: how many, evenly over the steps.
     """
 
     data: str = ""
@@ -211,7 +210,6 @@ class VarianceConfig(BenchConfig):
     rho: float = 0.5
     steps: int = 0
     pairs: int = 0
-    checkpoints: int = 3
 
 
 OPTIONS: Mapping[str, type[BenchConfig]] = {
