@@ -57,7 +57,7 @@ def load(name: str) -> Callable[..., BenchResult]:
     """The ``run`` function of a bench. Raises ValueError: there is no bench of this name."""
     known = available()
     if name not in known:
-        raise ValueError(f"there is no bench {name!r}; give one of: {', '.join(known) or '(none found)'}")
+        raise ValueError(f"there is no bench {name!r}; give one of: {', '.join(known)}")
     run: Callable[..., BenchResult] = importlib.import_module(f"offload_sparse.bench.{name}").run
     return run
 
@@ -86,8 +86,7 @@ def print_result(result: BenchResult, title: str) -> None:
     table = Table(*result.header, title=title)
     for row in result.table:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    if result.table:
-        console().print(table)
+    console().print(table)
     for name, ratio in result.ratios.items():
         print(f"{name}: {ratio:.4g}")
 

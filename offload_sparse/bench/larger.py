@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -105,9 +104,8 @@ def watch(command: list[str], enough: Callable[[], bool] = lambda: False) -> Par
     """Run a command, and kill it as soon as ``enough`` says so. Raises RuntimeError: it takes longer than
     ``LIMIT``."""
     started, peak = time.monotonic(), 0
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:
             while process.poll() is None:
                 peak = max(peak, process_bytes(process.pid))
