@@ -7,6 +7,7 @@ over flat buffers. ``vs_narrow`` is the median of the ratios of neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -62,12 +63,12 @@ def measure_network(
     results = {}
     for rho in rhos:
         mask = channel_map.uniform_mask(rho)
-        networks = {
-            "dense": dense,
-            "narrow": narrow_module(dense, channel_map, mask),
-            "subnet": flat_subnet(dense, channel_map, mask, device),
+        passes: dict[str, Callable[[], object]] = {
+            "dense": partial(one_pass, dense, batch),
+            "narrow": partial(one_pass, narrow_module(dense, channel_map, mask), batch),
+            "subnet": flat_pass(flat_subnet(dense, channel_map, mask, device), batch),
         }
-        seconds = take_turns({k: pass_of(net, batch, k) for k, net in networks.items()}, repetitions)
+        seconds = take_turns(passes, repetitions)
         results[rho] = {k: median(v) for k, v in seconds.items()} | {
             "vs_narrow": median_ratio(seconds["subnet"], seconds["narrow"]),
             "flops_ratio": cost.flops(mask) / cost.dense_flops,
@@ -89,20 +90,21 @@ def flat_subnet(model: nn.Module, channel_map: ChannelMap, mask: Tensor, device:
     return subnet.module.train()
 
 
-def pass_of(network: nn.Module, batch: Batch, kind: str) -> Callable[[], None]:
-    """One forward and backward pass; the gradients of a subnet end in a flat buffer."""
-    if kind == "subnet":
-        parameters = list(network.parameters())
-        size = sum(parameter.numel() for parameter in parameters)
-        gradients = FlatGradients(parameters, parameters[0].new_empty(size + TAIL))
+def one_pass(network: nn.Module, batch: Batch) -> None:
+    """One forward and backward pass."""
+    network.zero_grad(set_to_none=True)
+    loss_of(network, batch).backward()
+
+
+def flat_pass(subnet: nn.Module, batch: Batch) -> Callable[[], None]:
+    """The same of a subnet, whose gradients end in a flat buffer."""
+    parameters = list(subnet.parameters())
+    size = sum(parameter.numel() for parameter in parameters)
+    gradients = FlatGradients(parameters, parameters[0].new_empty(size + TAIL))
 
     def run_once() -> None:
-        if kind == "subnet":
-            gradients.begin(1)
-        else:
-            network.zero_grad(set_to_none=True)
-        loss_of(network, batch).backward()
-        if kind == "subnet":
-            gradients.end([])
+        gradients.begin(1)
+        loss_of(subnet, batch).backward()
+        gradients.end([])
 
     return run_once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from offload_sparse.bench.step import flat_subnet, measure_network, pass_of
+from offload_sparse.bench.step import flat_subnet, measure_network, one_pass
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.workloads.models import build_model
@@ -20,7 +20,7 @@ def test_our_subnet_equals_the_hand_made_network() -> None:
     ours = flat_subnet(dense, channel_map, mask, torch.device("cpu"))
     batch = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     for network in (narrow, ours):
-        pass_of(network, batch, "narrow")()  # which leaves the gradients where they are
+        one_pass(network, batch)  # which leaves the gradients where they are
     for (name, a), (_, b) in zip(ours.named_parameters(), narrow.named_parameters(), strict=True):
         assert torch.equal(a, b), name
         torch.testing.assert_close(a.grad, b.grad)
