@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from offload_sparse.bench.contract import BenchResult
-from offload_sparse.bench.measure import one_thread
+from offload_sparse.bench.measure import one_thread, take_turns
 from offload_sparse.store.files import write_file
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.loader import TrainLoader
@@ -89,14 +89,10 @@ def _torchvision(folder: str) -> DataLoader[Any]:
 
 
 def _rates(loaders: dict[str, Iterator[Any]], turns: int) -> dict[str, float]:
-    """Images per second of CPU time, medians over the turns after the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in loaders}
-    for _ in range(1 + turns):
-        for name, batches in loaders.items():
-            start = time.process_time()
-            next(batches)
-            seconds[name].append(time.process_time() - start)
-    return {name: _BATCH / median(taken[1:]) for name, taken in seconds.items()}
+    """Images per second of CPU time, medians over the turns."""
+    passes = {name: partial(next, batches) for name, batches in loaders.items()}
+    seconds = take_turns(passes, turns, clock=time.process_time)
+    return {name: _BATCH / median(taken) for name, taken in seconds.items()}
 
 
 def write_photographs(folder: Path, images: int) -> int:

@@ -67,26 +67,29 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, the device's work included."""
     _wait()
-    start = time.perf_counter()
+    start = clock()
     function()
     _wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def take_turns(
-    passes: Mapping[str, Callable[[], object]], repetitions: int, between: Callable[[], object] | None = None
+    passes: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    between: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every pass, by name, in turns, after one of each that does not count: a change of the
-    machine's speed then meets all of them. ``between`` is called before each pass, not timed."""
+    """Seconds of every pass by ``clock``, by name, in turns, after one of each that does not count: a change
+    of the machine's speed then meets all of them. ``between`` is called before each pass, not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for repetition in range(repetitions + 1):
         for name, run_once in passes.items():
             if between is not None:
                 between()
-            taken = timed(run_once)
+            taken = timed(run_once, clock)
             if repetition:
                 seconds[name].append(taken)
     return seconds
