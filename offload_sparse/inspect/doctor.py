@@ -16,7 +16,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ def examine(run_dir: Path) -> list[Finding]:
     level = logger.level
     logger.setLevel(logging.ERROR)  # findings say what warnings would
     try:
-        machine = (*check_devices(), *check_system(run_dir, torch.cuda.is_available()))
+        machine = (*check_devices(), *check_system(run_dir))
         return [*check_packages(), check_kernels(), *machine, *check_launch()]
     finally:
         logger.setLevel(level)
@@ -174,14 +174,14 @@ def _rate(copy: Callable[[], object], device: torch.device) -> float:
     return _PROBE_BYTES / best
 
 
-def check_system(run_dir: Path, has_gpu: bool) -> Iterator[Finding]:
+def check_system(run_dir: Path) -> Iterator[Finding]:
     """Memory, memory limits, shared memory, NUMA, libaio, folders that are written to."""
     from offload_sparse.run.plan.machine import available_memory
 
     free = available_memory()
     fix = "end other programs, or set store.tier to file" if free < 2 * _GIB else ""
     yield _judged("host memory", f"{free / _GIB:.1f} GiB available", fix)
-    yield _locked_memory(has_gpu)
+    yield _locked_memory(torch.cuda.is_available())
     yield _shared_memory(shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0)
     yield _numa(Path("/sys/devices/system/node"))
     yield _libaio()
@@ -232,9 +232,8 @@ def _writable(name: str, folder: Path) -> Finding:
     return _judged(name, f"{folder}, {free / _GIB:.1f} GiB free", fix if free < _SMALL_DISK else "")
 
 
-def check_launch(environment: dict[str, str] | None = None) -> Iterator[Finding]:
+def check_launch(env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Whether the processes of a run would find each other, and share the cores."""
-    env = dict(os.environ) if environment is None else environment
     yield _processes(env)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks, threads = int(env.get("LOCAL_WORLD_SIZE", "1")), torch.get_num_threads()
@@ -242,7 +241,7 @@ def check_launch(environment: dict[str, str] | None = None) -> Iterator[Finding]
     yield _judged("threads", f"{threads} per process, {ranks} processes, {cores} cores", fix)
 
 
-def _processes(env: dict[str, str]) -> Finding:
+def _processes(env: Mapping[str, str]) -> Finding:
     from offload_sparse.run.launch import TWO_CPU_RANKS, check_environment
 
     try:
