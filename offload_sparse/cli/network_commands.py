@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offload_sparse.cli.table import show
-from offload_sparse.config import parse as arguments
-from offload_sparse.config.parse import PROGRAM, Options
+from offload_sparse.config.parse import PROGRAM, RUN_OPTIONS, Options, flat_tree
 from offload_sparse.workloads.config import DataConfig
 
 
@@ -61,7 +60,7 @@ def _data_of_run(path: Path) -> dict[str, Any]:
 
     if (run := run_around(path)) is None:
         return {}
-    of_run = arguments.flat_tree(arguments.parse(["--config", str(run / CONFIG_FILE)]))
+    of_run = flat_tree(RUN_OPTIONS.parse(["--config", str(run / CONFIG_FILE)]))
     return {name: value for name, value in of_run.items() if name.startswith("data.")}
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from offload_sparse.cli.table import show
-from offload_sparse.config import parse as arguments
 from offload_sparse.config import yaml_text
-from offload_sparse.config.parse import PROGRAM, RUN_OPTIONS, Options
+from offload_sparse.config.parse import PROGRAM, RUN_OPTIONS, Options, dump
 from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.store.lock import lock_folder
 
@@ -172,7 +171,7 @@ def config(argv: Sequence[str]) -> int:
     )
     found = Options(ConfigConfig, f"{PROGRAM} config", examples, reads_files=True).parse(argv)
     plain = RunConfig(**{f.name: getattr(found, f.name) for f in dataclasses.fields(RunConfig)})
-    print(_reference() if found.markdown else arguments.dump(plain), end="")
+    print(_reference() if found.markdown else dump(plain), end="")
     return 0
 
 
