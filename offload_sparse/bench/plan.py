@@ -61,11 +61,10 @@ def run(quick: bool) -> BenchResult:
         found = on_ranks(1, measure_allocated, config)[0]
         raw[name] = {f"predicted_{k}_bytes": v for k, v in predicted.items()}
         raw[name] |= {f"measured_{k}_bytes": v for k, v in (found | {"process": resident}).items()}
-        for kind in ("host", "device"):
-            ratios[f"plan.{name}.{kind}"] = found[kind] / predicted[kind]
+        for kind, beside in (("host", f"{resident / predicted['written']:.3f}"), ("device", "")):
+            ratio = ratios[f"plan.{name}.{kind}"] = found[kind] / predicted[kind]
             sizes = [f"{size / 2**20:.0f} MiB" for size in (found[kind], predicted[kind])]
-            rows.append([name, kind, *sizes, f"{found[kind] / predicted[kind]:.3f}", ""])
-        rows[-2][-1] = f"{resident / predicted['written']:.3f}"
+            rows.append([name, kind, *sizes, f"{ratio:.3f}", beside])
     return BenchResult(ratios, raw, _HEADER, rows)
 
 
