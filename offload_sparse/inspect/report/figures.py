@@ -32,32 +32,33 @@ def curves(
     *,
     theme: Theme,
     title: str,
+    places: Mapping[str, int],
     x_unit: str = "",
     y_unit: str = "",
     ends: Mapping[str, tuple[float, float]] | None = None,
-    places: Mapping[str, int] | None = None,
     from_zero: bool = False,
 ) -> Figure:
     """One line per entry; a long one is averaged over neighbouring points.
 
     Args:
         series: by the name of the run or kind.
+        places: which colour each entry has, so that a run keeps its own in all figures.
         x_unit, y_unit: ``bytes``, ``seconds`` or a unit that takes prefixes; empty draws plain numbers.
         ends: a further point (x, y) of some entries, drawn as a large mark of theirs: the outcome.
-        places: which colour each entry has, so that a run keeps its own in all figures.
         from_zero: begin the y axis at 0.
     """
     figure, axes = _panel(title)
-    lasts = [np.array([at]) for at, _ in (ends or {}).values()]
+    ends = ends or {}
+    lasts = [np.array([at]) for at, _ in ends.values()]
     x_scale, x_label = _scaled(x_label, x_unit, [*(x for x, _ in series.values()), *lasts])
     y_scale, y_label = _scaled(y_label, y_unit, [y for _, y in series.values()])
     drawn = {}
-    for i, (name, (x, y)) in enumerate(series.items()):
+    for name, (x, y) in series.items():
         x, y = _thinned(x, y)
-        style = look(theme, (places or {}).get(name, i))
+        style = look(theme, places[name])
         line = style | {"marker": ""} if len(x) > 40 else style
         [drawn[name]] = axes.plot(x / x_scale, y / y_scale, **line)
-        if ends and name in ends:
+        if name in ends:
             at, value = ends[name]
             mark = style | {"linestyle": "", "markersize": 9, "zorder": 5}
             mark |= {"markeredgecolor": theme.text, "markeredgewidth": 0.9}
@@ -107,7 +108,7 @@ def dots(
     rows: Sequence[str],
     series: Mapping[str, Sequence[float]],
     x_label: str,
-    places: Mapping[str, int] | None = None,
+    places: Mapping[str, int],
     *,
     theme: Theme,
     title: str,
@@ -115,8 +116,8 @@ def dots(
     """A share in [0, 1] per row; NaN draws nothing. One entry gets lines from zero, several a row of dots."""
     figure, axes = _panel(title, (SIZE[0], _height(len(rows))))
     heights, drawn = np.arange(len(rows)), {}
-    for i, (name, shares) in enumerate(series.items()):
-        style = look(theme, (places or {}).get(name, i))
+    for name, shares in series.items():
+        style = look(theme, places[name])
         if len(series) == 1:
             axes.hlines(heights, 0, shares, color=style["color"], linewidth=2)
         mark = {"linestyle": "", "color": style["color"], "marker": style["marker"]}
@@ -150,7 +151,7 @@ def bars(
     rows: Sequence[str],
     series: Mapping[str, Sequence[float]],
     unit: str,
-    places: Mapping[str, int] | None = None,
+    places: Mapping[str, int],
     *,
     theme: Theme,
     title: str,
@@ -163,7 +164,7 @@ def bars(
     drawn = {}
     for i, (name, row) in enumerate(zip(series, values / scale, strict=True)):
         heights = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * thickness
-        place = (places or {}).get(name, i) % STYLES
+        place = places[name] % STYLES
         fill: dict[str, Any] = {"color": theme.colours[place], "hatch": HATCHES[place], "linewidth": 0}
         drawn[name] = axes.barh(heights, np.nan_to_num(row), thickness * 0.9, **fill)
         texts = [f"{value:.3g}" if np.isfinite(value) else "" for value in row]

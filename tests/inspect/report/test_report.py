@@ -236,7 +236,7 @@ def test_outcomes_alone_are_drawn_once_and_only_beside_others(tmp_path: Path) ->
 def test_a_long_title_takes_several_lines() -> None:
     x = np.array([1.0, 2.0])
     name = "Keep ratio per group: a-run-whose-name-is-longer-than-any"
-    figure = curves({"a": (x, x)}, "steps", "loss", theme=THEMES["light"], title=name)
+    figure = curves({"a": (x, x)}, "steps", "loss", theme=THEMES["light"], title=name, places={"a": 0})
     title = figure.axes[0].get_title()
     assert len(title.splitlines()) == 2
     assert max(map(len, title.splitlines())) <= 44
@@ -459,7 +459,7 @@ def test_a_final_point_has_the_mark_of_its_run() -> None:
     ends = {"a": (3.0, 0.9), "b": (3.0, 0.8)}
     series = {name: (np.arange(3.0), np.arange(3.0)) for name in ends}
     with themed(THEMES["light"]):
-        figure = curves(series, "steps", "accuracy", ends=ends, **LIGHT)
+        figure = curves(series, "steps", "accuracy", ends=ends, places={"a": 0, "b": 1}, **LIGHT)
     marks = [line.get_marker() for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
     assert marks == [look(THEMES["light"], i)["marker"] for i in range(2)]
 
@@ -547,12 +547,13 @@ def test_the_names_of_many_rows_do_not_overlap(rows: int) -> None:
 
 
 ANY_NAMES = ("_a", "_b", r"x$\fooo$1")
+PLACES = {name: i for i, name in enumerate(ANY_NAMES)}
 ROW_OF = np.array([0.25, 0.5, 0.75])
 WITH_A_LEGEND: dict[str, Callable[..., Figure]] = {
-    "curves": partial(curves, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "steps", "loss"),
-    "dots": partial(dots, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "share kept"),
+    "curves": partial(curves, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "steps", "loss", places=PLACES),
+    "dots": partial(dots, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "share kept", PLACES),
     "estimates": partial(estimates, ANY_NAMES, dict.fromkeys(ANY_NAMES, (ROW_OF, ROW_OF)), "loss"),
-    "bars": partial(bars, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "bytes"),
+    "bars": partial(bars, ANY_NAMES, dict.fromkeys(ANY_NAMES, ROW_OF.tolist()), "bytes", PLACES),
 }
 
 
@@ -568,7 +569,7 @@ def test_whatever_runs_are_called_their_names_are_in_the_legend(kind: str) -> No
 def test_a_long_curve_is_drawn_with_few_points() -> None:
     x = np.arange(100_000.0)
     with themed(THEMES["light"]):
-        figure = curves({"run": (x, x)}, "steps", "loss", **LIGHT)
+        figure = curves({"run": (x, x)}, "steps", "loss", places={"run": 0}, **LIGHT)
     (line,) = figure.axes[0].lines
     assert len(line.get_xdata()) <= 300
     assert np.mean(line.get_ydata()) == pytest.approx(x.mean(), rel=1e-3)
