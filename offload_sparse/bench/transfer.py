@@ -17,6 +17,7 @@ from offload_sparse.channels.channel_map import ChannelMap
 from offload_sparse.channels.check import random_mask
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.selection import Layout, Selection
+from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.store.copy import host_copy
 from offload_sparse.store.copy.blocks import BlockPlan
 from offload_sparse.store.copy.copy import copy_blocks
@@ -68,8 +69,7 @@ entries of 4 bytes each cost one of 64."""
 
 def wide_resnet50(width: int) -> tuple[ChannelMap, tuple[str, ...]]:
     """The map of ResNet-50 with ``width`` channels per group (64 is the usual one), and its parameters."""
-    with torch.device("meta"):
-        model = build_model("torchvision/resnet50", 1000, 3, 64, width_per_group=width)
+    model = build_on_meta(partial(build_model, "torchvision/resnet50", 1000, 3, 64, width_per_group=width))
     channel_map = discover(model, (torch.empty(1, 3, 64, 64, device="meta"),))
     return channel_map, tuple(name for name, _ in model.named_parameters())
 
