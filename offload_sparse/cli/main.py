@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib.metadata
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ LONGEST_LINE = 600
 _FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _NO_PLACE = (errno.ENAMETOOLONG, errno.ELOOP)
 """Of a path that can lead nowhere; no class of its own."""
+_STDOUT = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,15 +56,21 @@ def run_command(command: Callable[[], int | None]) -> int:
 
     A run that diverged (``FloatingPointError``) is told in the same way, with exit code 1; one that failed
     (``RunError``) by every rank, since the others may not live to tell. A disk that is full is 1, too. Ctrl-C
-    outside the steps of a run (which save first) is 130.
+    outside the steps of a run (which save first) is 130. Where nobody reads any more what is printed, as
+    behind ``head``, a command ends without a word, by 141.
     Returns the command's exit code, 0 where it returns None."""
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_without_reader(_STDOUT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still to be printed
+            return 141
         fails = disk_fails(error) or isinstance(error, FloatingPointError | RunError)
         bad_path = isinstance(error, OSError) and error.errno in _NO_PLACE
         if not fails and not bad_path and not isinstance(error, (ValueError, *_FILE_ERRORS)):
@@ -75,6 +83,12 @@ def run_command(command: Callable[[], int | None]) -> int:
                 printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
                 print(f"{PROGRAM}: error: {printable}", file=sys.stderr)
         return 1 if fails else 2
+
+
+def _is_without_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _one_line(error: Exception) -> str:

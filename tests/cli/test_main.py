@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -100,6 +101,18 @@ def test_an_unwritable_run_folder_is_bad_input(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "file").write_text("")
     line = error_of(["train", "--run_dir", str(tmp_path / "file" / "run")], capsys)
     assert "cannot be written (Not a directory); give another folder" in line
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_has_gone_ends_without_a_word(unbuffered: str) -> None:
+    """As behind ``| head``, whether its lines are printed one by one or at its end."""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "offload_sparse.cli", "bench"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # --- help --------------------------------------------------------------------------------------------
