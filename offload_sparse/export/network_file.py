@@ -305,7 +305,7 @@ def _restore_views(module: nn.Module, views: dict[str, dict[str, tuple[tuple[int
 
 def _write(folder: Path, structure: Structure, tensors: dict[str, Tensor]) -> None:
     make_folder(folder)
-    write_file(folder / WEIGHTS_FILE, lambda file: file.writelines(blocks_of(tensors)))
+    write_file(folder / WEIGHTS_FILE, blocks_of(tensors))
     body = asdict(replace(structure, weights_digest=file_digest(folder / WEIGHTS_FILE)))
     write_file(folder / STRUCTURE_FILE, json_values.sealed(body))
 

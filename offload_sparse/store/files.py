@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 """What a name ends with while its file is written; who finds one at a start may delete it."""
 
 
-def write_file(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:
+def write_file(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
     """Write a file into a folder that is there; when this returns, it lasts. ``content`` is bytes, text (as
-    UTF-8), or what writes them to the binary file that it is given. Raises OSError: it cannot be written;
-    ``path`` is as it was."""
+    UTF-8), or blocks of bytes. Raises OSError: it cannot be written; ``path`` is as it was."""
+    whole = content.encode() if isinstance(content, str) else content
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
+        file.writelines([whole] if isinstance(whole, bytes) else whole)
 
 
 @contextmanager

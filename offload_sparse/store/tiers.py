@@ -146,8 +146,7 @@ class FileTier(MemoryTier):
         return torch.from_numpy(mapped).view(self._dtype)
 
     def complete(self, integers: dict[str, Tensor]) -> None:
-        path = self.folder / "integers.safetensors"
-        write_file(path, lambda file: file.writelines(blocks_of(integers)))
+        write_file(self.folder / "integers.safetensors", blocks_of(integers))
         self.sync()
         self._write(initialised=True)
 

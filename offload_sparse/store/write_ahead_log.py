@@ -73,7 +73,7 @@ class WriteAheadLog:
                 low, high = own_segment(store, selection, kind)
                 content[f"{index}.values.{kind}"] = values[low:high]
         metadata = {"round": str(round), "state": json.dumps(state)} | ({_ALONE: "true"} if alone else {})
-        write_file(self._path(round), lambda file: file.writelines(blocks_of(content, metadata)))
+        write_file(self._path(round), blocks_of(content, metadata))
 
     def rounds(self) -> list[int]:
         """The numbers of the logs that are there, oldest first."""
