@@ -37,14 +37,14 @@ _T = TypeVar("_T")
 _hints = functools.cache(get_type_hints)
 
 
-def read(path: Path, kind: type[_T], max_bytes: int = MAX_BYTES, sealed_by: str = "") -> _T:
+def read(path: Path, kind: type[_T], sealed_by: str = "") -> _T:
     """The contents of a JSON file as the dataclass ``kind``: a key that it lacks is an error, as is one
     without default that is missing. Where the file has a key ``digest`` and the dataclass does not, it must
     be that of all the other keys; a file with the key ``sealed_by`` must have one. Raises FileNotFoundError:
-    there is none; ValueError: it is no regular file, larger than ``max_bytes``, no JSON, or not of this kind;
+    there is none; ValueError: it is no regular file, larger than ``MAX_BYTES``, no JSON, or not of this kind;
     one line that names the place in the file and never shows a whole value."""
     try:
-        value = parse(_contents(path, max_bytes))
+        value = parse(_contents(path))
         own = getattr(kind, "__dataclass_fields__", {"digest": None})
         signed = isinstance(value, dict) and not value.keys().isdisjoint(("digest", sealed_by))
         if signed and "digest" not in own and value.pop("digest", None) != digest(value):
@@ -90,7 +90,7 @@ def sealed(body: dict[str, Any]) -> str:
     would not take so much."""
     text = json.dumps(body | {"digest": digest(body)}, allow_nan=False) + "\n"
     try:
-        _check_bytes(text.encode(), MAX_BYTES)
+        _check_bytes(text.encode())
         _check_values(text.encode())
         _check_depth(body)
     except ValueError as error:
@@ -126,19 +126,19 @@ def shown(value: Any) -> str:
     return text + "…" if isinstance(value, str) and len(value) > 40 else text
 
 
-def _contents(path: Path, max_bytes: int) -> bytes:
+def _contents(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("it is no regular file")
-        text = file.read(max_bytes + 1)
-    _check_bytes(text, max_bytes)
+        text = file.read(MAX_BYTES + 1)
+    _check_bytes(text)
     return text
 
 
-def _check_bytes(text: bytes, most: int) -> None:
-    if len(text) > most:
-        raise ValueError(f"it is larger than {most:,} bytes")
+def _check_bytes(text: bytes) -> None:
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
 
 
 def _check_values(text: bytes) -> None:
