@@ -300,21 +300,16 @@ def _rows_around(model: nn.Module, module: str, axes_of: Mapping[str, list[int]]
         yield from _rows_around(model, module.rpartition(".")[0], axes_of)
 
 
-def train_cost_saving(
-    dense_flops: float, passes: Iterable[tuple[float, int, int]], steps: int | None = None
-) -> float:
+def train_cost_saving(dense_flops: float, passes: Iterable[tuple[float, int, int]], steps: int) -> float:
     """How many times cheaper ``passes`` (forward FLOPs f of the network that ran, forwards, backwards) were
-    than dense training with f_D FLOPs: 3 f_D · steps / Σ f · (forwards + 2 · backwards); by default one step
-    per backward pass.
+    than dense training with f_D FLOPs: 3 f_D · steps / Σ f · (forwards + 2 · backwards).
 
     A backward pass counts as two forward passes (Zhou et al. 2021, Appendix C): one backward and two forwards
     of a subnet per step give 3 / (4 f_S / f_D). Raises ValueError: nothing was run.
     """
-    cost, backward_passes = 0.0, 0
+    cost = 0.0
     for flops, forwards, backwards in passes:
         cost += flops * (forwards + 2 * backwards)
-        backward_passes += backwards
-    steps = backward_passes if steps is None else steps
     if cost <= 0 or steps < 1:
         raise ValueError("no training step was run; give the passes of at least one step")
     return 3 * dense_flops * steps / cost
