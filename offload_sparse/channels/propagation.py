@@ -85,8 +85,8 @@ class Propagation(TorchDispatchMode):
         parameters: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
         place: Callable[[], str],
-        repeats: Callable[[], bool] = lambda: False,
-        group_norms: Collection[str] = (),
+        repeats: Callable[[], bool],
+        group_norms: Collection[str],
     ) -> None:
         super().__init__()
         self._place, self._repeats, self._group_norms = place, repeats, group_norms
