@@ -262,8 +262,6 @@ def _place(
         fits = fits and all(n <= full for n, full in zip(value.shape, own.shape, strict=True))
     if not fits or (own.dtype != value.dtype and not own.is_floating_point()):
         raise ValueError(f"{name!r} is {_form(value)}, in the network {_form(own)}")
-    if isinstance(own, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=own.requires_grad)
     owner = module.get_submodule(path)
     set_tensor(name, value) if leaf not in vars(owner) else setattr(owner, leaf, value)
 
