@@ -11,8 +11,8 @@ def require(condition: bool, message: str) -> None:
 
 
 class Explained:
-    """Inside, an error (of ``kinds``) becomes a ValueError of one line: ``before``, what it says itself, at
-    most 200 characters of it, and ``after``."""
+    """Inside, an error (of ``kinds``) becomes a ValueError of one line: ``before``, what it says itself, and
+    ``after``."""
 
     def __init__(
         self, before: str, after: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
@@ -24,5 +24,9 @@ class Explained:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, self._kinds):
-            reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-            raise ValueError(f"{self._before}{reason}{self._after}") from error
+            raise ValueError(f"{self._before}{in_one_line(error)}{self._after}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, at most 200 characters of it; its type where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_sparse.channels.require import Explained
+from offload_sparse.channels.require import Explained, in_one_line
 from offload_sparse.store.partition import row_shape
 from offload_sparse.store.tensor_file import TYPES
 
@@ -83,7 +83,7 @@ def check_whole(paths: Iterable[Path]) -> None:
             with zipfile.ZipFile(path) as archive:
                 part = archive.testzip()
         except (OSError, zipfile.BadZipFile) as error:
-            part = _line(error)
+            part = in_one_line(error)
         if part is not None:
             raise ValueError(f"{path} is damaged ({part}); get it once more, or write it with torch.save")
 
@@ -197,7 +197,7 @@ def _of_torch(path: Path) -> dict[str, Stored]:
             "state_dict() alone"
         ) from None
     except Exception as error:  # torch raises what its C++ says about a damaged archive
-        raise ValueError(f"{path} is no whole file of torch.save: {_line(error)}") from None
+        raise ValueError(f"{path} is no whole file of torch.save: {in_one_line(error)}") from None
     size, found = path.stat().st_size, {}
     for name, tensor in _state_dict(loaded, path).items():
         storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
@@ -218,7 +218,3 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
             if tensors:
                 return tensors
     raise ValueError(f"{path} holds no tensors by name; give a file of a network's state_dict()")
-
-
-def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
