@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from offload_sparse.channels.attention import HeadAttention
-from offload_sparse.channels.channel_labels import compact, varying
+from offload_sparse.channels.channel_labels import compact, first, varying
 from offload_sparse.channels.channel_map import ALWAYS, Axis, View
 from offload_sparse.channels.propagation import Propagation
 from offload_sparse.channels.views import (
@@ -64,16 +64,16 @@ class Sizes(TorchFunctionMode):
         return self._stack[-1][0] if self._stack else ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.repeats = func in REPEATS
-        out = func(*args, **(kwargs or {}))
-        self.repeats = False
         kwargs = kwargs or {}
-        number = [numbers.next(func, args, kwargs) for _, numbers in self._stack][-1:]
-        if number and number[0] is not None:
+        self.repeats = func in REPEATS
+        out = func(*args, **kwargs)
+        self.repeats = False
+        found = [numbers.next(func, args, kwargs) for _, numbers in self._stack]
+        if found and found[-1] is not None:
             if func not in MEETINGS:
                 func, args = by_position(func, args, kwargs)
                 kwargs = {}
-            self.calls.append((self.place(), number[0], func, args, kwargs, out))
+            self.calls.append((self.place(), found[-1], func, args, kwargs, out))
         return out
 
 
@@ -162,18 +162,18 @@ def _view(found: Propagation, call: int, func: Any, args: Any, out: Any, ids: Te
             return None  # parts that stay equal
         return View(call, tuple(widths), tuple(whole))
     axes = _axes_of(found, out, ids)
-    first = args[1] % args[0].dim() if func in UNFLATTENS else 0
-    dims = range(first, first + len(written))
-    if all(written[d - first] == -1 for d in dims if d in axes):
+    start = args[1] % args[0].dim() if func in UNFLATTENS else 0
+    dims = range(start, start + len(written))
+    if all(written[d - start] == -1 for d in dims if d in axes):
         return None
     sizes, fits = [0] * len(written), [axes.get(d) for d in dims]
     for i, axis in enumerate(list(fits)):
         if axis is not None:
-            fits[i] = _period(axis)
-            sizes[i] = len(_period(axis))
+            fits[i] = period = _period(axis)
+            sizes[i] = len(period)
             if func in EXPANDS and ((1,) * (out.dim() - args[0].dim()) + args[0].shape)[dims[i]] == 1:
                 continue  # copies
-            for j in range(i + 1, _end_of_group(args[0].shape, out.shape, dims[i]) - first):
+            for j in range(i + 1, _end_of_group(args[0].shape, out.shape, dims[i]) - start):
                 fits[j] = torch.full((out.shape[dims[j]],), ALWAYS)
     return View(call, tuple(sizes), tuple(fits))
 
@@ -210,7 +210,7 @@ def _axes_of(found: Propagation, tensor: Tensor, ids: Tensor) -> dict[int, Tenso
         along = varying(atoms)
         if len(along) == 1 and not along & set(axes):
             (dim,) = along
-            axes[dim] = atoms[tuple(slice(None) if d == dim else 0 for d in range(atoms.dim()))].clone()
+            axes[dim] = first(atoms, dim).clone()
         elif along or bool((compact(atoms) >= 0).any()):
             raise _UnfitError  # a single atom, or one that depends on two dimensions
     return axes
