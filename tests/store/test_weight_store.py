@@ -232,10 +232,3 @@ def test_a_store_per_node_is_refused_where_nodes_differ(monkeypatch: pytest.Monk
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))
         with pytest.raises(ValueError, match=r"the nodes have 2 or 4 of 8 ranks; set store\.shard to world"):
             Ranks.current(per_node=True)
-
-
-def test_integer_buffers_are_kept_whole_and_unsliced() -> None:
-    channel_map = ChannelMap((), {"w": (2,)}, {"w": (None,)})
-    store = WeightStore(channel_map, ("w",), ())
-    store.fill([("w", torch.ones(2)), ("steps", torch.tensor(3))])
-    assert store.integer_buffers["steps"] == 3
