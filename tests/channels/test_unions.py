@@ -175,11 +175,6 @@ def test_groups_of_one_name_keep_their_own_widths() -> None:
     assert self_test(net, IMAGES, same).error < 1e-10
 
 
-def test_the_self_test_works_on_a_narrow_twin_of_a_wide_network() -> None:
-    model, images, channel_map = model_and_map("torchvision/resnet18", 64)
-    assert self_test(model, images, channel_map).error < 1e-10
-
-
 class DenseEnd(nn.Module):
     """Returns its stream, which therefore stays dense, while the branches are still sampled."""
 
