@@ -144,7 +144,7 @@ class DurableRounds:
             self.log.settle(self._tier.sync)
         if alone:
             self._tier.sync()
-        self.log.append(self.log.next, session.store, pieces, meta, tensors, alone)
+        self.log.append(session.store, pieces, meta, tensors, alone)
         session.transfers.went_back = False
         if session.ranks.world_size > 1:
             # No rank scatters a round that another may not have logged.

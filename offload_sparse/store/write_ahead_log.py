@@ -53,7 +53,6 @@ class WriteAheadLog:
 
     def append(
         self,
-        round: int,
         store: WeightStore,
         pieces: Sequence[tuple[Selection, Mapping[str, Tensor]]],
         state: Mapping[str, Any],
@@ -62,10 +61,10 @@ class WriteAheadLog:
     ) -> None:
         """Log what is about to be scattered into ``store`` (of which only the layout is read): by selection
         and kind whole narrow flat buffers, on any device; with small JSON and tensors that are handed back
-        with it, under a number larger than any before. ``alone``: the store on the disk holds all else, and
+        with it, under the number behind the newest. ``alone``: the store on the disk holds all else, and
         earlier logs no longer count. When this returns, the log outlives the process and the machine. Raises
         OSError: it cannot be written."""
-        assert round >= self.next, "a log never replaces another, which may hold what the store does not"
+        round = max(self.rounds(), default=-1) + 1
         content: dict[str, Tensor] = {f"state.{name}": t for name, t in (tensors or {}).items()}
         for index, (selection, arrays) in enumerate(pieces):
             content[f"{index}.mask"] = selection.mask
@@ -79,11 +78,6 @@ class WriteAheadLog:
         """The numbers of the logs that are there, oldest first."""
         found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
-
-    @property
-    def next(self) -> int:
-        """The number of the log that follows."""
-        return max(self.rounds(), default=-1) + 1
 
     def latest(self) -> Entry | None:
         """What came with the newest log; None when there is none. Raises ValueError: the log cannot be read.

@@ -122,7 +122,7 @@ def _append(
             die()
 
         os.replace = fatal  # type: ignore[assignment]
-    log.append(round, store, pieces, state, tensors)
+    log.append(store, pieces, state, tensors)
     if stage == "logged":
         die()
 
