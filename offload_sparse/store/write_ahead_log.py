@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from offload_sparse.channels.require import Explained
 from offload_sparse.channels.selection import Selection
 from offload_sparse.store.files import make_folder, sync_folder, write_file
 from offload_sparse.store.tensor_file import blocks_of
@@ -157,13 +158,9 @@ class WriteAheadLog:
         store.scatter(selection, kind, narrow)
 
     def _open(self, round: int) -> Any:
-        try:
+        advice = "); the store may be torn, go back to a checkpoint"
+        with Explained(f"{self._path(round)} is damaged (", advice, (SafetensorError, OSError)):
             return safe_open(self._path(round), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self._path(round)} is damaged ({str(error)[:200]}); the store may be torn, go back to "
-                "a checkpoint"
-            ) from error
 
 
 def own_segment(store: WeightStore, selection: Selection, kind: str) -> tuple[int, int]:
