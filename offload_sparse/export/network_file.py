@@ -215,14 +215,12 @@ def load_pruned(path: str | os.PathLike[str], model: _Build | None = None) -> nn
     folder = Path(path)
     structure, tensors = _read(folder)
     module = build_on_meta(model) if model is not None else _build_named(structure)
-    try:
+    with Explained(f"{folder}: ", "; was it exported from another model?", (ValueError,)):
         _restore_additions(module, structure.additions)
         _restore_views(module, structure.views)
         own, set_tensor = tensors_of(module), tensor_setter(module)
         for name in [*own, *tensors]:  # a network that lacks one comes first
             _place(module, set_tensor, name, own.get(name), tensors.get(name))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}; was it exported from another model?") from None
     fit_attributes(module)
     with Explained(f"{folder}: "):
         require_places(module)

@@ -321,6 +321,10 @@ MEMORY: dict[str, tuple[str, Attack]] = {
         "vgg_small",
         structure(lambda d: d.update(model={"name": "x" * 60_000_000})),
     ),
+    "an addition with a name of 100 KB": (
+        "resnet20_cifar",
+        structure(lambda d: d["additions"].update({"x" * 100_000: {"width": 1, "left": [0], "right": [0]}})),
+    ),
     "a key of 60 MB": ("vgg_small", structure(lambda d: d.update({"x" * 60_000_000: 1}))),
     "a text of 100 MB": (
         "vgg_small",
