@@ -231,39 +231,6 @@ def test_opening_a_network_reads_no_other_files(attack: Attack, networks: Path, 
 # --- It takes memory in proportion ----------------------------------------------------------------------
 
 
-def sparse_of(shape: tuple[int, ...]) -> Attack:
-    """A tensor of that shape without a single value, in a few hundred bytes."""
-
-    def attack(folder: Path) -> None:
-        name = "fc1.weight"
-        tensors = load_file(folder / "weights.safetensors")
-        tensors[f"{name}.values"] = torch.zeros(0)
-        tensors[f"{name}.columns"] = torch.zeros(0, dtype=torch.int16)
-        tensors[f"{name}.pointers"] = torch.zeros(shape[0] + 1, dtype=torch.int16)
-        save_file(tensors, folder / "weights.safetensors")
-        structure(lambda document: document["tensors"].update({name: list(shape)}))(folder)
-
-    return attack
-
-
-def many_sparse(folder: Path) -> None:
-    tensors = load_file(folder / "weights.safetensors")
-    names = [f"t{i}" for i in range(1000)]
-    for name in names:
-        tensors |= {
-            f"{name}.values": torch.zeros(0),
-            f"{name}.columns": torch.zeros(0, dtype=torch.int16),
-        }
-        tensors[f"{name}.pointers"] = torch.zeros(2, dtype=torch.int16)
-    save_file(tensors, folder / "weights.safetensors")
-
-    def change(document: dict[str, Any]) -> None:
-        document["sparse"] += names
-        document["tensors"] |= {name: [1, 32_000_000] for name in names}
-
-    structure(change)(folder)
-
-
 def set_shape(name: str, shape: list[int]) -> Attack:
     def attack(folder: Path) -> None:
         def change(header: dict[str, Any]) -> dict[str, Any]:
@@ -278,8 +245,6 @@ def set_shape(name: str, shape: list[int]) -> Attack:
 
 SWIN = "timm/swin_tiny_patch4_window7_224"
 MEMORY: dict[str, tuple[str, Attack]] = {
-    "120 GB of zeros in a few bytes": ("lenet_300_100", sparse_of((4, 30_000_000_000 // 4))),
-    "a thousand tensors of 128 MB of zeros": ("lenet_300_100", many_sparse),
     "a tensor of 10^18 entries": ("vgg_small", set_shape("features.0.weight", [10**9, 10**9])),
     "a tensor without entries but with 10^18 rows": (
         "vgg_small",
