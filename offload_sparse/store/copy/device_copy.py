@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -251,11 +252,8 @@ def launch(plan: BlockPlan, source: Tensor, target: Tensor, reverse: bool, devic
         arrays.reverse()
         grids.reverse()
     grid = (tables.programs.shape[0],)
-    if device.type != "cuda":  # Triton's interpreter
-        copy_programs[grid](tables.programs, tables.blocks, tables.indices, *arrays, *grids, STEP)
-        return
     used_now(tables.programs)
-    with torch.cuda.device(device):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton's interpreter
         copy_programs[grid](tables.programs, tables.blocks, tables.indices, *arrays, *grids, STEP)
 
 
