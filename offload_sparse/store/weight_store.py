@@ -178,9 +178,8 @@ class WeightStore:
         buffers = Partition(Layout.of({n: tuple(shapes[n]) for n in buffer_names}), world_size)
         self.partitions = {WEIGHTS: weights, BUFFERS: buffers, **dict.fromkeys(slots, weights)}
         self._shards = {kind: p.shard(self.ranks.rank) for kind, p in self.partitions.items()}
-        place = self.tier = tier or MemoryTier(dtype, pin="off")
-        self.arrays = {kind: place.allocate(kind, shard.size) for kind, shard in self._shards.items()}
-        self._direct = place.direct
+        self.tier = tier or MemoryTier(dtype, pin="off")
+        self.arrays = {kind: self.tier.allocate(kind, shard.size) for kind, shard in self._shards.items()}
         prepare(self.arrays[WEIGHTS].numel())
         self.integer_buffers: dict[str, Tensor] = {}
 
@@ -293,13 +292,13 @@ class WeightStore:
 
     def send_tables(self, plans: Iterable[BlockPlan], device: torch.device, to_host: bool = False) -> None:
         """Send to a device, in one piece, what it looks up when it copies from or to this rank's rows."""
-        if self._direct is None:
+        if self.tier.direct is None:
             send_tables(plans, device, self.arrays[WEIGHTS], to_host)
 
     def _copy(self, plan: BlockPlan, pairs: Sequence[tuple[str, Tensor]], reverse: bool = False) -> None:
         """Between this rank's rows and the partner of each kind."""
-        if self._direct is not None:
-            self._direct.copy(plan, pairs, reverse)
+        if self.tier.direct is not None:
+            self.tier.direct.copy(plan, pairs, reverse)
         else:
             copy_blocks(plan, [(self.arrays[kind], array) for kind, array in pairs], reverse)
 
