@@ -186,7 +186,7 @@ def hollow_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
-        zeros = torch.from_numpy(np.zeros(parameter.numel() * parameter.itemsize, np.uint8))
+        zeros = torch.from_numpy(np.zeros(parameter.nbytes, np.uint8))
         zeros = zeros.view(parameter.dtype).view(parameter.shape)
         memo[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
     for buffer in model.buffers():

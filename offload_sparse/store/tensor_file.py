@@ -48,7 +48,7 @@ def blocks_of(
     for name, tensor in tensors.items():
         if tensor.dtype not in TYPES:
             raise ValueError(f"{name} is of type {tensor.dtype}, which safetensors cannot hold; convert it")
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + tensor.nbytes
         header[name] = {
             "dtype": TYPES[tensor.dtype],
             "shape": list(tensor.shape),

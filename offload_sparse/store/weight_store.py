@@ -186,7 +186,7 @@ class WeightStore:
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's rows."""
-        return sum(a.numel() * a.element_size() for a in self.arrays.values())
+        return sum(array.nbytes for array in self.arrays.values())
 
     def has_rows(self, name: str) -> bool:
         """Whether tensor ``name`` is divided among the ranks; others are ``integer_buffers``."""
