@@ -83,7 +83,7 @@ class Propagation(TorchDispatchMode):
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        inputs: Iterable[Tensor],
+        inputs: Collection[Tensor],
         place: Callable[[], str],
         repeats: Callable[[], bool],
         group_norms: Collection[str],
@@ -104,16 +104,12 @@ class Propagation(TorchDispatchMode):
         self.shared: list[Tensor] = []
         self.operations: set[str] = set()
         self._labels: dict[int, Labels] = {}
-        self._activations: set[int] = set()
+        self._activations = {id(tensor) for tensor in inputs}
         self._remainders = Remainders(self._varies)
-        self._alive: list[Tensor] = []  # an id is that of one tensor as long as this lives
+        self._alive = [*parameters.values(), *inputs]  # an id is that of one tensor as long as this lives
         for name, tensor in parameters.items():
-            self._alive.append(tensor)
             self._labels[id(tensor)] = tuple(self._new(name, tensor, d) for d in range(tensor.dim()))
         self._root = torch.cat([torch.arange(self.size), torch.tensor([-1])])
-        for tensor in inputs:
-            self._alive.append(tensor)
-            self._activations.add(id(tensor))
 
     def _new(self, name: str, tensor: Tensor, dim: int) -> Tensor:
         """New labels along one dimension of a tensor."""
