@@ -140,8 +140,9 @@ def test_a_network_in_float64_becomes_onnx_in_float32(network: FinalNetwork, tmp
     assert open_artefact(tmp_path / "export" / "onnx").dtype == torch.float32
 
 
-def test_an_export_of_an_earlier_version_without_zeros_is_refused(tmp_path: Path) -> None:
-    network = narrowed("offload_sparse/vgg_small", "coupled", ARGUMENTS | {"width": 0.25})
+def test_an_export_of_an_earlier_version_without_zeros_is_refused(
+    network: FinalNetwork, tmp_path: Path
+) -> None:
     network.save(tmp_path, {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}})
     document = json.loads((tmp_path / "structure.json").read_text()) | {"sparse": ["features.0.weight"]}
     del document["digest"]
