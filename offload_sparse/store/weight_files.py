@@ -25,6 +25,7 @@ from offload_sparse.store.tensor_file import TYPES
 
 _BLOCK = 8 << 20
 _LARGEST_INDEX = 64 << 20
+_INDEX = "*.index.json"
 _INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 _SINGLE = ("*.safetensors", "*.pt", "*.pth", "*.bin")
 _USUAL = ("model", "pytorch_model")
@@ -51,10 +52,14 @@ class Stored:
 
 
 def tensors_in(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file, or of the files in a folder, by name. Reads no values. Raises ValueError: there
-    is nothing to read, or it is damaged, or holds more than tensors; one line."""
+    """Every tensor of a file, or of the files in a folder or behind an index, by name. Reads no values.
+    Raises ValueError: there is nothing to read, or it is damaged, or holds more than tensors; one line."""
     if path.is_dir():
         return _in_folder(path)
+    return _of_shards(path) if path.is_file() and path.match(_INDEX) else _in_file(path)
+
+
+def _in_file(path: Path) -> dict[str, Stored]:
     if not path.is_file():
         what = "is no regular file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}; give a file or folder of weights")
@@ -156,7 +161,7 @@ def _of_shards(index: Path) -> dict[str, Stored]:
             raise ValueError("weight_map does not map names to files")
     if odd := next((file for file in where.values() if Path(file).name != file), None):
         raise ValueError(f"{index} names {odd!r}, which is not a file of its own folder")
-    files = {file: tensors_in(index.with_name(file)) for file in sorted(set(where.values()))}
+    files = {file: _in_file(index.with_name(file)) for file in sorted(set(where.values()))}
     if lost := next((name for name, file in where.items() if name not in files[file]), None):
         raise ValueError(f"{index.with_name(where[lost])} lacks {lost!r}, which {index.name} has in it")
     return {name: files[file][name] for name, file in where.items()}

@@ -37,20 +37,21 @@ def read(stored: Any, low: int = 0, high: int | None = None, dtype: torch.dtype 
     return out if stored.shape else out[0]
 
 
-@pytest.fixture(params=["safetensors", "torch", "nested", "shards"])
+@pytest.fixture(params=["safetensors", "torch", "nested", "shards", "index"])
 def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     tensors = some_tensors()
     if request.param == "safetensors":
         save_file(tensors, tmp_path / "a.safetensors")
         return tmp_path / "a.safetensors"
-    if request.param == "shards":
+    if request.param in ("shards", "index"):
         names = list(tensors)
         parts = {"one.safetensors": names[:2], "two.safetensors": names[2:]}
         for part, held in parts.items():
             save_file({name: tensors[name] for name in held}, tmp_path / part)
         where = {name: part for part, held in parts.items() for name in held}
-        (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-        return tmp_path
+        index = tmp_path / "m.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": where}))
+        return index if request.param == "index" else tmp_path
     nested = {"epoch": 3, "best_acc1": torch.tensor(76.1), "state_dict": tensors, "optimizer": {"state": {}}}
     torch.save(nested if request.param == "nested" else tensors, tmp_path / "a.pt")
     return tmp_path / "a.pt"
@@ -152,6 +153,10 @@ def index(folder: Path, content: Any) -> Path:
     return folder
 
 
+def index_of_itself(folder: Path) -> Path:
+    return index(folder, {"weight_map": {"w": "m.safetensors.index.json"}})
+
+
 def no_tensors(folder: Path) -> Path:
     torch.save({"epoch": 3}, folder / "w.pt")
     return folder / "w.pt"
@@ -183,6 +188,8 @@ BAD = {
     "an empty folder": (lambda f: f, "holds no weights"),
     "two files without an index": (two_files, "no index"),
     "an index that leaves": (lambda f: index(f, {"weight_map": {"w": "../one.safetensors"}}), "own folder"),
+    "an index of folders": (lambda f: index(f, {"weight_map": {"w": ".."}}), "no regular file"),
+    "an index of itself": (index_of_itself, "no file of weights"),
     "an index without a map": (lambda f: index(f, [1]), "no index of shards"),
     "an index of other files": (lambda f: index(f, {"weight_map": {"w": "2.safetensors"}}), "not exist"),
     "an index of other names": (lambda f: index(f, {"weight_map": {"v": "one.safetensors"}}), "lacks 'v'"),
