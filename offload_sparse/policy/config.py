@@ -53,8 +53,8 @@ class PolicyConfig:
             ``disarm_cv`` for ``bernoulli``, else ``rloo``.
         sampler: ``bernoulli`` draws every mask anew (paper), ``persistent`` redraws 2 % of the atoms per
             round, ``fixed_width`` keeps the width of every group, so that shapes never change. ``auto`` is
-            ``fixed_width`` for compiled runs and ``forward``, ``bernoulli`` for ``disarm_cv``, else
-            ``persistent``.
+            ``fixed_width`` for compiled runs and ``forward`` (unless ``parametrisation`` is ``group``),
+            ``bernoulli`` for ``disarm_cv``, else ``persistent``.
         parametrisation: ``atom`` learns one probability per atom (paper); ``group`` learns a keep rate per
             group, the same for all of its atoms, that is how wide it should be. ``auto`` is ``atom`` for
             fixed widths, else ``group``.
@@ -143,7 +143,8 @@ class PolicyConfig:
         sampler, estimator, parametrisation = self.sampler, self.estimator, self.parametrisation
         if sampler == "auto":
             sampler = "bernoulli" if estimator == "disarm_cv" else "persistent"
-            sampler = "fixed_width" if compiled or self.search == "forward" else sampler
+            exchanges = self.search == "forward" and self.parametrisation != "group"
+            sampler = "fixed_width" if compiled or exchanges else sampler
         if estimator == "auto":
             estimator = "disarm_cv" if sampler == "bernoulli" else "rloo"
         if parametrisation == "auto":

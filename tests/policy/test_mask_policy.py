@@ -347,6 +347,8 @@ def test_settings_that_exclude_each_other_are_refused(config: dict[str, object],
         ({"estimator": "vr_pge"}, False, "persistent", "vr_pge", "group"),
         ({"sampler": "bernoulli"}, True, "bernoulli", "disarm_cv", "group"),
         ({"parametrisation": "atom"}, False, "persistent", "rloo", "atom"),
+        ({"search": "forward"}, False, "fixed_width", "rloo", "atom"),
+        ({"search": "forward", "parametrisation": "group"}, False, "persistent", "rloo", "group"),
     ],
 )
 def test_what_is_left_open_is_chosen_to_go_together(
