@@ -6,7 +6,7 @@ training image, computed once on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -68,14 +68,14 @@ class Teacher:
         return True
 
     @torch.no_grad()
-    def _batches(self, parts: Iterable[tuple[int, Tensor]], quiet: bool) -> Iterator[None]:
+    def _batches(self, parts: Sequence[tuple[int, Tensor]], quiet: bool) -> Iterator[None]:
         """Compute and write the files of these images that are missing, one batch at a time."""
         missing = [(number, part) for number, part in parts if not self._is_whole(number, part)]
         if not missing:
             return
         network = self._network().eval()
-        total = sum(len(part) for _, part in missing)
-        with tqdm(total=total, desc="teacher", unit="image", disable=quiet) as bar:
+        total, left = (sum(len(part) for _, part in of) for of in (parts, missing))
+        with tqdm(total=total, initial=total - left, desc="teacher", unit="image", disable=quiet) as bar:
             for number, part in missing:
                 found = torch.empty(len(part), self._classes, dtype=torch.float16)
                 for place in torch.arange(len(part)).split(BATCH):

@@ -86,14 +86,17 @@ def test_the_precision_of_a_training_is_not_that_of_its_teacher(made: Any) -> No
     assert torch.equal(found, make()(indices))
 
 
-def test_a_pass_that_was_killed_goes_on_where_it_was(made: Any) -> None:
+def test_a_pass_that_was_killed_goes_on_where_it_was(
+    made: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, built, folder = made
     make().compute(quiet=True)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(whole) == 3
     (folder / "000001.bin").unlink()
     (folder / "000002.bin").write_bytes(b"half")
-    make().compute(quiet=True)
+    make().compute()
+    assert "8/20 " in capsys.readouterr().err, "its bar begins there, too"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     make().compute(quiet=True)
     assert len(built) == 2, "nothing was missing the third time"
