@@ -19,7 +19,7 @@ from offload_sparse.config.methods import DFBSTConfig, DSTConfig, StaticConfig
 from offload_sparse.engine.config import SHORTEST_SEARCH, OptimConfig, RoundConfig, check_combination
 from offload_sparse.policy.config import PolicyConfig, SearchName
 from offload_sparse.store.config import StoreConfig
-from offload_sparse.workloads.config import DataConfig, ModelConfig
+from offload_sparse.workloads.config import LOGITS_ONLY, DataConfig, ModelConfig
 
 MethodName = Literal["sparse_offload", "dense", "static", "dfbst", "dst", "grow_efficient", "rigl"]
 
@@ -48,9 +48,9 @@ class TrainConfig:
             checking the model count too.
         check: before training starts, check slice = mask on the model, and refuse what would not fit into
             memory (see ``offload-sparse plan``).
-        distill: learn from the full network that ``model.weights`` gives, too: its logits are computed once,
-            on the CPU, and kept in the run's folder; the loss is half that of the labels, half 16 times the
-            divergence from these logits at temperature 4.
+        distill: learn from the full network that ``model.weights`` gives, too: its logits for every image, as
+            evaluation sees it, are computed once, on the CPU, and kept in the run's folder; the loss is half
+            that of the labels, half 16 times the divergence from these logits at temperature 4.
     """
 
     epochs: int = 10
@@ -183,6 +183,10 @@ class RunConfig:
             "model.weights",
         )
         require(
+            self.train.distill or self.model.trained or not self.model.weights,
+            f"model.weights is for {LOGITS_ONLY[1:]}, and nothing learns from them; set train.distill true",
+        )
+        require(
             all(isinstance(value, str | int | float) for value in self.paper.values()),
             "paper holds more than text and numbers; give a mapping such as {source: Table 2, flops: 8.7}",
         )
@@ -211,7 +215,7 @@ class RunConfig:
         asked = any(getattr(self.policy, name) != getattr(policy, name) for name in masks)
         asked |= any(getattr(self.round, name) != getattr(rounds, name) for name in ("subnets", "reference"))
         asked |= self.method == "grow_efficient"  # whose freeze_at is that of sampled
-        asked |= bool(self.model.weights)  # the cut that they begin with is exchanged in rounds of K steps
+        asked |= self.model.trained  # the cut that they begin with is exchanged in rounds of K steps
         asked |= self.optim.schedule != "cosine"
         leaves_time = self.round.freeze_at == "auto" or SHORTEST_SEARCH <= self.round.freeze_at < 1
         return "probe" if leaves_time and not asked else "sampled"
@@ -232,7 +236,7 @@ def resolve(config: RunConfig, device: str) -> RunConfig:
         pin = "off"
     return replace(
         config,
-        policy=config.policy.resolved(config.compile, bool(config.model.weights)),
+        policy=config.policy.resolved(config.compile, config.model.trained),
         atoms=AtomsConfig(chosen_block(config.atoms.block, device, config.train.precision == "bf16")),
         round=replace(config.round, transfer=transfer, freeze_at=freeze_at),
         store=replace(config.store, pin=pin),

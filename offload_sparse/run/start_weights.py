@@ -11,7 +11,7 @@ from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.distributed import on_every_rank
 from offload_sparse.engine.pretrained import NEW_HEAD, FittedWeights, WeightSource
 from offload_sparse.export.description import Preprocessing
-from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.config import LOGITS_ONLY, DataConfig
 from offload_sparse.workloads.data.source import listed
 from offload_sparse.workloads.models.weight_cache import PRETRAINED, CachedWeights, cached_weights
 
@@ -19,7 +19,7 @@ from offload_sparse.workloads.models.weight_cache import PRETRAINED, CachedWeigh
 def weight_source(config: RunConfig) -> WeightSource | None:
     """What ``model.weights`` names, opened; None where training starts afresh. Raises ValueError: there are
     no weights, or they cannot be read; one line, on every rank."""
-    text = config.model.weights
+    text = config.model.weights.removesuffix(LOGITS_ONLY)
     published = on_every_rank(lambda: _published(config))
     if published is None:
         return WeightSource(text) if text else None
@@ -55,6 +55,8 @@ def prepared_images(
     if weights is None:
         return data, ()
     lines, theirs = list(weights.lines), weights.preprocessing
+    if not config.model.trained:
+        lines.append("  for their logits only; training starts from fresh ones")
     if len(theirs.mean) == shape[0] and not (data.mean or data.std):
         data = replace(data, mean=list(theirs.mean), std=list(theirs.std))
         lines.append(f"  mean and std of the images as they were trained on: {_shown(data.mean, data.std)}")
@@ -73,7 +75,8 @@ def prepared_images(
 
 
 def _published(config: RunConfig) -> CachedWeights | None:
-    word, _, tag = config.model.weights.removesuffix(NEW_HEAD).partition(":")
+    text = config.model.weights.removesuffix(LOGITS_ONLY)
+    word, _, tag = text.removesuffix(NEW_HEAD).partition(":")
     return cached_weights(config.model.name, tag) if word == PRETRAINED else None
 
 

@@ -153,9 +153,9 @@ class Run:
         images, self.lines = prepared_images(config, weights, self.image_shape)
         last = takes_channels_last(model, self.image_shape)
         self.normalise = normalise_for(self.train_loader.images, images, self.dtype, last).to(self.device)
-        self.teacher = self._teacher() if config.train.distill else None
+        self.teacher = self._teacher(weights) if config.train.distill else None
         mode: Mode = "look" if start.status == "look" else "resume" if resumes else "replace"
-        self.task = self._task(mode, weights)
+        self.task = self._task(mode, weights if config.model.trained else None)
         if config.train.check:
             on_first_rank(lambda: check(config, self.data, self.machine))  # whose machine decides for all
         bound_memory(self.task.factory)
@@ -384,11 +384,15 @@ class Run:
             round(config.optim.warmup_epochs * self.steps_per_epoch),
         )
 
-    def _teacher(self) -> Teacher:
-        """The full network with the weights of the start, to be learned from."""
+    def _teacher(self, weights: FittedWeights | None) -> Teacher:
+        """The full network with these weights, to be learned from."""
         folder, classes = self.config.run_dir / TEACHER_FOLDER, self.model_arguments["num_classes"]
         images, normalise = self.train_loader.images, copy.deepcopy(self.normalise).cpu()
-        return Teacher(lambda: self.task.network().to(self.dtype), images, normalise, folder, classes)
+
+        def network() -> nn.Module:
+            return replace(self.task, weights=weights).network().to(self.dtype)
+
+        return Teacher(network, images, normalise, folder, classes)
 
     def _teach(self) -> bool:
         """The logits of the teacher, as far as they are not there; every rank takes part. False if the run

@@ -9,6 +9,9 @@ from offload_sparse.channels.config import Residual
 from offload_sparse.channels.require import require
 
 TrainCrop = Literal["pad", "resized"]
+LOGITS_ONLY = "+logits_only"
+"""Behind ``model.weights``: training starts afresh."""
+
 _DECLARED = ("num_classes", "channels", "tokens", "train_images")
 
 
@@ -150,7 +153,8 @@ class ModelConfig:
         weights: what training starts from, in place of fresh weights: a file (safetensors, or a state_dict of
             ``torch.save``), a folder of such files with an index, a finished run; or ``pretrained``, the
             published weights of a timm or torchvision name (``pretrained:IMAGENET1K_V1``) in the local cache.
-            ``+new_head`` behind it starts the last layer afresh, as for other classes.
+            ``+new_head`` behind it starts the last layer afresh, as for other classes. With ``+logits_only``
+            all start afresh and learn from its logits alone (``train.distill``), a control.
     """
 
     name: str = "offload_sparse/vgg_small"
@@ -168,6 +172,11 @@ class ModelConfig:
         require(bool(self.name), "model.name is empty; give one such as torchvision/resnet50")
 
     @property
+    def trained(self) -> bool:
+        """Whether training starts from weights."""
+        return bool(self.weights) and not self.weights.endswith(LOGITS_ONLY)
+
+    @property
     def has_teacher(self) -> bool:
-        """Whether training starts from weights of a whole network, that of the last layer included."""
-        return bool(self.weights) and not self.weights.endswith("+new_head")
+        """Whether there are weights of a whole network, that of the last layer included."""
+        return bool(self.weights) and not self.weights.removesuffix(LOGITS_ONLY).endswith("+new_head")

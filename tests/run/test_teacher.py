@@ -22,7 +22,7 @@ from offload_sparse.run import teacher as teacher_module
 from offload_sparse.run.teacher import TEMPERATURE, Teacher, distilled
 from offload_sparse.run.trainer import Run
 from offload_sparse.store.files import remove
-from offload_sparse.workloads.config import DataConfig
+from offload_sparse.workloads.config import DataConfig, ModelConfig
 from offload_sparse.workloads.data.images import ImageSet
 from offload_sparse.workloads.data.normalise import normalise_for
 from offload_sparse.workloads.data.source import load_splits
@@ -207,6 +207,25 @@ def test_a_run_learns_from_the_logits_of_its_start(images: Path, tmp_path: Path,
     assert not torch.equal(ends[0]["features.0.weight"], ends[1]["features.0.weight"])
 
 
+def test_logits_alone_teach_a_network_that_starts_afresh(images: Path, tmp_path: Path, dense: Path) -> None:
+    """With a learning rate of 0 weights are those of the start; with another one they learn from them."""
+    taught = ("--train.distill", "true", "--model.weights")
+    weights = {}
+    for name, more in {
+        "fresh": ("--optim.lr", "0"),
+        "fresh, taught": ("--optim.lr", "0", *taught, f"{dense}+logits_only"),
+        "taught": (*taught, f"{dense}+logits_only"),
+        "untaught": (),
+        "started": (*taught, str(dense)),
+    }.items():
+        assert train(images, tmp_path / name, "--method", "static", *more) == 0
+        weights[name] = load_pruned(tmp_path / name / "model").state_dict()["features.0.weight"]
+    assert torch.equal(weights["fresh"], weights["fresh, taught"])
+    assert not torch.equal(weights["taught"], weights["untaught"])
+    logits = [(tmp_path / name / "teacher" / "000000.bin").read_bytes() for name in ("taught", "started")]
+    assert logits[0] == logits[1]
+
+
 def test_a_signal_ends_the_pass_and_the_same_command_resumes(
     images: Path,
     tmp_path: Path,
@@ -237,3 +256,6 @@ def test_a_signal_ends_the_pass_and_the_same_command_resumes(
 def test_there_is_nothing_to_learn_from_without_weights() -> None:
     with pytest.raises(ValueError, match=r"give its weights with model\.weights"):
         RunConfig(train=TrainConfig(distill=True))
+    assert not ModelConfig(weights="w+new_head+logits_only").has_teacher
+    with pytest.raises(ValueError, match=r"for logits_only, and nothing .* set train\.distill true"):
+        RunConfig(model=ModelConfig(weights="w+logits_only"))
