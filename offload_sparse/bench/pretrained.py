@@ -36,6 +36,7 @@ from offload_sparse.bench.contract import BenchResult
 from offload_sparse.bench.measure import on_ranks, peak_resident, reset_peak
 from offload_sparse.bench.options import PretrainedConfig, chosen
 from offload_sparse.channels.subnet import build_on_meta
+from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.pretrained import WeightSource
 from offload_sparse.methods.controls import undivided_map
 from offload_sparse.store.tensor_file import blocks_of
@@ -58,9 +59,12 @@ ARMS: dict[str, dict[str, Any]] = {
 _CUTS = ("l1", "l2", "norm_scale")
 
 _BELOW = 2.0
-"""Percentage points below the dense accuracy that the steps are counted to."""
+"""Percentage points below the dense accuracy that steps are counted to; they are to ``scratch``, too."""
 
-_HEADER = ("rho", "epochs", "arm", "accuracy %", "±", f"steps to -{_BELOW:g}", "train GFLOPs", "teacher", "s")
+_COSTS = ("train_flops", "search_flops", "teacher_flops")
+
+_STEPS = (f"steps to -{_BELOW:g}", "to scratch")
+_HEADER = ("rho", "epochs", "arm", "accuracy %", "±", *_STEPS, "train GFLOPs", "search", "teacher", "s")
 
 
 def run(config: PretrainedConfig) -> BenchResult:
@@ -81,16 +85,20 @@ def run(config: PretrainedConfig) -> BenchResult:
             for setting, arm in product(settings, arms)
         }
         finish([run for of in cells.values() for run in of], config.jobs)
-        for (rho, epochs, arm), of in cells.items():
+        found = {each: [figures(run, images) for run in of] for each, of in cells.items()}
+        for (rho, epochs, arm), runs in found.items():
             key = f"{prefix}.rho{rho:g}.epochs{epochs}.{arm}"
-            runs = raw[key] = [figures(run, images, (level - _BELOW) / 100) for run in of]
-            costs = ("train_flops", "teacher_flops", "seconds")
-            train, teacher, seconds = (fmean(run[cost] for run in runs) for cost in costs)
+            raw[key] = runs
+            scratch = [run["accuracy"] for run in found.get((rho, epochs, "scratch"), [])]
+            levels = {"steps_to": (level - _BELOW) / 100, "steps_to_scratch": fmean(scratch or [1.0])}
+            for (name, least), run in product(levels.items(), runs):
+                run[name] = next((step for step, reached in run["reached"] if reached >= least), 0)
+            steps = [" ".join(str(run[name] or "-") for run in runs) for name in levels]
             percents = accuracy(key, [100 * run["accuracy"] for run in runs])
             ratios |= percents
-            steps = " ".join(str(run["steps_to"] or "-") for run in runs)
-            numbers = [f"{train / 1e9:.0f}", f"{teacher / 1e9:.0f}", f"{seconds:.0f}"]
-            rows.append([rho, epochs, arm, *(f"{p:.2f}" for p in percents.values()), steps, *numbers])
+            costs = [fmean(run[cost] / 1e9 for run in runs) for cost in _COSTS]
+            numbers = [f"{cost:.0f}" for cost in (*costs, fmean(run["seconds"] for run in runs))]
+            rows.append([rho, epochs, arm, *(f"{p:.2f}" for p in percents.values()), *steps, *numbers])
     for rho, epochs in settings:
         ratios |= _won(f"{prefix}.rho{rho:g}.epochs{epochs}", ratios)
     return BenchResult(ratios, raw, _HEADER, rows)
@@ -130,18 +138,21 @@ def cell(
     return Run(folder / f"{name}-{images}", options | ARMS[arm])
 
 
-def figures(run: Run, images: int, level: float = 1.0) -> dict[str, Any]:
-    """Of a finished run; ``steps_to`` counts to the accuracy ``level``, in [0, 1]. A teacher looks at each of
-    the ``images`` once."""
+def figures(run: Run, images: int) -> dict[str, Any]:
+    """Of a finished run; ``reached`` are its accuracies by step, ``search_flops`` those of ``train_flops`` before its mask was final. A teacher looks at each of the
+    ``images`` once."""
     summary, lines = outcome(run)
     reached = [(line["step"], line["test_accuracy"]) for line in lines if "test_accuracy" in line]
     reached.append((summary["steps"], summary["test_accuracy"]))
     flops = last(lines, "train_flops")
-    dense = flops * summary["train_cost_saving"] / (3 * summary["steps"] * BATCH)  # of an image, forward
+    steps, search = summary["steps"], run.options.get("policy.search", "none")
+    dense = flops * summary["train_cost_saving"] / (3 * steps * BATCH)  # of an image, forward
+    trained = (steps - RoundConfig().freeze_step(search, steps)) * 3 * BATCH * dense * summary["flops_ratio"]
     return {
         "accuracy": summary["test_accuracy"],
-        "steps_to": next((step for step, accuracy in sorted(reached) if accuracy >= level), 0),
+        "reached": sorted(reached),
         "train_flops": flops,
+        "search_flops": flops - trained if search != "none" else 0.0,
         "teacher_flops": images * dense if "train.distill" in run.options else 0.0,
         **{name: summary[name] for name in ("flops_ratio", "params_ratio", "steps", "seconds")},
     }
