@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from offload_sparse.channels.channel_map import ChannelMap, Group
-from offload_sparse.channels.check import TOLERANCE, check, random_mask, verify, zero_dropped
+from offload_sparse.channels.check import TOLERANCE, check, random_mask, self_test, verify, zero_dropped
 from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.specs import MapBuilder
 from offload_sparse.workloads.models import build_model
 from tests.support.channel_maps import SmallNet, channel_maps
+from tests.support.channel_maps import small_map as map_by_hand
 
 IMAGES = (torch.zeros(2, 2, 8, 8),)
 WHOLE = [
@@ -64,6 +65,12 @@ def test_a_right_map_is_exact_in_both_modes() -> None:
     found = verify(SmallNet(), IMAGES, small_map(), rho=0.5)
     assert max(found.output_error, found.gradient_error) == found.error < 1e-10
     assert 0 < found.kept < 14
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_map_by_hand_that_sessions_of_tests_take_is_right(batch_norm: bool) -> None:
+    net = SmallNet(batch_norm=batch_norm)
+    assert self_test(net, IMAGES, map_by_hand(net)).error < 1e-10
 
 
 @pytest.mark.parametrize("tensor", ["conv2.weight", "head.weight"])
