@@ -8,15 +8,16 @@ stands for the process: same environment, same output, same end, even by a signa
 ranks can so start them in milliseconds instead of the seconds that importing torch takes. The client imports
 nothing beyond Python's own library.
 
-``shared`` is the one server of a test process.
+``shared`` is the one server of a test run, whose processes find it by a folder in their environment.
 """
 
 from __future__ import annotations
 
 import array
-import atexit
 import contextlib
+import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -30,7 +31,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 MODULES = (
@@ -44,49 +44,65 @@ MODULES = (
 )
 """What a command imports, and a launcher; last, what reads back the exports of all that is forked."""
 
+FOLDER = "OFFLOAD_SPARSE_FORK_SERVERS"
+"""Variable that holds the folder of the servers of this test run."""
+
 _POLL_SECONDS = 0.02
 _START_SECONDS = 300.0
-_END_SECONDS = 30.0
 
 
 class ForkServer:
-    """A server of this process, ready once entered; ends when left.
+    """A server with these modules for all processes that share a folder: started by the first one that asks
+    for a process, it ends once none of them is left.
 
     Args:
         modules: what it imports before it serves. None of them may start a thread.
+        folder: of its socket.
     """
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str], folder: str) -> None:
         self._modules = list(modules)
-        self._folder = tempfile.TemporaryDirectory(prefix="fork")
-        self.address = str(Path(self._folder.name) / "socket")
-        self._process: subprocess.Popen[bytes] | None = None
+        self.address = f"{folder}/{hashlib.blake2b(repr(self._modules).encode(), digest_size=6).hexdigest()}"
+        self._held: int | None = None
 
-    def __enter__(self) -> ForkServer:
+    def _hold(self) -> None:
+        """Keep the server, whose standard input ends with the last process that does."""
+        if self._held is not None:
+            return
+        alive = f"{self.address}.alive"
+        with open(f"{self.address}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # nobody reads it
+                self._held = os.open(alive, os.O_WRONLY | os.O_NONBLOCK)
+                return
+            for path in (self.address, alive):
+                Path(path).unlink(missing_ok=True)
+            os.mkfifo(alive)
+            either = os.open(alive, os.O_RDWR)  # which waits for no other end
+            held, read = (os.open(alive, end) for end in (os.O_WRONLY, os.O_RDONLY))
+            os.close(either)
+            self._start(read)
+            self._held = held
+
+    def _start(self, read: int) -> None:
         command = [sys.executable, "-m", "tests.support.fork_server", "--serve", self.address]
-        pipe = subprocess.PIPE  # closed with this process, however it ends
-        self._process = subprocess.Popen([*command, *self._modules], stdin=pipe, stdout=pipe)
-        assert self._process.stdout is not None
-        ready = _readable(self._process.stdout, _START_SECONDS)
-        if not ready or self._process.stdout.readline() != b"ready\n":
-            self.__exit__(None, None, None)
+        process = subprocess.Popen(
+            [*command, *self._modules], stdin=read, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        )
+        os.close(read)
+        self._process = process  # referred to, or it would be taken for one that nobody has waited for
+        assert process.stdout is not None
+        if not _readable(process.stdout, _START_SECONDS) or process.stdout.readline() != b"ready\n":
+            process.kill()
             raise RuntimeError("the server of processes did not start; its messages are above")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            try:
-                self._process.wait(_END_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._folder.cleanup()
 
     def run(
-        self, target: str, arguments: Sequence[str], environment: Mapping[str, str], seconds: float
+        self,
+        target: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        seconds: float,
+        unwinds: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """A process from its beginning to its end, as ``subprocess.run`` has them.
 
@@ -94,7 +110,8 @@ class ForkServer:
             TimeoutError: it has not ended in time; it is killed.
         """
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            code = self.start(target, arguments, environment, out.fileno(), err.fileno()).wait(seconds)
+            process = self.start(target, arguments, environment, out.fileno(), err.fileno(), unwinds)
+            code = process.wait(seconds)
             for file in (out, err):
                 file.seek(0)
             return subprocess.CompletedProcess([target, *arguments], code, out.read(), err.read())
@@ -106,6 +123,7 @@ class ForkServer:
         environment: Mapping[str, str],
         output: int,
         errors: int | None = None,
+        unwinds: bool = False,
     ) -> Forked:
         """Begin a process.
 
@@ -113,9 +131,11 @@ class ForkServer:
             target: ``module:function``; called with ``arguments``, returns an exit code or None.
             environment: all of its variables.
             output: file descriptor that becomes its stdout, and its stderr unless ``errors`` is given.
+            unwinds: it ends as an interpreter does, with what that runs at its end; else at once.
         """
+        self._hold()
         outputs = output, output if errors is None else errors
-        return Forked(self.address, target, arguments, environment, outputs)
+        return Forked(self.address, target, arguments, environment, outputs, unwinds)
 
 
 def _readable(file: Any, seconds: float | None) -> bool:
@@ -126,11 +146,9 @@ def _readable(file: Any, seconds: float | None) -> bool:
 
 
 @cache
-def shared() -> ForkServer:
-    """The server of this process with ``MODULES``, started when it is first asked for."""
-    server = ForkServer(MODULES).__enter__()
-    atexit.register(server.__exit__, None, None, None)
-    return server
+def shared(*modules: str) -> ForkServer:
+    """The server of this test run with these modules, or with ``MODULES``."""
+    return ForkServer(modules or MODULES, os.environ[FOLDER])
 
 
 class Forked:
@@ -147,10 +165,12 @@ class Forked:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         outputs: tuple[int, int],
+        unwinds: bool = False,
     ) -> None:
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(address)
         request = {"target": target, "argv": list(arguments), "env": dict(environment), "cwd": os.getcwd()}
+        request["unwinds"] = unwinds
         payload = json.dumps(request).encode()
         socket.send_fds(self._connection, [array.array("q", [len(payload)]).tobytes()], list(outputs))
         self._connection.sendall(payload)
@@ -230,15 +250,11 @@ def _keep(connection: socket.socket) -> None:
 
 def _become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
     """Turn into the process that was asked for; exits."""
+    if request["unwinds"]:
+        sys.exit(_called(request, descriptors))
     code = 1
     try:
-        for target, descriptor in zip((1, 2), descriptors, strict=True):
-            os.dup2(descriptor, target)
-        os.environ.clear()
-        os.environ.update(request["env"])
-        os.chdir(request["cwd"])
-        module, _, function = request["target"].partition(":")
-        code = int(getattr(importlib.import_module(module), function)(request["argv"]) or 0)
+        code = _called(request, descriptors)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -247,6 +263,16 @@ def _become(request: dict[str, Any], descriptors: Sequence[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _called(request: dict[str, Any], descriptors: Sequence[int]) -> int:
+    for target, descriptor in zip((1, 2), descriptors, strict=True):
+        os.dup2(descriptor, target)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    module, _, function = request["target"].partition(":")
+    return int(getattr(importlib.import_module(module), function)(request["argv"]) or 0)
 
 
 # --- the client ---

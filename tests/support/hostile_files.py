@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import json
 import os
@@ -35,7 +34,7 @@ from offload_sparse.export.description import DESCRIPTION_FILE, FILES, file_dige
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, FinalNetwork
 from offload_sparse.run.checkpoint_files import MANIFEST_FILE
 from offload_sparse.workloads.models import build_model
-from tests.support.fork_server import ForkServer
+from tests.support.fork_server import shared
 
 SECONDS, BYTES = 10, 1 << 30
 """What opening a file may take: no longer, and no more over the interpreter."""
@@ -238,20 +237,13 @@ def _base(peak_of: PeakOf) -> int:
     return peak_of(_nothing)[2]
 
 
-@cache
-def _trained() -> ForkServer:
-    server = ForkServer(["tests.support.trained", __name__]).__enter__()
-    atexit.register(server.__exit__, None, None, None)
-    return server
-
-
 def _peak_of_fresh(action: Callable[[], object]) -> tuple[str, int, int, float]:
     """As ``_peak``, in a process that is forked from one that has trained, and is none of this test's."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "action").write_bytes(pickle.dumps(action))
         with (Path(folder) / "printed").open("w") as printed:
             code = (
-                _trained()
+                shared("tests.support.trained", __name__)
                 .start("tests.support.hostile_files:perform", [folder], os.environ, printed.fileno())
                 .wait(20 * SECONDS)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -9,6 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _OF_PYTEST = "PYTEST_CURRENT_TEST"
+_MANY_MODULES = 200
+
+_modules_left_out = 0
+
+
+def leave_imports_to_the_end() -> None:
+    """Every run collects garbage: what many modules have brought is not looked through each time."""
+    global _modules_left_out
+    if len(sys.modules) >= _modules_left_out + _MANY_MODULES:
+        gc.collect()
+        gc.freeze()
+        _modules_left_out = len(sys.modules)
 
 
 def begin() -> None:
