@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from offload_sparse.cli.main import main
 from offload_sparse.engine.faults import VARIABLE
 from tests.run import killed_run
 from tests.support import fork_server
@@ -128,17 +129,23 @@ def test_it_is_one_each_time(times: int, tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().count("is in use by") == times
 
 
+def begin_a_session(arguments: list[str]) -> int:
+    os.setsid()
+    return main(arguments)
+
+
 def test_sigterm_to_the_whole_group_with_loader_workers_saves_and_exits_0(tmp_path: Path) -> None:
     """As Slurm and ``timeout`` send it."""
-    command = [sys.executable, "-m", "offload_sparse.cli", *SMALL, "--run_dir", str(tmp_path / "run")]
-    command += ["--train.max_steps", "100000", "--data.num_workers", "2"]
+    arguments = [*SMALL, "--run_dir", str(tmp_path / "run")]
+    arguments += ["--train.max_steps", "100000", "--data.num_workers", "2"]
     with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+        target = f"{__name__}:begin_a_session"
+        job = fork_server.shared().start(target, arguments, os.environ, log.fileno(), unwinds=True)
         begun = time.monotonic()
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not (metrics.is_file() and metrics.stat().st_size):
             assert time.monotonic() - begun < LIMIT
-            assert job.poll() is None, (tmp_path / "log").read_text()
+            assert not job.ended(), (tmp_path / "log").read_text()
             time.sleep(0.05)
         os.killpg(job.pid, signal.SIGTERM)
         code = job.wait(LIMIT)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch.distributed as dist
 
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
+from tests.support import fork_server
 from tests.support.ranks import run_ranks
 from tests.support.sessions import batches, loss_of, make_session, own_part, small_net
 
@@ -52,57 +51,34 @@ def test_a_closed_session_has_neither_threads_nor_groups(abandon: bool) -> None:
         assert (found["threads left"], found["groups left"]) == ([], 0)
 
 
-OWN_LOOPS = """
-import json, os, sys
-import torch.distributed as dist
-from tests.distributed.test_close import POLICY, ROUNDS
-from tests.support.sessions import batches, loss_of, make_session, own_part, small_net
-
-ranks = {}
-for end in ("destroys", "leaves"):
-    for rank in range(2):
-        ranks[f"{end} {rank}"] = pid = os.fork()
-        if pid == 0:
-            break
-    if pid == 0:
-        break
-else:
-    print(json.dumps({name: os.waitpid(pid, 0)[1] for name, pid in ranks.items()}))
-    sys.exit()
-
-for stream, name in ((1, "out"), (2, "err")):
-    os.dup2(os.open(f"{sys.argv[1]}/{end} {rank}.{name}", os.O_CREAT | os.O_WRONLY), stream)
-store = dist.FileStore(f"{sys.argv[1]}/{end}", 2)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-session = make_session(small_net(), POLICY, ROUNDS)
-for batch in batches(6):
-    session.step(loss_of(own_part(batch)))
-dist.barrier()
-print("done", flush=True)
-if end == "destroys":
-    dist.destroy_process_group()
-"""
-"""Two of two ranks each, forked from one process that has imported torch; they end as interpreters do."""
-
-
-@pytest.fixture(scope="module")
-def own_loops(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    folder = tmp_path_factory.mktemp("loops")
-    command = [sys.executable, "-c", OWN_LOOPS, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=240, check=True)
-    return folder, json.loads(done.stdout)
+def own_loop(arguments: list[str]) -> None:
+    """One of two ranks; what a script has in its variables is there until its interpreter has ended."""
+    folder, end, rank = arguments
+    store = dist.FileStore(f"{folder}/{end}", 2)
+    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=2)
+    session = make_session(small_net(), POLICY, ROUNDS)
+    for batch in batches(6):
+        session.step(loss_of(own_part(batch)))
+    dist.barrier()
+    print("done", flush=True)
+    vars(sys.modules["__main__"]).update(store=store, session=session)
+    if end == "destroys":
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("end", ["destroys", "leaves"])
-def test_a_loop_that_closes_nothing_ends_without_a_word(
-    own_loops: tuple[Path, dict[str, int]], end: str
-) -> None:
+def test_a_loop_that_closes_nothing_ends_without_a_word(end: str, tmp_path: Path) -> None:
     """In the middle of a round, with its default group destroyed or not."""
-    folder, statuses = own_loops
+    ranks = []
     for rank in range(2):
-        name = f"{end} {rank}"
-        err = (folder / f"{name}.err").read_text()
-        assert statuses[name] == 0, err
-        assert (folder / f"{name}.out").read_text() == "done\n"
-        assert "terminate called" not in err
+        arguments = [str(tmp_path), end, str(rank)]
+        with (tmp_path / f"{rank}.out").open("w") as out, (tmp_path / f"{rank}.err").open("w") as err:
+            outputs = out.fileno(), err.fileno()
+            server = fork_server.shared()
+            ranks.append(server.start(f"{__name__}:own_loop", arguments, os.environ, *outputs, unwinds=True))
+    codes = [rank.wait(240) for rank in ranks]
+    for rank, code in enumerate(codes):
+        err_of_rank = (tmp_path / f"{rank}.err").read_text()
+        assert code == 0, err_of_rank
+        assert (tmp_path / f"{rank}.out").read_text() == "done\n"
+        assert "terminate called" not in err_of_rank

@@ -6,7 +6,6 @@ import importlib
 import os
 import pickle
 import stat
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -26,7 +25,7 @@ from offload_sparse.export import convert, network_file, read_back
 from offload_sparse.export.convert import export_network
 from offload_sparse.export.network_file import tensors_of
 from offload_sparse.workloads.models import build_model
-from tests.support import awkward_networks
+from tests.support import awkward_networks, fork_server
 from tests.support.awkward_networks import MeanBuffer, Plain, Rates, Residual
 
 IMAGES = (torch.zeros(2, 3, 16, 16),)
@@ -122,18 +121,15 @@ def test_a_network_whose_code_writes_sizes_becomes_a_program(
     assert export_network(tmp_path / "model", "torch_export")["largest_difference"] <= 1e-4
 
 
-def test_a_final_network_can_be_pickled(tmp_path: Path) -> None:
+def test_a_final_network_can_be_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case pickle_filter: read in another process."""
     finals = [trained(Residual, residual=residual) for residual in ("coupled", "filter")]
     torch.save([final.module for final in finals], tmp_path / "networks.pt")
     images = torch.randn(2, 3, 16, 16)
     torch.save(images, tmp_path / "images.pt")
-    code = (
-        "import torch; networks = torch.load('networks.pt', weights_only=False); "
-        "torch.save([network(torch.load('images.pt')) for network in networks], 'logits.pt')"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
+    monkeypatch.chdir(tmp_path)
+    done = fork_server.shared().run(f"{awkward_networks.__name__}:computed_of_a_pickle", [], os.environ, 120)
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         for final, logits in zip(finals, torch.load(tmp_path / "logits.pt"), strict=True):
             assert torch.equal(logits, final.module(images))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from offload_sparse.store import host_memory
 from offload_sparse.store.host_memory import HUGE_FROM, host_zeros, pin_mode, register
+from tests.support import fork_server
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
@@ -82,24 +85,24 @@ def test_memory_is_unregistered_when_its_last_view_goes() -> None:
 
 
 def test_memory_is_unregistered_when_the_process_ends() -> None:
-    """With an error or without one: a process that has imported torch and its child."""
-    script = """
-import os, torch
-from types import SimpleNamespace
-from offload_sparse.store.host_memory import host_zeros, register
-child = os.fork()
-tensor = host_zeros(1000, torch.float32, "off")
-said = "with an error" if child == 0 else "without one"
-register(tensor, None, SimpleNamespace(
-    cudaHostRegister=lambda address, size, flags: 0,
-    cudaHostUnregister=lambda address: print(said, flush=True),
-))
-if child == 0:
-    raise RuntimeError("a step failed")
-os.waitpid(child, 0)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "with an error\nwithout one\n"
+    """With an error or without one: a process and its child."""
+    done = fork_server.shared().run(f"{__name__}:ends_registered", [], os.environ, 120, unwinds=True)
+    assert done.stdout == "with an error\nwithout one\n", done.stderr
+
+
+def ends_registered(_: list[str]) -> None:
+    child = os.fork()
+    tensor = host_zeros(1000, torch.float32, "off")
+    vars(sys.modules["__main__"])["tensor"] = tensor  # as a script has it until its interpreter has ended
+    said = "with an error" if child == 0 else "without one"
+    driver = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: 0,
+        cudaHostUnregister=lambda address: print(said, flush=True),
+    )
+    register(tensor, None, driver)
+    if child == 0:
+        raise RuntimeError("a step failed")
+    os.waitpid(child, 0)
 
 
 def test_only_cuda_devices_pin_and_a_wish_that_cannot_be_met_is_an_error() -> None:

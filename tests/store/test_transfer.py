@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_sparse.store.copy import host_copy, tables, torch_copy
-from offload_sparse.store.copy.blocks import SOURCE, TARGET, BlockPlan
+from offload_sparse.store.copy.blocks import SOURCE, TARGET, BlockPlan, part_of_matrix
 from offload_sparse.store.copy.copy import copy_blocks
 from offload_sparse.store.copy.tables import DeviceTables, Tables
+from tests.support import fork_server
 from tests.support.blocks import DTYPES, Block, Case, Grid, bits, cases, plan_of, random_bits, wide_case
 
 Way = Callable[[BlockPlan, Sequence[tuple[Tensor, Tensor]], bool], None]
@@ -212,15 +213,15 @@ def test_without_a_kernel_torch_copies_and_the_log_says_so_once(
 
 
 def test_small_transfers_do_not_load_the_kernel() -> None:
-    script = """
-import sys, numpy, torch
-from offload_sparse.store.copy.blocks import part_of_matrix
-from offload_sparse.store.copy.copy import copy_blocks
-plan = part_of_matrix((3, 3, 1), numpy.arange(2), numpy.arange(1, 3))
-copy_blocks(plan, [(torch.zeros(9), torch.zeros(9))])
-assert "numba" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    done = fork_server.shared().run(f"{__name__}:copies_little", [], os.environ, 120)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def copies_little(_: list[str]) -> None:
+    """In a process that has imported all that a run needs."""
+    plan = part_of_matrix((3, 3, 1), np.arange(2), np.arange(1, 3))
+    copy_blocks(plan, [(torch.zeros(9), torch.zeros(9))])
+    print("numba" in sys.modules)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -209,3 +209,9 @@ ALL = (
     Recurrent,
     Dictionary,
 )
+
+
+def computed_of_a_pickle(_: list[str]) -> None:
+    """In a process of its own: ``logits.pt`` of what lies beside it."""
+    networks = torch.load("networks.pt", weights_only=False)
+    torch.save([network(torch.load("images.pt")) for network in networks], "logits.pt")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Workers
 
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data import loader
 from offload_sparse.workloads.data.loader import Batch, EvalLoader, TrainLoader
 from offload_sparse.workloads.data.order import global_batch
 from offload_sparse.workloads.data.source import Splits, load_splits
+from tests.support import fork_server
 from tests.support.constants import configured
 from tests.workloads.data.images import assert_equal, parquet_folder, pixels, table, write_parquet
 
@@ -56,19 +57,17 @@ def test_the_ranks_batches_laid_end_to_end_are_those_of_one_process(
 
 def test_a_process_ends_with_its_workers_in_the_middle_of_the_images() -> None:
     """Workers leave stop signals to the run, and would not hear the SIGTERM of an interpreter that ends."""
-    script = (
-        "import atexit\n"
-        "from offload_sparse.workloads.config import DataConfig\n"
-        "from offload_sparse.workloads.data.loader import TrainLoader\n"
-        "from offload_sparse.workloads.data.source import load_splits\n"
-        "config = DataConfig(batch_size=8, num_workers=2)\n"
-        "batches = TrainLoader(load_splits(config).train, config).batches()\n"
-        "next(batches)\n"
-        "atexit.register(lambda: batches)  # still there when the interpreter ends\n"
-        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Workers\n"
-        "del Workers._shutdown_workers, Workers.__del__  # as under a load that it does not wait for\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    begun = fork_server.shared().run(f"{__name__}:begins_with_workers", [], os.environ, 120, unwinds=True)
+    assert (begun.returncode, begun.stdout) == (0, "begun\n"), begun.stderr
+
+
+def begins_with_workers(_: list[str]) -> None:
+    config = DataConfig(batch_size=8, num_workers=2)
+    batches = TrainLoader(load_splits(config).train, config).batches()
+    next(batches)
+    atexit.register(lambda: batches)  # still there when the interpreter ends
+    del Workers._shutdown_workers, Workers.__del__  # as under a load that it does not wait for
+    print("begun")
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
