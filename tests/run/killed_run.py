@@ -18,6 +18,7 @@ from offload_sparse.cli.main import main as cli
 from offload_sparse.engine.durable import random_state
 from offload_sparse.engine.faults import VARIABLE
 from offload_sparse.export.network_file import FinalNetwork
+from offload_sparse.policy import width_search
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.run import trainer
 from offload_sparse.workloads.data.loader import Batch
@@ -43,7 +44,8 @@ _META = ("steps_done", "rounds_done", "forward_flops", "policy_frozen", "round_s
 def main(argv: list[str]) -> int:
     """``FILE ARGUMENTS``: the run of these arguments, with dropout; at its end the state goes to FILE."""
     torch.set_num_threads(1)
-    PolicyConfig.cycle_steps = 20
+    PolicyConfig.cycle_steps = 10
+    width_search.PROBE_SHARE = 0.3
     end = trainer.Run.finalize
 
     def finalize(run: trainer.Run) -> FinalNetwork:

@@ -28,12 +28,12 @@ CONFIGURATIONS = {
     "round": ["--round.sync", "round", "--optim.warmup_epochs", "0"],
     "probe": [
         *("--policy.search", "probe", "--round.freeze_at", "0.5", "--train.epochs", "100"),
-        *("--train.max_steps", "120", "--checkpoint.every", "5", "--policy.rho", "0.4"),
+        *("--train.max_steps", "48", "--checkpoint.every", "5", "--policy.rho", "0.4"),
     ],
 }
-FATAL_STEP = {"family": killed_run.STEPS // 2, "probe": 30}
+FATAL_STEP = {"family": killed_run.STEPS // 2, "probe": 12}
 """At which the members' own norms begin, and at which widths move."""
-STEPS = {"probe": 120}
+STEPS = {"probe": 48}
 QUICK_ON_ONE_RANK = [("overlap", phase) for phase in PHASES]
 QUICK_ON_ONE_RANK += [("family", "sample"), ("probe", "sample"), ("probe", "scatter")]
 QUICK_ON_TWO_RANKS = [("overlap", "scatter"), ("overlap", "checkpoint-commit"), ("probe", "sample")]
