@@ -245,9 +245,13 @@ def within_a_round(kind: str) -> torch.Tensor:
         return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-def per_node(shard: str) -> dict[str, Any]:
+def per_node() -> list[dict[str, Any]]:
     """Four ranks, two to a node, as far as the launcher's variables say."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return [with_a_store(shard) for shard in ("world", "node")]
+
+
+def with_a_store(shard: str) -> dict[str, Any]:
     found = {}
     for kind in ("turns", "per_rank"):
         session = session_of(kind, store=StoreConfig(shard=shard))  # type: ignore[arg-type]
@@ -446,7 +450,7 @@ def test_ranks_talk_at_every_step_of_the_warm_up(on_two: OnTwo) -> None:
 
 def test_a_store_per_node_averages_the_same() -> None:
     """Every node has an owner of each row, and all of them the same bits."""
-    spread, by_node = run_ranks(4, per_node, "world"), run_ranks(4, per_node, "node")
+    spread, by_node = zip(*run_ranks(4, per_node), strict=True)
     for found in by_node:
         for name, value in spread[0].items():
             assert torch.equal(found[name], value), name

@@ -49,15 +49,15 @@ def train_rounds(batch_norm: bool, reference: str) -> dict[str, Any]:
     }
 
 
-def everything(batch_norm: bool) -> list[dict[str, Any]]:
-    return [train_rounds(batch_norm, reference) for reference in ("every_step", "turns", "round_start")]
+def everything() -> list[dict[str, Any]]:
+    schedules = ("every_step", "turns", "round_start")
+    return [train_rounds(batch_norm, reference) for batch_norm in (True, False) for reference in schedules]
 
 
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_ranks_agree_with_one_process_on_the_same_global_batch(batch_norm: bool) -> None:
+def test_ranks_agree_with_one_process_on_the_same_global_batch() -> None:
     """Float64, 1e-8 after three rounds, every schedule; BatchNorm normalises with its running statistics."""
-    alone = everything(batch_norm)
-    ranks = run_ranks(2, everything, batch_norm)
+    alone = everything()
+    ranks = run_ranks(2, everything)
     for result in ranks:
         for expected, found in zip(alone, result, strict=True):
             for kind in ("s", WEIGHTS, "momentum_buffer", BUFFERS):
@@ -67,7 +67,11 @@ def test_ranks_agree_with_one_process_on_the_same_global_batch(batch_norm: bool)
         assert torch.equal(found[0]["s"], found[1]["s"]), "ranks hold the same bits"
 
 
-def moved(reference: str) -> list[dict[str, Tensor]]:
+def moved() -> list[list[dict[str, Tensor]]]:
+    return [moved_with(reference) for reference in ("every_step", "turns")]
+
+
+def moved_with(reference: str) -> list[dict[str, Tensor]]:
     """Final state for every way of moving weights and of averaging gradients; BatchNorm per rank."""
     found = []
     for transfer, bucketed in (("full", False), ("delta", True), ("overlap", False)):
@@ -84,12 +88,9 @@ def moved(reference: str) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("reference", ["every_step", "turns"])
-def test_every_way_to_move_and_average_gives_the_same_bits(
-    reference: str,
-) -> None:
+def test_every_way_to_move_and_average_gives_the_same_bits() -> None:
     """Two ranks, whichever way moves the weights and averages the gradients."""
-    for plain, *others in run_ranks(2, moved, reference):
+    for plain, *others in itertools.chain(*run_ranks(2, moved)):
         for other in others:
             for name, expected in plain.items():
                 assert torch.equal(other[name], expected), name
@@ -126,17 +127,21 @@ def with_references(subnets: str, transfer: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("transfer", ["delta", "overlap"])
-def test_each_rank_may_have_a_reference_of_its_own(transfer: str) -> None:
+def with_all_references() -> list[dict[str, Any]]:
+    ways = ("shared", "delta"), ("references", "delta"), ("references", "overlap")
+    return [with_references(*way) for way in ways]
+
+
+def test_each_rank_may_have_a_reference_of_its_own() -> None:
     """It holds the store's weights for its own mask, and what is trained is the same as with a shared one."""
-    own = run_ranks(2, with_references, "references", transfer)
-    shared = run_ranks(2, with_references, "shared", "delta")
-    assert not torch.equal(own[0]["mask"], own[1]["mask"])
+    shared, *others = zip(*run_ranks(2, with_all_references), strict=True)
     assert torch.equal(shared[0]["mask"], shared[1]["mask"])
-    for found in own:
-        assert found["right"]
-        for kind in (WEIGHTS, "momentum_buffer", BUFFERS):
-            assert torch.equal(found[kind], shared[0][kind]), kind
+    for own in others:
+        assert not torch.equal(own[0]["mask"], own[1]["mask"])
+        for found in own:
+            assert found["right"]
+            for kind in (WEIGHTS, "momentum_buffer", BUFFERS):
+                assert torch.equal(found[kind], shared[0][kind]), kind
 
 
 def with_equal_references(transfer: str) -> list[Tensor]:
@@ -159,28 +164,35 @@ def with_equal_references(transfer: str) -> list[Tensor]:
     return [*found, whole(session.store, WEIGHTS)]
 
 
-@pytest.mark.parametrize("transfer", ["full", "delta", "overlap"])
-def test_a_rank_whose_reference_is_the_trained_mask_takes_part(transfer: str) -> None:
+def with_equal_references_of_all_transfers() -> list[list[Tensor]]:
+    return [with_equal_references(transfer) for transfer in ("full", "delta", "overlap")]
+
+
+def test_a_rank_whose_reference_is_the_trained_mask_takes_part() -> None:
     """In the exchange, and in what is learned, as long as that of another rank differs."""
-    one, other = run_ranks(2, with_equal_references, transfer, limit=60.0)
-    assert all(map(torch.equal, one, other))
-    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(one[1:-1:2])]
-    assert moved == [True, False, True, True, True], "all are equal in the third round only"
+    for one, other in zip(*run_ranks(2, with_equal_references_of_all_transfers), strict=True):
+        assert all(map(torch.equal, one, other))
+        moved = [not torch.equal(a, b) for a, b in itertools.pairwise(one[1:-1:2])]
+        assert moved == [True, False, True, True, True], "all are equal in the third round only"
 
 
-def with_one_mask(subnets: str) -> Tensor:
+def with_one_mask() -> list[Tensor]:
     """The store's weights after three rounds without a search."""
-    rounds = RoundConfig(k=3, reference="every_step", subnets=subnets)  # type: ignore[arg-type]
-    session = make_session(small_net(), PolicyConfig(rho=0.5, search="none"), rounds)
-    for batch in batches(8):
-        session.step(loss_of(own_part(batch)))
-    session.settle()
-    return whole(session.store, WEIGHTS)
+    found = []
+    for subnets in ("references", "shared"):
+        rounds = RoundConfig(k=3, reference="every_step", subnets=subnets)  # type: ignore[arg-type]
+        session = make_session(small_net(), PolicyConfig(rho=0.5, search="none"), rounds)
+        for batch in batches(8):
+            session.step(loss_of(own_part(batch)))
+        session.settle()
+        found.append(whole(session.store, WEIGHTS))
+        session.transfers.close()
+    return found
 
 
 def test_a_mask_that_is_not_searched_for_is_the_reference_of_every_rank() -> None:
-    own, shared = run_ranks(2, with_one_mask, "references"), run_ranks(2, with_one_mask, "shared")
-    assert all(map(torch.equal, own, shared))
+    for own, shared in run_ranks(2, with_one_mask):
+        assert torch.equal(own, shared)
 
 
 def learned_from_ranks() -> tuple[Tensor, Tensor]:
@@ -222,9 +234,13 @@ def test_s_is_learned_from_the_references_of_all_ranks() -> None:
     assert torch.equal(results[0][0], results[1][0])
 
 
-def on_two_nodes(shard: str) -> dict[str, Any]:
+def on_two_nodes() -> list[dict[str, Any]]:
     """Four ranks, two to a node, as far as the launcher's variables say."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return [with_a_store(shard) for shard in ("world", "node")]
+
+
+def with_a_store(shard: str) -> dict[str, Any]:
     store = StoreConfig(shard=shard)  # type: ignore[arg-type]
     session = make_session(small_net(), POLICY, RoundConfig(k=3), store=store)
     session.check_ranks = True
@@ -242,8 +258,7 @@ def test_a_store_per_node_trains_the_same() -> None:
     """The rows of two ranks are a whole store, and no entry comes from the other node; the bits are those of
     a store over all ranks.
     """
-    spread = run_ranks(4, on_two_nodes, "world")
-    per_node = run_ranks(4, on_two_nodes, "node")
+    spread, per_node = zip(*run_ranks(4, on_two_nodes), strict=True)
     assert {r["world"] for r in spread} == {4}
     assert {r["world"] for r in per_node} == {2}
     total = sum(r["rows"] for r in spread)
@@ -363,7 +378,7 @@ def test_a_rank_that_has_drifted_by_one_bit_is_noticed_and_named() -> None:
 
 def test_a_rank_that_hangs_is_killed_and_shows_where() -> None:
     with pytest.raises(RuntimeError, match="Timeout"):
-        run_ranks(2, hang, limit=8.0)
+        run_ranks(2, hang, limit=3.0)
 
 
 def hang() -> None:
