@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -259,18 +258,25 @@ class Grey:
         return SimpleNamespace(pixels=torch.full((len(indices), 3, 16, 16), 99, dtype=torch.uint8))
 
 
+@pytest.fixture(scope="module")
+def bytes_of_a_teacher(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """What its pass over the images has made at most."""
+    factory = partial(build_model, SMALL.model.name, **model_arguments(SMALL, declared_data(SMALL.data)))
+    folder = tmp_path_factory.mktemp("teacher")
+    with LiveBytes() as made:
+        Teacher(factory, Grey(), lambda x: x / 255, folder, 10).compute(quiet=True)  # type: ignore[arg-type]
+    return made.peak
+
+
 @pytest.mark.parametrize("method", ["static", "sparse_offload"])
-def test_a_teacher_is_planned_on_the_host(method: MethodName, tmp_path: Path) -> None:
+def test_a_teacher_is_planned_on_the_host(method: MethodName, bytes_of_a_teacher: int) -> None:
     """Before the first step, with all that its pass over the images makes; no rho makes that less."""
     taught = replace(SMALL.train, precision="bf16", distill=True)
     config = replace(SMALL, train=taught, model=replace(SMALL.model, weights="dense"), method=method)
     planner = planner_of(config)
-    factory = partial(build_model, config.model.name, **model_arguments(config, planner.data))
-    with LiveBytes() as made:
-        Teacher(factory, Grey(), lambda x: x / 255, tmp_path, 10).compute(quiet=True)  # type: ignore[arg-type]
     machine = Machine(1, 1, 1 << 50, 1 << 50)
-    assert planner.memory(machine).initialising == pytest.approx(made.peak, rel=0.05)
-    narrow = replace(machine, host=made.peak)
+    assert planner.memory(machine).initialising == pytest.approx(bytes_of_a_teacher, rel=0.05)
+    narrow = replace(machine, host=bytes_of_a_teacher)
     assert shortage(planner.memory(narrow), narrow)
     assert fit.advice(planner, narrow) == "set train.distill false"
 
