@@ -26,7 +26,6 @@ from tests.support.hostile_files import (
     attempt,
     change_header,
     run_once,
-    save_networks,
     sign_description,
     sign_structure,
 )
@@ -36,12 +35,9 @@ Opening = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("networks")
-    save_networks(folder)
-    export_network(folder / "vgg_small", "onnx", folder / "vgg_small_onnx")
-    export_network(folder / "vgg_small", "torch_export", folder / "program")
-    return folder
+def networks(exported: Path) -> Path:
+    export_network(exported / "vgg_small", "torch_export", exported / "program")
+    return exported
 
 
 def open_and_run(folder: Path) -> None:

@@ -36,7 +36,6 @@ from tests.support.hostile_files import (
     change_header,
     mutated,
     run_once,
-    save_networks,
     sign_description,
     sign_manifest,
     sign_structure,
@@ -68,12 +67,9 @@ COUNTS = [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("networks")
-    save_networks(folder)
-    for name in GRAPHS:
-        export_network(folder / name, "onnx", folder / f"{name}_onnx")
-    return folder
+def networks(exported: Path) -> Path:
+    export_network(exported / "lenet_300_100", "onnx", exported / "lenet_300_100_onnx")
+    return exported
 
 
 @pytest.fixture(scope="module")
