@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -87,16 +87,19 @@ def test_buffers_and_weights_are_those_of_a_run_without_it(ema: float) -> None:
     assert not wrong
 
 
+@cache
+def final_masks(evaluated_at: frozenset[int]) -> list[Tensor | None]:
+    policy = PolicyConfig(rho=0.5, sampler="bernoulli")
+    sessions = (new_session(policy=policy, rho=None, seed=seed) for seed in range(3))
+    return [trained(session, evaluated_at).final_mask for session in sessions]
+
+
 @pytest.mark.parametrize("at", [4, 6, 8])
 def test_the_final_mask_is_the_same_with_and_without_it(at: int) -> None:
     """It begins the round, so that the mask is chosen before the next batch is known."""
-    policy = PolicyConfig(rho=0.5, sampler="bernoulli")
-    masks = [
-        [trained(new_session(policy=policy, rho=None, seed=seed), when).final_mask for seed in range(3)]
-        for when in (frozenset[int](), frozenset({at}))
-    ]
-    for expected, found in zip(*masks, strict=True):
+    for expected, found in zip(final_masks(frozenset()), final_masks(frozenset({at})), strict=True):
         assert expected is not None
+        assert found is not None
         assert torch.equal(found, expected)
 
 

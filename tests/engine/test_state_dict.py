@@ -4,7 +4,7 @@ torch.distributed.checkpoint.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def result(session: SparseOffload) -> dict[str, Tensor]:
     return found | {"s": session.policy.s.clone(), "mask": session.final_mask}
 
 
+@cache
 def straight() -> dict[str, Tensor]:
     session = new_session()
     train(session, 0, STEPS)

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -216,6 +217,7 @@ def result(session: SparseOffload) -> dict[str, Tensor]:
     return found
 
 
+@cache
 def straight(prefetch: bool = True) -> dict[str, Tensor]:
     session = session_of(prefetch=prefetch)
     for batch in batches(STEPS):
@@ -240,8 +242,9 @@ def interrupted(cut: int, prefetch: bool = True) -> dict[str, Tensor]:
     return result(second)
 
 
-def boundary(offset: int) -> int:
-    return search_of(session_of()).boundaries[0] + offset
+@cache
+def first_boundary() -> int:
+    return search_of(session_of()).boundaries[0]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def boundary(offset: int) -> int:
 )
 def test_an_interruption_around_a_probe_changes_no_bit(offset: int, prefetch: bool) -> None:
     """The end is that of the run that nothing disturbed."""
-    expected, found = straight(prefetch), interrupted(boundary(offset), prefetch)
+    expected, found = straight(prefetch), interrupted(first_boundary() + offset, prefetch)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(value.nan_to_num(), found[name].nan_to_num()), name

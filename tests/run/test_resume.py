@@ -32,6 +32,14 @@ def _dense(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, which no test changes."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert train(images, run) == 0
+    return run
+
+
 @pytest.fixture
 def stopped(_dense: Path, tmp_path: Path) -> Path:
     """A run of ``dense`` that was interrupted in its third step; a test has its own copy."""
@@ -80,16 +88,15 @@ def test_straight_is_interrupted_and_resumed(method: str, step: int, images: Pat
 
 
 def test_many_parts_and_background_checkpoints_make_the_same_run(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(images, tmp_path / "straight") == 0
     more = ["--checkpoint.every", "1", "--checkpoint.keep", "1"]
     for step in (1, 5, 9):
         assert interrupted(step, images, tmp_path / "parts", *more, number=signal.SIGINT) == 0
         said = f"stopped at step {step + 1} (SIGINT); the same command resumes"
         assert said in capsys.readouterr().err
     assert train(images, tmp_path / "parts", *more) == 0
-    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+    assert_same_run(straight, tmp_path / "parts")
     assert len(CheckpointFolder(tmp_path / "parts" / "checkpoints").checkpoints()) in (1, 2), (
         "newest and best"
     )
@@ -103,10 +110,9 @@ def test_what_a_plan_is_told_of_the_images_may_change() -> None:
 
 
 def test_a_run_that_died_resumes_from_its_last_checkpoint(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lines of metrics after that checkpoint are written again."""
-    assert train(images, tmp_path / "straight") == 0
     original = Run.train_step
 
     def dies(self: Run, at: int, batch: Any) -> None:
@@ -121,15 +127,13 @@ def test_a_run_that_died_resumes_from_its_last_checkpoint(
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # half a line
     assert train(images, tmp_path / "parts") == 0
-    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+    assert_same_run(straight, tmp_path / "parts")
 
 
 @pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(images, tmp_path / "straight") == 0
-
     def dies(self: Run, step: int) -> dict[str, float]:
         raise KeyboardInterrupt
 
@@ -138,7 +142,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(
         assert train(images, tmp_path / "parts") == 130
     assert metrics(tmp_path / "parts")
     assert train(images, tmp_path / "parts") == 0
-    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+    assert_same_run(straight, tmp_path / "parts")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
@@ -379,13 +383,13 @@ def test_checkpoints_that_are_all_damaged_are_an_error_and_stay(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_folder_can_be_the_start(images: Path, tmp_path: Path) -> None:
-    assert train(images, tmp_path / "straight") == 0
+def test_a_checkpoint_of_another_folder_can_be_the_start(
+    images: Path, straight: Path, tmp_path: Path
+) -> None:
     assert interrupted(4, images, tmp_path / "first") == 0
     assert train(images, tmp_path / "second", "--resume", str(tmp_path / "first")) == 0
-    straight = [line for line in metrics(tmp_path / "straight") if line["step"] > 5]
-    assert metrics(tmp_path / "second") == straight
-    one, other = (load_pruned(tmp_path / name / "model").state_dict() for name in ("straight", "second"))
+    assert metrics(tmp_path / "second") == [line for line in metrics(straight) if line["step"] > 5]
+    one, other = (load_pruned(run / "model").state_dict() for run in (straight, tmp_path / "second"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
