@@ -24,7 +24,7 @@ from tests.support.channel_maps import SmallNet, channel_maps, small_map
     [
         ("offload_sparse/resnet20_cifar", 32, 8),
         ("offload_sparse/vgg_small", 28, 12),  # widths of 32, 64 and 128: remainders everywhere
-        ("torchvision/mobilenet_v2", 32, 8),
+        ("timm/mobilenetv1_100", 32, 8),
     ],
 )
 def test_slice_is_mask_with_blocks(name: str, size: int, block: int) -> None:

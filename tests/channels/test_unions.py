@@ -61,7 +61,7 @@ def test_without_additions_the_policy_is_the_coupled_one() -> None:
 
 MODELS = [
     ("offload_sparse/resnet20_cifar", 32),
-    ("torchvision/resnet18", 64),
+    ("torchvision/resnet18", 32),
     ("torchvision/mobilenet_v2", 32),
 ]
 
