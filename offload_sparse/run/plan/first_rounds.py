@@ -19,7 +19,6 @@ from offload_sparse.channels.selection import Selection, aligned
 from offload_sparse.config.run import RunConfig
 from offload_sparse.engine.family import own_entries
 from offload_sparse.engine.losses import TAIL
-from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.policy.width_search import WidthSearch, build_policy
 from offload_sparse.store.copy.regions import Regions
 from offload_sparse.store.weight_store import BUFFERS, WEIGHTS
@@ -68,7 +67,7 @@ class FirstRounds:
         self.family = policy.family() if isinstance(policy, WidthSearch) else []
         self.stays = policy.stays
         self._pairs, self._delta = 1 if self.stays else config.round.pairs, config.round.delta
-        trained = (WEIGHTS, *slot_names(config.optim), BUFFERS)
+        trained = tuple(names)
         turns = config.round.reference == "turns" and config.round.k > 1
         self._outer = (WEIGHTS,) if config.round.outer_momentum else ()
         self.own_subnets = config.round.own_subnets and ranks > 1
