@@ -208,7 +208,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(
     own = {name: name.encode() for name in ("model.pt2", "notes.txt")}
     for name, content in own.items():
         (tmp_path / name).write_bytes(content)
-    for name in ("onnx", "hub", "safetensors", "onnx"):
+    for name in ("safetensors", "onnx", "hub", "safetensors"):
         export_network(exports, name, tmp_path)
         written = {path.name for path in (exports / "export" / name).iterdir()}
         assert {path.name for path in tmp_path.iterdir()} == {*written, *own}
