@@ -169,8 +169,8 @@ class Forked:
     ) -> None:
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(address)
-        request = {"target": target, "argv": list(arguments), "env": dict(environment), "cwd": os.getcwd()}
-        request["unwinds"] = unwinds
+        request: dict[str, Any] = {"target": target, "argv": list(arguments), "unwinds": unwinds}
+        request |= {"env": dict(environment), "cwd": os.getcwd()}
         payload = json.dumps(request).encode()
         socket.send_fds(self._connection, [array.array("q", [len(payload)]).tobytes()], list(outputs))
         self._connection.sendall(payload)
