@@ -140,8 +140,8 @@ def cell(
 
 
 def figures(run: Run, images: int) -> dict[str, Any]:
-    """Of a finished run; ``reached`` are its accuracies by step, ``search_flops`` those of ``train_flops`` before its mask was final. A teacher looks at each of the
-    ``images`` once."""
+    """Of a finished run; ``reached`` are its accuracies by step, ``search_flops`` those of ``train_flops``
+    before its mask was final. A teacher looks at each of the ``images`` once."""
     summary, lines = outcome(run)
     reached = [(line["step"], line["test_accuracy"]) for line in lines if "test_accuracy" in line]
     reached.append((summary["steps"], summary["test_accuracy"]))
