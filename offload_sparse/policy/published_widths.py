@@ -1,4 +1,4 @@
-"""Widths that others have found, as a control: by name, scaled to any budget.
+"""Widths that others have found, as a control and as a start: by name, scaled to any budget.
 
 Numbers are channels per group in the order in which a network runs; the sources give them for the full widths
 named with them. Streams of residual blocks count once, at the block that begins them.
