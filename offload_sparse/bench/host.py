@@ -132,4 +132,4 @@ _update = MaskPolicy.update
 def one_by_one(policy: MaskPolicy, losses: Any, references: Any, *rest: Any) -> None:
     """``MaskPolicy.update`` with one comparison per call."""
     for loss, reference in zip(losses, references, strict=True):
-        _update(policy, loss, reference, *rest)
+        _update(policy, [loss], [reference], *rest)
