@@ -1,12 +1,13 @@
 """A family of networks in one: members that are parts of one another, trained together as the largest.
 
-Every step trains the largest member on the labels, and the smallest and one of those between on what the
-largest says (sandwich rule and inplace distillation; Yu and Huang, "Universally Slimmable Networks and
-Improved Training Techniques", ICCV 2019). All share their weights but those of norms: each normalises by the
-statistics of its own activations (those of its batches in training, its own running ones at the end), and has
-a scale and a shift of its own. These are parameters of the full network beside those of the largest member,
-so that they are stored, gathered, reduced, stepped and saved as all others are. Until the final mask is
-chosen they are 0; then they start from what the search has left of the shared ones.
+Every step trains the largest member, the smallest and one of those between (the sandwich rule of Yu and
+Huang, "Universally Slimmable Networks and Improved Training Techniques", ICCV 2019), each on the labels: on
+what the largest says, as there, the smaller ones hold it back while it knows little (see ``bench study``).
+All share their weights but those of norms: each normalises by the statistics of its own activations (those
+of its batches in training, its own running ones at the end), and has a scale and a shift of its own. These
+are parameters of the full network beside those of the largest member, so that they are stored, gathered,
+reduced, stepped and saved as all others are. Until the final mask is chosen they are 0; then they start from
+what the search has left of the shared ones.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -147,15 +148,7 @@ class Family:
         Args:
             loss_fn: (network, of one input that gives logits) -> (loss, metrics).
             members: those that are trained beside it, as ``chosen`` names them."""
-        seen: list[tuple[Any, Tensor]] = []
-
-        def recorded(inputs: Any) -> Tensor:
-            seen.append((inputs, network(inputs)))
-            return seen[-1][1]
-
-        loss, metrics = loss_fn(recorded)
-        [(inputs, logits)] = seen
-        said = logits.detach().softmax(1)
+        loss, metrics = loss_fn(network)
         for number in members:
-            loss = loss + F.cross_entropy(self(number, network, inputs), said)
+            loss = loss + loss_fn(partial(self, number, network))[0]
         return loss / (1 + len(members)), metrics
