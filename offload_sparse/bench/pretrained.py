@@ -8,7 +8,8 @@ the channels is kept and fine-tuned, every cell a run of ``offload-sparse train`
     l1, l2         the largest filters: one-shot cuts
     norm_scale     the largest filters, weighed by the scales behind them
     forward        a search from that cut, half of it by pairs of forward passes alone (policy.search forward)
-    distilled_cut, distilled_forward    the same two, learning from the dense network's logits
+    distilled_scratch, distilled_cut, distilled_forward    scratch, norm_scale and forward, learning from the
+                   dense network's logits
 
 A pair of forward passes counts two thirds of a step and a step of a search four thirds, so that the steps of
 all arms of as many epochs take the same train FLOPs. The choice of the final mask (36 forward passes) and the
@@ -42,6 +43,7 @@ from offload_sparse.engine.pretrained import WeightSource
 from offload_sparse.methods.controls import undivided_map
 from offload_sparse.store.tensor_file import blocks_of
 from offload_sparse.store.weight_store import Ranks, WeightStore
+from offload_sparse.workloads.config import LOGITS_ONLY
 from offload_sparse.workloads.models import build_model
 
 _DENSE_EPOCHS = 30
@@ -54,6 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "l2": _CUT | {"policy.start": "l2"},
     "norm_scale": _CUT,
     "forward": _FORWARD,
+    "distilled_scratch": {"method": "static", "train.distill": "true"},
     "distilled_cut": _CUT | {"train.distill": "true"},
     "distilled_forward": _FORWARD | {"train.distill": "true"},
 }
@@ -132,7 +135,9 @@ def cell(
     dense = folder / f"{name}-{images}"
     if arm == "dense":
         return Run(dense, options | {"method": "dense", "optim.lr": 0.1, "train.epochs": dense_epochs})
-    options |= {"optim.lr": 0.1} if arm == "scratch" else {"model.weights": dense, "optim.lr": 0.02}
+    fresh = arm.endswith("scratch")
+    options |= {"optim.lr": 0.1 if fresh else 0.02}
+    options |= {"model.weights": f"{dense}{LOGITS_ONLY if fresh else ''}"} if arm != "scratch" else {}
     options |= {"policy.rho": rho, "train.seed": seed, "train.epochs": epochs}
     options |= {"train.max_steps": 30} if config.quick else {}
     name += f"-{arm}-rho{rho:g}-epochs{epochs}-seed{seed}{'-quick' if config.quick else ''}"
