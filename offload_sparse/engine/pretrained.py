@@ -17,7 +17,7 @@ from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, read_structure
 from offload_sparse.store.initialisation import named_tensors
 from offload_sparse.store.partition import row_shape
-from offload_sparse.store.weight_files import Stored, check_whole, read_rows, tensors_in
+from offload_sparse.store.weight_files import Stored, check_whole, read_rows, read_whole, tensors_in
 from offload_sparse.store.weight_store import WeightStore
 
 NEW_HEAD = "+new_head"
@@ -51,9 +51,8 @@ class FittedWeights:
         count, odd = 0, ""
         for name, stored in self.stored.items():
             if not store.has_rows(name):
-                value = torch.empty(stored.shape, dtype=stored.dtype)
-                count += read_rows(stored, 0, row_shape(stored.shape)[0], value)
-                store.integer_buffers[name] = value
+                store.integer_buffers[name] = value = read_whole(stored)
+                count += value.nbytes
                 continue
             rows = store.own_rows(name)
             count += read_rows(stored, *store.own_range(name), rows)

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from offload_sparse.export.json_values import Count, convert, parse, read, sealed
 from offload_sparse.store.files import TEMPORARY, remove, replacing, sync_folder, write_file
+from offload_sparse.store.partition import row_shape
 from offload_sparse.store.tensor_file import blocks_of
+from offload_sparse.store.weight_files import read_rows, read_whole, tensors_in
 
 CHECKPOINT_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -200,27 +202,26 @@ class RowsFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt")
-            text = (self._file.metadata() or {})[_ROWS]
+            self._tensors = tensors_in(path)
+            with safe_open(path, "np") as file:
+                text = (file.metadata() or {})[_ROWS]
             self.rows = convert(parse(text.encode()), dict[str, tuple[Count, ...]])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise ValueError(f"{path.name} is damaged: {str(error)[:200]}") from None
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Every tensor whose name begins with ``prefix``, without it."""
-        names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
-        return {name.removeprefix(prefix): self._file.get_tensor(name) for name in names}
+        names = [name for name in self._tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): read_whole(self._tensors[name]) for name in names}
 
     def copy_rows(self, name: str, first: int, target: Tensor) -> int:
         """Fill what the file has of the rows of ``target``, which begins with row ``first``; how many."""
-        if name not in self.rows:
+        if name not in self.rows or name not in self._tensors:
             return 0
-        held, own = self._file.get_slice(name), (self.rows[name] or (0,))[0]
-        low, high = max(first, own), min(first + len(target), own + (held.get_shape() or [0])[0])
-        if low >= high:
+        held, own = self._tensors[name], (self.rows[name] or (0,))[0]
+        low, high = max(first, own), min(first + len(target), own + row_shape(held.shape)[0])
+        place = target[low - first : max(low, high) - first]
+        if low >= high or held.dtype != place.dtype or held.shape[1:] != place.shape[1:]:
             return 0
-        rows, place = held[low - own : high - own], target[low - first : high - first]
-        if rows.dtype != place.dtype or rows.shape != place.shape:
-            return 0
-        place.copy_(rows)
+        read_rows(held, low - own, high - own, place)
         return high - low

@@ -17,15 +17,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _MOST_BYTES = 1 << 20  # of a store.json
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Claims no memory for a private mapping, which may be longer than there is; Python names it from 3.13 on."""
+
 Mode = Literal["new", "resume", "replace", "look"]
 """``new`` makes a store where there is none, ``resume`` opens one that is complete, ``replace`` makes one
 whatever there is of the same run; ``look`` opens a complete one of any run, and what is written to its arrays
@@ -142,8 +146,10 @@ class FileTier(MemoryTier):
             return torch.empty(0, dtype=self._dtype)
         if not self.filled:
             _reserve(path, self._file_bytes(size))
-        mapped = np.memmap(path, np.uint8, "c" if self.looks else "r+", shape=(size * self._dtype.itemsize,))
-        return torch.from_numpy(mapped).view(self._dtype)
+        flags = mmap.MAP_PRIVATE | _NO_RESERVE if self.looks else mmap.MAP_SHARED
+        with path.open("rb" if self.looks else "r+b") as file:
+            mapped = mmap.mmap(file.fileno(), size * self._dtype.itemsize, flags)
+        return torch.frombuffer(mapped, dtype=self._dtype)
 
     def complete(self, integers: dict[str, Tensor]) -> None:
         write_file(self.folder / "integers.safetensors", blocks_of(integers))

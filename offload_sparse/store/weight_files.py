@@ -121,6 +121,13 @@ def read_rows(stored: Stored, low: int, high: int, out: Tensor) -> int:
     return done * size
 
 
+def read_whole(stored: Stored) -> Tensor:
+    """All of a tensor. Raises ValueError: the file ends before."""
+    value = torch.empty(stored.shape, dtype=stored.dtype)
+    read_rows(stored, 0, row_shape(stored.shape)[0], value)
+    return value
+
+
 def _read(descriptor: int, into: Tensor, stored: Stored, first: int) -> None:
     view = memoryview(into.view(torch.uint8).numpy().data)
     position = stored.offset + first * stored.dtype.itemsize
@@ -176,7 +183,7 @@ def _of_safetensors(path: Path) -> dict[str, Stored]:
     with Explained(f"{path} is no whole safetensors file: "):
         with path.open("rb") as opened:
             offset = 8 + int.from_bytes(opened.read(8), "little")
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:  # as "pt" it would claim memory for the whole file
             for name in file.offset_keys():
                 part = file.get_slice(name)
                 shape, kind = tuple(part.get_shape()), part.get_dtype()
