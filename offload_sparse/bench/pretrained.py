@@ -6,9 +6,9 @@ the channels is kept and fine-tuned, every cell a run of ``offload-sparse train`
     scratch        the even narrow network, with fresh weights (method static)
     random         channels kept at random, with their trained weights
     l1, l2         the largest filters: one-shot cuts
-    norm_scale     the largest filters, weighed by the scales behind them
-    exchange       what ``train`` does by itself with trained weights: that cut, of which channels are
-                   exchanged for a twentieth of the steps (policy.search sampled)
+    norm_scale     the largest filters, weighed by the scales behind them: what ``train`` takes by itself
+    exchange       that cut, of which channels are exchanged for a twentieth of the steps (policy.search
+                   sampled)
     forward        a search from that cut, half of it by pairs of forward passes alone (policy.search forward)
     distilled_scratch, distilled_cut, distilled_forward    scratch, norm_scale and forward, learning from the
                    dense network's logits
@@ -57,7 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "l1": _CUT | {"policy.start": "l1"},
     "l2": _CUT | {"policy.start": "l2"},
     "norm_scale": _CUT,
-    "exchange": {},
+    "exchange": {"policy.search": "sampled", "policy.start": "norm_scale"},
     "forward": _FORWARD,
     "distilled_scratch": {"method": "static", "train.distill": "true"},
     "distilled_cut": _CUT | {"train.distill": "true"},

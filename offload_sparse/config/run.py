@@ -210,13 +210,12 @@ class RunConfig:
     def _search(self) -> SearchName:
         """What ``policy.search auto`` is: widths are probed unless something else is asked for. It does not
         depend on whether the method searches at all, so that another one may take its place."""
-        policy, rounds = PolicyConfig(), RoundConfig()
-        masks = ("sampler", "estimator", "parametrisation", "optimizer", "lr")
-        asked = any(getattr(self.policy, name) != getattr(policy, name) for name in masks)
-        asked |= any(getattr(self.round, name) != getattr(rounds, name) for name in ("subnets", "reference"))
+        asked = self.policy.draws
+        asked |= any(getattr(self.round, n) != getattr(RoundConfig, n) for n in ("subnets", "reference"))
         asked |= self.method == "grow_efficient"  # whose freeze_at is that of sampled
-        asked |= self.model.trained  # the cut that they begin with is exchanged in rounds of K steps
-        asked |= self.optim.schedule != "cosine"
+        if self.model.trained and not asked and self.round.freeze_at == "auto":
+            return "none"  # the one-shot cut: no search from it has ended above it
+        asked |= self.model.trained or self.optim.schedule != "cosine"
         leaves_time = self.round.freeze_at == "auto" or SHORTEST_SEARCH <= self.round.freeze_at < 1
         return "probe" if leaves_time and not asked else "sampled"
 

@@ -41,8 +41,8 @@ class PolicyConfig:
             search are pairs of forward passes, and nothing is trained; ``probe`` trains one mask in cycles
             and moves its widths after each by pairs of forward passes (see ``policy.width_search``), with
             ``count`` at the FLOPs of even widths; ``none`` keeps one even mask. What follows, up to ``lr``,
-            is of ``sampled`` and ``forward``. ``auto`` is ``probe``, or ``sampled`` in the cases that
-            offload_sparse/policy/README.md lists.
+            is of ``sampled`` and ``forward``. ``auto`` is ``probe``, for weights that are trained already
+            ``none``, or ``sampled`` in the cases that offload_sparse/policy/README.md lists.
         start: which channels are the most probable ones, or the first mask: ``uniform`` tells none apart, as
             fresh weights do not; of weights to start from those with the largest norm of their filters
             (``l1``, ``l2``), or that norm times the scale of their BatchNorm (``norm_scale``). ``static``
@@ -122,6 +122,12 @@ class PolicyConfig:
         """Keep probabilities stay in [floor, 1 - floor], since 0 and 1 are absorbing."""
         return min(_FLOOR, 0.5 * self.rho)
 
+    @property
+    def draws(self) -> bool:
+        """Whether a setting says how masks are to be drawn or learned from."""
+        names = ("sampler", "estimator", "parametrisation", "optimizer", "lr")
+        return any(getattr(self, name) != getattr(PolicyConfig, name) for name in names)
+
     @classmethod
     def paper(cls, **fields: Any) -> PolicyConfig:
         """Masks drawn anew in every round, a probability per atom, learned by Adam (Zhou et al. 2021), from
@@ -152,7 +158,9 @@ class PolicyConfig:
         start = self.start
         if start == "auto":
             start = "norm_scale" if trained else "uniform"
-        search = "sampled" if self.search == "auto" else self.search
+        search = self.search
+        if search == "auto":
+            search = "none" if trained and not self.draws else "sampled"
         return replace(
             self,
             search=search,

@@ -272,6 +272,8 @@ class Run:
     def _search(self, groups: int) -> Iterator[str]:
         """When widths will move, if at all."""
         policy, steps = self.config.policy, self.config.round.freeze_step("probe", self.total_steps)
+        if self.config.method == "sparse_offload" and policy.search == "none" and self.config.model.trained:
+            yield f"search: none, the cut by {policy.start} stays; --policy.search sampled exchanges channels"
         if self.config.method == "sparse_offload" and policy.search == "probe" and policy.rho < 1:
             cycles, _ = cycles_and_pairs(groups, steps, self.total_steps)
             if cycles:

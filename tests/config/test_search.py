@@ -18,7 +18,11 @@ from offload_sparse.run.resume import differences, run_values
     ("given", "search"),
     [
         ([], "probe"),
-        (["--model.weights", "timm"], "sampled"),
+        (["--model.weights", "timm"], "none"),
+        (["--model.weights", "timm", "--policy.budgets", "[0.25, 0.5]"], "none"),
+        (["--model.weights", "timm", "--policy.lr", "0.012"], "sampled"),
+        (["--model.weights", "timm", "--round.freeze_at", "0.3"], "sampled"),
+        (["--model.weights", "timm+logits_only", "--train.distill", "true"], "probe"),
         (["--round.freeze_at", "0.3"], "probe"),
         (["--policy.budgets", "[0.25, 0.5]"], "probe"),
         (["--policy.search", "none"], "none"),
@@ -78,4 +82,6 @@ def test_the_settings_of_a_run_serve_another_method(method: str, tmp_path: Path)
 
 def test_a_loop_of_ones_own_samples_since_its_learning_rate_is_its_own() -> None:
     assert PolicyConfig().resolved(compiled=False).search == "sampled"
+    assert PolicyConfig().resolved(compiled=False, trained=True).search == "none"
+    assert PolicyConfig(sampler="bernoulli").resolved(compiled=False, trained=True).search == "sampled"
     assert PolicyConfig(search="probe").resolved(compiled=False).search == "probe"

@@ -52,6 +52,18 @@ def test_every_method_starts_from_the_values(method: str, images: Path, dense: P
     assert bool(found.any())
 
 
+def test_by_itself_a_run_trains_the_one_shot_cut(
+    images: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = []
+    for method in ("static", "sparse_offload"):
+        more = ("--method", method, "--policy.search", "auto", "--quiet", "false")
+        assert train(images, tmp_path / method, "--model.weights", str(dense), *more) == 0
+        kept.append(json.loads((tmp_path / method / "model" / "structure.json").read_text())["groups"])
+    assert kept[0] == kept[1]
+    assert "search: none, the cut by norm_scale stays" in capsys.readouterr().err
+
+
 def test_the_images_are_prepared_as_those_that_the_weights_know(
     images: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
