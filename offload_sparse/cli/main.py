@@ -61,7 +61,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     Returns the command's exit code, 0 where it returns None."""
     try:
         code = command() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)  # where there is a stdout
         return code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

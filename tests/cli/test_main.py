@@ -115,6 +115,12 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word(unbuffered: str) ->
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_a_command_needs_no_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``>&-`` leaves none."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["--version"]) == 0
+
+
 # --- help --------------------------------------------------------------------------------------------
 
 
