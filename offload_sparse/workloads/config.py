@@ -170,6 +170,10 @@ class ModelConfig:
             f"{self.name.partition('.')[0]}, or set model.weights to pretrained",
         )
         require(bool(self.name), "model.name is empty; give one such as torchvision/resnet50")
+        require(
+            not self.weights.startswith("+"),
+            f"model.weights is {self.weights}, with no weights before it; give a path, or pretrained",
+        )
 
     @property
     def trained(self) -> bool:

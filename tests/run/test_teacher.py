@@ -259,3 +259,5 @@ def test_there_is_nothing_to_learn_from_without_weights() -> None:
     assert not ModelConfig(weights="w+new_head+logits_only").has_teacher
     with pytest.raises(ValueError, match=r"for logits_only, and nothing .* set train\.distill true"):
         RunConfig(model=ModelConfig(weights="w+logits_only"))
+    with pytest.raises(ValueError, match=r"\+logits_only, with no weights before it; give a path"):
+        ModelConfig(weights="+logits_only")
