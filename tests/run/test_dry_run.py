@@ -9,6 +9,7 @@ import pytest
 
 from offload_sparse.cli.main import main
 from offload_sparse.config import parse as arguments
+from offload_sparse.config.methods import StaticConfig
 from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.policy.config import PolicyConfig
@@ -93,6 +94,20 @@ def test_a_step_of_a_family_trains_three_members_once_the_search_is_over(search:
     searched = 0.4 if search == "probe" else 0.0
     per_step = searched * 0.1 + (1 - searched) * (0.1 + 0.25 + 0.4)
     assert 1 / saving == pytest.approx(per_step, rel=0.05)
+
+
+def test_given_widths_count_as_a_search_takes_them() -> None:
+    """One by probes scales them to its budget, another one keeps them or is refused, as in a run."""
+
+    def flops(search: Any) -> float:
+        policy = PolicyConfig(rho=0.1, budget="flops", search=search)
+        static, rounds = StaticConfig("16 16 32 32 64 64"), RoundConfig(freeze_at=0.4)
+        return saving_of(model=VGG, policy=policy, static=static, round=rounds)[1]
+
+    assert flops("probe") == pytest.approx(0.1, rel=0.03)
+    assert flops("none") == pytest.approx(0.25, rel=0.03)
+    with pytest.raises(ValueError, match="is sampled, which begins with no widths"):
+        flops("sampled")
 
 
 def test_only_a_method_that_trains_a_family_is_known_by_its_shares() -> None:

@@ -18,7 +18,7 @@ from offload_sparse.channels.subnet import build_on_meta
 from offload_sparse.config.run import RunConfig
 from offload_sparse.policy.budget import evenly_narrowed
 from offload_sparse.policy.published_widths import static_mask
-from offload_sparse.policy.width_search import cycles_and_pairs
+from offload_sparse.policy.width_search import WidthSearch, build_policy, cycles_and_pairs
 from offload_sparse.workloads.data.loader import DeclaredData, declared_data
 from offload_sparse.workloads.data.order import steps_per_epoch
 from offload_sparse.workloads.models import build_model, input_channels, takes_tokens
@@ -55,8 +55,10 @@ def dry_run(
     per_epoch = steps_per_epoch(data.train_images, config.data.batch_size)
     steps = config.train.steps(per_epoch)
     dense, parameters = cost.flops(full), cost.parameters(full)
-    kept_parameters, kept_flops = _kept(config, structure)
-    run = passes(config, kept_flops, steps, len(channel_map.groups), _family_flops(config, structure))
+    masks = trained_masks(config, structure, steps)
+    kept_parameters, kept_flops = _kept(config, structure, masks[-1])
+    family = [cost.flops(mask) for mask in masks] if len(config.budgets) > 1 else []
+    run = passes(config, kept_flops, steps, len(channel_map.groups), family)
     return {
         "method": config.method,
         "model": config.model.name,
@@ -163,21 +165,27 @@ def structure_of(config: RunConfig, data: DeclaredData) -> Structure:
     return Structure(channel_map, CostModel(model, channel_map, inputs), model, inputs)
 
 
-def trained_mask(config: RunConfig, structure: Structure) -> Tensor:
-    """The channels of the network that is trained: of the full one unless its method narrows it."""
-    channel_map = structure.channel_map
-    if config.method in ("static", "sparse_offload"):
-        policy = replace(config.policy, rho=max(config.budgets, default=config.policy.rho))
-        return static_mask(str(config.static.widths), policy, channel_map, structure.cost)
-    return channel_map.full_mask()
+def trained_masks(config: RunConfig, structure: Structure, steps: int = 0) -> list[Tensor]:
+    """bool[C]: the channels of the network that a run of ``steps`` steps begins with, and behind them those
+    of the members of a family, the smallest first; all where its method narrows none. Raises ValueError: the
+    search begins with no ``static.widths``, or they do not fit."""
+    channel_map, cost, widths = structure.channel_map, structure.cost, str(config.static.widths)
+    if config.method == "static":
+        return [static_mask(widths, config.policy, channel_map, cost)]
+    if config.method == "sparse_offload":
+        search = config.round.freeze_step(config.policy.search, steps), steps
+        policy = build_policy(config.policy, channel_map, config.train.seed, cost, *search, widths=widths)
+        if isinstance(policy, WidthSearch):
+            return [policy.mask, *policy.family()]
+        return [evenly_narrowed(config.policy, channel_map, cost)]
+    return [channel_map.full_mask()]
 
 
-def _kept(config: RunConfig, structure: Structure) -> tuple[float, float]:
-    """Parameters and forward FLOPs of the network that is trained: of all weights where only training shows
-    how many are left."""
+def _kept(config: RunConfig, structure: Structure, mask: Tensor) -> tuple[float, float]:
+    """Parameters and forward FLOPs of the network that is trained, of these channels: of all weights where
+    only training shows how many are left."""
     if config.method == "rigl":
         return _kept_by_rigl(config, structure)
-    mask = trained_mask(config, structure)
     return structure.cost.parameters(mask), structure.cost.flops(mask)
 
 
@@ -195,17 +203,6 @@ def _kept_by_rigl(config: RunConfig, structure: Structure) -> tuple[float, float
     return parameters, left
 
 
-def _family_flops(config: RunConfig, structure: Structure) -> list[float]:
-    """Forward FLOPs of the network of rho, and of the members of a family, the smallest first; empty without
-    one."""
-    policy = config.policy
-    if len(config.budgets) < 2:
-        return []
-    shares = (replace(policy, rho=share) for share in (policy.rho, *config.budgets))
-    masks = (evenly_narrowed(share, structure.channel_map, structure.cost) for share in shares)
-    return [structure.cost.flops(mask) for mask in masks]
-
-
 def passes(
     config: RunConfig, flops: float, steps: int, groups: int, family: Sequence[float] = ()
 ) -> Iterator[tuple[float, int, int]]:
@@ -215,8 +212,8 @@ def passes(
     Every step trains one subnet: a forward and a backward pass. While s is learned, the reference loss takes
     a further forward pass: at each step (``every_step``, ``turns``) or at the first of each round
     (``round_start``); none where every rank trains a subnet of its own. A probe of a search for widths is two
-    forward passes per pair. Behind the search a step of a ``family`` (see ``_family_flops``) trains the
-    largest, the smallest and one between."""
+    forward passes per pair. Behind the search, which trains the first of the ``family``, a step trains the
+    largest of the others (its members), the smallest and one between."""
     total, search = steps, config.policy.search
     if family:
         flops, *members = family

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.selection import Layout, Selection
 from offload_sparse.channels.stream_add import expose_additions
+from offload_sparse.config.methods import StaticConfig
 from offload_sparse.config.run import RunConfig, resolve
 from offload_sparse.engine.config import FinalConfig
 from offload_sparse.engine.family import Family, with_own_norms
 from offload_sparse.engine.optimizer import slot_names
 from offload_sparse.engine.preparation import sliced_buffers
 from offload_sparse.policy.width_search import MEMORY_ROOM
-from offload_sparse.run.plan.dry_run import Structure, structure_of, trained_mask
+from offload_sparse.run.plan.dry_run import Structure, structure_of, trained_masks
 from offload_sparse.run.plan.first_rounds import FirstRounds, Side
 from offload_sparse.run.plan.live_bytes import Loss, labels_shape, step_peak
 from offload_sparse.run.plan.machine import Machine
@@ -150,7 +151,7 @@ class Planner:
 
     def _network_memory(self, machine: Machine) -> Memory:
         """Bytes of a rank that trains the network of one mask from start to end."""
-        selection = Selection(self.channel_map, trained_mask(self.config, self.structure))
+        selection = Selection(self.channel_map, trained_masks(self.config, self.structure)[-1])
         weights, buffers = (
             sum(prod(selection.shapes[name]) for name in self._names[kind]) * self._item
             for kind in (WEIGHTS, BUFFERS)
@@ -240,10 +241,12 @@ class Planner:
         return (per_step + first.traffic()[0] / k) * self._item * (ranks - 1) / ranks
 
     def with_method(self, method: str) -> Planner:
-        train = self.config.train
+        train, static = self.config.train, self.config.static
         if method != "sparse_offload" and train.precision == "fp16":  # refused there, and bf16 takes as much
             train = replace(train, precision="bf16")
-        return self.having(method=method, train=train)
+        if method != self.config.method and self.config.policy.search in ("sampled", "forward"):
+            static = StaticConfig()  # such a search is refused with them
+        return self.having(method=method, train=train, static=static)
 
     def with_rho(self, rho: float) -> Planner:
         return self.having(policy=replace(self.config.policy, rho=rho))

@@ -16,6 +16,7 @@ import torch
 from offload_sparse.bench.plan import build_session, case
 from offload_sparse.channels.config import AtomsConfig
 from offload_sparse.channels.selection import Selection
+from offload_sparse.config.methods import StaticConfig
 from offload_sparse.config.run import MethodName, RunConfig, resolve
 from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.losses import TAIL
@@ -318,6 +319,15 @@ def test_the_column_of_a_method_is_the_same_in_the_plan_of_another(method: Metho
     ours = replace(planned, method="sparse_offload")
     found = [planner_of(config).with_method("sparse_offload").memory(LARGE) for config in (planned, ours)]
     assert found[0] == found[1]
+
+
+def test_a_control_of_given_widths_is_planned_beside_a_search_that_takes_none() -> None:
+    """Of trained weights, for instance, whose search draws masks: it is refused with these widths."""
+    even = replace(SMALL, method="static", policy=PolicyConfig(search="sampled"))
+    given = replace(even, static=StaticConfig("3 5 7 9 11 13"))
+    found, wider = (fit.figures(config, LARGE)["beside"] for config in (given, even))
+    assert found["static"]["device_bytes"] < wider["static"]["device_bytes"]
+    assert found["sparse_offload"] == wider["sparse_offload"]
 
 
 def test_a_method_whose_memory_is_not_known_is_refused() -> None:
