@@ -283,10 +283,10 @@ class Run:
                 yield "search: none, no other group of channels could become narrower for this one to grow"
             elif steps >= policy.least_steps:
                 total = f"{self.total_steps:,} steps"
-                yield f"search: none, {total} are too few to compare {groups} groups; even widths stay"
+                yield f"search: none, {total} are too few to compare {groups} groups; widths stay"
             elif steps:
                 least = f"{policy.least_steps} steps"
-                yield f"search: none, a cycle takes {least} and there are {steps:,}; even widths stay"
+                yield f"search: none, a cycle takes {least} and there are {steps:,}; widths stay"
             else:
                 yield "search: none, too short a run for one to pay; --round.freeze_at 0.25 forces one"
 
