@@ -118,9 +118,10 @@ class Checkpointer:
             self._tell_unusable(problems)
             other = "it is of" in problem
             advice = "give the settings that it was made with" if other else "repair or remove it"
+            instead = "leave out resume" if source else "start anew with --overwrite true"
             raise ValueError(
                 f"no checkpoint in {source or self.folder.path} can be used ({newest.name}: {problem}); "
-                f"{advice}, or start anew with --overwrite true"
+                f"{advice}, or {instead}"
             )
         if source is not None:
             raise ValueError(f"{source} holds no checkpoint; give a run folder or one of its checkpoints")

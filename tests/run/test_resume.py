@@ -346,8 +346,8 @@ def test_a_start_from_another_run_names_the_setting_that_differs(
 ) -> None:
     more = ("--method", "dense", "--optim.lr", "0.01", "--resume", str(stopped))
     assert train(images, tmp_path / "second", *more) == 2
-    said = capsys.readouterr().err
-    assert "with optim.lr 0.1 instead of 0.01); give the settings that it was made with" in said
+    advice = "give the settings that it was made with, or leave out resume\n"
+    assert f"with optim.lr 0.1 instead of 0.01); {advice}" in capsys.readouterr().err
 
 
 def test_a_run_whose_store_is_elsewhere_is_refused_and_left_alone(
