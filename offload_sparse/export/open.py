@@ -43,15 +43,16 @@ class _Function(nn.Module):
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of the network that ``path`` means: a run's ``model/``, a file's folder, or itself. Raises
-    ValueError: it does not exist, or is a run that has not ended."""
+    """The folder of the network that ``path`` means: a run's ``model/``, whatever was exported beside it and
+    is older when the run has gone on, a file's folder, or itself. Raises ValueError: it does not exist, or is
+    a run that has not ended."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give the folder of a run, or of an exported network")
     if path.is_file():
         return path.parent
-    if (path / STRUCTURE_FILE).exists() or (path / DESCRIPTION_FILE).exists():
-        return path
     inner = path / "model"
+    if any((path / name).exists() for name in (STRUCTURE_FILE, DESCRIPTION_FILE)):
+        return inner if (inner / STRUCTURE_FILE).exists() else path
     if not inner.is_dir() and (path / "checkpoints").is_dir():
         raise ValueError(f"{path} has not ended yet; give one of the folders in {path / 'checkpoints'}")
     return inner if inner.is_dir() else path

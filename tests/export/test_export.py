@@ -217,6 +217,19 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(
         torch.testing.assert_close(logits(tmp_path, images), network.module(images), rtol=1e-4, atol=1e-5)
 
 
+def test_an_export_in_the_folder_of_its_run_is_never_taken_for_the_run(
+    exports: Path, tmp_path: Path, network: FinalNetwork
+) -> None:
+    """Which may have gone on since, as to another network here."""
+    run, images = Path(shutil.copytree(exports, tmp_path / "run")), torch.randn(2, *SHAPE)
+    export_network(run, "safetensors", run)
+    arguments = ARGUMENTS | {"width": 0.125}
+    later = narrowed("offload_sparse/vgg_small", "coupled", arguments)
+    later.save(run / "model", {"name": "offload_sparse/vgg_small", "arguments": arguments})
+    for path, expected in {run: later, run / "weights.safetensors": network}.items():
+        torch.testing.assert_close(logits(path, images), expected.module(images), rtol=1e-4, atol=1e-5)
+
+
 def test_an_export_that_fails_loses_no_earlier_one(
     copy: Callable[[Kind], Path], exports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
