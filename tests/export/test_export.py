@@ -217,7 +217,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(
         torch.testing.assert_close(logits(tmp_path, images), network.module(images), rtol=1e-4, atol=1e-5)
 
 
-def test_an_export_in_the_folder_of_its_run_is_never_taken_for_the_run(
+def test_an_export_in_the_folder_of_a_run_is_not_taken_for_it(
     exports: Path, tmp_path: Path, network: FinalNetwork
 ) -> None:
     """Which may have gone on since, as to another network here."""

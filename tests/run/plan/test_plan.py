@@ -321,7 +321,7 @@ def test_the_column_of_a_method_is_the_same_in_the_plan_of_another(method: Metho
     assert found[0] == found[1]
 
 
-def test_a_control_of_given_widths_is_planned_beside_a_search_that_takes_none() -> None:
+def test_a_control_of_given_widths_stands_beside_a_search_without() -> None:
     """Of trained weights, for instance, whose search draws masks: it is refused with these widths."""
     even = replace(SMALL, method="static", policy=PolicyConfig(search="sampled"))
     given = replace(even, static=StaticConfig("3 5 7 9 11 13"))
