@@ -438,8 +438,8 @@ class Propagation(TorchDispatchMode):
         if self._place() not in self._group_norms:
             for given in (x, *rest):
                 self.keep(given, "a group norm")
-        comps = [c.unflatten(1, (rest[-2], -1)) for c in self._native_batch_norm_rule(out, x, *rest)]
-        return tuple(self._collapse(labels, {2}).flatten(1, 2) for labels in comps)
+        groups = [first(c, 1).view(rest[-2], -1) for c in self._native_batch_norm_rule(out, x, *rest)]
+        return tuple(spread(self._collapse(labels, {1}).flatten(), 1, x.shape) for labels in groups)
 
     def _native_batch_norm_rule(self, _: Any, x: Tensor, *rest: Any) -> Labels:
         mixed = self._mix(self.of(x), set(range(x.dim())) - {1}, "a batch norm")

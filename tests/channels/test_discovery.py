@@ -179,6 +179,14 @@ def test_a_group_of_a_group_norm_is_one_atom() -> None:
     assert (narrow.norm.num_groups, narrow.norm.num_channels) == (3, 9)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(12), nn.GroupNorm(4, 12)], ids=["batch", "group"])
+def test_channels_of_a_norm_are_known_without_their_pixels(norm: nn.Module) -> None:
+    """Of such images no memory has room for a number per pixel."""
+    net = nn.Sequential(Conv(3, 12, 1), norm, nn.ReLU(), Conv(12, 2, 1))
+    huge = torch.empty(1, 3, 1 << 22, 1 << 22, device="meta")
+    assert axis(discover(net, (huge,)), "3.weight", 1) == axis(discover(net, IMAGES), "3.weight", 1)
+
+
 def test_overlapping_groups_of_two_convolutions_are_one_atom() -> None:
     net = nn.Sequential(Conv(3, 12, 1), Conv(12, 12, 1, groups=4), Conv(12, 12, 1, groups=6), Conv(12, 2, 1))
     assert axis(discover(net, IMAGES), "3.weight", 1) == [0] * 6 + [1] * 6
