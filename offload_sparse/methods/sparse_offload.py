@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offload_sparse.engine.distributed import on_first_rank
+from offload_sparse.engine.distributed import on_every_rank, rank_and_world_size, ranks_where
 from offload_sparse.engine.durable import DurableRounds
 from offload_sparse.engine.family import Family, without_own_norms
 from offload_sparse.engine.losses import StepRecord
@@ -169,9 +169,10 @@ def build(task: Task) -> Method:
     """A session for ``task``; one with a store in files resumes from these by itself."""
     config = task.config
     folder = Path(config.store.path or config.run_dir / "store")
-    mode = task.store_mode
-    # A start that died while it replaced an earlier run leaves its config, and a store that was only begun.
-    if config.store.tier == "ram" or (mode == "resume" and on_first_rank(lambda: never_filled(folder))):
+    mode, (rank, ranks) = task.store_mode, rank_and_world_size()
+    # A start that died before it had filled the store on every rank leaves its config, and nothing to lose.
+    begun = on_every_rank(lambda: mode == "resume" and never_filled(folder, rank))
+    if ranks_where(begun, ranks) or config.store.tier == "ram":
         mode = "replace"
     setup = Setup(
         residual=config.model.residual,

@@ -255,10 +255,10 @@ class FileTier(MemoryTier):
             )
 
 
-def never_filled(folder: Path) -> bool:
-    """Whether the first rank has begun its part of the store in ``folder`` and not given it all its first
-    values, so that nothing is lost with the store; of which run is another question."""
-    path = folder / "rank0" / "store.json"
+def never_filled(folder: Path, rank: int) -> bool:
+    """Whether a rank has begun its part of the store in ``folder`` and not given it all its first values, so
+    that nothing is lost with the store; of which run is another question."""
+    path = folder / f"rank{rank}" / "store.json"
     return path.exists() and not _described(path).get("initialised")
 
 

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from offload_sparse.config.run import RunConfig, TrainConfig
 from offload_sparse.engine.config import RoundConfig
+from offload_sparse.engine.distributed import rank_and_world_size
 from offload_sparse.methods.catalogue import build_method
 from offload_sparse.methods.sparse_offload import SparseOffloadMethod
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.store.config import StoreConfig
 from tests.methods.tasks import batches, make_task
+from tests.support.ranks import run_ranks
 
 K, STEPS, POISONED = 4, 20, 11
 
@@ -65,10 +68,26 @@ def test_only_a_store_that_was_never_filled_is_begun_again(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="there is no store in"):
         start(tmp_path, "file", resumes=True)
     start(tmp_path, "file").close(abandon=False)
-    description = tmp_path / "store" / "rank0" / "store.json"
-    description.write_text(description.read_text().replace("true", "false"))
+    never_filled(tmp_path)
     assert start(tmp_path, "file", resumes=True).session.steps_done == 0
     start(tmp_path, "ram", resumes=True)
+
+
+def test_a_store_that_one_rank_has_not_filled_is_begun_again(tmp_path: Path) -> None:
+    """Whatever the others had done when all of them were killed."""
+    assert run_ranks(2, steps_of_a_start_behind, 1, tmp_path) == [0, 0]
+
+
+def steps_of_a_start_behind(late: int, folder: Path) -> int:
+    start(folder, "file").close(abandon=False)
+    if dist.get_rank() == late:
+        never_filled(folder)
+    return start(folder, "file", resumes=True).session.steps_done
+
+
+def never_filled(folder: Path) -> None:
+    description = folder / "store" / f"rank{rank_and_world_size()[0]}" / "store.json"
+    description.write_text(description.read_text().replace("true", "false"))
 
 
 def test_a_store_moves_with_the_folder_of_its_run_and_is_no_other_runs(tmp_path: Path) -> None:
