@@ -23,7 +23,7 @@ from offload_sparse.store.weight_store import WeightStore
 NEW_HEAD = "+new_head"
 """Behind a path: the tensors of the last layer start afresh, whether or not the network has other classes."""
 
-_WRAPPER = re.compile(r"(module|model|backbone|_orig_mod)\.")
+_WRAPPER = re.compile(r"(module|model|net|network|backbone|_orig_mod)\.")
 """What wrappers put before the names of a network's own tensors, any number of them."""
 
 _DOTTED = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")

@@ -142,7 +142,7 @@ def test_a_buffer_of_two_modules_is_known_by_both_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "backbone.", "module.model.", "module._orig_mod.", "_orig_mod.module."]
+    "prefix", ["module.", "network.", "module.model.", "net._orig_mod.", "_orig_mod.module.", "backbone."]
 )
 def test_prefixes_of_wrappers_are_taken_off_and_told(prefix: str, tmp_path: Path) -> None:
     save_file({prefix + n: t for n, t in trained().state_dict().items()}, tmp_path / "w.safetensors")
