@@ -113,8 +113,9 @@ class Teacher:
 
 def distilled(loss: Tensor, logits: Tensor, teacher: Tensor) -> Tensor:
     """½ loss + ½ T² KL(teacher ‖ network) at temperature T (Hinton et al. 2015): of the loss of the labels, a
-    scalar, and the logits of the network and of the full one, float[b, classes] each."""
-    there = to_device(teacher, logits.device).to(logits)
-    ours, theirs = ((x / TEMPERATURE).log_softmax(1) for x in (logits, there))
+    scalar, and the logits of the network and of the full one, float[b, classes] each; in 32 bits at least."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    both = logits.to(exact), to_device(teacher, logits.device).to(exact)
+    ours, theirs = ((x / TEMPERATURE).log_softmax(1) for x in both)
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return (loss + TEMPERATURE**2 * divergence) / 2

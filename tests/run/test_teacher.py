@@ -147,12 +147,14 @@ def test_a_rank_takes_no_logits_that_the_first_is_about_to_remove(made: Any) -> 
     assert len(built) == 2
 
 
-def test_the_loss_is_half_that_of_the_labels_and_half_the_divergence() -> None:
-    logits, theirs = torch.randn(5, 4).double(), torch.randn(5, 4).double()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_loss_is_half_that_of_the_labels_and_half_the_divergence(dtype: torch.dtype) -> None:
+    """It is not rounded where the network's own logits are."""
+    logits, theirs = torch.randn(5, 4).to(dtype), torch.randn(5, 4).double()
     loss = torch.tensor(1.5).double()
-    p, q = (torch.softmax(x / TEMPERATURE, 1) for x in (theirs, logits))
+    p, q = (torch.softmax(x / TEMPERATURE, 1) for x in (theirs, logits.double()))
     expected = 0.5 * loss + 0.5 * TEMPERATURE**2 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(distilled(loss, logits, theirs), expected)
+    torch.testing.assert_close(distilled(loss, logits, theirs).double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(distilled(loss, logits, logits), loss / 2)
     with simulated_cuda() as simulation:
         there = distilled(loss.to(DEVICE), logits.to(DEVICE), theirs)
