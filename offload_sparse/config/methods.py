@@ -16,8 +16,8 @@ class StaticConfig:
         widths: atoms that each group keeps, such as ``[8, 8, 16, 16]`` or ``8 8 16 16``; or the name of
             published widths, which are scaled to ``policy.rho`` of ``policy.budget``
             (``policy.published_widths`` lists them with their sources). Empty keeps the same share of every
-            group. ``policy.search`` ``probe`` begins with these widths, too, scaled to the budget, and
-            ``none`` keeps them."""
+            group. ``policy.search`` ``probe`` begins with these widths, too, scaled to the budget, where it
+            has time to move them; else, as with ``none``, they stay what they are."""
 
     widths: list[int] | str = ""
 
