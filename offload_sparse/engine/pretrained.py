@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from offload_sparse.engine.distributed import first_word, on_every_rank, on_first_rank, rank_and_world_size
+from offload_sparse.engine.distributed import (
+    everyones,
+    first_word,
+    on_every_rank,
+    on_first_rank,
+    rank_and_world_size,
+    require_equal,
+)
+from offload_sparse.export import json_values
 from offload_sparse.export.description import Preprocessing, file_digest
 from offload_sparse.export.network_file import STRUCTURE_FILE, WEIGHTS_FILE, read_structure
 from offload_sparse.store.initialisation import named_tensors
@@ -89,8 +97,8 @@ class FittedWeights:
 
 
 class WeightSource:
-    """Weights in files, whatever network they are of. Raises ValueError: there are none, they are damaged, or
-    of a narrow network; one line, on every rank.
+    """Weights in files, whatever network they are of. Raises ValueError: there are none, they are damaged, of
+    a narrow network, or others on another rank; one line, on every rank.
 
     Args:
         source: a file (safetensors, or a state_dict of ``torch.save``), a folder of such files with an index,
@@ -113,6 +121,9 @@ class WeightSource:
         # Where there are checksums, the first rank alone reads all, once, to be sure that it is whole.
         on_first_rank(check)
         found = on_every_rank(lambda: tensors_in(weights if exported != self.path else self.path))
+        held = digest or [(name, each.shape, each.offset, str(each.dtype)) for name, each in found.items()]
+        every = everyones({"the digest of the weights": json_values.digest(held)}, rank_and_world_size()[1])
+        require_equal(dict(enumerate(every)), f"give every machine the same {self.path}")
         self.tensors = {_DOTTED.sub(r"\1", name): stored for name, stored in found.items()}
         self._whole = bool(digest)  # with the buffers that no state_dict has
         files = {stored.path for stored in self.tensors.values()}

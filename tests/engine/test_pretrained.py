@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from offload_sparse.channels.channel_map import ChannelMap
+from offload_sparse.engine.distributed import rank_and_world_size
 from offload_sparse.engine.preparation import prepare
 from offload_sparse.engine.pretrained import NEW_HEAD, WeightSource
 from offload_sparse.engine.session import SparseOffload
@@ -261,6 +262,27 @@ def test_a_full_network_that_a_run_has_left_is_a_start(tmp_path: Path) -> None:
         weights = WeightSource(path).fitted(SmallNet())
         assert len(weights.stored) == len(net.state_dict())
         assert weights.preprocessing.mean == (0.5,)
+
+
+@pytest.mark.parametrize("kind", ["export of other values", "file of other shapes"])
+def test_machines_whose_weights_differ_are_told(kind: str, tmp_path: Path) -> None:
+    """A rank would read its rows of another network, or be gone while the others wait."""
+    for number, net in enumerate((trained(), trained(4) if "export" in kind else trained(widths=(4, 8)))):
+        folder = tmp_path / str(number)
+        if "export" in kind:
+            exported(folder, small_map(net), small_map(net).full_mask(), net)
+        else:
+            folder.mkdir()
+            save_file(net.state_dict(), folder / "w.safetensors")
+    pattern = r"the digest of the weights is (\w+) on rank 0 and (?!\1)\w+ on rank 1; give every machine "
+    for told in run_ranks(2, _refusal_of_own, str(tmp_path)):
+        assert re.match(pattern, told)
+
+
+def _refusal_of_own(folder: str) -> str:
+    with pytest.raises(ValueError, match="every machine") as error:
+        WeightSource(Path(folder) / str(rank_and_world_size()[0]))
+    return str(error.value)
 
 
 def test_a_narrow_network_is_refused_by_its_widths(tmp_path: Path) -> None:
