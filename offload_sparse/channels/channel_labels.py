@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,22 @@ def viewed(labels: Tensor, shape: torch.Size) -> Tensor:
         lead += 1
     inner = labels[(0,) * lead] if lead else labels
     return inner.reshape(shape[lead:]).expand(shape)
+
+
+def beside(comps: Iterable[Sequence[Tensor]], tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The labels of several tensors, as many of each: -1 where one has fewer."""
+    given = list(comps)
+    width = max(map(len, given))
+    none = [torch.full((1,) * x.dim(), -1, device="cpu").expand(x.shape) for x in tensors]
+    return list(zip(*([*c, *([n] * width)][:width] for c, n in zip(given, none, strict=True)), strict=True))
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Labels of tensors that lie one behind another along ``dim``."""
+    dim %= parts[0].dim()
+    once = [d != dim and all(part.stride(d) == 0 for part in parts) for d in range(parts[0].dim())]
+    small = [part[tuple(slice(1 if repeated else None) for repeated in once)] for part in parts]
+    return torch.cat(small, dim).expand([-1 if d == dim else n for d, n in enumerate(parts[0].shape)])
 
 
 def padded(labels: Tensor, pad: list[int], shape: torch.Size) -> Tensor:

@@ -24,10 +24,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_sparse.channels.channel_labels import (
+    beside,
     compact,
     connected_components,
     dimensions,
     first,
+    joined,
     lowest,
     padded,
     spread,
@@ -350,7 +352,8 @@ class Propagation(TorchDispatchMode):
         kept = []
         for labels in self._mix(self.of(x), over, name):
             if varying(labels) - over and not varying(labels) & over:
-                kept.append(lowest(labels, over).amin(sorted(over), keepdim=True).reshape(result.shape))
+                one = tuple(slice(1 if d in over else None) for d in range(x.dim()))
+                kept.append(labels[one].reshape(result.shape))
             else:
                 self._keep(labels, name)
         return tuple(kept)
@@ -366,15 +369,13 @@ class Propagation(TorchDispatchMode):
         (labels,) = self._mix((labels,), range(2, labels.dim()), name)
         return labels[(slice(None),) * 2 + (slice(1),) * (labels.dim() - 2)].expand(result.shape)
 
-    def _cat_rule(self, _: Any, tensors: list[Tensor], dim: int = 0) -> Labels:
-        width = max(len(self.of(x)) for x in tensors)
-        none = [torch.full((1,) * x.dim(), -1, device="cpu").expand(x.shape) for x in tensors]
-        comps = [[*self.of(x), *([n] * width)][:width] for x, n in zip(tensors, none, strict=True)]
-        return tuple(torch.cat(parts, dim) for parts in zip(*comps, strict=True))
+    def _cat_rule(self, out: Tensor, tensors: list[Tensor], dim: int = 0) -> Labels:
+        given = [x for x in tensors if x.dim() == out.dim()]  # others are empty
+        return tuple(joined(parts, dim) for parts in beside(map(self.of, given), given))
 
     def _stack_rule(self, _: Any, tensors: list[Tensor], dim: int = 0) -> Labels:
-        raised = [self._cat_rule(x, [x]) for x in tensors]
-        return tuple(torch.stack(parts, dim) for parts in zip(*raised, strict=True))
+        found = beside(map(self.of, tensors), tensors)
+        return tuple(joined([x.unsqueeze(dim) for x in parts], dim) for parts in found)
 
     def _expand_rule(self, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Labels:
         """Copies of the only key-value head for each query head come and go with these."""

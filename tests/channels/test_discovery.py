@@ -179,12 +179,29 @@ def test_a_group_of_a_group_norm_is_one_atom() -> None:
     assert (narrow.norm.num_groups, narrow.norm.num_channels) == (3, 9)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(12), nn.GroupNorm(4, 12)], ids=["batch", "group"])
-def test_channels_of_a_norm_are_known_without_their_pixels(norm: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("hidden", "read"),
+    [
+        (lambda n, x: n.batch(n.a(x)), [0, 1, 2, 3, 4, 5, 6, 7]),
+        (lambda n, x: n.group(n.a(x)), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (lambda n, x: torch.cat([n.a(x)[:, :5], x], 1), [0, 1, 2, 3, 4, -1, -1, -1]),
+        (
+            lambda n, x: torch.stack([n.a(x)[:, :4], x[:, [0] * 4]], 2).flatten(1, 2),
+            [0, -1, 1, -1, 2, -1, 3, -1],
+        ),
+        (lambda n, x: torch.stack([n.a(x), n.a(x)], -3).sum(-3), [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+    ids=["batch norm", "group norm", "cat", "stack", "sum"],
+)
+def test_channels_are_known_without_their_pixels(
+    hidden: Callable[[Any, Tensor], Tensor], read: list[int]
+) -> None:
     """Of such images no memory has room for a number per pixel."""
-    net = nn.Sequential(Conv(3, 12, 1), norm, nn.ReLU(), Conv(12, 2, 1))
+    layers = {"a": Conv(3, 8, 1), "batch": nn.BatchNorm2d(8), "group": nn.GroupNorm(4, 8)}
+    net = Net(lambda n, x: n.b(hidden(n, x)), **layers, b=Conv(8, 2, 1))
     huge = torch.empty(1, 3, 1 << 22, 1 << 22, device="meta")
-    assert axis(discover(net, (huge,)), "3.weight", 1) == axis(discover(net, IMAGES), "3.weight", 1)
+    for images in (*IMAGES, huge):
+        assert axis(discover(net, (images,)), "b.weight", 1) == read
 
 
 def test_overlapping_groups_of_two_convolutions_are_one_atom() -> None:
