@@ -40,9 +40,15 @@ MODULES = (
     "accelerate",
     "accelerate.commands.launch",
     "torch._dynamo",
+    "torch._subclasses.schema_check_mode",
+    "torch.utils.serialization.config",
+    "torch.utils.tensorboard",
+    "docstring_parser",
+    "pytest",
+    "tests.support.sessions",
     "tests.support.reader",
 )
-"""What a command imports, and a launcher; last, what reads back the exports of all that is forked."""
+"""What a command imports, a launcher, and tests; last, what reads back the exports of all that is forked."""
 
 FOLDER = "OFFLOAD_SPARSE_FORK_SERVERS"
 """Variable that holds the folder of the servers of this test run."""
