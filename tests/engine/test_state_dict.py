@@ -172,14 +172,21 @@ def test_distributed_checkpoint_saves_and_loads_a_session(tmp_path: Path) -> Non
 # --- several ranks ---
 
 
-def saved(folder: str, cut: int, way: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state at ``cut``, which is saved, and at the end."""
-    session = new_session()
-    train(session, 0, cut)
-    save(session, folder, way)
-    at_cut = small_parts(session)
-    train(session, cut, STEPS)
-    return at_cut, result(session)
+WAYS = ("torch", "dcp")
+Tensors = dict[str, Tensor]
+
+
+def saved(folder: str, cut: int) -> dict[str, tuple[Tensors, Tensors]]:
+    """For every way the state at ``cut``, which is saved, and at the end."""
+    found = {}
+    for way in WAYS:
+        session = new_session()
+        train(session, 0, cut)
+        save(session, f"{folder}/{way}", way)
+        at_cut = small_parts(session)
+        train(session, cut, STEPS)
+        found[way] = at_cut, result(session)
+    return found
 
 
 def small_parts(session: SparseOffload) -> dict[str, Tensor]:
@@ -196,33 +203,38 @@ def save(session: SparseOffload, folder: str, way: str) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     assert bool(state["rows"]) == (rank == 0), "rank 0 alone holds the rows"
     if rank == 0:
+        Path(folder).mkdir()
         torch.save(state, f"{folder}/state.pt")
 
 
-def resumed(folder: str, cut: int, way: str, end: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    session = new_session()
-    if way == "dcp":
-        dcp.load({"session": session}, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    else:
-        session.load_state_dict(torch.load(f"{folder}/state.pt", weights_only=True))
-    loaded = small_parts(session)
-    train(session, cut, end)
-    return loaded, result(session) if end == STEPS else {}
+def resumed(folder: str, cut: int, end: int) -> dict[str, tuple[Tensors, Tensors]]:
+    found = {}
+    for way in WAYS:
+        session = new_session()
+        place = f"{folder}/{way}"
+        if way == "dcp":
+            dcp.load({"session": session}, checkpoint_id=place, no_dist=not dist.is_initialized())
+        else:
+            session.load_state_dict(torch.load(f"{place}/state.pt", weights_only=True))
+        loaded = small_parts(session)
+        train(session, cut, end)
+        found[way] = loaded, result(session) if end == STEPS else {}
+    return found
 
 
-@pytest.mark.parametrize("way", ["torch", "dcp"])
-def test_saved_by_two_ranks_in_a_round_and_resumed_by_one_two_and_three(way: str, tmp_path: Path) -> None:
-    """The same bits in the store on any number of ranks; two end with those of the run that went on, one up
-    to the order of sums (three only load and step: batches of 8 do not divide).
+def test_saved_by_two_ranks_in_a_round_and_resumed_by_one_two_and_three(tmp_path: Path) -> None:
+    """The same bits in the store on any number of ranks; two end with those of the run that went on (one
+    would up to the order of sums, and batches of 8 do not divide by three: these load and step).
     """
     cut = 6
-    ranks = run_ranks(2, saved, str(tmp_path), cut, way)
-    at_cut, end = ranks[0]
-    for world_size, last in ((1, STEPS), (2, STEPS), (3, cut + 1)):
-        for loaded, finished in run_ranks(world_size, resumed, str(tmp_path), cut, way, last):
-            assert_same(loaded, at_cut)
-            if world_size == 2:
-                assert_same(finished, end)
+    before = run_ranks(2, saved, str(tmp_path), cut)[0]
+    for world_size in (1, 2, 3):
+        end = STEPS if world_size == 2 else cut + 1
+        for found in run_ranks(world_size, resumed, str(tmp_path), cut, end):
+            for way, (loaded, finished) in found.items():
+                assert_same(loaded, before[way][0])
+                if world_size == 2:
+                    assert_same(finished, before[way][1])
 
 
 # --- what is refused ---
