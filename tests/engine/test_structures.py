@@ -16,7 +16,7 @@ from offload_sparse.engine.config import RoundConfig
 from offload_sparse.engine.session import Setup, SparseOffload
 from offload_sparse.export.network_file import load_pruned, read_structure
 from offload_sparse.policy.config import PolicyConfig
-from offload_sparse.workloads.models import build_model
+from offload_sparse.workloads.models.resnet import ResNet
 
 IMAGES = (torch.zeros(2, 3, 32, 32),)
 
@@ -41,7 +41,7 @@ def grouped() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    return build_model("offload_sparse/resnet20_cifar", num_classes=5)
+    return ResNet((16, 32, 64), 1, num_classes=5)
 
 
 def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ def test_widths_are_multiples_of_the_block() -> None:
     )
     first, _ = session.policy.sample(0)
     network = session.finalize([torch.randn(2, 3, 32, 32)])
-    assert len(first) == session.channel_map.num_atoms == 448 // 8
+    assert len(first) == session.channel_map.num_atoms == 224 // 8
     widths = [m.out_channels for m in network.module.modules() if isinstance(m, nn.Conv2d)]
     assert widths
     assert all(width % 8 == 0 for width in widths)
