@@ -259,16 +259,6 @@ def test_a_step_gives_the_device_these_operations_beyond_its_networks(optimizer:
     assert found.total() <= MOST_OPERATIONS
 
 
-def on_one_of_two_ranks() -> Counter[str]:
-    return beyond_the_networks(small_net(), "sgd")
-
-
-def test_ranks_add_one_reduction_and_its_divisions() -> None:
-    expected = Counter(REDUCTION) + Counter(ACROSS_RANKS) + Counter(NOT_FINITE) + Counter(OPTIMIZERS["sgd"])
-    assert run_ranks(2, on_one_of_two_ranks) == [expected] * 2
-    assert expected.total() <= MOST_OPERATIONS
-
-
 @pytest.mark.parametrize("part", ["images", "labels"])
 @pytest.mark.parametrize("reference", ["every_step", "round_start"])
 def test_a_batch_on_another_device_is_one_error_that_names_both(reference: Any, part: str) -> None:
@@ -359,7 +349,10 @@ def test_statistics_are_estimated_anew_as_by_torch_with_a_wait_per_batch() -> No
     assert there[0].momentum == 0.1
 
 
-def on_two_ranks(simulated: bool, subnets: str, transfer: str) -> dict[str, Tensor]:
+# --- two ranks ---
+
+
+def ended(simulated: bool, subnets: str, transfer: str) -> dict[str, Tensor]:
     """What one of two ranks ends with, its groups like NCCL's if the device is simulated."""
 
     def make(device: torch.device) -> dict[str, Tensor]:
@@ -384,20 +377,6 @@ def on_two_ranks(simulated: bool, subnets: str, transfer: str) -> dict[str, Tens
         return make(DEVICE)
 
 
-@pytest.mark.parametrize(
-    ("subnets", "transfer"),
-    [
-        *(("shared", "overlap"), ("references", "overlap")),
-        pytest.param("shared", "full", marks=pytest.mark.slow),
-    ],
-)
-def test_two_ranks_give_their_groups_what_nccl_takes(subnets: str, transfer: str) -> None:
-    expected = run_ranks(2, on_two_ranks, False, subnets, transfer)
-    found = run_ranks(2, on_two_ranks, True, subnets, transfer)
-    for mine, other in zip(found, expected, strict=True):
-        assert_same(mine, other)
-
-
 def refused() -> str:
     """What a rank says where the second one's memory cannot be page-locked."""
     with simulated_cuda(pinned=dist.get_rank() == 0):
@@ -409,10 +388,59 @@ def refused() -> str:
     return "nothing"
 
 
-def test_memory_that_one_rank_cannot_page_lock_is_an_error_on_both() -> None:
-    for said in run_ranks(2, refused):
-        assert said.startswith("rank 1: CUDA could not page-lock")
-        assert said.endswith("set store.pin to off")
+def collectives(mixed: bool) -> str:
+    with simulated_cuda():
+        gloo = dist.new_group([0, 1], backend="gloo")
+        host, here = torch.ones(2), torch.ones(2, device=DEVICE)
+        dist.all_reduce(here)
+        dist.all_reduce(host, group=gloo)
+        try:
+            if mixed:
+                dist.all_reduce(host)
+            else:
+                dist.all_reduce(here, group=gloo)
+        except RuntimeError as error:
+            return f"{error} {here.to('cpu').tolist()} {host.tolist()}"
+    return "nothing was refused"
+
+
+TOGETHER = [("shared", "overlap"), ("references", "overlap"), ("shared", "full")]
+
+
+def everything() -> dict[str, Any]:
+    """On two ranks: one start of the processes for all of it."""
+    return {
+        "ended": {case: [ended(simulated, *case) for simulated in (False, True)] for case in TOGETHER},
+        "operations": beyond_the_networks(small_net(), "sgd"),
+        "refused": refused(),
+        "collectives": {mixed: collectives(mixed) for mixed in (True, False)},
+    }
+
+
+@pytest.fixture(scope="module")
+def on_two() -> list[dict[str, Any]]:
+    return run_ranks(2, everything)
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids="-".join)
+def test_two_ranks_give_their_groups_what_nccl_takes(
+    on_two: list[dict[str, Any]], case: tuple[str, str]
+) -> None:
+    for found in on_two:
+        expected, simulated = found["ended"][case]
+        assert_same(simulated, expected)
+
+
+def test_ranks_add_one_reduction_and_its_divisions(on_two: list[dict[str, Any]]) -> None:
+    expected = Counter(REDUCTION) + Counter(ACROSS_RANKS) + Counter(NOT_FINITE) + Counter(OPTIMIZERS["sgd"])
+    assert [found["operations"] for found in on_two] == [expected] * 2
+    assert expected.total() <= MOST_OPERATIONS
+
+
+def test_memory_that_one_rank_cannot_page_lock_is_an_error_on_both(on_two: list[dict[str, Any]]) -> None:
+    for found in on_two:
+        assert found["refused"].startswith("rank 1: CUDA could not page-lock")
+        assert found["refused"].endswith("set store.pin to off")
 
 
 # --- the simulation itself ---
@@ -454,24 +482,11 @@ def test_the_simulation_sees_a_stream_that_did_not_wait() -> None:
         assert torch.equal((values + 1).to("cpu"), torch.full((4,), 3.0))
 
 
-def collectives(mixed: bool) -> str:
-    with simulated_cuda():
-        gloo = dist.new_group([0, 1], backend="gloo")
-        host, here = torch.ones(2), torch.ones(2, device=DEVICE)
-        dist.all_reduce(here)
-        dist.all_reduce(host, group=gloo)
-        try:
-            if mixed:
-                dist.all_reduce(host)
-            else:
-                dist.all_reduce(here, group=gloo)
-        except RuntimeError as error:
-            return f"{error} {here.to('cpu').tolist()} {host.tolist()}"
-    return "nothing was refused"
-
-
 @pytest.mark.parametrize(("mixed", "said"), [(True, "NCCL group was given a CPU"), (False, "gloo group was")])
-def test_simulated_groups_refuse_what_their_backends_refuse(mixed: bool, said: str) -> None:
-    for answer in run_ranks(2, collectives, mixed):
+def test_simulated_groups_refuse_what_their_backends_refuse(
+    on_two: list[dict[str, Any]], mixed: bool, said: str
+) -> None:
+    for found in on_two:
+        answer = found["collectives"][mixed]
         assert said in answer
         assert answer.endswith("[2.0, 2.0] [2.0, 2.0]")
