@@ -26,7 +26,7 @@ from offload_sparse.export.network_file import (
 from offload_sparse.export.onnx import write_onnx
 from offload_sparse.export.open import folder_of, open_artefact
 from offload_sparse.export.read_back import compare
-from offload_sparse.export.torch_export import write_program
+from offload_sparse.export.torch_export import READING, write_program
 from offload_sparse.store.files import TEMPORARY, sync, sync_folder
 
 Format = Literal["safetensors", "torch_export", "onnx", "hub"]
@@ -122,8 +122,9 @@ def _difference(network: nn.Module, part: Path, shape: tuple[int, ...], target: 
     if not shape:
         return None
     dtype = next(network.parameters()).dtype
-    batches = [torch.empty(batch, *shape, dtype=dtype, device="meta") for batch in _BATCHES]
-    return max(compare(partial(_opened, part), network, (images,), target) for images in batches)
+    batches = [(torch.empty(batch, *shape, dtype=dtype, device="meta"),) for batch in _BATCHES]
+    needs = READING if (part / FILES["torch_export"][0]).exists() else ()
+    return compare(partial(_opened, part), network, batches, target, needs)
 
 
 def _opened(folder: Path) -> nn.Module:

@@ -182,7 +182,7 @@ class FinalNetwork:
             if not (by_name or self.factory):
                 _read(folder)
             elif inputs:
-                return compare(read, self.module, inputs, folder)
+                return compare(read, self.module, [inputs], folder)
             else:
                 read()
             return 0.0

@@ -1,4 +1,4 @@
-"""Is what was written what will be read? Every export is read in a fresh process and compared on a batch.
+"""Is what was written what will be read? Every export is read in a fresh process and compared on batches.
 
     this process                        reader (started once, ends with this process or after a minute idle)
     outputs of the network
@@ -48,15 +48,18 @@ _LONGEST_FOLDER = 80
 _server: tuple[subprocess.Popen[bytes], str] | None = None
 
 
-def compare(read: Reader, module: nn.Module, inputs: Inputs, place: Path) -> float:
+def compare(
+    read: Reader, module: nn.Module, batches: Sequence[Inputs], place: Path, needs: Sequence[str] = ()
+) -> float:
     """The largest relative difference between the outputs of ``module`` and of what ``read`` reads of it from
-    ``place``; ``inputs`` need not have values. Raises ValueError: it cannot be read, or the difference is
-    above ``TOLERANCE``."""
-    inputs = tree_map_only(Tensor, _with_values, inputs)
-    expected = outputs(_on_cpu(module), inputs)
-    question = _pickled((read, inputs))
+    ``place``, over all ``batches`` of inputs, which need not have values. What ``read`` ``needs`` are modules
+    that take long to import: the reader keeps them. Raises ValueError: it cannot be read, or the difference
+    is above ``TOLERANCE``."""
+    batches = tree_map_only(Tensor, _with_values, batches)
+    expected = _of_all(_on_cpu(module), batches)
+    question = _pickled((read, batches))
     with Explained(f"what was written to {place} cannot be read back: "):
-        found = outputs(read(), inputs) if question is None else _ask(question)
+        found = _of_all(read(), batches) if question is None else _ask(question, needs)
     worst = _difference(expected, found)
     epsilon = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     if not worst <= max(TOLERANCE, 16 * epsilon):
@@ -69,6 +72,10 @@ def outputs(network: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """Every tensor that a network in evaluation mode gives, whatever holds them."""
     with seeded(0):  # for a network that draws numbers
         return [tensor.detach() for tensor in output_tensors(network(*inputs))]
+
+
+def _of_all(network: Callable[..., Any], batches: Sequence[Inputs]) -> list[Tensor]:
+    return [tensor for inputs in batches for tensor in outputs(network, inputs)]
 
 
 def serve(address: str, idle: float) -> None:
@@ -97,15 +104,15 @@ def _answer(question: IO[bytes]) -> list[Tensor] | str:
         working_folder, sys.path[:], threads, asked = pickle.load(question)
         os.chdir(working_folder)  # paths may be relative, and networks lie beside the script that asks
         torch.set_num_threads(threads)
-        read, inputs = pickle.loads(asked)
-        return outputs(read(), inputs)
+        read, batches = pickle.loads(asked)
+        return _of_all(read(), batches)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
-def _ask(question: bytes) -> list[Tensor]:
+def _ask(question: bytes, needs: Sequence[str]) -> list[Tensor]:
     conditions = os.getcwd(), sys.path, torch.get_num_threads()
-    heavy = [name for name in ("torchvision", "timm", "onnxruntime") if name in sys.modules]
+    heavy = [name for name in ("torchvision", "timm", "onnxruntime") if name in sys.modules] + [*needs]
     with _connection() as connection, connection.makefile("rb") as reply:
         connection.sendall(json.dumps(heavy).encode() + b"\n" + pickle.dumps((*conditions, question)))
         found = reply.read()  # which ends when the child does

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from offload_sparse.channels.require import Explained
 
+READING = ("torch.export._trace",)
+"""Imported to read a program, which takes seconds."""
+
 
 def write_program(module: nn.Module, shape: tuple[int, ...], path: Path) -> None:
     """Export ``module`` (in evaluation mode, on the CPU) for images [batch, *shape] of any batch, and save

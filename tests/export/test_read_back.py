@@ -222,16 +222,16 @@ def test_a_constructor_whose_results_change_is_found_out(tmp_path: Path) -> None
 
 def test_a_reader_that_dies_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the reading process died"):
-        read_back.compare(partial(os._exit, 1), nn.Identity(), IMAGES, tmp_path)
-    assert read_back.compare(nn.Identity, nn.Identity(), IMAGES, tmp_path) == 0
+        read_back.compare(partial(os._exit, 1), nn.Identity(), [IMAGES], tmp_path)
+    assert read_back.compare(nn.Identity, nn.Identity(), [IMAGES], tmp_path) == 0
 
 
 def test_one_reader_serves_this_process_and_its_forks(tmp_path: Path) -> None:
-    read_back.compare(nn.Identity, nn.Identity(), IMAGES, tmp_path)
+    read_back.compare(nn.Identity, nn.Identity(), [IMAGES], tmp_path)
     server = read_back._server
     child = os.fork()
     if child == 0:
-        found = read_back.compare(nn.Identity, nn.Identity(), IMAGES, tmp_path)
+        found = read_back.compare(nn.Identity, nn.Identity(), [IMAGES], tmp_path)
         os._exit(int(found != 0 or read_back._server is not server))
     assert os.waitpid(child, 0)[1] == 0
     assert read_back._server is server
@@ -275,7 +275,7 @@ def test_the_name_of_the_temporary_folder_does_not_matter(
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(read_back, "_server", None)
-    assert read_back.compare(nn.Identity, nn.Identity(), IMAGES, tmp_path) == 0
+    assert read_back.compare(nn.Identity, nn.Identity(), [IMAGES], tmp_path) == 0
     process, address = read_back._server or (None, "")
     assert process is not None
     assert Path(address).exists()
