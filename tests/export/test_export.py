@@ -6,18 +6,21 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
+from offload_sparse.channels.config import Residual
 from offload_sparse.channels.discovery import discover
 from offload_sparse.channels.stream_add import expose_additions
 from offload_sparse.channels.subnet import narrow_module
 from offload_sparse.cli.main import main
+from offload_sparse.export import convert
 from offload_sparse.export.convert import Format, export_network
 from offload_sparse.export.description import Kind, Preprocessing, describe
 from offload_sparse.export.hub import model_card
@@ -27,10 +30,12 @@ from offload_sparse.export.open import open_artefact
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.source import load_splits
 from offload_sparse.workloads.models import build_model
+from tests.support.residual_nets import ResidualNet
 
 FORMATS: tuple[Format, ...] = ("safetensors", "torch_export", "onnx", "hub")
 SHAPE = (1, 28, 28)
-ARGUMENTS = {"num_classes": 10, "in_channels": 1, "image_size": 28}
+ARGUMENTS: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": 28}
+MODEL: dict[str, Any] = {"name": "offload_sparse/lenet5_caffe", "arguments": ARGUMENTS}
 SUMMARY = {
     "test_accuracy": 0.875,
     "params_ratio": 0.0625,
@@ -40,30 +45,28 @@ SUMMARY = {
 }
 
 
-def narrowed(name: str, residual: str, arguments: dict[str, Any]) -> FinalNetwork:
-    torch.manual_seed(0)
-    full = build_model(name, **arguments)
-    shape = (1, arguments["in_channels"], arguments["image_size"], arguments["image_size"])
-    channel_map = discover(full, (torch.empty(shape),), residual)
+def narrowed(full: nn.Module, shape: tuple[int, ...], residual: Residual = "coupled") -> FinalNetwork:
+    channel_map = discover(full, (torch.empty(1, *shape),), residual)
     mask = torch.rand(channel_map.num_atoms) < 0.5
     mask[[group.start for group in channel_map.groups]] = True
     expose_additions(full, channel_map.additions)
-    return FinalNetwork(narrow_module(full, channel_map, mask).eval(), mask, channel_map)
+    module = narrow_module(full, channel_map, mask).eval()
+    return FinalNetwork(module, mask, channel_map, type(full))
 
 
 @pytest.fixture(scope="module")
 def network() -> FinalNetwork:
-    return narrowed("offload_sparse/vgg_small", "coupled", ARGUMENTS | {"width": 0.25})
+    torch.manual_seed(0)
+    return narrowed(build_model(MODEL["name"], **ARGUMENTS), SHAPE)
 
 
 @pytest.fixture(scope="module")
 def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with the network in every format."""
     run_dir = tmp_path_factory.mktemp("run")
-    model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
     classes = list(load_splits(DataConfig()).class_names)
     preprocessing = {"mean": [0.25], "std": [0.5], "shape": list(SHAPE), "class_names": classes}
-    network.save(run_dir / "model", model, preprocessing)
+    network.save(run_dir / "model", MODEL, preprocessing)
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY))
     (run_dir / "config.yaml").write_text("data: {limit: 48}\n")
     (run_dir / "metrics.jsonl").touch()
@@ -100,19 +103,26 @@ def test_what_is_read_back_computes_the_same_logits(
     torch.testing.assert_close(logits(exports / "export" / name, images), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["torch_export", "onnx"])
-def test_sums_whose_operands_hold_different_channels_survive(kind: Kind, tmp_path: Path) -> None:
-    arguments = {"num_classes": 3, "in_channels": 3, "image_size": 32}
-    small = {"channels": [8, 8, 16, 16], "stem_width": 8}
-    network = narrowed("timm/resnet10t", "filter", arguments | small)
+def test_sums_whose_operands_hold_different_channels_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, which becomes ONNX in float32."""
+    torch.manual_seed(0)
+    network = narrowed(ResidualNet(), (2, 6, 6), "filter")
     assert network.channel_map.additions
-    model = {"name": "timm/resnet10t", "arguments": arguments | small}
-    network.save(tmp_path / "model", model, {"shape": [3, 32, 32]})
-    export_network(tmp_path, kind, tmp_path / kind)
-    images = torch.randn(2, 3, 32, 32)
+    network.module.double()
+    network.save(tmp_path / "model", None, {"shape": [2, 6, 6]})
+    monkeypatch.setattr(convert, "load_pruned", partial(load_pruned, model=ResidualNet))
+    images = torch.randn(2, 2, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = network.module(images)
-    torch.testing.assert_close(logits(tmp_path / kind, images), expected, rtol=1e-4, atol=1e-5)
+    for kind, dtype in (("torch_export", torch.float64), ("onnx", torch.float32)):
+        export_network(tmp_path, kind)
+        opened = open_artefact(tmp_path / "export" / kind, trust=True)
+        assert opened.dtype == dtype
+        with torch.no_grad():
+            found = opened.network(images.to(dtype))
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-4, atol=1e-5)
 
 
 def test_evaluate_measures_the_same_on_every_format(
@@ -128,22 +138,10 @@ def test_evaluate_measures_the_same_on_every_format(
     assert [figures["loss"] for figures in found] == pytest.approx([found[0]["loss"]] * len(found), rel=1e-5)
 
 
-def test_a_network_in_float64_becomes_onnx_in_float32(network: FinalNetwork, tmp_path: Path) -> None:
-    doubled = FinalNetwork(
-        narrowed("offload_sparse/vgg_small", "coupled", ARGUMENTS | {"width": 0.25}).module.double(),
-        network.mask,
-        network.channel_map,
-    )
-    model = {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}}
-    doubled.save(tmp_path / "model", model, {"shape": list(SHAPE)})
-    export_network(tmp_path, "onnx")
-    assert open_artefact(tmp_path / "export" / "onnx").dtype == torch.float32
-
-
 def test_an_export_of_an_earlier_version_without_zeros_is_refused(
     network: FinalNetwork, tmp_path: Path
 ) -> None:
-    network.save(tmp_path, {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS | {"width": 0.25}})
+    network.save(tmp_path, MODEL)
     document = json.loads((tmp_path / "structure.json").read_text()) | {"sparse": ["features.0.weight"]}
     del document["digest"]
     (tmp_path / "structure.json").write_text(sealed(document))
@@ -178,7 +176,7 @@ def test_the_model_card_says_of_images_what_is_known() -> None:
 
 @pytest.mark.parametrize("dataset", ["/home/someone/secret/images", "../images", "images.parquet", "~/x"])
 def test_the_model_card_names_no_folder_of_the_machine(dataset: str) -> None:
-    structure = Structure(Count(1), {"name": "offload_sparse/vgg_small"}, Preprocessing(), {}, {})
+    structure = Structure(Count(1), MODEL, Preprocessing(), {}, {})
     assert dataset not in model_card(structure, SUMMARY | {"dataset": dataset})
 
 
@@ -233,8 +231,6 @@ def test_an_export_in_the_folder_of_a_run_is_not_taken_for_it(
 def test_an_export_that_fails_loses_no_earlier_one(
     copy: Callable[[Kind], Path], exports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offload_sparse.export import convert
-
     def breaks(network: Any, shape: Any, path: Path) -> None:
         path.write_bytes(b"half")
         raise ValueError("no such operator")
@@ -248,7 +244,7 @@ def test_an_export_that_fails_loses_no_earlier_one(
 
 
 def test_a_graph_needs_the_shape_of_the_images(network: FinalNetwork, tmp_path: Path) -> None:
-    network.save(tmp_path / "model", {"name": "offload_sparse/vgg_small", "arguments": ARGUMENTS})
+    network.save(tmp_path / "model", MODEL)
     with pytest.raises(ValueError, match="does not say the shape of its images"):
         export_network(tmp_path, "onnx")
     assert not (tmp_path / "export" / "onnx").exists(), "which would look like an export"
@@ -268,8 +264,6 @@ def test_missing_packages_are_told_with_what_to_install(
 def test_an_export_that_differs_is_an_error_and_cannot_be_read(
     kind: Kind, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from offload_sparse.export import convert
-
     def wrong(path: Path) -> Any:
         network = load_pruned(path)
         next(network.parameters()).data *= 1.1
