@@ -23,7 +23,7 @@ from offload_sparse.engine.config import RoundConfig, check_combination
 from offload_sparse.engine.forward import Forward
 from offload_sparse.engine.probing import _Thinned, run_probe
 from offload_sparse.engine.session import SparseOffload
-from offload_sparse.engine.state import restore_session, session_state
+from offload_sparse.engine.state import MethodState, restore_session, session_state
 from offload_sparse.policy.config import PolicyConfig
 from offload_sparse.policy.probe import present_widths
 from offload_sparse.policy.width_search import WidthSearch
@@ -217,29 +217,21 @@ def result(session: SparseOffload) -> dict[str, Tensor]:
     return found
 
 
+END = 130
+"""Both probes are over, and the final phase has begun."""
+OFFSETS = (-1, 0, 1, 3)
+
+
+def own_data() -> list[tuple[Tensor, Tensor]]:
+    return [own_part(batch) for batch in batches(END)]
+
+
 @cache
 def straight(prefetch: bool = True) -> dict[str, Tensor]:
     session = session_of(prefetch=prefetch)
-    for batch in batches(STEPS):
-        session.step(loss_of(own_part(batch)))
+    for batch in own_data():
+        session.step(loss_of(batch))
     return result(session)
-
-
-def interrupted(cut: int, prefetch: bool = True) -> dict[str, Tensor]:
-    data = [own_part(batch) for batch in batches(STEPS)]
-    first = session_of(prefetch=prefetch)
-    for batch in data[:cut]:
-        first.step(loss_of(batch))
-    first.records()
-    state = session_state(first)
-    saved = replace(copy.deepcopy(state), meta=json.loads(json.dumps(state.meta)))
-    first.transfers.close()
-    second = session_of(prefetch=prefetch)
-    restore_session(second, saved)
-    second.remember(map(loss_of, data[max(0, cut - first.final.selection_batches) : cut]))
-    for batch in data[cut:]:
-        second.step(loss_of(batch))
-    return result(second)
 
 
 @cache
@@ -247,11 +239,34 @@ def first_boundary() -> int:
     return search_of(session_of()).boundaries[0]
 
 
+@cache
+def states(prefetch: bool) -> dict[int, MethodState]:
+    """Of one session, around its first probe."""
+    session, found = session_of(prefetch=prefetch), {}
+    for step, batch in enumerate(own_data()[: first_boundary() + OFFSETS[-1] + 1]):
+        if step - first_boundary() in OFFSETS:
+            session.records()
+            state = session_state(session)
+            found[step] = replace(copy.deepcopy(state), meta=json.loads(json.dumps(state.meta)))
+        session.step(loss_of(batch))
+    session.transfers.close()
+    return found
+
+
+def interrupted(cut: int, prefetch: bool) -> dict[str, Tensor]:
+    data, session = own_data(), session_of(prefetch=prefetch)
+    restore_session(session, states(prefetch)[cut])
+    session.remember(map(loss_of, data[max(0, cut - session.final.selection_batches) : cut]))
+    for batch in data[cut:]:
+        session.step(loss_of(batch))
+    return result(session)
+
+
 @pytest.mark.parametrize(
     ("prefetch", "offset"),
     [
-        *((True, offset) for offset in (-1, 0, 1, 3)),
-        *(pytest.param(False, o, marks=() if o == 0 else pytest.mark.slow) for o in (-1, 0, 1, 3)),
+        *((True, offset) for offset in OFFSETS),
+        *(pytest.param(False, o, marks=() if o == 0 else pytest.mark.slow) for o in OFFSETS),
     ],
 )
 def test_an_interruption_around_a_probe_changes_no_bit(offset: int, prefetch: bool) -> None:
@@ -285,8 +300,7 @@ def test_a_search_that_has_ended_has_no_more_cycles() -> None:
     assert session.span(first, STEPS) == (0, STEPS)
 
 
-@pytest.mark.parametrize("says_when", [True, False])
-def test_the_last_cycle_begins_where_the_search_has_ended(says_when: bool) -> None:
+def test_the_last_cycle_begins_where_the_search_has_ended() -> None:
     """In a run that is made longer, too; by a state of an earlier version not before the step that it has."""
     session = session_of()
     last = session.freeze_step
@@ -294,14 +308,15 @@ def test_the_last_cycle_begins_where_the_search_has_ended(says_when: bool) -> No
         session.step(loss_of(batch))
     assert session.span(last, STEPS) == session.span(STEPS - 1, STEPS) == (last, STEPS)
     session.records()
-    state = session_state(session)
-    if not says_when:
-        state.meta["asked_freeze"] = sys.maxsize
-    longer = make_session(net(), POLICY, RoundConfig(k=4, freeze_at=0.8), 2 * STEPS)
-    restore_session(longer, state)
-    first = last if says_when else last + 3
-    for step in (last + 3, longer._planned_freeze, 2 * STEPS - 1):
-        assert longer.span(step, 2 * STEPS) == (first, 2 * STEPS)
+    for says_when in (True, False):
+        state = copy.deepcopy(session_state(session))
+        if not says_when:
+            state.meta["asked_freeze"] = sys.maxsize
+        longer = make_session(net(), POLICY, RoundConfig(k=4, freeze_at=0.8), 2 * STEPS)
+        restore_session(longer, state)
+        first = last if says_when else last + 3
+        for step in (last + 3, longer._planned_freeze, 2 * STEPS - 1):
+            assert longer.span(step, 2 * STEPS) == (first, 2 * STEPS)
 
 
 def test_none_keeps_one_even_mask_and_compares_nothing() -> None:
