@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,8 +90,9 @@ def serve(address: str, idle: float) -> None:
         while listener.fileno() in select.select([listener.fileno(), 0], [], [], idle)[0]:
             connection, _ = listener.accept()
             with connection, connection.makefile("rb") as question:
-                for name in json.loads(question.readline()):
-                    __import__(name)  # which children then need not do
+                for name in json.loads(question.readline()):  # which children then need not import
+                    with suppress(ImportError):  # told by the child that needs it
+                        __import__(name)
                 if os.fork() == 0:
                     connection.sendall(pickle.dumps(_answer(question)))
                     os._exit(0)
