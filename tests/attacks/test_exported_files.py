@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offload_sparse.export.convert import export_network
 from offload_sparse.export.network_file import load_pruned
 from offload_sparse.export.open import open_artefact
 from tests.support.hostile_files import (
@@ -32,12 +31,6 @@ from tests.support.hostile_files import (
 
 Attack = Callable[[Path], None]
 Opening = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def networks(exported: Path) -> Path:
-    export_network(exported / "vgg_small", "torch_export", exported / "program")
-    return exported
 
 
 def open_and_run(folder: Path) -> None:
@@ -109,29 +102,29 @@ RUN_CODE: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", RUN_CODE.values(), ids=RUN_CODE)
-def test_opening_a_network_runs_no_code_of_its_files(attack: Attack, networks: Path, tmp_path: Path) -> None:
-    refused(attack, networks / "vgg_small", tmp_path)
+def test_opening_a_network_runs_no_code_of_its_files(attack: Attack, exported: Path, tmp_path: Path) -> None:
+    refused(attack, exported / "vgg_small", tmp_path)
 
 
 @pytest.mark.parametrize("place", ["folder", "file", "run"])
-def test_a_program_is_not_opened_without_trust(place: str, networks: Path, tmp_path: Path) -> None:
+def test_a_program_is_not_opened_without_trust(place: str, exported: Path, tmp_path: Path) -> None:
     def attack(folder: Path) -> None:
         if place == "run":
-            shutil.copytree(networks / "program", folder / "model")
+            shutil.copytree(exported / "program", folder / "model")
 
     opened = {"folder": lambda f: f, "file": lambda f: f / "model.pt2", "run": lambda f: f}[place]
-    source = networks / "program"
+    source = exported / "program"
     said = refused(attack, source, tmp_path, lambda folder: open_artefact(opened(folder)))
     assert "--trust" in said
 
 
-def test_a_program_is_not_opened_in_the_guise_of_onnx(networks: Path, tmp_path: Path) -> None:
+def test_a_program_is_not_opened_in_the_guise_of_onnx(exported: Path, tmp_path: Path) -> None:
     def attack(folder: Path) -> None:
         (folder / "model.pt2").rename(folder / "model.onnx")
         document = json.loads((folder / "network.json").read_text())
         sign_description(folder, document | {"kind": "onnx", "files": {"model.onnx": ""}})
 
-    refused(attack, networks / "program", tmp_path)
+    refused(attack, exported / "program", tmp_path)
 
 
 # --- It reads no other files ----------------------------------------------------------------------------
@@ -220,8 +213,8 @@ OTHER_FILES: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", OTHER_FILES.values(), ids=OTHER_FILES)
-def test_opening_a_network_reads_no_other_files(attack: Attack, networks: Path, tmp_path: Path) -> None:
-    refused(attack, networks / "vgg_small_onnx", tmp_path)
+def test_opening_a_network_reads_no_other_files(attack: Attack, exported: Path, tmp_path: Path) -> None:
+    refused(attack, exported / "vgg_small_onnx", tmp_path)
 
 
 # --- It takes memory in proportion ----------------------------------------------------------------------
@@ -300,14 +293,14 @@ MEMORY: dict[str, tuple[str, Attack]] = {
 
 @pytest.mark.parametrize(("source", "attack"), MEMORY.values(), ids=MEMORY)
 def test_opening_a_network_takes_memory_in_proportion(
-    source: str, attack: Attack, networks: Path, tmp_path: Path
+    source: str, attack: Attack, exported: Path, tmp_path: Path
 ) -> None:
-    refused(attack, networks / source, tmp_path)
+    refused(attack, exported / source, tmp_path)
 
 
-def test_a_network_that_was_wider_than_any_machine_is_opened(networks: Path, tmp_path: Path) -> None:
+def test_a_network_that_was_wider_than_any_machine_is_opened(exported: Path, tmp_path: Path) -> None:
     """Only what it keeps of the full network takes memory."""
-    assert not harmless(arguments(width=10_000.0), networks / "vgg_small", tmp_path)
+    assert not harmless(arguments(width=10_000.0), exported / "vgg_small", tmp_path)
 
 
 def expand(content: Any) -> None:
@@ -346,9 +339,9 @@ GRAPHS: dict[str, Attack] = {
 
 @pytest.mark.parametrize("attack", GRAPHS.values(), ids=GRAPHS)
 def test_running_an_onnx_file_ends_and_takes_bounded_memory(
-    attack: Attack, networks: Path, tmp_path: Path
+    attack: Attack, exported: Path, tmp_path: Path
 ) -> None:
-    refused(attack, networks / "vgg_small_onnx", tmp_path)
+    refused(attack, exported / "vgg_small_onnx", tmp_path)
 
 
 # --- It ends ----------------------------------------------------------------------------------------------
@@ -369,23 +362,23 @@ def replaced(name: str, by: str) -> Attack:
 
 @pytest.mark.parametrize("by", ["fifo", "folder", "/dev/zero", "/dev/stdin", "/proc/self/mem"])
 @pytest.mark.parametrize("name", ["structure.json", "weights.safetensors"])
-def test_only_regular_files_are_read(name: str, by: str, networks: Path, tmp_path: Path) -> None:
-    refused(replaced(name, by), networks / "vgg_small", tmp_path)
+def test_only_regular_files_are_read(name: str, by: str, exported: Path, tmp_path: Path) -> None:
+    refused(replaced(name, by), exported / "vgg_small", tmp_path)
 
 
 @pytest.mark.parametrize("by", ["fifo", "folder", "/dev/zero"])
 @pytest.mark.parametrize("name", ["network.json", "model.onnx"])
 def test_only_regular_files_are_read_beside_a_graph(
-    name: str, by: str, networks: Path, tmp_path: Path
+    name: str, by: str, exported: Path, tmp_path: Path
 ) -> None:
-    refused(replaced(name, by), networks / "vgg_small_onnx", tmp_path)
+    refused(replaced(name, by), exported / "vgg_small_onnx", tmp_path)
 
 
 # --- It is what it says it is -------------------------------------------------------------------------------
 
 
-def test_tensors_of_other_types_or_shapes_are_refused(networks: Path, tmp_path: Path) -> None:
-    network = load_pruned(networks / "vgg_small")
+def test_tensors_of_other_types_or_shapes_are_refused(exported: Path, tmp_path: Path) -> None:
+    network = load_pruned(exported / "vgg_small")
     name = next(name for name, p in network.named_parameters() if p.dim() == 4)
     for number, change in enumerate(
         (
@@ -404,4 +397,4 @@ def test_tensors_of_other_types_or_shapes_are_refused(networks: Path, tmp_path: 
             save_file(tensors, folder / "weights.safetensors")
             structure(lambda d: d["tensors"].update({name: list(tensors[name].shape)}))(folder)
 
-        refused(attack, networks / "vgg_small", tmp_path / str(number))
+        refused(attack, exported / "vgg_small", tmp_path / str(number))

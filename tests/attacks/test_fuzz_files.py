@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState
 from offload_sparse.cli.main import main
 from offload_sparse.config.parse import RUN_OPTIONS
 from offload_sparse.export import network_file
-from offload_sparse.export.convert import export_network
 from offload_sparse.export.open import open_artefact
 from offload_sparse.inspect.report.run_data import AXES, read_runs
 from offload_sparse.run import resume as starts
@@ -64,12 +63,6 @@ RUN = [
     *("--round.k", "3", "--train.check", "false", "--quiet", "true", "--trackers", "[]"),
 ]
 COUNTS = [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="module")
-def networks(exported: Path) -> Path:
-    export_network(exported / "lenet_300_100", "onnx", exported / "lenet_300_100_onnx")
-    return exported
 
 
 @pytest.fixture(scope="module")
@@ -178,31 +171,31 @@ def change_document(name: str, sign: Callable[[Path, Any], None]) -> Change:
     return change
 
 
-def plain(networks: Path) -> list[Path]:
-    return [networks / name for name in ("vgg_small", "resnet20_cifar", "lenet_300_100")]
+def plain(exported: Path) -> list[Path]:
+    return [exported / name for name in ("vgg_small", "resnet20_cifar", "lenet_300_100")]
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_structures(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+def test_structures(counts: dict[str, int], exported: Path, tmp_path: Path) -> None:
     change = change_document("structure.json", sign_structure)
-    assert tried(plain(networks), counts["structure"], change, tmp_path) > counts["structure"] / 2
+    assert tried(plain(exported), counts["structure"], change, tmp_path) > counts["structure"] / 2
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_descriptions(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
-    sources = [networks / f"{name}_onnx" for name in GRAPHS]
+def test_descriptions(counts: dict[str, int], exported: Path, tmp_path: Path) -> None:
+    sources = [exported / f"{name}_onnx" for name in GRAPHS]
     change = change_document("network.json", sign_description)
     assert tried(sources, counts["description"], change, tmp_path) > counts["description"] / 4
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_summaries_beside_a_network(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+def test_summaries_beside_a_network(counts: dict[str, int], exported: Path, tmp_path: Path) -> None:
     """A model card is written of what can be read of ``summary.json``."""
     run = tmp_path / "run"
-    shutil.copytree(networks / "vgg_small", run / "model")
+    shutil.copytree(exported / "vgg_small", run / "model")
     summary = {
         "test_accuracy": 0.5,
         "params_ratio": 0.25,
@@ -302,17 +295,17 @@ def log_read(folder: Path) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_safetensors_headers(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+def test_safetensors_headers(counts: dict[str, int], exported: Path, tmp_path: Path) -> None:
     def change(folder: Path, generator: random.Random) -> None:
         change_header(folder / "weights.safetensors", lambda header: mutated(header, generator))
         sign_structure(folder, json.loads((folder / "structure.json").read_text()))
 
-    assert tried(plain(networks), counts["header"], change, tmp_path) > counts["header"] / 2
+    assert tried(plain(exported), counts["header"], change, tmp_path) > counts["header"] / 2
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_onnx_files(counts: dict[str, int], networks: Path, tmp_path: Path) -> None:
+def test_onnx_files(counts: dict[str, int], exported: Path, tmp_path: Path) -> None:
     def change(folder: Path, generator: random.Random) -> None:
         content = bytearray((folder / "model.onnx").read_bytes())
         for _ in range(generator.choice((1, 2, 8))):
@@ -324,15 +317,15 @@ def test_onnx_files(counts: dict[str, int], networks: Path, tmp_path: Path) -> N
         (folder / "model.onnx").write_bytes(content)
         sign_description(folder, json.loads((folder / "network.json").read_text()))
 
-    sources = [networks / f"{name}_onnx" for name in GRAPHS]
+    sources = [exported / f"{name}_onnx" for name in GRAPHS]
     tried(sources, counts["onnx"], change, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["structure.json", "weights.safetensors"])
 def test_the_command_says_one_line(
-    name: str, networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(networks / "vgg_small", tmp_path / "network"))
+    folder = Path(shutil.copytree(exported / "vgg_small", tmp_path / "network"))
     (folder / name).write_bytes(b"\x1b[2J\n" * 1000)
     assert main(["evaluate", str(folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

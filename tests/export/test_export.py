@@ -30,6 +30,7 @@ from offload_sparse.export.open import open_artefact
 from offload_sparse.workloads.config import DataConfig
 from offload_sparse.workloads.data.source import load_splits
 from offload_sparse.workloads.models import build_model
+from tests.support.made_once import made_once
 from tests.support.residual_nets import ResidualNet
 
 FORMATS: tuple[Format, ...] = ("safetensors", "torch_export", "onnx", "hub")
@@ -61,9 +62,12 @@ def network() -> FinalNetwork:
 
 
 @pytest.fixture(scope="module")
-def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exports(network: FinalNetwork) -> Path:
     """The folder of a run with the network in every format."""
-    run_dir = tmp_path_factory.mktemp("run")
+    return made_once("exports", partial(export, network))
+
+
+def export(network: FinalNetwork, run_dir: Path) -> None:
     classes = list(load_splits(DataConfig()).class_names)
     preprocessing = {"mean": [0.25], "std": [0.5], "shape": list(SHAPE), "class_names": classes}
     network.save(run_dir / "model", MODEL, preprocessing)
@@ -73,7 +77,6 @@ def exports(network: FinalNetwork, tmp_path_factory: pytest.TempPathFactory) -> 
     for name in FORMATS:
         figures = export_network(run_dir, name)
         assert figures["largest_difference"] <= 1e-5
-    return run_dir
 
 
 @pytest.fixture
