@@ -224,9 +224,9 @@ def test_an_export_in_the_folder_of_a_run_is_not_taken_for_it(
     """Which may have gone on since, as to another network here."""
     run, images = Path(shutil.copytree(exports, tmp_path / "run")), torch.randn(2, *SHAPE)
     export_network(run, "safetensors", run)
-    arguments = ARGUMENTS | {"width": 0.125}
-    later = narrowed("offload_sparse/vgg_small", "coupled", arguments)
-    later.save(run / "model", {"name": "offload_sparse/vgg_small", "arguments": arguments})
+    torch.manual_seed(1)
+    later = narrowed(build_model(MODEL["name"], **ARGUMENTS), SHAPE)
+    later.save(run / "model", MODEL)
     for path, expected in {run: later, run / "weights.safetensors": network}.items():
         torch.testing.assert_close(logits(path, images), expected.module(images), rtol=1e-4, atol=1e-5)
 
