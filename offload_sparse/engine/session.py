@@ -129,7 +129,7 @@ class SparseOffload(Rounds):
         setup: what is rarely set.
         weights: values to start from, in place of the network's own: a file, a folder or a run, see
             ``engine.pretrained.WeightSource``. Each rank reads its own rows; the first one may
-            read the whole for its checksums.
+            read the whole for its checksums. A policy that names no search then keeps a one-shot cut.
         seed: seed of the initial weights and of the masks.
         device: where subnets compute; the CUDA device when there is one.
 

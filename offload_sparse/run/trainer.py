@@ -272,9 +272,11 @@ class Run:
     def _search(self, groups: int) -> Iterator[str]:
         """When widths will move, if at all."""
         policy, steps = self.config.policy, self.config.round.freeze_step("probe", self.total_steps)
-        if self.config.method == "sparse_offload" and policy.search == "none" and self.config.model.trained:
+        if self.config.method != "sparse_offload" or policy.rho == 1:
+            return
+        if policy.search == "none" and self.config.model.trained:
             yield f"search: none, the cut by {policy.start} stays; --policy.search sampled exchanges channels"
-        if self.config.method == "sparse_offload" and policy.search == "probe" and policy.rho < 1:
+        if policy.search == "probe":
             cycles, _ = cycles_and_pairs(groups, steps, self.total_steps)
             if cycles:
                 number = f"each of {cycles} cycles" if cycles > 1 else "one cycle"
@@ -284,7 +286,7 @@ class Run:
             elif steps >= policy.least_steps:
                 total = f"{self.total_steps:,} steps"
                 yield f"search: none, {total} are too few to compare {groups} groups; widths stay"
-            elif steps:
+            elif steps or self.config.round.freeze_at != "auto":
                 least = f"{policy.least_steps} steps"
                 yield f"search: none, a cycle takes {least} and there are {steps:,}; widths stay"
             else:

@@ -186,6 +186,7 @@ def test_a_diverging_run_stops_with_advice(
     [
         ("auto", 6396, "search: none, too short a run for one to pay"),
         ("0.25", 12, "search: none, a cycle takes 150 steps and there are 3; widths stay"),
+        ("0.25", 2, "search: none, a cycle takes 150 steps and there are 0; widths stay"),
         ("0.25", 1600, "search: widths move after one cycle, in the first 400 steps"),
         ("auto", 6400, "search: widths move after each of 2 cycles, in the first 1,600 steps"),
         ("0.5 on 12 groups", 300, "search: none, 300 steps are too few to compare 12 groups"),
