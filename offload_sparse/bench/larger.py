@@ -1,9 +1,11 @@
-"""A store larger than memory: ``offload-sparse train`` on files, killed in its second round, and again."""
+"""A store larger than memory: ``offload-sparse train`` on files, killed in its second round, and again; and
+one that is filled from a file of weights."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -16,6 +18,7 @@ from typing import Any
 
 from offload_sparse.bench.cells import Run
 from offload_sparse.bench.contract import BenchResult
+from offload_sparse.bench.pretrained import write_zeros
 from offload_sparse.run.plan.machine import process_bytes
 
 ROUNDS = 3
@@ -37,12 +40,12 @@ _COMMON: dict[str, Any] = {
     "train.log_every": 1,
 }
 _QUICK: dict[str, Any] = {
-    "model.arguments": "{stream: 512, hidden: 6144, depth: 2}",
+    "model.arguments": {"stream": 512, "hidden": 6144, "depth": 2},
     "round.k": 4,
     "policy.rho": 0.25,
 }
 _FULL: dict[str, Any] = {
-    "model.arguments": "{stream: 4096, hidden: 65536, depth: 10}",
+    "model.arguments": {"stream": 4096, "hidden": 65536, "depth": 10},
     "round.k": 20,
     "policy.rho": 0.1,
 }
@@ -66,7 +69,8 @@ def resumed_at(messages: str) -> int:
 
 
 def run(quick: bool) -> BenchResult:
-    """Three rounds on real images, killed with SIGKILL in the second and started again by the same command.
+    """Three rounds on real images, killed with SIGKILL in the second and started again by the same command;
+    then a step of the same network, whose weights are read from a file (of zeros: it is how much is read).
 
     ``quick`` takes a store of 100 MB instead of 43 GB. The files lie in the system's folder for temporary
     ones (``TMPDIR``)."""
@@ -78,31 +82,35 @@ def run(quick: bool) -> BenchResult:
         first = watch(command, lambda: k + k // 2 in losses(run_dir))
         killed_after = max(losses(run_dir), default=0)
         second = watch(command)
-        for part in (first, second):
-            if part.exit_code not in (0, -signal.SIGKILL):
-                raise RuntimeError(f"training ended with exit code {part.exit_code}: {part.messages}")
         found, begun = losses(run_dir), resumed_at(second.messages)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        shutil.rmtree(run_dir)
+        weights = Path(folder) / "weights.safetensors"
+        write_zeros(weights, options["model.arguments"] | {"in_channels": 1, "image_size": 28})
+        from_file = options | {"model.weights": weights, "train.max_steps": 1}
+        loaded = watch(Run(run_dir, from_file).command())
         survived = first.exit_code == -signal.SIGKILL and second.exit_code == 0
         survived &= 0 < begun <= killed_after
         survived &= sorted(found) == list(range(1, ROUNDS * k + 1))
-        summary = json.loads((run_dir / "summary.json").read_text())
     rounds = [fmean(found[i * k + step] for step in range(1, k + 1)) for i in range(ROUNDS)]
     ratios = {
         "larger.store_gb": summary["store_bytes"] / 1e9,
         "larger.rss_anon_gb": max(first.anonymous_peak, second.anonymous_peak) / 1e9,
+        "larger.loading_rss_anon_gb": loaded.anonymous_peak / 1e9,
         "larger.loss_first": rounds[0],
         "larger.loss_last": rounds[-1],
         "larger.survived_kill": float(survived),
     }
     steps = {"killed_after_step": killed_after, "resumed_at_step": begun}
-    raw = {"first": vars(first), "second": vars(second), "loss_by_step": found, "summary": summary} | steps
+    parts = {"first": vars(first), "second": vars(second), "loaded": vars(loaded)}
+    raw = parts | {"loss_by_step": found, "summary": summary} | steps
     rows: list[list[Any]] = [[f"mean loss of round {i}", loss] for i, loss in enumerate(rounds)]
     return BenchResult(ratios, raw, ["", ""], rows)
 
 
 def watch(command: list[str], enough: Callable[[], bool] = lambda: False) -> Part:
     """Run a command, and kill it as soon as ``enough`` says so. Raises RuntimeError: it takes longer than
-    ``LIMIT``."""
+    ``LIMIT``, or fails."""
     started, peak = time.monotonic(), 0
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
@@ -118,7 +126,10 @@ def watch(command: list[str], enough: Callable[[], bool] = lambda: False) -> Par
             process.kill()
             process.wait()
         errors.seek(0)
-        return Part(process.returncode, time.monotonic() - started, peak, errors.read())
+        part = Part(process.returncode, time.monotonic() - started, peak, errors.read())
+    if part.exit_code not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"training ended with exit code {part.exit_code}: {part.messages}")
+    return part
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -33,7 +33,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from offload_sparse.bench.cells import BATCH, SETS, Run, accuracy, finish, kept, last, options_on, outcome
 from offload_sparse.bench.contract import BenchResult
@@ -174,14 +173,19 @@ def loading(quick: bool) -> dict[str, float]:
     """The largest figures of two ranks that fill their rows of a store from one file."""
     arguments = {"stream": 1024, "hidden": 16384, "depth": 1} if quick else {"stream": 4096, "hidden": 16384}
     with tempfile.TemporaryDirectory() as folder:
-        path, tensors = Path(folder) / "w.safetensors", dict[str, Tensor]()
-        for name, tensor in _network(arguments).state_dict().items():
-            tensors[name] = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)  # takes no memory
-        with path.open("wb") as file:
-            for block in blocks_of(tensors):
-                file.write(block)
+        path = Path(folder) / "w.safetensors"
+        write_zeros(path, arguments)
         found = on_ranks(2, load, str(path), arguments)
     return {f"pretrained.{name}": max(rank[name] for rank in found) for name in ("read", "rss")}
+
+
+def write_zeros(path: Path, arguments: Mapping[str, int]) -> None:
+    """A file of the weights of an MLP, all zero, which takes no room on the disk."""
+    state = _network(arguments).state_dict()
+    tensors = {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in state.items()}
+    with path.open("wb") as file:
+        file.write(next(blocks_of(tensors)))
+        file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def load(path: str, arguments: Mapping[str, int]) -> dict[str, float]:
